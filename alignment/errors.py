@@ -1,0 +1,10 @@
+"""The one exception that means "the user can mend this"."""
+
+
+class UserError(ValueError):
+    """A condition that the user can mend: a wrong key, a broken file, a missing package.
+
+    The message is one full sentence that names the place (file, row, key) and what is accepted. The command line
+    prints it without a traceback and exits with status 1. Everything else that escapes is a bug and keeps its
+    traceback.
+    """
