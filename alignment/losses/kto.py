@@ -1,0 +1,83 @@
+"""Kahneman-Tversky optimisation: single completions with a label, against a running estimate of the KL."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from alignment.config import require
+from alignment.losses.base import Loss, LossInputs, LossOutput
+from alignment.losses.dpo import log_ratios
+from alignment.ragged import RaggedLogps
+
+
+@dataclass(kw_only=True)
+class KTO(Loss):
+    """L = weight_d (1 - S(beta (u - z0))) for a desirable, weight_u (1 - S(beta (z0 - u))) for an undesirable row.
+
+    u is the log-ratio log pi(y|x) - log pi_ref(y|x), *summed* over the completion's tokens; S is the logistic function.
+    z0 = max(0, mean over the step of log pi(y_j|x_i) - log pi_ref(y_j|x_i)) estimates KL(pi || pi_ref) from mismatched
+    rows: prompt i with the completion of row j = i + 1, the last with the first. The mean is taken over the whole
+    optimizer step first and clamped after; z0 carries no gradient and stands inside beta.
+
+    Paper: Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 7 by the numbers of its first version.
+
+    Gradient of -L per token, upwards for a desirable (G_w), downwards for an undesirable row (G_l):
+    G_w = weight_d beta S'(beta (u - z0)), G_l = weight_u beta S'(beta (u - z0)), with S' = S (1 - S).
+
+    Rewards: beta u. Parts: `kl` is z0, the same for every row.
+
+    Recommended: beta 0.1 (0.05 to 0.5 by model in the paper's last version), weights 1; with unequal numbers n_d and
+    n_u of rows, weight_d n_d / (weight_u n_u) in [1, 3/2] (4/3 in the first version). At least two rows a step.
+
+    Deviations: the authors' code and TRL estimate z0 from one micro-batch (TRL: of one process, then the mean over
+    processes); here it covers the whole step, so that the split of a step into forward passes changes nothing. TRL
+    shifts the other way, prompt i with completion i - 1. The authors' code logs u as reward, TRL beta u.
+    """
+
+    name: ClassVar[str] = "kto"
+    unit: ClassVar[str] = "row"
+    needs_reference: ClassVar[bool] = True
+    min_items: ClassVar[int] = 2
+
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+
+    def __post_init__(self) -> None:
+        for key in ("beta", "desirable_weight", "undesirable_weight"):
+            value = getattr(self, key)
+            require(0 < value < math.inf, f"loss.{key} must be a finite number above 0, not {value}.")
+
+    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+        """Losses (rows,), rewards beta u (rows,); part `kl` (rows,). `statistics` must cover the whole step."""
+        assert inputs.labels is not None, "KTO reads a label per row"
+        assert statistics is not None, "KTO needs the summed statistics of the step's mismatched rows"
+        ratios = log_ratios(inputs).sums()
+        z0 = (statistics[0] / statistics[1]).clamp(min=0).detach()
+        signs = ratios.new_tensor([-1.0, 1.0])[inputs.labels.long()]
+        losses = self._weights(ratios, inputs.labels) * torch.sigmoid(self.beta * signs * (z0 - ratios))
+        return LossOutput(losses, self.beta * ratios.detach(), {"kl": z0.expand(len(ratios))})
+
+    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+        """Half the weight of every row: u and z0 are both 0."""
+        assert labels is not None, "KTO reads a label per row"
+        return self._weights(reference.values.double(), labels) / 2
+
+    def companions(self, num_items: int) -> list[tuple[int, int]]:
+        """Every prompt with the next row's completion, the last with the first."""
+        assert num_items >= self.min_items, "the only row of a step has no mismatched completion"
+        return [(i, (i + 1) % num_items) for i in range(num_items)]
+
+    def statistics(self, companions: LossInputs) -> Tensor:
+        """(2,) detached: the sum of the mismatched rows' log-ratios in nats, and their number."""
+        ratios = log_ratios(companions).sums().detach()
+        return torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
+
+    def _weights(self, like: Tensor, labels: Tensor) -> Tensor:
+        """(rows,) in the dtype of `like`; built there, since `torch.where` on numbers would round them to float32."""
+        return like.new_tensor([self.undesirable_weight, self.desirable_weight])[labels.long()]
