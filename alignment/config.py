@@ -26,7 +26,6 @@ class Dtype(Enum):
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
-    float16 = "float16"
     float64 = "float64"
 
 
@@ -286,6 +285,10 @@ class RunConfig:
         require(
             self.quantization is None or self.adapter is not None,
             "A quantised base cannot be trained itself: choose an adapter, or quantization=none.",
+        )
+        require(
+            not self.export.merge or self.adapter is not None,
+            "export.merge=true has nothing to merge without an adapter: the whole model is saved anyway.",
         )
         if self.loss is not None:
             least = self.loss.min_items

@@ -1,0 +1,190 @@
+"""Compose a run's configuration: the only module, with `run.py`, that knows Hydra.
+
+`conf/` holds the groups, `recipes/` is served as the group `recipe`, and users' own groups and recipes come from a
+folder named on the command line. All composition goes through here, for the command line, tests and notebooks alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from alignment import config as schema
+from alignment.errors import UserError
+from alignment.losses import LOSSES
+
+_SCHEMAS = {
+    "model": schema.ModelConfig,
+    "quantization": schema.QuantizationConfig,
+    "adapter": schema.AdapterConfig,
+    "data": schema.DataConfig,
+    "sft": schema.SFTConfig,
+    "optim": schema.OptimConfig,
+    "trainer": schema.TrainerConfig,
+    "reference": schema.ReferenceConfig,
+    "evaluation": schema.EvaluationConfig,
+    "tracking": schema.TrackingConfig,
+    "export": schema.ExportConfig,
+}
+
+VERSION_BASE = "1.3"
+
+
+def asset_dir(name: str) -> Path:
+    """Folder `conf` or `recipes`: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).parent
+    beside = package.parent / name
+    return beside if beside.is_dir() else package / "_assets" / name
+
+
+def register(config_dir: Path | None = None) -> None:
+    """Put schemas, recipes and a user's own configuration folder into Hydra's store.
+
+    Args:
+        config_dir: folder of a user, laid out like `conf/`, with recipes in its folder `recipe/`.
+
+    Raises:
+        UserError: a file that cannot be read, or one whose name a shipped file has already.
+    """
+    store = ConfigStore.instance()
+    store.store(group="schema", name="run", node=schema.RunConfig, package="_global_")
+    for name, node in _SCHEMAS.items():
+        store.store(group="schema", name=name, node=node, package=name)
+    for name, loss in LOSSES.items():
+        store.store(group="schema/loss", name=name, node=loss, package="loss")
+    for path in sorted(asset_dir("recipes").rglob("*.yaml")):
+        _store_recipe(path, asset_dir("recipes"))
+    if config_dir is not None:
+        if not config_dir.is_dir():
+            raise UserError(f"--config-dir: the folder {config_dir} does not exist.")
+        for path in sorted(config_dir.rglob("*.yaml")):
+            if (asset_dir("conf") / path.relative_to(config_dir)).exists():
+                raise UserError(f"{path}: a shipped configuration has this name, so give the file another one.")
+            if path.relative_to(config_dir).parts[0] == "recipe":
+                _store_recipe(path, config_dir / "recipe")
+            elif path.parent != config_dir:
+                group = path.parent.relative_to(config_dir).as_posix()
+                store.store(group=group, name=path.stem, node=_read(path))
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        node = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {_sentence(error)}") from error
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{path} must hold a mapping of keys to values.")
+    return node
+
+
+def _store_recipe(path: Path, folder: Path) -> None:
+    """Serve one recipe file, its `loss:` block bound to the loss that it was written for.
+
+    The block becomes an option of the group `loss` of its own (`dpo` plus the recipe's values), which the recipe
+    chooses. So `loss=simpo` on the command line replaces the option whole, and no value written for DPO survives.
+    """
+    store = ConfigStore.instance()
+    name = path.relative_to(folder).with_suffix("").as_posix()
+    group, _, stem = f"recipe/{name}".rpartition("/")
+    node = _read(path)
+    if isinstance(node.get("loss"), DictConfig):
+        defaults = node.get("defaults", [])
+        chosen = [i for i, d in enumerate(defaults) if isinstance(d, DictConfig) and "override /loss" in d]
+        if not chosen:
+            raise UserError(
+                f"{path}: a recipe with a `loss:` block must choose the loss with `override /loss: <name>`."
+            )
+        base = defaults[chosen[0]]["override /loss"]
+        option = f"{base}@{name.replace('/', '.')}"
+        with open_dict(node):
+            values = node.pop("loss")
+            defaults[chosen[0]]["override /loss"] = option
+        bound = OmegaConf.merge({"defaults": [base, "_self_"]}, values)
+        store.store(group="loss", name=option, node=bound, package="loss")
+    store.store(group=group, name=stem, node=node, package="_global_")
+
+
+def _sentence(error: Exception) -> str:
+    """An exception of Hydra, OmegaConf or YAML as one line."""
+    cause: BaseException = error
+    while isinstance(cause.__cause__, HydraException | OmegaConfBaseException | UserError):
+        cause = cause.__cause__
+    text = str(cause).split("Config search path:")[0]
+    lines = [line.strip() for line in text.splitlines()]
+    message = " ".join(line for line in lines if line and not line.startswith(("object_type=", "reference_type=")))
+    message = message.replace(" full_key:", ", at key").rstrip(".")
+    if isinstance(cause, ConfigKeyError) and is_dataclass(cause.object_type):
+        message += f"; accepted are {', '.join(field.name for field in fields(cause.object_type))}"
+    return message + "."
+
+
+def to_run_config(cfg: DictConfig) -> schema.RunConfig:
+    """The typed configuration of a composed node.
+
+    Raises:
+        UserError: missing, ill-typed or out-of-range values.
+    """
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise UserError(f"No value is given for: {', '.join(missing)}.")
+        return OmegaConf.to_object(cfg)  # type: ignore[return-value]
+    except UserError:
+        raise
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(_sentence(error)) from error
+
+
+def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
+    """Compose without starting a job.
+
+    Raises:
+        UserError: an unknown option or key, a value of the wrong type, an unreadable file.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(asset_dir("conf")), version_base=VERSION_BASE):
+            return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UserError(_sentence(error)) from error
+
+
+def load(*overrides: str, config_dir: Path | None = None) -> schema.RunConfig:
+    """The run that `python -m alignment.run <overrides>` would do, composed and checked."""
+    register(config_dir)
+    return to_run_config(compose_node(overrides))
+
+
+def sweep_members(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of every member of a grid sweep, so that all are checked before the first one trains."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(_sentence(error)) from error
+    members: list[list[str]] = [[]]
+    for override in parsed:
+        if override.is_sweep_override() and override.is_discrete_sweep():
+            key = override.get_key_element()
+            choices = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        elif override.is_sweep_override():
+            return  # a range for an optimising sweeper: its values are known only as it goes
+        else:
+            choices = [override.input_line or ""]
+        members = [[*member, choice] for member in members for choice in choices]
+    yield from members
+
+
+def as_plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain containers, enums by name."""
+    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[return-value]

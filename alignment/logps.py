@@ -1,0 +1,131 @@
+"""From a model and a batch of groups to per-token log-probs of the completions, and of nothing else.
+
+Only positions that score a completion token reach the LM head, in chunks over positions, in fp32; logits of the whole
+batch never exist at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from alignment.errors import UserError
+from alignment.groups import Group
+from alignment.layout import BatchLayout, MicroBatch
+from alignment.ragged import RaggedLogps
+
+LOGITS_PER_CHUNK = 2**25
+"""Logits that exist at one time: 128 MiB in fp32."""
+
+
+def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
+    """What some architectures do to the head's output; `check_scoring` proves that nothing else happens."""
+    if softcap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
+        return lambda logits: softcap * torch.tanh(logits / softcap)
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        return lambda logits: logits / divisor
+    if factor := getattr(config, "logit_scale", None):  # Cohere
+        return lambda logits: logits * factor
+    return lambda logits: logits
+
+
+def enable_scoring(model: nn.Module) -> None:
+    """Teach a causal LM's `forward` to score: with `score_positions` and `targets` it returns per-token log-probs.
+
+    It goes through `forward` so that wrappers around the model (peft, DDP, FSDP, autocast) see an ordinary call.
+    Without these two arguments the forward is the model's own.
+    """
+    transform = _logit_transform(model.config)
+    plain_forward = model.forward
+
+    def score_chunk(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = transform(head(hidden))
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    @functools.wraps(type(model).forward)  # keeps the signature that `generate` and the trainer read
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        score_positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if score_positions is None or targets is None:
+            return plain_forward(*args, **kwargs)
+        head = self.get_output_embeddings()  # looked up here, since an adapter may have replaced it
+        # The context is part of the scoring, so that policy and reference are always computed in the same precision.
+        with torch.autocast(targets.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            hidden = self.get_decoder()(input_ids=kwargs["input_ids"], use_cache=False).last_hidden_state
+            hidden = hidden.flatten(0, 1).index_select(0, score_positions)
+            size = max(1, LOGITS_PER_CHUNK // head.out_features)
+            chunks = zip(hidden.split(size), targets.split(size), strict=True)
+            if torch.is_grad_enabled():
+                return torch.cat([checkpoint(score_chunk, head, h, t, use_reentrant=False) for h, t in chunks])
+            return torch.cat([score_chunk(head, h, t) for h, t in chunks])
+
+    model.forward = types.MethodType(forward, model)
+
+
+def score(model: nn.Module, batch: MicroBatch) -> RaggedLogps:
+    """Log-probs of all completion tokens of a micro-batch, differentiable where gradients are enabled.
+
+    Args:
+        model: a causal LM after `enable_scoring`, possibly wrapped.
+        batch: on the model's device.
+
+    Returns:
+        RaggedLogps in the order of `batch.indices`; fp32 (fp64 for an fp64 model).
+    """
+    values = model(input_ids=batch.input_ids, score_positions=batch.score_positions, targets=batch.targets)
+    return RaggedLogps(values, batch.offsets)
+
+
+@torch.no_grad()
+def score_groups(
+    model: nn.Module, groups: Sequence[Group], layout: BatchLayout, tokens_per_batch: int, device: torch.device
+) -> Iterator[tuple[MicroBatch, RaggedLogps]]:
+    """Score many groups without gradient, micro-batch by micro-batch, results on the CPU."""
+    for batch in layout.batches(groups, tokens_per_batch):
+        yield batch, score(model, batch.to(device)).to("cpu")
+
+
+def join_scores(groups: Sequence[Group], scored: Sequence[tuple[MicroBatch, RaggedLogps]]) -> RaggedLogps:
+    """Put the sequences of several micro-batches back into the order of the groups."""
+    sequences: dict[tuple[int, int], Tensor] = {}
+    for batch, logps in scored:
+        position = 0
+        for index in batch.indices:
+            for k in range(len(groups[index].completions)):
+                sequences[index, k] = logps.sequence(position)
+                position += 1
+    return RaggedLogps.from_sequences(
+        [sequences[i, k] for i, group in enumerate(groups) for k in range(len(group.completions))]
+    )
+
+
+@torch.no_grad()
+def check_scoring(model: nn.Module, vocabulary: int, device: torch.device) -> None:
+    """Compare the scoring route with the model's own full logits on eight tokens.
+
+    Raises:
+        UserError: an architecture whose logits are not `transform(head(hidden))`; training it would use wrong numbers.
+    """
+    ids = (torch.arange(9, device=device) * 7919 % vocabulary)[None]
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
+    expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+    found = model(input_ids=ids[:, :-1], score_positions=torch.arange(8, device=device), targets=ids[0, 1:])
+    difference = (found.double() - expected).abs().max().item()
+    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 5e-2
+    if not difference <= tolerance:
+        raise UserError(
+            f"This model's logits cannot be recomputed from its hidden states and its LM head "
+            f"(log-probs differ by {difference:.3g}), so it cannot be trained here."
+        )

@@ -1,0 +1,323 @@
+"""The policy: a causal LM, its quantisation, its adapter, and a fingerprint of what it computes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignment.config import AdapterConfig, Device, Dtype, ModelConfig, QuantizationConfig
+from alignment.errors import UserError
+from alignment.logps import check_scoring, enable_scoring
+from alignment.wheel_model import PREFIX, wheel_model_folder
+
+log = logging.getLogger(__name__)
+
+# Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
+_NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
+
+_VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "use_cache", "architectures", "dtype"}
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The device to train on.
+
+    Raises:
+        UserError: `device=cuda` without a visible GPU.
+    """
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise UserError(
+            "This run needs a CUDA GPU and torch sees none: run it on a machine with one, or try recipe=quickstart, "
+            "which needs only a CPU."
+        )
+    if device is Device.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU, where 16-bit arithmetic is mostly emulated."""
+    if dtype is Dtype.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype.value)
+
+
+def model_source(config: ModelConfig, cache: Path) -> str:
+    """What transformers can load: a folder, or the hub id as it is.
+
+    Raises:
+        UserError: a local folder that does not exist or holds no model.
+    """
+    if config.name.startswith(PREFIX):
+        return str(wheel_model_folder(config.name, cache))
+    path = Path(config.name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.name: the folder {path} holds no config.json, so it is not a model.")
+        return str(path)
+    if config.name.startswith((".", "/", "~")):
+        raise UserError(f"model.name: the folder {config.name} does not exist.")
+    return config.name
+
+
+def load_tokenizer(config: ModelConfig, source: str) -> Any:
+    """The model's tokenizer, with `model.chat_template` in place of its own template if one is given."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    if config.chat_template is not None:
+        path = Path(config.chat_template)
+        if not path.is_file():
+            raise UserError(f"model.chat_template: the file {path} does not exist.")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    config: ModelConfig, quantization: QuantizationConfig | None, source: str, device: torch.device
+) -> nn.Module:
+    """Load the base model, quantised if asked, every weight frozen, able to score completions.
+
+    Embeddings, norms and the head keep the model's dtype: casting them to fp32 would cost gigabytes and buy nothing.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = resolve_dtype(config.dtype, device)
+    quantization_config = None
+    if quantization is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("quantization=nf4 needs the package bitsandbytes: install it, or set quantization=none.")
+        quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=quantization.double,
+            bnb_4bit_compute_dtype=resolve_dtype(quantization.compute_dtype, device),
+            llm_int8_skip_modules=_NEVER_QUANTIZED,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=dtype,
+        attn_implementation=config.attention,
+        quantization_config=quantization_config,
+        device_map={"": device},
+        use_safetensors=True,
+    )
+    model.requires_grad_(False)
+    for module in model.modules():
+        # In eval mode on CPUs with AVX512-BF16 such a layer would repack its weight in place and lose its gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    enable_scoring(model)
+    check_scoring(model, model.get_input_embeddings().num_embeddings, device)
+    return model
+
+
+def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) -> nn.Module:
+    """Put a fresh LoRA adapter on the model, or free all weights for full fine-tuning."""
+    if config is None:
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    target = config.target_modules[0] if config.target_modules == ["all-linear"] else config.target_modules
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=target,
+        init_lora_weights=True if config.init == "default" else config.init,
+        use_rslora=config.rslora,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # the same adapter whatever was drawn before, also when a run is resumed
+        try:
+            return get_peft_model(model, lora)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"adapter: {' '.join(str(error).split())}") from error
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Put a saved adapter on the base model, trainable."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model carries a peft adapter."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: a policy whose log-probs are compared with a reference must be a function."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Fingerprint of what the model computes: base weights, quantisation, compute dtype and effective adapters.
+
+    An adapter whose update is zero (every fresh LoRA) leaves no trace, so its rank, scaling and seed do not matter.
+
+    Returns:
+        (64 hex digits, a description for people).
+    """
+    from peft.tuners.lora import LoraLayer
+
+    base = hashlib.blake2b(digest_size=32)
+    adapter = hashlib.blake2b(digest_size=32)
+    num_adapted = 0
+    config = model.config.to_dict()
+    quantization = config.pop("quantization_config", None)
+    base.update(_canonical({k: v for k, v in config.items() if k not in _VOLATILE_CONFIG_KEYS}))
+    base.update(_canonical(quantization))
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for key in module.active_adapters:
+                if key not in module.lora_B or not module.lora_B[key].weight.any():
+                    continue
+                num_adapted += 1
+                adapter.update(f"{name}:{module.scaling[key]!r}".encode())
+                for weight in (module.lora_A[key].weight, module.lora_B[key].weight):
+                    _update(adapter, weight)
+    for name, tensor in _base_tensors(model):
+        base.update(name.encode())
+        _update(base, tensor)
+    digests = {"base": base.hexdigest(), "adapter": adapter.hexdigest() if num_adapted else None}
+    identity = hashlib.blake2b(_canonical(digests), digest_size=32).hexdigest()
+    description = {
+        "model": config.get("_name_or_path", ""),
+        "model_type": config.get("model_type", ""),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": "nf4" if quantization else "none",
+        **digests,
+    }
+    return identity, description
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights without the adapter's, under the names they have without peft, tied ones once, with quantiser states."""
+    seen: set[int] = set()
+    for name, tensor in model.named_parameters():
+        if ".lora_" in name or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        yield plain, tensor
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            for key, value in sorted(state.as_dict().items()):
+                yield f"{plain}.{key}", value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode()))
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    digest.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def starts_at_base(model: nn.Module) -> bool:
+    """Whether switching the adapter off gives the same policy: every update is zero and the base was not edited."""
+    from peft.tuners.lora import LoraLayer
+
+    if not is_adapted(model):
+        return False
+    if any(config.init_lora_weights not in (True, "gaussian") for config in model.peft_config.values()):
+        return False
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return not any(layer.lora_B[key].weight.any() for layer in layers for key in layer.active_adapters)
+
+
+class FrozenStart:
+    """The policy as it is now, kept beside the one that trains: the live reference.
+
+    With a fresh LoRA that is the base with the adapter off; with a trained adapter a frozen copy of it; without an
+    adapter a copy of the whole model.
+    """
+
+    _NAME = "reference"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._copy: nn.Module | None = None
+        if not is_adapted(model):
+            self._kind = "copy of the model"
+            self._copy = copy.deepcopy(model).requires_grad_(False)
+            del self._copy.forward  # bound to the original: the copy needs its own
+            enable_scoring(self._copy)
+        elif starts_at_base(model):
+            self._kind = "adapter switched off"
+        else:
+            self._kind = "frozen copy of the adapter"
+            active = model.active_adapter
+            trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+            model.add_adapter(self._NAME, model.peft_config[active])
+            weights = dict(model.named_parameters())
+            with torch.no_grad():
+                for name in trainable:
+                    weights[name.replace(f".{active}.", f".{self._NAME}.")].copy_(weights[name])
+            model.set_adapter(active)
+        log.info("Live reference: %s.", self._kind)
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The model to score the reference with."""
+        if self._copy is not None:
+            yield self._copy
+        elif self._kind == "adapter switched off":
+            with self._model.disable_adapter():
+                yield self._model
+        else:
+            active = self._model.active_adapter
+            self._model.set_adapter(self._NAME)
+            try:
+                yield self._model
+            finally:
+                self._model.set_adapter(active)
+
+    def close(self) -> None:
+        """Drop the copy, so that only the trained adapter is saved."""
+        if self._kind == "frozen copy of the adapter":
+            self._model.delete_adapter(self._NAME)
+        self._copy = None
+
+
+def check_adapter_gradients(model: nn.Module) -> None:
+    """After a backward pass: every trainable tensor has a gradient.
+
+    Raises:
+        UserError: some have none, as where a fused kernel reads a layer's weight past its adapter.
+    """
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if missing:
+        raise UserError(
+            f"{len(missing)} trainable tensors received no gradient (the first: {missing[0]}): take these layers out of "
+            f"adapter.target_modules, their adapter would never learn."
+        )
+
+
+def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Save the adapter (or the whole model without one) as safetensors, with the tokenizer and its template."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,119 @@
+"""The supervised stage: TRL's SFTTrainer on token sequences that we made, with the loss on the answers only."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from alignment.config import SFTConfig
+from alignment.policy import is_adapted
+from alignment.training import (
+    CheckpointMark,
+    LogFunction,
+    ProgressBar,
+    RecordCallback,
+    last_checkpoint,
+    prepare_trainer,
+    training_arguments,
+)
+
+log = logging.getLogger(__name__)
+
+
+def split_step(groups_per_step: int, longest: int, tokens_per_batch: int) -> tuple[int, int]:
+    """(rows per forward pass, passes per optimizer step): the largest even split whose passes fit the token budget."""
+    fitting = max(1, tokens_per_batch // longest)
+    rows = max(d for d in range(1, groups_per_step + 1) if groups_per_step % d == 0 and d <= max(1, fitting))
+    return rows, groups_per_step // rows
+
+
+def run_sft(
+    model: nn.Module,
+    tokenizer: Any,
+    config: SFTConfig,
+    examples: Sequence[dict[str, list[int]]],
+    eval_examples: Sequence[dict[str, list[int]]],
+    *,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    log_metrics: LogFunction,
+) -> dict[str, Any]:
+    """Train on the examples, continuing from the newest checkpoint in the folder if there is one.
+
+    Args:
+        model: a policy with something trainable.
+        examples: {"input_ids", "completion_mask"}, the mask 1 on tokens that are scored.
+        eval_examples: the same, held out; may be empty.
+        folder: for checkpoints.
+        log_metrics: receives every logged value.
+
+    Returns:
+        {"steps", "num_tokens" (non-padding tokens trained on in this process), "metrics": final evaluation}.
+    """
+    from trl import SFTConfig as TRLConfig
+    from trl import SFTTrainer
+
+    longest = max(len(example["input_ids"]) for example in examples)
+    rows, passes = split_step(config.trainer.groups_per_step, longest, config.trainer.tokens_per_batch)
+    steps_per_epoch = math.ceil(len(examples) / config.trainer.groups_per_step)
+    num_steps = config.trainer.max_steps or math.ceil(config.trainer.epochs * steps_per_epoch)
+    arguments = training_arguments(
+        TRLConfig,
+        folder=folder,
+        optim=config.optim,
+        trainer=config.trainer,
+        num_steps=num_steps,
+        seed=seed,
+        device=device,
+        evaluate=bool(eval_examples),
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=passes,
+        bf16=device.type == "cuda" and model.dtype is torch.bfloat16,
+        completion_only_loss=True,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    checkpoint, done = last_checkpoint(folder)
+    base = model.get_base_model() if is_adapted(model) else model
+    forward = base.forward
+    weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(list(examples)),
+        eval_dataset=Dataset.from_list(list(eval_examples)) if eval_examples else None,
+        processing_class=tokenizer,
+        callbacks=[RecordCallback(log_metrics), CheckpointMark(), ProgressBar("SFT")],
+    )
+    prepare_trainer(trainer)
+    # On a quantised base TRL rounds the adapter to bfloat16; small updates would be lost, so it keeps its own dtype.
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.data = weights[name]
+    try:
+        if checkpoint is not None:
+            log.info("SFT continues from step %d.", done)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics = trainer.evaluate() if eval_examples else {}
+    finally:
+        base.forward = forward  # without the head that TRL put in front of ours
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    final = {f"train/{key}": history[-1][key] for key in ("loss",) if history}
+    if "eval_loss" in metrics:
+        final["eval/loss"] = metrics["eval_loss"]
+    trained = num_steps - done
+    mean_length = sum(len(example["input_ids"]) for example in examples) / len(examples)
+    return {
+        "steps": num_steps,
+        "num_tokens": round(trained * config.trainer.groups_per_step * mean_length),
+        "metrics": final,
+    }

@@ -1,0 +1,492 @@
+"""One run: data, SFT, the preference stage, evaluation, and the files that it leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from alignment.config import DataConfig, Judge, ReferenceMode, RunConfig
+from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, write_rejected
+from alignment.data.sources import LoadedData, load_rows
+from alignment.data.tokens import tokenize_groups, tokenize_sft
+from alignment.errors import UserError
+from alignment.export import export_merged
+from alignment.gate import check_start
+from alignment.generate import answer, stop_tokens
+from alignment.groups import Group
+from alignment.judge import Verdict, compare, judge, win_rate
+from alignment.layout import FlatLayout
+from alignment.plots import write_plots
+from alignment.policy import (
+    attach_adapter,
+    disable_dropout,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    model_source,
+    policy_identity,
+    resolve_device,
+    save_policy,
+)
+from alignment.preference import PreferenceTrainer, as_rows, groups_to_reference
+from alignment.preflight import check_machine
+from alignment.records import RunRecord, atomic_write_bytes, git_commit, machine, read_metrics, to_json, versions
+from alignment.reference import CachedReference, LiveReference, Reference
+from alignment.reference_store import ReferenceStore, cache_dir
+from alignment.report import print_summary, write_report
+from alignment.sft import run_sft
+from alignment.steps import StepSampler
+from alignment.tracking import Tracker, open_tracker
+from alignment.training import (
+    CheckpointMark,
+    ProgressBar,
+    RecordCallback,
+    last_checkpoint,
+    prepare_trainer,
+    training_arguments,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class PreferenceData:
+    """Tokenised preference data of a run."""
+
+    train: list[Group]
+    eval: list[Group]
+    eval_rows: list[Row]
+    info: dict[str, Any]
+
+
+@dataclass(slots=True)
+class SFTData:
+    """Tokenised conversations of a run."""
+
+    train: list[dict[str, list[int]]]
+    eval: list[dict[str, list[int]]]
+    info: dict[str, Any]
+
+
+def _data_info(loaded: LoadedData, drops: Sequence[BadRow], counts: dict[str, int]) -> dict[str, Any]:
+    return {
+        "source": loaded.description,
+        "layout": loaded.layout,
+        "fingerprint": loaded.fingerprint,
+        "bad_rows": count_reasons(loaded.bad),
+        "dropped": count_reasons(drops),
+        "tokens": {name: count for name, count in counts.items() if count},
+    }
+
+
+def _log_data(title: str, info: dict[str, Any]) -> None:
+    log.info("%s: %s.", title, info["source"])
+    for name in ("bad_rows", "dropped", "tokens"):
+        if info[name]:
+            log.info("  %s: %s", name.replace("_", " "), ", ".join(f"{k} {v}" for k, v in info[name].items()))
+
+
+def load_preferences(config: DataConfig, tokenizer: Any, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
+    """Read, check and tokenise the preference data; a row-wise loss gets pairs as two labelled rows each.
+
+    Raises:
+        UserError: data that cannot be used, or nothing left to train on.
+    """
+    loaded = load_rows(config, kind="preference")
+    if loss.unit == "pair":
+        require_pairs([*loaded.train, *loaded.eval], loss.name)
+    train = tokenize_groups(loaded.train, tokenizer, config)
+    held_out = tokenize_groups(loaded.eval, tokenizer, config)
+    drops = [*train.drops, *held_out.drops]
+    info = _data_info(loaded, drops, train.counts)
+    _log_data("Preferences", info)
+    if not train.groups:
+        raise UserError(f"data.source: no usable rows are left of {config.source} ({info['dropped']}).")
+    groups = train.groups if loss.unit == "pair" else as_rows(train.groups)
+    info["train"], info["eval"] = len(groups), len(held_out.groups)
+    return PreferenceData(groups, held_out.groups, held_out.rows, info), [*loaded.bad, *drops]
+
+
+def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, list[BadRow]]:
+    """Read, check and tokenise the SFT data.
+
+    Raises:
+        UserError: data that cannot be used, or nothing left to train on.
+    """
+    loaded = load_rows(config, kind="sft")
+    train = tokenize_sft(loaded.train, tokenizer, config)
+    held_out = tokenize_sft(loaded.eval, tokenizer, config)
+    drops = [*train.drops, *held_out.drops]
+    info = _data_info(loaded, drops, train.counts)
+    _log_data("SFT data", info)
+    if not train.examples:
+        raise UserError(f"sft.data.source: no usable rows are left of {config.source} ({info['dropped']}).")
+    info["train"], info["eval"] = len(train.examples), len(held_out.examples)
+    return SFTData(train.examples, held_out.examples, info), [*loaded.bad, *drops]
+
+
+class Run:
+    """State of one run while it goes through its stages."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, recipe: str, resolved: dict[str, Any]) -> None:
+        check_machine(config)
+        self.config = config
+        self.run_dir = run_dir
+        self.recipe = recipe
+        self.resolved = resolved
+        self.started = time.monotonic()
+        self.device = resolve_device(config.device)
+        self.cache = cache_dir(config.reference.path)
+        self.source = model_source(config.model, self.cache)
+        self.tokenizer = load_tokenizer(config.model, self.source)
+        bad: list[BadRow] = []
+        self.conversations: SFTData | None = None
+        self.preferences: PreferenceData | None = None
+        if config.sft is not None:
+            self.conversations, rows = load_conversations(config.sft.data, self.tokenizer)
+            bad += rows
+        if config.loss is not None:
+            assert config.data is not None
+            self.preferences, rows = load_preferences(config.data, self.tokenizer, config.loss)
+            bad += rows
+        self.record = RunRecord(run_dir)
+        if bad:
+            write_rejected(bad, run_dir / "rejected_rows.jsonl")
+            log.info("%d rows were left out; rejected_rows.jsonl says which and why.", len(bad))
+        self.summary: dict[str, Any] = {"recipe": recipe, "status": "finished", "seed": config.seed, "stages": {}}
+        self.answers: dict[str, list[str]] = {}
+
+    def execute(self) -> dict[str, Any]:
+        """Do what is not done yet, and return the summary."""
+        names = [name for name, on in (("sft", self.conversations), ("preference", self.preferences)) if on is not None]
+        with open_tracker(
+            self.config.tracking,
+            run_dir=self.run_dir,
+            recipe=self.recipe,
+            run_config=self.resolved,
+            stages=names,
+            resume_id=None,
+        ) as tracker:
+            model = self._load_policy()
+            self._sample("start", model)
+            if self.conversations is not None:
+                self._stage("sft", model, tracker, self._sft)
+                if self.preferences is not None:
+                    self._sample("sft", model)
+            if self.preferences is not None:
+                self._stage("preference", model, tracker, self._preference)
+            self._sample("final", model)
+            self._finish(model, tracker)
+        return self.summary
+
+    # Policy
+
+    def _load_policy(self) -> nn.Module:
+        """The policy at the first stage that is not done: fresh, or as the SFT stage left it."""
+        config = self.config
+        trained = self._stage_dir("sft") / "policy"
+        continuing = (self._stage_dir("sft") / "done.json").exists()
+        source = str(trained) if continuing and config.adapter is None else self.source
+        log.info("Loading %s on %s ...", config.model.name, self.device)
+        model = load_base(config.model, config.quantization, source, self.device)
+        if config.adapter is not None and continuing:
+            return load_adapter(model, trained)
+        return attach_adapter(model, config.adapter, config.seed)
+
+    # Stages
+
+    def _stage_dir(self, stage: str) -> Path:
+        return self.run_dir / "stages" / stage
+
+    def _stage(self, stage: str, model: nn.Module, tracker: Tracker, body: Any) -> None:
+        """Run a stage unless it is done; its result counts from the moment `done.json` exists."""
+        folder = self._stage_dir(stage)
+        done = folder / "done.json"
+        if done.exists():
+            log.info("Stage %s is done already.", stage)
+            self.summary["stages"][stage] = json.loads(done.read_text())
+            if stage == "preference":
+                self.summary["reference"] = self.summary["stages"][stage].pop("reference")
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = folder / "checkpoints"
+        checkpoint, step = last_checkpoint(checkpoints)
+        self.record.rewind(stage, step if checkpoint else -1)
+
+        def log_metrics(step: int, split: str, metrics: Any) -> None:
+            self.record.log(stage, step, split, metrics)
+            tracker.log(stage, step, split, metrics)
+
+        set_seed(self.config.seed)
+        started = time.monotonic()
+        result = body(model, checkpoints, log_metrics)
+        seconds = time.monotonic() - started
+        train_seconds = result.pop("train_seconds", seconds)
+        result["seconds"] = seconds
+        result["tokens_per_second"] = result.pop("num_tokens") / train_seconds if train_seconds else 0.0
+        if stage == "sft":
+            # A rename is the last step, so that a folder named `policy` is always whole.
+            partial = folder / "policy.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder / "policy", ignore_errors=True)
+            save_policy(model, self.tokenizer, partial)
+            partial.rename(folder / "policy")
+        else:
+            save_policy(model, self.tokenizer, self._policy_dir())
+        atomic_write_bytes(done, to_json(result, indent=2))
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        self.summary["stages"][stage] = result
+        if stage == "preference":
+            self.summary["reference"] = result.pop("reference")
+
+    def _policy_dir(self) -> Path:
+        return self.run_dir / ("adapter" if self.config.adapter is not None else "model")
+
+    def _sft(self, model: nn.Module, checkpoints: Path, log_metrics: Any) -> dict[str, Any]:
+        config = self.config.sft
+        assert config is not None and self.conversations is not None
+        return run_sft(
+            model,
+            self.tokenizer,
+            config,
+            self.conversations.train,
+            self.conversations.eval,
+            folder=checkpoints,
+            seed=self.config.seed,
+            device=self.device,
+            log_metrics=log_metrics,
+        )
+
+    def _preference(self, model: nn.Module, checkpoints: Path, log_metrics: Any) -> dict[str, Any]:
+        config, data = self.config, self.preferences
+        assert data is not None
+        loss, loop, layout = config.loss, config.trainer, FlatLayout()
+        disable_dropout(model)
+        sampler = StepSampler(len(data.train), loop.groups_per_step, config.seed, loss.min_items)
+        num_steps = loop.max_steps or math.ceil(loop.epochs * len(sampler))
+        reference = self._reference(model, layout)
+        if reference is not None:
+            steps = sampler.first_steps(num_steps)
+            reference.prepare(groups_to_reference(loss, data.train, steps, data.eval))
+        arguments = training_arguments(
+            TrainingArguments,
+            folder=checkpoints,
+            optim=config.optim,
+            trainer=loop,
+            num_steps=num_steps,
+            seed=config.seed,
+            device=self.device,
+            evaluate=bool(data.eval),
+            per_device_train_batch_size=loop.groups_per_step,
+        )
+        checkpoint, done = last_checkpoint(checkpoints)
+        trainer = PreferenceTrainer(
+            model=model,
+            args=arguments,
+            groups=data.train,
+            eval_groups=data.eval,
+            loss=loss,
+            reference=reference,
+            layout=layout,
+            tokens_per_batch=loop.tokens_per_batch,
+            sampler=sampler,
+            callbacks=[RecordCallback(log_metrics), CheckpointMark(), ProgressBar(loss.name.upper())],
+        )
+        prepare_trainer(trainer)
+        start = check_start(trainer, [data.train[i] for i in sampler.steps(0)[0]])
+        if start:
+            log.info("Before the first update the loss is %.6g; its formula gives %.6g.", *list(start.values())[:2])
+        if data.eval and checkpoint is None:
+            trainer.evaluate()
+        if checkpoint is not None:
+            log.info("The preference stage continues from step %d.", done)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics = self._final_metrics(trainer, num_steps)
+        result = {
+            "loss": loss.name,
+            "settings": asdict(loss),
+            "steps": num_steps,
+            "num_tokens": trainer.num_tokens,
+            "train_seconds": trainer.train_seconds,
+            "start": start,
+            "metrics": metrics,
+            "reference": reference.summary() if reference is not None else {"mode": "none"},
+        }
+        if reference is not None:
+            reference.close()
+        return result
+
+    def _reference(self, model: nn.Module, layout: FlatLayout) -> Reference | None:
+        config = self.config
+        if not config.loss.needs_reference and not config.reference.for_metrics:
+            return None
+        tokens = config.trainer.tokens_per_batch
+        if config.reference.mode is ReferenceMode.live:
+            return LiveReference(model, layout, tokens, self.device)
+        store = ReferenceStore(self.cache / "reference.sqlite")
+        return CachedReference(store, model, layout, tokens, self.device, config.reference.spot_checks)
+
+    @staticmethod
+    def _final_metrics(trainer: PreferenceTrainer, num_steps: int) -> dict[str, float]:
+        history = trainer.state.log_history
+        final = {
+            f"train/{k}": v
+            for k, v in next((row for row in reversed(history) if "loss" in row), {}).items()
+            if k not in ("epoch", "step")
+        }
+        if trainer.eval_groups:
+            evaluated = next((r for r in reversed(history) if "eval_loss" in r and r["step"] == num_steps), None)
+            metrics = evaluated or trainer.evaluate()
+            final |= {f"eval/{k[5:]}": v for k, v in metrics.items() if k.startswith("eval_")}
+        return final
+
+    # Evaluation
+
+    def _prompts(self) -> list[int]:
+        """Indices of the held-out groups that are answered, spread over the whole held-out part."""
+        if self.preferences is None:
+            return []
+        held_out, wanted = len(self.preferences.eval), self.config.evaluation.prompts
+        count = min(held_out, wanted)
+        return [i * held_out // count for i in range(count)]
+
+    def _sample(self, name: str, model: nn.Module) -> None:
+        """Answer the held-out prompts with the policy as it is now; an interrupted run keeps what it had."""
+        picked = self._prompts()
+        if not picked or self.preferences is None:
+            return
+        path = self.run_dir / "stages" / f"answers_{name}.json"
+        if path.exists():
+            self.answers[name] = json.loads(path.read_text())
+            return
+        log.info("Answering %d held-out prompts (%s) ...", len(picked), name)
+        data = self.preferences
+        self.answers[name] = answer(
+            model,
+            self.tokenizer,
+            [data.eval[i].prompt for i in picked],
+            self.config.evaluation,
+            stop_tokens(self.tokenizer, data.train),
+            self.device,
+            self.config.seed,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, to_json(self.answers[name]))
+
+    def _evaluation(self) -> dict[str, Any]:
+        """Judge scores, lengths and win rates of the answers; writes the samples."""
+        picked = self._prompts()
+        if not picked or self.preferences is None:
+            return {}
+        rows = [self.preferences.eval_rows[i] for i in picked]
+        verdicts: dict[str, list[Verdict]] = {}
+        if self.config.evaluation.judge is Judge.rules:
+            unanswered = [row.source for row in rows if "answer" not in row.meta]
+            if unanswered:
+                raise UserError(
+                    f"evaluation.judge=rules needs a column `answer` with the accepted answers, and {unanswered[0]} has "
+                    f"none; add it or set evaluation.judge=none."
+                )
+            accepted = [_accepted(row.meta["answer"]) for row in rows]
+            verdicts = {k: [judge(t, a) for t, a in zip(v, accepted, strict=True)] for k, v in self.answers.items()}
+        samples = []
+        for i, row in enumerate(rows):
+            sample: dict[str, Any] = {"prompt": _prompt_text(row)} | {k: v[i] for k, v in self.answers.items()}
+            if "kind" in row.meta:
+                sample["kind"] = row.meta["kind"]
+            if verdicts:
+                sample["verdicts"] = {k: asdict(v[i]) for k, v in verdicts.items()}
+            samples.append(sample)
+        self.record.write_samples(samples)
+        result: dict[str, Any] = {"prompts": len(rows), "answers": {}}
+        for name, texts in self.answers.items():
+            entry: dict[str, Any] = {"n": len(texts), "words": sum(len(t.split()) for t in texts) / len(texts)}
+            if verdicts:
+                entry["judge_score"] = sum(v.score for v in verdicts[name]) / len(texts)
+                entry["correct"] = sum(v.correct for v in verdicts[name]) / len(texts)
+            result["answers"][name] = entry
+        if verdicts:
+            result["win_rate"] = {
+                f"final_vs_{other}": asdict(win_rate(zip(verdicts["final"], verdicts[other], strict=True)))
+                for other in verdicts
+                if other != "final"
+            }
+            for sample, *pair in zip(samples, verdicts["final"], verdicts["start"], strict=True):
+                sample["winner"] = {1: "final", 0: "tie", -1: "start"}[compare(*pair)]
+        return result
+
+    # Files
+
+    def _check_prompts(self) -> list[np.ndarray]:
+        """A few prompts that the merged model and the policy must continue alike."""
+        if self.preferences is not None:
+            return [group.prompt for group in (self.preferences.eval or self.preferences.train)[:4]]
+        assert self.conversations is not None
+        return [np.array(e["input_ids"][: e["completion_mask"].index(1)]) for e in self.conversations.train[:4]]
+
+    def _finish(self, model: nn.Module, tracker: Tracker) -> None:
+        config = self.config
+        if self.preferences is None:
+            save_policy(model, self.tokenizer, self._policy_dir())
+        identity, description = policy_identity(model)
+        self.summary["model"] = {"name": config.model.name, "final_identity": identity, **description}
+        self.summary["evaluation"] = self._evaluation()
+        self.summary["data"] = {
+            name: data.info
+            for name, data in (("sft", self.conversations), ("preference", self.preferences))
+            if data is not None
+        }
+        if config.export.merge:
+            self.summary["export"] = export_merged(
+                model,
+                self.tokenizer,
+                self.run_dir / "merged",
+                config,
+                self.source,
+                self.device,
+                self._check_prompts(),
+            )
+        self.summary["versions"] = versions()
+        self.summary["machine"] = machine() | {"device": str(self.device)}
+        self.summary["git_commit"] = git_commit(Path(__file__).parent)
+        self.summary["seconds"] = self.record.wall_seconds
+        plots = write_plots(read_metrics(self.record.metrics_path), self.run_dir / "plots")
+        files = {
+            "policy": self._policy_dir(),
+            "summary": self.run_dir / "summary.json",
+            "metrics": self.record.metrics_path,
+            "report": self.run_dir / "report.md",
+            "config": self.run_dir / "config.yaml",
+        }
+        if plots:
+            files["plots"] = self.run_dir / "plots"
+        if self.summary["evaluation"]:
+            files["samples"] = self.run_dir / "samples.md"
+        if config.export.merge:
+            files["merged"] = self.run_dir / "merged"
+        self.summary["files"] = {name: str(path) for name, path in files.items()}
+        self.record.write_summary(self.summary)
+        write_report(self.run_dir)
+        tracker.summary(self.summary)
+        print_summary(self.summary)
+
+
+def _accepted(value: Any) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+
+
+def _prompt_text(row: Row) -> str:
+    if isinstance(row.prompt, str):
+        return row.prompt
+    return "\n".join(message["content"] for message in row.prompt if message["role"] != "system")

@@ -1,0 +1,156 @@
+"""What both stages need of transformers' Trainer: arguments, progress, records, checkpoints that can be trusted."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from alignment.config import OptimConfig, TrainerConfig
+from alignment.errors import UserError
+
+_COMPLETE = "complete"
+_NOT_METRICS = {"epoch", "total_flos", "num_input_tokens_seen", "step"}
+_RUNTIME = ("runtime", "samples_per_second", "steps_per_second")
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+LogFunction = Callable[[int, str, Mapping[str, float]], None]
+"""Receives (step, "train" or "eval", metrics)."""
+
+
+def training_arguments(
+    kind: type[Arguments],
+    *,
+    folder: Path,
+    optim: OptimConfig,
+    trainer: TrainerConfig,
+    num_steps: int,
+    seed: int,
+    device: torch.device,
+    evaluate: bool,
+    **extra: Any,
+) -> Arguments:
+    """Arguments of one stage of exactly `num_steps` optimizer steps.
+
+    Raises:
+        UserError: an optimizer or schedule that transformers does not know.
+    """
+    try:
+        return kind(
+            output_dir=str(folder),
+            max_steps=num_steps,
+            learning_rate=optim.lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            optim=optim.name,
+            lr_scheduler_type=optim.schedule,
+            warmup_steps=math.ceil(optim.warmup_ratio * num_steps),
+            max_grad_norm=optim.max_grad_norm,
+            gradient_checkpointing=trainer.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if trainer.gradient_checkpointing else None,
+            logging_steps=trainer.log_every,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if evaluate and trainer.eval_every else "no",
+            eval_steps=trainer.eval_every or None,
+            save_strategy="steps" if trainer.save_every else "no",
+            save_steps=trainer.save_every or num_steps,
+            save_total_limit=trainer.keep_checkpoints,
+            seed=seed,
+            data_seed=seed,
+            use_cpu=device.type == "cpu",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            fp16=False,
+            **extra,
+        )
+    except ValueError as error:
+        raise UserError(f"optim.name or optim.schedule: {' '.join(str(error).split())}") from error
+
+
+class RecordCallback(TrainerCallback):
+    """Passes what the Trainer logs on to the run's record, without the Trainer's own bookkeeping."""
+
+    def __init__(self, log: LogFunction) -> None:
+        self._log = log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Split a log into its split and its metrics."""
+        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        split = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        metrics = {
+            name.removeprefix("eval_"): float(value)
+            for name, value in logs.items()
+            if name not in _NOT_METRICS and not name.endswith(_RUNTIME) and isinstance(value, int | float)
+        }
+        if metrics:
+            self._log(state.global_step, split, metrics)
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for the stage, with the numbers that a person watches."""
+
+    _SHOWN = (("loss", "loss"), ("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"))
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar, at the step that a resumed stage starts from."""
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._title, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the newest training numbers."""
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix({short: f"{logs[name]:.3g}" for name, short in self._SHOWN if name in logs})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class CheckpointMark(TrainerCallback):
+    """Marks a checkpoint once everything in it is on disk: a kill in the middle leaves one without the mark."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called when the checkpoint has been written."""
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+
+def prepare_trainer(trainer: Trainer) -> None:
+    """Our progress bar in place of the Trainer's."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest whole checkpoint of a stage and its step; torn ones are removed."""
+    newest: tuple[Path | None, int] = (None, 0)
+    for path in folder.glob("checkpoint-*"):
+        step = int(path.name.removeprefix("checkpoint-"))
+        if not (path / _COMPLETE).exists():
+            shutil.rmtree(path)
+        elif step > newest[1]:
+            newest = (path, step)
+    return newest
