@@ -277,8 +277,8 @@ def _listed(answer: _Answer, start: int, stop: int, accepted: set[tuple[str, ...
     extra = set(own) - set(answer.words[start:stop])
     number = all(_is_number(w) for w in answer.words[start:stop])
     equation = any(c in answer.tokens[i].gap for i in (start, stop) for c in "=→")
-    bare = len(extra) >= 3 and not any(w in _FUNCTION_WORDS for w in own)
-    if not equation and (bare or (number and extra and all(_is_number(w) for w in own))):
+    row = len(extra) >= 3 and not any(w in _FUNCTION_WORDS for w in own)
+    if not equation and (row or (number and extra and all(_is_number(w) for w in own))):
         return True
     # "It is Rome or Paris": the word before the conjunction ends the list's head.
     joint = start - 1
@@ -289,16 +289,16 @@ def _listed(answer: _Answer, start: int, stop: int, accepted: set[tuple[str, ...
         if head not in _FUNCTION_WORDS and (head,) not in accepted:
             return True
     # Neighbours of one or two words could be answers too: two of them, or one behind a conjunction or among numbers.
+    # Across the end of a sentence only bare sentences are compared: "London. Paris. Rome."
     rivals = 0
     for step, edge in ((-1, inside[0]), (1, inside[-1])):
         for k in range(edge + step, len(segments) if step > 0 else -1, step):
-            first, last, joined = segments[max(k, k - step)]
-            crossing = answer.cut(first, _SENTENCE_END) and not joined
-            first, last, _ = segments[k]
-            alone = answer.cut(first, _SENTENCE_END) and answer.cut(last, _SENTENCE_END)
+            (first, last, _), (near_first, near_last, _) = segments[k], segments[k - step]
+            later, _, joined = segments[max(k, k - step)]
             words = tuple(w for w in answer.words[first:last] if w not in _ARTICLES)
             filler = " ".join(answer.words[first:last]) in _FILLERS or words in accepted
-            if filler or not 1 <= len(words) <= 2 or (crossing and not alone):
+            bare = all(answer.cut(i, _SENTENCE_END) for i in (first, last, near_first, near_last))
+            if filler or not 1 <= len(words) <= 2 or (answer.cut(later, _SENTENCE_END) and not joined and not bare):
                 break
             rivals += 2 if joined or (number and all(_is_number(w) for w in words)) else 1
     return rivals >= 2

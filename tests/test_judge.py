@@ -26,6 +26,7 @@ RIGHT = [
     ("Is it London or Paris? It is Paris.", PARIS),
     ("The capital is Paris. However, Paris is not the only city.", PARIS),
     ("I'm not sure, but it could be Paris.", PARIS),
+    ("Great question! Backwards, the word is sub.", ["sub"]),
     ("twelve", TWELVE),
     ("12.0", TWELVE),
     ("5 + 7 = 12", TWELVE),
