@@ -130,10 +130,10 @@ def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, lis
     drops = [*train.drops, *held_out.drops]
     info = _data_info(loaded, drops, train.counts)
     _log_data("SFT data", info)
-    if not train.examples:
+    if not train.sequences:
         raise UserError(f"sft.data.source: no usable rows are left of {config.source} ({info['dropped']}).")
-    info["train"], info["eval"] = len(train.examples), len(held_out.examples)
-    return SFTData(train.examples, held_out.examples, info), [*loaded.bad, *drops]
+    info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
+    return SFTData(train.sequences, held_out.sequences, info), [*loaded.bad, *drops]
 
 
 class Run:

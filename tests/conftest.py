@@ -1,0 +1,106 @@
+"""Shared fixtures: tiny random models that behave like the real ones, and real data where it is at hand."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+
+from alignment.groups import Group
+
+torch.set_num_threads(2)
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def shared_data(name: str) -> Path:
+    """A folder of real data beside the checkout; the test is skipped, and says so, where there is none."""
+    folder = SHARED_DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"REAL DATA ABSENT: {name} is not beside the checkout, so this test did not run")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def tiny_config(vocab_size: int = 97, **overrides):
+    """A Qwen3 with two small layers."""
+    from transformers import AutoConfig
+
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+    }
+    return AutoConfig.for_model("qwen3", **(settings | overrides))
+
+
+def tiny_policy(dtype: torch.dtype = torch.float64, r: int | None = 4, seed: int = 0, trained: bool = False):
+    """A tiny random Qwen3 with scoring and a LoRA adapter; `trained` gives the adapter an effect."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from alignment.logps import enable_scoring
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config()).to(dtype)
+    model.requires_grad_(False)
+    enable_scoring(model)
+    if r is not None:
+        torch.manual_seed(seed + 1)
+        model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")).to(dtype)
+        if trained:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.normal_(std=0.2)
+    return model
+
+
+def random_groups(num: int, k: int = 2, seed: int = 0, vocab: int = 97) -> list[Group]:
+    """Groups of random tokens and random lengths."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(low: int, high: int) -> np.ndarray:
+        return rng.integers(0, vocab, rng.integers(low, high)).astype(np.int32)
+
+    return [Group(tokens(1, 12), tuple(tokens(1, 15) for _ in range(k))) for _ in range(num)]
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory) -> Path:
+    """A saved tiny Qwen3 with a byte-level tokenizer and a ChatML template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_qwen3")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config(len(fast))).save_pretrained(folder)
+    return folder
