@@ -40,9 +40,9 @@ class IPO(Loss):
 
     Recommended: tau 0.1; a search over 0.01, 0.1, 0.5 and 1 is usual.
 
-    Deviations: the paper's authors published no code. They told TRL's that they had used means, and TRL's `ipo` has
-    them (its `beta` is tau here); the DPO authors' code has sums. TRL logs beta times the *summed* log-ratio as reward,
-    which can disagree in sign with the margin that the loss optimises.
+    Deviations: TRL's `ipo` has means (its `beta` is tau here), on the word of the paper's authors that their results
+    had used them; the DPO authors' implementation of IPO has sums. TRL logs beta times the *summed* log-ratio as
+    reward, whose margin can disagree in sign with the one that the loss optimises.
     """
 
     name: ClassVar[str] = "ipo"

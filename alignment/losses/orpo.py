@@ -48,7 +48,7 @@ class ORPO(Loss):
     Rewards: the log-odds log(p / (1 - p)), whose difference w is what stands inside the logistic function; lam weights
     the term and scales no reward. Parts: `nll` is -a, `log_odds` is w.
 
-    Recommended: lam 0.1 (the authors' Mistral 7B runs), 0.05 for Mixtral 8x22B; 0.1 to 1 in searches.
+    Recommended: lam 0.1 (the authors' Mistral 7B runs), 0.05 for Mixtral 8x22B; 0.1 to 2 in searches.
 
     Deviations: the paper's SFT term covers the response, and so does this one; the authors' code (by default) and TRL
     take it over prompt and response, averaged over the tokens of the whole batch instead of per sequence. The authors'
