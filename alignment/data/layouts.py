@@ -1,0 +1,334 @@
+"""The layouts in which preference and SFT data come, and the way from a record of each to a `Row`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard
+
+from alignment.data.rows import BadRow, Message, Rejected, Row, Text
+from alignment.errors import UserError
+
+Record = dict[str, Any]
+Kind = Literal["preference", "sft"]
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+FOLLOWS = {
+    "start": {"system", "user"},
+    "system": {"user"},
+    "user": {"assistant"},
+    "assistant": {"user", "tool"},
+    "tool": {"tool", "assistant"},
+}
+OUR_COLUMNS = (
+    *("prompt", "chosen", "rejected", "completion", "label", "messages", "conversations", "system"),
+    *("score_chosen", "score_rejected"),
+)
+TURN = re.compile(r"\n\n(Human|Assistant):")
+SAMPLE = 32
+"""Records whose values are looked at to tell layouts with the same columns apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One accepted layout: its columns, what must hold for a sample record, and its converter."""
+
+    name: str
+    columns: tuple[str, ...]
+    convert: Callable[[Record], tuple[Text, list[Text]]]
+    fits: Callable[[Record], bool] = lambda record: True
+
+    @property
+    def family(self) -> str:
+        """What a row of it is: "pairs", "labelled" or "sft"."""
+        if "chosen" in self.columns:
+            return "pairs"
+        return "labelled" if "label" in self.columns else "sft"
+
+
+def messages_of(value: Any, column: str) -> list[Message]:
+    """Messages in the form {role, content} from that form or from ShareGPT's {from, value}; one or a list of them."""
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise Rejected("wrong_type", f"column '{column}' holds {type(value).__name__}, not messages")
+    messages = []
+    for item in value:
+        if not isinstance(item, dict):
+            raise Rejected("wrong_type", f"a message in column '{column}' is {type(item).__name__}, not an object")
+        role, content = ("role", "content") if "role" in item else ("from", "value")
+        if role not in item or content not in item:
+            raise Rejected("missing_field", f"a message in column '{column}' has no role and content")
+        if not isinstance(item[content], str) or item.get("tool_calls"):
+            raise Rejected("wrong_type", f"a message in column '{column}' is not plain text")
+        known = ROLES.get(str(item[role]))
+        if known is None:
+            raise Rejected("bad_roles", f"unknown role {item[role]!r} in column '{column}'")
+        messages.append({"role": known, "content": item[content]})
+    return messages
+
+
+def dialogue_of(text: Any, column: str) -> list[Message]:
+    """Messages from one string with the turns "\\n\\nHuman:" and "\\n\\nAssistant:" (Anthropic HH)."""
+    if not isinstance(text, str):
+        raise Rejected("wrong_type", f"column '{column}' holds {type(text).__name__}, not a dialogue in one string")
+    before, *turns = TURN.split(text)
+    if before.strip() or not turns:
+        raise Rejected("bad_roles", f"column '{column}' does not begin with '\\n\\nHuman:'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[role], "content": content.strip()} for role, content in zip(turns[::2], turns[1::2], strict=True)
+    ]
+
+
+def text_of(value: Any, column: str) -> Text:
+    """A string as it is, anything else as messages."""
+    return value if isinstance(value, str) else messages_of(value, column)
+
+
+def _split(dialogue: list[Message]) -> tuple[list[Message], list[Message]]:
+    return dialogue[:-1], dialogue[-1:]
+
+
+def _split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Text]]:
+    """Two whole conversations into the prompt that they share and their two last answers."""
+    if not chosen or not rejected:
+        raise Rejected("empty_answer", "a conversation has no messages")
+    (prompt, best), (other, worst) = _split(chosen), _split(rejected)
+    if prompt != other:
+        raise Rejected("prompts_differ", "chosen and rejected differ before their last answers")
+    return prompt, [best, worst]
+
+
+def _is_whole(answer: Text) -> TypeGuard[list[Message]]:
+    return isinstance(answer, list) and bool(answer) and answer[0]["role"] != "assistant"
+
+
+def _pair(record: Record) -> tuple[Text, list[Text]]:
+    prompt = text_of(record["prompt"], "prompt")
+    chosen, rejected = text_of(record["chosen"], "chosen"), text_of(record["rejected"], "rejected")
+    if not (_is_whole(chosen) and _is_whole(rejected)):
+        return prompt, [chosen, rejected]
+    whole, answers = _split_pair(chosen, rejected)
+    turns = [m for m in whole if m["role"] != "system"]
+    if isinstance(prompt, str):  # UltraFeedback repeats the first question; others the last one
+        same = prompt.strip() in {m["content"].strip() for m in (*turns[:1], *turns[-1:])}
+    else:
+        same = turns == [m for m in prompt if m["role"] != "system"]
+    if not same:
+        raise Rejected("prompts_differ", "column 'prompt' is not what the conversations in chosen and rejected share")
+    return whole, answers
+
+
+def _conversation_pair(record: Record) -> tuple[Text, list[Text]]:
+    prompt = messages_of(record["conversations"], "conversations")
+    return prompt, [text_of(record["chosen"], "chosen"), text_of(record["rejected"], "rejected")]
+
+
+def _implicit_pair(record: Record) -> tuple[Text, list[Text]]:
+    return _split_pair(messages_of(record["chosen"], "chosen"), messages_of(record["rejected"], "rejected"))
+
+
+def _dialogue_pair(record: Record) -> tuple[Text, list[Text]]:
+    return _split_pair(dialogue_of(record["chosen"], "chosen"), dialogue_of(record["rejected"], "rejected"))
+
+
+def _completion(record: Record) -> tuple[Text, list[Text]]:
+    return text_of(record["prompt"], "prompt"), [text_of(record["completion"], "completion")]
+
+
+def _conversation(column: str) -> Callable[[Record], tuple[Text, list[Text]]]:
+    def convert(record: Record) -> tuple[Text, list[Text]]:
+        prompt, answer = _split(messages_of(record[column], column))
+        return prompt, [answer]
+
+    return convert
+
+
+def _holds_messages(record: Record) -> bool:
+    return isinstance(record["chosen"], list)
+
+
+def _holds_whole_conversations(record: Record) -> bool:
+    try:
+        return _is_whole(text_of(record["chosen"], "chosen"))
+    except Rejected:
+        return False
+
+
+def _holds_dialogue(record: Record) -> bool:
+    return isinstance(record["chosen"], str) and TURN.search(record["chosen"]) is not None
+
+
+LAYOUTS = (
+    Layout("ShareGPT pairs", ("conversations", "chosen", "rejected"), _conversation_pair),
+    Layout("UltraFeedback pairs", ("prompt", "chosen", "rejected"), _pair, _holds_whole_conversations),
+    Layout("pairs", ("prompt", "chosen", "rejected"), _pair),
+    Layout("HH dialogue pairs", ("chosen", "rejected"), _dialogue_pair, _holds_dialogue),
+    Layout("implicit-prompt pairs", ("chosen", "rejected"), _implicit_pair, _holds_messages),
+    Layout("labelled messages", ("messages", "label"), _conversation("messages")),
+    Layout("labelled ShareGPT", ("conversations", "label"), _conversation("conversations")),
+    Layout("labelled completions", ("prompt", "completion", "label"), _completion),
+    Layout("messages", ("messages",), _conversation("messages")),
+    Layout("ShareGPT", ("conversations",), _conversation("conversations")),
+    Layout("completions", ("prompt", "completion"), _completion),
+)
+
+
+def rename(record: Record, columns: Mapping[str, str]) -> Record:
+    """The record with the columns under our names; a column of the file that had such a name gives way."""
+    theirs = set(columns.values())
+    kept = {name: value for name, value in record.items() if name not in theirs and name not in columns}
+    return kept | {ours: record[name] for ours, name in columns.items() if name in record}
+
+
+def recognise(records: Sequence[Record], columns: Mapping[str, str], kind: Kind, source: str) -> Layout:
+    """The layout that most records have; `columns` maps our names to the file's and must name columns that exist.
+
+    Raises:
+        UserError: for an unknown layout, a mapping to or from a column that does not exist, or a layout that cannot
+            serve `kind`.
+    """
+    found = Counter(name for record in records for name in record)
+    listed = ", ".join(sorted(found)) or "none"
+    for ours, theirs in columns.items():
+        if ours not in OUR_COLUMNS:
+            raise UserError(f"data.columns has the key '{ours}', and the keys are {', '.join(OUR_COLUMNS)}.")
+        if theirs not in found:
+            raise UserError(f"data.columns maps {ours} to '{theirs}', but the columns of {source} are {listed}.")
+    renamed = [rename(record, columns) for record in records]
+    filled = Counter(name for record in renamed for name, value in record.items() if value is not None)
+    usual = {name for name, count in filled.items() if 2 * count >= len(renamed)}
+    for layout in LAYOUTS:
+        if not usual.issuperset(layout.columns):
+            continue
+        sample = [r for r in renamed if all(r.get(name) is not None for name in layout.columns)][:SAMPLE]
+        if not any(layout.fits(record) for record in sample):
+            continue
+        if kind == "preference" and layout.family == "sft":
+            raise UserError(
+                f"Preference data is wanted, but {source} has SFT data (columns {listed}): "
+                "pairs need the columns chosen and rejected, labelled rows a label."
+            )
+        return layout
+    accepted = "; ".join(
+        f"{layout.name} ({', '.join(layout.columns)})" for layout in LAYOUTS if kind == "sft" or layout.family != "sft"
+    )
+    raise UserError(
+        f"The layout of {source} is not known: its columns are {listed}, and accepted are {accepted}; "
+        "data.columns maps our names to the file's."
+    )
+
+
+def to_row(record: Any, layout: Layout, columns: Mapping[str, str], file: str, number: int) -> Row | BadRow:
+    """The record as a checked row, or the first thing that is wrong with it."""
+    try:
+        if not isinstance(record, dict):
+            raise Rejected("wrong_type", f"the row is {type(record).__name__}, not an object")
+        return _to_row(rename(record, columns), layout, f"{file}:{number}")
+    except Rejected as rejected:
+        return BadRow(rejected.reason, str(rejected), file, number)
+
+
+def _to_row(record: Record, layout: Layout, source: str) -> Row:
+    for name in layout.columns:
+        if record.get(name) is None:
+            raise Rejected("missing_field", f"column '{name}' is absent or null")
+    prompt, answers = layout.convert(record)
+    system = record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise Rejected("wrong_type", f"column 'system' holds {type(system).__name__}, not text")
+    if system or isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        answers = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
+        if system and (not prompt or prompt[0]["role"] != "system"):
+            prompt = [{"role": "system", "content": system}, *prompt]
+    _check_prompt(prompt)
+    for answer in answers:
+        _check_answer(answer)
+    if len(answers) == 2 and answers[0] == answers[1]:
+        raise Rejected("identical_answers", "chosen and rejected are the same")
+    used = {*layout.columns, "system"}
+    labels = scores = None
+    if layout.family == "labelled":
+        labels = (_label(record["label"]),)
+    if layout.family == "pairs":
+        scores = _scores(record)
+        used |= {"score_chosen", "score_rejected"}
+    meta = {name: value for name, value in record.items() if name not in used}
+    return Row(prompt, tuple(answers), labels, scores, meta, source)
+
+
+def _check_prompt(prompt: Text) -> None:
+    if isinstance(prompt, str):
+        _check_text(prompt)
+        if not prompt.strip():
+            raise Rejected("empty_prompt", "the prompt is empty")
+        return
+    if not prompt:
+        raise Rejected("empty_prompt", "the prompt has no messages")
+    previous = "start"
+    for message in prompt:
+        _check_text(message["content"])
+        if message["role"] not in FOLLOWS[previous]:
+            raise Rejected("bad_roles", f"a {message['role']} turn cannot follow '{previous}' in a prompt")
+        previous = message["role"]
+    if previous not in ("user", "tool"):
+        raise Rejected("bad_roles", f"the prompt ends with a {previous} turn, not with a user or tool turn")
+    if previous == "user" and not prompt[-1]["content"].strip():
+        raise Rejected("empty_prompt", "the last user turn is empty")
+
+
+def _check_answer(answer: Text) -> None:
+    if isinstance(answer, list):
+        if not answer:
+            raise Rejected("empty_answer", "the answer has no message")
+        if [m["role"] for m in answer] != ["assistant"]:
+            roles = ", ".join(m["role"] for m in answer)
+            raise Rejected("bad_roles", f"an answer is one assistant message, not {roles}")
+        answer = answer[0]["content"]
+    _check_text(answer)
+    if not answer.strip():
+        raise Rejected("empty_answer", "the answer is empty")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Rejected("lone_surrogate", f"character {error.start} is half of a surrogate pair") from None
+
+
+def _label(value: Any) -> bool:
+    """Booleans, 0 and 1, and their spellings in CSV."""
+    if isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    if value not in (True, False):
+        raise Rejected("bad_label", "a label is true or false")
+    return bool(value)
+
+
+def _scores(record: Record) -> tuple[float, ...] | None:
+    values = [record.get("score_chosen"), record.get("score_rejected")]
+    if values == [None, None]:
+        return None
+    try:
+        scores = tuple(float(value) for value in values)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise Rejected("bad_score", f"the scores {values} are not two numbers") from None
+    if not all(math.isfinite(score) for score in scores):
+        raise Rejected("bad_score", f"the scores {values} are not finite")
+    return scores

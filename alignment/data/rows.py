@@ -1,0 +1,116 @@
+"""Rows of text, before any tokenizer: one prompt with its completions, and what was wrong with those left out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import UserError
+
+Message = dict[str, str]
+"""{"role": system | user | assistant | tool, "content": text}."""
+
+Text = str | list[Message]
+
+
+class Rejected(Exception):
+    """Why one record cannot be used."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt with K >= 1 completions, all strings or all message lists.
+
+    Attributes:
+        prompt: text, or messages that end with a user or tool turn.
+        completions: K texts, or K lists of one assistant message; the chosen one first in a pair.
+        labels: K booleans (True: desirable), or None.
+        scores: K finite floats from the data, or None.
+        meta: the row's other columns as they were, e.g. answer keys for a judge.
+        source: "file:row", rows counted from 1; the line number in JSON Lines.
+    """
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    labels: tuple[bool, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that was left out: a reason to count by, a message to read, and where it stands."""
+
+    reason: str
+    message: str
+    file: str
+    row: int
+
+    @classmethod
+    def of(cls, row: Row, reason: str, message: str) -> BadRow:
+        """The same for a row that was read but cannot be tokenised."""
+        file, _, number = row.source.rpartition(":")
+        return cls(reason, message, file, int(number))
+
+
+def unpair(rows: Sequence[Row]) -> list[Row]:
+    """Each pair as a desirable row followed by an undesirable one; labelled rows stay as they are."""
+    single: list[Row] = []
+    for row in rows:
+        if row.labels is not None:
+            single.append(row)
+            continue
+        if len(row.completions) != 2:
+            raise UserError(
+                f"Row {row.source} has {len(row.completions)} completion(s) and no label, "
+                "and a loss on labelled rows reads labelled rows or pairs."
+            )
+        for index, label in enumerate((True, False)):
+            scores = None if row.scores is None else (row.scores[index],)
+            single.append(replace(row, completions=(row.completions[index],), labels=(label,), scores=scores))
+    return single
+
+
+def require_pairs(rows: Sequence[Row], loss: str) -> None:
+    """Raise `UserError` unless every row has a chosen and a rejected completion."""
+    for row in rows:
+        if len(row.completions) < 2:
+            raise UserError(
+                f"Loss {loss} compares a chosen with a rejected completion, but row {row.source} has one completion"
+                f"{' with a label' if row.labels is not None else ''}: use pairs, or a loss on labelled rows (kto)."
+            )
+
+
+def fingerprint(*parts: Sequence[Row]) -> str:
+    """SHA-256 (hex) of the rows' content in order, each part apart; where the rows came from does not enter."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        for row in rows:
+            content = [row.prompt, row.completions, row.labels, row.scores, row.meta]
+            digest.update(json.dumps(content, sort_keys=True, default=str).encode("ascii") + b"\n")
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def count_reasons(bad: Iterable[BadRow]) -> dict[str, int]:
+    """Bad rows by reason, the most frequent first."""
+    return dict(Counter(b.reason for b in bad).most_common())
+
+
+def write_rejected(rows: Iterable[BadRow], path: Path) -> None:
+    """Write one JSON line {file, row, reason, message} per bad row; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)

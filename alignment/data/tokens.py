@@ -1,0 +1,361 @@
+"""From rows to tokens: where the prompt ends, what is scored, what is cut.
+
+Prompt and completion are rendered and tokenised together, because tokens may merge where they meet, and are split
+afterwards. Nothing here looks for padding or end tokens by id to mask them: lengths say what is scored.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from jinja2 import TemplateError
+
+from alignment.config import DataConfig, Keep
+from alignment.data.rows import BadRow, Message, Rejected, Row
+from alignment.errors import UserError
+from alignment.groups import Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_PER_CALL = 1024
+"""Rows per tokenizer call: enough for its threads, few enough that its encodings stay small."""
+
+GROUP_COUNTS = ("truncated_prompts", "truncated_completions", "seam_moves", "template_splits", "eos_appended")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedData:
+    """Groups with the rows that they came from, in the same order, and what was lost on the way.
+
+    Attributes:
+        drops: rows left out: template_error, template_not_prefix, no_prompt_tokens, no_completion_tokens,
+            identical_after_tokenising.
+        counts: groups, truncated_prompts and truncated_completions; seam_moves (tokens merged where prompt and
+            completion meet, so the completion begins a few characters early); template_splits (the template writes
+            something else after the prompt for an answer than for a generation); eos_appended (by us).
+    """
+
+    groups: list[Group]
+    rows: list[Row]
+    drops: list[BadRow]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedSFT:
+    """SFT sequences {"input_ids", "completion_mask"} (1: scored) with their rows, and what was lost on the way.
+
+    Attributes:
+        drops: rows left out: template_error, template_not_prefix, no_completion_tokens, completion_truncated_away.
+        counts: sequences, truncated, eos_appended; last_turn_only (conversations whose earlier answers are not scored,
+            because the template writes them differently once more turns follow).
+    """
+
+    sequences: list[dict[str, list[int]]]
+    rows: list[Row]
+    drops: list[BadRow]
+    counts: dict[str, int]
+
+
+def tokenize_groups(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> TokenizedData:
+    """Groups of token ids: one prompt and its completions.
+
+    The group's prompt is the longest common prefix of the rendered prompt's tokens and of the tokens of prompt and
+    completion of every completion. It is cut to `max_prompt_length` at the end that `truncate_prompt` gives up (BOS
+    stays), then each completion to what is left of `max_length` from its start: at least one token, as
+    `max_prompt_length < max_length`. A cut completion has no EOS, since it does not end there.
+
+    A completion ends with its end-of-turn token: what a template writes behind it (ChatML's line break) is never
+    generated and is the same for every answer, so it is not scored. An end-of-turn token that is missing is added.
+
+    With a chat template the template alone decides about BOS; plain text gets the BOS that the tokenizer adds.
+
+    Raises:
+        UserError: for messages without a chat template, text without an EOS token, or if no row is left.
+    """
+    writer = _Writer(tokenizer, config)
+    groups: list[Group] = []
+    kept: list[Row] = []
+    drops: list[BadRow] = []
+    counts = Counter(dict.fromkeys(GROUP_COUNTS, 0))
+    for batch in _batches(rows):
+        drafts = []
+        for row in batch:
+            try:
+                drafts.append((row, *writer.group_texts(row)))
+            except Rejected as rejected:
+                drops.append(BadRow.of(row, rejected.reason, str(rejected)))
+        ids = iter(writer.encode([text for _, prompt, wholes in drafts for text in (prompt, *wholes)]))
+        for row, prompt, wholes in drafts:
+            rendered = next(ids)
+            try:
+                group, notes = _group(row, rendered, list(islice(ids, len(wholes))), writer, config)
+            except Rejected as rejected:
+                drops.append(BadRow.of(row, rejected.reason, str(rejected)))
+                continue
+            if not all(whole.startswith(prompt) for whole in wholes):
+                notes |= {"template_splits": 1, "seam_moves": 0}
+            counts.update(notes)
+            groups.append(group)
+            kept.append(row)
+    _require_some(rows, groups, drops)
+    return TokenizedData(groups, kept, drops, {"groups": len(groups), **counts})
+
+
+def _group(
+    row: Row, rendered: np.ndarray, wholes: list[np.ndarray], writer: _Writer, config: DataConfig
+) -> tuple[Group, dict[str, int]]:
+    boundary = min(_common_prefix(rendered, whole) for whole in wholes)
+    if boundary == 0:
+        raise Rejected("no_prompt_tokens", "no token of the prompt is left before the completions")
+    prompt = _truncate_prompt(rendered[:boundary], config, writer.tokenizer.bos_token_id)
+    room = config.max_length - len(prompt)
+    notes = {"seam_moves": int(boundary < len(rendered)), "truncated_prompts": int(len(prompt) < boundary)}
+    notes |= {"truncated_completions": 0, "eos_appended": 0}
+    completions = []
+    for whole in wholes:
+        completion, appended = writer.ended(whole[boundary:])
+        if len(completion) == appended:
+            raise Rejected("no_completion_tokens", "the chat template leaves nothing of the completion")
+        notes["eos_appended"] += appended * writer.chat
+        notes["truncated_completions"] += len(completion) > room
+        completions.append(completion[:room])
+    if len({completion.tobytes() for completion in completions}) < len(completions):
+        raise Rejected("identical_after_tokenising", f"the completions agree in their first {room} tokens")
+    return Group(prompt, tuple(completions), row.labels, row.scores, row.source), notes
+
+
+def tokenize_sft(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> TokenizedSFT:
+    """Whole conversations with the assistant's tokens marked, each answer with its end-of-turn token.
+
+    Every assistant turn is scored where the template only ever appends as a conversation grows, else the last one.
+    A token that straddles the beginning of an answer counts as the answer's. Conversations are cut to `max_length`
+    from their start.
+
+    Raises:
+        UserError: for messages without a chat template, text without an EOS token, or if no row is left.
+    """
+    writer = _Writer(tokenizer, config)
+    sequences: list[dict[str, list[int]]] = []
+    kept: list[Row] = []
+    drops: list[BadRow] = []
+    counts: Counter[str] = Counter({"last_turn_only": 0, "truncated": 0, "eos_appended": 0})
+    for batch in _batches(rows):
+        drafts = []
+        for row in batch:
+            try:
+                drafts.append((row, *writer.spans(row)))
+            except Rejected as rejected:
+                drops.append(BadRow.of(row, rejected.reason, str(rejected)))
+        encoded = writer.encode_with_offsets([text for _, text, _, _ in drafts])
+        for (row, _, spans, last_only), (ids, offsets) in zip(drafts, encoded, strict=True):
+            ids, mask, appended = _scored(ids, offsets, spans, writer)
+            truncated = len(ids) > config.max_length
+            ids, mask = ids[: config.max_length], mask[: config.max_length]
+            if not mask.any():
+                message = f"the first {config.max_length} tokens hold no answer"
+                drops.append(BadRow.of(row, "completion_truncated_away", message))
+                continue
+            counts.update(last_turn_only=last_only, truncated=truncated, eos_appended=appended * writer.chat)
+            sequences.append({"input_ids": ids.tolist(), "completion_mask": mask.tolist()})
+            kept.append(row)
+    _require_some(rows, sequences, drops)
+    return TokenizedSFT(sequences, kept, drops, {"sequences": len(sequences), **counts})
+
+
+def _scored(
+    ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]], writer: _Writer
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Ids up to the end of the last answer, their 0/1 mask, and how many EOS were appended."""
+    mask = np.zeros(len(ids), dtype=np.int64)
+    appended = 0
+    for start, stop in spans:
+        (inside,) = np.nonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
+        first, last = inside[0], inside[-1] + 1
+        answer, appended = writer.ended(ids[first:last])
+        mask[first : first + len(answer) - appended] = 1
+    ids = np.concatenate([ids[:first], answer])  # an EOS in place of a missing end of turn: of the last answer only
+    mask = np.concatenate([mask, np.ones(appended, dtype=np.int64)])[: len(ids)]
+    mask[0] = 0  # nothing predicts the first token
+    return ids, mask, appended
+
+
+@dataclass(slots=True)
+class _Writer:
+    """The tokenizer with the settings that say how a row is written out and tokenised."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: DataConfig
+    chat: bool = field(init=False)
+    bos: list[int] = field(init=False)
+    special: set[int] = field(init=False)
+    blank: dict[int, bool] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tokenizer, kwargs = self.tokenizer, self.config.template_kwargs
+        taken = sorted({"conversation", "chat_template", "tokenize", "add_generation_prompt"} & kwargs.keys())
+        if taken:
+            raise UserError(f"data.template_kwargs cannot set {', '.join(taken)}, only variables of the chat template.")
+        self.chat = tokenizer.chat_template is not None
+        if self.config.system is not None and not self.chat:
+            raise UserError("data.system needs a tokenizer with a chat template: set model.chat_template.")
+        added = tokenizer("a", verbose=False)["input_ids"][:1]
+        self.bos = added if not self.chat and added == [tokenizer.bos_token_id] else []
+        marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = marked | set(tokenizer.all_special_ids)
+
+    def messages(self, row: Row) -> list[Message]:
+        """The row's prompt as messages, with the system message of the settings if it has none."""
+        prompt = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        if self.config.system is not None and prompt[0]["role"] != "system":
+            return [{"role": "system", "content": self.config.system}, *prompt]
+        return prompt
+
+    def render(self, messages: list[Message], generation: bool) -> str:
+        """The chat template's text."""
+        kwargs: dict[str, Any] = self.config.template_kwargs
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation, **kwargs
+            )
+            return cast(str, text)
+        except TemplateError as error:
+            raise Rejected("template_error", f"the chat template refuses it: {error}") from None
+
+    def plain(self, row: Row) -> bool:
+        """Whether the row is written as plain text."""
+        if not self.chat and not isinstance(row.prompt, str):
+            raise UserError(
+                f"Row {row.source} is a conversation, and the tokenizer has no chat template: set model.chat_template."
+            )
+        return not self.chat
+
+    def group_texts(self, row: Row) -> tuple[str, list[str]]:
+        """The prompt as generation would see it, and prompt with completion for each completion."""
+        if self.plain(row):
+            return str(row.prompt), [f"{row.prompt}{completion}" for completion in row.completions]
+        messages = self.messages(row)
+        prompt = self.render(messages, True)
+        wholes = [self.render([*messages, *_answer(completion)], False) for completion in row.completions]
+        for whole in wholes:
+            self.require_same_prompt(messages, prompt, whole)
+        return prompt, wholes
+
+    def require_same_prompt(self, messages: list[Message], prompt: str, whole: str) -> None:
+        """Refuse a row whose prompt the template writes differently once an answer follows.
+
+        Thinking templates may write something behind the prompt for a generation that they do not write before a given
+        answer; that is all right as long as the prompt's messages are the same.
+        """
+        if not whole.startswith(prompt) and not whole.startswith(self.render(messages, False)):
+            raise Rejected(
+                "template_not_prefix",
+                "the chat template writes the prompt differently once an answer follows; data.template_kwargs may help",
+            )
+
+    def answer_start(self, prompt: str, whole: str) -> int:
+        """Characters before the answer in `whole`: all of `prompt`, or the tokens that they share."""
+        if whole.startswith(prompt):
+            return len(prompt)
+        (rendered, _), (ids, offsets) = self.encode_with_offsets([prompt, whole])
+        shared = _common_prefix(rendered, ids)
+        return int(offsets[shared, 0]) if shared < len(ids) else len(whole)
+
+    def spans(self, row: Row) -> tuple[str, list[tuple[int, int]], bool]:
+        """The whole text, the character spans of the answers that are scored, and whether it is only the last."""
+        if self.plain(row):
+            text = f"{row.prompt}{row.completions[0]}"
+            return text, [(len(row.prompt), len(text))], False
+        prompt = self.messages(row)
+        messages = [*prompt, *_answer(row.completions[0])]
+        whole = self.render(messages, False)
+        for_generation = self.render(prompt, True)
+        self.require_same_prompt(prompt, for_generation, whole)
+        last = (self.answer_start(for_generation, whole), len(whole))
+        if last[0] == last[1]:
+            raise Rejected("no_completion_tokens", "the chat template leaves nothing of the completion")
+        spans = []
+        for index in [i for i, message in enumerate(prompt) if message["role"] == "assistant"]:
+            before, after = self.render(messages[:index], True), self.render(messages[: index + 1], False)
+            if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
+                return whole, [last], True
+            spans.append((len(before), len(after)))
+        return whole, [*spans, last], False
+
+    def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """(tokens,) int32 per text, with the BOS that plain text wants."""
+        for ids in self.call(texts)["input_ids"] if texts else ():
+            yield np.array(self.with_bos(ids), dtype=np.int32)
+
+    def encode_with_offsets(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The same, each with the (tokens, 2) character spans of its tokens."""
+        encoding = self.call(texts, return_offsets_mapping=True) if texts else {"input_ids": [], "offset_mapping": []}
+        for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            full = self.with_bos(ids)
+            pad = [(0, 0)] * (len(full) - len(ids))
+            yield np.array(full, dtype=np.int32), np.array([*pad, *offsets], dtype=np.int64)
+
+    def call(self, texts: list[str], **kwargs: Any) -> Any:
+        """One tokenizer call for many texts: no special tokens but those in the text, no padding, no truncation."""
+        kwargs |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        return self.tokenizer(texts, add_special_tokens=False, **kwargs)
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        return ids if ids[:1] == self.bos else self.bos + ids
+
+    def ended(self, answer: np.ndarray) -> tuple[np.ndarray, int]:
+        """The answer up to its end-of-turn token, and 1 if that was missing and EOS is appended, else 0."""
+        end = len(answer)
+        while self.chat and end and self.is_blank(int(answer[end - 1])):
+            end -= 1
+        ends = self.special if self.chat else {self.tokenizer.eos_token_id}
+        if end and int(answer[end - 1]) in ends:
+            return answer[:end], 0
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("The tokenizer has no EOS token, and its answers need one to end with.")
+        return np.append(answer, np.int32(self.tokenizer.eos_token_id)), 1
+
+    def is_blank(self, index: int) -> bool:
+        """Whether a token is nothing but white space."""
+        if index not in self.blank:
+            self.blank[index] = index not in self.special and not cast(str, self.tokenizer.decode([index])).strip()
+        return self.blank[index]
+
+
+def _answer(completion: Any) -> list[Message]:
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    for start in range(0, len(rows), ROWS_PER_CALL):
+        yield rows[start : start + ROWS_PER_CALL]
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    length = min(len(a), len(b))
+    (different,) = np.nonzero(a[:length] != b[:length])
+    return int(different[0]) if len(different) else length
+
+
+def _truncate_prompt(prompt: np.ndarray, config: DataConfig, bos: int | None) -> np.ndarray:
+    if len(prompt) <= config.max_prompt_length:
+        return prompt
+    if config.truncate_prompt is Keep.start:
+        return prompt[: config.max_prompt_length]
+    kept = int(bos is not None and prompt[0] == bos)
+    return np.concatenate([prompt[:kept], prompt[len(prompt) - config.max_prompt_length + kept :]])
+
+
+def _require_some(rows: Sequence[Row], done: Sequence[Any], drops: list[BadRow]) -> None:
+    if rows and not done:
+        first = drops[0]
+        raise UserError(
+            f"None of the {len(rows)} rows can be tokenised; the first is {first.file} row {first.row}, "
+            f"{first.reason}: {first.message}."
+        )

