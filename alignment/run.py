@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -33,20 +34,36 @@ def _job(cfg: DictConfig) -> None:
     """One run, as Hydra starts it: in the current process, or in one of a launcher's."""
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
-    config = to_run_config(cfg)
-    _quieten_libraries()
-    from alignment.stages import Run  # after the configuration is known to be good: this imports torch
-
-    resolved = redact(as_plain(cfg))
-    run = Run(config, run_dir, hydra_config.runtime.choices["recipe"], resolved)
     path = run_dir / "config.yaml"
-    if not path.exists():
-        atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
     try:
+        config = to_run_config(cfg)
+        _quieten_libraries()
+        from alignment.stages import Run  # after the configuration is known to be good: this imports torch
+
+        resolved = redact(as_plain(cfg))
+        run = Run(config, run_dir, hydra_config.runtime.choices["recipe"], resolved)
+        if not path.exists():
+            atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
         run.execute()
+    except UserError as error:
+        if not path.exists():
+            _remove_traces(run_dir)
+        sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
-        log.warning("Interrupted; continue with: python -m alignment.run resume=%s", run_dir)
-        raise
+        if not path.exists():
+            _remove_traces(run_dir)
+            raise
+        sys.exit(f"\nInterrupted; continue with: python -m alignment.run resume={run_dir}")
+
+
+def _remove_traces(run_dir: Path) -> None:
+    """Take away what Hydra wrote for a run that never began."""
+    shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
+    (run_dir / "run.log").unlink(missing_ok=True)
+    for folder in (run_dir, *list(run_dir.parents)[:2]):
+        if any(folder.iterdir()):
+            break
+        folder.rmdir()
 
 
 def _quieten_libraries() -> None:
@@ -154,19 +171,17 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
     return [*flags, *overrides]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; leaves the process with status 1 and one sentence where the user can mend something."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handlers below as they are
     try:
         sys.argv = [sys.argv[0], *_checked_arguments(list(sys.argv[1:] if arguments is None else arguments))]
         _job()
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+        sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
-        return 130
-    return 0
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -34,6 +34,22 @@ def split_step(groups_per_step: int, longest: int, tokens_per_batch: int) -> tup
     return rows, groups_per_step // rows
 
 
+def _dataset(examples: Sequence[dict[str, list[int]]]) -> Dataset:
+    """Token ids with labels, -100 where a token is not scored."""
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": example["input_ids"],
+                "labels": [
+                    token if scored else -100
+                    for token, scored in zip(example["input_ids"], example["completion_mask"], strict=True)
+                ],
+            }
+            for example in examples
+        ]
+    )
+
+
 def run_sft(
     model: nn.Module,
     tokenizer: Any,
@@ -78,7 +94,6 @@ def run_sft(
         per_device_eval_batch_size=rows,
         gradient_accumulation_steps=passes,
         bf16=device.type == "cuda" and model.dtype is torch.bfloat16,
-        completion_only_loss=True,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
@@ -89,8 +104,8 @@ def run_sft(
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(list(examples)),
-        eval_dataset=Dataset.from_list(list(eval_examples)) if eval_examples else None,
+        train_dataset=_dataset(examples),
+        eval_dataset=_dataset(eval_examples) if eval_examples else None,
         processing_class=tokenizer,
         callbacks=[RecordCallback(log_metrics), CheckpointMark(), ProgressBar("SFT")],
     )

@@ -150,25 +150,25 @@ class Run:
         self.cache = cache_dir(config.reference.path)
         self.source = model_source(config.model, self.cache)
         self.tokenizer = load_tokenizer(config.model, self.source)
-        bad: list[BadRow] = []
+        self.bad: list[BadRow] = []
         self.conversations: SFTData | None = None
         self.preferences: PreferenceData | None = None
         if config.sft is not None:
             self.conversations, rows = load_conversations(config.sft.data, self.tokenizer)
-            bad += rows
+            self.bad += rows
         if config.loss is not None:
             assert config.data is not None
             self.preferences, rows = load_preferences(config.data, self.tokenizer, config.loss)
-            bad += rows
+            self.bad += rows
         self.record = RunRecord(run_dir)
-        if bad:
-            write_rejected(bad, run_dir / "rejected_rows.jsonl")
-            log.info("%d rows were left out; rejected_rows.jsonl says which and why.", len(bad))
         self.summary: dict[str, Any] = {"recipe": recipe, "status": "finished", "seed": config.seed, "stages": {}}
         self.answers: dict[str, list[str]] = {}
 
     def execute(self) -> dict[str, Any]:
         """Do what is not done yet, and return the summary."""
+        if self.bad:
+            write_rejected(self.bad, self.run_dir / "rejected_rows.jsonl")
+            log.info("%d rows were left out; rejected_rows.jsonl says which and why.", len(self.bad))
         names = [name for name, on in (("sft", self.conversations), ("preference", self.preferences)) if on is not None]
         with open_tracker(
             self.config.tracking,

@@ -1,0 +1,162 @@
+"""What the reference store holds, whether it is sound, and how to make it smaller: `python -m alignment.cache`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from alignment.errors import UserError
+from alignment.reference_store import (
+    REFERENCE_FILE,
+    IdentityInfo,
+    ReferenceStore,
+    cache_dir,
+    damaged_files,
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, or 1 for damage found and for what the user can mend."""
+    try:
+        arguments = _parser().parse_args(argv)
+        path = cache_dir(arguments.path) / REFERENCE_FILE
+        if not path.exists() and not damaged_files(path):
+            _say(f"No reference log-probs are stored in {path.parent} yet.")
+            return 0
+        with ReferenceStore(path) as store:
+            if arguments.command == "list":
+                return _list(store)
+            if arguments.command == "verify":
+                return _verify(store)
+            return _prune(store, arguments)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m alignment.cache", description="Inspect the stored reference log-probs.")
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "--path", metavar="FOLDER", help="cache folder (default: $ALIGNMENT_CACHE or ~/.cache/alignment)"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|verify|prune")
+    commands.add_parser("list", parents=[common], help="which policies have log-probs stored, and how many")
+    commands.add_parser("verify", parents=[common], help="check every row; drop what is damaged and exit with 1")
+    prune = commands.add_parser("prune", parents=[common], help="remove the log-probs of some policies, or of all")
+    which = prune.add_mutually_exclusive_group(required=True)
+    which.add_argument("--older-than", metavar="DAYS", type=_days, help="not used for so long, e.g. 30d")
+    which.add_argument("--identity", metavar="PREFIX", help="the one whose id begins so")
+    which.add_argument("--max-mb", metavar="MB", type=_megabytes, help="the least recently used beyond this size")
+    which.add_argument("--all", action="store_true", help="everything, with the damaged files that were kept")
+    return parser
+
+
+def _days(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,6})d", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a number of days such as 30d is wanted, not '{text}'")
+    return int(match[1])
+
+
+def _megabytes(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"a whole number of megabytes such as 500 is wanted, not '{text}'")
+    return int(text) * 1_000_000
+
+
+def _list(store: ReferenceStore) -> int:
+    infos = store.identities()
+    if infos:
+        table = Table("id")
+        for name in ("model", "quantization", "adapter", "dtype"):
+            table.add_column(name, overflow="fold")
+        for name in ("sequences", "tokens", "MB", "last used"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for info in infos:
+            table.add_row(
+                info.identity[:12],
+                *(Text(_shown(info, key)) for key in ("model", "quantization", "adapter", "dtype")),
+                f"{info.sequences:,}",
+                f"{info.tokens:,}",
+                _mb(info.bytes),
+                _date(info.last_used),
+            )
+        Console().print(table)
+    else:
+        _say("No reference log-probs are stored.")
+    _say(f"{store.path}: {_mb(store.size())} MB on disk.")
+    for file in damaged_files(store.path):
+        _say(f"Damaged and kept: {file} ({_mb(file.stat().st_size)} MB).")
+    return 0
+
+
+def _verify(store: ReferenceStore) -> int:
+    report = store.verify()
+    for file, reason in report.damaged.items():
+        _say(f"The store was damaged: {reason}. It is kept as {file} and a fresh one took its place.")
+    if report.corrupt:
+        _say(f"{report.corrupt:,} corrupt rows were dropped; they will be computed again when they are needed.")
+    _say(f"{report.sequences:,} sequences are sound in {store.path}.")
+    return 0 if report.sound else 1
+
+
+def _prune(store: ReferenceStore, arguments: argparse.Namespace) -> int:
+    if arguments.identity is not None:
+        pruned = store.prune(identity=_resolve(store, arguments.identity))
+    else:
+        pruned = store.prune(older_than_days=0 if arguments.all else arguments.older_than, max_bytes=arguments.max_mb)
+    freed = pruned.freed
+    if arguments.all:
+        for file in damaged_files(store.path):
+            freed += file.stat().st_size
+            file.unlink()
+    for info in pruned.identities:
+        _say(f"Removed {info.identity[:12]} ({_shown(info, 'model')}): {info.sequences:,} sequences.")
+    _say(f"{len(pruned.identities)} policies removed, {_mb(max(0, freed))} MB freed, {_mb(store.size())} MB left.")
+    return 0
+
+
+def _resolve(store: ReferenceStore, prefix: str) -> str:
+    matches = [info.identity for info in store.identities() if prefix and info.identity.startswith(prefix.lower())]
+    if len(matches) != 1:
+        found = ", ".join(sorted(match[:12] for match in matches)) or "none"
+        raise UserError(f"--identity must begin exactly one stored id, and '{prefix}' begins {found}.")
+    return matches[0]
+
+
+def _shown(info: IdentityInfo, key: str) -> str:
+    value = info.description.get(key)
+    return "-" if value is None else str(value)
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f}"
+
+
+def _date(seconds: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M}"
+    except (OverflowError, ValueError, OSError):  # the row's own bytes are damaged
+        return "?"
+
+
+def _say(line: str) -> None:
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
