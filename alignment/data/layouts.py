@@ -129,7 +129,8 @@ def _pair(record: Record) -> tuple[Text, list[Text]]:
         same = turns == [m for m in prompt if m["role"] != "system"]
     if not same:
         raise Rejected("prompts_differ", "column 'prompt' is not what the conversations in chosen and rejected share")
-    return whole, answers
+    # the longer of the two has the system message
+    return (prompt if isinstance(prompt, list) and len(prompt) > len(whole) else whole), answers
 
 
 def _conversation_pair(record: Record) -> tuple[Text, list[Text]]:

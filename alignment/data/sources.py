@@ -133,7 +133,7 @@ def _read_bundled(source: str, part: str, config: DataConfig, kind: Kind) -> _Pa
     if not file.is_file():
         names = ", ".join(sorted(path.stem.removesuffix(f"_{part}") for path in BUNDLED.glob(f"*_{part}.jsonl")))
         raise UserError(f"There is no file {file.name} behind '{source}'; bundled {part} data are: {names or 'none'}.")
-    return _read_part([file], config, kind)
+    return _to_part([(file.name, number, record) for number, record in _read_file(file)], config, kind, file.name, 0)
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
@@ -285,7 +285,7 @@ def _read_parquet(path: Path) -> Numbered:
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}.") from None
 
 

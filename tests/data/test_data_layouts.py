@@ -82,6 +82,22 @@ def read(record, kind="preference", columns=None):
             *("UltraFeedback pairs", [user("p")], PAIR, {"scores": (8.0, 7.0), "meta": {"prompt_id": "x"}}),
         ),
         (
+            {
+                "prompt": [SYSTEM, user("p")],
+                **{"chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
+            },
+            *("UltraFeedback pairs", [SYSTEM, user("p")], PAIR, {}),
+        ),
+        (
+            {
+                "prompt": [user("a"), assistant("f()"), {"role": "tool", "content": "t"}, assistant("b"), user("p")],
+                **{"chosen": "c", "rejected": "r"},
+            },
+            "pairs",
+            [user("a"), assistant("f()"), {"role": "tool", "content": "t"}, assistant("b"), user("p")],
+            *(PAIR, {}),
+        ),
+        (
             {"messages": [user("p"), assistant("c")], "label": False},
             *("labelled messages", [user("p")], ([assistant("c")],), {"labels": (False,)}),
         ),
@@ -188,6 +204,10 @@ def chat(*prompt, chosen=None):
         (chat(user("p"), chosen=[user("p"), assistant("c")]), "bad_roles"),
         (chat(user("p"), chosen=[assistant("c"), user("p"), assistant("c")]), "bad_roles"),
         (pair(chosen=[user("q"), assistant("c")], rejected=[user("q"), assistant("r")]), "prompts_differ"),
+        (
+            {"prompt": [user("q")], "chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
+            "prompts_differ",
+        ),
         (pair(chosen=[user("p"), assistant("c")], rejected=[user("q"), assistant("r")]), "prompts_differ"),
         (pair(prompt="\ud800"), "lone_surrogate"),
         (pair(chosen="a\udfffb"), "lone_surrogate"),

@@ -195,6 +195,7 @@ def test_bundled(jsonl, tmp_path, config, monkeypatch):
     jsonl([{"prompt": f"p{i}", "completion": "c"} for i in range(4)], "toy_sft.jsonl")
     data = load(config("bundled:toy", eval_size=1, eval_split="test"))
     assert (prompts(data.train), prompts(data.eval)) == (["p1", "p2"], ["p3"])
+    assert data.train[0].source == "toy_train.jsonl:1"
     assert prompts(load(config("bundled:toy", eval_source="bundled:toy")).eval) == ["p3"]
     data = load(config("bundled:toy"), "sft")
     assert (len(data.train), data.eval, data.layout) == (4, [], "completions")

@@ -161,6 +161,11 @@ def test_prompt_truncation(tiny, config, keep, length, expected):
     assert parts(tiny, data.groups[0])[1:] == [["y", "</s>"], ["z", "</s>"]]
 
 
+def test_a_shorter_prompt_leaves_more_room_for_the_completion(tiny, config):
+    data = tokenize_groups([pair("12345", "abcdef", "9")], tiny, config(max_length=5, max_prompt_length=2))
+    assert parts(tiny, data.groups[0]) == [["<s>", "5"], ["ab", "c", "d"], ["9", "</s>"]]
+
+
 def test_keep_end_without_bos(qwen, config):
     row = chat("one two three four", "y", "z")
     (whole,) = tokenize_groups([row], qwen, config()).groups
