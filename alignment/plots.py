@@ -111,15 +111,20 @@ def _draw(axes: Axes, metrics: Sequence[dict[str, Any]], stage: str, names: dict
 
 
 def _finish(axes: Axes, title: str, axis: str, stage: str, level: float | None) -> None:
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel(f"optimizer step of the {stage} stage")
+    axes.set_title(title, fontsize=11, pad=24)
+    axes.set_xlabel("optimizer step of the SFT stage" if stage == "sft" else "optimizer step of the preference stage")
     axes.set_ylabel(axis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.grid(color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if level is not None:
         axes.axhline(level, color="0.5", linewidth=1, linestyle="--", zorder=1)
-    axes.legend(frameon=False)
+    low, high = axes.get_xlim()
+    if high - low < 1:  # one step only: without this the ticks are fractions of a step
+        middle = round((low + high) / 2)
+        axes.set_xlim(middle - 1, middle + 1)
+    # Above the axes, where no curve can run through it.
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=9, frameon=False)
 
 
 def _save(figure: Figure, path: Path) -> Path:
