@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,6 +91,10 @@ def _data_info(loaded: LoadedData, drops: Sequence[BadRow], counts: dict[str, in
     }
 
 
+def _sum_counts(*parts: dict[str, int]) -> dict[str, int]:
+    return dict(sum((Counter(part) for part in parts), Counter()))
+
+
 def _log_data(title: str, info: dict[str, Any]) -> None:
     log.info("%s: %s.", title, info["source"])
     for name in ("bad_rows", "dropped", "tokens"):
@@ -109,10 +114,8 @@ def load_preferences(config: DataConfig, tokenizer: Any, loss: Any) -> tuple[Pre
     train = tokenize_groups(loaded.train, tokenizer, config)
     held_out = tokenize_groups(loaded.eval, tokenizer, config)
     drops = [*train.drops, *held_out.drops]
-    info = _data_info(loaded, drops, train.counts)
+    info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
     _log_data("Preferences", info)
-    if not train.groups:
-        raise UserError(f"data.source: no usable rows are left of {config.source} ({info['dropped']}).")
     groups = train.groups if loss.unit == "pair" else as_rows(train.groups)
     info["train"], info["eval"] = len(groups), len(held_out.groups)
     return PreferenceData(groups, held_out.groups, held_out.rows, info), [*loaded.bad, *drops]
@@ -128,10 +131,8 @@ def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, lis
     train = tokenize_sft(loaded.train, tokenizer, config)
     held_out = tokenize_sft(loaded.eval, tokenizer, config)
     drops = [*train.drops, *held_out.drops]
-    info = _data_info(loaded, drops, train.counts)
+    info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
     _log_data("SFT data", info)
-    if not train.sequences:
-        raise UserError(f"sft.data.source: no usable rows are left of {config.source} ({info['dropped']}).")
     info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
     return SFTData(train.sequences, held_out.sequences, info), [*loaded.bad, *drops]
 

@@ -64,24 +64,6 @@ class BadRow:
         return cls(reason, message, file, int(number))
 
 
-def unpair(rows: Sequence[Row]) -> list[Row]:
-    """Each pair as a desirable row followed by an undesirable one; labelled rows stay as they are."""
-    single: list[Row] = []
-    for row in rows:
-        if row.labels is not None:
-            single.append(row)
-            continue
-        if len(row.completions) != 2:
-            raise UserError(
-                f"Row {row.source} has {len(row.completions)} completion(s) and no label, "
-                "and a loss on labelled rows reads labelled rows or pairs."
-            )
-        for index, label in enumerate((True, False)):
-            scores = None if row.scores is None else (row.scores[index],)
-            single.append(replace(row, completions=(row.completions[index],), labels=(label,), scores=scores))
-    return single
-
-
 def require_pairs(rows: Sequence[Row], loss: str) -> None:
     """Raise `UserError` unless every row has a chosen and a rejected completion."""
     for row in rows:

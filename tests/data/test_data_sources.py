@@ -6,7 +6,7 @@ import random
 import pytest
 
 from alignment.data import sources
-from alignment.data.rows import BadRow, Row, fingerprint, require_pairs, unpair, write_rejected
+from alignment.data.rows import BadRow, Row, fingerprint, require_pairs, write_rejected
 from alignment.data.sources import load_rows
 from alignment.errors import UserError
 
@@ -256,23 +256,11 @@ def test_fingerprint_is_of_the_content(jsonl, config):
     assert fingerprint([Row("p", ("c",))], []) != fingerprint([], [Row("p", ("c",))])
 
 
-def test_unpair():
-    row = Row("p", ("c", "r"), scores=(2.0, 1.0), meta={"key": 1}, source="f:1")
-    labelled = Row("q", ("a",), labels=(False,), source="f:2")
-    assert unpair([row, labelled]) == [
-        Row("p", ("c",), (True,), (2.0,), {"key": 1}, "f:1"),
-        Row("p", ("r",), (False,), (1.0,), {"key": 1}, "f:1"),
-        labelled,
-    ]
-    with pytest.raises(UserError, match=r"Row f:3 has 1 completion\(s\) and no label"):
-        unpair([Row("q", ("a",), source="f:3")])
-
-
 def test_a_pairwise_loss_refuses_labelled_rows():
     pairs = [Row("p", ("c", "r"), source="f:1")]
     require_pairs(pairs, "dpo")
     with pytest.raises(UserError, match=r"Loss dpo compares.*row f:1 has one completion with a label"):
-        require_pairs(unpair(pairs), "dpo")
+        require_pairs([Row("p", ("c",), (True,), source="f:1")], "dpo")
 
 
 def test_rejected_rows_are_written_whole_or_not_at_all(tmp_path):

@@ -8,7 +8,7 @@ from chat_templates import CHATML, COUNTING, LLAMA3, NO_END, QWEN3, R1
 
 from alignment.config import Keep
 from alignment.data.layouts import recognise, to_row
-from alignment.data.rows import Row, unpair
+from alignment.data.rows import Row
 from alignment.data.tokens import tokenize_groups, tokenize_sft
 from alignment.errors import UserError
 
@@ -216,14 +216,6 @@ def test_a_group_does_not_depend_on_other_rows_or_on_the_padding_token(qwen, con
     qwen.pad_token = qwen.eos_token
     same_ids = [g.keys() for g in tokenize_groups(rows, qwen, config()).groups]
     assert together == backwards == alone == same_ids
-
-
-def test_unpaired_rows_have_the_tokens_of_the_pair(qwen, config):
-    row = chat("Two and two?", "4", "5")
-    (group,) = tokenize_groups([row], qwen, config()).groups
-    single = tokenize_groups(unpair([row]), qwen, config()).groups
-    assert [g.key(0) for g in single] == group.keys()
-    assert [g.labels for g in single] == [(True,), (False,)]
 
 
 def test_strings_are_messages_where_there_is_a_template(qwen, config):
