@@ -108,7 +108,8 @@ def escape_markdown(text: str) -> str:
     # Control characters and those that turn the direction of the text around them.
     text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
     # Character references, unlike backslashes, are never read as structure, whatever stands around them.
-    text = re.sub(r"[\\`*_\[\]|~$#]", lambda match: f"&#{ord(match[0])};", text)
+    # An underscore between letters or digits is plain text already, and names are easier to read with it.
+    text = re.sub(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])", lambda match: f"&#{ord(match[0])};", text)
     return text.replace("\n", "<br>")
 
 

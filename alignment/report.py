@@ -1,4 +1,4 @@
-"""The report of one run, made from the files in its folder alone: `python -m alignment.report RUN_DIR...` rewrites it."""
+"""The report of one run, from the files in its folder alone; `python -m alignment.report RUN_DIR...` rewrites it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ _RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
 _MODELS = {"start": "before training", "sft": "after SFT", "final": "final"}
 _STAGE_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "nats/margins", "ranking/accuracies")
 _NONE = "-"
+_ZERO = 1e-4
 
 
 @dataclass(slots=True)
@@ -90,6 +91,12 @@ def _get(value: Any, *keys: str) -> Any:
     return value
 
 
+def _section(value: Any, *keys: str) -> dict[str, Any]:
+    """`_get` of a mapping; empty where there is none."""
+    found = _get(value, *keys)
+    return found if isinstance(found, dict) else {}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -132,7 +139,11 @@ def _accuracy(share: Any, pairs: int) -> str:
     if not (_is_number(share) and 0 <= share <= 1 and pairs):
         return _percent(share)
     low, high = wilson_interval(share, pairs)
-    return f"{_percent(share)} [{_percent(low)}, {_percent(high)}]"
+    return f"{_percent(share)} ({_percent(low)} to {_percent(high)})"
+
+
+def _margin(value: Any) -> str:
+    return "0" if _is_number(value) and abs(value) < _ZERO else _text(value)
 
 
 def _loss_name(summary: dict[str, Any]) -> str:
@@ -149,7 +160,7 @@ def _stage_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         final = [
             f"{split} {name} {_text(_get(metrics, f'{split}/{name}'))}"
             for split in ("train", "eval")
-            for name in _STAGE_METRICS
+            for name in (_STAGE_METRICS if split == "eval" else ("loss",))
             if _get(metrics, f"{split}/{name}") is not None
         ]
         title = "SFT" if stage == "sft" else _loss_name(summary).upper()
@@ -166,9 +177,9 @@ def _stage_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _win_rate(entry: Any) -> str:
-    counts = "/".join(_text(_get(entry, key)) for key in ("wins", "ties", "losses"))
+    counts = " / ".join(_text(_get(entry, key)) for key in ("wins", "ties", "losses"))
     low, high = _percent(_get(entry, "low")), _percent(_get(entry, "high"))
-    return f"{_percent(_get(entry, 'rate'))} [{low}, {high}] ({counts})"
+    return f"{_percent(_get(entry, 'rate'))} ({low} to {high}), {counts}"
 
 
 def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -187,10 +198,9 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         return lambda model: show(_get(evaluation, "answers", model, key))
 
     def pair_metric(key: str, show: Callable[[Any], str]) -> Callable[[str], str]:
-        # Before the first update every pair may be a tie, which is neither right nor wrong.
         def cell(model: str) -> str:
-            if model == before and key == "rewards/accuracies" and first.get("rewards/ties") == 1:
-                return "all ties"
+            if model == before and key == "rewards/accuracies" and abs(first.get("rewards/margins", 1.0)) < _ZERO:
+                return _NONE  # the policy is its own reference: the signs of its rewards are rounding
             return show(_get(final, f"eval/{key}") if model == "final" else first.get(key) if model == before else None)
 
         return cell
@@ -200,14 +210,14 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         return _win_rate(entry) if entry else _NONE
 
     measures: list[tuple[str, Callable[[str], str]]] = [
-        ("win rate of the final model against it (wins/ties/losses)", against),
+        ("win rate of the final model against it, wins / ties / losses", against),
         ("judge score", answers("judge_score", _text)),
         ("correct", answers("correct", _percent)),
         ("mean length of answers, words", answers("words", _text)),
         ("answers", answers("n", _text)),
         ("reward accuracy on held-out pairs", pair_metric("rewards/accuracies", lambda v: _accuracy(v, pairs))),
-        ("reward margin, the loss's units", pair_metric("rewards/margins", _text)),
-        ("margin against the reference, nats", pair_metric("nats/margins", _text)),
+        ("reward margin, the loss's units", pair_metric("rewards/margins", _margin)),
+        ("margin against the reference, nats", pair_metric("nats/margins", _margin)),
         ("ranking accuracy of the policy alone", pair_metric("ranking/accuracies", lambda v: _accuracy(v, pairs))),
     ]
     rows = [[title, *[cell(model) for model in models]] for title, cell in measures]
@@ -238,7 +248,7 @@ def _warnings(run: _Run) -> list[str]:
         before, after, split = change
         found.append(
             f"The log-prob of chosen completions fell by {before - after:.1f} nats ({split}, {before:.1f} to "
-            f"{after:.1f}): the margin grew because rejected ones fell more, not because chosen ones became likelier."
+            f"{after:.1f}): what margin there is comes from rejected ones falling more."
         )
     for stage in STAGES:
         steps, values = series(run.metrics, stage, "eval", "loss")
@@ -257,7 +267,7 @@ def _warnings(run: _Run) -> list[str]:
                 f"The reward accuracy of {_percent(accuracy)} on {pairs} held-out pairs cannot be told from chance "
                 f"(95% interval {_percent(low)} to {_percent(high)})."
             )
-    for name, entry in (_get(summary, "evaluation", "win_rate") or {}).items():
+    for name, entry in _section(summary, "evaluation", "win_rate").items():
         low, high = _get(entry, "low"), _get(entry, "high")
         if _is_number(low) and _is_number(high) and low <= 0.5 <= high:
             other = _MODELS.get(name.removeprefix("final_vs_"), name)
@@ -265,22 +275,22 @@ def _warnings(run: _Run) -> list[str]:
                 f"The win rate against the model {other} cannot be told from a draw "
                 f"(95% interval {_percent(low)} to {_percent(high)})."
             )
-    answers = _get(summary, "evaluation", "answers") or {}
+    answers = _section(summary, "evaluation", "answers")
     words, correct = (
         {model: _get(answers, model, key) for model in _MODELS if _is_number(_get(answers, model, key))}
         for key in ("words", "correct")
     )
-    before = "sft" if "sft" in words else "start"
-    if "final" in words and words.get(before, 0) > 0 and words["final"] > 1.2 * words[before]:
+    earlier = "sft" if "sft" in words else "start"
+    if "final" in words and words.get(earlier, 0) > 0 and words["final"] > 1.2 * words[earlier]:
         found.append(
-            f"Answers grew from {words[before]:.1f} ({_MODELS[before]}) to {words['final']:.1f} words: judges "
+            f"Answers grew from {words[earlier]:.1f} ({_MODELS[earlier]}) to {words['final']:.1f} words: judges "
             "often prefer length, so part of a win may be nothing else."
         )
-    best = max(correct, key=lambda model: correct[model], default="final")
-    if "final" in correct and correct[best] > correct["final"]:
+    ablest = max(correct, key=lambda model: correct[model], default="final")
+    if "final" in correct and correct[ablest] > correct["final"]:
         found.append(
-            f"Fewer answers are correct at the end ({_percent(correct['final'])}) than {_MODELS[best]} "
-            f"({_percent(correct[best])})."
+            f"Fewer answers are correct at the end ({_percent(correct['final'])}) than {_MODELS[ablest]} "
+            f"({_percent(correct[ablest])})."
         )
     return found
 
@@ -289,7 +299,7 @@ def _what_ran(run: _Run) -> list[tuple[str, str]]:
     config, summary = run.config, run.summary
     stages = summary.get("stages")
     loss = config.get("loss")
-    settings = loss if isinstance(loss, dict) else _get(stages, "preference", "settings") or {}
+    settings = loss if isinstance(loss, dict) else _section(stages, "preference", "settings")
     facts: list[tuple[str, Any]] = [
         ("recipe", summary.get("recipe")),
         ("status", summary.get("status", "unfinished, or its summary is lost")),
@@ -332,7 +342,7 @@ def _data_line(run: _Run, stage: str, source: Any) -> str | None:
     parts = [str(source)] if source else []
     for key, title in (("train", "rows to train on"), ("eval", "held out"), ("fingerprint", "")):
         if _get(info, key) is not None:
-            parts.append(f"{_text(info[key])} {title}" if title else f"fingerprint {info[key]}")
+            parts.append(f"{_text(info[key])} {title}" if title else f"fingerprint {_short(info[key])}")
     return "; ".join(parts) or None
 
 
@@ -346,8 +356,17 @@ def _reference_line(reference: Any) -> str | None:
     if not isinstance(reference, dict):
         return None
     order = ("mode", "identity", "hits", "misses", "spot_checks", "spot_check_max_diff", "seconds", "path")
-    parts = [f"{key.replace('_', ' ')} {_text(reference[key])}" for key in order if reference.get(key) is not None]
+    parts = [
+        f"{key.replace('_', ' ')} {_short(reference[key]) if key == 'identity' else _text(reference[key])}"
+        for key in order
+        if reference.get(key) is not None
+    ]
     return escape_markdown(", ".join(parts))
+
+
+def _short(digest: Any) -> str:
+    """Enough of a hash to tell it from others; the whole is in summary.json."""
+    return str(digest)[:16]
 
 
 def _cut(value: Any) -> str:
@@ -379,7 +398,7 @@ def write_report(run_dir: Path) -> Path:
     header, rows = _evaluation_table(run.summary, run.metrics)
     if rows:
         parts += ["## Held-out evaluation", _table([escape_markdown(cell) for cell in header], rows)]
-        parts.append("Square brackets are 95% intervals.")
+        parts.append("In parentheses: 95% intervals. A tie counts as half a win.")
     header, rows = _stage_table(run.summary)
     if rows:
         parts += ["## Stages", _table(header, rows)]
@@ -409,7 +428,9 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         ("Held-out evaluation", _evaluation_table(summary, [])),
     ):
         if rows:
-            table = Table(*(Text(cell) for cell in header), title=title, title_justify="left")
+            table = Table(title=title, title_justify="left")
+            for cell in header:
+                table.add_column(Text(cell))
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
             console.print(table)
