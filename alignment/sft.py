@@ -15,12 +15,10 @@ from torch import nn
 from alignment.config import SFTConfig
 from alignment.policy import is_adapted
 from alignment.training import (
-    CheckpointMark,
     LogFunction,
-    ProgressBar,
-    RecordCallback,
     last_checkpoint,
     prepare_trainer,
+    stage_callbacks,
     training_arguments,
 )
 
@@ -89,7 +87,6 @@ def run_sft(
         num_steps=num_steps,
         seed=seed,
         device=device,
-        evaluate=bool(eval_examples),
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=rows,
         gradient_accumulation_steps=passes,
@@ -107,7 +104,7 @@ def run_sft(
         train_dataset=_dataset(examples),
         eval_dataset=_dataset(eval_examples) if eval_examples else None,
         processing_class=tokenizer,
-        callbacks=[RecordCallback(log_metrics), CheckpointMark(), ProgressBar("SFT")],
+        callbacks=stage_callbacks("SFT", log_metrics, config.trainer, bool(eval_examples)),
     )
     prepare_trainer(trainer)
     # On a quantised base TRL rounds the adapter to bfloat16; small updates would be lost, so it keeps its own dtype.
@@ -118,13 +115,12 @@ def run_sft(
         if checkpoint is not None:
             log.info("SFT continues from step %d.", done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        metrics = trainer.evaluate() if eval_examples else {}
     finally:
         base.forward = forward  # without the head that TRL put in front of ours
-    history = [row for row in trainer.state.log_history if "loss" in row]
-    final = {f"train/{key}": history[-1][key] for key in ("loss",) if history}
-    if "eval_loss" in metrics:
-        final["eval/loss"] = metrics["eval_loss"]
+    last = {name: row[name] for row in trainer.state.log_history for name in ("loss", "eval_loss") if name in row}
+    final = {"train/loss": last["loss"]}
+    if eval_examples:
+        final["eval/loss"] = last["eval_loss"]
     trained = num_steps - done
     mean_length = sum(len(example["input_ids"]) for example in examples) / len(examples)
     return {

@@ -49,14 +49,7 @@ from alignment.report import print_summary, write_report
 from alignment.sft import run_sft
 from alignment.steps import StepSampler
 from alignment.tracking import Tracker, open_tracker
-from alignment.training import (
-    CheckpointMark,
-    ProgressBar,
-    RecordCallback,
-    last_checkpoint,
-    prepare_trainer,
-    training_arguments,
-)
+from alignment.training import last_checkpoint, prepare_trainer, stage_callbacks, training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -194,14 +187,16 @@ class Run:
     # Policy
 
     def _load_policy(self) -> nn.Module:
-        """The policy at the first stage that is not done: fresh, or as the SFT stage left it."""
+        """The policy as the last stage that is done left it, or fresh."""
         config = self.config
-        trained = self._stage_dir("sft") / "policy"
-        continuing = (self._stage_dir("sft") / "done.json").exists()
-        source = str(trained) if continuing and config.adapter is None else self.source
+        trained = None
+        for stage, folder in (("sft", self._stage_dir("sft") / "policy"), ("preference", self._policy_dir())):
+            if (self._stage_dir(stage) / "done.json").exists():
+                trained = folder
+        source = str(trained) if trained is not None and config.adapter is None else self.source
         log.info("Loading %s on %s ...", config.model.name, self.device)
         model = load_base(config.model, config.quantization, source, self.device)
-        if config.adapter is not None and continuing:
+        if config.adapter is not None and trained is not None:
             return load_adapter(model, trained)
         return attach_adapter(model, config.adapter, config.seed)
 
@@ -288,7 +283,6 @@ class Run:
             num_steps=num_steps,
             seed=config.seed,
             device=self.device,
-            evaluate=bool(data.eval),
             per_device_train_batch_size=loop.groups_per_step,
         )
         checkpoint, done = last_checkpoint(checkpoints)
@@ -302,7 +296,7 @@ class Run:
             layout=layout,
             tokens_per_batch=loop.tokens_per_batch,
             sampler=sampler,
-            callbacks=[RecordCallback(log_metrics), CheckpointMark(), ProgressBar(loss.name.upper())],
+            callbacks=stage_callbacks(loss.name.upper(), log_metrics, loop, bool(data.eval)),
         )
         prepare_trainer(trainer)
         start = check_start(trainer, [data.train[i] for i in sampler.steps(0)[0]])
@@ -313,7 +307,7 @@ class Run:
         if checkpoint is not None:
             log.info("The preference stage continues from step %d.", done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        metrics = self._final_metrics(trainer, num_steps)
+        metrics = self._final_metrics(trainer)
         result = {
             "loss": loss.name,
             "settings": asdict(loss),
@@ -339,17 +333,14 @@ class Run:
         return CachedReference(store, model, layout, tokens, self.device, config.reference.spot_checks)
 
     @staticmethod
-    def _final_metrics(trainer: PreferenceTrainer, num_steps: int) -> dict[str, float]:
-        history = trainer.state.log_history
-        final = {
-            f"train/{k}": v
-            for k, v in next((row for row in reversed(history) if "loss" in row), {}).items()
-            if k not in ("epoch", "step")
-        }
+    def _final_metrics(trainer: PreferenceTrainer) -> dict[str, float]:
+        """The last training log and the last evaluation; both belong to the last step."""
+        history = list(reversed(trainer.state.log_history))
+        train = next(row for row in history if "loss" in row)
+        final = {f"train/{k}": v for k, v in train.items() if k not in ("epoch", "step")}
         if trainer.eval_groups:
-            evaluated = next((r for r in reversed(history) if "eval_loss" in r and r["step"] == num_steps), None)
-            metrics = evaluated or trainer.evaluate()
-            final |= {f"eval/{k[5:]}": v for k, v in metrics.items() if k.startswith("eval_")}
+            evaluation = next(row for row in history if "eval_loss" in row)
+            final |= {f"eval/{k[5:]}": v for k, v in evaluation.items() if k.startswith("eval_")}
         return final
 
     # Evaluation

@@ -17,7 +17,8 @@ from alignment.config import OptimConfig, TrainerConfig
 from alignment.errors import UserError
 
 _COMPLETE = "complete"
-_NOT_METRICS = {"epoch", "total_flos", "num_input_tokens_seen", "step"}
+# TRL's count of tokens starts anew in every process, so that a resumed run would log other numbers.
+_NOT_METRICS = {"epoch", "total_flos", "num_input_tokens_seen", "num_tokens", "step"}
 _RUNTIME = ("runtime", "samples_per_second", "steps_per_second")
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -35,7 +36,6 @@ def training_arguments(
     num_steps: int,
     seed: int,
     device: torch.device,
-    evaluate: bool,
     **extra: Any,
 ) -> Arguments:
     """Arguments of one stage of exactly `num_steps` optimizer steps.
@@ -59,11 +59,8 @@ def training_arguments(
             gradient_checkpointing_kwargs={"use_reentrant": False} if trainer.gradient_checkpointing else None,
             logging_steps=trainer.log_every,
             logging_nan_inf_filter=False,
-            eval_strategy="steps" if evaluate and trainer.eval_every else "no",
-            eval_steps=trainer.eval_every or None,
             save_strategy="steps" if trainer.save_every else "no",
             save_steps=trainer.save_every or num_steps,
-            save_total_limit=trainer.keep_checkpoints,
             seed=seed,
             data_seed=seed,
             use_cpu=device.type == "cpu",
@@ -129,13 +126,54 @@ class ProgressBar(TrainerCallback):
             self._bar = None
 
 
-class CheckpointMark(TrainerCallback):
-    """Marks a checkpoint once everything in it is on disk: a kill in the middle leaves one without the mark."""
+class Rhythm(TrainerCallback):
+    """When a stage logs, evaluates and saves, beyond what the Trainer does by itself.
+
+    Every checkpoint is preceded by a log, so that no sum over steps is lost where a run goes on from it, and the last
+    step is logged and evaluated. It needs no checkpoint: the policy itself is saved next, and the Trainer, asked to
+    continue after the last step of a stage that ends within an epoch, would take one step more.
+    """
+
+    def __init__(self, eval_every: int | None) -> None:
+        """`eval_every` as in the configuration (0: at the end only); None where nothing is held out."""
+        self._eval_every = eval_every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after the Trainer's own callback has set its flags."""
+        last = state.global_step >= state.max_steps
+        if self._eval_every is not None:
+            control.should_evaluate = last or bool(self._eval_every and state.global_step % self._eval_every == 0)
+        control.should_save = control.should_save and not last
+        control.should_log = control.should_log or control.should_save or last
+
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint once everything in it is written, and only then removes old ones, the mark first.
+
+    So a kill at any moment leaves a whole checkpoint if there ever was one, and none that is marked but not whole.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called when the checkpoint has been written."""
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            folder = Path(args.output_dir)
+            (folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            for path in sorted(folder.glob("checkpoint-*"), key=_step)[: -self._keep]:
+                (path / _COMPLETE).unlink(missing_ok=True)
+                shutil.rmtree(path)
+
+
+def stage_callbacks(title: str, log_metrics: LogFunction, trainer: TrainerConfig, evaluate: bool) -> list[Any]:
+    """The callbacks of a stage; `evaluate` says whether anything is held out."""
+    return [
+        RecordCallback(log_metrics),
+        Rhythm(trainer.eval_every if evaluate else None),
+        Checkpoints(trainer.keep_checkpoints),
+        ProgressBar(title),
+    ]
 
 
 def prepare_trainer(trainer: Trainer) -> None:
@@ -144,13 +182,16 @@ def prepare_trainer(trainer: Trainer) -> None:
         trainer.remove_callback(callback)
 
 
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
     """The newest whole checkpoint of a stage and its step; torn ones are removed."""
     newest: tuple[Path | None, int] = (None, 0)
     for path in folder.glob("checkpoint-*"):
-        step = int(path.name.removeprefix("checkpoint-"))
         if not (path / _COMPLETE).exists():
             shutil.rmtree(path)
-        elif step > newest[1]:
-            newest = (path, step)
+        elif _step(path) > newest[1]:
+            newest = (path, _step(path))
     return newest
