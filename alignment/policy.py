@@ -170,6 +170,10 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            # Attention, layer-drop and router noise have no module: their rate is a number that the forward reads.
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -180,8 +184,6 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
     Returns:
         (64 hex digits, a description for people).
     """
-    from peft.tuners.lora import LoraLayer
-
     base = hashlib.blake2b(digest_size=32)
     adapter = hashlib.blake2b(digest_size=32)
     num_adapted = 0
@@ -189,15 +191,11 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
     quantization = config.pop("quantization_config", None)
     base.update(_canonical({k: v for k, v in config.items() if k not in _VOLATILE_CONFIG_KEYS}))
     base.update(_canonical(quantization))
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            for key in module.active_adapters:
-                if key not in module.lora_B or not module.lora_B[key].weight.any():
-                    continue
-                num_adapted += 1
-                adapter.update(f"{name}:{module.scaling[key]!r}".encode())
-                for weight in (module.lora_A[key].weight, module.lora_B[key].weight):
-                    _update(adapter, weight)
+    for name, scaling, *weights in _updates(model):
+        num_adapted += 1
+        adapter.update(f"{name}:{scaling!r}".encode())
+        for weight in weights:
+            _update(adapter, weight)
     for name, tensor in _base_tensors(model):
         base.update(name.encode())
         _update(base, tensor)
@@ -213,8 +211,29 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
     return identity, description
 
 
+def _updates(model: nn.Module) -> Iterator[tuple[str, float, Tensor, Tensor]]:
+    """(layer, scaling, A, B) of every active LoRA update that is not zero, on linear layers and on embeddings."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for key in layer.active_adapters:
+            if key in layer.lora_A:
+                a, b = layer.lora_A[key].weight, layer.lora_B[key].weight
+            elif key in layer.lora_embedding_A:
+                a, b = layer.lora_embedding_A[key], layer.lora_embedding_B[key]
+            else:
+                continue
+            if a.any() and b.any():
+                yield name, layer.scaling[key], a, b
+
+
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights without the adapter's, under the names they have without peft, tied ones once, with quantiser states."""
+    """Weights without the adapter's, under the names they have without peft, tied ones once, with quantiser states.
+
+    Buffers that are saved with a model (a router's correction bias) are weights too.
+    """
     seen: set[int] = set()
     for name, tensor in model.named_parameters():
         if ".lora_" in name or id(tensor) in seen:
@@ -226,6 +245,10 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if state is not None:
             for key, value in sorted(state.as_dict().items()):
                 yield f"{plain}.{key}", value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode()))
+    saved = model.state_dict().keys()
+    for name, tensor in model.named_buffers():
+        if name in saved:
+            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
 
 
 def _update(digest: Any, tensor: Tensor) -> None:
@@ -239,14 +262,11 @@ def _canonical(value: Any) -> bytes:
 
 def starts_at_base(model: nn.Module) -> bool:
     """Whether switching the adapter off gives the same policy: every update is zero and the base was not edited."""
-    from peft.tuners.lora import LoraLayer
-
     if not is_adapted(model):
         return False
     if any(config.init_lora_weights not in (True, "gaussian") for config in model.peft_config.values()):
         return False
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    return not any(layer.lora_B[key].weight.any() for layer in layers for key in layer.active_adapters)
+    return next(_updates(model), None) is None
 
 
 class FrozenStart:
@@ -272,11 +292,14 @@ class FrozenStart:
             self._kind = "frozen copy of the adapter"
             active = model.active_adapter
             trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-            model.add_adapter(self._NAME, model.peft_config[active])
+            config = copy.copy(model.peft_config[active])
+            config.init_lora_weights = True  # PiSSA and OLoRA would edit the base weights a second time
+            model.add_adapter(self._NAME, config)
             weights = dict(model.named_parameters())
             with torch.no_grad():
                 for name in trainable:
-                    weights[name.replace(f".{active}.", f".{self._NAME}.")].copy_(weights[name])
+                    copied = ".".join(self._NAME if part == active else part for part in name.split("."))
+                    weights[copied].copy_(weights[name])
             model.set_adapter(active)
         log.info("Live reference: %s.", self._kind)
 

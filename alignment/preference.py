@@ -157,7 +157,8 @@ class PreferenceTrainer(Trainer):
 
     @torch.no_grad()
     def step_values(self, groups: Sequence[Group]) -> StepValues:
-        """What a step of these groups would compute now, without training."""
+        """What a step of these groups would compute now, without training, in the mode that it trains in."""
+        self.model.train()
         inputs = self._inputs(groups, self._scores(self.model, groups))
         output = self.loss(inputs, self._statistics(self.model, groups))
         return StepValues(inputs.policy, inputs.labels, output.losses.double().mean().item())
