@@ -35,7 +35,7 @@ FLAWS = (
     "wrong", "padded", "wrong", "hedged", "wrong", "wrong_padded", "wrong", "padded", "wrong", "evasive",
     "wrong", "hedged", "wrong", "padded", "wrong", "wrong_padded", "wrong", "hedged", "evasive", "padded",
 )  # fmt: skip
-STYLES = ("direct", "sentence", "direct", "padded")
+STYLES = ("sentence", "padded", "direct", "padded")
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -626,7 +626,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "job",
         ("Who {x}?", "What do you call a person who {x}?", "Name the job of someone who {x}.", "Which worker {x}?"),
-        "A person who {x} is a {a}.",
+        "That person is a {a}.",
         _table("""
             flies a plane = pilot; bakes bread = baker|chef|cook; teaches at a school = teacher;
             cuts hair = barber|hairdresser|hairstylist; puts out fires = firefighter|fireman;
@@ -707,7 +707,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "currency",
         ("What money do people use in {x}?", "Name the currency of {x}."),
-        "The currency of {x} is the {a}.",
+        "People in {x} use the {a}.",
         _table("""
             Japan = yen; France = euro|euros; India = rupee|rupees|Indian rupee;
             the United States = dollar|dollars|US dollar; Russia = ruble|rubles|rouble|Russian ruble;
@@ -775,7 +775,7 @@ class _Question:
         right, wrong = self.item.answers[0], _pick(self.item.wrong, f"wrong:{self.prompt}")
         match flaw:
             case "wrong":
-                return _pick((self.direct(wrong),) * 4 + (self.sentence(wrong),), f"style:{self.prompt}")
+                return _pick((self.sentence(wrong),) * 4 + (self.direct(wrong),), f"style:{self.prompt}")
             case "padded":
                 return self.padded(right)
             case "wrong_padded":
@@ -789,7 +789,7 @@ class _Question:
     def pair(self, flaw: str) -> Row:
         return {
             "prompt": [{"role": "user", "content": self.prompt}],
-            "chosen": [{"role": "assistant", "content": self.direct(self.item.answers[0])}],
+            "chosen": [{"role": "assistant", "content": self.sentence(self.item.answers[0])}],
             "rejected": [{"role": "assistant", "content": self.rejected(flaw)}],
             "kind": self.kind.name,
             "answer": list(self.item.answers),
