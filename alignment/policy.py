@@ -335,8 +335,8 @@ def check_adapter_gradients(model: nn.Module) -> None:
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if missing:
         raise UserError(
-            f"{len(missing)} trainable tensors received no gradient (the first: {missing[0]}): take these layers out of "
-            f"adapter.target_modules, their adapter would never learn."
+            f"{len(missing)} trainable tensors received no gradient (the first: {missing[0]}): take these layers out "
+            f"of adapter.target_modules, their adapter would never learn."
         )
 
 

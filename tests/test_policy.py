@@ -235,7 +235,7 @@ def test_what_stays_in_its_own_dtype_and_what_trains(tiny_model_folder, dtype):
         load(tiny_model_folder, QuantizationConfig(double=True, compute_dtype=name), name), adapter(), 0
     )
     quantized = {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    projections = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert len({n for n in quantized if n.endswith("base_layer")}) == 2 * len(projections)
     for parameter_name, parameter in model.named_parameters():
         if ".lora_" in parameter_name:
