@@ -1,0 +1,75 @@
+"""Imports point one way: a module may import from lower layers only, and heavy libraries stay where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "alignment"
+
+LAYERS = [
+    {"run"},
+    {"compose"},
+    {"stages", "cache"},
+    {"export", "gate", "preflight", "report"},
+    {"preference", "sft", "plots"},
+    {"training", "reference", "metrics", "steps", "tracking", "generate"},
+    {"policy", "records"},
+    {"data.tokens", "data.sources"},
+    {"data.layouts", "reference_store", "wheel_model", "logps"},
+    {"data.rows", "layout", "data.quickstart", "judge"},
+    {"losses"},
+    {"losses.kto", "losses.ipo"},
+    {"losses.dpo", "losses.simpo", "losses.orpo"},
+    {"losses.base"},
+    {"config", "ragged", "groups"},
+    {"errors", "", "data"},
+]
+"""From the command down; modules of one layer do not import each other."""
+
+ONLY_IN = {
+    "hydra": {"run", "compose"},
+    "omegaconf": {"run", "compose"},
+    "wandb": {"tracking"},
+    "trl": {"sft"},
+    "matplotlib": {"plots"},
+    "sqlite3": {"reference_store", "cache"},
+    "bitsandbytes": {"policy", "export"},
+}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_layer():
+    listed = [name for layer in LAYERS for name in layer]
+    assert sorted(listed) == sorted(map(name_of, MODULES))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_down(path):
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    own = name_of(path)
+    for imported in imports(path):
+        if not imported.startswith("alignment."):
+            root = imported.split(".")[0]
+            assert own in ONLY_IN.get(root, {own}), f"{root} is imported in {own}"
+            continue
+        target = imported.removeprefix("alignment.")
+        if target in rank:
+            assert rank[target] > rank[own], f"{own} imports {target}"
