@@ -86,9 +86,10 @@ class RecordCallback(TrainerCallback):
         if not logs or not state.is_world_process_zero or "train_runtime" in logs:
             return
         split = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        named = {name.removeprefix("eval_"): value for name, value in logs.items()}
         metrics = {
-            name.removeprefix("eval_"): float(value)
-            for name, value in logs.items()
+            name: float(value)
+            for name, value in named.items()
             if name not in _NOT_METRICS and not name.endswith(_RUNTIME) and isinstance(value, int | float)
         }
         if metrics:
