@@ -138,8 +138,10 @@ def open_tracker(
     """Tracker of a run; its files are in `run_dir`/wandb and its id in `run_dir`/wandb_run_id.
 
     The id in `resume_id`, or else in that file, continues the earlier W&B run: online at once, offline as a further
-    folder that `wandb sync` appends to the first. Never asks anything. Without a login, or if W&B cannot be reached,
-    the run is kept offline. `UserError` if online was asked for by name and the login is missing or refused.
+    folder that `wandb sync` appends to the first. Steps that a resume does again are there twice, with equal values;
+    the last seconds before a kill may be missing (metrics.jsonl has neither fault). Never asks anything. Without a
+    login, or if W&B cannot be reached, the run is kept offline. `UserError` if online was asked for by name and the
+    login is missing or refused.
     """
     mode = _mode(config)
     if config is None or mode == "disabled":
@@ -187,8 +189,10 @@ def open_tracker(
                 raise UserError(
                     f"W&B refused the login ({error}); run 'wandb login', or set tracking.mode=offline."
                 ) from None
+            wandb.teardown()
             why = f"the login was refused ({error})"
         except wandb.errors.CommError as error:
+            wandb.teardown()  # else its service holds the id of the failed start as in use
             why = f"W&B cannot be reached ({str(error).splitlines()[0]})"
     if run is None:
         run = start("offline")
