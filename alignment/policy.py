@@ -25,7 +25,17 @@ log = logging.getLogger(__name__)
 # Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
 _NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
 
-_VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "use_cache", "architectures", "dtype"}
+# None of them has a part in a log-prob; trainers write the tokenizer's special tokens into the configuration.
+_VOLATILE_CONFIG_KEYS = {
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "architectures",
+    "dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -189,7 +199,7 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
     num_adapted = 0
     config = model.config.to_dict()
     quantization = config.pop("quantization_config", None)
-    base.update(_canonical({k: v for k, v in config.items() if k not in _VOLATILE_CONFIG_KEYS}))
+    base.update(_canonical(_lasting(config)))
     base.update(_canonical(quantization))
     for name, scaling, *weights in _updates(model):
         num_adapted += 1
@@ -209,6 +219,14 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
         **digests,
     }
     return identity, description
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _lasting(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _VOLATILE_CONFIG_KEYS
+    }
 
 
 def _updates(model: nn.Module) -> Iterator[tuple[str, float, Tensor, Tensor]]:
