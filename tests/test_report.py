@@ -124,7 +124,12 @@ def test_a_whole_run(run_dir: Path) -> None:
     assert cells(text, "reward accuracy on held-out pairs") == ["-", "-", "80.0% (71.1% to 86.7%)"]
     assert cells(text, "reward margin, the loss's units") == ["-", "0", "1.7"]
     assert cells(text, "SFT") == ["20", "65.5", "812", "train loss 1.25"]
-    assert cells(text, "DPO")[:3] == ["24", "120", "1210"]
+    assert cells(text, "DPO") == [
+        "24",
+        "120",
+        "1210",
+        "train loss 0.5, eval loss 0.55, eval rewards/accuracies 0.8, eval rewards/margins 1.7, eval nats/margins 17",
+    ]
     assert "hits 512, misses 7" in text
     assert "abababababababab," in text
     assert cells(text, "loss") == ["dpo (beta 0.1, label_smoothing 0)"]
