@@ -92,7 +92,7 @@ def _draw(axes: Axes, metrics: Sequence[dict[str, Any]], stage: str, names: dict
             colour = _ORANGE if second else _BLUE
             text = f"{label}, {split}" if len(names) > 1 else split
             if split == "train":
-                marker = "." if len(steps) < 3 else ""
+                marker = "v" if len(steps) < 3 else ""
                 axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, label=text, zorder=2)
             else:
                 shape = "s" if index else "o"
