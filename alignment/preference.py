@@ -56,7 +56,8 @@ def groups_to_reference(
     return wanted
 
 
-def _labels(groups: Sequence[Group], device: torch.device) -> Tensor | None:
+def group_labels(groups: Sequence[Group], device: torch.device) -> Tensor | None:
+    """(S,) bool, the labels of all completions; None for pairs."""
     if any(group.labels is None for group in groups):
         return None
     return torch.tensor([label for group in groups for label in group.labels or ()], device=device)
@@ -64,10 +65,9 @@ def _labels(groups: Sequence[Group], device: torch.device) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class StepValues:
-    """Log-probs, labels and mean loss of one step."""
+    """Log-probs and mean loss of one step."""
 
     policy: RaggedLogps
-    labels: Tensor | None
     loss: float
 
 
@@ -78,6 +78,8 @@ class PreferenceTrainer(Trainer):
     How they are split changes neither the gradient (a mean over the step's items) nor what a loss computes over the
     step (its `statistics`).
     """
+
+    model: nn.Module
 
     def __init__(
         self,
@@ -120,7 +122,7 @@ class PreferenceTrainer(Trainer):
         reference = None
         if self.reference is not None:
             reference = self.reference.logps(groups).to(policy.values.device)
-        return LossInputs(policy, reference, _labels(groups, policy.values.device))
+        return LossInputs(policy, reference, group_labels(groups, policy.values.device))
 
     def _scores(self, model: nn.Module, groups: Sequence[Group]) -> RaggedLogps:
         scored = list(score_groups(model, groups, self.layout, self.tokens_per_batch, self.args.device))
@@ -161,7 +163,7 @@ class PreferenceTrainer(Trainer):
         self.model.train()
         inputs = self._inputs(groups, self._scores(self.model, groups))
         output = self.loss(inputs, self._statistics(self.model, groups))
-        return StepValues(inputs.policy, inputs.labels, output.losses.double().mean().item())
+        return StepValues(inputs.policy, output.losses.double().mean().item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the exact means of the steps since the last log to a training log."""
