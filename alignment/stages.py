@@ -17,16 +17,14 @@ import numpy as np
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from alignment.config import DataConfig, Judge, ReferenceMode, RunConfig
+from alignment.config import DataConfig, ReferenceMode, RunConfig
 from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, write_rejected
 from alignment.data.sources import LoadedData, load_rows
 from alignment.data.tokens import tokenize_groups, tokenize_sft
-from alignment.errors import UserError
+from alignment.evaluation import HeldOutAnswers
 from alignment.export import export_merged
 from alignment.gate import check_start
-from alignment.generate import answer, stop_tokens
 from alignment.groups import Group
-from alignment.judge import Verdict, compare, judge, win_rate
 from alignment.layout import FlatLayout
 from alignment.plots import write_plots
 from alignment.policy import (
@@ -41,7 +39,6 @@ from alignment.policy import (
     save_policy,
 )
 from alignment.preference import PreferenceTrainer, as_rows, groups_to_reference
-from alignment.preflight import check_machine
 from alignment.records import RunRecord, atomic_write_bytes, git_commit, machine, read_metrics, to_json, versions
 from alignment.reference import CachedReference, LiveReference, Reference
 from alignment.reference_store import ReferenceStore, cache_dir
@@ -134,7 +131,6 @@ class Run:
     """State of one run while it goes through its stages."""
 
     def __init__(self, config: RunConfig, run_dir: Path, recipe: str, resolved: dict[str, Any]) -> None:
-        check_machine(config)
         self.config = config
         self.run_dir = run_dir
         self.recipe = recipe
@@ -154,9 +150,9 @@ class Run:
             assert config.data is not None
             self.preferences, rows = load_preferences(config.data, self.tokenizer, config.loss)
             self.bad += rows
+        self.answers = self._held_out_answers()
         self.record = RunRecord(run_dir)
         self.summary: dict[str, Any] = {"recipe": recipe, "status": "finished", "seed": config.seed, "stages": {}}
-        self.answers: dict[str, list[str]] = {}
 
     def execute(self) -> dict[str, Any]:
         """Do what is not done yet, and return the summary."""
@@ -173,16 +169,35 @@ class Run:
             resume_id=None,
         ) as tracker:
             model = self._load_policy()
-            self._sample("start", model)
+            self._answer("start", model)
             if self.conversations is not None:
                 self._stage("sft", model, tracker, self._sft)
                 if self.preferences is not None:
-                    self._sample("sft", model)
+                    self._answer("sft", model)
             if self.preferences is not None:
                 self._stage("preference", model, tracker, self._preference)
-            self._sample("final", model)
+            self._answer("final", model)
             self._finish(model, tracker)
         return self.summary
+
+    def _held_out_answers(self) -> HeldOutAnswers | None:
+        data = self.preferences
+        if data is None:
+            return None
+        return HeldOutAnswers(
+            self.config.evaluation,
+            data.eval,
+            data.eval_rows,
+            data.train,
+            self.tokenizer,
+            self.run_dir / "stages",
+            self.device,
+            self.config.seed,
+        )
+
+    def _answer(self, name: str, model: nn.Module) -> None:
+        if self.answers is not None:
+            self.answers.collect(name, model)
 
     # Policy
 
@@ -343,81 +358,6 @@ class Run:
             final |= {f"eval/{k[5:]}": v for k, v in evaluation.items() if k.startswith("eval_")}
         return final
 
-    # Evaluation
-
-    def _prompts(self) -> list[int]:
-        """Indices of the held-out groups that are answered, spread over the whole held-out part."""
-        if self.preferences is None:
-            return []
-        held_out, wanted = len(self.preferences.eval), self.config.evaluation.prompts
-        count = min(held_out, wanted)
-        return [i * held_out // count for i in range(count)]
-
-    def _sample(self, name: str, model: nn.Module) -> None:
-        """Answer the held-out prompts with the policy as it is now; an interrupted run keeps what it had."""
-        picked = self._prompts()
-        if not picked or self.preferences is None:
-            return
-        path = self.run_dir / "stages" / f"answers_{name}.json"
-        if path.exists():
-            self.answers[name] = json.loads(path.read_text())
-            return
-        log.info("Answering %d held-out prompts (%s) ...", len(picked), name)
-        data = self.preferences
-        self.answers[name] = answer(
-            model,
-            self.tokenizer,
-            [data.eval[i].prompt for i in picked],
-            self.config.evaluation,
-            stop_tokens(self.tokenizer, data.train),
-            self.device,
-            self.config.seed,
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, to_json(self.answers[name]))
-
-    def _evaluation(self) -> dict[str, Any]:
-        """Judge scores, lengths and win rates of the answers; writes the samples."""
-        picked = self._prompts()
-        if not picked or self.preferences is None:
-            return {}
-        rows = [self.preferences.eval_rows[i] for i in picked]
-        verdicts: dict[str, list[Verdict]] = {}
-        if self.config.evaluation.judge is Judge.rules:
-            unanswered = [row.source for row in rows if "answer" not in row.meta]
-            if unanswered:
-                raise UserError(
-                    f"evaluation.judge=rules needs a column `answer` with the accepted answers, and {unanswered[0]} has "
-                    f"none; add it or set evaluation.judge=none."
-                )
-            accepted = [_accepted(row.meta["answer"]) for row in rows]
-            verdicts = {k: [judge(t, a) for t, a in zip(v, accepted, strict=True)] for k, v in self.answers.items()}
-        samples = []
-        for i, row in enumerate(rows):
-            sample: dict[str, Any] = {"prompt": _prompt_text(row)} | {k: v[i] for k, v in self.answers.items()}
-            if "kind" in row.meta:
-                sample["kind"] = row.meta["kind"]
-            if verdicts:
-                sample["verdicts"] = {k: asdict(v[i]) for k, v in verdicts.items()}
-            samples.append(sample)
-        self.record.write_samples(samples)
-        result: dict[str, Any] = {"prompts": len(rows), "answers": {}}
-        for name, texts in self.answers.items():
-            entry: dict[str, Any] = {"n": len(texts), "words": sum(len(t.split()) for t in texts) / len(texts)}
-            if verdicts:
-                entry["judge_score"] = sum(v.score for v in verdicts[name]) / len(texts)
-                entry["correct"] = sum(v.correct for v in verdicts[name]) / len(texts)
-            result["answers"][name] = entry
-        if verdicts:
-            result["win_rate"] = {
-                f"final_vs_{other}": asdict(win_rate(zip(verdicts["final"], verdicts[other], strict=True)))
-                for other in verdicts
-                if other != "final"
-            }
-            for sample, *pair in zip(samples, verdicts["final"], verdicts["start"], strict=True):
-                sample["winner"] = {1: "final", 0: "tie", -1: "start"}[compare(*pair)]
-        return result
-
     # Files
 
     def _check_prompts(self) -> list[np.ndarray]:
@@ -433,7 +373,7 @@ class Run:
             save_policy(model, self.tokenizer, self._policy_dir())
         identity, description = policy_identity(model)
         self.summary["model"] = {"name": config.model.name, "final_identity": identity, **description}
-        self.summary["evaluation"] = self._evaluation()
+        self.summary["evaluation"] = self.answers.judged(self.record) if self.answers is not None else {}
         self.summary["data"] = {
             name: data.info
             for name, data in (("sft", self.conversations), ("preference", self.preferences))
@@ -472,13 +412,3 @@ class Run:
         write_report(self.run_dir)
         tracker.summary(self.summary)
         print_summary(self.summary)
-
-
-def _accepted(value: Any) -> list[str]:
-    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
-
-
-def _prompt_text(row: Row) -> str:
-    if isinstance(row.prompt, str):
-        return row.prompt
-    return "\n".join(message["content"] for message in row.prompt if message["role"] != "system")

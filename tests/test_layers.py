@@ -11,7 +11,7 @@ LAYERS = [
     {"run"},
     {"compose"},
     {"stages", "cache"},
-    {"export", "gate", "preflight", "report"},
+    {"evaluation", "export", "gate", "preflight", "report"},
     {"preference", "sft", "plots"},
     {"training", "reference", "metrics", "steps", "tracking", "generate"},
     {"policy", "records"},
