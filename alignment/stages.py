@@ -26,7 +26,6 @@ from alignment.export import export_merged
 from alignment.gate import check_start
 from alignment.groups import Group
 from alignment.layout import FlatLayout
-from alignment.plots import write_plots
 from alignment.policy import (
     attach_adapter,
     disable_dropout,
@@ -39,7 +38,7 @@ from alignment.policy import (
     save_policy,
 )
 from alignment.preference import PreferenceTrainer, as_rows, groups_to_reference
-from alignment.records import RunRecord, atomic_write_bytes, git_commit, machine, read_metrics, to_json, versions
+from alignment.records import RunRecord, atomic_write_bytes, git_commit, machine, to_json, versions
 from alignment.reference import CachedReference, LiveReference, Reference
 from alignment.reference_store import ReferenceStore, cache_dir
 from alignment.report import print_summary, write_report
@@ -393,16 +392,14 @@ class Run:
         self.summary["machine"] = machine() | {"device": str(self.device)}
         self.summary["git_commit"] = git_commit(Path(__file__).parent)
         self.summary["seconds"] = self.record.wall_seconds
-        plots = write_plots(read_metrics(self.record.metrics_path), self.run_dir / "plots")
         files = {
             "policy": self._policy_dir(),
             "summary": self.run_dir / "summary.json",
             "metrics": self.record.metrics_path,
             "report": self.run_dir / "report.md",
             "config": self.run_dir / "config.yaml",
+            "plots": self.run_dir / "plots",
         }
-        if plots:
-            files["plots"] = self.run_dir / "plots"
         if self.summary["evaluation"]:
             files["samples"] = self.run_dir / "samples.md"
         if config.export.merge:
