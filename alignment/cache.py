@@ -89,7 +89,10 @@ def _list(store: ReferenceStore) -> int:
         for info in infos:
             table.add_row(
                 info.identity[:12],
-                *(Text(_shown(info, key)) for key in ("model", "quantization", "adapter", "dtype")),
+                Text(_shown(info, "model")),
+                _shown(info, "quantization"),
+                _shown(info, "adapter")[:12],
+                _shown(info, "dtype"),
                 f"{info.sequences:,}",
                 f"{info.tokens:,}",
                 _mb(info.bytes),

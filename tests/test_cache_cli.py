@@ -24,7 +24,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path))
     with ReferenceStore(tmp_path / REFERENCE_FILE) as store:
-        store.register(OLD, {"model": "lab/old[bold]", "quantization": "nf4", "adapter": "0a1b", "dtype": "bfloat16"})
+        store.register(
+            OLD, {"model": "lab/old[bold]", "quantization": "nf4", "adapter": "0a1b" * 16, "dtype": "bfloat16"}
+        )
         store.put(OLD, {bytes([index] * 32): np.full(1000, -1, np.float32) for index in range(3)})
         store.register(NEW, {"model": "lab/new"})
         store.put(NEW, {bytes(32): np.full(7, -1, np.float32)})
@@ -48,7 +50,7 @@ def test_list_shows_every_policy(folder: Path, capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     (old,) = (line for line in lines if OLD[:12] in line)
     (new,) = (line for line in lines if NEW[:12] in line)
-    for shown in ("lab/old[bold]", "nf4", "0a1b", "bfloat16", " 3 ", " 3,000 ", " 0.0 "):
+    for shown in ("lab/old[bold]", "nf4", " 0a1b0a1b0a1b ", "bfloat16", " 3 ", " 3,000 ", " 0.0 "):
         assert shown in old
     assert time.strftime("%Y-%m-%d") in new
     assert time.strftime("%Y-%m-%d") not in old
