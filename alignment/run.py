@@ -23,10 +23,16 @@ from alignment.compose import (
     sweep_members,
     to_run_config,
 )
+from alignment.config import RunConfig
 from alignment.errors import UserError
+from alignment.preflight import check_machine
 from alignment.records import atomic_write_text, redact
 
 log = logging.getLogger(__name__)
+
+
+_SWITCHES = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-r", "--resolve", "-m", "--multirun")
+_SHOWN = ("job", "hydra", "all")
 
 
 @hydra.main(config_path=str(asset_dir("conf")), config_name="config", version_base=VERSION_BASE)
@@ -35,35 +41,53 @@ def _job(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     path = run_dir / "config.yaml"
+    is_new = not path.exists()
     try:
         config = to_run_config(cfg)
+        if not _resumes(config):
+            _require_new(run_dir)
+        check_machine(config)
         _quieten_libraries()
-        from alignment.stages import Run  # after the configuration is known to be good: this imports torch
+        from alignment.stages import Run  # after all that can be refused: this imports transformers, for seconds
 
         resolved = redact(as_plain(cfg))
         run = Run(config, run_dir, hydra_config.runtime.choices["recipe"], resolved)
-        if not path.exists():
+        if is_new:
             atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
         run.execute()
     except UserError as error:
-        if not path.exists():
+        if is_new and not (run_dir / "stages").exists():
             _remove_traces(run_dir)
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         if not path.exists():
             _remove_traces(run_dir)
             raise
-        sys.exit(f"\nInterrupted; continue with: python -m alignment.run resume={run_dir}")
+        _, config_dir = _take_config_dir(sys.orig_argv)
+        option = f"--config-dir {config_dir} " if config_dir is not None else ""
+        sys.exit(f"\nInterrupted; continue with: python -m alignment.run {option}resume={run_dir}")
+
+
+def _resumes(config: RunConfig) -> bool:
+    return config.resume is not None and config.resume.lower() not in ("null", "false")
+
+
+def _require_new(run_dir: Path) -> None:
+    if (run_dir / "config.yaml").exists():
+        raise UserError(
+            f"The folder {run_dir} holds a run already: continue it with resume={run_dir}, or choose another folder."
+        )
 
 
 def _remove_traces(run_dir: Path) -> None:
-    """Take away what Hydra wrote for a run that never began."""
+    """Take away what was written for a run that never began, and the folders that were made for it alone."""
     shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
-    (run_dir / "run.log").unlink(missing_ok=True)
-    for folder in (run_dir, *list(run_dir.parents)[:2]):
-        if any(folder.iterdir()):
+    for name in ("run.log", "config.yaml", "rejected_rows.jsonl"):
+        (run_dir / name).unlink(missing_ok=True)
+    for folder in (run_dir, *(parent for parent in run_dir.parents if Path.cwd() in parent.parents)):
+        if {path.name for path in folder.iterdir()} - {"multirun.yaml"}:
             break
-        folder.rmdir()
+        shutil.rmtree(folder)
 
 
 def _quieten_libraries() -> None:
@@ -144,31 +168,62 @@ def _resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[st
         shown = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in changed[:3])
         raise UserError(f"A resumed run keeps its settings, and {shown} differs from those of {folder}.")
     quoted = str(folder).replace("'", "\\'")
-    return [*saved, f"resume='{quoted}'", f"hydra.run.dir='{quoted}'"]
+    # Without an output folder of its own Hydra leaves the first start's overrides as they are.
+    return [*saved, f"resume='{quoted}'", f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Options and overrides.
+
+    Raises:
+        UserError: an option that Hydra does not have, or that would lead past the checks.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+        elif argument in ("-c", "--cfg"):
+            value = next(rest, None)
+            if value not in _SHOWN:
+                raise UserError(f"{argument} needs one of {', '.join(_SHOWN)}, not {value}.")
+            options += [argument, value]
+        elif argument in _SWITCHES:
+            options.append(argument)
+        else:
+            raise UserError(
+                f"There is no option {argument}; there are {', '.join(_SWITCHES)} and --config-dir, and settings are "
+                f"given as key=value."
+            )
+    return options, overrides
 
 
 def _checked_arguments(arguments: list[str]) -> list[str]:
     """Arguments for Hydra, after everything that can be wrong with them has been looked for."""
     arguments, config_dir = _take_config_dir(arguments)
-    flags = [a for a in arguments if a.startswith("-") and "=" not in a.partition("=")[0][1:]]
-    overrides = [a for a in arguments if a not in flags]
+    options, overrides = _split(arguments)
     register(config_dir)
-    if {"-h", "--help", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"} & set(
-        flags
-    ):
+    if {"-h", "--help", "--hydra-help", "--version"} & set(options):
         return arguments
-    if {"-m", "--multirun"} & set(flags):
+    if {"-m", "--multirun"} & set(options):
         for member in sweep_members(overrides):
-            load(*member, config_dir=None)
+            if _resumes(load(*member)):
+                raise UserError("resume= continues one run; continue the members of a sweep one by one, without -m.")
         return arguments
     node = compose_node(overrides, with_hydra=True)
-    recipe = node.hydra.runtime.choices["recipe"]
+    if options:
+        return arguments
+    HydraConfig.instance().set_config(node)
+    run_dir, recipe = Path(node.hydra.run.dir), node.hydra.runtime.choices["recipe"]
     with open_dict(node):
         del node["hydra"]
     config = to_run_config(node)
-    if config.resume is not None and config.resume.lower() not in ("null", "false"):
-        overrides = _resumed_overrides(overrides, config.resume, recipe)
-    return [*flags, *overrides]
+    if _resumes(config):
+        assert config.resume is not None
+        return _resumed_overrides(overrides, config.resume, recipe)
+    _require_new(run_dir)
+    return overrides
 
 
 def main(arguments: list[str] | None = None) -> None:

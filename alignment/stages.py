@@ -45,7 +45,7 @@ from alignment.report import print_summary, write_report
 from alignment.sft import run_sft
 from alignment.steps import StepSampler
 from alignment.tracking import Tracker, open_tracker
-from alignment.training import last_checkpoint, prepare_trainer, stage_callbacks, training_arguments
+from alignment.training import check_names, last_checkpoint, prepare_trainer, stage_callbacks, training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +130,10 @@ class Run:
     """State of one run while it goes through its stages."""
 
     def __init__(self, config: RunConfig, run_dir: Path, recipe: str, resolved: dict[str, Any]) -> None:
+        if config.sft is not None:
+            check_names("sft.optim", config.sft.optim)
+        if config.loss is not None:
+            check_names("optim", config.optim)
         self.config = config
         self.run_dir = run_dir
         self.recipe = recipe

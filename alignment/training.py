@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
 
 from alignment.config import OptimConfig, TrainerConfig
 from alignment.errors import UserError
@@ -19,12 +20,36 @@ from alignment.errors import UserError
 _COMPLETE = "complete"
 # TRL's count of tokens starts anew in every process, so that a resumed run would log other numbers.
 _NOT_METRICS = {"epoch", "total_flos", "num_input_tokens_seen", "num_tokens", "step"}
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Those of transformers' schedules that need no further settings."""
 _RUNTIME = ("runtime", "samples_per_second", "steps_per_second")
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 LogFunction = Callable[[int, str, Mapping[str, float]], None]
 """Receives (step, "train" or "eval", metrics)."""
+
+
+def check_names(key: str, optim: OptimConfig) -> None:
+    """Refuse an optimizer or schedule that transformers does not know or that needs settings which we do not have.
+
+    Args:
+        key: where the settings stand, "optim" or "sft.optim".
+    """
+    for name, value, accepted in (
+        ("name", optim.name, [str(known.value) for known in OptimizerNames]),
+        ("schedule", optim.schedule, SCHEDULES),
+    ):
+        if value not in accepted:
+            raise UserError(f"{key}.{name} must be one of {', '.join(accepted)}, not '{value}'.")
 
 
 def training_arguments(
@@ -38,41 +63,34 @@ def training_arguments(
     device: torch.device,
     **extra: Any,
 ) -> Arguments:
-    """Arguments of one stage of exactly `num_steps` optimizer steps.
-
-    Raises:
-        UserError: an optimizer or schedule that transformers does not know.
-    """
-    try:
-        return kind(
-            output_dir=str(folder),
-            max_steps=num_steps,
-            learning_rate=optim.lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1,
-            adam_beta2=optim.beta2,
-            optim=optim.name,
-            lr_scheduler_type=optim.schedule,
-            warmup_steps=math.ceil(optim.warmup_ratio * num_steps),
-            max_grad_norm=optim.max_grad_norm,
-            gradient_checkpointing=trainer.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if trainer.gradient_checkpointing else None,
-            logging_steps=trainer.log_every,
-            logging_nan_inf_filter=False,
-            save_strategy="steps" if trainer.save_every else "no",
-            save_steps=trainer.save_every or num_steps,
-            seed=seed,
-            data_seed=seed,
-            use_cpu=device.type == "cpu",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            fp16=False,
-            **extra,
-        )
-    except ValueError as error:
-        raise UserError(f"optim.name or optim.schedule: {' '.join(str(error).split())}") from error
+    """Arguments of one stage of exactly `num_steps` optimizer steps."""
+    return kind(
+        output_dir=str(folder),
+        max_steps=num_steps,
+        learning_rate=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        optim=optim.name,
+        lr_scheduler_type=optim.schedule,
+        warmup_steps=math.ceil(optim.warmup_ratio * num_steps),
+        max_grad_norm=optim.max_grad_norm,
+        gradient_checkpointing=trainer.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if trainer.gradient_checkpointing else None,
+        logging_steps=trainer.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if trainer.save_every else "no",
+        save_steps=trainer.save_every or num_steps,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device.type == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        fp16=False,
+        **extra,
+    )
 
 
 class RecordCallback(TrainerCallback):
