@@ -6,6 +6,7 @@ folder named on the command line. All composition goes through here, for the com
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from alignment import config as schema
@@ -69,13 +71,18 @@ def register(config_dir: Path | None = None) -> None:
         if not config_dir.is_dir():
             raise UserError(f"--config-dir: the folder {config_dir} does not exist.")
         for path in sorted(config_dir.rglob("*.yaml")):
-            if (asset_dir("conf") / path.relative_to(config_dir)).exists():
+            relative = path.relative_to(config_dir)
+            is_recipe = relative.parts[0] == "recipe"
+            shipped = (
+                asset_dir("recipes") / relative.relative_to("recipe") if is_recipe else asset_dir("conf") / relative
+            )
+            if shipped.exists():
                 raise UserError(f"{path}: a shipped configuration has this name, so give the file another one.")
-            if path.relative_to(config_dir).parts[0] == "recipe":
+            if is_recipe:
                 _store_recipe(path, config_dir / "recipe")
             elif path.parent != config_dir:
-                group = path.parent.relative_to(config_dir).as_posix()
-                store.store(group=group, name=path.stem, node=_read(path))
+                group = relative.parent.as_posix()
+                store.store(group=group, name=path.stem, node=_read(path), provider=str(path))
 
 
 def _read(path: Path) -> DictConfig:
@@ -85,6 +92,8 @@ def _read(path: Path) -> DictConfig:
         raise UserError(f"{path} is not readable YAML: {_sentence(error)}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"{path} must hold a mapping of keys to values.")
+    if not isinstance(node.get("defaults", OmegaConf.create([])), ListConfig):
+        raise UserError(f"{path}: `defaults` must be a list.")
     return node
 
 
@@ -111,22 +120,39 @@ def _store_recipe(path: Path, folder: Path) -> None:
             values = node.pop("loss")
             defaults[chosen[0]]["override /loss"] = option
         bound = OmegaConf.merge({"defaults": [base, "_self_"]}, values)
-        store.store(group="loss", name=option, node=bound, package="loss")
-    store.store(group=group, name=stem, node=node, package="_global_")
+        store.store(group="loss", name=option, node=bound, package="loss", provider=str(path))
+    store.store(group=group, name=stem, node=node, package="_global_", provider=str(path))
 
 
 def _sentence(error: Exception) -> str:
-    """An exception of Hydra, OmegaConf or YAML as one line."""
+    """An exception of Hydra, OmegaConf or YAML as one line that names the file, if a file is at fault."""
+    place = re.match(r"In '([^']+)': ", str(error))
     cause: BaseException = error
-    while isinstance(cause.__cause__, HydraException | OmegaConfBaseException | UserError):
-        cause = cause.__cause__
-    text = str(cause).split("Config search path:")[0]
+    while isinstance(_deeper(cause), HydraException | OmegaConfBaseException | UserError):
+        cause = _deeper(cause)  # type: ignore[assignment]
+    text = re.sub(r"^In '[^']+': ", "", str(cause)).split("Config search path:")[0]
+    text, _, options = text.partition("Available options in ")
     lines = [line.strip() for line in text.splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(("object_type=", "reference_type=")))
     message = message.replace(" full_key:", ", at key").rstrip(".")
-    if isinstance(cause, ConfigKeyError) and is_dataclass(cause.object_type):
+    if options:  # those with an @ are recipes' own settings of a loss, which only the recipe chooses
+        message += f"; available are {', '.join(name for name in options.split()[1:] if '@' not in name)}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
         message += f"; accepted are {', '.join(field.name for field in fields(cause.object_type))}"
+    if place and place[1] != "config":
+        message = f"{_file_of(place[1])}: {message}"
     return message + "."
+
+
+def _deeper(error: BaseException) -> BaseException | None:
+    return error.__cause__ or (error.__context__ if isinstance(error, HydraException) else None)
+
+
+def _file_of(name: str) -> str:
+    """The file behind a name in Hydra's store, or the name where it is a file of `conf/`."""
+    store = ConfigStore.instance()
+    stored = store.get_type(f"{name}.yaml") is ObjectType.CONFIG
+    return (store.load(f"{name}.yaml").provider if stored else None) or name
 
 
 def to_run_config(cfg: DictConfig) -> schema.RunConfig:
@@ -139,11 +165,21 @@ def to_run_config(cfg: DictConfig) -> schema.RunConfig:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise UserError(f"No value is given for: {', '.join(missing)}.")
+        _check_sft(cfg)
         return OmegaConf.to_object(cfg)  # type: ignore[return-value]
     except UserError:
         raise
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(_sentence(error)) from error
+
+
+def _check_sft(cfg: DictConfig) -> None:
+    """The SFT stage has parts of the same types as the run: name them as the user wrote them."""
+    for part in ("data", "optim", "trainer") if cfg.get("sft") is not None else ():
+        try:
+            OmegaConf.to_object(cfg.sft[part])
+        except UserError as error:
+            raise UserError(f"sft.{error}") from error
 
 
 def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
@@ -158,6 +194,8 @@ def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictC
             return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(_sentence(error)) from error
+    except RecursionError as error:
+        raise UserError("A recipe's defaults list leads back to the recipe itself.") from error
 
 
 def load(*overrides: str, config_dir: Path | None = None) -> schema.RunConfig:
