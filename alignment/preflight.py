@@ -14,6 +14,8 @@ from alignment.errors import UserError
 from alignment.wheel_model import PREFIX
 
 _LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_UNREACHABLE = "not in the local cache, and the hub cannot be reached"
+_TIMEOUT = 5  # seconds
 
 
 def check_machine(config: RunConfig) -> None:
@@ -29,15 +31,16 @@ def check_machine(config: RunConfig) -> None:
         missing.append("a CUDA GPU (torch sees none)")
     if config.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         missing.append("the package bitsandbytes (pip install bitsandbytes)")
-    sources: dict[str, str] = {config.model.name: "model"}
+    sources: dict[str, str] = {} if _is_local_model(config.model.name) else {config.model.name: "model"}
     for data in (config.sft.data if config.sft else None, config.data if config.loss is not None else None):
         if data is not None:
-            sources.update(dict.fromkeys(_hub_sources(data), "dataset"))
+            sources.update(dict.fromkeys(_hub_sources(data), "data set"))
+    absent: dict[str, list[str]] = {}
     for name, kind in sources.items():
-        if kind == "dataset" or not _is_local_model(name):
-            problem = _hub_problem(name, kind)
-            if problem:
-                missing.append(problem)
+        reason = _hub_problem(name, kind, ask=_UNREACHABLE not in absent)  # a dead network is waited for once
+        if reason:
+            absent.setdefault(reason, []).append(f"the {kind} {name}")
+    missing += [f"{' and '.join(names)} ({reason})" for reason, names in absent.items()]
     if missing:
         raise UserError(
             f"This run lacks {', and '.join(missing)}: provide that, point model.name or data.source to local copies, "
@@ -60,26 +63,28 @@ def _is_local_model(name: str) -> bool:
     return name.startswith((PREFIX, ".", "/", "~")) or Path(name).is_dir()
 
 
-def _hub_problem(name: str, kind: str) -> str | None:
-    """What stands in the way of a hub model or data set; None if it is cached or the hub answers for it."""
+def _hub_problem(name: str, kind: str, *, ask: bool) -> str | None:
+    """What stands in the way of a hub model or data set; None if it is cached or the hub answers for it.
+
+    Without `ask` the hub counts as unreachable.
+    """
     if kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str):
         return None
-    if kind == "dataset" and _dataset_is_cached(name):
+    if kind == "data set" and _dataset_is_cached(name):
         return None
     if HF_HUB_OFFLINE:
-        return f"the {kind} {name} (not in the local cache, and HF_HUB_OFFLINE is set)"
+        return "not in the local cache, and HF_HUB_OFFLINE is set"
+    if not ask:
+        return _UNREACHABLE
     try:
         api = HfApi()
-        if kind == "model":
-            api.model_info(name, timeout=10)
-        else:
-            api.dataset_info(name, timeout=10)
+        (api.model_info if kind == "model" else api.dataset_info)(name, timeout=_TIMEOUT)
     except RepositoryNotFoundError:
-        return f"the {kind} {name} (the hub does not know it, or it is private and you are not logged in)"
+        return "the hub does not know it, or it is private and you are not logged in"
     except HfHubHTTPError as error:
-        return f"the {kind} {name} (the hub answered {error.response.status_code})"
+        return f"the hub answered {error.response.status_code}"
     except Exception:  # whatever the HTTP library calls a dead network
-        return f"the {kind} {name} (the hub cannot be reached and no local copy is cached)"
+        return _UNREACHABLE
     return None
 
 
