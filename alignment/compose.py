@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -182,12 +183,27 @@ def _check_sft(cfg: DictConfig) -> None:
             raise UserError(f"sft.{error}") from error
 
 
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            [override] = parser.parse_overrides([text])
+        except HydraException as error:
+            raise UserError(f"'{text}' is no setting of the form key=value.") from error
+        if not override.key_or_group:
+            raise UserError(f"'{text}' is no setting of the form key=value: it has no key.")
+        parsed.append(override)
+    return parsed
+
+
 def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
     """Compose without starting a job.
 
     Raises:
         UserError: an unknown option or key, a value of the wrong type, an unreadable file.
     """
+    _parsed(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(asset_dir("conf")), version_base=VERSION_BASE):
@@ -206,12 +222,8 @@ def load(*overrides: str, config_dir: Path | None = None) -> schema.RunConfig:
 
 def sweep_members(overrides: Sequence[str]) -> Iterator[list[str]]:
     """The overrides of every member of a grid sweep, so that all are checked before the first one trains."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UserError(_sentence(error)) from error
     members: list[list[str]] = [[]]
-    for override in parsed:
+    for override in _parsed(overrides):
         if override.is_sweep_override() and override.is_discrete_sweep():
             key = override.get_key_element()
             choices = [f"{key}={value}" for value in override.sweep_string_iterator()]
