@@ -7,6 +7,7 @@ schema reports. Range checks raise `UserError` with the key as the user wrote it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -94,7 +95,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         require(self.r >= 1, f"adapter.r must be at least 1, not {self.r}.")
-        require(self.alpha > 0, f"adapter.alpha must be above 0, not {self.alpha}.")
+        require(0 < self.alpha < math.inf, f"adapter.alpha must be a finite number above 0, not {self.alpha}.")
         require(0 <= self.dropout < 1, f"adapter.dropout must be in [0, 1), not {self.dropout}.")
         require(bool(self.target_modules), "adapter.target_modules must name at least one module or [all-linear].")
 
@@ -153,7 +154,7 @@ class OptimConfig:
     max_grad_norm: float
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optim.lr must be above 0, not {self.lr}.")
+        require(0 < self.lr < math.inf, f"optim.lr must be a finite number above 0, not {self.lr}.")
         require(self.weight_decay >= 0, f"optim.weight_decay must be at least 0, not {self.weight_decay}.")
         require(0 <= self.warmup_ratio < 1, f"optim.warmup_ratio must be in [0, 1), not {self.warmup_ratio}.")
         require(self.max_grad_norm >= 0, f"optim.max_grad_norm must be at least 0, not {self.max_grad_norm}.")
@@ -181,7 +182,7 @@ class TrainerConfig:
     keep_checkpoints: int
 
     def __post_init__(self) -> None:
-        require(self.epochs > 0, f"trainer.epochs must be above 0, not {self.epochs}.")
+        require(0 < self.epochs < math.inf, f"trainer.epochs must be a finite number above 0, not {self.epochs}.")
         require(
             self.max_steps is None or self.max_steps >= 1,
             f"trainer.max_steps must be null or at least 1, not {self.max_steps}.",
