@@ -58,24 +58,38 @@ class BatchLayout(Protocol):
         ...
 
 
+PASS_COST = {"cpu": 32, "cuda": 1024}
+"""Positions that a pass costs on top of its own, by device: next to nothing, or the launch of thousands of kernels."""
+
+
 class FlatLayout:
     """One row per completion, its prompt repeated in front, padded on the right, rows of like length together.
 
     No attention mask is needed: under causal attention (and in a recurrence) a token sees only what stands before it,
     and padding stands after everything that is scored.
+
+    Args:
+        pass_cost: the most positions by which the groups of one batch are padded to the length of its longest one;
+            beyond it, a pass of their own is cheaper.
     """
+
+    def __init__(self, pass_cost: int = PASS_COST["cpu"]) -> None:
+        self._pass_cost = pass_cost
 
     def batches(self, groups: Sequence[Group], tokens_per_batch: int) -> Iterator[MicroBatch]:
         """Longest groups first, so that the step with the largest memory is the first one."""
         widths = [len(g.prompt) + max(len(c) for c in g.completions) for g in groups]
         order = sorted(range(len(groups)), key=lambda i: (-widths[i], i))
         members: list[int] = []
-        num_rows = 0
+        num_rows = padding = 0
         for index in order:
             rows = len(groups[index].completions)
-            if members and (num_rows + rows) * widths[members[0]] > tokens_per_batch:
-                yield self._build(groups, members)
-                members, num_rows = [], 0
+            width = widths[members[0]] if members else widths[index]
+            padding += rows * (width - widths[index])
+            if (num_rows + rows) * width > tokens_per_batch or padding > self._pass_cost:
+                if members:
+                    yield self._build(groups, members)
+                members, num_rows, padding = [], 0, 0
             members.append(index)
             num_rows += rows
         if members:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from alignment.errors import UserError
@@ -35,6 +37,29 @@ def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
     return lambda logits: logits
 
 
+class _ScoreOnce(torch.autograd.Function):
+    """Log-probs and, from the same logits, their derivatives: the backward pass does not run the head again.
+
+    A log-prob depends on its own hidden state alone, so the gradient of their sum holds the derivative of each in its
+    own row. The head's weights get no gradient here: this is for a frozen head.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, score_chunk: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            values = score_chunk(leaf, targets)
+            (derivatives,) = torch.autograd.grad(values.sum(), leaf)
+        ctx.save_for_backward(derivatives)
+        return values.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (derivatives,) = ctx.saved_tensors
+        return (gradient[:, None] * derivatives).to(derivatives.dtype), None, None
+
+
 def enable_scoring(model: nn.Module) -> None:
     """Teach a causal LM's `forward` to score: with `score_positions` and `targets` it returns per-token log-probs.
 
@@ -48,7 +73,7 @@ def enable_scoring(model: nn.Module) -> None:
         logits = transform(head(hidden))
         if logits.dtype != torch.float64:
             logits = logits.float()
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        return -F.cross_entropy(logits, targets, reduction="none")
 
     @functools.wraps(type(model).forward)  # keeps the signature that `generate` and the trainer read
     def forward(
@@ -67,9 +92,12 @@ def enable_scoring(model: nn.Module) -> None:
             hidden = hidden.flatten(0, 1).index_select(0, score_positions)
             size = max(1, LOGITS_PER_CHUNK // head.out_features)
             chunks = zip(hidden.split(size), targets.split(size), strict=True)
-            if torch.is_grad_enabled():
-                return torch.cat([checkpoint(score_chunk, head, h, t, use_reentrant=False) for h, t in chunks])
-            return torch.cat([score_chunk(head, h, t) for h, t in chunks])
+            score_one = functools.partial(score_chunk, head)
+            if not torch.is_grad_enabled():
+                return torch.cat([score_one(h, t) for h, t in chunks])
+            if any(p.requires_grad for p in head.parameters()):
+                return torch.cat([checkpoint(score_one, h, t, use_reentrant=False) for h, t in chunks])
+            return torch.cat([_ScoreOnce.apply(h, t, score_one) for h, t in chunks])
 
     model.forward = types.MethodType(forward, model)
 

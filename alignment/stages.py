@@ -25,7 +25,7 @@ from alignment.evaluation import HeldOutAnswers
 from alignment.export import export_merged
 from alignment.gate import check_start
 from alignment.groups import Group
-from alignment.layout import FlatLayout
+from alignment.layout import PASS_COST, FlatLayout
 from alignment.policy import (
     attach_adapter,
     disable_dropout,
@@ -285,7 +285,7 @@ class Run:
     def _preference(self, model: nn.Module, checkpoints: Path, log_metrics: Any) -> dict[str, Any]:
         config, data = self.config, self.preferences
         assert data is not None
-        loss, loop, layout = config.loss, config.trainer, FlatLayout()
+        loss, loop, layout = config.loss, config.trainer, FlatLayout(PASS_COST[self.device.type])
         disable_dropout(model)
         sampler = StepSampler(len(data.train), loop.groups_per_step, config.seed, loss.min_items)
         num_steps = loop.max_steps or math.ceil(loop.epochs * len(sampler))

@@ -1,5 +1,7 @@
 """Log-probs: the scoring route against plain full logits, whatever the batches."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -138,3 +140,49 @@ def test_generation_still_works():
     assert out.shape == (1, 5)
     with pytest.raises(ValueError, match="not used by the model"):
         model.generate(input_ids=torch.tensor([[3, 4]]), max_new_tokens=1, no_such_argument=1)
+
+
+@pytest.mark.parametrize("trained", ["all weights, the head's too", "a layer below a frozen head"])
+def test_gradients_of_a_trained_and_of_a_frozen_head(trained):
+    """A frozen head is run once and a trained one twice; under softcapping both give the gradient of plain logits."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    shape = {name: tiny_config().to_dict()[name] for name in names}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gemma2", **shape, num_key_value_heads=2, final_logit_softcapping=0.5, tie_word_embeddings=False
+    )
+    model = AutoModelForCausalLM.from_config(config).double()
+    model.requires_grad_(trained.startswith("all"))
+    model.model.layers[0].mlp.up_proj.requires_grad_(True)
+    enable_scoring(model)
+    groups = random_groups(3)
+    weights = torch.randn(sum(len(c) for g in groups for c in g.completions), dtype=torch.float64)
+    batch = next(FlatLayout(10_000).batches(groups, 10_000))
+    (score(model, batch).values * weights).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    plain = torch.cat([plain_logps(model, groups[i].prompt, c) for i in batch.indices for c in groups[i].completions])
+    (plain * weights).sum().backward()
+    assert ("lm_head.weight" in found) == trained.startswith("all")
+    for name, gradient in found.items():
+        expected = model.get_parameter(name).grad
+        assert expected.norm() > 0
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm()  # Gemma's attention works in fp32
+
+
+@pytest.mark.parametrize("pass_cost", [0, 32, 100_000])
+def test_groups_of_unlike_length_are_not_padded_to_one_another(pass_cost):
+    groups = random_groups(40)
+    lengths = [len(g.prompt) + max(len(c) for c in g.completions) for g in groups]
+    batches = list(FlatLayout(pass_cost).batches(groups, 400))
+    assert sorted(i for batch in batches for i in batch.indices) == list(range(40))
+    padding = [sum(2 * (lengths[batch.indices[0]] - lengths[i]) for i in batch.indices) for batch in batches]
+    assert max(padding) <= pass_cost
+    if pass_cost == 0:
+        assert len(batches) >= len(set(lengths))
+    for i, (batch, following) in enumerate(pairwise(batches)):  # none ends before it has to
+        rows, width = len(batch.indices), lengths[batch.indices[0]]
+        added = 2 * (width - lengths[following.indices[0]])
+        assert 2 * (rows + 1) * width > 400 or padding[i] + added > pass_cost
