@@ -254,7 +254,7 @@ class TrackingConfig:
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """What is written beside the adapter: with `merge`, the whole model in 16 or 32 bit, with tokenizer and template."""
+    """What is written beside the adapter: with `merge` the whole model in 16 or 32 bit, with tokenizer and template."""
 
     merge: bool
     dtype: Dtype

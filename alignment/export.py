@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _NEW_TOKENS = 16
 
 
-def _base_weight(layer: nn.Module) -> Tensor:
+def _base_weight(layer: Any) -> Tensor:
     weight = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
@@ -39,7 +39,7 @@ def _linear_weights(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, LoraLayer):
             weight = _base_weight(module.base_layer).float()
             for adapter in module.active_adapters:
-                weight = weight + module.get_delta_weight(adapter).float()
+                weight = weight + module.get_delta_weight(adapter).float()  # type: ignore[attr-defined]
             weights[name] = weight
         elif getattr(getattr(module, "weight", None), "quant_state", None) is not None and "base_layer" not in name:
             weights[name] = _base_weight(module).float()
@@ -72,14 +72,15 @@ def export_merged(
     from transformers import AutoModelForCausalLM
 
     dtype = resolve_dtype(config.export.dtype, device)
-    merged = AutoModelForCausalLM.from_pretrained(
+    merged: Any = AutoModelForCausalLM.from_pretrained(
         source,
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
         dtype=dtype,
         attn_implementation=config.model.attention,
         use_safetensors=True,
-    ).to(device)
+    )
+    merged.to(device)
     for name, weight in _linear_weights(model).items():
         merged.get_submodule(name).weight.copy_(weight.to(dtype))
     partial = folder.with_name(f"{folder.name}.partial")

@@ -48,7 +48,7 @@ def answer(
             for row, index in enumerate(members):
                 ids[row, width - len(prompts[index]) :] = torch.from_numpy(prompts[index].astype(np.int64))
                 mask[row, width - len(prompts[index]) :] = 1
-            sampling = {"do_sample": False}
+            sampling: dict[str, Any] = {"do_sample": False}
             if config.temperature > 0:
                 sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
             output = model.generate(

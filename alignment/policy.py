@@ -117,7 +117,7 @@ def load_base(
             bnb_4bit_compute_dtype=resolve_dtype(quantization.compute_dtype, device),
             llm_int8_skip_modules=_NEVER_QUANTIZED,
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
@@ -146,10 +146,10 @@ def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) ->
     target = config.target_modules[0] if config.target_modules == ["all-linear"] else config.target_modules
     lora = LoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         target_modules=target,
-        init_lora_weights=True if config.init == "default" else config.init,
+        init_lora_weights=True if config.init == "default" else config.init,  # type: ignore[arg-type]
         use_rslora=config.rslora,
         task_type="CAUSAL_LM",
     )
@@ -244,7 +244,7 @@ def _updates(model: nn.Module) -> Iterator[tuple[str, float, Tensor, Tensor]]:
             else:
                 continue
             if a.any() and b.any():
-                yield name, layer.scaling[key], a, b
+                yield name, layer.scaling[key], a, b  # type: ignore[misc]
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -253,6 +253,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Buffers that are saved with a model (a router's correction bias) are weights too.
     """
     seen: set[int] = set()
+    tensor: Tensor
     for name, tensor in model.named_parameters():
         if ".lora_" in name or id(tensor) in seen:
             continue
@@ -271,7 +272,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _update(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-    digest.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+    digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
 
 
 def _canonical(value: Any) -> bytes:

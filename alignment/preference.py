@@ -110,7 +110,11 @@ class PreferenceTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """One item of the loader is one optimizer step."""
-        loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=lambda items: {"groups": items})
+        loader: DataLoader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.sampler,
+            collate_fn=lambda items: {"groups": items},
+        )
         return self.accelerator.prepare(loader)
 
     def floating_point_ops(self, inputs: Any) -> int:

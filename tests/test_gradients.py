@@ -83,7 +83,8 @@ def plain_loss(name: str, policy, start, groups) -> torch.Tensor:
             gaps = []
             for i, row in enumerate(rows):
                 other = rows[(i + 1) % len(rows)].completions[0]
-                gaps.append(sequence_logp(policy, row.prompt, other).sum() - sequence_logp(start, row.prompt, other).sum())
+                gap = sequence_logp(policy, row.prompt, other) - sequence_logp(start, row.prompt, other)
+                gaps.append(gap.sum())
             z0 = max(0.0, torch.stack(gaps).mean().item())
         for row in rows:
             [a], [A] = pair(row)
@@ -97,7 +98,8 @@ def plain_loss(name: str, policy, start, groups) -> torch.Tensor:
         d = a.sum() - A.sum() - b.sum() + B.sum()
         if name == "dpo":
             e = s["label_smoothing"]
-            losses.append(-(1 - e) * torch.log(torch.sigmoid(s["beta"] * d)) - e * torch.log(torch.sigmoid(-s["beta"] * d)))
+            right, wrong = (torch.log(torch.sigmoid(sign * s["beta"] * d)) for sign in (1, -1))
+            losses.append(-(1 - e) * right - e * wrong)
         elif name == "ipo":
             h = (a.mean() - A.mean()) - (b.mean() - B.mean())
             losses.append((h - 1 / (2 * s["tau"])) ** 2)
@@ -201,10 +203,11 @@ def test_kto_evaluates_pairs_as_pairs(tmp_path):
     trainer.reference.close()
     with torch.no_grad():
         assert math.isclose(metrics["loss"], plain_loss("kto", policy, start, as_rows(groups)).item(), rel_tol=1e-9)
-        ratios = [
-            [(sequence_logp(policy, g.prompt, c) - sequence_logp(start, g.prompt, c)).sum().item() for c in g.completions]
-            for g in groups
-        ]
+
+        def ratio(prompt, completion):
+            return (sequence_logp(policy, prompt, completion) - sequence_logp(start, prompt, completion)).sum().item()
+
+        ratios = [[ratio(g.prompt, c) for c in g.completions] for g in groups]
     assert math.isclose(metrics["nats/margins"], np.mean([a - b for a, b in ratios]), rel_tol=1e-9)
     assert math.isclose(metrics["rewards/margins"], 0.3 * np.mean([a - b for a, b in ratios]), rel_tol=1e-9)
     assert math.isclose(metrics["rewards/accuracies"], np.mean([a > b for a, b in ratios]))
