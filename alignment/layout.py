@@ -40,6 +40,7 @@ class MicroBatch:
     num_tokens: int
 
     def to(self, device: torch.device) -> MicroBatch:
+        """The same batch with its tensors on that device."""
         return MicroBatch(
             self.indices,
             self.input_ids.to(device),
