@@ -7,7 +7,7 @@ folder named on the command line. All composition goes through here, for the com
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def _sentence(error: Exception) -> str:
     text, _, options = text.partition("Available options in ")
     lines = [line.strip() for line in text.splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(("object_type=", "reference_type=")))
-    message = message.replace(" full_key:", ", at key").rstrip(".")
+    message = re.sub(r"\.? full_key:", ", at key", message).rstrip(".")
     if options:  # those with an @ are recipes' own settings of a loss, which only the recipe chooses
         message += f"; available are {', '.join(name for name in options.split()[1:] if '@' not in name)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
@@ -207,11 +207,23 @@ def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictC
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(asset_dir("conf")), version_base=VERSION_BASE):
-            return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
+            node = compose("config", overrides=list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(_sentence(error)) from error
     except RecursionError as error:
         raise UserError("A recipe's defaults list leads back to the recipe itself.") from error
+    settle(node, node.hydra.runtime.choices)
+    if not with_hydra:
+        with open_dict(node):
+            del node["hydra"]
+    return node
+
+
+def settle(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
+    """Let an option `none` win over the values that the recipe gives the same group, which Hydra merges last."""
+    for group in ("quantization", "adapter", "sft", "loss", "tracking"):
+        if choices.get(group) == "none":
+            cfg[group] = None
 
 
 def load(*overrides: str, config_dir: Path | None = None) -> schema.RunConfig:

@@ -38,6 +38,10 @@ _VOLATILE_CONFIG_KEYS = {
 }
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") + "."
+
+
 def resolve_device(device: Device) -> torch.device:
     """The device to train on.
 
@@ -117,16 +121,21 @@ def load_base(
             bnb_4bit_compute_dtype=resolve_dtype(quantization.compute_dtype, device),
             llm_int8_skip_modules=_NEVER_QUANTIZED,
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        dtype=dtype,
-        attn_implementation=config.attention,
-        quantization_config=quantization_config,
-        device_map={"": device},
-        use_safetensors=True,
-    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            quantization_config=quantization_config,
+            device_map={"": device},
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"model.name={config.name} cannot be loaded with model.attention={config.attention}: {_line(error)}"
+        ) from error
     model.requires_grad_(False)
     for module in model.modules():
         # In eval mode on CPUs with AVX512-BF16 such a layer would repack its weight in place and lose its gradient.
@@ -158,7 +167,7 @@ def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) ->
         try:
             return get_peft_model(model, lora)
         except (ValueError, TypeError) as error:
-            raise UserError(f"adapter: {' '.join(str(error).split())}") from error
+            raise UserError(f"adapter: {_line(error)}") from error
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:

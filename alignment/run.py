@@ -20,6 +20,7 @@ from alignment.compose import (
     compose_node,
     load,
     register,
+    settle,
     sweep_members,
     to_run_config,
 )
@@ -42,6 +43,7 @@ def _job(cfg: DictConfig) -> None:
     run_dir = Path(hydra_config.runtime.output_dir)
     path = run_dir / "config.yaml"
     is_new = not path.exists()
+    settle(cfg, hydra_config.runtime.choices)
     try:
         config = to_run_config(cfg)
         if not _resumes(config):
@@ -205,15 +207,15 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
     options, overrides = _split(arguments)
     register(config_dir)
     if {"-h", "--help", "--hydra-help", "--version"} & set(options):
-        return arguments
+        return [*options, *overrides]
     if {"-m", "--multirun"} & set(options):
         for member in sweep_members(overrides):
             if _resumes(load(*member)):
                 raise UserError("resume= continues one run; continue the members of a sweep one by one, without -m.")
-        return arguments
+        return [*options, *overrides]
     node = compose_node(overrides, with_hydra=True)
     if options:
-        return arguments
+        return [*options, *overrides]
     HydraConfig.instance().set_config(node)
     run_dir, recipe = Path(node.hydra.run.dir), node.hydra.runtime.choices["recipe"]
     with open_dict(node):
