@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,10 @@ def group_labels(groups: Sequence[Group], device: torch.device) -> Tensor | None
     if any(group.labels is None for group in groups):
         return None
     return torch.tensor([label for group in groups for label in group.labels or ()], device=device)
+
+
+Scores = Callable[[Sequence[Group]], RaggedLogps]
+"""Log-probs of all completions of the groups, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +132,15 @@ class PreferenceTrainer(Trainer):
             reference = self.reference.logps(groups).to(policy.values.device)
         return LossInputs(policy, reference, group_labels(groups, policy.values.device))
 
-    def _scores(self, model: nn.Module, groups: Sequence[Group]) -> RaggedLogps:
-        scored = list(score_groups(model, groups, self.layout, self.tokens_per_batch, self.args.device))
+    def _scores(self, groups: Sequence[Group]) -> RaggedLogps:
+        scored = list(score_groups(self.model, groups, self.layout, self.tokens_per_batch, self.args.device))
         return join_scores(groups, scored)
 
-    def _statistics(self, model: nn.Module, rows: Sequence[Group]) -> Tensor | None:
+    def _statistics(self, rows: Sequence[Group], scores: Scores) -> Tensor | None:
         companions = companion_groups(self.loss, rows)
         if not companions:
             return None
-        return self.loss.statistics(self._inputs(companions, self._scores(model, companions)))
+        return self.loss.statistics(self._inputs(companions, scores(companions)))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one optimizer step, micro-batch by micro-batch; returns the step's mean loss."""
@@ -144,7 +148,7 @@ class PreferenceTrainer(Trainer):
         started = time.monotonic()
         model.train()
         groups: list[Group] = inputs["groups"]
-        statistics = self._statistics(model, groups)
+        statistics = self._statistics(groups, self._scores)
         total = torch.zeros((), device=self.args.device)
         for batch in self.layout.batches(groups, self.tokens_per_batch):
             members = [groups[index] for index in batch.indices]
@@ -165,8 +169,8 @@ class PreferenceTrainer(Trainer):
     def step_values(self, groups: Sequence[Group]) -> StepValues:
         """What a step of these groups would compute now, without training, in the mode that it trains in."""
         self.model.train()
-        inputs = self._inputs(groups, self._scores(self.model, groups))
-        output = self.loss(inputs, self._statistics(self.model, groups))
+        inputs = self._inputs(groups, self._scores(groups))
+        output = self.loss(inputs, self._statistics(groups, self._scores))
         return StepValues(inputs.policy, output.losses.double().mean().item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -178,28 +182,41 @@ class PreferenceTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Loss and metrics over all held-out groups at once, whatever the batches they were scored in."""
         del eval_dataset, ignore_keys
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.held_out_metrics(self.eval_groups).items()}
+        return self._log_evaluation(self._scores, metric_key_prefix)
+
+    def evaluate_start(self) -> dict[str, float]:
+        """The evaluation before the first update: there the policy is the reference, so nothing is scored again."""
+        return self._log_evaluation(self.reference.logps if self.reference is not None else self._scores)
+
+    def _log_evaluation(self, scores: Scores, prefix: str = "eval") -> dict[str, float]:
+        metrics = {f"{prefix}_{k}": v for k, v in self.held_out_metrics(self.eval_groups, scores).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
-    def held_out_metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Exact means over the groups; the loss is computed once over all of them, as if they were one step."""
-        policy = self._scores(self.model, groups)
+    def held_out_metrics(self, groups: Sequence[Group], scores: Scores | None = None) -> dict[str, float]:
+        """Exact means over the groups; the loss is computed once over all of them, as if they were one step.
+
+        `scores` gives the policy's log-probs of groups; by default they are computed.
+        """
+        scores = scores or self._scores
+        policy = scores(groups)
         if self.loss.unit == "pair":
             inputs = self._inputs(groups, policy)
             output = self.loss(inputs)
         else:
-            inputs, output = self._evaluate_rows(groups, policy)
+            inputs, output = self._evaluate_rows(groups, policy, scores)
         means = Means()
         means.add({"loss": output.losses, **preference_metrics(inputs, output)})
         return means.take()
 
-    def _evaluate_rows(self, groups: Sequence[Group], policy: Any) -> Any:
+    def _evaluate_rows(
+        self, groups: Sequence[Group], policy: RaggedLogps, scores: Scores
+    ) -> tuple[LossInputs, LossOutput]:
         """A row-wise loss on held-out pairs: its loss over the rows, its metrics over the pairs."""
         rows = as_rows(groups)
-        statistics = self._statistics(self.model, rows)
+        statistics = self._statistics(rows, scores)
         if groups[0].labels is not None:
             inputs = self._inputs(rows, policy)
             return inputs, self.loss(inputs, statistics)

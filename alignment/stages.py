@@ -321,7 +321,7 @@ class Run:
         if start:
             log.info("Before the first update the loss is %.6g; its formula gives %.6g.", *list(start.values())[:2])
         if data.eval and checkpoint is None:
-            trainer.evaluate()
+            trainer.evaluate_start()
         if checkpoint is not None:
             log.info("The preference stage continues from step %d.", done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -211,3 +211,17 @@ def test_kto_evaluates_pairs_as_pairs(tmp_path):
     assert math.isclose(metrics["nats/margins"], np.mean([a - b for a, b in ratios]), rel_tol=1e-9)
     assert math.isclose(metrics["rewards/margins"], 0.3 * np.mean([a - b for a, b in ratios]), rel_tol=1e-9)
     assert math.isclose(metrics["rewards/accuracies"], np.mean([a > b for a, b in ratios]))
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_the_evaluation_at_the_start_runs_no_model(name, tmp_path, monkeypatch):
+    """At step 0 the policy is its reference: the same metrics as a real evaluation, without a forward pass."""
+    groups = random_groups(5, seed=8)
+    policy = tiny_policy(trained=True)
+    trainer = make_trainer(policy, as_rows(groups) if name == "kto" else groups, make_loss(name), tmp_path)
+    trainer.eval_groups = groups
+    expected = {f"eval_{key}": value for key, value in trainer.held_out_metrics(groups).items()}
+    monkeypatch.setattr(trainer, "_scores", None)
+    found = trainer.evaluate_start()
+    found.pop("epoch", None)
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
