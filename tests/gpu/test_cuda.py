@@ -1,0 +1,176 @@
+"""What only a GPU can show: the same numbers on CUDA, in fp32 and bfloat16, and the quantised chain there."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from alignment.compose import as_plain, compose_node, register, to_run_config
+from alignment.config import Dtype, ModelConfig, QuantizationConfig
+from alignment.gate import check_start
+from alignment.layout import FlatLayout
+from alignment.policy import attach_adapter, load_base, policy_identity
+from alignment.preference import PreferenceTrainer, as_rows
+from alignment.reference import CachedReference, LiveReference, comparison_tolerance
+from alignment.reference_store import ReferenceStore
+from alignment.steps import StepSampler
+from tests.conftest import random_groups, tiny_policy
+from tests.test_gradients import SETTINGS, make_loss, moved, plain_loss, step_gradient
+from tests.test_policy import adapter, train_adapter
+
+DEVICE = torch.device("cuda")
+
+pytestmark = pytest.mark.skipif(
+    DEVICE.type == "cuda" and not torch.cuda.is_available(),
+    reason="NO GPU: torch sees no CUDA device, so nothing in this file was checked",
+)
+
+
+def policy_on(device, dtype):
+    """A trained adapter in fp32 on a base in `dtype`, as a run has it."""
+    model = tiny_policy(torch.float32, trained=True).to(dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model.to(device)
+
+
+def in_float64(model):
+    """The same weights on the CPU, with exact arithmetic as far as a comparison with 32 bits can tell."""
+    copy = tiny_policy(torch.float64, trained=True)
+    copy.load_state_dict({name: tensor.double().cpu() for name, tensor in model.state_dict().items()})
+    return copy
+
+
+def trainer_on(device, model, groups, loss, folder, reference, tokens_per_batch):
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=1, use_cpu=device.type == "cpu", report_to="none", disable_tqdm=True,
+        max_grad_norm=0.0, remove_unused_columns=False,
+    )  # fmt: skip
+    return PreferenceTrainer(
+        model=model, args=arguments, groups=groups, eval_groups=[], loss=loss, reference=reference,
+        layout=FlatLayout(), tokens_per_batch=tokens_per_batch, sampler=StepSampler(len(groups), len(groups), 0),
+        callbacks=[],
+    )  # fmt: skip
+
+
+def whole(gradient, names):
+    return torch.cat([gradient[n].flatten().double().cpu() for n in names])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_step_equals_a_plain_computation(name, dtype, tmp_path):
+    """Loss and whole gradient of one step against one sequence at a time in float64.
+
+    fp32 is off by 2e-6 on a CPU; a GPU sums in other orders. bfloat16 loses a tenth of a gradient that is a difference
+    of sums, with any code: it may not lose much more than the plain computation in bfloat16 does.
+    """
+    groups = random_groups(5, seed=3)
+    if name == "kto":
+        groups = as_rows(groups)[2:9]
+    policy, start = policy_on(DEVICE, dtype), policy_on(DEVICE, dtype)
+    exact_start = in_float64(policy)
+    reference = LiveReference(policy, FlatLayout(), 60, DEVICE)
+    trainer = trainer_on(DEVICE, policy, groups, make_loss(name), tmp_path, reference, tokens_per_batch=60)
+    moved(policy)
+    loss, gradient = step_gradient(trainer, groups)
+    reference.close()
+    exact = in_float64(policy)
+    expected = plain_loss(name, exact, exact_start, groups)
+    expected.backward()
+    names = [n for n, p in exact.named_parameters() if p.requires_grad]
+    total = whole({n: p.grad for n, p in exact.named_parameters() if p.requires_grad}, names)
+    allowed = 1e-4
+    if dtype is torch.bfloat16:
+        policy.zero_grad()
+        with DEVICE, torch.autocast(DEVICE.type, dtype=dtype):
+            plain = plain_loss(name, policy, start, groups)
+        plain.backward()
+        plain_gradient = whole({n: p.grad for n, p in policy.named_parameters() if p.requires_grad}, names)
+        allowed = 1.5 * ((plain_gradient - total).norm() / total.norm()).item()
+        assert 0 < allowed < 0.4
+    assert total.norm() > 1e-3
+    assert (whole(gradient, names) - total).norm() <= allowed * total.norm()
+    assert math.isclose(loss, expected.item(), rel_tol=max(1e-4, 0.1 * allowed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_cached_equals_live(dtype, tmp_path):
+    """Scored in one batch and one by one; and both are what the CPU says in float64."""
+    groups = random_groups(12, seed=8)
+    model = policy_on(DEVICE, dtype)
+    assert policy_identity(model)[0] == policy_identity(policy_on(torch.device("cpu"), dtype))[0]
+    store = ReferenceStore(tmp_path / "reference.sqlite")
+    cached = CachedReference(store, model, FlatLayout(), 10_000, DEVICE, spot_checks=0)
+    cached.prepare(groups)
+    exact = LiveReference(in_float64(model), FlatLayout(), 1, torch.device("cpu")).logps(groups).values
+    live = LiveReference(model, FlatLayout(), 1, DEVICE)
+    stored = cached.logps(groups).values
+    tolerance = comparison_tolerance(model, len(stored))
+    for found in (stored, live.logps(groups).values):
+        assert (found.double() - exact).abs().mean() <= tolerance
+    assert (stored - live.logps(groups).values).abs().mean() <= tolerance
+    for name in sorted(SETTINGS):
+        rows = as_rows(groups) if name == "kto" else groups
+        trainer = trainer_on(DEVICE, model, rows, make_loss(name), tmp_path, live, tokens_per_batch=200)
+        check_start(trainer, rows)
+
+
+def quantised(folder, compute):
+    config = ModelConfig(
+        name=str(folder), revision=None, dtype=compute, attention="sdpa", chat_template=None, trust_remote_code=False
+    )
+    quantization = QuantizationConfig(double=True, compute_dtype=compute)
+    return attach_adapter(load_base(config, quantization, str(folder), DEVICE), adapter(), 0)
+
+
+@pytest.mark.parametrize("compute", [Dtype.float32, Dtype.bfloat16], ids=["fp32", "bf16"])
+def test_a_quantised_policy_has_one_identity_and_one_gradient(compute, tiny_model_folder, tmp_path):
+    """Loaded twice: the same fingerprint; evaluated first or not: the same gradient, up to the order of atomics."""
+    groups = random_groups(4, seed=9)
+    gradients, identities = [], []
+    for evaluate_first in (False, True):
+        model = train_adapter(quantised(tiny_model_folder, compute))
+        identities.append(policy_identity(model)[0])
+        live = LiveReference(model, FlatLayout(), 10_000, DEVICE)
+        trainer = trainer_on(DEVICE, model, groups, make_loss("dpo"), tmp_path, live, tokens_per_batch=10_000)
+        if evaluate_first:
+            model.eval()
+            trainer.held_out_metrics(groups)
+        _, gradient = step_gradient(trainer, groups)
+        gradients.append(torch.cat([g.flatten().double() for g in gradient.values()]))
+    assert identities[0] == identities[1]
+    assert gradients[0].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() <= 1e-3 * gradients[0].norm()
+
+
+def test_the_quantised_chain(tiny_model_folder, tmp_path):
+    """SFT, then DPO, on an NF4 base; a second run over the same SFT policy finds its whole reference."""
+    from alignment.stages import Run
+
+    def run(folder, *overrides):
+        register()
+        node = compose_node(
+            [
+                "recipe=quickstart", "tracking=none", "quantization=nf4", f"device={DEVICE.type}",
+                f"model.name={tiny_model_folder}", "adapter.r=4", f"reference.path={tmp_path / 'cache'}",
+                "sft.data.limit=24", "sft.optim.lr=1e-2", "sft.trainer.max_steps=6", "sft.trainer.save_every=0",
+                "data.limit=24", "data.eval_limit=8", "optim.lr=5e-3", "trainer.max_steps=12",
+                "trainer.save_every=0", "evaluation.prompts=2", "evaluation.max_new_tokens=4", "evaluation.judge=none",
+                *overrides,
+            ]
+        )  # fmt: skip
+        return Run(to_run_config(node), folder, "quickstart", as_plain(node)).execute()
+
+    summary = run(tmp_path / "first")
+    stage = summary["stages"]["preference"]
+    assert stage["start"]["loss"] == pytest.approx(math.log(2), abs=0.05)
+    assert stage["metrics"]["train/loss"] < 0.65
+    assert summary["reference"]["misses"] > 0
+    shutil.copytree(tmp_path / "first" / "stages" / "sft", tmp_path / "second" / "stages" / "sft")
+    second = run(tmp_path / "second", "loss.beta=0.5", "trainer.max_steps=2")
+    assert second["reference"]["identity"] == summary["reference"]["identity"]
+    assert (second["reference"]["misses"], second["reference"]["spot_checks"]) == (0, 4)
