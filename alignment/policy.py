@@ -322,6 +322,7 @@ class FrozenStart:
             trainable = {name for name, p in model.named_parameters() if p.requires_grad}
             config = copy.copy(model.peft_config[active])
             config.init_lora_weights = True  # PiSSA and OLoRA would edit the base weights a second time
+            config.lora_dropout = 0.0  # a reference is a function
             model.add_adapter(self._NAME, config)
             weights = dict(model.named_parameters())
             with torch.no_grad():
