@@ -137,6 +137,8 @@ def load_base(
             f"model.name={config.name} cannot be loaded with model.attention={config.attention}: {_line(error)}"
         ) from error
     model.requires_grad_(False)
+    # The padding token is often the end-of-turn token too, whose embedding is trained with all others.
+    model.get_input_embeddings().padding_idx = None
     for module in model.modules():
         # In eval mode on CPUs with AVX512-BF16 such a layer would repack its weight in place and lose its gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -213,7 +213,8 @@ class Run:
                 trained = folder
         source = str(trained) if trained is not None and config.adapter is None else self.source
         log.info("Loading %s on %s ...", config.model.name, self.device)
-        model = load_base(config.model, config.quantization, source, self.device)
+        model: Any = load_base(config.model, config.quantization, source, self.device)
+        model.config.name_or_path = self.source  # also where its weights come from the run folder
         if config.adapter is not None and trained is not None:
             return load_adapter(model, trained)
         return attach_adapter(model, config.adapter, config.seed)
