@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 # Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
 _NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
 
-# None of them has a part in a log-prob; trainers write the tokenizer's special tokens into the configuration.
+# None of them has a part in a log-prob; trainers write the tokenizer's special tokens and a router's loss into the
+# configuration.
 _VOLATILE_CONFIG_KEYS = {
     "_name_or_path",
     "transformers_version",
@@ -35,6 +36,7 @@ _VOLATILE_CONFIG_KEYS = {
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "output_router_logits",
 }
 
 

@@ -75,7 +75,9 @@ def test_a_fresh_adapter_leaves_no_trace(tiny_model_folder, quantization):
 def test_identity_does_not_depend_on_how_the_model_is_run(tiny_model_folder):
     sdpa, eager = load(tiny_model_folder), load(tiny_model_folder, attention="eager")
     assert identity(sdpa) == identity(eager)
-    sdpa.config.use_cache = False
+    # What trainers write into a configuration.
+    sdpa.config.use_cache, sdpa.config.output_router_logits = False, True
+    sdpa.config.bos_token_id, sdpa.config.eos_token_id, sdpa.config.pad_token_id = 1, 2, 3
     sdpa.train()
     assert identity(sdpa) == identity(eager)
 
