@@ -167,9 +167,9 @@ class Rhythm(TrainerCallback):
 
 
 class Checkpoints(TrainerCallback):
-    """Marks a checkpoint once everything in it is written, and only then removes old ones, the mark first.
+    """Marks a checkpoint once everything in it is written, and only then removes old ones.
 
-    So a kill at any moment leaves a whole checkpoint if there ever was one, and none that is marked but not whole.
+    So a kill at any moment leaves a whole checkpoint if there ever was one, and the newest that is marked is whole.
     """
 
     def __init__(self, keep: int) -> None:
@@ -181,7 +181,6 @@ class Checkpoints(TrainerCallback):
             folder = Path(args.output_dir)
             (folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
             for path in sorted(folder.glob("checkpoint-*"), key=_step)[: -self._keep]:
-                (path / _COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(path)
 
 
