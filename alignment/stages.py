@@ -21,6 +21,7 @@ from alignment.config import DataConfig, ReferenceMode, RunConfig
 from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, write_rejected
 from alignment.data.sources import LoadedData, load_rows
 from alignment.data.tokens import tokenize_groups, tokenize_sft
+from alignment.errors import UserError
 from alignment.evaluation import HeldOutAnswers
 from alignment.export import export_merged
 from alignment.gate import check_start
@@ -106,6 +107,12 @@ def load_preferences(config: DataConfig, tokenizer: Any, loss: Any) -> tuple[Pre
     info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
     _log_data("Preferences", info)
     groups = train.groups if loss.unit == "pair" else as_rows(train.groups)
+    for part, rows in (("training", groups), ("held-out", as_rows(held_out.groups))):
+        if 0 < len(rows) < loss.min_items:
+            raise UserError(
+                f"data.source: loss {loss.name} is defined for at least {loss.min_items} {part} rows, and "
+                f"{config.source} has {len(rows)}."
+            )
     info["train"], info["eval"] = len(groups), len(held_out.groups)
     return PreferenceData(groups, held_out.groups, held_out.rows, info), [*loaded.bad, *drops]
 

@@ -326,6 +326,16 @@ def test_stored_values_that_are_wrong_are_noticed_dropped_and_computed_again(cha
     assert torch.equal(again.values, good.values)
 
 
+def test_wrong_values_that_this_run_did_not_ask_for_are_dropped_too(tmp_path):
+    model = tiny_policy(torch.float32)
+    good, _ = prepared(model, tmp_path)
+    tampered(tmp_path, model, lambda v: v - np.float32(1))
+    assert prepared(model, tmp_path, GROUPS[:2], spot_checks=2)[1]["misses"] == 4
+    values, summary = prepared(model, tmp_path)
+    assert (summary["hits"], summary["misses"]) == (4, 8)
+    torch.testing.assert_close(values.values, good.values, rtol=0, atol=ROUNDING)
+
+
 def test_a_stored_value_of_the_wrong_length_is_a_miss(tmp_path):
     """Used as it is it would shift every sequence after it."""
     model = tiny_policy(torch.float32)

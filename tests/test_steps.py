@@ -1,12 +1,17 @@
 """Which groups make up each optimizer step, and that the Trainer really takes these."""
 
+import json
+
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
+from alignment.compose import load
+from alignment.errors import UserError
 from alignment.layout import FlatLayout
 from alignment.losses import LOSSES
 from alignment.preference import PreferenceTrainer, as_rows, companion_groups, groups_to_reference
+from alignment.stages import load_preferences
 from alignment.steps import StepSampler
 from tests.conftest import random_groups, tiny_policy
 
@@ -113,3 +118,18 @@ def test_the_reference_is_prepared_for_exactly_these_steps():
     needed += held_out + companion_groups(kto, as_rows(held_out))
     assert wanted == {key for group in needed for key in group.keys()}  # noqa: SIM118
     assert len(groups_to_reference(kto, rows, steps[:1], [])) == 8, "rows that no step uses are not computed"
+
+
+@pytest.mark.parametrize(("part", "train", "held_out"), [("training", 1, 4), ("held-out", 4, 1)])
+def test_a_single_row_is_refused_where_the_loss_needs_a_second(part, train, held_out, tiny_model_folder, tmp_path):
+    """A lone KTO row has no mismatched completion."""
+    for name, count in (("train", train), ("held_out", held_out)):
+        rows = [{"prompt": f"{i}?", "completion": f"{i}!", "label": i % 2 == 0} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load(
+        "recipe=quickstart", "loss=kto", f"data.source={tmp_path / 'train.jsonl'}",
+        f"data.eval_source={tmp_path / 'held_out.jsonl'}", "data.limit=null", "data.eval_limit=null",
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    with pytest.raises(UserError, match=rf"loss kto is defined for at least 2 {part} rows, and .* has 1\.$"):
+        load_preferences(config.data, tokenizer, config.loss)
