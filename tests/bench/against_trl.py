@@ -245,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.against_trl", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the short pairs only, three counted steps")
     parser.add_argument("--steps", type=int, help="counted optimizer steps of every run (6; 3 with --quick)")
-    parser.add_argument("--tokens-per-batch", type=int, default=2048, help="positions of one of our forward passes")
+    parser.add_argument("--tokens-per-batch", type=int, default=1024, help="positions of one of our forward passes")
     parser.add_argument("--out", type=Path, help="folder for the results (tests/bench/results/<date>-<machine>)")
     arguments = parser.parse_args()
     steps = arguments.steps or (3 if arguments.quick else 6)
