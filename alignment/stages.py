@@ -179,6 +179,7 @@ class Run:
             resume_id=None,
         ) as tracker:
             model = self._load_policy()
+            self._keep_data()
             self._answer("start", model)
             if self.conversations is not None:
                 self._stage("sft", model, tracker, self._sft)
@@ -189,6 +190,28 @@ class Run:
             self._answer("final", model)
             self._finish(model, tracker)
         return self.summary
+
+    def _data(self) -> dict[str, dict[str, Any]]:
+        parts = (("sft", self.conversations), ("preference", self.preferences))
+        return {name: data.info for name, data in parts if data is not None}
+
+    def _keep_data(self) -> None:
+        """Note what the data are; a resumed run must find the same.
+
+        Raises:
+            UserError: the data have changed since the run began.
+        """
+        path = self.run_dir / "stages" / "data.json"
+        prints = {name: info["fingerprint"] for name, info in self._data().items()}
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_bytes(path, to_json(prints))
+        elif (before := json.loads(path.read_text())) != prints:
+            changed = " and the ".join(f"{name} data" for name in prints if before.get(name) != prints[name])
+            raise UserError(
+                f"A resumed run keeps its data, and the {changed} are not those that {self.run_dir} began with: bring "
+                f"them back, or start a new run."
+            )
 
     def _held_out_answers(self) -> HeldOutAnswers | None:
         data = self.preferences
@@ -385,11 +408,7 @@ class Run:
         identity, description = policy_identity(model)
         self.summary["model"] = {"name": config.model.name, "final_identity": identity, **description}
         self.summary["evaluation"] = self.answers.judged(self.record) if self.answers is not None else {}
-        self.summary["data"] = {
-            name: data.info
-            for name, data in (("sft", self.conversations), ("preference", self.preferences))
-            if data is not None
-        }
+        self.summary["data"] = self._data()
         if config.export.merge:
             self.summary["export"] = export_merged(
                 model,

@@ -326,3 +326,17 @@ def test_what_cannot_be_resumed_is_left_as_it_is(project, uninterrupted, tmp_pat
     ended = run(project, tmp_path, *TINY, f"resume={unfinished}", "optim.lr=0.01")
     assert ended.code == 0, ended.err
     assert_same(unfinished, uninterrupted)
+
+
+def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, tiny_model_folder):
+    project = write_project(tmp_path / "project", tiny_model_folder)
+    cwd = tmp_path / "run"
+    assert run(project, cwd, *TINY, "sft=none", patch=partial(at_row, "preference", 3)).code == -signal.SIGKILL
+    pairs = tmp_path / "project" / "data" / "pairs.jsonl"
+    lines = pairs.read_text(encoding="utf-8")
+    pairs.write_text(lines.replace("Perhaps", "Possibly", 1), encoding="utf-8")
+    ended = run(project, cwd, f"resume={only_run(cwd)}")
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1].startswith("Error: A resumed run keeps its data, and the preference data are not")
+    pairs.write_text(lines, encoding="utf-8")
+    assert run(project, cwd, f"resume={only_run(cwd)}").code == 0
