@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from alignment.config import DataConfig, Keep
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+from tests.conftest import shared_data
 
 
 @pytest.fixture
@@ -76,6 +75,4 @@ def tiny():
 @pytest.fixture(scope="session")
 def shared():
     """Folder of real data files beside the checkout."""
-    if not SHARED.is_dir():
-        pytest.skip(f"REAL DATA NOT CHECKED: no folder {SHARED}")
-    return SHARED
+    return shared_data(".")
