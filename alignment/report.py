@@ -213,6 +213,7 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         ("win rate of the final model against it, wins / ties / losses", against),
         ("judge score", answers("judge_score", _text)),
         ("correct", answers("correct", _percent)),
+        ("direct: short, without hedge or chatter", answers("direct", _percent)),
         ("mean length of answers, words", answers("words", _text)),
         ("answers", answers("n", _text)),
         ("reward accuracy on held-out pairs", pair_metric("rewards/accuracies", lambda v: _accuracy(v, pairs))),

@@ -41,9 +41,9 @@ SUMMARY: dict[str, Any] = {
     "evaluation": {
         "prompts": 64,
         "answers": {
-            "start": {"n": 64, "words": 18.0, "judge_score": 0.3, "correct": 0.36},
-            "sft": {"n": 64, "words": 10.0, "judge_score": 0.4, "correct": 0.42},
-            "final": {"n": 64, "words": 9.0, "judge_score": 0.6, "correct": 0.66},
+            "start": {"n": 64, "words": 18.0, "judge_score": 0.3, "correct": 0.36, "direct": 0.25},
+            "sft": {"n": 64, "words": 10.0, "judge_score": 0.4, "correct": 0.42, "direct": 0.5},
+            "final": {"n": 64, "words": 9.0, "judge_score": 0.6, "correct": 0.66, "direct": 0.75},
         },
         "win_rate": {
             "final_vs_start": {"rate": 0.75, "low": 0.63, "high": 0.84, "wins": 44, "ties": 8, "losses": 12},
@@ -119,6 +119,7 @@ def test_a_whole_run(run_dir: Path) -> None:
     ]
     assert cells(text, "judge score") == ["0.3", "0.4", "0.6"]
     assert cells(text, "correct") == ["36.0%", "42.0%", "66.0%"]
+    assert cells(text, "direct: short, without hedge or chatter") == ["25.0%", "50.0%", "75.0%"]
     assert cells(text, "mean length of answers, words") == ["18", "10", "9"]
     # 80 of 100: Wilson's 95% interval is 71.1% to 86.7%. At step 0 the policy is the reference: no accuracy.
     assert cells(text, "reward accuracy on held-out pairs") == ["-", "-", "80.0% (71.1% to 86.7%)"]
