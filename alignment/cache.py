@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import PurePath
 from typing import NoReturn
 
 from rich.console import Console
@@ -21,6 +22,8 @@ from alignment.reference_store import (
     cache_dir,
     damaged_files,
 )
+
+_WIDE = 160
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,15 +84,17 @@ def _megabytes(text: str) -> int:
 def _list(store: ReferenceStore) -> int:
     infos = store.identities()
     if infos:
-        table = Table("id")
-        for name in ("model", "quantization", "adapter", "dtype"):
-            table.add_column(name, overflow="fold")
+        table = Table()
+        table.add_column("id", no_wrap=True)
+        table.add_column("model", overflow="fold")
+        for name in ("quantization", "adapter", "dtype"):
+            table.add_column(name, no_wrap=True)
         for name in ("sequences", "tokens", "MB", "last used"):
             table.add_column(name, justify="right", no_wrap=True)
         for info in infos:
             table.add_row(
                 info.identity[:12],
-                Text(_shown(info, "model")),
+                Text(_model(info)),
                 _shown(info, "quantization"),
                 _shown(info, "adapter")[:12],
                 _shown(info, "dtype"),
@@ -98,7 +103,8 @@ def _list(store: ReferenceStore) -> int:
                 _mb(info.bytes),
                 _date(info.last_used),
             )
-        Console().print(table)
+        # Into a pipe or a file the rows go whole, whatever width a terminal would have.
+        Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
     else:
         _say("No reference log-probs are stored.")
     _say(f"{store.path}: {_mb(store.size())} MB on disk.")
@@ -144,6 +150,12 @@ def _resolve(store: ReferenceStore, prefix: str) -> str:
 def _shown(info: IdentityInfo, key: str) -> str:
     value = info.description.get(key)
     return "-" if value is None else str(value)
+
+
+def _model(info: IdentityInfo) -> str:
+    """A hub id as it is, of a folder the last part."""
+    name = _shown(info, "model")
+    return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
 def _mb(count: int) -> str:
