@@ -145,7 +145,6 @@ class Run:
         self.run_dir = run_dir
         self.recipe = recipe
         self.resolved = resolved
-        self.started = time.monotonic()
         self.device = resolve_device(config.device)
         self.cache = cache_dir(config.reference.path)
         self.source = model_source(config.model, self.cache)
@@ -176,7 +175,6 @@ class Run:
             recipe=self.recipe,
             run_config=self.resolved,
             stages=names,
-            resume_id=None,
         ) as tracker:
             model = self._load_policy()
             self._keep_data()
@@ -349,8 +347,9 @@ class Run:
         )
         prepare_trainer(trainer)
         start = check_start(trainer, [data.train[i] for i in sampler.steps(0)[0]])
-        if start:
-            log.info("Before the first update the loss is %.6g; its formula gives %.6g.", *list(start.values())[:2])
+        log.info(
+            "Before the first update the loss is %.6g; its formula gives %.6g.", start["loss"], start["closed_form"]
+        )
         if data.eval and checkpoint is None:
             trainer.evaluate_start()
         if checkpoint is not None:

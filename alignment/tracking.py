@@ -133,15 +133,13 @@ def open_tracker(
     recipe: str,
     run_config: Mapping[str, Any],
     stages: Sequence[str],
-    resume_id: str | None,
 ) -> Tracker:
     """Tracker of a run; its files are in `run_dir`/wandb and its id in `run_dir`/wandb_run_id.
 
-    The id in `resume_id`, or else in that file, continues the earlier W&B run: online at once, offline as a further
-    folder that `wandb sync` appends to the first. Steps that a resume does again are there twice, with equal values;
-    the last seconds before a kill may be missing (metrics.jsonl has neither fault). Never asks anything. Without a
-    login, or if W&B cannot be reached, the run is kept offline. `UserError` if online was asked for by name and the
-    login is missing or refused.
+    An id in that file continues the earlier W&B run: online at once, offline as a further folder that `wandb sync`
+    appends to the first. Steps that a resume does again are there twice, with equal values; the last seconds before a
+    kill may be missing (metrics.jsonl has neither fault). Never asks anything. Without a login, or if W&B cannot be
+    reached, the run is kept offline. `UserError` if online was asked for by name and the login is missing or refused.
     """
     mode = _mode(config)
     if config is None or mode == "disabled":
@@ -149,8 +147,7 @@ def open_tracker(
     import wandb
 
     id_file = run_dir / "wandb_run_id"
-    if resume_id is None and id_file.exists():
-        resume_id = id_file.read_text().strip()
+    resume_id = id_file.read_text().strip() if id_file.exists() else None
     run_dir.mkdir(parents=True, exist_ok=True)
 
     def start(mode: str) -> wandb.Run:

@@ -23,14 +23,13 @@ def config(**values: Any) -> TrackingConfig:
     return TrackingConfig(**(defaults | values))
 
 
-def start(settings: TrackingConfig | None, run_dir: Path, resume_id: str | None = None) -> tracking.Tracker:
+def start(settings: TrackingConfig | None, run_dir: Path) -> tracking.Tracker:
     return open_tracker(
         settings,
         run_dir=run_dir,
         recipe="quickstart",
         run_config={"optim": {"lr": 1e-4}, "hf_token": "s3cret", "tokens_per_batch": 7},
         stages=["sft", "preference"],
-        resume_id=resume_id,
     )
 
 
@@ -142,7 +141,8 @@ def test_an_unreachable_server_leaves_an_offline_run(
         start(config(mode="online"), tmp_path)
     nobody_logged_in.setenv("WANDB_API_KEY", "a" * 40)
     nobody_logged_in.setattr(tracking, "_INIT_SECONDS", 1.0)
-    with start(config(mode="online"), tmp_path, "given-id") as tracker:
+    (tmp_path / "wandb_run_id").write_text("given-id")
+    with start(config(mode="online"), tmp_path) as tracker:
         tracker.log("sft", 1, "train", {"loss": 1.0})
     assert tracker.run_id == "given-id"
     assert "cannot be reached" in caplog.text
@@ -169,8 +169,8 @@ def test_without_tracking_wandb_is_not_imported(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
         "from alignment.tracking import open_tracker\n"
-        "with open_tracker(None, run_dir=pathlib.Path(sys.argv[1]), recipe='r', run_config={}, stages=['sft'],\n"
-        "                  resume_id=None) as tracker:\n"
+        "with open_tracker(None, run_dir=pathlib.Path(sys.argv[1]), recipe='r', run_config={}, stages=['sft']\n"
+        "                  ) as tracker:\n"
         "    tracker.log('sft', 1, 'train', {'loss': 1.0})\n"
         "    tracker.summary({})\n"
         "assert tracker.run_id is None and not {'wandb', 'torch'} & set(sys.modules)\n"
