@@ -23,7 +23,8 @@ from alignment.wheel_model import PREFIX, wheel_model_folder
 log = logging.getLogger(__name__)
 
 # Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
-_NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
+NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
+"""Names of modules that stay as they are in a quantised model."""
 
 # None of them has a part in a log-prob; trainers write the tokenizer's special tokens and a router's loss into the
 # configuration.
@@ -121,7 +122,7 @@ def load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=quantization.double,
             bnb_4bit_compute_dtype=resolve_dtype(quantization.compute_dtype, device),
-            llm_int8_skip_modules=_NEVER_QUANTIZED,
+            llm_int8_skip_modules=NEVER_QUANTIZED,
         )
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
