@@ -1,20 +1,20 @@
 """How groups become model inputs.
 
 A layout turns groups into `MicroBatch`es: token ids for one forward pass, and for every completion token the flat
-position of the hidden state that scores it. Nothing downstream knows how the rows were laid out, so another layout
-(one that runs a shared prompt once) only has to fill the same fields.
+position of the hidden state that scores it. Nothing downstream knows how the rows were laid out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from alignment.attention import PromptSpan, SharedRow, position_ids
 from alignment.groups import Group
 
 
@@ -29,7 +29,10 @@ class MicroBatch:
             completion token is: the position just before it.
         targets: (tokens,) int64, the completion tokens.
         offsets: (S + 1,) int64, where each sequence's tokens start; sequences in group order, completions within.
-        num_tokens: positions that hold a token, padding not counted.
+        num_tokens: tokens of all sequences, prompts counted with every completion and padding never: a measure of
+            what was scored, whatever the layout.
+        shared_row: the spans of the one row in which prompts are shared, or None for rows that stand alone.
+        position_ids: (1, width) int64 of a shared row, else None.
     """
 
     indices: tuple[int, ...]
@@ -38,16 +41,18 @@ class MicroBatch:
     targets: Tensor
     offsets: Tensor
     num_tokens: int
+    shared_row: SharedRow | None = None
+    position_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch with its tensors on that device."""
-        return MicroBatch(
-            self.indices,
-            self.input_ids.to(device),
-            self.score_positions.to(device),
-            self.targets.to(device),
-            self.offsets.to(device),
-            self.num_tokens,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            score_positions=self.score_positions.to(device),
+            targets=self.targets.to(device),
+            offsets=self.offsets.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
         )
 
 
@@ -115,5 +120,74 @@ class FlatLayout:
             score_positions=torch.from_numpy(np.concatenate(positions)),
             targets=torch.from_numpy(np.concatenate([c for _, c in rows]).astype(np.int64)),
             offsets=torch.from_numpy(np.cumsum([0, *lengths])),
-            num_tokens=sum(len(prompt) + len(completion) - 1 for prompt, completion in rows),
+            num_tokens=sum(len(prompt) + len(completion) for prompt, completion in rows),
+        )
+
+
+class SharedLayout:
+    """One row of many prompts, each followed by its completions: no prompt is run twice and nothing is padded.
+
+    Groups with equal prompts share one too. It needs a model that passed `shared.choose_layout`.
+    """
+
+    def batches(self, groups: Sequence[Group], tokens_per_batch: int) -> Iterator[MicroBatch]:
+        """Rows filled first-fit, longest prompts first, so that the step with the largest memory is the first one."""
+        families = self._families(groups, tokens_per_batch)
+        rows: list[tuple[int, list[list[int]]]] = []
+        for length, family in sorted(families, key=lambda f: (-f[0], f[1][0])):
+            for i, (filled, members) in enumerate(rows):
+                if filled + length <= tokens_per_batch:
+                    rows[i] = (filled + length, [*members, family])
+                    break
+            else:
+                rows.append((length, [family]))
+        for _, members in rows:
+            yield self._build(groups, members)
+
+    @staticmethod
+    def _families(groups: Sequence[Group], tokens_per_batch: int) -> list[tuple[int, list[int]]]:
+        """(positions, groups) of groups with one prompt, split where they would not fit a batch together."""
+        families: list[tuple[int, list[int]]] = []
+        open_family: dict[bytes, int] = {}
+        for index, group in enumerate(groups):
+            own = sum(len(c) - 1 for c in group.completions)
+            prompt = group.prompt.tobytes()
+            slot = open_family.get(prompt)
+            if slot is not None and families[slot][0] + own <= tokens_per_batch:
+                length, members = families[slot]
+                families[slot] = (length + own, [*members, index])
+            else:
+                open_family[prompt] = len(families)
+                families.append((len(group.prompt) + own, [index]))
+        return families
+
+    @staticmethod
+    def _build(groups: Sequence[Group], families: Sequence[Sequence[int]]) -> MicroBatch:
+        ids: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        spans: list[PromptSpan] = []
+        start = num_tokens = 0
+        for family in families:
+            prompt = groups[family[0]].prompt
+            completions = [c for index in family for c in groups[index].completions]
+            # The last token of a completion predicts nothing that is scored, so it need not be run.
+            span = PromptSpan(start, len(prompt), tuple(len(c) - 1 for c in completions))
+            ids += [prompt, *(c[:-1] for c in completions)]
+            targets += completions
+            for first, end in span.completion_ranges():
+                positions += [np.array([span.prompt_end - 1]), np.arange(first, end)]
+            num_tokens += sum(len(prompt) + len(c) for c in completions)
+            spans.append(span)
+            start = span.end
+        row = tuple(spans)
+        return MicroBatch(
+            indices=tuple(index for family in families for index in family),
+            input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+            score_positions=torch.from_numpy(np.concatenate(positions)),
+            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+            offsets=torch.from_numpy(np.cumsum([0, *(len(c) for c in targets)])),
+            num_tokens=num_tokens,
+            shared_row=row,
+            position_ids=position_ids(row),
         )

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from alignment.attention import SharedRow
 from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import BatchLayout, MicroBatch
@@ -81,14 +82,18 @@ def enable_scoring(model: nn.Module) -> None:
         *args: Any,
         score_positions: Tensor | None = None,
         targets: Tensor | None = None,
+        shared_row: SharedRow | None = None,
         **kwargs: Any,
     ) -> Any:
         if score_positions is None or targets is None:
             return plain_forward(*args, **kwargs)
+        if shared_row is not None:
+            # A mask of four dimensions is handed through as it is: none is made, and attention needs none.
+            kwargs |= {"shared_row": shared_row, "attention_mask": targets.new_zeros(1, 1, 1, 1)}
         head = self.get_output_embeddings()  # looked up here, since an adapter may have replaced it
         # The context is part of the scoring, so that policy and reference are always computed in the same precision.
         with torch.autocast(targets.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            hidden = self.get_decoder()(input_ids=kwargs["input_ids"], use_cache=False).last_hidden_state
+            hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
             hidden = hidden.flatten(0, 1).index_select(0, score_positions)
             size = max(1, LOGITS_PER_CHUNK // head.out_features)
             chunks = zip(hidden.split(size), targets.split(size), strict=True)
@@ -112,7 +117,10 @@ def score(model: nn.Module, batch: MicroBatch) -> RaggedLogps:
     Returns:
         RaggedLogps in the order of `batch.indices`; fp32 (fp64 for an fp64 model).
     """
-    values = model(input_ids=batch.input_ids, score_positions=batch.score_positions, targets=batch.targets)
+    shared = {}
+    if batch.shared_row is not None:
+        shared = {"shared_row": batch.shared_row, "position_ids": batch.position_ids}
+    values = model(input_ids=batch.input_ids, score_positions=batch.score_positions, targets=batch.targets, **shared)
     return RaggedLogps(values, batch.offsets)
 
 

@@ -26,7 +26,7 @@ from alignment.evaluation import HeldOutAnswers
 from alignment.export import export_merged
 from alignment.gate import check_start
 from alignment.groups import Group
-from alignment.layout import PASS_COST, FlatLayout
+from alignment.layout import BatchLayout
 from alignment.policy import (
     attach_adapter,
     disable_dropout,
@@ -44,6 +44,7 @@ from alignment.reference import CachedReference, LiveReference, Reference
 from alignment.reference_store import ReferenceStore, cache_dir
 from alignment.report import print_summary, write_report
 from alignment.sft import run_sft
+from alignment.shared import choose_layout
 from alignment.steps import StepSampler
 from alignment.tracking import Tracker, open_tracker
 from alignment.training import check_names, last_checkpoint, prepare_trainer, stage_callbacks, training_arguments
@@ -314,8 +315,9 @@ class Run:
     def _preference(self, model: nn.Module, checkpoints: Path, log_metrics: Any) -> dict[str, Any]:
         config, data = self.config, self.preferences
         assert data is not None
-        loss, loop, layout = config.loss, config.trainer, FlatLayout(PASS_COST[self.device.type])
+        loss, loop = config.loss, config.trainer
         disable_dropout(model)
+        layout = choose_layout(model, self.device)
         sampler = StepSampler(len(data.train), loop.groups_per_step, config.seed, loss.min_items)
         num_steps = loop.max_steps or math.ceil(loop.epochs * len(sampler))
         reference = self._reference(model, layout)
@@ -370,7 +372,7 @@ class Run:
             reference.close()
         return result
 
-    def _reference(self, model: nn.Module, layout: FlatLayout) -> Reference | None:
+    def _reference(self, model: nn.Module, layout: BatchLayout) -> Reference | None:
         config = self.config
         if not config.loss.needs_reference and not config.reference.for_metrics:
             return None

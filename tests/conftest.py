@@ -37,8 +37,8 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def tiny_config(vocab_size: int = 97, **overrides):
-    """A Qwen3 with two small layers."""
+def tiny_config(vocab_size: int = 97, model_type: str = "qwen3", **overrides):
+    """Two small layers, of a Qwen3 unless another architecture is named."""
     from transformers import AutoConfig
 
     settings = {
@@ -51,7 +51,7 @@ def tiny_config(vocab_size: int = 97, **overrides):
         "head_dim": 8,
         "max_position_embeddings": 1024,
     }
-    return AutoConfig.for_model("qwen3", **(settings | overrides))
+    return AutoConfig.for_model(model_type, **(settings | overrides))
 
 
 def tiny_policy(dtype: torch.dtype = torch.float64, r: int | None = 4, seed: int = 0, trained: bool = False):

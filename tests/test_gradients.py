@@ -33,9 +33,10 @@ def make_loss(name: str):
     return LOSSES[name](**settings)
 
 
-def make_trainer(model, groups, loss, tmp_path, tokens_per_batch=10_000, reference="live", eval_groups=()):
+def make_trainer(model, groups, loss, tmp_path, tokens_per_batch=10_000, reference="live", eval_groups=(), layout=None):
+    layout = layout or FlatLayout()
     if reference == "live":
-        reference = LiveReference(model, FlatLayout(), tokens_per_batch, torch.device("cpu"))
+        reference = LiveReference(model, layout, tokens_per_batch, torch.device("cpu"))
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True, max_grad_norm=0.0,
         remove_unused_columns=False,
@@ -47,7 +48,7 @@ def make_trainer(model, groups, loss, tmp_path, tokens_per_batch=10_000, referen
         eval_groups=eval_groups,
         loss=loss,
         reference=reference,
-        layout=FlatLayout(),
+        layout=layout,
         tokens_per_batch=tokens_per_batch,
         sampler=StepSampler(len(groups), len(groups), 0),
         callbacks=[],

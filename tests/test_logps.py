@@ -40,7 +40,7 @@ def test_batches_keep_the_token_budget():
     for batch in FlatLayout().batches(groups, 60):
         rows, width = batch.input_ids.shape
         assert rows * width <= 60 or len(batch.indices) == 1
-        lengths = [len(groups[i].prompt) + len(c) - 1 for i in batch.indices for c in groups[i].completions]
+        lengths = [len(groups[i].prompt) + len(c) for i in batch.indices for c in groups[i].completions]
         assert batch.num_tokens == sum(lengths)
         assert width == max(lengths)
 
