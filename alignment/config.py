@@ -38,6 +38,13 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Planning(Enum):
+    """`auto`: what the trainer's settings leave open is planned from the memory that there is; `off`: nothing is."""
+
+    auto = "auto"
+    off = "off"
+
+
 class Keep(Enum):
     """Which end of a too long prompt survives truncation."""
 
@@ -167,15 +174,18 @@ class TrainerConfig:
     """The loop of one stage.
 
     `groups_per_step` groups (pairs, rows, conversations) make one optimizer step. How a step is split into forward
-    passes is a matter of memory only: `tokens_per_batch` bounds the positions, padding included, of one pass.
+    passes is a matter of memory only: `tokens_per_batch` bounds the positions, padding included, of one pass, and
+    `checkpoint_every` says which layers are run again in the backward pass instead of being kept: 0 none, 1 all, k the
+    first of every k (layers 0, k, 2k, ...). Null for either leaves it to the plan; a number always counts.
     `max_steps` null means `epochs` decide. `eval_every`, `save_every` count optimizer steps; 0 means at the end only.
     """
 
     epochs: float
     max_steps: int | None
     groups_per_step: int
-    tokens_per_batch: int
-    gradient_checkpointing: bool
+    plan: Planning
+    tokens_per_batch: int | None
+    checkpoint_every: int | None
     log_every: int
     eval_every: int
     save_every: int
@@ -187,10 +197,17 @@ class TrainerConfig:
             self.max_steps is None or self.max_steps >= 1,
             f"trainer.max_steps must be null or at least 1, not {self.max_steps}.",
         )
-        for key in ("groups_per_step", "tokens_per_batch", "log_every", "keep_checkpoints"):
+        for key in ("groups_per_step", "log_every", "keep_checkpoints"):
             require(getattr(self, key) >= 1, f"trainer.{key} must be at least 1, not {getattr(self, key)}.")
         for key in ("eval_every", "save_every"):
             require(getattr(self, key) >= 0, f"trainer.{key} must be at least 0, not {getattr(self, key)}.")
+        for key, least in (("tokens_per_batch", 1), ("checkpoint_every", 0)):
+            value = getattr(self, key)
+            require(value is None or value >= least, f"trainer.{key} must be null or at least {least}, not {value}.")
+            require(
+                value is not None or self.plan is Planning.auto,
+                f"trainer.plan=off needs a number for trainer.{key}: give one, or leave it to trainer.plan=auto.",
+            )
 
 
 @dataclass(kw_only=True)

@@ -7,8 +7,10 @@ batch never exist at once.
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import BatchLayout, MicroBatch
 from alignment.ragged import RaggedLogps
+
+log = logging.getLogger(__name__)
 
 LOGITS_PER_CHUNK = 2**25
 """Logits that exist at one time: 128 MiB in fp32."""
@@ -128,9 +132,59 @@ def score(model: nn.Module, batch: MicroBatch) -> RaggedLogps:
 def score_groups(
     model: nn.Module, groups: Sequence[Group], layout: BatchLayout, tokens_per_batch: int, device: torch.device
 ) -> Iterator[tuple[MicroBatch, RaggedLogps]]:
-    """Score many groups without gradient, micro-batch by micro-batch, results on the CPU."""
-    for batch in layout.batches(groups, tokens_per_batch):
-        yield batch, score(model, batch.to(device)).to("cpu")
+    """Score many groups without gradient, micro-batch by micro-batch, results on the CPU.
+
+    Where a GPU's memory does not suffice, what is left is scored with half the budget.
+
+    Raises:
+        UserError: not even one group at a time fits.
+    """
+    left = list(range(len(groups)))
+    while left:
+        rest = [groups[index] for index in left]
+        scored: set[int] = set()
+        for batch in layout.batches(rest, tokens_per_batch):
+            try:
+                logps = score(model, batch.to(device)).to("cpu")
+            except torch.cuda.OutOfMemoryError:
+                break
+            indices = tuple(left[index] for index in batch.indices)
+            scored.update(indices)
+            yield replace(batch, indices=indices), logps
+        left = [index for index in left if index not in scored]
+        if left:  # out of the handler, whose traceback holds the tensors of the pass
+            torch.cuda.empty_cache()
+            smaller = smaller_budget(layout, [groups[index] for index in left], tokens_per_batch)
+            if smaller is None:
+                raise UserError(
+                    "The GPU's memory does not suffice to score one group at a time: lower data.max_length, or choose "
+                    "a smaller model or quantization=nf4."
+                )
+            tokens_per_batch = smaller
+
+
+def positions(batch: MicroBatch) -> int:
+    """Positions that a pass runs, padding included."""
+    return batch.input_ids.numel()
+
+
+def largest_group(layout: BatchLayout, groups: Sequence[Group]) -> int:
+    """Positions of the largest of the groups in a pass of its own."""
+    return max(positions(batch) for group in groups for batch in layout.batches([group], 1))
+
+
+def smaller_budget(layout: BatchLayout, groups: Sequence[Group], tokens_per_batch: int) -> int | None:
+    """Half the budget that these groups use, but enough for the largest of them; None where they use no more already.
+
+    To be asked for when a GPU's memory did not suffice; it logs what comes next.
+    """
+    used = max(positions(batch) for batch in layout.batches(groups, tokens_per_batch))
+    least = largest_group(layout, groups)
+    if used <= least:
+        return None
+    smaller = max(least, used // 2)
+    log.warning("The GPU's memory does not suffice for %d positions a pass: going on with %d.", used, smaller)
+    return smaller
 
 
 def join_scores(groups: Sequence[Group], scored: Sequence[tuple[MicroBatch, RaggedLogps]]) -> RaggedLogps:

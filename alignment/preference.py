@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,15 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import BatchLayout
-from alignment.logps import join_scores, score, score_groups
+from alignment.logps import join_scores, largest_group, score, score_groups, smaller_budget
 from alignment.losses import Loss, LossInputs, LossOutput
+from alignment.memory import decoder_layers
 from alignment.metrics import Means, preference_metrics
 from alignment.policy import check_adapter_gradients
 from alignment.ragged import RaggedLogps
 from alignment.reference import Reference
 from alignment.steps import StepSampler
+from alignment.training import checkpoint_layers
+
+log = logging.getLogger(__name__)
 
 
 def as_rows(groups: Sequence[Group]) -> list[Group]:
@@ -73,6 +80,15 @@ class StepValues:
 
     policy: RaggedLogps
     loss: float
+
+
+@dataclass(slots=True)
+class _Step:
+    """What a step that is being computed has come to: its loss so far, its tokens, the metrics of each pass."""
+
+    loss: Tensor
+    num_tokens: int = 0
+    metrics: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 class PreferenceTrainer(Trainer):
@@ -143,27 +159,69 @@ class PreferenceTrainer(Trainer):
         return self.loss.statistics(self._inputs(companions, scores(companions)))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one optimizer step, micro-batch by micro-batch; returns the step's mean loss."""
+        """Forward and backward of one optimizer step, micro-batch by micro-batch; returns the step's mean loss.
+
+        Where a GPU's memory does not suffice, the step is begun again with half the token budget, and at last with
+        every layer checkpointed; the steps after it keep that.
+
+        Raises:
+            UserError: the largest group does not fit even so.
+        """
         del num_items_in_batch
         started = time.monotonic()
         model.train()
         groups: list[Group] = inputs["groups"]
-        statistics = self._statistics(groups, self._scores)
-        total = torch.zeros((), device=self.args.device)
-        for batch in self.layout.batches(groups, self.tokens_per_batch):
-            members = [groups[index] for index in batch.indices]
-            loss_inputs = self._inputs(members, score(model, batch.to(self.args.device)))
-            output = self.loss(loss_inputs, statistics)
-            loss = output.losses.sum() / len(groups)
-            self.accelerator.backward(loss)
-            total += loss.detach().float()
-            self.num_tokens += batch.num_tokens
-            self._means.add(preference_metrics(loss_inputs, output))
+        while (step := self._try_step(model, groups)) is None:
+            self._save_memory(model, groups)
+        for metrics in step.metrics:
+            self._means.add(metrics)
+        self.num_tokens += step.num_tokens
         if not self._gradients_checked:
             check_adapter_gradients(model)
             self._gradients_checked = True
         self.train_seconds += time.monotonic() - started
-        return total
+        return step.loss
+
+    def _try_step(self, model: nn.Module, groups: Sequence[Group]) -> _Step | None:
+        """Add the step's gradients; None, and a part of them, where a GPU's memory did not suffice.
+
+        The error ends here, since its traceback holds the tensors of the pass.
+        """
+        step = _Step(torch.zeros((), device=self.args.device))
+        try:
+            statistics = self._statistics(groups, self._scores)
+            for batch in self.layout.batches(groups, self.tokens_per_batch):
+                members = [groups[index] for index in batch.indices]
+                loss_inputs = self._inputs(members, score(model, batch.to(self.args.device)))
+                output = self.loss(loss_inputs, statistics)
+                loss = output.losses.sum() / len(groups)
+                self.accelerator.backward(loss)
+                step.loss += loss.detach().float()
+                step.num_tokens += batch.num_tokens
+                step.metrics.append(preference_metrics(loss_inputs, output))
+        except torch.cuda.OutOfMemoryError as error:
+            if self.accelerator.num_processes > 1:  # the others would wait for this one
+                raise UserError(
+                    "The memory of a GPU does not suffice: lower trainer.tokens_per_batch, or set "
+                    "trainer.checkpoint_every=1."
+                ) from error
+            return None
+        return step
+
+    def _save_memory(self, model: nn.Module, groups: Sequence[Group]) -> None:
+        """After a step that did not fit: forget its gradients, and take less for the next try."""
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if (smaller := smaller_budget(self.layout, groups, self.tokens_per_batch)) is not None:
+            self.tokens_per_batch = smaller
+        elif decoder_layers(model) and checkpoint_layers(model, 1):
+            log.warning("The GPU's memory does not suffice for a single group: going on with every layer checkpointed.")
+        else:
+            raise UserError(
+                f"The GPU's memory does not suffice for a group of {largest_group(self.layout, groups)} positions even "
+                f"with every layer checkpointed: lower data.max_length, or choose a smaller model or quantization=nf4."
+            )
 
     @torch.no_grad()
     def step_values(self, groups: Sequence[Group]) -> StepValues:

@@ -13,9 +13,11 @@ from datasets import Dataset
 from torch import nn
 
 from alignment.config import SFTConfig
+from alignment.memory import Plan
 from alignment.policy import is_adapted
 from alignment.training import (
     LogFunction,
+    checkpoint_layers,
     last_checkpoint,
     prepare_trainer,
     stage_callbacks,
@@ -55,6 +57,7 @@ def run_sft(
     examples: Sequence[dict[str, list[int]]],
     eval_examples: Sequence[dict[str, list[int]]],
     *,
+    plan: Plan,
     folder: Path,
     seed: int,
     device: torch.device,
@@ -66,6 +69,7 @@ def run_sft(
         model: a policy with something trainable.
         examples: {"input_ids", "completion_mask"}, the mask 1 on tokens that are scored.
         eval_examples: the same, held out; may be empty.
+        plan: the budget of a pass and the layers to checkpoint.
         folder: for checkpoints.
         log_metrics: receives every logged value.
 
@@ -76,7 +80,7 @@ def run_sft(
     from trl import SFTTrainer
 
     longest = max(len(example["input_ids"]) for example in examples)
-    rows, passes = split_step(config.trainer.groups_per_step, longest, config.trainer.tokens_per_batch)
+    rows, passes = split_step(config.trainer.groups_per_step, longest, plan.tokens_per_batch)
     steps_per_epoch = math.ceil(len(examples) / config.trainer.groups_per_step)
     num_steps = config.trainer.max_steps or math.ceil(config.trainer.epochs * steps_per_epoch)
     arguments = training_arguments(
@@ -95,6 +99,7 @@ def run_sft(
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     checkpoint, done = last_checkpoint(folder)
+    checkpoint_layers(model, plan.checkpoint_every)
     base = model.get_base_model() if is_adapted(model) else model
     forward = base.forward
     weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}

@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from alignment.config import DataConfig, ReferenceMode, RunConfig
+from alignment.config import DataConfig, ReferenceMode, RunConfig, SFTConfig
 from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, write_rejected
 from alignment.data.sources import LoadedData, load_rows
 from alignment.data.tokens import tokenize_groups, tokenize_sft
@@ -27,6 +27,9 @@ from alignment.export import export_merged
 from alignment.gate import check_start
 from alignment.groups import Group
 from alignment.layout import BatchLayout
+from alignment.logps import largest_group
+from alignment.memory import Plan
+from alignment.planning import memory_result, plan_stage
 from alignment.policy import (
     attach_adapter,
     disable_dropout,
@@ -47,7 +50,14 @@ from alignment.sft import run_sft
 from alignment.shared import choose_layout
 from alignment.steps import StepSampler
 from alignment.tracking import Tracker, open_tracker
-from alignment.training import check_names, last_checkpoint, prepare_trainer, stage_callbacks, training_arguments
+from alignment.training import (
+    check_names,
+    checkpoint_layers,
+    last_checkpoint,
+    prepare_trainer,
+    stage_callbacks,
+    training_arguments,
+)
 
 log = logging.getLogger(__name__)
 
@@ -300,16 +310,33 @@ class Run:
     def _sft(self, model: nn.Module, checkpoints: Path, log_metrics: Any) -> dict[str, Any]:
         config = self.config.sft
         assert config is not None and self.conversations is not None
-        return run_sft(
+        plan = self._plan("sft", model, config, max(len(e["input_ids"]) for e in self.conversations.train))
+        result = run_sft(
             model,
             self.tokenizer,
             config,
             self.conversations.train,
             self.conversations.eval,
+            plan=plan,
             folder=checkpoints,
             seed=self.config.seed,
             device=self.device,
             log_metrics=log_metrics,
+        )
+        return result | {"memory": memory_result(plan, self.device, plan.tokens_per_batch)}
+
+    def _plan(self, stage: str, model: nn.Module, part: RunConfig | SFTConfig, longest: int) -> Plan:
+        live = stage == "preference" and self.config.reference.mode is ReferenceMode.live
+        return plan_stage(
+            model,
+            part.trainer,
+            optimizer=part.optim.name,
+            folder=self._stage_dir(stage),
+            device=self.device,
+            longest=longest,
+            adapter=self.config.adapter,
+            supervised=stage == "sft",
+            copies=live and self.config.adapter is None,
         )
 
     def _preference(self, model: nn.Module, checkpoints: Path, log_metrics: Any) -> dict[str, Any]:
@@ -320,7 +347,9 @@ class Run:
         layout = choose_layout(model, self.device)
         sampler = StepSampler(len(data.train), loop.groups_per_step, config.seed, loss.min_items)
         num_steps = loop.max_steps or math.ceil(loop.epochs * len(sampler))
-        reference = self._reference(model, layout)
+        plan = self._plan("preference", model, config, largest_group(layout, data.train))
+        checkpoint_layers(model, plan.checkpoint_every)
+        reference = self._reference(model, layout, plan.tokens_per_batch)
         if reference is not None:
             steps = sampler.first_steps(num_steps)
             reference.prepare(groups_to_reference(loss, data.train, steps, data.eval))
@@ -343,7 +372,7 @@ class Run:
             loss=loss,
             reference=reference,
             layout=layout,
-            tokens_per_batch=loop.tokens_per_batch,
+            tokens_per_batch=plan.tokens_per_batch,
             sampler=sampler,
             callbacks=stage_callbacks(loss.name.upper(), log_metrics, loop, bool(data.eval)),
         )
@@ -364,6 +393,7 @@ class Run:
             "steps": num_steps,
             "num_tokens": trainer.num_tokens,
             "train_seconds": trainer.train_seconds,
+            "memory": memory_result(plan, self.device, trainer.tokens_per_batch),
             "start": start,
             "metrics": metrics,
             "reference": reference.summary() if reference is not None else {"mode": "none"},
@@ -372,11 +402,10 @@ class Run:
             reference.close()
         return result
 
-    def _reference(self, model: nn.Module, layout: BatchLayout) -> Reference | None:
+    def _reference(self, model: nn.Module, layout: BatchLayout, tokens: int) -> Reference | None:
         config = self.config
         if not config.loss.needs_reference and not config.reference.for_metrics:
             return None
-        tokens = config.trainer.tokens_per_batch
         if config.reference.mode is ReferenceMode.live:
             return LiveReference(model, layout, tokens, self.device)
         store = ReferenceStore(self.cache / "reference.sqlite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -16,6 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from alignment.config import OptimConfig, TrainerConfig
 from alignment.errors import UserError
+from alignment.memory import decoder_layers
 
 _COMPLETE = "complete"
 # TRL's count of tokens starts anew in every process, so that a resumed run would log other numbers.
@@ -75,8 +79,6 @@ def training_arguments(
         lr_scheduler_type=optim.schedule,
         warmup_steps=math.ceil(optim.warmup_ratio * num_steps),
         max_grad_norm=optim.max_grad_norm,
-        gradient_checkpointing=trainer.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if trainer.gradient_checkpointing else None,
         logging_steps=trainer.log_every,
         logging_nan_inf_filter=False,
         save_strategy="steps" if trainer.save_every else "no",
@@ -91,6 +93,40 @@ def training_arguments(
         fp16=False,
         **extra,
     )
+
+
+_run_again: Any = functools.partial(checkpoint, use_reentrant=False)
+
+
+def checkpoint_layers(model: nn.Module, every: int) -> bool:
+    """Let the backward pass run the first of every `every` decoder layers again, instead of keeping its activations.
+
+    The Trainer's own switch stays off: it would also make the embeddings' output require a gradient, for which the
+    backward pass would go through the first layer to no purpose.
+
+    Args:
+        model: maybe with an adapter.
+        every: 0 for no layer.
+
+    Returns:
+        Whether that changed any layer.
+
+    Raises:
+        UserError: a model whose layers cannot be checkpointed.
+    """
+    layers = decoder_layers(model)
+    if every and not layers:
+        raise UserError(
+            f"trainer.checkpoint_every={every}: the layers of {type(model).__name__} cannot be checkpointed, so set it "
+            f"to 0."
+        )
+    changed = False
+    for index, layer in enumerate(layers):
+        chosen = bool(every) and index % every == 0
+        changed = changed or chosen != layer.gradient_checkpointing
+        layer.gradient_checkpointing = chosen
+        layer._gradient_checkpointing_func = _run_again
+    return changed
 
 
 class RecordCallback(TrainerCallback):

@@ -8,12 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "alignment"
 
 LAYERS = [
-    {"run"},
+    {"run", "plan"},
     {"compose"},
     {"stages", "cache"},
     {"evaluation", "export", "gate", "preflight", "report"},
     {"preference", "sft", "plots"},
-    {"training", "reference", "metrics", "steps", "tracking", "generate"},
+    {"training", "reference", "metrics", "steps", "tracking", "generate", "planning"},
+    {"memory"},
     {"policy", "records", "shared"},
     {"data.tokens", "data.sources"},
     {"data.layouts", "reference_store", "wheel_model", "logps"},

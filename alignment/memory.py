@@ -1,0 +1,478 @@
+"""What a training step needs of memory, by arithmetic, and the cheapest way to make it fit.
+
+A model may be on torch's meta device: only its modules and shapes are read. All sizes are bytes. The model of memory is
+good to about 15 %; a run that needs more than predicted halves its budget by itself (see `preference`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from alignment.config import AdapterConfig, QuantizationConfig
+from alignment.layout import PASS_COST
+from alignment.logps import LOGITS_PER_CHUNK
+from alignment.policy import NEVER_QUANTIZED
+
+GIB = 2**30
+USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Positions of a pass, by device, beyond which larger passes gain nothing and only cost memory."""
+USABLE_SHARE = {"cpu": 0.5, "cuda": 0.9}
+"""Of the memory that is free: on a CPU others want some too, on a GPU the rest is the error of the prediction."""
+CONTEXT = {"cpu": int(0.7 * GIB), "cuda": int(0.6 * GIB)}
+"""What Python and its libraries take on a CPU, and the driver's context and its workspaces on a GPU."""
+RECOMPUTED = 0.5
+"""Share that one more forward pass of a frozen base adds to a step: forward and backward are two passes' worth each."""
+_ROUNDING = 64
+_WORKING_MLP, _WORKING_HIDDEN = 4, 3
+"""Tensors, as wide as the MLP and as the layer, that live at once in a layer's backward pass beside what it saved."""
+
+
+_END_TENSORS = 4
+_LOGIT = 12
+"""Bytes per logit: the log-softmax, the gradient that enters it and the one that leaves it, in fp32."""
+_TRL_ROWS, _TRL_WIDTH, _TRL_LOGIT = 4096, 32768, 36
+"""TRL's head works on tiles of so many positions and so wide; without Triton it takes nine fp32 copies of a tile."""
+
+
+def nf4_bytes_per_weight(double: bool) -> float:
+    """Half a byte, and a scale for 64 weights: fp32, or 8 bit with an fp32 scale of its own for 256 of them."""
+    return 0.5 + (1 / 64 + 4 / (64 * 256) if double else 4 / 64)
+
+
+def optimizer_bytes(name: str, bytes_per_weight: int) -> float:
+    """Bytes per trained weight of the optimizer's states.
+
+    Args:
+        name: as transformers has it. Names that are not known here count as Adam's two states.
+        bytes_per_weight: of the trained weights; torch keeps states in their dtype, bitsandbytes in fp32 or 8 bit.
+    """
+    tensors = 2
+    for part, count in (("ademamix", 3), ("sgd", 0), ("adafactor", 0), ("lion", 1), ("rmsprop", 1), ("adagrad", 1)):
+        if part in name:
+            tensors = count
+            break
+    if "8bit" in name:
+        return tensors * (1 + 4 / 256)
+    if "4bit" in name:
+        return tensors * (0.5 + 4 / 128)
+    is_bnb = "paged" in name or "bnb" in name or "lion" in name or "ademamix" in name
+    return tensors * (4 if is_bnb else bytes_per_weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer: bytes per position.
+
+    Attributes:
+        entering: its input, all that is kept of a layer that is checkpointed.
+        saved: what its backward pass reads, its input included.
+        working: what lives beside that at the widest moment of its backward pass.
+    """
+
+    entering: int
+    saved: int
+    working: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Everything about a policy that decides the memory of its step.
+
+    Attributes:
+        weights, adapter, gradients, optimizer: bytes.
+        layers: in order; empty for a model whose layers cannot be told apart.
+        ends: bytes per position that are kept outside of the layers: the last norm, the head's input, its derivatives.
+        head: bytes per position of the logits that exist at one time.
+        head_limit: the most bytes that they come to.
+        buffers: bytes of the largest weight while it is de-quantised or has its adapter added.
+        estimate: why the activations are a rough guess; empty where every tensor is counted.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    layers: tuple[Layer, ...]
+    ends: int
+    head: int
+    head_limit: int
+    buffers: int
+    estimate: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes of a step at its peak, by what they are for."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+    buffers: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where a step has to fit.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        limit: bytes that all of `Needs` may come to.
+        context: bytes that are taken by other things than the model and its step.
+    """
+
+    device: str
+    limit: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a stage runs its steps, and what it will need.
+
+    Attributes:
+        tokens_per_batch: positions of one pass, at most.
+        checkpoint_every: 0: no layer is checkpointed; k: the first of every k layers is.
+        needs: of the largest pass of a step.
+        limit: bytes that were planned with.
+        fits: whether the largest group of the data fits.
+        estimate: see `Sizes`.
+    """
+
+    tokens_per_batch: int
+    checkpoint_every: int
+    needs: Needs
+    limit: int
+    fits: bool
+    estimate: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """The plan that `to_dict` wrote."""
+        return cls(**{**values, "needs": Needs(**values["needs"])})
+
+
+def describe_checkpointing(every: int) -> str:
+    """`checkpoint_every` in words."""
+    if every == 0:
+        return "no checkpointing"
+    if every == 1:
+        return "every layer checkpointed"
+    return f"one layer in {every} checkpointed"
+
+
+# Sizes of a model
+
+
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that can be checkpointed, in order; none for a model that transformers does not checkpoint."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, linear layer) of the base model's linear layers, also where an adapter wraps them."""
+    for name, child in module.named_modules():
+        parts = name.split(".")
+        if "base_layer" in parts or any(part.startswith("lora_") for part in parts):
+            continue
+        if isinstance(getattr(child, "in_features", None), int) and isinstance(
+            getattr(child, "out_features", None), int
+        ):
+            yield name, child
+
+
+def layer_of(layer: nn.Module, hidden: int, value: int, experts_per_token: int, lean: bool, dropout: bool) -> Layer:
+    """Count the tensors that the backward pass of one decoder layer reads.
+
+    Per position, for the usual layer (attention with separate projections, gated MLP): the input of each norm; the
+    outputs of the two norms that feed projections; queries and keys before their own norms where there are such;
+    queries, keys, values and the output of attention; gate and up. Stock layers keep the activation and the product
+    of the MLP too, and a stock LoRA its own fp32 copy of each 16-bit input, and the dropped input and its mask.
+
+    Args:
+        layer: maybe with an adapter on it, maybe on the meta device.
+        hidden: width of the model.
+        value: bytes per value of the activations.
+        experts_per_token: of a mixture of experts, else 0.
+        lean: whether the layers of `lean` run; else those of transformers and peft.
+        dropout: whether the adapter drops inputs (never with `lean`).
+    """
+    linears = {name.rpartition(".")[2]: child for name, child in _linears(layer)}
+    names = {name.rpartition(".")[2] for name, _ in layer.named_modules()}
+    widths = {name: (child.in_features, child.out_features) for name, child in linears.items()}
+    norms = sum("norm" in name for name, _ in layer.named_children())
+    saved = norms * hidden
+    wide = 0
+    if {"q_proj", "k_proj", "v_proj"} <= widths.keys():
+        query, keys = widths["q_proj"][1], widths["k_proj"][1]
+        saved += hidden + 2 * query + 2 * keys
+        if {"q_norm", "k_norm"} <= names:
+            saved += query + keys
+    else:
+        saved += sum(a + b for name, (a, b) in widths.items() if name not in _MLP)
+    if {"gate_proj", "up_proj", "down_proj"} <= widths.keys():
+        wide = widths["gate_proj"][1]
+        saved += hidden + (2 if lean else 4) * wide
+    experts = [m for m in layer.modules() if getattr(m, "gate_up_proj", None) is not None and hasattr(m, "num_experts")]
+    for module in experts:
+        inner: Any = module.down_proj
+        each = int(inner.shape[-1])
+        wide = max(wide, experts_per_token * each)
+        saved += hidden + experts_per_token * (3 * each + hidden)
+    if not wide:
+        mlp = [pair for name, pair in widths.items() if name in _MLP]
+        saved += sum(a + b for a, b in mlp)
+        wide = max((max(pair) for pair in widths.values()), default=hidden)
+    size = saved * value
+    if not lean:
+        inputs = sum(a for a, _ in widths.values())
+        copies = inputs * 4 if value < 4 else 0
+        size += copies + (inputs * 5 if dropout else 0) + (norms * hidden * 4 if value < 4 else 0)
+    return Layer(hidden * value, size, (_WORKING_MLP * wide + _WORKING_HIDDEN * hidden) * value)
+
+
+_MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"}
+
+
+def is_counted(layer: nn.Module) -> bool:
+    """Whether the layer is of the usual form, whose tensors are all counted."""
+    names = {name.rpartition(".")[2] for name, _ in _linears(layer)}
+    return {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"} <= names
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of a policy's weights.
+
+    Attributes:
+        base: of the base model, embeddings and head included.
+        adapter: of its adapter.
+        trained: number of weights that are trained.
+        trained_value: bytes of each of them.
+        quantised: whether linear layers are packed.
+    """
+
+    base: int
+    adapter: int
+    trained: int
+    trained_value: int
+    quantised: bool
+
+
+def count_weights(model: nn.Module) -> Weights:
+    """The weights of a policy that is loaded; the scales of packed ones are not counted."""
+    base = adapter = trained = 0
+    trained_value = 4
+    quantised = False
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        if ".lora_" in name:
+            adapter += size
+        else:
+            base += size
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            trained_value = parameter.element_size()
+        quantised = quantised or hasattr(parameter, "quant_state")
+    return Weights(base, adapter, trained, trained_value, quantised)
+
+
+def plan_weights(
+    model: nn.Module, value: int, adapter: AdapterConfig | None, quantization: QuantizationConfig | None
+) -> Weights:
+    """The weights that a model on the meta device will have when it is loaded as configured.
+
+    Args:
+        model: a causal LM, not quantised, without adapter.
+        value: bytes per weight that is not quantised.
+        adapter: None trains the whole model.
+        quantization: None packs nothing.
+    """
+    causal: Any = model
+    head = causal.get_output_embeddings()
+    linears = [(name, layer) for name, layer in _linears(model) if layer is not head]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    packed = 0
+    if quantization is not None:
+        packed = sum(
+            layer.weight.numel()
+            for name, layer in linears
+            if isinstance(layer, nn.Linear) and not set(NEVER_QUANTIZED) & set(name.split("."))
+        )
+    base = (total - packed) * value
+    if quantization is not None:
+        base += round(packed * nf4_bytes_per_weight(quantization.double))
+    if adapter is None:
+        return Weights(base, 0, total, value, False)
+    targets = adapter.target_modules
+    count = sum(
+        adapter.r * (layer.in_features + layer.out_features)
+        for name, layer in linears
+        if targets == ["all-linear"] or any(name == t or name.endswith(f".{t}") for t in targets)
+    )
+    return Weights(base, 4 * count, count, 4, quantization is not None)
+
+
+def sizes_of(
+    model: nn.Module,
+    weights: Weights,
+    *,
+    value: int,
+    optimizer: str,
+    device: str,
+    dropout: bool = False,
+    supervised: bool = False,
+) -> Sizes:
+    """What of a policy decides the memory of its step.
+
+    Args:
+        model: loaded, or on the meta device and without its adapter.
+        weights: its weights.
+        value: bytes per value of its activations.
+        optimizer: name, as transformers has it.
+        device: "cpu" or "cuda".
+        dropout: whether the adapter drops inputs in this stage.
+        supervised: the SFT stage, whose head is TRL's, instead of a preference stage.
+    """
+    causal: Any = model
+    config = causal.config.get_text_config()
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    lean = weights.adapter > 0 and not dropout
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    modules = decoder_layers(model)
+    layers = tuple(layer_of(layer, hidden, value, experts, lean, dropout) for layer in modules)
+    largest = max((layer.in_features * layer.out_features for m in modules for _, layer in _linears(m)), default=0)
+    if not modules:
+        estimate = f"the layers of {type(model).__name__} are not known"
+    elif not all(map(is_counted, modules)):
+        estimate = f"the layers of {type(model).__name__} have another form than the one that is counted"
+    else:
+        estimate = ""
+    if supervised:
+        width = min(vocabulary, _TRL_WIDTH)
+        head = width * (value if device == "cuda" else _TRL_LOGIT)
+        head_limit = _TRL_ROWS * head
+    else:
+        head = vocabulary * _LOGIT
+        head_limit = LOGITS_PER_CHUNK * _LOGIT
+    copies = (2 if weights.quantised else 1) if weights.adapter else 0
+    trained = weights.trained
+    return Sizes(
+        weights=weights.base,
+        adapter=weights.adapter,
+        gradients=trained * weights.trained_value,
+        optimizer=round(trained * optimizer_bytes(optimizer, weights.trained_value)),
+        layers=layers,
+        ends=_END_TENSORS * hidden * value,
+        head=head,
+        head_limit=head_limit,
+        buffers=copies * largest * value,
+        estimate=estimate,
+    )
+
+
+# What a step needs, and the choice
+
+
+def activation_bytes(layers: Sequence[Layer], every: int, tokens: int) -> int:
+    """The most that the layers hold at one time in the forward and backward pass of so many positions.
+
+    The backward pass goes through the layers from the last one. At each, all before it hold what they saved; a layer
+    that is checkpointed is there run again, and holds all that it would have saved.
+    """
+    held = peak = 0
+    for index, layer in enumerate(layers):
+        peak = max(peak, held + layer.saved + layer.working)
+        held += layer.entering if every and index % every == 0 else layer.saved
+    return peak * tokens
+
+
+def step_needs(sizes: Sizes, every: int, tokens: int, context: int) -> Needs:
+    """Memory of a step whose largest pass has so many positions."""
+    return Needs(
+        weights=sizes.weights,
+        adapter=sizes.adapter,
+        gradients=sizes.gradients,
+        optimizer=sizes.optimizer,
+        activations=activation_bytes(sizes.layers, every, tokens) + sizes.ends * tokens,
+        head=min(sizes.head * tokens, sizes.head_limit),
+        buffers=sizes.buffers,
+        context=context,
+    )
+
+
+def relative_time(layers: int, every: int, tokens: int, device: str) -> float:
+    """Time per position, where 1 is that of an endless pass without checkpointing."""
+    recomputed = math.ceil(layers / every) / layers if every else 0.0
+    return (1 + RECOMPUTED * recomputed) * (1 + PASS_COST[device] / tokens)
+
+
+def fitting_tokens(sizes: Sizes, every: int, room: Room, most: int) -> int:
+    """The largest budget up to `most` that fits, a multiple of 64 if it is below `most`; 0 if none does."""
+    if step_needs(sizes, every, most, room.context).total <= room.limit:
+        return most
+    low, high = 0, most // _ROUNDING + 1  # in units; `low` fits or is 0, `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = step_needs(sizes, every, middle * _ROUNDING, room.context).total <= room.limit
+        low, high = (middle, high) if fits else (low, middle)
+    return low * _ROUNDING
+
+
+def make_plan(
+    sizes: Sizes,
+    room: Room,
+    *,
+    longest: int,
+    step_tokens: int,
+    tokens_per_batch: int | None,
+    checkpoint_every: int | None,
+) -> Plan:
+    """The fastest way to run a step in the room that there is.
+
+    Args:
+        sizes: of the policy.
+        room: where it has to fit.
+        longest: positions of the largest group, which has to fit a pass whatever the budget is.
+        step_tokens: positions of a whole step, beyond which a larger budget changes nothing.
+        tokens_per_batch: given, or None to choose it.
+        checkpoint_every: given, or None to choose it.
+    """
+    count = len(sizes.layers)
+    options = [checkpoint_every] if checkpoint_every is not None else [0, *range(count, 0, -1)]
+    useful = max(USEFUL_TOKENS[room.device], longest)
+    best: tuple[float, int, int] | None = None
+    for every in options:
+        tokens = tokens_per_batch or fitting_tokens(sizes, every, room, useful)
+        largest = max(longest, min(tokens, step_tokens))
+        if tokens_per_batch is None and tokens < longest:
+            continue
+        if step_needs(sizes, every, largest, room.context).total > room.limit:
+            continue
+        time = relative_time(max(1, count), every, largest, room.device)
+        if best is None or time < best[0]:
+            best = (time, every, tokens)
+    fits = best is not None
+    if best is None:
+        best = (0.0, options[-1], tokens_per_batch or longest)
+    _, every, tokens = best
+    largest = max(longest, min(tokens, step_tokens))
+    return Plan(tokens, every, step_needs(sizes, every, largest, room.context), room.limit, fits, sizes.estimate)
