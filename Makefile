@@ -38,7 +38,7 @@ format: $(DEV_STAMP) ## Format the code and mend what ruff can mend
 types: $(DEV_STAMP) ## Check types
 	$(VENV)/bin/mypy
 
-bench: $(DEV_STAMP) ## Compare speed and memory with TRL: make bench ARGS=--help
+bench: $(DEV_STAMP) ## Compare speed and memory with TRL: make bench ARGS=--quick
 	$(VENV)/bin/python -m tests.bench.against_trl $(ARGS)
 
 wheel: $(DEV_STAMP) ## Build the wheel into dist/

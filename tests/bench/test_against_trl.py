@@ -1,16 +1,25 @@
-"""The comparison itself on a tiny model: all runs train along one trajectory, and the tables hold the right numbers."""
+"""The comparison itself on a tiny model: all runs train along one trajectory, whatever the base model's weights are."""
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from alignment.config import AdapterConfig, Device
-from alignment.policy import attach_adapter, load_base, resolve_device
+from alignment.groups import Group
+from alignment.policy import attach_adapter, load_base, load_tokenizer, resolve_device
 from tests.bench import against_trl, one_run
-from tests.bench.job import RUNS, Job
+from tests.bench.floor import Shape
+from tests.bench.job import PAIRS_OF_RUNS, Case, Job, PeakRate, Preparation
+from tests.bench.profiling import kind_of, profile_step
+from tests.bench.summary import check_losses
 from tests.conftest import random_groups
+
+RUNS = [run for together in PAIRS_OF_RUNS for run in together]
 
 
 @pytest.fixture
@@ -27,70 +36,171 @@ def job(tiny_model_folder, tmp_path):
         model=source,
         adapter=str(tmp_path / "adapter"),
         pairs=str(tmp_path / "pairs.json"),
+        pairs_per_step=4,
+        nf4=False,
         cache=str(tmp_path),
         lr=3e-2,
         tokens_per_batch=64,
+        profile=False,
     )
 
 
 def test_all_runs_follow_one_trajectory(job):
-    results = {run: one_run.run(replace(job, run=run)) for run in RUNS}
-    losses = {run: result["losses"] for run, result in results.items()}
-    assert against_trl.check_losses(losses) < 1e-4
-    assert abs(losses["ours_cold"][1] - math.log(2)) > 1e-2  # the second loss depends on the first update
-    assert [results[run]["stored"] for run in ("ours_cold", "ours_warm")] == [0, 8]
-    assert [result["reference_seconds"]["wall"] > 0 for result in results.values()] == [True, False, False, True]
-    assert all(len(result["seconds"]["wall"]) == 2 for result in results.values())
+    turns = dict.fromkeys(RUNS, 0)
 
-
-@pytest.mark.parametrize(
-    ("losses", "said"),
-    [
-        ({"ours_cold": [0.6931, 0.65], "trl_default": [0.6951, 0.65]}, "trl_default starts"),
-        ({"ours_cold": [0.6931, 0.65], "trl_default": [0.6931, 0.68]}, "differ by up to 0.03"),
-    ],
-)
-def test_runs_that_compute_different_things_are_refused(losses, said):
-    with pytest.raises(AssertionError, match=said):
-        against_trl.check_losses(losses)
-
-
-def test_numbers_of_the_table():
-    """By hand: the warm-up step is left out, a cold run pays its reference for all pairs, tokens are not padding."""
-
-    def result(wall, reference, peak):
-        times = {"wall": wall, "user": wall, "system": [0.0] * 4}
-        return {
-            "losses": [math.log(2)] * 4,
-            "seconds": times,
-            "reference_seconds": {"wall": reference, "user": reference / 2, "system": 0.0},
-            "setup_seconds": 1.0,
-            "peak_bytes": peak * 2**20,
-        }
+    def count(run):
+        turns[run] += 1
 
     results = {
-        "ours_cold": result([100.0, 4.0, 8.0, 12.0], 16.0, 300),
-        "ours_warm": result([100.0, 4.0, 8.0, 12.0], 0.5, 300),
-        "trl_default": result([100.0, 16.0, 32.0, 48.0], 0.0, 600),
-        "trl_precomputed": result([100.0, 8.0, 16.0, 24.0], 32.0, 400),
+        run: one_run.run(replace(job, run=run, profile=run == "ours_warm"), lambda run=run: count(run)) for run in RUNS
     }
-    lengths = [[1000, 1000, 1000]] * 4 + [[10, 20, 40]] * 12
-    summary = against_trl.summarise(results, lengths)
-    assert summary["tokens_per_pair"] == 80
-    assert {name: row["seconds_per_pair"] for name, row in summary["rows"].items()} == {
-        "ours, cold": 3.0,
-        "ours, warm": 2.0,
-        "TRL, default": 8.0,
-        "TRL, precomputed, cold": 6.0,
-        "TRL, precomputed, warm": 4.0,
+    losses = {run: result["losses"] for run, result in results.items()}
+    assert check_losses(losses, "exact") < 1e-4
+    assert abs(losses["ours_cold"][1] - math.log(2)) > 1e-2  # the second loss depends on the first update
+    assert [results[run]["stored"] for run in ("ours_cold", "ours_warm")] == [0, 8]
+    paid = {run: result["reference_seconds"]["wall"] > 0 for run, result in results.items()}
+    assert paid == {"ours_cold": True, "trl_default": False, "ours_warm": False, "trl_precomputed": True}
+    assert all(len(result["seconds"]["wall"]) == 2 for result in results.values())
+    assert set(turns.values()) == {2}
+    assert sum(results["ours_warm"]["profile"]["shares"].values()) == pytest.approx(1)
+
+
+def test_trl_trains_on_the_same_quantised_base(job):
+    results = {
+        run: one_run.run(replace(job, run=run, nf4=nf4))["losses"]
+        for run, nf4 in (("ours_cold", True), ("trl_precomputed", True), ("trl_default", False))
     }
-    cold = summary["rows"]["ours, cold"]
-    assert (cold["reference_seconds_per_pair"], cold["user_seconds_per_pair"], cold["peak_mib"]) == (1.0, 2.5, 300)
-    assert cold["tokens_per_second"] == pytest.approx(80 / 3)
-    found = {name: (r["seconds_per_pair"], r["peak_mib"]) for name, r in summary["ratios"].items()}
-    assert found == {
-        "ours, cold / TRL, default": (0.375, 0.5),
-        "ours, cold / TRL, precomputed, cold": (0.5, 0.75),
-        "ours, warm / TRL, default": (0.25, 0.5),
-        "ours, warm / TRL, precomputed, warm": (0.5, 0.75),
+    exact = results.pop("trl_default")
+    check_losses(results, "rounded")
+    quantised = results["trl_precomputed"]
+    assert abs(quantised[1] - exact[1]) > 3 * abs(quantised[1] - results["ours_cold"][1])
+
+
+def test_tasks_survive_the_way_to_their_process(job):
+    case = Case(name="prompts", source="bundled:quickstart", steps=2, cut=(8, 4))
+    for task in (
+        job,
+        PeakRate(products=3),
+        Preparation(folder="/somewhere", model=None, random_qwen3="4B", cases=(case,)),
+    ):
+        read = one_run.read_task(json.dumps(asdict(task)))
+        assert asdict(read) == json.loads(json.dumps(asdict(task)), object_hook=_tuples)
+        assert type(read) is type(task)
+
+
+def _tuples(fields):
+    return {key: tuple(v) if key == "cases" else v for key, v in fields.items()}
+
+
+def test_wait_is_not_counted():
+    """A clock that is stopped while another process works."""
+    clock = one_run.Clock()
+    turns = one_run.StepTurns(lambda: seen.append(len(clock.seconds()["wall"])))
+    turns.clock, seen = clock, []
+    for _ in range(3):
+        turns.on_step_begin(None, None, None)
+        turns.on_step_end(None, None, None)
+    turns.on_train_end(None, None, None)
+    assert seen == [0, 1, 2]  # every step is over before its turn is given up
+    assert len(clock.seconds()["wall"]) == 3
+
+
+def test_pairs_cut_from_running_text():
+    """By hand: a chosen answer goes on where its prompt ends, and no token is used twice."""
+    ids = np.arange(100, dtype=np.int32)
+    groups = [Group(ids[0:4], (ids[4:7], ids[50:53])), Group(ids[7:9], (ids[9:12], ids[53:56]))]
+    pairs = [[part.tolist() for part in pair] for pair in one_run.cut_pairs(groups, 4, 2, 2)]
+    assert pairs == [[[0, 1, 2, 3], [4, 5], [50, 51]], [[6, 7, 8, 9], [10, 11], [52, 53]]]
+    with pytest.raises(ValueError, match="too few for 3 pairs"):
+        one_run.cut_pairs(groups, 4, 2, 3)
+
+
+def test_absent_real_data_become_one_bundled_case(tmp_path):
+    cases = {case.name: case for case in against_trl.choose_cases(against_trl.CASES, tmp_path)}
+    assert list(cases) == ["quickstart", "prompts", "nf4"]
+    assert {case.source for case in cases.values()} == {"bundled:quickstart"}
+    assert cases["prompts"].cut == (768, 128) and cases["nf4"].nf4
+    data = tmp_path / "pandalm_human" / "pairs.jsonl"
+    data.parent.mkdir()
+    data.touch()
+    cases = {case.name: case.source for case in against_trl.choose_cases(against_trl.CASES, tmp_path)}
+    assert cases == {
+        "quickstart": "bundled:quickstart",
+        "short": str(data),
+        "prompts": "bundled:quickstart",
+        "nf4": str(data),
     }
+
+
+def test_bundled_text_is_enough_for_long_prompts(tiny_model_folder):
+    """The tiny tokenizer makes a token of every byte: a real one makes a quarter of them."""
+    tokenizer = load_tokenizer(one_run.model_config(str(tiny_model_folder)), str(tiny_model_folder))
+    case = Case(name="prompts", source="bundled:quickstart", steps=4, pairs_per_step=2, cut=(4 * 768, 4 * 128))
+    pairs = one_run.draw_pairs(case, tokenizer)
+    assert [[len(part) for part in pair] for pair in pairs] == [[3072, 512, 512]] * 10
+    assert len({pair[0].tobytes() for pair in pairs}) == 10
+
+
+def test_random_qwen3_has_the_size_of_its_name(tiny_model_folder, tmp_path, monkeypatch):
+    """Made narrow and shallow; its weights are counted by hand."""
+    monkeypatch.setitem(one_run.QWEN3_SIZES, "0.6B", (64, 96, 2, 8, True))
+    tokenizer = load_tokenizer(one_run.model_config(str(tiny_model_folder)), str(tiny_model_folder))
+    device = resolve_device(Device.auto)
+    source = one_run.random_qwen3("0.6B", tokenizer, tmp_path, device)
+    base = load_base(one_run.model_config(source), None, source, device)
+    adapter = AdapterConfig(r=2, alpha=4, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
+    shape = one_run.model_shape(base, lambda: attach_adapter(base, adapter, seed=0))
+    # Queries, keys and values 64 -> 8 * 128, output back to 64, three products with 96.
+    widths = [*[(64, 1024)] * 3, (1024, 64), (64, 96), (64, 96), (96, 64)]
+    assert shape == Shape(
+        linear=2 * sum(i * o for i, o in widths),
+        adapter=2 * 2 * sum(i + o for i, o in widths),
+        layers=2,
+        attention=1024,
+        hidden=64,
+        vocabulary=151_936,
+    )
+    assert base.config.tie_word_embeddings
+
+
+def test_peak_rate_counts_two_operations_per_product(monkeypatch):
+    seconds = iter([5.0, 2.0, 4.0])  # the first one warms up
+    monkeypatch.setattr(one_run.Clock, "seconds", lambda self: {"wall": list(seconds)})
+    monkeypatch.setattr(torch, "randn", lambda *size, **kw: torch.zeros(*size[:1], 2, 2))
+    rates = one_run.run(PeakRate(products=2))["rates"]
+    size = 8192 if torch.cuda.is_available() else 4096
+    assert rates == [2 * size**3 / 2.0, 2 * size**3 / 4.0]
+
+
+class _Policy(nn.Module):
+    """A decoder and a head, as the profiler has to tell them apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2048)
+
+    def get_decoder(self):
+        return self.decoder
+
+    def forward(self, x):
+        return self.head(self.decoder(x)).log_softmax(-1).sum()
+
+
+def test_profile_tells_head_from_decoder():
+    policy = _Policy()
+    x = torch.randn(4096, 8)
+    with torch.no_grad():
+        found = profile_step(policy, lambda: policy(x))
+    assert found["shares"]["head"] > 0.8  # 256 times the decoder's work
+    assert sum(share for *_, share in found["operators"]) <= 1 + 1e-9
+    assert not policy._forward_hooks and not policy.decoder._forward_pre_hooks
+    with torch.no_grad():
+        outside = profile_step(policy, lambda: policy.head(x))
+    assert "head" not in outside["shares"]
+
+
+def test_kinds_of_operators():
+    assert kind_of("aten::mm") == kind_of("aten::addmm") == "matrix products"
+    assert kind_of("aten::_scaled_dot_product_flash_attention_for_cpu_backward") == "attention"
+    assert kind_of("aten::mul") == kind_of("aten::_log_softmax") == "elementwise, copies and the rest"
