@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alignment.config import AdapterConfig, Device, Dtype, ModelConfig, QuantizationConfig
 from alignment.errors import UserError
+from alignment.lean import make_lean
 from alignment.logps import check_scoring, enable_scoring
 from alignment.wheel_model import PREFIX, wheel_model_folder
 
@@ -154,7 +155,8 @@ def load_base(
 def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) -> nn.Module:
     """Put a fresh LoRA adapter on the model, or free all weights for full fine-tuning."""
     if config is None:
-        return model.requires_grad_(True)
+        make_lean(model.requires_grad_(True))
+        return model
     from peft import LoraConfig, get_peft_model
 
     target = config.target_modules[0] if config.target_modules == ["all-linear"] else config.target_modules
@@ -170,16 +172,20 @@ def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the same adapter whatever was drawn before, also when a run is resumed
         try:
-            return get_peft_model(model, lora)
+            adapted = get_peft_model(model, lora)
         except (ValueError, TypeError) as error:
             raise UserError(f"adapter: {_line(error)}") from error
+    make_lean(adapted)
+    return adapted
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """Put a saved adapter on the base model, trainable."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    make_lean(adapted)
+    return adapted
 
 
 def is_adapted(model: nn.Module) -> bool:
