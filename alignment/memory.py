@@ -34,6 +34,8 @@ _WORKING_MLP, _WORKING_HIDDEN = 4, 3
 
 
 _END_TENSORS = 4
+_MASK = 1
+"""Bytes per dropped value: a GPU keeps a mask, a CPU the factors themselves."""
 _LOGIT = 12
 """Bytes per logit: the log-softmax, the gradient that enters it and the one that leaves it, in fp32."""
 _TRL_ROWS, _TRL_WIDTH, _TRL_LOGIT = 4096, 32768, 36
@@ -67,17 +69,19 @@ def optimizer_bytes(name: str, bytes_per_weight: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer: bytes per position.
+    """Bytes of one decoder layer, per position.
 
     Attributes:
         entering: its input, all that is kept of a layer that is checkpointed.
         saved: what its backward pass reads, its input included.
         working: what lives beside that at the widest moment of its backward pass.
+        copies: not per position: copies of weights that its backward pass reads.
     """
 
     entering: int
     saved: int
     working: int
+    copies: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,54 +203,66 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, child
 
 
-def layer_of(layer: nn.Module, hidden: int, value: int, experts_per_token: int, lean: bool, dropout: bool) -> Layer:
+def layer_of(layer: nn.Module, hidden: int, value: int, experts_per_token: int, adapted: bool, dropout: bool) -> Layer:
     """Count the tensors that the backward pass of one decoder layer reads.
 
-    Per position, for the usual layer (attention with separate projections, gated MLP): the input of each norm; the
-    outputs of the two norms that feed projections; queries and keys before their own norms where there are such;
-    queries, keys, values and the output of attention; gate and up. Stock layers keep the activation and the product
-    of the MLP too, and a stock LoRA its own fp32 copy of each 16-bit input, and the dropped input and its mask.
+    Per position, for the usual layer (attention with separate projections, gated MLP) under a LoRA without dropout,
+    which `lean` computes: the input of each norm; queries and keys before their own norms where there are such;
+    queries, keys, values and the output of attention; gate and up. With dropout each linear layer keeps its dropped
+    input and what was dropped too, and the MLP its activation. Where the base trains, the projections keep their
+    inputs, the norms what they multiply with their weight, and the MLP activation and product.
 
     Args:
         layer: maybe with an adapter on it, maybe on the meta device.
         hidden: width of the model.
         value: bytes per value of the activations.
         experts_per_token: of a mixture of experts, else 0.
-        lean: whether the layers of `lean` run; else those of transformers and peft.
-        dropout: whether the adapter drops inputs (never with `lean`).
+        adapted: whether an adapter trains instead of the layer.
+        dropout: whether that adapter drops inputs.
     """
     linears = {name.rpartition(".")[2]: child for name, child in _linears(layer)}
     names = {name.rpartition(".")[2] for name, _ in layer.named_modules()}
     widths = {name: (child.in_features, child.out_features) for name, child in linears.items()}
-    norms = sum("norm" in name for name, _ in layer.named_children())
-    saved = norms * hidden
+    normed = sum("norm" in name for name, _ in layer.named_children()) * hidden
+    saved = 0
     wide = 0
     if {"q_proj", "k_proj", "v_proj"} <= widths.keys():
         query, keys = widths["q_proj"][1], widths["k_proj"][1]
-        saved += hidden + 2 * query + 2 * keys
+        saved += 2 * query + 2 * keys + (0 if adapted else hidden)
         if {"q_norm", "k_norm"} <= names:
-            saved += query + keys
+            normed += query + keys
     else:
         saved += sum(a + b for name, (a, b) in widths.items() if name not in _MLP)
     if {"gate_proj", "up_proj", "down_proj"} <= widths.keys():
         wide = widths["gate_proj"][1]
-        saved += hidden + (2 if lean else 4) * wide
-    experts = [m for m in layer.modules() if getattr(m, "gate_up_proj", None) is not None and hasattr(m, "num_experts")]
-    for module in experts:
-        inner: Any = module.down_proj
-        each = int(inner.shape[-1])
-        wide = max(wide, experts_per_token * each)
-        saved += hidden + experts_per_token * (3 * each + hidden)
+        if not adapted:
+            saved += hidden + 4 * wide
+        else:
+            saved += (3 if dropout else 2) * wide
+    copies = 0
+    for experts in _expert_weights(layer):
+        width = min(experts[-1][1:])
+        wide = max(wide, experts_per_token * width)
+        saved += hidden + experts_per_token * (5 * width + 2 * hidden)
+        # peft adds an adapter of stacked weights to a copy of them.
+        copies += sum(math.prod(shape) for shape in experts) * value if adapted else 0
     if not wide:
-        mlp = [pair for name, pair in widths.items() if name in _MLP]
-        saved += sum(a + b for a, b in mlp)
+        saved += sum(a + b for name, (a, b) in widths.items() if name in _MLP)
         wide = max((max(pair) for pair in widths.values()), default=hidden)
-    size = saved * value
-    if not lean:
-        inputs = sum(a for a, _ in widths.values())
-        copies = inputs * 4 if value < 4 else 0
-        size += copies + (inputs * 5 if dropout else 0) + (norms * hidden * 4 if value < 4 else 0)
-    return Layer(hidden * value, size, (_WORKING_MLP * wide + _WORKING_HIDDEN * hidden) * value)
+    size = (saved + normed) * value
+    if dropout:
+        size += sum(a for a, _ in widths.values()) * (value + (_MASK if value < 4 else 4))
+    if not adapted:
+        size += normed * (value + (4 if value < 4 else 0))
+    return Layer(hidden * value, size, (_WORKING_MLP * wide + _WORKING_HIDDEN * hidden) * value, copies)
+
+
+def _expert_weights(module: nn.Module) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes (experts, outputs, inputs) of the stacked weights of every mixture of experts, the way back last."""
+    for child in module.modules():
+        weights = dict(child.named_parameters(recurse=False))
+        if {"gate_up_proj", "down_proj"} <= weights.keys() and weights["down_proj"].dim() == 3:
+            yield [tuple(weights[name].shape) for name in ("gate_up_proj", "down_proj")]
 
 
 _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"}
@@ -328,6 +344,12 @@ def plan_weights(
         for name, layer in linears
         if targets == ["all-linear"] or any(name == t or name.endswith(f".{t}") for t in targets)
     )
+    for both, back in _expert_weights(model):
+        # peft adapts each expert of its own; gate and up, in one weight, share an adapter of twice the rank.
+        if targets == ["all-linear"] or {"gate_up_proj", "gate_proj", "up_proj"} & set(targets):
+            count += 2 * adapter.r * both[0] * (both[1] + both[2])
+        if targets == ["all-linear"] or "down_proj" in targets:
+            count += adapter.r * back[0] * (back[1] + back[2])
     return Weights(base, 4 * count, count, 4, quantization is not None)
 
 
@@ -355,10 +377,10 @@ def sizes_of(
     causal: Any = model
     config = causal.config.get_text_config()
     hidden, vocabulary = config.hidden_size, config.vocab_size
-    lean = weights.adapter > 0 and not dropout
+    adapted = weights.adapter > 0
     experts = getattr(config, "num_experts_per_tok", None) or 0
     modules = decoder_layers(model)
-    layers = tuple(layer_of(layer, hidden, value, experts, lean, dropout) for layer in modules)
+    layers = tuple(layer_of(layer, hidden, value, experts, adapted, dropout) for layer in modules)
     largest = max((layer.in_features * layer.out_features for m in modules for _, layer in _linears(m)), default=0)
     if not modules:
         estimate = f"the layers of {type(model).__name__} are not known"
@@ -400,9 +422,10 @@ def activation_bytes(layers: Sequence[Layer], every: int, tokens: int) -> int:
     """
     held = peak = 0
     for index, layer in enumerate(layers):
-        peak = max(peak, held + layer.saved + layer.working)
-        held += layer.entering if every and index % every == 0 else layer.saved
-    return peak * tokens
+        peak = max(peak, held + (layer.saved + layer.working) * tokens + layer.copies)
+        checkpointed = every and index % every == 0
+        held += layer.entering * tokens if checkpointed else layer.saved * tokens + layer.copies
+    return peak
 
 
 def step_needs(sizes: Sizes, every: int, tokens: int, context: int) -> Needs:
