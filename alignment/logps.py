@@ -1,7 +1,6 @@
 """From a model and a batch of groups to per-token log-probs of the completions, and of nothing else.
 
-Only positions that score a completion token reach the LM head, in chunks over positions, in fp32; logits of the whole
-batch never exist at once.
+Only positions that score a completion token reach the LM head.
 """
 
 from __future__ import annotations
@@ -9,60 +8,21 @@ from __future__ import annotations
 import functools
 import logging
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from alignment.attention import SharedRow
 from alignment.errors import UserError
 from alignment.groups import Group
+from alignment.head import LogitTransform, score_hidden
 from alignment.layout import BatchLayout, MicroBatch
 from alignment.ragged import RaggedLogps
 
 log = logging.getLogger(__name__)
-
-LOGITS_PER_CHUNK = 2**25
-"""Logits that exist at one time: 128 MiB in fp32."""
-
-
-def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
-    """What some architectures do to the head's output; `check_scoring` proves that nothing else happens."""
-    if softcap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
-        return lambda logits: softcap * torch.tanh(logits / softcap)
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
-        return lambda logits: logits / divisor
-    if factor := getattr(config, "logit_scale", None):  # Cohere
-        return lambda logits: logits * factor
-    return lambda logits: logits
-
-
-class _ScoreOnce(torch.autograd.Function):
-    """Log-probs and, from the same logits, their derivatives: the backward pass does not run the head again.
-
-    A log-prob depends on its own hidden state alone, so the gradient of their sum holds the derivative of each in its
-    own row. The head's weights get no gradient here: this is for a frozen head.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, score_chunk: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        with torch.enable_grad():
-            leaf = hidden.detach().requires_grad_()
-            values = score_chunk(leaf, targets)
-            (derivatives,) = torch.autograd.grad(values.sum(), leaf)
-        ctx.save_for_backward(derivatives)
-        return values.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (derivatives,) = ctx.saved_tensors
-        return (gradient[:, None] * derivatives).to(derivatives.dtype), None, None
 
 
 def enable_scoring(model: nn.Module) -> None:
@@ -71,14 +31,8 @@ def enable_scoring(model: nn.Module) -> None:
     It goes through `forward` so that wrappers around the model (peft, DDP, FSDP, autocast) see an ordinary call.
     Without these two arguments the forward is the model's own.
     """
-    transform = _logit_transform(model.config)
+    transform = LogitTransform.of(model.config)
     plain_forward = model.forward
-
-    def score_chunk(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = transform(head(hidden))
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        return -F.cross_entropy(logits, targets, reduction="none")
 
     @functools.wraps(type(model).forward)  # keeps the signature that `generate` and the trainer read
     def forward(
@@ -99,14 +53,7 @@ def enable_scoring(model: nn.Module) -> None:
         with torch.autocast(targets.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
             hidden = hidden.flatten(0, 1).index_select(0, score_positions)
-            size = max(1, LOGITS_PER_CHUNK // head.out_features)
-            chunks = zip(hidden.split(size), targets.split(size), strict=True)
-            score_one = functools.partial(score_chunk, head)
-            if not torch.is_grad_enabled():
-                return torch.cat([score_one(h, t) for h, t in chunks])
-            if any(p.requires_grad for p in head.parameters()):
-                return torch.cat([checkpoint(score_one, h, t, use_reentrant=False) for h, t in chunks])
-            return torch.cat([_ScoreOnce.apply(h, t, score_one) for h, t in chunks])
+            return score_hidden(head, hidden, targets, transform)
 
     model.forward = types.MethodType(forward, model)
 

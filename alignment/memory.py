@@ -15,8 +15,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignment.config import AdapterConfig, QuantizationConfig
+from alignment.head import LOGITS_PER_CHUNK
 from alignment.layout import PASS_COST
-from alignment.logps import LOGITS_PER_CHUNK
 from alignment.policy import NEVER_QUANTIZED
 
 GIB = 2**30
@@ -394,7 +394,7 @@ def sizes_of(
         head_limit = _TRL_ROWS * head
     else:
         head = vocabulary * _LOGIT
-        head_limit = LOGITS_PER_CHUNK * _LOGIT
+        head_limit = LOGITS_PER_CHUNK[device] * _LOGIT
     copies = (2 if weights.quantised else 1) if weights.adapter else 0
     trained = weights.trained
     return Sizes(

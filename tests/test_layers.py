@@ -19,7 +19,7 @@ LAYERS = [
     {"data.tokens", "data.sources"},
     {"data.layouts", "reference_store", "wheel_model", "logps", "lean"},
     {"data.rows", "layout", "data.quickstart", "judge"},
-    {"losses", "attention"},
+    {"losses", "attention", "head"},
     {"losses.kto", "losses.ipo"},
     {"losses.dpo", "losses.simpo", "losses.orpo"},
     {"losses.base"},

@@ -9,6 +9,7 @@ from torch import nn
 
 from alignment.errors import UserError
 from alignment.groups import Group
+from alignment.head import LOGITS_PER_CHUNK, LogitTransform, score_hidden
 from alignment.layout import FlatLayout
 from alignment.logps import check_scoring, enable_scoring, join_scores, score, score_groups
 from tests.conftest import random_groups, tiny_config, tiny_policy
@@ -42,7 +43,7 @@ def test_batches_keep_the_token_budget():
         assert rows * width <= 60 or len(batch.indices) == 1
         lengths = [len(groups[i].prompt) + len(c) for i in batch.indices for c in groups[i].completions]
         assert batch.num_tokens == sum(lengths)
-        assert width == max(lengths)
+        assert width == max(lengths) - 1  # the last token predicts nothing that is scored
 
 
 def test_padding_is_never_seen():
@@ -78,7 +79,7 @@ def test_chunks_do_not_matter(monkeypatch):
     reference.values.sum().backward()
     gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    monkeypatch.setattr("alignment.logps.LOGITS_PER_CHUNK", 97 * 3)
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 97 * 3)
     chunked = score(model, whole)
     chunked.values.sum().backward()
     torch.testing.assert_close(chunked.values, reference.values, rtol=1e-13, atol=0)
@@ -170,6 +171,23 @@ def test_gradients_of_a_trained_and_of_a_frozen_head(trained):
         expected = model.get_parameter(name).grad
         assert expected.norm() > 0
         assert (gradient - expected).norm() <= 1e-4 * expected.norm()  # Gemma's attention works in fp32
+
+
+def test_a_very_unlikely_token_has_its_gradient():
+    """Where exp of a log-prob is a denormal number or zero, the derivative is still that of the embeddings."""
+    head = torch.nn.Linear(4, 5, bias=False).requires_grad_(False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)) * 60)
+    hidden = torch.ones(3, 4, requires_grad=True)
+    targets = (head.weight @ torch.ones(4)).argsort()[:3]
+    values = score_hidden(head, hidden, targets, LogitTransform())
+    assert values.max() < -90
+    (found,) = torch.autograd.grad(values.sum(), hidden)
+    logits = hidden.double() @ head.weight.double().T
+    plain = logits.log_softmax(-1).gather(1, targets[:, None])
+    torch.testing.assert_close(values.double(), plain[:, 0].detach(), rtol=1e-6, atol=0)
+    (expected,) = torch.autograd.grad(plain.sum(), hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pass_cost", [0, 32, 100_000])
