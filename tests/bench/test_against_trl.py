@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -93,16 +94,21 @@ def _tuples(fields):
 
 
 def test_wait_is_not_counted():
-    """A clock that is stopped while another process works."""
-    clock = one_run.Clock()
-    turns = one_run.StepTurns(lambda: seen.append(len(clock.seconds()["wall"])))
-    turns.clock, seen = clock, []
+    """Every step is over before its turn is given up, and the next one begins when the turn is back."""
+    seen = []
+
+    def wait():
+        seen.append(len(turns.clock.seconds()["wall"]))
+        time.sleep(0.05)
+
+    turns = one_run.StepTurns(wait)
     for _ in range(3):
         turns.on_step_begin(None, None, None)
-        turns.on_step_end(None, None, None)
+        time.sleep(0.01)
     turns.on_train_end(None, None, None)
-    assert seen == [0, 1, 2]  # every step is over before its turn is given up
-    assert len(clock.seconds()["wall"]) == 3
+    assert seen == [0, 1, 2]
+    assert all(0.01 <= seconds < 0.05 for seconds in turns.clock.seconds()["wall"])
+    assert len(turns.clock.seconds()["wall"]) == 3
 
 
 def test_pairs_cut_from_running_text():

@@ -4,6 +4,7 @@ import os
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -60,6 +61,18 @@ def test_a_failure_ends_them_all(command, tmp_path):
         take_turns([command("a", 100), command("b", 1, status=3)])
     assert diary(tmp_path)[-1] == "b ends 0"
     assert time.monotonic() - started < 30
+
+
+def test_a_worker_that_dies_while_it_waits_is_named(command, tmp_path):
+    """As one does that the system kills when memory runs out; the second one's turn is long enough for that."""
+    killer = command("b", 1)
+    kill = "import os, signal, time; time.sleep(0.5); os.kill(int(open(sys.argv[1] + '.pid').read()), signal.SIGKILL)"
+    words = (*killer.words[:2], f"import sys\n{kill}\n{WORKER}", *killer.words[3:])
+    victim = command("a", 3)
+    note = "import os, sys\nopen(sys.argv[1] + '.pid', 'w').write(str(os.getpid()))\n"
+    first = replace(victim, words=(*victim.words[:2], note + WORKER, *victim.words[3:]))
+    with pytest.raises(RuntimeError, match=r"a.log ends with status -9"):
+        take_turns([first, replace(killer, words=words)])
 
 
 def test_a_worker_ends_with_who_hands_out_the_turns(tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,9 @@ class _Worker:
         return bool(os.read(self._done, 1))
 
     def give_turn(self) -> None:
-        os.write(self._go, b".")
+        """Hand it the turn; one that has died waiting does not take it, which `turn_over` then finds."""
+        with suppress(BrokenPipeError):
+            os.write(self._go, b".")
 
     def close(self) -> None:
         os.close(self._done)
