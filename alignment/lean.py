@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from alignment.products import add_matmul, matmul
+from alignment.products import add_matmul, matmul, transposed_matmul
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,11 @@ class _Projection:
     state: Any
     merged: bool
 
+    @property
+    def num_out(self) -> int:
+        """Width of the output."""
+        return (self.weight if self.state is None else self.state).shape[0]
+
     def cast(self, dtype: torch.dtype) -> _Projection:
         """With the adapter in the dtype of the activations."""
         if self.a is None or self.b is None or self.a.dtype is dtype:
@@ -211,7 +216,7 @@ class _Projection:
     def adapter_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `a` and of the transposed `b` from these rows, without the factor `scaling`."""
         assert self.a is not None and self.b is not None
-        return matmul(matmul(gradient, self.b).t(), x), matmul(matmul(x, self.a.t()).t(), gradient)
+        return transposed_matmul(matmul(gradient, self.b), x), transposed_matmul(matmul(x, self.a.t()), gradient)
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -388,11 +393,10 @@ def _activation_of(function: Any) -> _Activation | None:
     return next((a for a in _ACTIVATIONS if torch.allclose(a.forward(values), found, rtol=1e-6, atol=1e-6)), None)
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Row ranges whose temporaries stay in the cache of a CPU; everything at once elsewhere."""
-    num, width = rows.shape
-    size = max(_MIN_BLOCK_ROWS, _BLOCK_VALUES // width) if rows.device.type == "cpu" else max(1, num)
-    for start in range(0, num, size):
+def _blocks(rows: Tensor, width: int) -> Iterator[slice]:
+    """Row ranges whose temporaries of that width stay in the cache of a CPU; everything at once elsewhere."""
+    size = max(_MIN_BLOCK_ROWS, _BLOCK_VALUES // width) if rows.device.type == "cpu" else len(rows)
+    for start in range(0, len(rows), size):
         yield slice(start, start + size)
 
 
@@ -416,19 +420,17 @@ class _GatedMLP(torch.autograd.Function):
         gate, up, down = (p.cast(x.dtype) for p in projections)
         matrices = [p.forward_matrix() for p in (gate, up, down)]
         rows = _rows(x)
-        if not any(ctx.needs_input_grad):
-            parts = [
-                down.forward(
-                    activation.forward(gate.forward(block, matrices[0])).mul_(up.forward(block, matrices[1])),
-                    matrices[2],
-                )
-                for block in (rows[s] for s in _blocks(rows))
-            ]
-            return torch.cat(parts).view(*x.shape[:-1], -1)
-        gated, upped = gate.forward(rows, matrices[0]), up.forward(rows, matrices[1])
-        parts = [down.forward(activation.forward(gated[s]).mul_(upped[s]), matrices[2]) for s in _blocks(gated)]
+        keeps = any(ctx.needs_input_grad)
+        parts, gates, ups = [], [], []
+        for s in _blocks(rows, gate.num_out):
+            gated, upped = gate.forward(rows[s], matrices[0]), up.forward(rows[s], matrices[1])
+            active = activation.forward(gated).mul_(upped)
+            parts.append(down.forward(active, matrices[2]))
+            if keeps:
+                gates.append(gated)
+                ups.append(upped)
         first_adapters = any(ctx.needs_input_grad[i] for i in (4, 5, 7, 8))
-        ctx.save_for_backward(*_keep(x if first_adapters else None, norm), gated, upped, *weights)
+        ctx.save_for_backward(*_keep(x if first_adapters else None, norm), *weights, *gates, *ups)
         return torch.cat(parts).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -436,7 +438,8 @@ class _GatedMLP(torch.autograd.Function):
     @_without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: a checkpointed layer gives its tensors only once
-        kept, (gated, upped), weights = saved[:3], saved[3:5], saved[5:]
+        kept, weights, blocks = saved[:3], saved[3:12], saved[12:]
+        gates, ups = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
         gate, up, down = (
             replace(p, a=weights[3 * i], b=weights[3 * i + 1], weight=weights[3 * i + 2]).cast(gradient.dtype)
             for i, p in enumerate(ctx.projections)
@@ -458,12 +461,12 @@ class _GatedMLP(torch.autograd.Function):
                 for total, part in zip(sums[index], parts, strict=True):  # type: ignore[arg-type]
                     total.add_(part)
 
-        for s in _blocks(gated):
+        for s, gated, upped in zip(_blocks(rows, gate.num_out), gates, ups, strict=True):
             grad = rows[s]
-            active = ctx.activation.forward(gated[s])
+            active = ctx.activation.forward(gated)
             grad_up = down.backward(grad, matrices[2])
-            add(2, down, active * upped[s], grad)
-            grad_gate = ctx.activation.backward(grad_up * upped[s], gated[s])
+            add(2, down, active * upped, grad)
+            grad_gate = ctx.activation.backward(grad_up * upped, gated)
             grad_up.mul_(active)
             if kept[0] is not None:
                 block = _recall(kept, ctx.form, s)
@@ -519,7 +522,7 @@ class _RMSNorm(torch.autograd.Function):
         rows = _rows(x)
         result = torch.empty_like(rows)
         factors = torch.empty(len(rows), 1, dtype=wide, device=x.device)
-        for s in _blocks(rows):
+        for s in _blocks(rows, rows.shape[1]):
             block = rows[s].to(wide)
             factors[s] = torch.rsqrt(block.square().mean(-1, keepdim=True).add_(eps))
             result[s] = _scaled(block, factors[s], weight, shifted)
@@ -536,7 +539,7 @@ class _RMSNorm(torch.autograd.Function):
         rows, incoming = _rows(x), _rows(gradient)
         result = torch.empty_like(rows)
         scale = _norm_scale(weight, factors.dtype, ctx.shifted)
-        for s in _blocks(rows):
+        for s in _blocks(rows, rows.shape[1]):
             block, factor = rows[s].to(factors.dtype), factors[s]
             grad = incoming[s] * scale
             slope = (grad * block).mean(-1, keepdim=True).mul_(factor**3)

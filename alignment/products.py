@@ -1,37 +1,91 @@
-"""Matrix products on plain tensors, by the fastest exact routine that this torch has."""
+"""Matrix products on plain tensors, by the fastest exact routine that this torch has. Nothing is recorded for autograd.
+
+On a CPU that is not Intel's, torch's own float32 products run code for an older instruction set: 110 against oneDNN's
+250 GFLOP/s per thread on an AMD EPYC with AVX-512. oneDNN comes with torch, but it compiles code for every new shape
+(about 1 ms) and keeps it (about 0.5 MiB, beyond its own limit), so numbers of rows are cut into few different sizes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# On CPUs that are not Intel's, torch's own float32 products run the code for an older instruction set (110 against
-# 250 GFLOP/s per thread on an AMD EPYC with AVX-512). oneDNN, in the same torch, has no such preference.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+_UNIT = 256
+_MOST = 8 * _UNIT
+_LEAST = 16
 
 
 def _by_onednn(left: Tensor) -> bool:
     return _ONEDNN and left.dtype is torch.float32 and left.device.type == "cpu" and left.numel() > 0
 
 
-def matmul(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`left @ right + bias`; nothing is recorded for autograd.
+def _pieces(num_rows: int) -> Iterator[slice]:
+    """Row ranges of multiples of 256 up to 2048, then of 128, 64, 32 and 16 rows, then what is left, below 16."""
+    start = 0
+    while start < num_rows:
+        left = num_rows - start
+        if left >= _UNIT:
+            size = min(left // _UNIT * _UNIT, _MOST)
+        else:
+            size = left if left < _LEAST else 1 << (left.bit_length() - 1)
+        yield slice(start, start + size)
+        start += size
+
+
+def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+
+
+def _torch_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return left @ right if bias is None else torch.addmm(bias, left, right)
+
+
+def matmul(rows: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows @ right + bias` for any number of rows.
 
     Args:
-        left: (m, k), best row-major where it is large.
+        rows: (m, k), row-major.
         right: (k, n) of the same dtype and device; a transposed view costs nothing.
         bias: (n,).
 
     Returns:
         (m, n), new memory.
     """
-    if _by_onednn(left):
-        return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
-    return left @ right if bias is None else torch.addmm(bias, left, right)
+    if not _by_onednn(rows):
+        return _torch_product(rows, right, bias)
+    parts = [
+        (_torch_product if s.stop - s.start < _LEAST else _product)(rows[s], right, bias) for s in _pieces(len(rows))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def transposed_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """`left.T @ right` for any number of rows: a sum over them.
+
+    Args:
+        left: (m, p), row-major; better the narrower of the two.
+        right: (m, q), row-major, of the same dtype and device.
+
+    Returns:
+        (p, q), new memory.
+    """
+    if not _by_onednn(left):
+        return left.t() @ right
+    total: Tensor | None = None
+    for s in _pieces(len(left)):
+        product = _torch_product if s.stop - s.start < _LEAST else _product
+        part = product(left[s].t(), right[s], None)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 def add_matmul(summand: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`summand + left @ right` in new memory, shapes (m, n), (m, k), (k, n); nothing is recorded for autograd."""
+    """`summand + left @ right` in new memory, for shapes that a model has few of: (m, n), (m, k), (k, n)."""
     if _by_onednn(left):
         return torch.ops.mkldnn._linear_pointwise.binary(left, summand, right.t(), None, "add")
     return torch.addmm(summand, left, right)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from alignment import lean
+from alignment import lean, products
 from alignment.lean import make_lean
 from alignment.policy import FrozenStart, policy_identity
-from alignment.products import add_matmul, matmul
+from alignment.products import add_matmul, matmul, transposed_matmul
 from tests.bench.layers import Layer, Saved, adapted_model
 
 SIZES = {
@@ -341,16 +341,28 @@ def test_a_trained_adapter_loads_in_plain_peft(tmp_path):
 # The parts by themselves
 
 
-def test_products_against_float64():
+@pytest.mark.parametrize("num_rows", [1, 37, 300])
+def test_products_against_float64(num_rows):
     generator = torch.Generator().manual_seed(0)
-    a, b, c = (torch.randn(s, generator=generator) for s in ((37, 19), (19, 23), (37, 23)))
+    a, b, c = (torch.randn(s, generator=generator) for s in ((num_rows, 19), (19, 23), (num_rows, 23)))
     bias = torch.randn(23, generator=generator)
     exact = a.double() @ b.double()
     assert torch.allclose(matmul(a, b).double(), exact, atol=1e-5)
     assert torch.allclose(matmul(a, b, bias).double(), exact + bias, atol=1e-5)
-    assert torch.allclose(matmul(a.t().contiguous().t(), b.t().contiguous().t()).double(), exact, atol=1e-5)
+    assert torch.allclose(matmul(a, b.t().contiguous().t()).double(), exact, atol=1e-5)
     assert torch.allclose(add_matmul(c, a, b).double(), c + exact, atol=1e-5)
+    assert torch.allclose(transposed_matmul(a, c).double(), a.double().t() @ c.double(), atol=1e-4)
     assert torch.allclose(matmul(a.double(), b.double(), bias.double()), exact + bias)
+    assert torch.allclose(transposed_matmul(a.double(), c.double()), a.double().t() @ c.double())
+
+
+def test_rows_come_in_few_sizes():
+    sizes = set()
+    for num_rows in range(1, 5000, 7):
+        pieces = list(products._pieces(num_rows))
+        assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])] and pieces[-1].stop == num_rows
+        sizes |= {p.stop - p.start for p in pieces}
+    assert {size for size in sizes if size >= 16} == {16, 32, 64, 128, *range(256, 2049, 256)}
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -370,9 +382,9 @@ def test_rotation_gradients():
 
 
 def test_blocks_cover_every_row_once():
-    rows = torch.zeros(1000, 1536)
-    covered = torch.cat([torch.arange(1000)[s] for s in lean._blocks(rows)])
-    assert torch.equal(covered, torch.arange(1000)) and len(list(lean._blocks(rows))) == 4
+    rows = torch.zeros(1000, 1)
+    covered = torch.cat([torch.arange(1000)[s] for s in lean._blocks(rows, 1536)])
+    assert torch.equal(covered, torch.arange(1000)) and len(list(lean._blocks(rows, 1536))) == 4
 
 
 def test_an_mlp_in_blocks_gives_the_same(monkeypatch):
