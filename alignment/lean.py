@@ -4,17 +4,18 @@
 files and everything peft does with its layers stay as they are; a call that a lean forward is not made for (several
 active adapters, dropout, merged weights, trained base weights, hooks) takes the module's own forward.
 
-What a decoder layer keeps for its backward pass, in values per token (h hidden size, i intermediate size, q and k the
-widths of all query and of all key heads together):
+What a decoder layer keeps for its backward pass, in values per token of the dtype that it computes in, where h is the
+hidden size, i the intermediate size, q and k the widths of all query heads and of all key heads together:
 
-    4 h + 2 i + 2 q + 2 k   for norm, attention, norm, gated MLP
+    2 h + 2 i + 2 q + 2 k
 
-that is: the input and output of both norms (4 h), the rotated queries and keys and the values (q + 2 k), the output of
-the attention (q), gate and up (2 i), in the dtype that the layer computes in. On top come one fp32 value per norm and
-one per query head for the attention's softmax; norms on heads (Qwen3) keep their input too (q + k, one fp32 value per
-head), and an attention that repeats keys and values for its query heads keeps 2 q in place of 2 k. Weights are
-referenced, not kept. peft's own layers keep, beside this, the product of activation and up, the activation, what each
-norm computed on its way, and a cast copy of every adapter's input where the adapter has another dtype.
+the inputs of both norms (2 h), whose outputs are computed again from them; the rotated queries and keys and the values
+(q + 2 k); the output of the attention (q); gate and up (2 i). Norms on heads (Qwen3) keep their input too: q + k more.
+On top come one fp32 value for each row of a norm (2, and one per head for norms on heads) and one per query head for
+the attention's softmax; an attention that repeats keys and values for its query heads keeps 2 q in place of 2 k. A
+layer whose norms are not of this kind (GPT-NeoX) keeps their outputs, 2 h more. Weights are referenced, not kept.
+The layers' own forwards keep 2 h + 2 i and the rank of every adapter more (norm outputs, activation, its product with
+up), and in 16 bits with an fp32 adapter an fp32 copy of every adapted layer's input besides.
 """
 
 from __future__ import annotations
