@@ -249,8 +249,10 @@ def test_groups_with_one_prompt_share_it():
     assert batch.input_ids.tolist() == joint.input_ids.tolist()
     assert sorted(batch.indices) == [0, 1, 2, 3]
     assert [len(span.completions) for span in batch.shared_row] == [2, 2]
-    tight = list(SharedLayout().batches(rows, len(a.prompt) + len(a.completions[0])))
+    limit = len(a.prompt) + len(a.completions[0])
+    tight = list(SharedLayout().batches(rows, limit))
     assert sorted(i for b in tight for i in b.indices) == [0, 1, 2, 3]
+    assert all(b.input_ids.shape[1] <= limit or len(b.indices) == 1 for b in tight)
 
 
 def test_the_reference_pass_runs_a_prompt_once(tmp_path, monkeypatch):
@@ -327,7 +329,13 @@ def test_a_wrong_attention_is_found(monkeypatch, caplog):
     for wrong in (joined, forgetful, rescaled):
         monkeypatch.setattr(alignment.attention, "attend", wrong)
         assert isinstance(choose_layout(tiny_policy(torch.float32, trained=True), CPU), FlatLayout), wrong
+    # A window that reaches beyond every prompt of the comparison has to be seen too.
+    monkeypatch.setattr(
+        alignment.attention, "attend", lambda q, k, v, row, scale, window=None: right(q, k, v, row, scale)
+    )
+    assert isinstance(choose_layout(tiny_model("mistral", torch.float32, sliding_window=4096), CPU), FlatLayout)
     monkeypatch.setattr(alignment.attention, "attend", right)
+    assert isinstance(choose_layout(tiny_model("mistral", torch.float32, sliding_window=4096), CPU), SharedLayout)
     monkeypatch.setattr(alignment.layout, "position_ids", lambda row: torch.arange(row[-1].end)[None])
     assert isinstance(choose_layout(tiny_policy(torch.float32, trained=True), CPU), FlatLayout)
 
