@@ -311,6 +311,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """(..., width) from new rows. Not a view, since autograd lets nobody write into a view that a function returned."""
+    return torch.ops.aten._unsafe_view(rows, [*like.shape[:-1], rows.shape[-1]])
+
+
 class _Linear(torch.autograd.Function):
     """A frozen linear layer with its adapter; keeps its input, and not even that without an adapter to train."""
 
@@ -329,7 +334,7 @@ class _Linear(torch.autograd.Function):
         ctx.form = None if norm is None else norm.shifted
         ctx.save_for_backward(*_keep(x if any(ctx.needs_input_grad[1:3]) else None, norm), a, b, weight)
         projection = projection.cast(x.dtype)
-        return projection.forward(_rows(x), projection.forward_matrix()).view(*x.shape[:-1], -1)
+        return _shaped(projection.forward(_rows(x), projection.forward_matrix()), x)
 
     @staticmethod
     @once_differentiable
@@ -340,7 +345,7 @@ class _Linear(torch.autograd.Function):
         rows = _rows(gradient)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = projection.backward(rows, projection.matrix()).view(*gradient.shape[:-1], -1)
+            grad_x = _shaped(projection.backward(rows, projection.matrix()), gradient)
         if kept[0] is not None:
             sums = projection.adapter_gradients(_recall(kept, ctx.form), rows)
             grad_a, grad_b = _adapter_leaves(sums, a, projection.scaling)
@@ -432,7 +437,7 @@ class _GatedMLP(torch.autograd.Function):
                 ups.append(upped)
         first_adapters = any(ctx.needs_input_grad[i] for i in (4, 5, 7, 8))
         ctx.save_for_backward(*_keep(x if first_adapters else None, norm), *weights, *gates, *ups)
-        return torch.cat(parts).view(*x.shape[:-1], -1)
+        return _shaped(torch.cat(parts), x)
 
     @staticmethod
     @once_differentiable
@@ -484,7 +489,7 @@ class _GatedMLP(torch.autograd.Function):
                 else _adapter_leaves((total[0], total[1]), weights[3 * i], projection.scaling)
             )
             leaves += [*pair, None]
-        joined = torch.cat(grad_x).view(*gradient.shape[:-1], -1) if need_x else None
+        joined = _shaped(torch.cat(grad_x), gradient) if need_x else None
         return joined, None, None, None, *leaves
 
 
@@ -530,7 +535,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, factors, weight)
         ctx.mark_non_differentiable(factors)
         ctx.shifted = shifted
-        return result.view(x.shape), factors
+        return _shaped(result, x), factors
 
     @staticmethod
     @once_differentiable
@@ -545,7 +550,7 @@ class _RMSNorm(torch.autograd.Function):
             grad = incoming[s] * scale
             slope = (grad * block).mean(-1, keepdim=True).mul_(factor**3)
             result[s] = grad.mul_(factor).addcmul_(block, slope, value=-1)
-        return result.view(x.shape), None, None, None
+        return _shaped(result, x), None, None, None
 
 
 def _norm_scale(weight: Tensor, dtype: torch.dtype, shifted: bool) -> Tensor:

@@ -181,7 +181,7 @@ def two_adapters(model):
 
 def trained_weights(model):
     for layer in lora_layers(model):
-        layer.base_layer.requires_grad_(True)
+        layer.base_layer.weight.requires_grad_(True)
 
 
 def adapter_bias(model):
@@ -247,6 +247,77 @@ def test_trained_base_weights_keep_their_layers():
     make_lean(changed)
     assert classes(changed) == {"LeanLlamaMLP", "LeanLlamaAttention"}
     assert_close(compute(changed), compute(own), 1e-5)
+
+
+def test_an_fp32_adapter_on_16_bits_counts_in_fp32_without_autocast():
+    own = tiny(dtype=torch.bfloat16)
+    for layer in lora_layers(own):
+        layer.lora_A.float()
+        layer.lora_B.float()
+    changed = copy.deepcopy(own)
+    make_lean(changed)
+    assert last_function(changed) != "_Linear"
+    assert_close(compute(changed), compute(own), 1e-2)
+
+
+def test_16_bits_do_not_round_the_update_away():
+    _, changed = pair("llama", torch.bfloat16, attention_bias=False)
+    layer = lora_layers(changed)[0]
+    signs = torch.tensor([1.0, -1.0]).repeat(16)
+    with torch.no_grad():
+        layer.base_layer.weight.fill_(1.0)
+        layer.lora_A["default"].weight.copy_(signs.expand(4, 32))
+        layer.lora_B["default"].weight.fill_(2.0**-13)  # times 4 ranks and a scaling of 2: 2**-10 beside weights of 1
+    found = layer(signs.expand(*MANY, 32).bfloat16())
+    assert torch.equal(found, torch.full_like(found, 32 * 2.0**-10))
+
+
+def test_an_adapter_that_is_switched_off_has_no_part():
+    own, changed = pair("llama")
+    x = 8 * torch.randn(*MANY, 32, generator=torch.Generator().manual_seed(5))
+    with changed.disable_adapter():
+        found = changed(inputs_embeds=x).logits
+    assert torch.allclose(found, own.unload()(inputs_embeds=x).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_some_layers_without_an_adapter():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    own = get_peft_model(tiny().unload(), LoraConfig(r=4, target_modules=["v_proj", "down_proj"]))
+    for layer in lora_layers(own):
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    changed = copy.deepcopy(own)
+    make_lean(changed)
+    assert classes(changed) == SWAPPED["llama"]
+    assert_close(compute(changed), compute(own), 1e-5)
+
+
+def test_another_activation_keeps_its_mlp():
+    own, changed = pair("llama", hidden_act="relu")
+    assert classes(changed) == SWAPPED["llama"] - {"LeanLlamaMLP"}
+    assert_close(compute(changed), compute(own), 1e-5)
+
+
+def test_a_norm_output_that_was_written_to_is_kept_as_it_is():
+    own, changed = pair("llama")
+    gradients = []
+    for model in (own, changed):
+        layer = model.base_model.model.model.layers[0]
+        x = torch.randn(3, 32, generator=torch.Generator().manual_seed(7)).requires_grad_()
+        layer.self_attn.q_proj(layer.input_layernorm(x).mul_(3)).square().sum().backward()
+        gradients.append(layer.self_attn.q_proj.lora_A["default"].weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "self_attn.q_proj", "mlp"])
+def test_outputs_can_be_written_to(name):
+    _, changed = pair("llama")
+    module = changed.base_model.model.model.layers[0].get_submodule(name)
+    x = torch.randn(3, 32, requires_grad=True)
+    module(x).mul_(3).sum().backward()
+    (found,) = torch.autograd.grad(module(x).sum(), x)
+    assert torch.allclose(x.grad, 3 * found, rtol=1e-4, atol=1e-5)
 
 
 def test_a_class_whose_forward_does_something_else_is_left_alone(caplog):
