@@ -45,7 +45,6 @@ QUICK = ["short"]
 QUICK_STEPS = 3
 
 LEARNING_RATE = 1e-4
-PRODUCTS = 5
 
 
 def choose_cases(cases: Sequence[Case], data: Path) -> tuple[Case, ...]:
@@ -106,10 +105,9 @@ def measure(preparation: Preparation, tokens_per_batch: int | None, lr: float, p
     for case in preparation.cases:
         cache = work / case.name
         cache.mkdir()
-        results, rates = {}, []
+        results = {}
         for names in PAIRS_OF_RUNS:
             print(f"{case.name}: {' and '.join(names)} ...", file=sys.stderr, flush=True)
-            rates += bench(PeakRate(products=PRODUCTS))[0]["rates"]
             jobs = [
                 Job(
                     run=name,
@@ -126,15 +124,16 @@ def measure(preparation: Preparation, tokens_per_batch: int | None, lr: float, p
                 for name in names
             ]
             # Two processes would each keep what they once reserved of a GPU; its speed does not come and go.
-            results |= dict(zip(names, bench(*jobs, at_once=not on_gpu), strict=True))
+            *found, peak = bench(*jobs, PeakRate(turns=1 + case.steps), at_once=not on_gpu)
+            results |= {name: result | {"peak_rates": peak["rates"]} for name, result in zip(names, found, strict=True)}
         if profile:
             profiles[case.name] = results["ours_warm"].pop("profile")
         arithmetic = "rounded" if on_gpu or case.nf4 else "exact"
         lengths = prepared["lengths"][case.name]
         cases[case.name] = {"source": source_name(case)} | summarise(
-            results, lengths, case.pairs_per_step, Shape(**prepared["shape"]), rates, arithmetic
+            results, lengths, case.pairs_per_step, Shape(**prepared["shape"]), arithmetic
         )
-        runs[case.name] = results | {"peak_rates": rates, "lengths": lengths}
+        runs[case.name] = results | {"lengths": lengths}
     return {
         "date": date.today().isoformat(),
         "machine": prepared["machine"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 PAIRS_OF_RUNS = (("ours_cold", "trl_default"), ("ours_warm", "trl_precomputed"))
-"""Runs that take turns. TRL is never in memory twice, and the cold run fills the store of the warm one."""
+"""Runs that take turns, ours first. TRL is never in memory twice, and the cold run fills the store of the warm one."""
 
 QWEN3_SIZES = {
     "0.6B": (1024, 3072, 28, 16, True),
@@ -66,9 +66,13 @@ class Preparation:
 
 @dataclass(frozen=True, kw_only=True)
 class PeakRate:
-    """The machine's own rate of large matrix products: how many of them to time, after one to warm up."""
+    """The machine's own rate of large matrix products, measured in as many turns as a run has steps.
 
-    products: int
+    Attributes:
+        turns: the first is a warm-up and is not counted.
+    """
+
+    turns: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,18 +211,20 @@ def prepare(task: Preparation) -> dict[str, Any]:
     }
 
 
-def peak_rates(task: PeakRate) -> dict[str, Any]:
+def peak_rates(task: PeakRate, give_up: Callable[[], None]) -> dict[str, Any]:
     """Floating-point operations a second of large square products: float32 on a CPU, bfloat16 on a GPU."""
     device = resolve_device(Device.auto)
-    size = 8192 if device.type == "cuda" else 4096
+    size, products = (8192, 200) if device.type == "cuda" else (4096, 1)
     left, right = torch.randn(2, size, size, device=device, dtype=resolve_dtype(Dtype.auto, device))
     out = torch.empty_like(left)
     clock = Clock()
-    for _ in range(1 + task.products):
+    for _ in range(task.turns):
+        give_up()
         clock.start()
-        torch.mm(left, right, out=out)
+        for _ in range(products):
+            torch.mm(left, right, out=out)
         clock.stop()
-    return {"rates": [2 * size**3 / seconds for seconds in clock.seconds()["wall"][1:]]}
+    return {"rates": [products * 2 * size**3 / seconds for seconds in clock.seconds()["wall"][1:]]}
 
 
 # Measuring
@@ -449,7 +451,7 @@ def run(task: Task, give_up: Callable[[], None] = lambda: None) -> dict[str, Any
         case Preparation():
             return prepare(task)
         case PeakRate():
-            return peak_rates(task)
+            return peak_rates(task, give_up)
         case Job():
             return (run_ours if task.run.startswith("ours") else run_trl)(task, give_up)
 

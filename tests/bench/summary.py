@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
 from tests.bench.floor import Shape
+from tests.bench.job import PAIRS_OF_RUNS
 
 START_TOLERANCE = {"exact": 1e-3, "rounded": 2e-2}
 LOSS_TOLERANCE = {"exact": 1e-3, "rounded": 3e-2}
@@ -30,6 +31,8 @@ COMPARISONS = (
     ("ours, cold", "TRL, precomputed"),
     ("ours, two epochs", "TRL, precomputed, two epochs"),
 )
+
+_BESIDE = {trl: ours for ours, trl in PAIRS_OF_RUNS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,6 @@ def summarise(
     lengths: Sequence[Sequence[int]],
     pairs_per_step: int,
     shape: Shape,
-    peak_rates: Sequence[float],
     arithmetic: str,
 ) -> dict[str, Any]:
     """Numbers per pair of every row, and their ratios, from the runs of one case.
@@ -119,36 +121,53 @@ def summarise(
     Seconds per pair are medians over the steps, which one disturbed step does not move. Rates are work over time, sums
     over all counted steps, since the work of the steps differs.
 
+    A ratio compares steps that took turns: against each run of TRL's the steps of the run of ours beside it. They are
+    the same in a cold and in a warm run, which differ before the first one.
+
     Args:
-        results: by run, as `one_run.run` returns them; the first step of each is the warm-up and is not counted.
+        results: by run, as `one_run.run` returns them, with the "peak_rates" (operations a second of large matrix
+            products) of the same turns; the first step of each is the warm-up and is not counted.
         lengths: (prompt, chosen, rejected) tokens of every pair, in the order of training.
         pairs_per_step: pairs of one optimizer step.
         shape: of the model.
-        peak_rates: operations a second of large matrix products, several times.
         arithmetic: "exact" or "rounded", see `LOSS_TOLERANCE`.
     """
     counted = lengths[pairs_per_step:]
     tokens_per_pair = sum(2 * p + c + r for p, c, r in counted) / len(counted)
     floor_per_pair = sum(shape.floor(*pair) for pair in counted) / len(counted)
-    peak = median(peak_rates)
+
+    def times(run: str, share: float, typical: Callable[[Sequence[float]], float] = median) -> dict[str, float]:
+        """Seconds of a pair by kind: a typical step of the run, and a share of its side's reference pass."""
+        reference = results["ours_cold" if run.startswith("ours") else run]["reference_seconds"]
+        return {
+            kind: typical(values[1:]) / pairs_per_step + share * reference[kind] / len(lengths)
+            for kind, values in results[run]["seconds"].items()
+        }
+
     rows = {}
     for name, (run, share) in ROWS.items():
-        result = results[run]
-        reference = {kind: share * seconds / len(lengths) for kind, seconds in result["reference_seconds"].items()}
-        steps = {kind: [s / pairs_per_step for s in values[1:]] for kind, values in result["seconds"].items()}
-        mean_seconds = mean(steps["wall"]) + reference["wall"]
-        user, kernel = (median(steps[kind]) + reference[kind] for kind in ("user", "system"))
+        result, pair = results[run], times(run, share)
+        mean_seconds = times(run, share, mean)["wall"]
         rows[name] = {
-            "seconds_per_pair": median(steps["wall"]) + reference["wall"],
-            "reference_seconds_per_pair": reference["wall"],
+            "seconds_per_pair": pair["wall"],
+            "reference_seconds_per_pair": share * result["reference_seconds"]["wall"] / len(lengths),
             "tokens_per_second": tokens_per_pair / mean_seconds,
-            "of_peak": floor_per_pair / (mean_seconds * peak),
-            "user_seconds_per_pair": user,
-            "kernel_seconds_per_pair": kernel,
-            "kernel_share": kernel / (user + kernel),
+            "of_peak": floor_per_pair / (mean_seconds * median(result["peak_rates"])),
+            "user_seconds_per_pair": pair["user"],
+            "kernel_seconds_per_pair": pair["system"],
+            "kernel_share": pair["system"] / (pair["user"] + pair["system"]),
             "setup_seconds": result["setup_seconds"],
             "peak_gib": result["peak_bytes"] / 2**30,
             "loss_at_start": result["losses"][0],
+        }
+    ratios = {}
+    for ours, trl in COMPARISONS:
+        run, share = ROWS[trl]
+        a, b = times(_BESIDE[run], ROWS[ours][1]), times(run, share)
+        ratios[f"{ours} : {trl}"] = {
+            "times_faster": b["wall"] / a["wall"],
+            "times_less_cpu": (b["user"] + b["system"]) / (a["user"] + a["system"]),
+            "memory": rows[ours]["peak_gib"] / rows[trl]["peak_gib"],
         }
     return {
         "pairs": len(lengths),
@@ -157,17 +176,8 @@ def summarise(
         "mean_lengths": [mean(column) for column in zip(*lengths, strict=True)],
         "tokens_per_pair": tokens_per_pair,
         "floor_per_pair": floor_per_pair,
-        "peak_rate": peak,
+        "peak_rate": median(rate for result in results.values() for rate in result["peak_rates"]),
         "max_loss_difference": check_losses({run: r["losses"] for run, r in results.items()}, arithmetic),
         "rows": rows,
-        "ratios": {f"{ours} : {trl}": _ratio(rows[ours], rows[trl]) for ours, trl in COMPARISONS},
-    }
-
-
-def _ratio(ours: Mapping[str, float], trl: Mapping[str, float]) -> dict[str, float]:
-    cpu_ours, cpu_trl = (row["user_seconds_per_pair"] + row["kernel_seconds_per_pair"] for row in (ours, trl))
-    return {
-        "times_faster": trl["seconds_per_pair"] / ours["seconds_per_pair"],
-        "times_less_cpu": cpu_trl / cpu_ours,
-        "memory": ours["peak_gib"] / trl["peak_gib"],
+        "ratios": ratios,
     }

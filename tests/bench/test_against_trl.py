@@ -81,7 +81,7 @@ def test_tasks_survive_the_way_to_their_process(job):
     case = Case(name="prompts", source="bundled:quickstart", steps=2, cut=(8, 4))
     for task in (
         job,
-        PeakRate(products=3),
+        PeakRate(turns=3),
         Preparation(folder="/somewhere", model=None, random_qwen3="4B", cases=(case,)),
     ):
         read = one_run.read_task(json.dumps(asdict(task)))
@@ -173,9 +173,11 @@ def test_peak_rate_counts_two_operations_per_product(monkeypatch):
     seconds = iter([5.0, 2.0, 4.0])  # the first one warms up
     monkeypatch.setattr(one_run.Clock, "seconds", lambda self: {"wall": list(seconds)})
     monkeypatch.setattr(torch, "randn", lambda *size, **kw: torch.zeros(*size[:1], 2, 2))
-    rates = one_run.run(PeakRate(products=2))["rates"]
-    size = 8192 if torch.cuda.is_available() else 4096
-    assert rates == [2 * size**3 / 2.0, 2 * size**3 / 4.0]
+    turns = []
+    rates = one_run.run(PeakRate(turns=3), lambda: turns.append(1))["rates"]
+    size, products = (8192, 200) if torch.cuda.is_available() else (4096, 1)
+    assert rates == [products * 2 * size**3 / 2.0, products * 2 * size**3 / 4.0]
+    assert len(turns) == 3
 
 
 class _Policy(nn.Module):
