@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from alignment.products import matmul
+
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**26}
 """Logits that exist at one time, by device: 32 or 256 MiB in fp32. Small enough on a CPU for memory that the process
 has to be reused, wide enough on a GPU for a matrix product that fills it."""
@@ -76,7 +78,7 @@ class _ScoreOnce(torch.autograd.Function):
             weights.scatter_add_(1, y[:, None], torch.ones_like(weights[:, :1]))
             if isinstance(slope, Tensor) or slope != 1.0:
                 weights.mul_(slope)
-            torch.mm(weights.to(head.weight.dtype), head.weight, out=derivative)
+            derivative.copy_(matmul(weights.to(head.weight.dtype), head.weight))
         ctx.save_for_backward(derivatives)
         return torch.cat(values)
 
@@ -110,7 +112,8 @@ def score_hidden(head: Any, hidden: Tensor, targets: Tensor, transform: LogitTra
     def score_one(h: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(transform(head(h)), y, reduction="none")
 
-    if torch.is_grad_enabled() and type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+    frozen = isinstance(head, nn.Linear) and head.weight.is_floating_point() and not head.weight.requires_grad
+    if torch.is_grad_enabled() and frozen:
         return _ScoreOnce.apply(hidden, head, targets, transform)
     score = functools.partial(checkpoint, score_one, use_reentrant=False) if torch.is_grad_enabled() else score_one
     size = _chunk_size(head, hidden.device)
