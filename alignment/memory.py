@@ -36,8 +36,8 @@ _WORKING_MLP, _WORKING_HIDDEN = 4, 3
 _END_TENSORS = 4
 _MASK = 1
 """Bytes per dropped value: a GPU keeps a mask, a CPU the factors themselves."""
-_LOGIT = 12
-"""Bytes per logit: the log-softmax, the gradient that enters it and the one that leaves it, in fp32."""
+_LOGIT, _TRAINED_LOGIT = 8, 12
+"""Bytes per logit: fp32 logits and their log-softmax; where the head trains, two gradients beside the log-softmax."""
 _TRL_ROWS, _TRL_WIDTH, _TRL_LOGIT = 4096, 32768, 36
 """TRL's head works on tiles of so many positions and so wide; without Triton it takes nine fp32 copies of a tile."""
 
@@ -393,8 +393,9 @@ def sizes_of(
         head = width * (value if device == "cuda" else _TRL_LOGIT)
         head_limit = _TRL_ROWS * head
     else:
-        head = vocabulary * _LOGIT
-        head_limit = LOGITS_PER_CHUNK[device] * _LOGIT
+        logit = _LOGIT if adapted else _TRAINED_LOGIT
+        head = vocabulary * logit
+        head_limit = LOGITS_PER_CHUNK[device] * logit
     copies = (2 if weights.quantised else 1) if weights.adapter else 0
     trained = weights.trained
     return Sizes(

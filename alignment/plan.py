@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.compose import asset_dir, load
-from alignment.config import DataConfig, Device, ReferenceMode, RunConfig, SFTConfig
+from alignment.config import Device, ReferenceMode, RunConfig, SFTConfig
 from alignment.errors import UserError
 from alignment.memory import (
     CONTEXT,
@@ -124,6 +124,8 @@ def read_config(config: RunConfig, file: Path | None) -> Any:
         return AutoConfig.from_pretrained(
             source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
         )
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         what = f"--config: {file}" if file is not None else f"model.name={config.model.name}"
         advice = "" if file is not None else " (or it is not in the local cache and the hub cannot be reached)"
@@ -158,14 +160,10 @@ def plan_stages(config: RunConfig, model: nn.Module, machine: Machine, length: i
     if config.loss is not None:
         assert config.data is not None
         check_names("optim", config.optim)
-        longest = _group_positions(config.data, length) if config.loss.unit == "pair" else config.data.max_length
+        # Both answers of a pair may be as long as a row may be, beside a short prompt.
+        longest = (length or config.data.max_length) * (2 if config.loss.unit == "pair" else 1)
         stages["preference"] = _plan_stage(config, config, model, machine, longest, False)
     return stages
-
-
-def _group_positions(data: DataConfig, length: int | None) -> int:
-    """Positions of a pair: both answers may be as long as a row may be, beside a short prompt."""
-    return 2 * (length or data.max_length)
 
 
 def _plan_stage(

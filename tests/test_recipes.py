@@ -85,27 +85,6 @@ def test_the_qwen3_recipes_differ_in_the_loss_and_what_it_asks_for(name):
     assert (config.data.split, config.data.eval_split) == ("train_prefs", "test_prefs")
     for data in (config.data, config.sft.data if config.sft else config.data):
         assert data.template_kwargs == {"enable_thinking": False}
-        assert 2 * data.max_length <= config.trainer.tokens_per_batch, "one pair of the longest rows fits a pass"
-
-
-def test_the_memory_table_is_the_formula():
-    """The README's formula with Qwen3's dimensions gives its table, and the recipe's header."""
-    config = load("recipe=sft_qwen3")
-    table = {"1.7B": (28, 2048, 6144, 16, 1), "4B": (36, 2560, 9728, 32, 1), "8B": (36, 4096, 12288, 32, 2)}
-    text = (asset_dir("recipes") / "README.md").read_text()
-    for size, (layers, width, mlp, heads, embeddings) in table.items():
-        query, keys = heads * 128, 8 * 128
-        shapes = [(width, query), (width, keys), (width, keys), (query, width), *3 * [(width, mlp)]]
-        linear = layers * sum(a * b for a, b in shapes)
-        adapter = layers * sum(config.adapter.r * (a + b) for a, b in shapes)
-        fixed = 0.516 * linear + 2 * embeddings * 151936 * width + 10 * adapter + 1.4e9
-        tokens = config.trainer.tokens_per_batch
-        checkpointed = fixed + tokens * (2 * layers * width + 19 * (width + mlp))
-        plain = fixed + 4096 * layers * 19 * (width + mlp)
-        row = re.search(rf"^\| {size} \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
-        assert abs(checkpointed / 2**30 - int(row[1])) <= 0.6
-        assert abs(plain / 2**30 - int(row[2])) <= 0.6
-    assert all("about 7 GB" in FILES[name].read_text() for name in QWEN3)
 
 
 # Loss values and their loss
@@ -306,7 +285,7 @@ def local_copies(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", QWEN3)
 def test_a_qwen3_recipe_runs_on_a_tiny_model(name, local_copies, tiny_model_folder, tmp_path):
-    """NF4, LoRA, paged 8-bit AdamW, gradient checkpointing and sampling as the recipe has them, on a CPU."""
+    """NF4, LoRA, paged 8-bit AdamW and sampling as the recipe has them, with layers checkpointed, on a CPU."""
     from alignment.stages import Run
 
     overrides = [
@@ -316,11 +295,16 @@ def test_a_qwen3_recipe_runs_on_a_tiny_model(name, local_copies, tiny_model_fold
         "device=cpu",
         f"data.source={local_copies['ultrafeedback']}",
         "trainer.groups_per_step=3",
+        "trainer.checkpoint_every=2",
         "evaluation.max_new_tokens=2",
         "tracking=none",
     ]
     if name != "orpo_qwen3":
-        overrides += [f"sft.data.source={local_copies['ultrachat']}", "sft.trainer.groups_per_step=3"]
+        overrides += [
+            f"sft.data.source={local_copies['ultrachat']}",
+            "sft.trainer.groups_per_step=3",
+            "sft.trainer.checkpoint_every=1",
+        ]
     register()
     node = compose_node(overrides)
     config = to_run_config(node)
