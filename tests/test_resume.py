@@ -177,10 +177,10 @@ def metric_rows(folder: Path) -> list[dict]:
 
 
 def summary(folder: Path) -> dict:
-    """The summary without what depends on time, on where the run stands and on what the store had already."""
+    """The summary without what depends on time and memory, on where the run stands, on what the store had already."""
     found = json.loads((folder / "summary.json").read_text())
     for stage in found["stages"].values():
-        del stage["seconds"], stage["tokens_per_second"]
+        del stage["seconds"], stage["tokens_per_second"], stage["memory"]["predicted"], stage["memory"]["measured"]
     found["reference"] = {key: found["reference"].get(key) for key in ("mode", "identity")}
     return {key: value for key, value in found.items() if key not in ("seconds", "files", "git_commit")}
 
