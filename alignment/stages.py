@@ -17,6 +17,7 @@ import numpy as np
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from alignment.allocator import keep_freed_memory
 from alignment.config import DataConfig, ReferenceMode, RunConfig, SFTConfig
 from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, write_rejected
 from alignment.data.sources import LoadedData, load_rows
@@ -157,6 +158,8 @@ class Run:
         self.recipe = recipe
         self.resolved = resolved
         self.device = resolve_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.cache = cache_dir(config.reference.path)
         self.source = model_source(config.model, self.cache)
         self.tokenizer = load_tokenizer(config.model, self.source)

@@ -24,7 +24,7 @@ LAYERS = [
     {"losses.dpo", "losses.simpo", "losses.orpo"},
     {"losses.base"},
     {"config", "ragged", "groups"},
-    {"errors", "", "data", "products"},
+    {"errors", "", "data", "products", "allocator"},
 ]
 """From the command down; modules of one layer do not import each other."""
 

@@ -25,6 +25,7 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
+from alignment.allocator import keep_freed_memory
 from alignment.config import (
     AdapterConfig,
     DataConfig,
@@ -314,6 +315,8 @@ def load(job: Job, device: torch.device) -> nn.Module:
 def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
     """The preference stage as `alignment/stages.py` drives it."""
     device = resolve_device(Device.auto)
+    if device.type == "cpu":
+        keep_freed_memory()
     tokens_per_batch = job.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     base = load(job, device)
     started = time.perf_counter()
