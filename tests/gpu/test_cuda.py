@@ -10,11 +10,14 @@ from transformers import TrainingArguments
 from alignment.compose import as_plain, compose_node, register, to_run_config
 from alignment.config import Dtype, ModelConfig, QuantizationConfig
 from alignment.gate import check_start
-from alignment.layout import FlatLayout
+from alignment.layout import FlatLayout, SharedLayout
+from alignment.lean import make_lean
+from alignment.logps import join_scores, score
 from alignment.policy import attach_adapter, load_base, policy_identity
 from alignment.preference import PreferenceTrainer, as_rows
 from alignment.reference import CachedReference, LiveReference, comparison_tolerance
 from alignment.reference_store import ReferenceStore
+from alignment.shared import choose_layout
 from alignment.steps import StepSampler
 from tests.conftest import random_groups, tiny_policy
 from tests.test_gradients import SETTINGS, make_loss, moved, plain_loss, step_gradient
@@ -117,6 +120,35 @@ def test_cached_equals_live(dtype, tmp_path):
         rows = as_rows(groups) if name == "kto" else groups
         trainer = trainer_on(DEVICE, model, rows, make_loss(name), tmp_path, live, tokens_per_batch=200)
         check_start(trainer, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("lean", [False, True], ids=["peft", "lean"])
+def test_shared_prompts(dtype, lean):
+    """The same log-probs and gradient as one row per completion: by masks in fp32, by flash attention in bfloat16."""
+    model = policy_on(DEVICE, dtype).train()
+    if lean:
+        make_lean(model)
+    groups = random_groups(8, k=3, seed=6)
+
+    def scores_and_gradient(layout, tokens_per_batch):
+        model.zero_grad()
+        scored = []
+        for batch in layout.batches(groups, tokens_per_batch):
+            logps = score(model, batch := batch.to(DEVICE))
+            (logps.values * torch.cos(batch.targets.float())).sum().backward()
+            scored.append((batch, logps.detach().to("cpu")))
+        gradient = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.requires_grad])
+        return join_scores(groups, scored).values, gradient
+
+    values, gradient = scores_and_gradient(FlatLayout(), 10_000)
+    layout = choose_layout(model, DEVICE)
+    assert isinstance(layout, SharedLayout)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
+    for tokens_per_batch in (60, 10_000):
+        found, found_gradient = scores_and_gradient(layout, tokens_per_batch)
+        assert (found - values).abs().mean() <= tolerance
+        assert (found_gradient - gradient).norm() <= 2 * tolerance * gradient.norm()
 
 
 def quantised(folder, compute):
