@@ -336,6 +336,8 @@ def test_a_small_step_is_planned_as_it_is():
     small = plan(fixed + 256 * 46, step_tokens=256)
     assert (small.checkpoint_every, small.tokens_per_batch) == (0, 256)
     assert small.needs.total == fixed + 256 * 46
+    given = plan(fixed + 256 * 46, step_tokens=256, tokens_per_batch=5000)
+    assert (given.checkpoint_every, given.tokens_per_batch, given.needs) == (0, 5000, small.needs)
 
 
 def test_a_pass_of_few_positions_costs_more_than_running_layers_again():
