@@ -125,7 +125,7 @@ def measure(preparation: Preparation, tokens_per_batch: int | None, lr: float, p
             ]
             # Two processes would each keep what they once reserved of a GPU; its speed does not come and go.
             *found, peak = bench(*jobs, PeakRate(turns=1 + case.steps), at_once=not on_gpu)
-            results |= {name: result | {"peak_rates": peak["rates"]} for name, result in zip(names, found, strict=True)}
+            results |= {name: result | peak for name, result in zip(names, found, strict=True)}
         if profile:
             profiles[case.name] = results["ours_warm"].pop("profile")
         arithmetic = "rounded" if on_gpu or case.nf4 else "exact"

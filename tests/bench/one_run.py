@@ -53,6 +53,7 @@ from alignment.policy import (
     resolve_dtype,
 )
 from alignment.preference import PreferenceTrainer
+from alignment.products import matmul
 from alignment.records import machine, versions
 from alignment.reference import CachedReference
 from alignment.reference_store import ReferenceStore, cache_dir
@@ -213,19 +214,23 @@ def prepare(task: Preparation) -> dict[str, Any]:
 
 
 def peak_rates(task: PeakRate, give_up: Callable[[], None]) -> dict[str, Any]:
-    """Floating-point operations a second of large square products: float32 on a CPU, bfloat16 on a GPU."""
+    """Operations a second of large square products, by torch.mm and by ours: float32 on a CPU, bfloat16 on a GPU."""
     device = resolve_device(Device.auto)
     size, products = (8192, 200) if device.type == "cuda" else (4096, 1)
     left, right = torch.randn(2, size, size, device=device, dtype=resolve_dtype(Dtype.auto, device))
-    out = torch.empty_like(left)
-    clock = Clock()
+    routines = {"torch_rates": torch.mm, "our_rates": matmul}
+    clocks = {name: Clock() for name in routines}
     for _ in range(task.turns):
         give_up()
-        clock.start()
-        for _ in range(products):
-            torch.mm(left, right, out=out)
-        clock.stop()
-    return {"rates": [products * 2 * size**3 / seconds for seconds in clock.seconds()["wall"][1:]]}
+        for name, product in routines.items():
+            clocks[name].start()
+            for _ in range(products):
+                product(left, right)
+            clocks[name].stop()
+    return {
+        name: [products * 2 * size**3 / seconds for seconds in clock.seconds()["wall"][1:]]
+        for name, clock in clocks.items()
+    }
 
 
 # Measuring

@@ -125,8 +125,8 @@ def summarise(
     the same in a cold and in a warm run, which differ before the first one.
 
     Args:
-        results: by run, as `one_run.run` returns them, with the "peak_rates" (operations a second of large matrix
-            products) of the same turns; the first step of each is the warm-up and is not counted.
+        results: by run, as `one_run.run` returns them, with what `one_run.peak_rates` found in the same turns; the
+            first step of each is the warm-up and is not counted.
         lengths: (prompt, chosen, rejected) tokens of every pair, in the order of training.
         pairs_per_step: pairs of one optimizer step.
         shape: of the model.
@@ -152,7 +152,8 @@ def summarise(
             "seconds_per_pair": pair["wall"],
             "reference_seconds_per_pair": share * result["reference_seconds"]["wall"] / len(lengths),
             "tokens_per_second": tokens_per_pair / mean_seconds,
-            "of_peak": floor_per_pair / (mean_seconds * median(result["peak_rates"])),
+            "of_peak": floor_per_pair / (mean_seconds * median(result["torch_rates"])),
+            "of_our_peak": floor_per_pair / (mean_seconds * median(result["our_rates"])),
             "user_seconds_per_pair": pair["user"],
             "kernel_seconds_per_pair": pair["system"],
             "kernel_share": pair["system"] / (pair["user"] + pair["system"]),
@@ -176,7 +177,8 @@ def summarise(
         "mean_lengths": [mean(column) for column in zip(*lengths, strict=True)],
         "tokens_per_pair": tokens_per_pair,
         "floor_per_pair": floor_per_pair,
-        "peak_rate": median(rate for result in results.values() for rate in result["peak_rates"]),
+        "torch_rate": median(rate for result in results.values() for rate in result["torch_rates"]),
+        "our_rate": median(rate for result in results.values() for rate in result["our_rates"]),
         "max_loss_difference": check_losses({run: r["losses"] for run, r in results.items()}, arithmetic),
         "rows": rows,
         "ratios": ratios,

@@ -25,7 +25,8 @@ def result(wall, reference, peak, rates):
         "reference_seconds": {"wall": reference, "user": reference / 2, "system": 0.0},
         "setup_seconds": 1.0,
         "peak_bytes": peak * 2**30,
-        "peak_rates": rates,
+        "torch_rates": rates,
+        "our_rates": [2 * rate for rate in rates],
     }
 
 
@@ -43,7 +44,8 @@ def summary():
 
 def test_numbers_of_the_table(summary):
     """By hand: the warm-up step is left out, a reference pass is spread over all pairs and its epochs."""
-    assert (summary["tokens_per_pair"], summary["floor_per_pair"], summary["peak_rate"]) == (6, 540, 38.5)
+    assert (summary["tokens_per_pair"], summary["floor_per_pair"], summary["torch_rate"]) == (6, 540, 38.5)
+    assert summary["our_rate"] == 77
     assert {name: row["seconds_per_pair"] for name, row in summary["rows"].items()} == {
         "ours, cold": 2.0 + 1.0,
         "ours, warm": 1.0,
@@ -57,6 +59,7 @@ def test_numbers_of_the_table(summary):
     assert (cold["kernel_seconds_per_pair"], cold["kernel_share"]) == (0.5, 0.5 / 3.0)
     assert cold["tokens_per_second"] == pytest.approx(6 / 3)
     assert cold["of_peak"] == pytest.approx(540 / 3 / 54)
+    assert cold["of_our_peak"] == pytest.approx(540 / 3 / 108)
     # Steps of 4, 4 and 28 seconds: their mean is 3 seconds a pair, while the median is 1.
     assert warm["tokens_per_second"] == pytest.approx(6 / 3)
     assert warm["of_peak"] == pytest.approx(540 / 3 / 27)
