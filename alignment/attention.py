@@ -215,6 +215,13 @@ def _variable_length_attention(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, 
     return out[None]
 
 
+def _has_flash_kernel(q: Tensor) -> bool:
+    """Flash attention needs 16 bits, an Ampere GPU or newer, and heads of a width that it was compiled for."""
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
 def _masked_attention(
     q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window: int | None = None
 ) -> Tensor:
@@ -259,7 +266,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window
         return _masked_attention(q, k, v, row, scale, window)
     if q.device.type == "cpu":
         return _CPUAttention.apply(q, k, v, row, scale)
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+    if _has_flash_kernel(q):
         return _variable_length_attention(q, k, v, row, scale)
     return _masked_attention(q, k, v, row, scale)
 

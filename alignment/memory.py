@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -150,6 +150,7 @@ class Plan:
 
     Attributes:
         tokens_per_batch: positions of one pass, at most.
+        reference_tokens: the same for the reference pass, which keeps nothing for gradients.
         checkpoint_every: 0: no layer is checkpointed; k: the first of every k layers is.
         needs: of the largest pass of a step.
         limit: bytes that were planned with.
@@ -158,6 +159,7 @@ class Plan:
     """
 
     tokens_per_batch: int
+    reference_tokens: int
     checkpoint_every: int
     needs: Needs
     limit: int
@@ -499,4 +501,8 @@ def make_plan(
         best = (0.0, options[-1], tokens_per_batch or longest)
     _, every, tokens = best
     largest = max(longest, min(tokens, step_tokens))
-    return Plan(tokens, every, step_needs(sizes, every, largest, room.context), room.limit, fits, sizes.estimate)
+    # Without gradients one layer's values at a time are held, and there is nothing of the optimizer yet.
+    passing = replace(sizes, gradients=0, optimizer=0, layers=sizes.layers[:1])
+    scoring = tokens_per_batch or max(tokens, fitting_tokens(passing, 0, room, useful))
+    needs = step_needs(sizes, every, largest, room.context)
+    return Plan(tokens, scoring, every, needs, room.limit, fits, sizes.estimate)

@@ -274,6 +274,8 @@ def _print(config: RunConfig, machine: Machine, stages: dict[str, StagePlan]) ->
             f"{name}: trainer.checkpoint_every={plan.checkpoint_every} "
             f"trainer.tokens_per_batch={plan.tokens_per_batch}; the largest group has {stage.longest} positions."
         ]
+        if plan.reference_tokens > plan.tokens_per_batch and name == "preference":
+            lines.append(f"  The reference pass takes up to {plan.reference_tokens} positions at once.")
         if plan.estimate:
             lines.append(f"  Its activations are a rough estimate: {plan.estimate}.")
         if not plan.fits:

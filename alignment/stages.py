@@ -352,7 +352,7 @@ class Run:
         num_steps = loop.max_steps or math.ceil(loop.epochs * len(sampler))
         plan = self._plan("preference", model, config, largest_group(layout, data.train))
         checkpoint_layers(model, plan.checkpoint_every)
-        reference = self._reference(model, layout, plan.tokens_per_batch)
+        reference = self._reference(model, layout, plan)
         if reference is not None:
             steps = sampler.first_steps(num_steps)
             reference.prepare(groups_to_reference(loss, data.train, steps, data.eval))
@@ -405,14 +405,14 @@ class Run:
             reference.close()
         return result
 
-    def _reference(self, model: nn.Module, layout: BatchLayout, tokens: int) -> Reference | None:
+    def _reference(self, model: nn.Module, layout: BatchLayout, plan: Plan) -> Reference | None:
         config = self.config
         if not config.loss.needs_reference and not config.reference.for_metrics:
             return None
         if config.reference.mode is ReferenceMode.live:
-            return LiveReference(model, layout, tokens, self.device)
+            return LiveReference(model, layout, plan.tokens_per_batch, self.device)  # beside what a step keeps
         store = ReferenceStore(self.cache / "reference.sqlite")
-        return CachedReference(store, model, layout, tokens, self.device, config.reference.spot_checks)
+        return CachedReference(store, model, layout, plan.reference_tokens, self.device, config.reference.spot_checks)
 
     @staticmethod
     def _final_metrics(trainer: PreferenceTrainer) -> dict[str, float]:

@@ -320,6 +320,16 @@ def test_less_memory_is_met_with_more_checkpointing():
     assert (nothing.fits, nothing.checkpoint_every, nothing.tokens_per_batch) == (False, 1, 128)
 
 
+def test_the_reference_pass_takes_what_gradients_leave():
+    """It has no gradients and no optimizer (300), and of the layers one at a time: 10 + 4 + 2 a position."""
+    fixed = 1000 + 100 + 300 + 50 + 400
+    tight = plan(fixed + 300 + 128 * 46)
+    assert (tight.tokens_per_batch, tight.reference_tokens) == (128, (300 + 128 * 46) // 16 // 64 * 64)
+    assert plan(10**9).reference_tokens == 1024
+    assert plan(fixed, tokens_per_batch=77).reference_tokens == 77
+    assert plan(1).reference_tokens == plan(1).tokens_per_batch == 128
+
+
 def test_numbers_that_are_given_count():
     assert plan(10**9, tokens_per_batch=5000).tokens_per_batch == 5000
     assert plan(10**9, checkpoint_every=2).checkpoint_every == 2

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import alignment.attention
 import alignment.layout
+import alignment.products
 import alignment.shared
 from alignment.attention import PromptSpan, attend, enable_shared_prompts, longest_sequence, position_ids
 from alignment.groups import Group
@@ -72,6 +73,7 @@ def everything_in_fp64(monkeypatch):
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(alignment.products, "_ONEDNN", False)  # it knows its fp32 by that name
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
