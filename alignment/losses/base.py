@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from alignment.ragged import RaggedLogps
@@ -79,3 +80,8 @@ class Loss(ABC):
         """(k,) sums over the companion sequences; additive over micro-batches and ranks. None: the loss needs none."""
         del companions
         return None
+
+
+def per_pair(reference: RaggedLogps, value: float) -> Tensor:
+    """(pairs,) float64: the same number for every pair of these sequences."""
+    return torch.full((len(reference) // 2,), value, dtype=torch.float64, device=reference.values.device)

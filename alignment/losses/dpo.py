@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput
+from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
 from alignment.ragged import RaggedLogps
 
 
@@ -72,4 +71,4 @@ class DPO(Loss):
 
     def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
         """Log 2 for every pair, with and without label smoothing."""
-        return torch.full((len(reference) // 2,), math.log(2), dtype=torch.float64, device=reference.values.device)
+        return per_pair(reference, math.log(2))

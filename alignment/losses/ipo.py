@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput
+from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
@@ -64,5 +63,4 @@ class IPO(Loss):
 
     def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
         """1 / (4 tau^2) for every pair, with either reduction."""
-        pairs = len(reference) // 2
-        return torch.full((pairs,), 0.25 / self.tau**2, dtype=torch.float64, device=reference.values.device)
+        return per_pair(reference, 0.25 / self.tau**2)

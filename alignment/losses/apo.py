@@ -1,0 +1,100 @@
+"""Anchored preference optimisation, for a policy that is worse or better than the chosen answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from alignment.config import require
+from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.dpo import log_ratios
+from alignment.ragged import RaggedLogps
+
+
+@dataclass(kw_only=True)
+class APOZero(Loss):
+    """L = S(-beta u) + S(beta v).
+
+    u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
+    their tokens, and S is the logistic function.
+
+    It raises the chosen and lowers the rejected completion, each by itself: for a policy whose answers are worse than
+    the chosen ones.
+
+    Paper: D'Oosterlinck et al. 2024, arXiv:2408.06266.
+
+    Gradient of -L, per chosen token G_w and, with the opposite sign, per rejected token G_l: G_w = beta S(beta u)
+    S(-beta u), G_l the same of v. Both fade as soon as a log-ratio is large on either side.
+
+    Rewards: beta u and beta v.
+
+    Recommended: beta 0.1 (the paper); SmolLM3 took 0.05.
+
+    Deviations: none. The paper's L is ours less 1, as it writes -S(beta u); TRL's `apo_zero` is the same as ours.
+    """
+
+    name: ClassVar[str] = "apo_zero"
+    unit: ClassVar[str] = "pair"
+    needs_reference: ClassVar[bool] = True
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+
+    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+        """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
+        rewards = self.beta * log_ratios(inputs).sums()
+        losses = torch.sigmoid(-rewards[0::2]) + torch.sigmoid(rewards[1::2])
+        return LossOutput(losses, rewards.detach())
+
+    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+        """1 for every pair."""
+        return per_pair(reference, 1.0)
+
+
+@dataclass(kw_only=True)
+class APODown(Loss):
+    """L = S(beta u) + S(-beta d).
+
+    u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
+    their tokens, d = u - v, and S is the logistic function.
+
+    It lowers the rejected completion more than the chosen one, and the chosen one too: for a policy whose answers are
+    better than the chosen ones.
+
+    Paper: D'Oosterlinck et al. 2024, arXiv:2408.06266.
+
+    Gradient of -L, per chosen token G_w and, with the opposite sign, per rejected token G_l, with s(x) = S(x) S(-x):
+    G_w = beta (s(beta d) - s(beta u)), which lowers the chosen completion where u is nearer to 0 than d is; G_l = beta
+    s(beta d).
+
+    Rewards: beta u and beta v.
+
+    Recommended: beta 0.1 (the paper).
+
+    Deviations: none. The paper's L is ours less 1, as it writes -S(beta d); TRL's `apo_down` is the same as ours.
+    """
+
+    name: ClassVar[str] = "apo_down"
+    unit: ClassVar[str] = "pair"
+    needs_reference: ClassVar[bool] = True
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+
+    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+        """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
+        rewards = self.beta * log_ratios(inputs).sums()
+        losses = torch.sigmoid(rewards[0::2]) + torch.sigmoid(rewards[1::2] - rewards[0::2])
+        return LossOutput(losses, rewards.detach())
+
+    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+        """1 for every pair."""
+        return per_pair(reference, 1.0)
