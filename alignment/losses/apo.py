@@ -25,7 +25,7 @@ class APOZero(Loss):
     It raises the chosen and lowers the rejected completion, each by itself: for a policy whose answers are worse than
     the chosen ones.
 
-    Paper: D'Oosterlinck et al. 2024, arXiv:2408.06266.
+    Paper: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7.
 
     Gradient of -L, per chosen token G_w and, with the opposite sign, per rejected token G_l: G_w = beta S(beta u)
     S(-beta u), G_l the same of v. Both fade as soon as a log-ratio is large on either side.
@@ -67,7 +67,7 @@ class APODown(Loss):
     It lowers the rejected completion more than the chosen one, and the chosen one too: for a policy whose answers are
     better than the chosen ones.
 
-    Paper: D'Oosterlinck et al. 2024, arXiv:2408.06266.
+    Paper: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8.
 
     Gradient of -L, per chosen token G_w and, with the opposite sign, per rejected token G_l, with s(x) = S(x) S(-x):
     G_w = beta (s(beta d) - s(beta u)), which lowers the chosen completion where u is nearer to 0 than d is; G_l = beta

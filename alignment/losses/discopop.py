@@ -23,14 +23,14 @@ class DiscoPOP(Loss):
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
     their tokens, d = u - v, and S is the logistic function.
 
-    Paper: Lu et al. 2024, arXiv:2406.08414, "log-ratio modulated loss". It is not convex near z = 0.
+    Paper: Lu et al. 2024, arXiv:2406.08414, Eq. 5. It is not convex near z = 0.
 
     Gradient of -L, per chosen token G_w and, with the opposite sign, per rejected token G_l, with m' = m (1 - m) / tau:
     G_w = G_l = beta [(1 - m) S(-z) + m e^-z + m' (log(1 + e^-z) - e^-z)].
 
-    At d = 0 that is beta (3/4 - (1 - log 2) / (4 tau)), negative below tau = 0.102. With the recommended tau a policy near
-    the reference, beta d between -0.12 and 0.07, is pushed the wrong way: the paper reports the local minimum at d = -2.37
-    for its beta.
+    At d = 0 that is beta (3/4 - (1 - log 2) / (4 tau)), negative below tau = 0.102. With the recommended tau a policy
+    near the reference, beta d between -0.12 and 0.07, is pushed the wrong way: the paper reports the local minimum at
+    d = -2.37 for its beta.
 
     Rewards: beta u and beta v.
 

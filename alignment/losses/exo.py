@@ -24,7 +24,7 @@ class EXO(Loss):
 
     It is the reverse KL divergence from the policy's preference q to labels that say 1 - e; DPO is the forward one.
 
-    Paper: Ji et al. 2024, arXiv:2402.00856, the preference form for two answers.
+    Paper: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
 
     Gradient of -L, per chosen token G_w and, with the opposite sign, per rejected token G_l: G_w = G_l = beta q (1 - q)
     (log((1 - e) / e) - beta d). It vanishes where q does: a pair that is ranked badly wrong is given up.

@@ -23,7 +23,7 @@ class SPPO(Loss):
 
     beta is the inverse of the paper's eta. The target 1 / (2 beta) is its (P - 1/2) / beta with a win rate P of 1.
 
-    Paper: Wu et al. 2024, arXiv:2405.00675, with hard labels.
+    Paper: Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 with hard labels.
 
     Gradient of -L, per chosen token G_w and, with the opposite sign, per rejected token G_l: G_w = 1 / (2 beta) - u,
     G_l = v + 1 / (2 beta).
