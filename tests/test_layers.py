@@ -19,6 +19,7 @@ LAYERS = [
     {"data.tokens", "data.sources"},
     {"data.layouts", "reference_store", "wheel_model", "logps", "lean"},
     {"data.rows", "layout", "data.quickstart", "judge"},
+    {"losses.__main__"},
     {"losses", "attention", "head"},
     {
         "losses.kto",
