@@ -19,7 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from alignment.block_attention import Part, block_attention
+
 _PREFIX = "shared_prompts_"
+_BLOCKS_FROM = 384
+"""Tokens of a sequence from which on large blocks are faster on a CPU than torch's kernel: by 1.4 there."""
 # What some models hand to their attention beside queries, keys and values; the routes below know nothing of it.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
@@ -83,6 +87,16 @@ def _sequences(row: SharedRow) -> list[tuple[PromptSpan, int, int]]:
         ranges = [(span.start, span.prompt_end), *span.completion_ranges()]
         found += [(span, start, end) for start, end in ranges if end > start]
     return found
+
+
+def _parts_of(row: SharedRow) -> list[Part]:
+    """The row for attention in blocks: a prompt with its first completion, then the other completions."""
+    parts: list[Part] = []
+    for span in row:
+        (_, first_end), *others = span.completion_ranges()
+        parts.append((range(span.start, first_end), range(0)))
+        parts += [(range(start, end), range(span.start, span.prompt_end)) for start, end in others if end > start]
+    return parts
 
 
 class _CPUAttention(torch.autograd.Function):
@@ -265,6 +279,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window
     if window is not None and longest_sequence(row) > window:
         return _masked_attention(q, k, v, row, scale, window)
     if q.device.type == "cpu":
+        if longest_sequence(row) >= _BLOCKS_FROM:
+            return block_attention(q, k, v, _parts_of(row), scale)
         return _CPUAttention.apply(q, k, v, row, scale)
     if _has_flash_kernel(q):
         return _variable_length_attention(q, k, v, row, scale)

@@ -21,6 +21,7 @@ LAYERS = [
     {"data.rows", "layout", "data.quickstart", "judge"},
     {"losses.__main__"},
     {"losses", "attention", "head"},
+    {"block_attention"},
     {
         "losses.kto",
         "losses.ipo",

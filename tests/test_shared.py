@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import alignment.attention
+import alignment.block_attention
 import alignment.layout
 import alignment.products
 import alignment.shared
@@ -191,7 +192,7 @@ def by_loops(q, k, v, query_ends, key_ends, most_queries, most_keys, *, scale, w
     return torch.cat(results)
 
 
-@pytest.mark.parametrize("route", ["cpu", "masked", "window", "variable lengths"])
+@pytest.mark.parametrize("route", ["cpu", "blocks", "small blocks", "masked", "window", "variable lengths"])
 def test_every_route_equals_a_dense_mask(route, monkeypatch):
     monkeypatch.setattr(alignment.attention, "varlen_attn", by_loops)
     window = 3 if route == "window" else None
@@ -203,8 +204,18 @@ def test_every_route_equals_a_dense_mask(route, monkeypatch):
     torch.manual_seed(2)
     weights = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    if "blocks" in route:
+        monkeypatch.setattr(alignment.attention, "_BLOCKS_FROM", 0)
+    if route == "small blocks":  # several to a sequence, and widths that are rounded up in both ways
+        monkeypatch.setattr(alignment.block_attention, "_BLOCK", 2)
+        monkeypatch.setattr(alignment.block_attention, "_FINE", 2)
+        monkeypatch.setattr(alignment.block_attention, "_FINE_TO", 6)
+        monkeypatch.setattr(alignment.block_attention, "_COARSE", 4)
+        alignment.block_attention._future.cache_clear()
     functions = {
         "cpu": attend,
+        "blocks": attend,
+        "small blocks": attend,
         "masked": alignment.attention._masked_attention,
         "window": lambda *args: attend(*args, window=3),
         "variable lengths": alignment.attention._variable_length_attention,
@@ -215,6 +226,22 @@ def test_every_route_equals_a_dense_mask(route, monkeypatch):
         torch.autograd.grad((found * weights).sum(), (q, k, v)), expected_gradients, strict=True
     ):
         torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
+    alignment.block_attention._future.cache_clear()
+
+
+def test_long_sequences_in_fp32(monkeypatch):
+    """Both routes of a CPU, with oneDNN's products where torch has them, on sequences of several blocks."""
+    row = (PromptSpan(0, 300, (150, 131)), PromptSpan(581, 90, (7, 0, 40)))
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, heads, row[-1].end, 16, requires_grad=True) for heads in (6, 2, 2))
+    weights = torch.randn(1, row[-1].end, 6, 16)
+    results = []
+    for from_length in (10_000, 0):
+        monkeypatch.setattr(alignment.attention, "_BLOCKS_FROM", from_length)
+        out = attend(q, k, v, row, 0.25)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_positions_go_on_after_the_prompt():
