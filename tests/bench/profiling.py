@@ -13,12 +13,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _FORWARD, _DECODER = "policy forward", "policy decoder"
-_MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "gemm", "_addmm_activation")
+_MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "gemm", "_addmm_activation", "_linear_pointwise")
 
 
 def kind_of(operator: str) -> str:
     """What an operator does, by its name: attention, a matrix product, or anything else."""
-    name = operator.removeprefix("aten::").lower()
+    name = operator.rpartition("::")[2].lower()
     if "attention" in name or "flex" in name:
         return "attention"
     if name in _MATRIX_PRODUCTS or "gemm" in name or "mkldnn_linear" in name:
