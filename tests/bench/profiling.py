@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _FORWARD, _DECODER = "policy forward", "policy decoder"
-_MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "gemm", "_addmm_activation", "_linear_pointwise")
+_MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "_addmm_activation", "_linear_pointwise")
 
 
 def kind_of(operator: str) -> str:
