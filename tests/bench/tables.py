@@ -35,6 +35,11 @@ QUANTITIES = {
     "of_peak": ("of the rate of torch's products", ".0%"),
 }
 README_ROWS = ("TRL, default", "TRL, precomputed", "ours, cold", "ours, warm")
+README_RATIOS = {
+    "ours, cold : TRL, default": "cold, against TRL's default",
+    "ours, warm : TRL, default": "warm, against TRL's default",
+    "ours, two epochs : TRL, precomputed, two epochs": "two epochs, against TRL precomputed",
+}
 README_MARKERS = ("<!-- benchmark: python -m tests.bench.against_trl --readme -->", "<!-- end of the benchmark -->")
 
 
@@ -157,10 +162,12 @@ def readme_block(results: Path, root: Path) -> str:
         for name, case in summary["cases"].items():
             numbers = [case["rows"][row] for row in README_ROWS]
             cells.append([name, *(f"{n['seconds_per_pair']:.2f} s, {n['peak_gib']:.1f} GiB" for n in numbers)])
-        link = f"[all numbers]({folder.relative_to(root)}/results.md)"
-        lines += ["", f"{describe(summary)} {link}", "", *markdown_table(cells)]
-        if summary["goals"]:
-            lines += ["", *markdown_table(goal_table(summary["goals"]), left=2)]
+        ratios = [["times faster", *README_RATIOS.values()]]
+        for name, case in summary["cases"].items():
+            found = [case["ratios"][pair] for pair in README_RATIOS]
+            ratios.append([name, *(f"{r['times_faster']:.1f}, {r['memory']:.2f} of its memory" for r in found)])
+        lines += ["", *markdown_table(ratios), "", *markdown_table(cells), "", describe(summary)]
+        lines += [f"[All numbers.]({folder.relative_to(root)}/results.md)"]
     return "\n".join([*lines, "", ""])
 
 
