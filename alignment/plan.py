@@ -38,6 +38,7 @@ from alignment.memory import (
 )
 from alignment.planning import available_memory
 from alignment.policy import model_source, resolve_dtype
+from alignment.preflight import model_problem
 from alignment.records import atomic_write_text
 from alignment.reference_store import cache_dir
 
@@ -120,6 +121,8 @@ def read_config(config: RunConfig, file: Path | None) -> Any:
             if not file.exists():
                 raise UserError(f"--config: {file} does not exist.")
             return AutoConfig.from_pretrained(str(file), trust_remote_code=config.model.trust_remote_code)
+        if problem := model_problem(config.model.name):
+            raise UserError(f"model.name={config.model.name}: {problem}; give its config.json with --config FILE.")
         source = model_source(config.model, cache_dir(config.reference.path))
         return AutoConfig.from_pretrained(
             source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code

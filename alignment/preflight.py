@@ -48,6 +48,11 @@ def check_machine(config: RunConfig) -> None:
         )
 
 
+def model_problem(name: str) -> str | None:
+    """Why a model cannot be read, found out within seconds; None where nothing stands in the way."""
+    return None if _is_local_model(name) else _hub_problem(name, "model", ask=True)
+
+
 def _hub_sources(data: DataConfig) -> list[str]:
     sources = [source for source in (data.source, data.eval_source) if source is not None]
     return [

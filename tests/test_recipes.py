@@ -14,7 +14,7 @@ from alignment import preflight
 from alignment.compose import as_plain, asset_dir, compose_node, load, register, sweep_members, to_run_config
 from alignment.config import Device, Judge
 from alignment.errors import UserError
-from alignment.losses import DPO, IPO, KTO, ORPO, SimPO
+from alignment.losses import DPO, IPO, KTO, LOSSES, ORPO, SimPO
 from alignment.preflight import check_machine
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +182,7 @@ def test_a_recipe_that_includes_itself(tmp_path):
     ("override", "expected"),
     [
         ("recipe=nope", "Could not find 'recipe/nope'; available are "),
-        ("loss=nope", "Could not find 'loss/nope'; available are dpo, ipo, kto, none, orpo, simpo."),
+        ("loss=nope", "Could not find 'loss/nope'; available are " + ", ".join(sorted([*LOSSES, "none"])) + "."),
         ("optim.lrr=1", "Key 'lrr' not in 'OptimConfig', at key optim.lrr; accepted are name, lr, "),
     ],
 )
