@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.ragged import RaggedLogps
 
 _MOST = 60.0
@@ -19,7 +19,7 @@ _MOST = 60.0
 
 
 @dataclass(kw_only=True)
-class AlphaPO(Loss):
+class AlphaPO(BetaPairLoss):
     """L = -log S(r_w - r_l - gamma), with r = beta (1 - e^(-alpha m)) / alpha and gamma = beta * gamma_beta_ratio.
 
     m is the *mean* log-prob per token of a completion under the policy; there is no reference. alpha = 0 is the limit r
@@ -38,15 +38,13 @@ class AlphaPO(Loss):
     """
 
     name: ClassVar[str] = "alphapo"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = False
 
-    beta: float
     gamma_beta_ratio: float
     alpha: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
         require(
             0 <= self.gamma_beta_ratio < math.inf,
             f"loss.gamma_beta_ratio must be a finite number, at least 0, not {self.gamma_beta_ratio}.",

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
-class APOZero(Loss):
+class APOZero(BetaPairLoss):
     """L = S(-beta u) + S(beta v).
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -38,13 +36,7 @@ class APOZero(Loss):
     """
 
     name: ClassVar[str] = "apo_zero"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
-
-    beta: float
-
-    def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
@@ -58,7 +50,7 @@ class APOZero(Loss):
 
 
 @dataclass(kw_only=True)
-class APODown(Loss):
+class APODown(BetaPairLoss):
     """L = S(beta u) + S(-beta d).
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -81,13 +73,7 @@ class APODown(Loss):
     """
 
     name: ClassVar[str] = "apo_down"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
-
-    beta: float
-
-    def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""

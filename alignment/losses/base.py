@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from alignment.config import require
 from alignment.ragged import RaggedLogps
 
 
@@ -80,6 +82,18 @@ class Loss(ABC):
         """(k,) sums over the companion sequences; additive over micro-batches and ranks. None: the loss needs none."""
         del companions
         return None
+
+
+@dataclass(kw_only=True)
+class BetaPairLoss(Loss):
+    """A loss of pairs whose strength is `beta`."""
+
+    unit: ClassVar[str] = "pair"
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
 
 
 def per_pair(reference: RaggedLogps, value: float) -> Tensor:

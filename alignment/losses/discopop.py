@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
-class DiscoPOP(Loss):
+class DiscoPOP(BetaPairLoss):
     """L = (1 - m) log(1 + e^-z) + m e^-z, with z = beta d and the blend m = S(z / tau).
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -42,14 +42,12 @@ class DiscoPOP(Loss):
     """
 
     name: ClassVar[str] = "discopop"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
 
-    beta: float
     tau: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
         require(0 < self.tau < 1, f"loss.tau must be in (0, 1), not {self.tau}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

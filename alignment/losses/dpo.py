@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.ragged import RaggedLogps
 
 
@@ -26,7 +26,7 @@ def log_ratios(inputs: LossInputs) -> RaggedLogps:
 
 
 @dataclass(kw_only=True)
-class DPO(Loss):
+class DPO(BetaPairLoss):
     """L = -(1 - e) log S(beta d) - e log S(-beta d), with d = u - v; e = 0 is DPO, e > 0 is conservative DPO.
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -49,14 +49,12 @@ class DPO(Loss):
     """
 
     name: ClassVar[str] = "dpo"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
 
-    beta: float
     label_smoothing: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
         require(
             0 <= self.label_smoothing < 0.5,
             f"loss.label_smoothing must be in [0, 0.5), not {self.label_smoothing}.",

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
-class DPOP(Loss):
+class DPOP(BetaPairLoss):
     """L = -log S(beta (d - lam max(0, -u))).
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -39,14 +39,12 @@ class DPOP(Loss):
     """
 
     name: ClassVar[str] = "dpop"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
 
-    beta: float
     lam: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
         require(0 <= self.lam < math.inf, f"loss.lam must be a finite number, at least 0, not {self.lam}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

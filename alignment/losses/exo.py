@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
-class EXO(Loss):
+class EXO(BetaPairLoss):
     """L = q log(q / (1 - e)) + (1 - q) log((1 - q) / e), with q = S(beta d) and e the `epsilon`.
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -38,14 +38,12 @@ class EXO(Loss):
     """
 
     name: ClassVar[str] = "exo"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
 
-    beta: float
     epsilon: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
         require(0 < self.epsilon < 0.5, f"loss.epsilon must be in (0, 0.5), not {self.epsilon}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
@@ -30,7 +30,7 @@ _MOST = 60.0
 
 
 @dataclass(kw_only=True)
-class FDPO(Loss):
+class FDPO(BetaPairLoss):
     """L = -log S(beta g(u) - beta g(v)), with g(u) = f'(e^u) for the divergence f.
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -53,15 +53,13 @@ class FDPO(Loss):
     """
 
     name: ClassVar[str] = "f_dpo"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
 
-    beta: float
     divergence: Divergence
     alpha: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
         require(0 < self.alpha < 1, f"loss.alpha must be in (0, 1), not {self.alpha}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
@@ -21,7 +19,7 @@ _STEEPEST = -30.0
 
 
 @dataclass(kw_only=True)
-class Hinge(Loss):
+class Hinge(BetaPairLoss):
     """L = max(0, 1 - beta d).
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -41,13 +39,7 @@ class Hinge(Loss):
     """
 
     name: ClassVar[str] = "hinge"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
-
-    beta: float
-
-    def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
@@ -70,7 +62,7 @@ class Shape(Enum):
 
 
 @dataclass(kw_only=True)
-class GPO(Loss):
+class GPO(BetaPairLoss):
     """L = f(beta d), with f by `shape`: squared (1 - x)^2, exponential e^-x, truncated_quadratic max(0, 1 - x)^2,
     savage 1 / (1 + e^x)^2, the only one that is not convex.
 
@@ -93,14 +85,9 @@ class GPO(Loss):
     """
 
     name: ClassVar[str] = "gpo"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
 
-    beta: float
     shape: Shape
-
-    def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""

@@ -9,14 +9,13 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
-class LNDPO(Loss):
+class LNDPO(BetaPairLoss):
     """L = -log S(beta (r_w - r_l)), with r the *mean* log-ratio per token of a completion.
 
     The log-ratio is log pi(y|x) - log pi_ref(y|x) and S is the logistic function. beta is a reward per nat and token:
@@ -36,13 +35,7 @@ class LNDPO(Loss):
     """
 
     name: ClassVar[str] = "ln_dpo"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
-
-    beta: float
-
-    def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta r_w and beta r_l (2 * pairs,)."""

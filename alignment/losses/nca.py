@@ -9,14 +9,13 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
-class NCA(Loss):
+class NCA(BetaPairLoss):
     """L = -log S(beta u) - 1/2 log S(-beta u) - 1/2 log S(-beta v).
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -38,13 +37,7 @@ class NCA(Loss):
     """
 
     name: ClassVar[str] = "nca"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
-
-    beta: float
-
-    def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""

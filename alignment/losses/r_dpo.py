@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
-class RDPO(Loss):
+class RDPO(BetaPairLoss):
     """L = -log S(beta d + alpha (n_w - n_l)), with n the lengths in tokens.
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -39,14 +39,12 @@ class RDPO(Loss):
     """
 
     name: ClassVar[str] = "r_dpo"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
 
-    beta: float
     alpha: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
         require(0 <= self.alpha < math.inf, f"loss.alpha must be a finite number, at least 0, not {self.alpha}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
-class RobustDPO(Loss):
+class RobustDPO(BetaPairLoss):
     """L = [-(1 - e) log S(beta d) + e log S(-beta d)] / (1 - 2 e), with e the `flip_rate`.
 
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
@@ -39,14 +39,12 @@ class RobustDPO(Loss):
     """
 
     name: ClassVar[str] = "robust_dpo"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
 
-    beta: float
     flip_rate: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
         require(0 <= self.flip_rate < 0.5, f"loss.flip_rate must be in [0, 0.5), not {self.flip_rate}.")
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
-class SimPO(Loss):
+class SimPO(BetaPairLoss):
     """L = -log S(beta (a - b) - gamma), with gamma = beta * gamma_beta_ratio.
 
     a and b are the *mean* log-probs per token of the chosen and the rejected completion under the policy; there is no
@@ -40,14 +40,12 @@ class SimPO(Loss):
     """
 
     name: ClassVar[str] = "simpo"
-    unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = False
 
-    beta: float
     gamma_beta_ratio: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
         require(
             0 <= self.gamma_beta_ratio < math.inf,
             f"loss.gamma_beta_ratio must be a finite number, at least 0, not {self.gamma_beta_ratio}.",
