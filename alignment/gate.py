@@ -53,7 +53,9 @@ def check_start(trainer: PreferenceTrainer, groups: Sequence[Group]) -> dict[str
             f"The reference of loss {loss.name} is not the policy that this stage starts from: their log-probs differ "
             f"by {difference.mean():.3g} nats per token on the first step (at most {tolerance:g} is rounding)."
         )
-    expected = loss.at_reference(reference, group_labels(groups, reference.values.device)).mean().item()
+    exact = RaggedLogps(reference.values.double(), reference.offsets)
+    labels = group_labels(groups, reference.values.device)
+    expected = loss.at_reference(LossInputs(exact, exact, labels)).mean().item()
     # On equal log-probs only the arithmetic of float64 is left. What the model computes is rounded: a log-prob's error
     # acts on the loss through its slope; relative to the loss's own size it stays in proportion.
     for value, allowed in ((_at_reference(trainer, groups, reference), 1e-6), (found.loss, 10 * tolerance)):

@@ -2,7 +2,7 @@
 
 from alignment.losses.alphapo import AlphaPO
 from alignment.losses.apo import APODown, APOZero
-from alignment.losses.base import Loss, LossInputs, LossOutput
+from alignment.losses.base import Loss, LossInputs, LossOutput, Quantity, Requirements, StepTotals
 from alignment.losses.bco_pair import BCOPair
 from alignment.losses.cal_dpo import CalDPO
 from alignment.losses.discopop import DiscoPOP
@@ -75,8 +75,11 @@ __all__ = [
     "Loss",
     "LossInputs",
     "LossOutput",
+    "Quantity",
     "RePO",
+    "Requirements",
     "RobustDPO",
     "SLiCHF",
     "SimPO",
+    "StepTotals",
 ]

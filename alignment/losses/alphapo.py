@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from alignment.config import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
-from alignment.ragged import RaggedLogps
 
 _MOST = 60.0
 """Largest exponent: beta times its exponential stays in float32."""
@@ -63,9 +62,9 @@ class AlphaPO(BetaPairLoss):
             return means
         return -torch.expm1((-self.alpha * means).clamp(max=_MOST)) / self.alpha
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """The same formula of the reference's own mean log-probs."""
-        means = torch.stack([reference.sequence(i).double().mean() for i in range(len(reference))])
+        means = torch.stack([inputs.policy.sequence(i).double().mean() for i in range(len(inputs.policy))])
         shaped = means if self.alpha == 0 else (1 - torch.exp(-self.alpha * means)) / self.alpha
         excess = self.beta * (self.gamma_beta_ratio - shaped[0::2] + shaped[1::2])
         return torch.logaddexp(torch.zeros_like(excess), excess)

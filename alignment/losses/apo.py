@@ -10,7 +10,6 @@ from torch import Tensor
 
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -44,9 +43,9 @@ class APOZero(BetaPairLoss):
         losses = torch.sigmoid(-rewards[0::2]) + torch.sigmoid(rewards[1::2])
         return LossOutput(losses, rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """1 for every pair."""
-        return per_pair(reference, 1.0)
+        return per_pair(inputs.policy, 1.0)
 
 
 @dataclass(kw_only=True)
@@ -81,6 +80,6 @@ class APODown(BetaPairLoss):
         losses = torch.sigmoid(rewards[0::2]) + torch.sigmoid(rewards[1::2] - rewards[0::2])
         return LossOutput(losses, rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """1 for every pair."""
-        return per_pair(reference, 1.0)
+        return per_pair(inputs.policy, 1.0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import ClassVar
 
 import torch
@@ -14,22 +16,92 @@ from alignment.config import require
 from alignment.ragged import RaggedLogps
 
 
+class Quantity(Enum):
+    """What a loss can ask for at every completion token beyond its log-prob, computed where the logits exist."""
+
+    collision = "collision"
+    """log sum_v p_v^2 of the policy's next-token distribution p, without gradient."""
+
+    entropy = "entropy"
+    """Entropy of the reference's next-token distribution over the logarithm of the vocabulary's size: 0 to 1."""
+
+    divergence = "divergence"
+    """KL(reference || policy) of the next-token distributions in nats, differentiable; needs a live reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """Counts over a whole optimizer step, whatever part of it is at hand: what a mean over its tokens divides by.
+
+    Attributes:
+        items: pairs, rows or lists.
+        tokens: of the favoured completions: chosen in a pair, desirable in a row, first of a list.
+        prompt_tokens: of their prompts, without the first token, which nothing predicts.
+    """
+
+    items: int
+    tokens: int
+    prompt_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """Log-probs of one step (or of a part of it) as a loss sees them.
+    """What a loss sees of one step (or of a part of it).
 
-    S sequences in group order. For a pairwise loss S = 2 * items and sequences 2i, 2i + 1 are the chosen and the
-    rejected completion of pair i; for a row-wise loss S = items.
+    S sequences in group order. For a loss of pairs S = 2 * items and sequences 2i, 2i + 1 are the chosen and the
+    rejected completion of pair i; for a loss of rows S = items; for a loss of lists `sizes` says how many sequences
+    each item has, best first.
 
     Attributes:
         policy: log-probs under the policy, differentiable.
         reference: log-probs of the same tokens under the reference, no gradient; None where there is none.
-        labels: (S,) bool, True for desirable completions; None for pairs.
+        labels: (S,) bool, True for desirable completions; None for pairs and lists.
+        sizes: (items,) int64, completions of each list; None for pairs and rows.
+        scores: (S,) float64, what a judge or a reward model gave the completions; None where the data have none.
+        prompts: the policy's log-probs of every item's prompt tokens but the first, for losses that ask for them.
+        quantities: what the loss asks for by `Requirements.quantities`, per completion token like `policy`.
+        state: what `LossOutput.state` was after the step before, or `Loss.initial_state()`.
+        totals: counts over the whole step; None where these inputs are the whole step.
+        seeds: (items,) int64, drawn anew for every step from the item's content: the source of all randomness, so that
+            neither the order of the items nor their split into parts changes a draw. None outside training.
     """
 
     policy: RaggedLogps
     reference: RaggedLogps | None = None
     labels: Tensor | None = None
+    sizes: Tensor | None = None
+    scores: Tensor | None = None
+    prompts: RaggedLogps | None = None
+    quantities: Mapping[Quantity, RaggedLogps] = field(default_factory=dict)
+    state: Mapping[str, float] = field(default_factory=dict)
+    totals: StepTotals | None = None
+    seeds: Tensor | None = None
+
+    def favoured(self) -> Tensor:
+        """(S,) bool: chosen in a pair, desirable in a row, first of a list."""
+        if self.labels is not None:
+            return self.labels
+        favoured = torch.zeros(len(self.policy), dtype=torch.bool, device=self.policy.values.device)
+        if self.sizes is None:
+            favoured[0::2] = True
+        else:
+            favoured[self.sizes.cumsum(0) - self.sizes] = True
+        return favoured
+
+    def step_totals(self) -> StepTotals:
+        """Counts over the whole step, taken from these inputs where they are all of it."""
+        if self.totals is not None:
+            return self.totals
+        favoured = self.favoured()
+        return StepTotals(
+            items=len(self._counts(favoured)),
+            tokens=int(self.policy.lengths[favoured].sum()),
+            prompt_tokens=0 if self.prompts is None else int(self.prompts.lengths[self._counts(favoured)].sum()),
+        )
+
+    def _counts(self, favoured: Tensor) -> Tensor:
+        """(items,) bool: whose prompts count; every pair and list has a favoured completion."""
+        return favoured if self.labels is not None else torch.ones_like(favoured[favoured])
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +112,35 @@ class LossOutput:
         losses: (items,) differentiable.
         rewards: (S,) detached; the reward that this objective itself optimises, per sequence, in its own units.
         parts: further detached quantities per item, named, e.g. {"nll": (items,)}.
+        state: the running state after this step; only of losses that have one, which see whole steps.
     """
 
     losses: Tensor
     rewards: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirements:
+    """What a loss with these settings needs from the trainer.
+
+    Attributes:
+        unit: "pair" (two sequences an item), "row" (one labelled sequence an item) or "list" (two or more).
+        reference: whether `LossInputs.reference` must be there.
+        min_items: fewest items of one optimizer step for which the loss is defined (KTO: 2).
+        whole_step: whether an item's loss depends on other items of the step, so that it is given all of them at once.
+        scores, prompts: whether it reads these inputs.
+        quantities: which of these it reads.
+    """
+
+    unit: str
+    reference: bool
+    min_items: int
+    whole_step: bool
+    scores: bool
+    prompts: bool
+    quantities: frozenset[Quantity]
 
 
 @dataclass(kw_only=True)
@@ -52,29 +148,54 @@ class Loss(ABC):
     """Base of all losses. A subclass is a dataclass whose fields are its hyper-parameters and its Hydra schema.
 
     Fields have no defaults: the one home of a default is `conf/loss/<name>.yaml`. `__post_init__` refuses values out
-    of range with a `UserError` that names the key as the user wrote it (`loss.beta`).
+    of range, and values that would have no effect, with a `UserError` that names the key as the user wrote it
+    (`loss.beta`).
     """
 
     name: ClassVar[str]
+    purpose: ClassVar[str] = ""
+    """What it is for, in one short line of the table of losses."""
+    uncertain: ClassVar[str] = ""
+    """What of it could not be checked against its paper; empty where everything was."""
     unit: ClassVar[str]
-    """"pair" (two sequences an item) or "row" (one labelled sequence an item)."""
     needs_reference: ClassVar[bool]
     min_items: ClassVar[int] = 1
-    """Fewest items of one optimizer step for which the loss is defined (KTO: 2)."""
+    whole_step: ClassVar[bool] = False
+    needs_scores: ClassVar[bool] = False
+    quantities: ClassVar[frozenset[Quantity]] = frozenset()
+
+    def requirements(self) -> Requirements:
+        """What the trainer has to provide; by default the same for all settings of a class."""
+        return Requirements(
+            unit=self.unit,
+            reference=self.needs_reference,
+            min_items=self.min_items,
+            whole_step=self.whole_step,
+            scores=self.needs_scores,
+            prompts=False,
+            quantities=self.quantities,
+        )
 
     @abstractmethod
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
         """Per-item losses. `statistics` is what `statistics()` returned, summed over the whole optimizer step."""
 
     @abstractmethod
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """(items,) float64: the closed form of this loss where the policy equals the reference.
 
         Written out by hand (DPO: log 2), not by calling the loss: every run compares the two before its first update.
+
+        Args:
+            inputs: in float64, those of a policy that is its own reference; nothing is drawn.
         """
 
+    def initial_state(self) -> dict[str, float]:
+        """The running state before the first step; it is kept in checkpoints."""
+        return {}
+
     def companions(self, num_items: int) -> list[tuple[int, int]]:
-        """Extra (prompt of item i, completion of item j) sequences that the step needs scored, without gradient."""
+        """Extra (prompt of sequence i, completion of sequence j) that the step needs scored, without gradient."""
         del num_items
         return []
 

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -44,6 +43,6 @@ class CalDPO(BetaPairLoss):
         u, v, target = ratios[0::2], ratios[1::2], 1 / (2 * self.beta)
         return LossOutput(-F.logsigmoid(u - v) + (u - target) ** 2 + (v + target) ** 2, ratios.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """log 2 + 1 / (2 beta^2) for every pair."""
-        return per_pair(reference, math.log(2) + 0.5 / self.beta**2)
+        return per_pair(inputs.policy, math.log(2) + 0.5 / self.beta**2)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from alignment.config import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -57,6 +56,6 @@ class DiscoPOP(BetaPairLoss):
         losses = torch.sigmoid(-z / self.tau) * F.softplus(-z) + torch.exp(F.logsigmoid(z / self.tau) - z)
         return LossOutput(losses, rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """(log 2 + 1) / 2 for every pair."""
-        return per_pair(reference, 0.5 * math.log(2) + 0.5)
+        return per_pair(inputs.policy, 0.5 * math.log(2) + 0.5)

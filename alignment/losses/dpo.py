@@ -67,6 +67,6 @@ class DPO(BetaPairLoss):
         losses = -(1 - self.label_smoothing) * F.logsigmoid(margins) - self.label_smoothing * F.logsigmoid(-margins)
         return LossOutput(losses, rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """Log 2 for every pair, with and without label smoothing."""
-        return per_pair(reference, math.log(2))
+        return per_pair(inputs.policy, math.log(2))

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from alignment.config import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -55,6 +54,6 @@ class DPOP(BetaPairLoss):
         rewards = torch.stack([chosen, rejected], dim=1).flatten()
         return LossOutput(-F.logsigmoid(chosen - rejected), rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """Log 2 for every pair."""
-        return per_pair(reference, math.log(2))
+        return per_pair(inputs.policy, math.log(2))

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from alignment.config import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -55,6 +54,6 @@ class EXO(BetaPairLoss):
         losses = agree + log_not_q.exp() * (log_not_q - math.log(self.epsilon))
         return LossOutput(losses, rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """-log 2 - (log(1 - e) + log e) / 2 for every pair."""
-        return per_pair(reference, -math.log(2) - 0.5 * math.log1p(-self.epsilon) - 0.5 * math.log(self.epsilon))
+        return per_pair(inputs.policy, -math.log(2) - 0.5 * math.log1p(-self.epsilon) - 0.5 * math.log(self.epsilon))

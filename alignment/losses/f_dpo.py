@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from alignment.config import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 class Divergence(Enum):
@@ -74,6 +73,6 @@ class FDPO(BetaPairLoss):
         rewards = self.beta * slopes
         return LossOutput(-F.logsigmoid(rewards[0::2] - rewards[1::2]), rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """Log 2 for every pair and every divergence."""
-        return per_pair(reference, math.log(2))
+        return per_pair(inputs.policy, math.log(2))

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 _STEEPEST = -30.0
 """Margin from which on the exponential is continued by its tangent."""
@@ -47,9 +46,9 @@ class Hinge(BetaPairLoss):
         margins = rewards[0::2] - rewards[1::2]
         return LossOutput(F.relu(1 - margins), rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """1 for every pair."""
-        return per_pair(reference, 1.0)
+        return per_pair(inputs.policy, 1.0)
 
 
 class Shape(Enum):
@@ -104,6 +103,6 @@ class GPO(BetaPairLoss):
             losses = torch.sigmoid(-x) ** 2
         return LossOutput(losses, rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """1 for every pair, and 1/4 for savage."""
-        return per_pair(reference, 0.25 if self.shape is Shape.savage else 1.0)
+        return per_pair(inputs.policy, 0.25 if self.shape is Shape.savage else 1.0)

@@ -12,7 +12,6 @@ from torch import Tensor
 from alignment.config import require
 from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 class Reduction(Enum):
@@ -61,6 +60,6 @@ class IPO(Loss):
         losses = (rewards[0::2] - rewards[1::2] - 1 / (2 * self.tau)) ** 2
         return LossOutput(losses, rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """1 / (4 tau^2) for every pair, with either reduction."""
-        return per_pair(reference, 0.25 / self.tau**2)
+        return per_pair(inputs.policy, 0.25 / self.tau**2)

@@ -12,7 +12,6 @@ from torch import Tensor
 from alignment.config import require
 from alignment.losses.base import Loss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -63,10 +62,10 @@ class KTO(Loss):
         losses = self._weights(ratios, inputs.labels) * torch.sigmoid(self.beta * signs * (z0 - ratios))
         return LossOutput(losses, self.beta * ratios.detach(), {"kl": z0.expand(len(ratios))})
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """Half the weight of every row: u and z0 are both 0."""
-        assert labels is not None, "KTO reads a label per row"
-        return self._weights(reference.values.double(), labels) / 2
+        assert inputs.labels is not None, "KTO reads a label per row"
+        return self._weights(inputs.policy.values.double(), inputs.labels) / 2
 
     def companions(self, num_items: int) -> list[tuple[int, int]]:
         """Every prompt with the next row's completion, the last with the first."""

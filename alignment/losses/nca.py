@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -46,6 +45,6 @@ class NCA(BetaPairLoss):
         losses = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
         return LossOutput(losses, rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """2 log 2 for every pair."""
-        return per_pair(reference, 2 * math.log(2))
+        return per_pair(inputs.policy, 2 * math.log(2))

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from alignment.config import require
 from alignment.losses.base import Loss, LossInputs, LossOutput
-from alignment.ragged import RaggedLogps
 
 CEILING = -1e-10
 """The mean log-prob, in nats, from which on the odds p / (1 - p) stop growing.
@@ -73,9 +72,9 @@ class ORPO(Loss):
         losses = nll - self.lam * F.logsigmoid(ratio)
         return LossOutput(losses, rewards.detach(), {"nll": nll.detach(), "log_odds": ratio.detach()})
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """-a + lam log(1 + odds_l / odds_w) of the reference's own mean log-probs."""
-        means = torch.stack([reference.sequence(i).double().mean() for i in range(len(reference))])
+        means = torch.stack([inputs.policy.sequence(i).double().mean() for i in range(len(inputs.policy))])
         log_p = means.clamp(max=CEILING)
         log_q = torch.log1p(-torch.exp(log_p))
         against = (log_p[1::2] + log_q[0::2]) - (log_p[0::2] + log_q[1::2])

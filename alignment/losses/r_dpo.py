@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from alignment.config import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -53,7 +52,7 @@ class RDPO(BetaPairLoss):
         rewards = self.beta * ratios.sums() + self.alpha * ratios.lengths.to(ratios.values.dtype)
         return LossOutput(-F.logsigmoid(rewards[0::2] - rewards[1::2]), rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """log(1 + exp(-alpha (n_w - n_l)))."""
-        excess = self.alpha * reference.lengths.double()
+        excess = self.alpha * inputs.policy.lengths.double()
         return F.softplus(excess[1::2] - excess[0::2])

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from alignment.config import require
 from alignment.losses.base import Loss, LossInputs, LossOutput
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -48,7 +47,7 @@ class RePO(Loss):
         rewards = inputs.policy.means()
         return LossOutput(F.relu(self.gamma - rewards[0::2] + rewards[1::2]), rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """The same formula of the reference's own mean log-probs."""
-        means = torch.stack([reference.sequence(i).double().mean() for i in range(len(reference))])
+        means = torch.stack([inputs.policy.sequence(i).double().mean() for i in range(len(inputs.policy))])
         return (self.gamma - means[0::2] + means[1::2]).clamp(min=0)

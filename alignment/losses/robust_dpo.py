@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from alignment.config import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -54,6 +53,6 @@ class RobustDPO(BetaPairLoss):
         losses = -(1 - self.flip_rate) * F.logsigmoid(margins) + self.flip_rate * F.logsigmoid(-margins)
         return LossOutput(losses / (1 - 2 * self.flip_rate), rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """Log 2 for every pair and every flip rate."""
-        return per_pair(reference, math.log(2))
+        return per_pair(inputs.policy, math.log(2))

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from alignment.config import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -57,8 +56,8 @@ class SimPO(BetaPairLoss):
         margins = rewards[0::2] - rewards[1::2] - self.beta * self.gamma_beta_ratio
         return LossOutput(-F.logsigmoid(margins), rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """log(1 + exp(beta (gamma / beta - a + b))) of the reference's own mean log-probs."""
-        means = torch.stack([reference.sequence(i).double().mean() for i in range(len(reference))])
+        means = torch.stack([inputs.policy.sequence(i).double().mean() for i in range(len(inputs.policy))])
         excess = self.beta * (self.gamma_beta_ratio - means[0::2] + means[1::2])
         return torch.logaddexp(torch.zeros_like(excess), excess)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from alignment.config import require
 from alignment.losses.base import Loss, LossInputs, LossOutput
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -52,7 +51,7 @@ class SLiCHF(Loss):
         chosen, rejected = rewards[0::2], rewards[1::2]
         return LossOutput(F.relu(self.delta - chosen + rejected) - self.lam * chosen, rewards.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """The same formula of the reference's own log-probs."""
-        sums = torch.stack([reference.sequence(i).double().sum() for i in range(len(reference))])
+        sums = torch.stack([inputs.policy.sequence(i).double().sum() for i in range(len(inputs.policy))])
         return (self.delta - sums[0::2] + sums[1::2]).clamp(min=0) - self.lam * sums[0::2]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
 
 
 @dataclass(kw_only=True)
@@ -44,6 +43,6 @@ class SPPO(BetaPairLoss):
         losses = (ratios[0::2] - target) ** 2 / 2 + (ratios[1::2] + target) ** 2 / 2
         return LossOutput(losses, self.beta * ratios.detach())
 
-    def at_reference(self, reference: RaggedLogps, labels: Tensor | None) -> Tensor:
+    def at_reference(self, inputs: LossInputs) -> Tensor:
         """1 / (4 beta^2) for every pair."""
-        return per_pair(reference, 0.25 / self.beta**2)
+        return per_pair(inputs.policy, 0.25 / self.beta**2)

@@ -13,11 +13,12 @@ def make_ragged(sequences, dtype=torch.float64, requires_grad=False):
     return RaggedLogps(values, torch.tensor(lengths).cumsum(0))
 
 
-def make_inputs(policy, reference=None, labels=None, dtype=torch.float64):
+def make_inputs(policy, reference=None, labels=None, dtype=torch.float64, **more):
     return LossInputs(
         make_ragged(policy, dtype, requires_grad=True),
         None if reference is None else make_ragged(reference, dtype),
         None if labels is None else torch.tensor(labels),
+        **more,
     )
 
 

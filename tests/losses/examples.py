@@ -1,0 +1,60 @@
+"""Every loss and every option of it, for the tests of what all losses promise."""
+
+from alignment.losses import (
+    DPO,
+    DPOP,
+    EXO,
+    FDPO,
+    GPO,
+    IPO,
+    KTO,
+    LNDPO,
+    NCA,
+    ORPO,
+    RDPO,
+    SPPO,
+    AlphaPO,
+    APODown,
+    APOZero,
+    BCOPair,
+    CalDPO,
+    DiscoPOP,
+    Hinge,
+    RePO,
+    RobustDPO,
+    SimPO,
+    SLiCHF,
+)
+from alignment.losses.f_dpo import Divergence
+from alignment.losses.gpo import Shape
+from alignment.losses.ipo import Reduction
+
+EXAMPLES = {
+    "dpo": DPO(beta=0.1, label_smoothing=0.0),
+    "cdpo": DPO(beta=0.1, label_smoothing=0.1),
+    "ipo_mean": IPO(tau=0.1, reduction=Reduction.mean),
+    "ipo_sum": IPO(tau=0.1, reduction=Reduction.sum),
+    "simpo": SimPO(beta=2.0, gamma_beta_ratio=0.55),
+    "orpo": ORPO(lam=0.1),
+    "kto": KTO(beta=0.1, desirable_weight=1.33, undesirable_weight=0.7),
+    "robust_dpo": RobustDPO(beta=0.1, flip_rate=0.2),
+    "hinge": Hinge(beta=0.05),
+    **{f"gpo_{shape.name}": GPO(beta=0.3, shape=shape) for shape in Shape},
+    "ln_dpo": LNDPO(beta=5.0),
+    "r_dpo": RDPO(beta=0.1, alpha=0.03),
+    "dpop": DPOP(beta=0.3, lam=50.0),
+    "cal_dpo": CalDPO(beta=0.05),
+    **{f"f_dpo_{divergence.name}": FDPO(beta=0.1, divergence=divergence, alpha=0.3) for divergence in Divergence},
+    "discopop": DiscoPOP(beta=0.05, tau=0.05),
+    "exo": EXO(beta=0.5, epsilon=1e-3),
+    "nca": NCA(beta=0.1),
+    "sppo": SPPO(beta=0.05),
+    "apo_zero": APOZero(beta=0.1),
+    "apo_down": APODown(beta=0.1),
+    "bco_pair": BCOPair(beta=0.1),
+    "alphapo": AlphaPO(beta=2.5, gamma_beta_ratio=0.1, alpha=0.25),
+    "alphapo_0": AlphaPO(beta=2.5, gamma_beta_ratio=0.1, alpha=0.0),
+    "repo": RePO(gamma=2.0),
+    "slic_hf": SLiCHF(delta=50.0, lam=0.1),
+}
+ENUMS = {"reduction": Reduction, "shape": Shape, "divergence": Divergence}
