@@ -20,6 +20,7 @@ class Group:
         completions: K arrays (C_k,) int32, each with its end-of-turn tokens unless it was truncated; C_k >= 1.
         labels: K booleans (True: desirable), or None for data without labels.
         scores: K floats from the data (a judge, a reward model), or None.
+        weight: factor of the group's loss, from the data.
         source: where the row came from, "file:row", for messages and samples.
     """
 
@@ -27,6 +28,7 @@ class Group:
     completions: tuple[np.ndarray, ...]
     labels: tuple[bool, ...] | None = None
     scores: tuple[float, ...] | None = None
+    weight: float = 1.0
     source: str = ""
 
     def __post_init__(self) -> None:

@@ -128,7 +128,7 @@ def _group(
         completions.append(completion[:room])
     if len({completion.tobytes() for completion in completions}) < len(completions):
         raise Rejected("identical_after_tokenising", f"the completions agree in their first {room} tokens")
-    return Group(prompt, tuple(completions), row.labels, row.scores, row.source), notes
+    return Group(prompt, tuple(completions), row.labels, row.scores, source=row.source), notes
 
 
 def tokenize_sft(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> TokenizedSFT:
