@@ -29,6 +29,7 @@ class MicroBatch:
             completion token is: the position just before it.
         targets: (tokens,) int64, the completion tokens.
         offsets: (S + 1,) int64, where each sequence's tokens start; sequences in group order, completions within.
+            Where prompts are scored too, their tokens follow those of all completions, in group order.
         num_tokens: tokens of all sequences, prompts counted with every completion and padding never: a measure of
             what was scored, whatever the layout.
         shared_row: the spans of the one row in which prompts are shared, or None for rows that stand alone.
@@ -59,8 +60,11 @@ class MicroBatch:
 class BatchLayout(Protocol):
     """Interface of a layout."""
 
-    def batches(self, groups: Sequence[Group], tokens_per_batch: int) -> Iterator[MicroBatch]:
-        """Every group in exactly one micro-batch of at most `tokens_per_batch` positions (or of that group alone)."""
+    def batches(self, groups: Sequence[Group], tokens_per_batch: int, prompts: bool = False) -> Iterator[MicroBatch]:
+        """Every group in exactly one micro-batch of at most `tokens_per_batch` positions (or of that group alone).
+
+        With `prompts` the prompts' tokens are scored too, all but the first.
+        """
         ...
 
 
@@ -82,7 +86,7 @@ class FlatLayout:
     def __init__(self, pass_cost: int = PASS_COST["cpu"]) -> None:
         self._pass_cost = pass_cost
 
-    def batches(self, groups: Sequence[Group], tokens_per_batch: int) -> Iterator[MicroBatch]:
+    def batches(self, groups: Sequence[Group], tokens_per_batch: int, prompts: bool = False) -> Iterator[MicroBatch]:
         """Longest groups first, so that the step with the largest memory is the first one."""
         widths = [len(g.prompt) + max(len(c) for c in g.completions) for g in groups]
         order = sorted(range(len(groups)), key=lambda i: (-widths[i], i))
@@ -94,15 +98,15 @@ class FlatLayout:
             padding += rows * (width - widths[index])
             if (num_rows + rows) * width > tokens_per_batch or padding > self._pass_cost:
                 if members:
-                    yield self._build(groups, members)
+                    yield self._build(groups, members, prompts)
                 members, num_rows, padding = [], 0, 0
             members.append(index)
             num_rows += rows
         if members:
-            yield self._build(groups, members)
+            yield self._build(groups, members, prompts)
 
     @staticmethod
-    def _build(groups: Sequence[Group], members: Sequence[int]) -> MicroBatch:
+    def _build(groups: Sequence[Group], members: Sequence[int], prompts: bool) -> MicroBatch:
         rows = [(groups[i].prompt, completion) for i in members for completion in groups[i].completions]
         # The last token of a row predicts nothing that is scored, so it need not be run.
         width = max(len(prompt) + len(completion) for prompt, completion in rows) - 1
@@ -114,11 +118,18 @@ class FlatLayout:
             input_ids[row, len(prompt) : start + len(completion)] = completion[:-1]
             positions.append(np.arange(row * width + start, row * width + start + len(completion)))
         lengths = [len(completion) for _, completion in rows]
+        targets = [completion for _, completion in rows]
+        if prompts:
+            row = 0
+            for prompt, num_rows in ((groups[i].prompt, len(groups[i].completions)) for i in members):
+                positions.append(np.arange(row * width, row * width + len(prompt) - 1))
+                targets.append(prompt[1:])
+                row += num_rows
         return MicroBatch(
             indices=tuple(members),
             input_ids=torch.from_numpy(input_ids),
             score_positions=torch.from_numpy(np.concatenate(positions)),
-            targets=torch.from_numpy(np.concatenate([c for _, c in rows]).astype(np.int64)),
+            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
             offsets=torch.from_numpy(np.cumsum([0, *lengths])),
             num_tokens=sum(len(prompt) + len(completion) for prompt, completion in rows),
         )
@@ -130,7 +141,7 @@ class SharedLayout:
     Groups with equal prompts share one too. It needs a model that passed `shared.choose_layout`.
     """
 
-    def batches(self, groups: Sequence[Group], tokens_per_batch: int) -> Iterator[MicroBatch]:
+    def batches(self, groups: Sequence[Group], tokens_per_batch: int, prompts: bool = False) -> Iterator[MicroBatch]:
         """Rows filled first-fit, longest prompts first, so that the step with the largest memory is the first one."""
         families = self._families(groups, tokens_per_batch)
         rows: list[tuple[int, list[list[int]]]] = []
@@ -142,7 +153,7 @@ class SharedLayout:
             else:
                 rows.append((length, [family]))
         for _, members in rows:
-            yield self._build(groups, members)
+            yield self._build(groups, members, prompts)
 
     @staticmethod
     def _families(groups: Sequence[Group], tokens_per_batch: int) -> list[tuple[int, list[int]]]:
@@ -162,7 +173,7 @@ class SharedLayout:
         return families
 
     @staticmethod
-    def _build(groups: Sequence[Group], families: Sequence[Sequence[int]]) -> MicroBatch:
+    def _build(groups: Sequence[Group], families: Sequence[Sequence[int]], prompts: bool) -> MicroBatch:
         ids: list[np.ndarray] = []
         targets: list[np.ndarray] = []
         positions: list[np.ndarray] = []
@@ -181,12 +192,17 @@ class SharedLayout:
             spans.append(span)
             start = span.end
         row = tuple(spans)
+        offsets = np.cumsum([0, *(len(c) for c in targets)])
+        if prompts:
+            for family, span in zip(families, spans, strict=True):
+                positions += [np.arange(span.start, span.prompt_end - 1)] * len(family)
+                targets += [groups[family[0]].prompt[1:]] * len(family)
         return MicroBatch(
             indices=tuple(index for family in families for index in family),
             input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
             score_positions=torch.from_numpy(np.concatenate(positions)),
             targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
-            offsets=torch.from_numpy(np.cumsum([0, *(len(c) for c in targets)])),
+            offsets=torch.from_numpy(offsets),
             num_tokens=num_tokens,
             shared_row=row,
             position_ids=position_ids(row),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,17 +18,20 @@ from torch import Tensor, nn
 from alignment.attention import SharedRow
 from alignment.errors import UserError
 from alignment.groups import Group
-from alignment.head import LogitTransform, score_hidden
+from alignment.head import LogitTransform, OtherModel, score_hidden
 from alignment.layout import BatchLayout, MicroBatch
+from alignment.losses.base import Quantity
 from alignment.ragged import RaggedLogps
+from alignment.scored import TokenPlan
 
 log = logging.getLogger(__name__)
 
 
 def enable_scoring(model: nn.Module) -> None:
-    """Teach a causal LM's `forward` to score: with `score_positions` and `targets` it returns per-token log-probs.
+    """Teach a causal LM's `forward` to score: with `score_positions` and `targets` it returns per-token results.
 
-    It goes through `forward` so that wrappers around the model (peft, DDP, FSDP, autocast) see an ordinary call.
+    These are `head.score_hidden`'s (rows, tokens), or with `hidden_only` the (tokens, H) hidden states behind them. It
+    goes through `forward` so that wrappers around the model (peft, DDP, FSDP, autocast) see an ordinary call.
     Without these two arguments the forward is the model's own.
     """
     transform = LogitTransform.of(model.config)
@@ -41,6 +44,9 @@ def enable_scoring(model: nn.Module) -> None:
         score_positions: Tensor | None = None,
         targets: Tensor | None = None,
         shared_row: SharedRow | None = None,
+        quantities: frozenset[Quantity] = frozenset(),
+        other: OtherModel | None = None,
+        hidden_only: bool = False,
         **kwargs: Any,
     ) -> Any:
         if score_positions is None or targets is None:
@@ -53,9 +59,41 @@ def enable_scoring(model: nn.Module) -> None:
         with torch.autocast(targets.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
             hidden = hidden.flatten(0, 1).index_select(0, score_positions)
-            return score_hidden(head, hidden, targets, transform)
+            return hidden if hidden_only else score_hidden(head, hidden, targets, transform, quantities, other)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _pass(model: nn.Module, batch: MicroBatch, **options: Any) -> Tensor:
+    if batch.shared_row is not None:
+        options |= {"shared_row": batch.shared_row, "position_ids": batch.position_ids}
+    return model(input_ids=batch.input_ids, score_positions=batch.score_positions, targets=batch.targets, **options)
+
+
+def score_tokens(
+    model: nn.Module,
+    batch: MicroBatch,
+    quantities: frozenset[Quantity] = frozenset(),
+    other: OtherModel | None = None,
+) -> Tensor:
+    """Log-probs of all scored tokens of a micro-batch and the quantities asked for, differentiable where enabled.
+
+    Args:
+        model: a causal LM after `enable_scoring`, possibly wrapped.
+        batch: on the model's device.
+        quantities: of the distributions at these tokens.
+        other: `hidden_states` of the model that a divergence is from, with its head.
+
+    Returns:
+        (1 + rows of the quantities, tokens) as `head.score_hidden`, in the order of `batch.indices`.
+    """
+    return _pass(model, batch, quantities=quantities, other=other)
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """(tokens, H) hidden states that predict the scored tokens of a micro-batch."""
+    return _pass(model, batch, hidden_only=True)
 
 
 def score(model: nn.Module, batch: MicroBatch) -> RaggedLogps:
@@ -63,25 +101,38 @@ def score(model: nn.Module, batch: MicroBatch) -> RaggedLogps:
 
     Args:
         model: a causal LM after `enable_scoring`, possibly wrapped.
-        batch: on the model's device.
+        batch: on the model's device, of completions alone.
 
     Returns:
         RaggedLogps in the order of `batch.indices`; fp32 (fp64 for an fp64 model).
     """
-    shared = {}
-    if batch.shared_row is not None:
-        shared = {"shared_row": batch.shared_row, "position_ids": batch.position_ids}
-    values = model(input_ids=batch.input_ids, score_positions=batch.score_positions, targets=batch.targets, **shared)
-    return RaggedLogps(values, batch.offsets)
+    return RaggedLogps(score_tokens(model, batch)[0], batch.offsets)
 
 
-@torch.no_grad()
 def score_groups(
     model: nn.Module, groups: Sequence[Group], layout: BatchLayout, tokens_per_batch: int, device: torch.device
 ) -> Iterator[tuple[MicroBatch, RaggedLogps]]:
     """Score many groups without gradient, micro-batch by micro-batch, results on the CPU.
 
-    Where a GPU's memory does not suffice, what is left is scored with half the budget.
+    Raises:
+        UserError: not even one group at a time fits.
+    """
+    for batch, values in in_passes(lambda b: score_tokens(model, b), groups, layout, tokens_per_batch, device):
+        yield batch, RaggedLogps(values[0], batch.offsets)
+
+
+@torch.no_grad()
+def in_passes(
+    run: Callable[[MicroBatch], Tensor],
+    groups: Sequence[Group],
+    layout: BatchLayout,
+    tokens_per_batch: int,
+    device: torch.device,
+    prompts: bool = False,
+) -> Iterator[tuple[MicroBatch, Tensor]]:
+    """What `run` gives for every micro-batch of many groups, without gradient, on the CPU.
+
+    Where a GPU's memory does not suffice, what is left is run with half the budget.
 
     Raises:
         UserError: not even one group at a time fits.
@@ -89,16 +140,16 @@ def score_groups(
     left = list(range(len(groups)))
     while left:
         rest = [groups[index] for index in left]
-        scored: set[int] = set()
-        for batch in layout.batches(rest, tokens_per_batch):
+        done: set[int] = set()
+        for batch in layout.batches(rest, tokens_per_batch, prompts):
             try:
-                logps = score(model, batch.to(device)).to("cpu")
+                values = run(batch.to(device)).to("cpu")
             except torch.cuda.OutOfMemoryError:
                 break
             indices = tuple(left[index] for index in batch.indices)
-            scored.update(indices)
-            yield replace(batch, indices=indices), logps
-        left = [index for index in left if index not in scored]
+            done.update(indices)
+            yield replace(batch, indices=indices), values
+        left = [index for index in left if index not in done]
         if left:  # out of the handler, whose traceback holds the tensors of the pass
             torch.cuda.empty_cache()
             smaller = smaller_budget(layout, [groups[index] for index in left], tokens_per_batch)
@@ -136,16 +187,11 @@ def smaller_budget(layout: BatchLayout, groups: Sequence[Group], tokens_per_batc
 
 def join_scores(groups: Sequence[Group], scored: Sequence[tuple[MicroBatch, RaggedLogps]]) -> RaggedLogps:
     """Put the sequences of several micro-batches back into the order of the groups."""
-    sequences: dict[tuple[int, int], Tensor] = {}
+    plan = TokenPlan.of(groups)
+    values = scored[0][1].values.new_empty(plan.num_tokens) if scored else torch.zeros(0)
     for batch, logps in scored:
-        position = 0
-        for index in batch.indices:
-            for k in range(len(groups[index].completions)):
-                sequences[index, k] = logps.sequence(position)
-                position += 1
-    return RaggedLogps.from_sequences(
-        [sequences[i, k] for i, group in enumerate(groups) for k in range(len(group.completions))]
-    )
+        values[plan.columns(batch.indices).to(values.device)] = logps.values
+    return plan.policy(values)
 
 
 @torch.no_grad()
@@ -158,7 +204,7 @@ def check_scoring(model: nn.Module, vocabulary: int, device: torch.device) -> No
     ids = (torch.arange(9, device=device) * 7919 % vocabulary)[None]
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
     expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-    found = model(input_ids=ids[:, :-1], score_positions=torch.arange(8, device=device), targets=ids[0, 1:])
+    found = model(input_ids=ids[:, :-1], score_positions=torch.arange(8, device=device), targets=ids[0, 1:])[0]
     difference = (found.double() - expected).abs().max().item()
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 5e-2
     if not difference <= tolerance:

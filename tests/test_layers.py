@@ -18,7 +18,7 @@ LAYERS = [
     {"policy", "records", "shared"},
     {"data.tokens", "data.sources"},
     {"data.layouts", "reference_store", "wheel_model", "logps", "lean"},
-    {"data.rows", "layout", "data.quickstart", "judge"},
+    {"data.rows", "layout", "data.quickstart", "judge", "scored"},
     {"losses.__main__"},
     {"losses", "attention", "head"},
     {"block_attention"},

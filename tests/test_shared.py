@@ -293,8 +293,8 @@ def test_the_reference_pass_runs_a_prompt_once(tmp_path, monkeypatch):
     widths = []
     plain = SharedLayout._build
 
-    def build(groups, families):
-        batch = plain(groups, families)
+    def build(groups, families, prompts):
+        batch = plain(groups, families, prompts)
         widths.append(batch.input_ids.shape[1])
         return batch
 
