@@ -1,6 +1,7 @@
 """Every loss and every option of it, for the tests of what all losses promise."""
 
 from alignment.losses import (
+    AOT,
     DPO,
     DPOP,
     EXO,
@@ -8,12 +9,17 @@ from alignment.losses import (
     GPO,
     IPO,
     KTO,
+    LDDPO,
     LNDPO,
     NCA,
     ORPO,
     RDPO,
     SPPO,
+    TDPO1,
+    TDPO2,
+    WPO,
     AlphaPO,
+    AOTUnpaired,
     APODown,
     APOZero,
     BCOPair,
@@ -22,6 +28,7 @@ from alignment.losses import (
     Hinge,
     RePO,
     RobustDPO,
+    SamPO,
     SimPO,
     SLiCHF,
 )
@@ -56,5 +63,14 @@ EXAMPLES = {
     "alphapo_0": AlphaPO(beta=2.5, gamma_beta_ratio=0.1, alpha=0.0),
     "repo": RePO(gamma=2.0),
     "slic_hf": SLiCHF(delta=50.0, lam=0.1),
+    "ld_dpo": LDDPO(beta=0.1, alpha=0.5),
+    "sampo": SamPO(beta=0.1),
+    "tdpo1": TDPO1(beta=0.1),
+    "tdpo2": TDPO2(beta=0.1, alpha=0.5),
+    "wpo": WPO(beta=0.01),
+    "aot": AOT(beta=0.1, label_smoothing=0.0),
+    "aot_smoothed": AOT(beta=0.1, label_smoothing=0.1),
+    "aot_unpaired": AOTUnpaired(beta=0.1, label_smoothing=0.0),
+    "aot_unpaired_smoothed": AOTUnpaired(beta=0.1, label_smoothing=0.1),
 }
 ENUMS = {"reduction": Reduction, "shape": Shape, "divergence": Divergence}

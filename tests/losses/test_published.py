@@ -9,6 +9,7 @@ from alignment.losses import (
     FDPO,
     GPO,
     IPO,
+    LDDPO,
     LNDPO,
     NCA,
     ORPO,
@@ -63,6 +64,7 @@ from alignment.losses.ipo import Reduction
         (GPO(beta=2.0, shape=Shape.exponential), 0.07427357821),
         (GPO(beta=2.0, shape=Shape.truncated_quadratic), 0.0),
         (GPO(beta=2.0, shape=Shape.savage), 0.004780121168),
+        (LDDPO(beta=0.1, alpha=0.5), 0.6314278369),
     ],
 )
 def test_published_pair(inputs, loss, value):
