@@ -6,6 +6,7 @@ folder named on the command line. All composition goes through here, for the com
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -18,14 +19,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from alignment import config as schema
 from alignment.errors import UserError
-from alignment.losses import LOSSES
+from alignment.losses import LOSSES, Loss, Mixture
 
 _SCHEMAS = {
     "model": schema.ModelConfig,
@@ -62,10 +63,10 @@ def register(config_dir: Path | None = None) -> None:
     """
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=schema.RunConfig, package="_global_")
-    for name, node in _SCHEMAS.items():
-        store.store(group="schema", name=name, node=node, package=name)
+    for name, part in _SCHEMAS.items():
+        store.store(group="schema", name=name, node=_schema(part), package=name)
     for name, loss in LOSSES.items():
-        store.store(group="schema/loss", name=name, node=loss, package="loss")
+        store.store(group="schema/loss", name=name, node=_schema(loss), package="loss")
     for path in sorted(asset_dir("recipes").rglob("*.yaml")):
         _store_recipe(path, asset_dir("recipes"))
     if config_dir is not None:
@@ -82,8 +83,45 @@ def register(config_dir: Path | None = None) -> None:
             if is_recipe:
                 _store_recipe(path, config_dir / "recipe")
             elif path.parent != config_dir:
-                group = relative.parent.as_posix()
-                store.store(group=group, name=path.stem, node=_read(path), provider=str(path))
+                group, node = relative.parent.as_posix(), _read(path)
+                if group == "loss" and "_target_" in node:
+                    _store_schema(node, path)
+                store.store(group=group, name=path.stem, node=node, provider=str(path))
+
+
+def _schema(of: type) -> DictConfig:
+    """A dataclass as a schema; mappings in it take new keys, which Hydra would ask to be written with a plus."""
+    node = OmegaConf.structured(of)
+    for key in node:
+        field = node._get_node(key)
+        if isinstance(field, DictConfig) and OmegaConf.get_type(field) in (dict, None):
+            OmegaConf.set_struct(field, False)
+    return node
+
+
+def _store_schema(node: DictConfig, path: Path) -> None:
+    """Make the class that a user's loss file names in `_target_` the schema of that file.
+
+    Raises:
+        UserError: what it names is no loss, or calls itself by the name of a shipped one.
+    """
+    with open_dict(node):
+        target, defaults = node.pop("_target_"), node.pop("defaults", ["_self_"])
+        node.defaults = [f"/schema/loss/{path.stem}", *defaults]
+    module, _, name = str(target).rpartition(".")
+    try:
+        loss = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the user's own code raises, the file that names it is the place to look
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"{path}: _target_ {target} cannot be imported ({why}); it names module.Class, and the module is looked for "
+            f"in the folder that the command is run in."
+        ) from error
+    if not (isinstance(loss, type) and issubclass(loss, Loss) and is_dataclass(loss)):
+        raise UserError(f"{path}: _target_ {target} is not a dataclass derived from alignment.losses.Loss.")
+    if not isinstance(getattr(loss, "name", None), str) or LOSSES.get(loss.name, loss) is not loss:
+        raise UserError(f"{path}: _target_ {target} needs a `name` that no shipped loss has.")
+    ConfigStore.instance().store(group="schema/loss", name=path.stem, node=_schema(loss), package="loss")
 
 
 def _read(path: Path) -> DictConfig:
@@ -167,6 +205,7 @@ def to_run_config(cfg: DictConfig) -> schema.RunConfig:
         if missing:
             raise UserError(f"No value is given for: {', '.join(missing)}.")
         _check_sft(cfg)
+        _check_mixture(cfg)
         return OmegaConf.to_object(cfg)  # type: ignore[return-value]
     except UserError:
         raise
@@ -181,6 +220,19 @@ def _check_sft(cfg: DictConfig) -> None:
             OmegaConf.to_object(cfg.sft[part])
         except UserError as error:
             raise UserError(f"sft.{error}") from error
+
+
+def _check_mixture(cfg: DictConfig) -> None:
+    """A mixture's losses do not know that they are parts: name their settings as the user wrote them."""
+    for name, part in cfg.loss.settings.items() if _is_mixture(cfg) else ():
+        try:
+            OmegaConf.to_object(part)
+        except UserError as error:
+            raise UserError(re.sub(r"\bloss\.", f"loss.settings.{name}.", str(error))) from error
+
+
+def _is_mixture(cfg: DictConfig) -> bool:
+    return OmegaConf.get_type(cfg.get("loss")) is Mixture
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
@@ -208,11 +260,11 @@ def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictC
     try:
         with initialize_config_dir(config_dir=str(asset_dir("conf")), version_base=VERSION_BASE):
             node = compose("config", overrides=list(overrides), return_hydra_config=True)
+            settle(node, node.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(_sentence(error)) from error
     except RecursionError as error:
         raise UserError("A recipe's defaults list leads back to the recipe itself.") from error
-    settle(node, node.hydra.runtime.choices)
     if not with_hydra:
         with open_dict(node):
             del node["hydra"]
@@ -220,10 +272,39 @@ def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictC
 
 
 def settle(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
-    """Let an option `none` win over the values that the recipe gives the same group, which Hydra merges last."""
+    """What is left to do once Hydra, which must be set up still, has composed.
+
+    An option `none` wins over the values that the recipe gives the same group, which Hydra merges last; and every loss
+    of a mixture gets its recommended settings, but for those that are given.
+
+    Raises:
+        UserError: a mixture of a loss that does not exist, or with settings that its losses do not have.
+    """
     for group in ("quantization", "adapter", "sft", "loss", "tracking"):
         if choices.get(group) == "none":
             cfg[group] = None
+    if _is_mixture(cfg):
+        for name in cfg.loss.weights:
+            given = cfg.loss.settings.get(name, {})
+            if not isinstance(given, Mapping):
+                raise UserError(f"loss.settings.{name} must map settings of {name} to values, and is {given}.")
+            cfg.loss.settings[name] = _recommended(name)
+            try:
+                cfg.loss.settings[name].merge_with(given)
+            except OmegaConfBaseException as error:
+                raise UserError(_sentence(error)) from error
+
+
+def _recommended(name: str) -> DictConfig:
+    """The option of that name of the group `loss`."""
+    try:
+        loss = compose(f"loss/{name}").loss
+    except MissingConfigException:
+        loss = None
+    if loss is None or OmegaConf.get_type(loss) is Mixture:
+        single = ", ".join(known for known in LOSSES if known != Mixture.name)
+        raise UserError(f"loss.weights.{name}: there is no single loss of this name; available are {single}.")
+    return loss
 
 
 def load(*overrides: str, config_dir: Path | None = None) -> schema.RunConfig:

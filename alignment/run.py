@@ -43,8 +43,8 @@ def _job(cfg: DictConfig) -> None:
     run_dir = Path(hydra_config.runtime.output_dir)
     path = run_dir / "config.yaml"
     is_new = not path.exists()
-    settle(cfg, hydra_config.runtime.choices)
     try:
+        settle(cfg, hydra_config.runtime.choices)
         config = to_run_config(cfg)
         if not _resumes(config):
             _require_new(run_dir)
