@@ -206,30 +206,32 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
+def policy_identity(model: nn.Module, base: str | None = None) -> tuple[str, dict[str, Any]]:
     """Fingerprint of what the model computes: base weights, quantisation, compute dtype and effective adapters.
 
     An adapter whose update is zero (every fresh LoRA) leaves no trace, so its rank, scaling and seed do not matter.
 
+    Args:
+        model: the policy.
+        base: `base` of an earlier description, where only the adapter has changed since: reading the whole base again
+            takes seconds.
+
     Returns:
         (64 hex digits, a description for people).
     """
-    base = hashlib.blake2b(digest_size=32)
     adapter = hashlib.blake2b(digest_size=32)
     num_adapted = 0
     config = model.config.to_dict()
     quantization = config.pop("quantization_config", None)
-    base.update(_canonical(_lasting(config)))
-    base.update(_canonical(quantization))
     for name, scaling, *weights in _updates(model):
         num_adapted += 1
         adapter.update(f"{name}:{scaling!r}".encode())
         for weight in weights:
             _update(adapter, weight)
-    for name, tensor in _base_tensors(model):
-        base.update(name.encode())
-        _update(base, tensor)
-    digests = {"base": base.hexdigest(), "adapter": adapter.hexdigest() if num_adapted else None}
+    digests = {
+        "base": base or _base_digest(model, config, quantization),
+        "adapter": adapter.hexdigest() if num_adapted else None,
+    }
     identity = hashlib.blake2b(_canonical(digests), digest_size=32).hexdigest()
     description = {
         "model": config.get("_name_or_path", ""),
@@ -239,6 +241,16 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
         **digests,
     }
     return identity, description
+
+
+def _base_digest(model: nn.Module, config: dict[str, Any], quantization: Any) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    digest.update(_canonical(_lasting(config)))
+    digest.update(_canonical(quantization))
+    for name, tensor in _base_tensors(model):
+        digest.update(name.encode())
+        _update(digest, tensor)
+    return digest.hexdigest()
 
 
 def _lasting(config: dict[str, Any]) -> dict[str, Any]:
@@ -309,17 +321,22 @@ def starts_at_base(model: nn.Module) -> bool:
 
 
 class FrozenStart:
-    """The policy as it is now, kept beside the one that trains: the live reference.
+    """The policy as it is now, kept beside the one that trains: the live reference, which `mix` moves.
 
-    With a fresh LoRA that is the base with the adapter off; with a trained adapter a frozen copy of it; without an
-    adapter a copy of the whole model.
+    With a fresh LoRA that is the base with the adapter off; with a trained adapter frozen tensors that take the places
+    of the adapter's own while the reference is asked; without an adapter a copy of the whole model.
+
+    A mixed adapter is exact in weight space. Mixing A with A and B with B would mix their products wrongly, so that
+    updates are laid side by side instead: for the shares s_i of the updates B_i A_i that were met,
+    sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...]. The rank grows by the policy's with every mix, until
+    the oldest share is lost in rounding and its update is dropped: 18 times the rank for a mix of 0.6 in fp32.
     """
-
-    _NAME = "reference"
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._copy: nn.Module | None = None
+        self._adapter: dict[str, nn.Parameter] = {}
+        self._shares: list[float] = []
         if not is_adapted(model):
             self._kind = "copy of the model"
             self._copy = copy.deepcopy(model).requires_grad_(False)
@@ -329,41 +346,81 @@ class FrozenStart:
             self._kind = "adapter switched off"
         else:
             self._kind = "frozen copy of the adapter"
-            active = model.active_adapter
-            trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-            config = copy.copy(model.peft_config[active])
-            config.init_lora_weights = True  # PiSSA and OLoRA would edit the base weights a second time
-            config.lora_dropout = 0.0  # a reference is a function
-            model.add_adapter(self._NAME, config)
-            weights = dict(model.named_parameters())
-            with torch.no_grad():
-                for name in trainable:
-                    copied = ".".join(self._NAME if part == active else part for part in name.split("."))
-                    weights[copied].copy_(weights[name])
-            model.set_adapter(active)
+            self.mix(1.0)
         log.info("Live reference: %s.", self._kind)
+
+    @torch.no_grad()
+    def mix(self, share: float) -> None:
+        """Become `share` times the policy as it is now, and 1 - share times what this was."""
+        if self._copy is not None:
+            for kept, trained in zip(self._copy.parameters(), self._model.parameters(), strict=True):
+                kept.lerp_(trained, share)
+            return
+        own = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+        shares = [old * (1 - share) for old in self._shares]
+        least = torch.finfo(next(iter(own.values())).dtype).eps
+        lost = next((i for i, old in enumerate(shares) if old >= least), len(shares))
+        self._shares = [*shares[lost:], share]
+        for name, tensor in own.items():
+            is_up = ".lora_B." in name or ".lora_embedding_B." in name
+            parts = [share * tensor if is_up else tensor.clone()]
+            if len(self._shares) > 1:
+                axis = 1 if is_up else 0
+                gone = lost * tensor.shape[axis]
+                kept = self._adapter[name].narrow(axis, gone, self._adapter[name].shape[axis] - gone)
+                parts.insert(0, (1 - share) * kept if is_up else kept)
+            self._adapter[name] = nn.Parameter(torch.cat(parts, 1 if is_up else 0), requires_grad=False)
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         """The model to score the reference with."""
         if self._copy is not None:
             yield self._copy
-        elif self._kind == "adapter switched off":
+        elif not self._adapter:
             with self._model.disable_adapter():
                 yield self._model
         else:
-            active = self._model.active_adapter
-            self._model.set_adapter(self._NAME)
+            own = self._put(self._adapter)
             try:
                 yield self._model
             finally:
-                self._model.set_adapter(active)
+                self._put(own)
+
+    def _put(self, tensors: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Put tensors in their places in the model; returns those that were there."""
+        replaced = {}
+        for name, tensor in tensors.items():
+            place, _, key = name.rpartition(".")
+            module = self._model.get_submodule(place)
+            replaced[name] = module._parameters[key]
+            module._parameters[key] = tensor
+        return replaced  # type: ignore[return-value]
+
+    def state(self) -> dict[str, Tensor]:
+        """What `load_state` needs to make this again of a model with the same start."""
+        if self._copy is not None:
+            return {name: p.detach() for name, p in self._copy.named_parameters()}
+        return {**self._adapter, "shares": torch.tensor(self._shares, dtype=torch.float64)}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Become what `state` was taken from."""
+        if self._copy is not None:
+            for name, parameter in self._copy.named_parameters():
+                parameter.copy_(state[name])
+            return
+        self._shares = state["shares"].tolist()
+        device = next(self._model.parameters()).device
+        self._adapter = {
+            name: nn.Parameter(tensor.to(device), requires_grad=False)
+            for name, tensor in state.items()
+            if name != "shares"
+        }
 
     def close(self) -> None:
-        """Drop the copy, so that only the trained adapter is saved."""
-        if self._kind == "frozen copy of the adapter":
-            self._model.delete_adapter(self._NAME)
+        """Drop the copy."""
         self._copy = None
+        self._adapter = {}
 
 
 def check_adapter_gradients(model: nn.Module) -> None:
