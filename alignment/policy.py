@@ -353,8 +353,8 @@ class FrozenStart:
     def mix(self, share: float) -> None:
         """Become `share` times the policy as it is now, and 1 - share times what this was."""
         if self._copy is not None:
-            for kept, trained in zip(self._copy.parameters(), self._model.parameters(), strict=True):
-                kept.lerp_(trained, share)
+            for parameter, trained in zip(self._copy.parameters(), self._model.parameters(), strict=True):
+                parameter.lerp_(trained, share)
             return
         own = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
         shares = [old * (1 - share) for old in self._shares]
