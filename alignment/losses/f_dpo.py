@@ -35,7 +35,7 @@ class FDPO(BetaPairLoss):
     u and v are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected completion, *summed* over
     their tokens, and S is the logistic function. g is, up to a constant that cancels: forward_kl -e^-u, jensen_shannon
     log S(u), alpha (1 - e^(-a u)) / a with a = `alpha` in (0, 1), the paper's alpha; towards a = 0 it is DPO, towards 1
-    forward KL.
+    forward KL. `alpha` is null with the other two.
 
     Paper: Wang et al. 2023, arXiv:2309.16240.
 
@@ -55,11 +55,18 @@ class FDPO(BetaPairLoss):
     needs_reference: ClassVar[bool] = True
 
     divergence: Divergence
-    alpha: float
+    alpha: float | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.alpha < 1, f"loss.alpha must be in (0, 1), not {self.alpha}.")
+        if self.divergence is Divergence.alpha:
+            given = self.alpha is not None and 0 < self.alpha < 1
+            require(given, f"loss.alpha must be in (0, 1) with loss.divergence alpha, not {self.alpha}.")
+        else:
+            require(
+                self.alpha is None,
+                f"loss.alpha must be null with loss.divergence {self.divergence.value}, not {self.alpha}.",
+            )
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta g(u) and beta g(v) (2 * pairs,)."""
@@ -69,6 +76,7 @@ class FDPO(BetaPairLoss):
         elif self.divergence is Divergence.forward_kl:
             slopes = -torch.exp((-ratios).clamp(max=_MOST))
         else:
+            assert self.alpha is not None, "refused above"
             slopes = -torch.expm1((-self.alpha * ratios).clamp(max=_MOST)) / self.alpha
         rewards = self.beta * slopes
         return LossOutput(-F.logsigmoid(rewards[0::2] - rewards[1::2]), rewards.detach())

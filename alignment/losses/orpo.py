@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput
+from alignment.losses.base import LossInputs, LossOutput
+from alignment.losses.nll import Anchored, NLLReduction, NLLScope
 
 CEILING = -1e-10
 """The mean log-prob, in nats, from which on the odds p / (1 - p) stop growing.
@@ -32,27 +33,29 @@ def log_odds(means: Tensor) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class ORPO(Loss):
-    """L = -a - lam log S(w), with w = log(p_w / (1 - p_w)) - log(p_l / (1 - p_l)).
+class ORPO(Anchored):
+    """L = NLL - lam log S(w), with w = log(p_w / (1 - p_w)) - log(p_l / (1 - p_l)).
 
     a = log p_w and b = log p_l are the *mean* log-probs per token of the chosen and the rejected completion under the
-    policy; there is no reference. -a is the SFT term, the NLL of the chosen completion as a mean over its tokens; S is
-    the logistic function.
+    policy; there is no reference. S is the logistic function. NLL is the SFT term, the negative log-likelihood of the
+    chosen completion: its summed log-prob times -k, with k by `nll_reduction`: sequence_mean 1 / n_w with n_w the
+    completion's length, so that the NLL is -a; token_mean pairs of the step / chosen tokens of the step; sequence_sum
+    1. With `nll_scope` prompt_and_response the prompt's tokens but the first join the sum and the counts.
 
     Paper: Hong, Lee and Thorne 2024, arXiv:2403.07691, Eqs. 4, 6 and 7; lam is its lambda.
 
     Gradient of -L, per chosen token G_w and, with the opposite sign, per rejected token G_l:
-    G_w = 1 / n_w + lam S(-w) / ((1 - p_w) n_w), G_l = lam S(-w) / ((1 - p_l) n_l), with n_w and n_l the lengths.
+    G_w = k + lam S(-w) / ((1 - p_w) n_w), G_l = lam S(-w) / ((1 - p_l) n_l), with n_w and n_l the lengths.
 
     Rewards: the log-odds log(p / (1 - p)), whose difference w is what stands inside the logistic function; lam weights
-    the term and scales no reward. Parts: `nll` is -a, `log_odds` is w.
+    the term and scales no reward. Parts: `nll` is the NLL, `log_odds` is w.
 
     Recommended: lam 0.1 (the authors' Mistral 7B runs), 0.05 for Mixtral 8x22B; 0.1 to 2 in searches.
 
-    Deviations: the paper's SFT term covers the response, and so does this one; the authors' code (by default) and TRL
-    take it over prompt and response, averaged over the tokens of the whole batch instead of per sequence. The authors'
-    response mask also scores one token after the end and divides by n + 1. TRL casts to float32, logs lam a and lam b
-    as rewards, and its log(1 - p) has a NaN gradient where a mean log-prob comes within 3e-8 of 0.
+    Deviations: the paper's SFT term covers the response, and by default so does this one; the authors' code (by
+    default) and TRL have prompt_and_response and token_mean, TRL over one micro-batch instead of the optimizer step.
+    The authors' response mask also scores one token after the end and divides by n + 1. TRL casts to float32, logs
+    lam a and lam b as rewards, and its log(1 - p) has a NaN gradient where a mean log-prob comes within 3e-8 of 0.
     """
 
     name: ClassVar[str] = "orpo"
@@ -60,6 +63,8 @@ class ORPO(Loss):
     needs_reference: ClassVar[bool] = False
 
     lam: float
+    nll_reduction: NLLReduction
+    nll_scope: NLLScope
 
     def __post_init__(self) -> None:
         require(0 <= self.lam < math.inf, f"loss.lam must be a finite number, at least 0, not {self.lam}.")
@@ -68,14 +73,14 @@ class ORPO(Loss):
         """Losses (pairs,), rewards: log-odds (2 * pairs,); parts `nll` and `log_odds` (pairs,)."""
         means = inputs.policy.means()
         rewards = log_odds(means)
-        nll, ratio = -means[0::2], rewards[0::2] - rewards[1::2]
+        nll, ratio = self.nll(inputs), rewards[0::2] - rewards[1::2]
         losses = nll - self.lam * F.logsigmoid(ratio)
         return LossOutput(losses, rewards.detach(), {"nll": nll.detach(), "log_odds": ratio.detach()})
 
     def at_reference(self, inputs: LossInputs) -> Tensor:
-        """-a + lam log(1 + odds_l / odds_w) of the reference's own mean log-probs."""
+        """NLL + lam log(1 + odds_l / odds_w) of the reference's own mean log-probs."""
         means = torch.stack([inputs.policy.sequence(i).double().mean() for i in range(len(inputs.policy))])
         log_p = means.clamp(max=CEILING)
         log_q = torch.log1p(-torch.exp(log_p))
         against = (log_p[1::2] + log_q[0::2]) - (log_p[0::2] + log_q[1::2])
-        return -means[0::2] + self.lam * torch.logaddexp(torch.zeros_like(against), against)
+        return self.nll_by_hand(inputs) + self.lam * torch.logaddexp(torch.zeros_like(against), against)

@@ -8,6 +8,7 @@ import torch
 from alignment.errors import UserError
 from alignment.losses import ORPO
 from alignment.losses.orpo import log_odds
+from tests.losses.examples import SEQUENCES
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ from alignment.losses.orpo import log_odds
 )
 def test_by_hand(inputs, gradients, pair, lam, loss, weights, odds):
     step = inputs(pair)
-    output = ORPO(lam=lam)(step)
+    output = ORPO(lam=lam, **SEQUENCES)(step)
     assert output.losses.tolist() == pytest.approx([loss], rel=1e-12)
     assert output.rewards.tolist() == pytest.approx([log(o) for o in odds], abs=1e-12)
     assert output.parts["nll"].tolist() == pytest.approx([-sum(pair[0]) / 2], rel=1e-12)
@@ -76,7 +77,7 @@ def test_log_odds_at_certainty(dtype, mean):
 def test_gradient_at_certainty_in_float32(inputs, gradients, chosen, rejected):
     """Finite and of the right sign: chosen up, rejected down, also where a completion is certain already."""
     step = inputs([[chosen] * 3, [rejected] * 2], dtype=torch.float32)
-    output = ORPO(lam=0.1)(step)
+    output = ORPO(lam=0.1, **SEQUENCES)(step)
     assert torch.isfinite(output.losses).all()
     chosen_tokens, rejected_tokens = map(torch.tensor, gradients(output.losses, step))
     assert torch.isfinite(chosen_tokens).all()
@@ -88,4 +89,4 @@ def test_gradient_at_certainty_in_float32(inputs, gradients, chosen, rejected):
 @pytest.mark.parametrize("lam", [-0.1, float("nan"), float("inf")])
 def test_refuses_lam(lam):
     with pytest.raises(UserError, match=r"loss\.lam must be"):
-        ORPO(lam=lam)
+        ORPO(lam=lam, **SEQUENCES)

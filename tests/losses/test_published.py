@@ -29,6 +29,7 @@ from alignment.losses import (
 from alignment.losses.f_dpo import Divergence
 from alignment.losses.gpo import Shape
 from alignment.losses.ipo import Reduction
+from tests.losses.examples import SEQUENCES
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ from alignment.losses.ipo import Reduction
         (IPO(tau=0.1, reduction=Reduction.sum), 13.69),
         (IPO(tau=0.1, reduction=Reduction.mean), 22.48340278),
         (SimPO(beta=2.0, gamma_beta_ratio=0.5), 1.026758839),
-        (ORPO(lam=0.1), 0.676125384),
+        (ORPO(lam=0.1, **SEQUENCES), 0.676125384),
         (RobustDPO(beta=0.1, flip_rate=0.1), 0.6140081947),
         (Hinge(beta=0.1), 0.87),
         (Hinge(beta=1.0), 0.0),
@@ -52,8 +53,8 @@ from alignment.losses.ipo import Reduction
         (APODown(beta=0.1), 0.9800430901),
         (DiscoPOP(beta=0.05, tau=0.05), 0.8779809948),
         (BCOPair(beta=0.1), 1.322406615),
-        (FDPO(beta=0.1, divergence=Divergence.forward_kl, alpha=0.5), 0.6154695877),
-        (FDPO(beta=0.1, divergence=Divergence.jensen_shannon, alpha=0.5), 0.6589031761),
+        (FDPO(beta=0.1, divergence=Divergence.forward_kl, alpha=None), 0.6154695877),
+        (FDPO(beta=0.1, divergence=Divergence.jensen_shannon, alpha=None), 0.6589031761),
         (FDPO(beta=0.1, divergence=Divergence.alpha, alpha=0.5), 0.6243846536),
         (FDPO(beta=0.1, divergence=Divergence.alpha, alpha=0.3), 0.6270627169),
         (RDPO(beta=0.1, alpha=0.03), 0.6587595555),

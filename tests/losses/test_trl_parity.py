@@ -41,6 +41,7 @@ from alignment.losses import (
 from alignment.losses.f_dpo import Divergence
 from alignment.losses.ipo import Reduction
 from alignment.ragged import RaggedLogps
+from tests.losses.examples import SEQUENCES
 
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
 
@@ -205,7 +206,7 @@ def test_sppo_is_twice_the_authors(inputs):
 def test_divergences(inputs, name, ours):
     step = inputs(POLICY, REFERENCE)
     theirs, _ = trl_pairs(step, "sigmoid", 0.4, divergence=name)
-    losses = FDPO(beta=0.4, divergence=ours, alpha=0.5)(step).losses
+    losses = FDPO(beta=0.4, divergence=ours, alpha=None)(step).losses
     assert_same_loss_and_gradient(losses.mean(), theirs, step.policy.values)
 
 
@@ -224,7 +225,7 @@ def test_forward_kl_and_discopop_give_nan_at_large_margins(inputs):
     """In float32: infinity minus infinity there, and 0 times infinity; ours stay finite."""
     step = inputs([[-200.0], [-200.0]], [[-1.0], [-1.0]], dtype=torch.float32)
     assert trl_pairs(step, "sigmoid", 0.4, divergence="forward_kl")[0].isnan()
-    assert FDPO(beta=0.4, divergence=Divergence.forward_kl, alpha=0.5)(step).losses.isfinite().all()
+    assert FDPO(beta=0.4, divergence=Divergence.forward_kl, alpha=None)(step).losses.isfinite().all()
     step = inputs([[-400.0], [-1.0]], [[-1.0], [-1.0]], dtype=torch.float32)
     assert trl_pairs(step, "discopop", 0.4, tau=0.05)[0].isnan()
     assert DiscoPOP(beta=0.4, tau=0.05)(step).losses.isfinite().all()
@@ -360,7 +361,7 @@ def trl_orpo(model, batch, lam):
 def test_orpo_where_no_prompt_token_is_scored(lam):
     """With prompts of one token and chosen completions of one length the NLL terms coincide. TRL casts to float32."""
     model, batch, step, _ = paired_forward(1, [4, 4], [3, 6])
-    output = ORPO(lam=lam)(step)
+    output = ORPO(lam=lam, **SEQUENCES)(step)
     theirs, logged = trl_orpo(model, batch, lam)
     assert_same_loss_and_gradient(output.losses.mean(), theirs, model.logits, rel=2e-6)
     assert logged["nll_loss"] == pytest.approx(output.parts["nll"].mean().item(), rel=1e-6)
@@ -373,7 +374,7 @@ def test_orpo_where_no_prompt_token_is_scored(lam):
 def test_orpo_nll_covers_the_prompt_and_is_a_batch_mean(prompt, lengths):
     """The whole difference is the NLL: over prompt and response, and averaged over the batch's tokens."""
     model, batch, step, whole = paired_forward(prompt, lengths, [3, 6])
-    output = ORPO(lam=0.1)(step)
+    output = ORPO(lam=0.1, **SEQUENCES)(step)
     theirs, _ = trl_orpo(model, batch, 0.1)
     difference = -torch.cat(whole).mean().item() - output.parts["nll"].mean().item()
     assert abs(difference) > 1e-3
@@ -386,7 +387,7 @@ def test_orpo_gradient_is_nan_next_to_certainty(mean, inputs):
     (theirs,) = torch.autograd.grad(log1mexp(x), x)
     assert theirs.isnan()
     step = inputs([[mean], [-1.0]], dtype=torch.float32)
-    (ours,) = torch.autograd.grad(ORPO(lam=0.1)(step).losses.sum(), step.policy.values)
+    (ours,) = torch.autograd.grad(ORPO(lam=0.1, **SEQUENCES)(step).losses.sum(), step.policy.values)
     assert torch.isfinite(ours).all()
 
 
