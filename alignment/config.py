@@ -225,15 +225,44 @@ class ReferenceConfig:
 
     `path` null means the user's cache folder. `spot_checks` stored rows are recomputed and compared in every run that
     finds some. `for_metrics` computes the reference for reference-free losses too, for metrics that can be compared.
+
+    The reference may follow the policy. After every `sync_every` steps it becomes `sync_mix` times the policy and
+    1 - `sync_mix` times what it was, in weight space (null: never). Or the data are trained on in `stages` consecutive
+    parts, each with the policy that the part before ended with as its reference.
     """
 
     mode: ReferenceMode
     path: str | None
     spot_checks: int
     for_metrics: bool
+    sync_every: int | None
+    sync_mix: float
+    stages: int
 
     def __post_init__(self) -> None:
         require(self.spot_checks >= 0, f"reference.spot_checks must be at least 0, not {self.spot_checks}.")
+        every, mix = self.sync_every, self.sync_mix
+        require(every is None or every >= 1, f"reference.sync_every must be null or at least 1, not {every}.")
+        require(0 < mix <= 1, f"reference.sync_mix must be in (0, 1], not {mix}.")
+        require(self.stages >= 1, f"reference.stages must be at least 1, not {self.stages}.")
+        require(
+            mix == 1 or every is not None,
+            f"reference.sync_mix={mix} has no effect without reference.sync_every: say after how many steps to mix.",
+        )
+        require(
+            self.stages == 1 or every is None,
+            f"reference.stages={self.stages} and reference.sync_every={every} are two schedules: choose one of them.",
+        )
+        require(
+            mix == 1 or self.mode is ReferenceMode.live,
+            f"reference.sync_mix={mix} makes a reference that was never the policy, so nothing can be stored of it: "
+            f"set reference.mode=live.",
+        )
+
+    @property
+    def follows(self) -> bool:
+        """Whether the reference changes while the policy trains."""
+        return self.sync_every is not None or self.stages > 1
 
 
 @dataclass(kw_only=True)
@@ -308,8 +337,12 @@ class RunConfig:
             not self.export.merge or self.adapter is not None,
             "export.merge=true has nothing to merge without an adapter: the whole model is saved anyway.",
         )
+        require(
+            not self.reference.follows or (self.loss is not None and self.loss.requirements().reference),
+            "reference.sync_every and reference.stages need a loss with a reference, which could follow the policy.",
+        )
         if self.loss is not None:
-            least = self.loss.min_items
+            least = self.loss.requirements().min_items
             require(
                 self.trainer.groups_per_step >= least,
                 f"trainer.groups_per_step must be at least {least} for loss {self.loss.name}, "

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from alignment.errors import UserError
 from alignment.groups import Group
-from alignment.losses import LossInputs
-from alignment.preference import PreferenceTrainer, companion_groups, group_labels
+from alignment.losses import LossInputs, Quantity
+from alignment.preference import PreferenceTrainer
 from alignment.ragged import RaggedLogps
 from alignment.reference import comparison_tolerance
 
 
-def _at_reference(trainer: PreferenceTrainer, groups: Sequence[Group], reference: RaggedLogps) -> float:
-    """The loss itself, in float64 and without a model, where the policy's log-probs are the reference's."""
+def _exact(logps: RaggedLogps) -> RaggedLogps:
+    return RaggedLogps(logps.values.double(), logps.offsets)
 
-    def equal(logps: RaggedLogps, labels: Tensor | None) -> LossInputs:
-        exact = RaggedLogps(logps.values.double(), logps.offsets)
-        return LossInputs(exact, exact, labels)
 
-    statistics = None
-    companions = companion_groups(trainer.loss, groups)
-    if companions and trainer.reference is not None:
-        statistics = trainer.loss.statistics(equal(trainer.reference.logps(companions), None))
-    labels = group_labels(groups, reference.values.device)
-    return trainer.loss(equal(reference, labels), statistics).losses.mean().item()
+def _at_reference(inputs: LossInputs) -> LossInputs:
+    """The inputs, in float64, of a policy whose log-probs are exactly those of the reference."""
+    reference = _exact(inputs.policy if inputs.reference is None else inputs.reference)
+    quantities = {quantity: _exact(values) for quantity, values in inputs.quantities.items()}
+    if (divergence := quantities.get(Quantity.divergence)) is not None:
+        divergence.values.zero_()
+    return replace(
+        inputs,
+        policy=reference,
+        reference=None if inputs.reference is None else reference,
+        prompts=None if inputs.prompts is None else _exact(inputs.prompts),
+        quantities=quantities,
+    )
 
 
 @torch.no_grad()
@@ -44,21 +48,23 @@ def check_start(trainer: PreferenceTrainer, groups: Sequence[Group]) -> dict[str
     """
     loss = trainer.loss
     found = trainer.step_values(groups)
-    policy = found.policy.detach().to("cpu")
-    reference = policy if trainer.reference is None else trainer.reference.logps(groups)
-    difference = (policy.values.double() - reference.values.double()).abs()
+    exact = _at_reference(found.inputs)
+    difference = (found.inputs.policy.values.double() - exact.policy.values).abs()
     tolerance = comparison_tolerance(trainer.model, len(difference))
     if not difference.mean().item() <= tolerance:
         raise UserError(
             f"The reference of loss {loss.name} is not the policy that this stage starts from: their log-probs differ "
             f"by {difference.mean():.3g} nats per token on the first step (at most {tolerance:g} is rounding)."
         )
-    exact = RaggedLogps(reference.values.double(), reference.offsets)
-    labels = group_labels(groups, reference.values.device)
-    expected = loss.at_reference(LossInputs(exact, exact, labels)).mean().item()
+    weights = torch.tensor([group.weight for group in groups], dtype=torch.float64, device=difference.device)
+    expected = (weights * loss.at_reference(exact)).mean().item()
+    statistics = trainer.objective.statistics(groups, tokens_per_batch=None)
+    if statistics is not None:
+        statistics = statistics.double()
+    computed = (weights * loss(exact, statistics).losses).mean().item()
     # On equal log-probs only the arithmetic of float64 is left. What the model computes is rounded: a log-prob's error
     # acts on the loss through its slope; relative to the loss's own size it stays in proportion.
-    for value, allowed in ((_at_reference(trainer, groups, reference), 1e-6), (found.loss, 10 * tolerance)):
+    for value, allowed in ((computed, 1e-6), (found.loss, 10 * tolerance)):
         if not abs(value - expected) <= allowed * max(1.0, abs(expected)):
             raise UserError(
                 f"The loss {loss.name} is {value:.6g} before the first update, where its formula gives {expected:.6g} "

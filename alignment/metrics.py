@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,16 @@ class Means:
     def __init__(self) -> None:
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._counts: defaultdict[str, int] = defaultdict(int)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Means]) -> Means:
+        """The means over the examples of all parts."""
+        whole = cls()
+        for part in parts:
+            for name, value in part._sums.items():
+                whole._sums[name] += value
+                whole._counts[name] += part._counts[name]
+        return whole
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add per-example values by name."""

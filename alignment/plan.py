@@ -164,7 +164,7 @@ def plan_stages(config: RunConfig, model: nn.Module, machine: Machine, length: i
         assert config.data is not None
         check_names("optim", config.optim)
         # Both answers of a pair may be as long as a row may be, beside a short prompt.
-        longest = (length or config.data.max_length) * (2 if config.loss.unit == "pair" else 1)
+        longest = (length or config.data.max_length) * (1 if config.loss.requirements().unit == "row" else 2)
         stages["preference"] = _plan_stage(config, config, model, machine, longest, False)
     return stages
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -17,89 +21,52 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import BatchLayout
-from alignment.logps import join_scores, largest_group, score, score_groups, smaller_budget
+from alignment.logps import largest_group, smaller_budget
 from alignment.losses import Loss, LossInputs, LossOutput
 from alignment.memory import decoder_layers
 from alignment.metrics import Means, preference_metrics
+from alignment.objective import Objective, Processes, evaluated, step_seeds, step_totals
 from alignment.policy import check_adapter_gradients
-from alignment.ragged import RaggedLogps
+from alignment.records import atomic_write_bytes, to_json
 from alignment.reference import Reference
 from alignment.steps import StepSampler
 from alignment.training import checkpoint_layers
 
 log = logging.getLogger(__name__)
 
-
-def as_rows(groups: Sequence[Group]) -> list[Group]:
-    """One labelled row per completion: all chosen ones, then all rejected ones. Labelled rows stay as they are.
-
-    In this order the neighbour of a row answers another prompt, which a mismatched baseline (KTO) relies on.
-    """
-    if any(group.labels is not None for group in groups):
-        return list(groups)
-    return [
-        Group(group.prompt, (group.completions[k],), labels=(k == 0,), source=group.source)
-        for k in range(2)
-        for group in groups
-    ]
-
-
-def companion_groups(loss: Loss, rows: Sequence[Group]) -> list[Group]:
-    """The extra sequences that the loss wants scored for a step of these rows."""
-    pairs = loss.companions(len(rows))
-    return [Group(rows[i].prompt, (rows[j].completions[0],)) for i, j in pairs]
-
-
-def groups_to_reference(
-    loss: Loss, groups: Sequence[Group], steps: Sequence[Sequence[int]], eval_groups: Sequence[Group]
-) -> list[Group]:
-    """Every group that these steps and the evaluation will ask the reference for."""
-    used = {index for step in steps for index in step}
-    wanted = [groups[index] for index in sorted(used)] + list(eval_groups)
-    for step in steps:
-        wanted += companion_groups(loss, [groups[index] for index in step])
-    if eval_groups and loss.unit == "row":
-        wanted += companion_groups(loss, as_rows(eval_groups))
-    return wanted
-
-
-def group_labels(groups: Sequence[Group], device: torch.device) -> Tensor | None:
-    """(S,) bool, the labels of all completions; None for pairs."""
-    if any(group.labels is None for group in groups):
-        return None
-    return torch.tensor([label for group in groups for label in group.labels or ()], device=device)
-
-
-Scores = Callable[[Sequence[Group]], RaggedLogps]
-"""Log-probs of all completions of the groups, in order."""
+_STATE = "preference_state.json"
 
 
 @dataclass(frozen=True, slots=True)
 class StepValues:
-    """Log-probs and mean loss of one step."""
+    """A step's inputs and its mean loss."""
 
-    policy: RaggedLogps
+    inputs: LossInputs
     loss: float
 
 
 @dataclass(slots=True)
 class _Step:
-    """What a step that is being computed has come to: its loss so far, its tokens, the metrics of each pass."""
+    """What a step that is being computed has come to: its loss so far, its tokens, metrics of each pass, the state."""
 
     loss: Tensor
     num_tokens: int = 0
     metrics: list[dict[str, Tensor]] = field(default_factory=list)
+    state: dict[str, float] = field(default_factory=dict)
 
 
 class PreferenceTrainer(Trainer):
     """Trains a policy on groups with a preference loss.
 
-    The dataloader yields all groups of one optimizer step at once; `training_step` splits them into micro-batches.
-    How they are split changes neither the gradient (a mean over the step's items) nor what a loss computes over the
-    step (its `statistics`).
+    The dataloader yields all groups of one optimizer step at once, to every process; `training_step` shares them out
+    and splits them into micro-batches. How they are split changes neither the gradient (a mean over the step's items)
+    nor what a loss computes over the step: its `statistics`, or all of it where the items of a step are coupled. Then
+    one pass without gradient collects the log-probs, the loss gives its derivative by each of them, and a second pass
+    applies it; one pass does where everything fits into it.
     """
 
     model: nn.Module
+    objective: Objective
 
     def __init__(
         self,
@@ -127,6 +94,8 @@ class PreferenceTrainer(Trainer):
         self._means = Means()
         self._gradients_checked = False
         super().__init__(model=model, args=args, train_dataset=list(groups), callbacks=callbacks)
+        self._processes = Processes(self.accelerator)
+        self.objective = Objective(loss, model, reference, layout, args.device, self._processes)
 
     def get_train_dataloader(self) -> DataLoader:
         """One item of the loader is one optimizer step."""
@@ -135,28 +104,12 @@ class PreferenceTrainer(Trainer):
             batch_sampler=self.sampler,
             collate_fn=lambda items: {"groups": items},
         )
-        return self.accelerator.prepare(loader)
+        return prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: transformers' estimate would count the padding."""
         del inputs
         return 0
-
-    def _inputs(self, groups: Sequence[Group], policy: Any) -> LossInputs:
-        reference = None
-        if self.reference is not None:
-            reference = self.reference.logps(groups).to(policy.values.device)
-        return LossInputs(policy, reference, group_labels(groups, policy.values.device))
-
-    def _scores(self, groups: Sequence[Group]) -> RaggedLogps:
-        scored = list(score_groups(self.model, groups, self.layout, self.tokens_per_batch, self.args.device))
-        return join_scores(groups, scored)
-
-    def _statistics(self, rows: Sequence[Group], scores: Scores) -> Tensor | None:
-        companions = companion_groups(self.loss, rows)
-        if not companions:
-            return None
-        return self.loss.statistics(self._inputs(companions, scores(companions)))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one optimizer step, micro-batch by micro-batch; returns the step's mean loss.
@@ -175,6 +128,7 @@ class PreferenceTrainer(Trainer):
             self._save_memory(model, groups)
         for metrics in step.metrics:
             self._means.add(metrics)
+        self.objective.state = step.state
         self.num_tokens += step.num_tokens
         if not self._gradients_checked:
             check_adapter_gradients(model)
@@ -187,18 +141,10 @@ class PreferenceTrainer(Trainer):
 
         The error ends here, since its traceback holds the tensors of the pass.
         """
-        step = _Step(torch.zeros((), device=self.args.device))
+        step = _Step(torch.zeros((), device=self.args.device), state=self.objective.state)
         try:
-            statistics = self._statistics(groups, self._scores)
-            for batch in self.layout.batches(groups, self.tokens_per_batch):
-                members = [groups[index] for index in batch.indices]
-                loss_inputs = self._inputs(members, score(model, batch.to(self.args.device)))
-                output = self.loss(loss_inputs, statistics)
-                loss = output.losses.sum() / len(groups)
-                self.accelerator.backward(loss)
-                step.loss += loss.detach().float()
-                step.num_tokens += batch.num_tokens
-                step.metrics.append(preference_metrics(loss_inputs, output))
+            with self.accelerator.no_sync(model):  # processes may have different numbers of passes
+                self._add_gradients(model, groups, step)
         except torch.cuda.OutOfMemoryError as error:
             if self.accelerator.num_processes > 1:  # the others would wait for this one
                 raise UserError(
@@ -206,7 +152,60 @@ class PreferenceTrainer(Trainer):
                     "trainer.checkpoint_every=1."
                 ) from error
             return None
+        self._sum_gradients(model)
+        step.loss = self._processes.sum(step.loss)
         return step
+
+    def _add_gradients(self, model: nn.Module, groups: Sequence[Group], step: _Step) -> None:
+        objective = self.objective
+        totals, seeds = step_totals(groups), step_seeds(groups, self.args.seed, self.state.global_step)
+        statistics = objective.statistics(groups, self.tokens_per_batch)
+        own = self._processes.own(groups)
+        batches = list(self.layout.batches([groups[i] for i in own], self.tokens_per_batch, objective.needs.prompts))
+        derivative, plan = None, objective.plan(groups)
+        if objective.needs.whole_step and (len(batches) > 1 or len(own) < len(groups)):
+            derivative = self._derivative(groups, statistics, seeds, step)
+        for batch in batches:
+            indices = [own[i] for i in batch.indices]
+            values = objective.score(model, batch.to(self.args.device))
+            step.num_tokens += batch.num_tokens
+            if derivative is not None:
+                columns = plan.columns(indices).to(values.device)
+                self.accelerator.backward((values * derivative[:, columns]).sum())
+                continue
+            members = [groups[i] for i in indices]
+            inputs = objective.inputs(members, values, totals=totals, seeds=seeds[indices])
+            output = self.loss(inputs, statistics)
+            loss = _weighted(members, output).sum() / len(groups)
+            self.accelerator.backward(loss)
+            step.loss += loss.detach().float()
+            step.metrics.append(preference_metrics(inputs, output))
+            if objective.needs.whole_step:
+                step.state = output.state
+
+    def _derivative(self, groups: Sequence[Group], statistics: Tensor | None, seeds: Tensor, step: _Step) -> Tensor:
+        """(rows, tokens): the step's loss derived by every number that its groups' passes give."""
+        objective = self.objective
+        values = objective.collect(groups, self.tokens_per_batch).requires_grad_()
+        with torch.enable_grad():
+            inputs = objective.inputs(groups, values, seeds=seeds)
+            output = self.loss(inputs, statistics)
+            loss = _weighted(groups, output).sum() / len(groups)
+        (derivative,) = torch.autograd.grad(loss, values)
+        step.state = output.state
+        if self.accelerator.is_main_process:  # the others see the same: it is counted once
+            step.loss += loss.detach().float()
+            step.metrics.append(preference_metrics(inputs, output))
+        return derivative
+
+    def _sum_gradients(self, model: nn.Module) -> None:
+        """Each process has the gradients of its own groups: add them up."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self._processes.sum(own)
 
     def _save_memory(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """After a step that did not fit: forget its gradients, and take less for the next try."""
@@ -227,60 +226,81 @@ class PreferenceTrainer(Trainer):
     def step_values(self, groups: Sequence[Group]) -> StepValues:
         """What a step of these groups would compute now, without training, in the mode that it trains in."""
         self.model.train()
-        inputs = self._inputs(groups, self._scores(groups))
-        output = self.loss(inputs, self._statistics(groups, self._scores))
-        return StepValues(inputs.policy, output.losses.double().mean().item())
+        inputs = self.objective.inputs(groups, self.objective.collect(groups, self.tokens_per_batch))
+        output = self.loss(inputs, self.objective.statistics(groups, self.tokens_per_batch))
+        return StepValues(inputs, _weighted(groups, output).double().mean().item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the exact means of the steps since the last log to a training log."""
         if "loss" in logs:
+            if self.accelerator.num_processes > 1:
+                self._means = Means.joined(gather_object([self._means]))
             logs = {**logs, **self._means.take()}
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Loss and metrics over all held-out groups at once, whatever the batches they were scored in."""
         del eval_dataset, ignore_keys
-        return self._log_evaluation(self._scores, metric_key_prefix)
+        return self._log_evaluation(metric_key_prefix)
 
     def evaluate_start(self) -> dict[str, float]:
         """The evaluation before the first update: there the policy is the reference, so nothing is scored again."""
-        return self._log_evaluation(self.reference.logps if self.reference is not None else self._scores)
+        return self._log_evaluation("eval", at_reference=True)
 
-    def _log_evaluation(self, scores: Scores, prefix: str = "eval") -> dict[str, float]:
-        metrics = {f"{prefix}_{k}": v for k, v in self.held_out_metrics(self.eval_groups, scores).items()}
+    def _log_evaluation(self, prefix: str, at_reference: bool = False) -> dict[str, float]:
+        found = self.held_out_metrics(self.eval_groups, at_reference)
+        metrics = {f"{prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
-    def held_out_metrics(self, groups: Sequence[Group], scores: Scores | None = None) -> dict[str, float]:
+    def held_out_metrics(self, groups: Sequence[Group], at_reference: bool = False) -> dict[str, float]:
         """Exact means over the groups; the loss is computed once over all of them, as if they were one step.
 
-        `scores` gives the policy's log-probs of groups; by default they are computed.
+        Nothing is drawn, and the loss's running state stays as training left it. `at_reference` says that the policy
+        is still its reference, whose log-probs then serve for both.
         """
-        scores = scores or self._scores
-        policy = scores(groups)
-        if self.loss.unit == "pair":
-            inputs = self._inputs(groups, policy)
-            output = self.loss(inputs)
-        else:
-            inputs, output = self._evaluate_rows(groups, policy, scores)
+        objective = self.objective
+        evaluated_groups = evaluated(self.loss, groups)
+        values = objective.reference_values(evaluated_groups) if at_reference else None
+        known = values is not None
+        if values is None:
+            values = objective.collect(evaluated_groups, self.tokens_per_batch)
+        inputs = objective.inputs(evaluated_groups, values)
+        output = self.loss(inputs, objective.statistics(evaluated_groups, None if known else self.tokens_per_batch))
         means = Means()
-        means.add({"loss": output.losses, **preference_metrics(inputs, output)})
+        means.add({"loss": _weighted(evaluated_groups, output)})
+        if len(evaluated_groups) > len(groups):  # rows of pairs: their metrics are those of the pairs
+            inputs, output = _paired(inputs, output)
+        means.add(preference_metrics(inputs, output))
         return means.take()
 
-    def _evaluate_rows(
-        self, groups: Sequence[Group], policy: RaggedLogps, scores: Scores
-    ) -> tuple[LossInputs, LossOutput]:
-        """A row-wise loss on held-out pairs: its loss over the rows, its metrics over the pairs."""
-        rows = as_rows(groups)
-        statistics = self._statistics(rows, scores)
-        if groups[0].labels is not None:
-            inputs = self._inputs(rows, policy)
-            return inputs, self.loss(inputs, statistics)
-        num_pairs = len(groups)
-        by_row = [2 * i + k for k in range(2) for i in range(num_pairs)]
-        row_output = self.loss(self._inputs(rows, policy.select(by_row)), statistics)
-        by_pair = [k * num_pairs + i for i in range(num_pairs) for k in range(2)]
-        output = LossOutput(row_output.losses, row_output.rewards[by_pair], row_output.parts)
-        return self._inputs(groups, policy), output
+    def save_state(self, folder: Path) -> None:
+        """Keep in a checkpoint what the loss and the reference carry from step to step."""
+        atomic_write_bytes(folder / _STATE, to_json({"loss": self.objective.state}))
+
+    def load_state(self, folder: Path) -> None:
+        """Go on with what `save_state` kept."""
+        self.objective.state = json.loads((folder / _STATE).read_text())["loss"]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if self.args.should_save:
+            self.save_state(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+
+
+def _weighted(groups: Sequence[Group], output: LossOutput) -> Tensor:
+    """(items,) the losses, each times its group's weight from the data."""
+    if all(group.weight == 1.0 for group in groups):
+        return output.losses
+    return output.losses * output.losses.new_tensor([group.weight for group in groups])
+
+
+def _paired(inputs: LossInputs, output: LossOutput) -> tuple[LossInputs, LossOutput]:
+    """Rows in the order of `as_rows` as the pairs that they came from; losses and parts stay per row."""
+    num_pairs = len(inputs.policy) // 2
+    order = [k * num_pairs + i for i in range(num_pairs) for k in range(2)]
+    reference = None if inputs.reference is None else inputs.reference.select(order)
+    pairs = LossInputs(inputs.policy.select(order), reference)
+    return pairs, replace(output, rewards=output.rewards[order])

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from alignment.errors import UserError
 from alignment.groups import Group
-from alignment.layout import BatchLayout
-from alignment.logps import join_scores, score_groups
+from alignment.layout import BatchLayout, MicroBatch
+from alignment.logps import hidden_states, join_scores, score_groups
 from alignment.policy import FrozenStart, policy_identity
 from alignment.ragged import RaggedLogps
 from alignment.reference_store import ReferenceStore
@@ -196,6 +196,11 @@ class LiveReference:
         with self._start.active() as model:
             scored = list(score_groups(model, groups, self._layout, self._tokens_per_batch, self._device))
         return join_scores(groups, scored)
+
+    def hidden_states(self, batch: MicroBatch) -> tuple[Any, Tensor]:
+        """The starting policy's head, and its (tokens, H) hidden states that predict the scored tokens of a pass."""
+        with self._start.active() as model:
+            return model.get_output_embeddings(), hidden_states(model, batch)
 
     def summary(self) -> dict[str, Any]:
         """Identity only: nothing is stored."""

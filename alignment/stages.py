@@ -30,6 +30,7 @@ from alignment.groups import Group
 from alignment.layout import BatchLayout
 from alignment.logps import largest_group
 from alignment.memory import Plan
+from alignment.objective import as_rows, groups_to_reference
 from alignment.planning import memory_result, plan_stage
 from alignment.policy import (
     attach_adapter,
@@ -42,7 +43,7 @@ from alignment.policy import (
     resolve_device,
     save_policy,
 )
-from alignment.preference import PreferenceTrainer, as_rows, groups_to_reference
+from alignment.preference import PreferenceTrainer
 from alignment.records import RunRecord, atomic_write_bytes, git_commit, machine, to_json, versions
 from alignment.reference import CachedReference, LiveReference, Reference
 from alignment.reference_store import ReferenceStore, cache_dir
@@ -111,18 +112,19 @@ def load_preferences(config: DataConfig, tokenizer: Any, loss: Any) -> tuple[Pre
         UserError: data that cannot be used, or nothing left to train on.
     """
     loaded = load_rows(config, kind="preference")
-    if loss.unit == "pair":
+    needs = loss.requirements()
+    if needs.unit == "pair":
         require_pairs([*loaded.train, *loaded.eval], loss.name)
     train = tokenize_groups(loaded.train, tokenizer, config)
     held_out = tokenize_groups(loaded.eval, tokenizer, config)
     drops = [*train.drops, *held_out.drops]
     info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
     _log_data("Preferences", info)
-    groups = train.groups if loss.unit == "pair" else as_rows(train.groups)
+    groups = as_rows(train.groups) if needs.unit == "row" else train.groups
     for part, rows in (("training", groups), ("held-out", as_rows(held_out.groups))):
-        if 0 < len(rows) < loss.min_items:
+        if 0 < len(rows) < needs.min_items:
             raise UserError(
-                f"data.source: loss {loss.name} is defined for at least {loss.min_items} {part} rows, and "
+                f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} rows, and "
                 f"{config.source} has {len(rows)}."
             )
     info["train"], info["eval"] = len(groups), len(held_out.groups)
@@ -348,7 +350,7 @@ class Run:
         loss, loop = config.loss, config.trainer
         disable_dropout(model)
         layout = choose_layout(model, self.device)
-        sampler = StepSampler(len(data.train), loop.groups_per_step, config.seed, loss.min_items)
+        sampler = StepSampler(len(data.train), loop.groups_per_step, config.seed, loss.requirements().min_items)
         num_steps = loop.max_steps or math.ceil(loop.epochs * len(sampler))
         plan = self._plan("preference", model, config, largest_group(layout, data.train))
         checkpoint_layers(model, plan.checkpoint_every)
@@ -387,6 +389,7 @@ class Run:
         if data.eval and checkpoint is None:
             trainer.evaluate_start()
         if checkpoint is not None:
+            trainer.load_state(checkpoint)
             log.info("The preference stage continues from step %d.", done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = self._final_metrics(trainer)
@@ -407,7 +410,7 @@ class Run:
 
     def _reference(self, model: nn.Module, layout: BatchLayout, plan: Plan) -> Reference | None:
         config = self.config
-        if not config.loss.needs_reference and not config.reference.for_metrics:
+        if not config.loss.requirements().reference and not config.reference.for_metrics:
             return None
         if config.reference.mode is ReferenceMode.live:
             return LiveReference(model, layout, plan.tokens_per_batch, self.device)  # beside what a step keeps

@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models that behave like the real ones, and real data where it is at hand."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def shared_data(name: str) -> Path:
 def _own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@functools.cache
+def recommended_loss(name: str, *settings: str):
+    """The loss as `loss=<name> loss.<setting>` gives it to a run; losses are pure, so tests may share one."""
+    from alignment.compose import load
+
+    return load("recipe=quickstart", f"loss={name}", *(f"loss.{setting}" for setting in settings)).loss
 
 
 def tiny_config(vocab_size: int = 97, model_type: str = "qwen3", **overrides):

@@ -1,24 +1,20 @@
 """Every loss, with its recommended settings, trains a policy: shared prompts, a cached reference, an NF4 base."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from alignment.config import AdapterConfig, Dtype, ModelConfig, QuantizationConfig
 from alignment.layout import SharedLayout
 from alignment.losses import LOSSES
+from alignment.objective import as_rows, groups_to_reference
 from alignment.policy import attach_adapter, load_base
-from alignment.preference import as_rows, groups_to_reference
 from alignment.reference import CachedReference
 from alignment.reference_store import ReferenceStore
 from alignment.shared import choose_layout
-from tests.conftest import random_groups
+from tests.conftest import random_groups, recommended_loss
 from tests.test_gradients import make_trainer
 
 CPU = torch.device("cpu")
-CONF = Path(__file__).parents[1] / "conf" / "loss"
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +28,16 @@ def base(tiny_model_folder):
     return lambda: load_base(config, quantization, str(tiny_model_folder), CPU)
 
 
-def recommended(name):
-    values = OmegaConf.load(CONF / f"{name}.yaml")
-    del values["defaults"]
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LOSSES[name]), values))
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_training_raises_the_margin_of_its_own_rewards(name, base, tmp_path):
     """On the pairs that it trains on, from the reference on; DiscoPOP lowers it first, since it starts on its hump."""
-    loss = recommended(name)
+    loss = recommended_loss(name)
     adapter = AdapterConfig(r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
     model = attach_adapter(base(), adapter, 0)
     layout = choose_layout(model, CPU)
     assert isinstance(layout, SharedLayout)
     pairs = random_groups(6, seed=12)
-    groups = pairs if loss.unit == "pair" else as_rows(pairs)
+    groups = pairs if loss.requirements().unit == "pair" else as_rows(pairs)
     reference = CachedReference(ReferenceStore(tmp_path / "r.sqlite"), model, layout, 10_000, CPU, spot_checks=0)
     reference.prepare([*groups_to_reference(loss, groups, [range(len(groups))], []), *pairs])
     trainer = make_trainer(model, groups, loss, tmp_path, tokens_per_batch=60, reference=reference, layout=layout)

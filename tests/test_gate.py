@@ -10,8 +10,8 @@ from alignment.errors import UserError
 from alignment.gate import check_start
 from alignment.losses import LossOutput
 from alignment.losses.base import Loss
+from alignment.objective import as_rows
 from alignment.policy import attach_adapter
-from alignment.preference import as_rows
 from tests.conftest import random_groups, tiny_policy
 from tests.test_gradients import SETTINGS, make_loss, make_trainer
 from tests.test_policy import NF4, adapter, load, start_of, train_adapter
@@ -74,7 +74,7 @@ def test_every_loss_starts_at_its_closed_form(name, kind, tiny_model_folder, tmp
 
 
 def companions(name, groups):
-    from alignment.preference import companion_groups
+    from alignment.objective import companion_groups
 
     return companion_groups(make_loss(name), groups)
 

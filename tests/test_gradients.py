@@ -9,15 +9,15 @@ from transformers import TrainingArguments
 
 from alignment.groups import Group
 from alignment.layout import FlatLayout
-from alignment.losses import LOSSES
-from alignment.preference import PreferenceTrainer, as_rows
+from alignment.objective import as_rows
+from alignment.preference import PreferenceTrainer
 from alignment.reference import LiveReference
 from alignment.steps import StepSampler
-from tests.conftest import random_groups, tiny_policy
+from tests.conftest import random_groups, recommended_loss, tiny_policy
 
 SETTINGS = {
     "dpo": {"beta": 0.3, "label_smoothing": 0.1},
-    "ipo": {"tau": 0.2, "reduction": None},
+    "ipo": {"tau": 0.2, "reduction": "mean"},
     "simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5},
     "orpo": {"lam": 0.2},
     "kto": {"beta": 0.3, "desirable_weight": 1.0, "undesirable_weight": 1.5},
@@ -25,12 +25,7 @@ SETTINGS = {
 
 
 def make_loss(name: str):
-    settings = dict(SETTINGS[name])
-    if name == "ipo":
-        from alignment.losses.ipo import Reduction
-
-        settings["reduction"] = Reduction.mean
-    return LOSSES[name](**settings)
+    return recommended_loss(name, *(f"{key}={value}" for key, value in SETTINGS[name].items()))
 
 
 def make_trainer(model, groups, loss, tmp_path, tokens_per_batch=10_000, reference="live", eval_groups=(), layout=None):
@@ -222,7 +217,7 @@ def test_the_evaluation_at_the_start_runs_no_model(name, tmp_path, monkeypatch):
     trainer = make_trainer(policy, as_rows(groups) if name == "kto" else groups, make_loss(name), tmp_path)
     trainer.eval_groups = groups
     expected = {f"eval_{key}": value for key, value in trainer.held_out_metrics(groups).items()}
-    monkeypatch.setattr(trainer, "_scores", None)
+    monkeypatch.setattr("alignment.objective.score_tokens", None)
     found = trainer.evaluate_start()
     found.pop("epoch", None)
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)

@@ -24,7 +24,7 @@ QWEN3 = {
     "dpo_qwen3": (DPO(beta=0.01, label_smoothing=0.0), 5e-6, 64),
     "simpo_qwen3": (SimPO(beta=2.0, gamma_beta_ratio=0.5), 6e-6, 64),
     "kto_qwen3": (KTO(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0), 2e-5, 32),
-    "orpo_qwen3": (ORPO(lam=0.1), 8e-5, 64),
+    "orpo_qwen3": (ORPO(lam=0.1, nll_reduction="sequence_mean", nll_scope="response"), 8e-5, 64),
     "ipo_qwen3": (IPO(tau=0.01, reduction="mean"), 5e-6, 64),
 }
 
@@ -315,7 +315,7 @@ def test_a_qwen3_recipe_runs_on_a_tiny_model(name, local_copies, tiny_model_fold
     assert list(stages) == expected.get(name, ["sft", "preference"])
     if name != "sft_qwen3":
         loss = config.loss
-        rows = 12 if loss.unit == "row" else 6
+        rows = 12 if loss.requirements().unit == "row" else 6
         assert (stages["preference"]["loss"], stages["preference"]["steps"]) == (loss.name, rows // 3)
         assert summary["evaluation"]["prompts"] == 2
         assert (summary["reference"]["mode"] == "none") == (name == "orpo_qwen3")

@@ -12,8 +12,8 @@ from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import FlatLayout
 from alignment.losses import LOSSES
+from alignment.objective import as_rows, companion_groups, groups_to_reference
 from alignment.policy import load_adapter, policy_identity
-from alignment.preference import as_rows, companion_groups, groups_to_reference
 from alignment.reference import CachedReference, LiveReference, comparison_tolerance
 from alignment.reference_store import ReferenceStore
 from alignment.steps import StepSampler

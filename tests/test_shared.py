@@ -16,7 +16,7 @@ from alignment.attention import PromptSpan, attend, enable_shared_prompts, longe
 from alignment.groups import Group
 from alignment.layout import FlatLayout, SharedLayout
 from alignment.logps import enable_scoring, join_scores, score
-from alignment.preference import as_rows
+from alignment.objective import as_rows
 from alignment.reference import CachedReference
 from alignment.reference_store import ReferenceStore
 from alignment.shared import choose_layout

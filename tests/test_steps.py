@@ -10,7 +10,8 @@ from alignment.compose import load
 from alignment.errors import UserError
 from alignment.layout import FlatLayout
 from alignment.losses import LOSSES
-from alignment.preference import PreferenceTrainer, as_rows, companion_groups, groups_to_reference
+from alignment.objective import as_rows, companion_groups, groups_to_reference
+from alignment.preference import PreferenceTrainer
 from alignment.stages import load_preferences
 from alignment.steps import StepSampler
 from tests.conftest import random_groups, tiny_policy
