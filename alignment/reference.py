@@ -1,28 +1,34 @@
-"""The reference: the policy as it was when the stage started, from the shared store or live."""
+"""The reference: the policy as it was when the stage started or at the last refresh, from the shared store or live."""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import BatchLayout, MicroBatch
 from alignment.logps import hidden_states, join_scores, score_groups
-from alignment.policy import FrozenStart, policy_identity
+from alignment.policy import FrozenStart, is_adapted, policy_identity
 from alignment.ragged import RaggedLogps
 from alignment.reference_store import ReferenceStore
 
 log = logging.getLogger(__name__)
 
 _SEQUENCES_PER_WRITE = 64
+_STATE = "reference.safetensors"
 
 
 def comparison_tolerance(model: nn.Module, num_tokens: int) -> float:
@@ -40,27 +46,70 @@ def comparison_tolerance(model: nn.Module, num_tokens: int) -> float:
     return (1e-4 if precise else 3e-2) * (1 + 16 / num_tokens)
 
 
-class Reference(Protocol):
-    """Reference log-probs of groups."""
+class Reference(ABC):
+    """Reference log-probs of groups.
 
+    Attributes:
+        identity: of the policy that it is now.
+        refreshes: {"step": steps that were done, "identity": what it became} of every refresh.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.identity, self._description = policy_identity(model)
+        self._start = self.identity
+        # A base without its adapter does not train.
+        self._base = self._description["base"] if is_adapted(model) else None
+        self.refreshes: list[dict[str, Any]] = []
+
+    @abstractmethod
     def prepare(self, groups: Iterable[Group]) -> None:
-        """Called once, before the first update, with every group that will be asked for."""
-        ...
+        """Called before the first update, with every group that will be asked for before the first refresh."""
 
+    @abstractmethod
+    def refresh(self, step: int, groups: Iterable[Group]) -> None:
+        """Follow the policy, which has done `step` steps; `groups` will be asked for before the next refresh."""
+
+    @abstractmethod
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
         """Log-probs of all completions, in order, on the CPU."""
-        ...
 
-    def summary(self) -> dict[str, Any]:
-        """What `summary.json` says of it."""
-        ...
-
+    @abstractmethod
     def close(self) -> None:
         """Give its memory back."""
-        ...
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a refresh made, for `save_state`."""
+
+    @abstractmethod
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `_tensors` gave."""
+
+    def _note_refresh(self, step: int, model: nn.Module) -> None:
+        self.identity, self._description = policy_identity(model, self._base)
+        self.refreshes.append({"step": step, "identity": self.identity})
+        log.info("Reference after step %d: %s.", step, self.identity[:12])
+
+    def save_state(self, folder: Path) -> None:
+        """Keep in a checkpoint what refreshes have made of the reference, whatever becomes of the store."""
+        tensors = self._tensors() if self.refreshes else {}
+        save_file(tensors, folder / _STATE, {"refreshes": json.dumps(self.refreshes)})
+
+    def load_state(self, folder: Path) -> None:
+        """Go on with what `save_state` kept, as a reference that was made of the same start."""
+        with safe_open(folder / _STATE, "pt") as file:
+            self.refreshes = json.loads(file.metadata()["refreshes"])
+            if self.refreshes:
+                self.identity = self.refreshes[-1]["identity"]
+                self._restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` says of it: `identity` is that of the start."""
+        return {"identity": self._start} | ({"refreshes": self.refreshes} if self.refreshes else {})
 
 
-class CachedReference:
+class CachedReference(Reference):
     """Reference log-probs from the content-addressed store; what it lacks is computed once and added."""
 
     def __init__(
@@ -72,18 +121,16 @@ class CachedReference:
         device: torch.device,
         spot_checks: int,
     ) -> None:
+        super().__init__(model)
         self._store = store
-        self._model = model
         self._layout = layout
         self._tokens_per_batch = tokens_per_batch
         self._device = device
         self._spot_checks = spot_checks
         self._values: dict[bytes, np.ndarray] = {}
-        self.identity, description = policy_identity(model)
-        store.register(self.identity, description)
+        store.register(self.identity, self._description)
         self._summary: dict[str, Any] = {
             "mode": "cache",
-            "identity": self.identity,
             "path": str(store.path),
             "hits": 0,
             "misses": 0,
@@ -110,6 +157,12 @@ class CachedReference:
         log.info("Reference %s: %d of %d completions stored.", self.identity[:12], len(self._values), len(wanted))
         self._compute(missing)
         self._summary["seconds"] += time.monotonic() - started
+
+    def refresh(self, step: int, groups: Iterable[Group]) -> None:
+        """Become the policy as it is now, of which the store may know these groups already."""
+        self._note_refresh(step, self._model)
+        self._store.register(self.identity, self._description)
+        self.prepare(groups)
 
     def _agrees(self, wanted: dict[bytes, Group]) -> bool:
         found = sorted(self._values)
@@ -146,6 +199,11 @@ class CachedReference:
             task = progress.add_task("Reference log-probs", total=len(groups))
             for batch, logps in self._score(groups):
                 if not logps.values.isfinite().all():
+                    if self.refreshes:
+                        raise UserError(
+                            f"After step {self.refreshes[-1]['step']} the policy, which becomes the reference, gives "
+                            f"log-probs that are not finite: the training has diverged, try a lower optim.lr."
+                        )
                     raise UserError(
                         "The policy that this stage starts from gives log-probs that are not finite: its weights are "
                         "damaged or overflow in this dtype (model.dtype, quantization.compute_dtype)."
@@ -163,14 +221,25 @@ class CachedReference:
         self._values.update(pending)
 
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
-        """Stored values of all completions of the groups, which `prepare` has seen."""
+        """Stored values of all completions of the groups, which `prepare` or `refresh` has seen."""
         return RaggedLogps.from_sequences(
             [torch.from_numpy(self._values[key]) for group in groups for key in group.keys()]  # noqa: SIM118
         )
 
+    def _tensors(self) -> dict[str, Tensor]:
+        keys = np.frombuffer(b"".join(self._values), np.uint8).reshape(len(self._values), -1)
+        lengths = np.array([len(value) for value in self._values.values()])
+        values = np.concatenate(list(self._values.values()))
+        return {name: torch.tensor(array) for name, array in (("keys", keys), ("lengths", lengths), ("values", values))}
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        values = tensors["values"].split(tensors["lengths"].tolist())
+        keys = (key.tobytes() for key in tensors["keys"].numpy())
+        self._values = {key: value.numpy() for key, value in zip(keys, values, strict=True)}
+
     def summary(self) -> dict[str, Any]:
-        """Identity, hits, misses and what the spot checks found."""
-        return dict(self._summary)
+        """Identities, hits, misses and what the spot checks found."""
+        return {**self._summary, **super().summary()}
 
     def close(self) -> None:
         """Close the store."""
@@ -178,12 +247,18 @@ class CachedReference:
         self._store.close()
 
 
-class LiveReference:
-    """A frozen copy of the starting policy, run beside the training policy: the oracle, at the price of its passes."""
+class LiveReference(Reference):
+    """A frozen copy of the starting policy, run beside the training policy: the oracle, at the price of its passes.
 
-    def __init__(self, model: nn.Module, layout: BatchLayout, tokens_per_batch: int, device: torch.device) -> None:
-        self.identity, _ = policy_identity(model)
-        self._start = FrozenStart(model)
+    A refresh makes it `mix` times the policy and 1 - `mix` times what it was.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: BatchLayout, tokens_per_batch: int, device: torch.device, mix: float = 1.0
+    ) -> None:
+        super().__init__(model)
+        self._frozen = FrozenStart(model)
+        self._mix = mix
         self._layout = layout
         self._tokens_per_batch = tokens_per_batch
         self._device = device
@@ -191,21 +266,34 @@ class LiveReference:
     def prepare(self, groups: Iterable[Group]) -> None:
         """Nothing to prepare."""
 
+    def refresh(self, step: int, groups: Iterable[Group]) -> None:
+        """Move towards the policy as it is now."""
+        del groups
+        self._frozen.mix(self._mix)
+        with self._frozen.active() as model:
+            self._note_refresh(step, model)
+
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
-        """Score the groups with the starting policy."""
-        with self._start.active() as model:
+        """Score the groups with the frozen policy."""
+        with self._frozen.active() as model:
             scored = list(score_groups(model, groups, self._layout, self._tokens_per_batch, self._device))
         return join_scores(groups, scored)
 
     def hidden_states(self, batch: MicroBatch) -> tuple[Any, Tensor]:
-        """The starting policy's head, and its (tokens, H) hidden states that predict the scored tokens of a pass."""
-        with self._start.active() as model:
+        """The frozen policy's head, and its (tokens, H) hidden states that predict the scored tokens of a pass."""
+        with self._frozen.active() as model:
             return model.get_output_embeddings(), hidden_states(model, batch)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return self._frozen.state()
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        self._frozen.load_state(tensors)
+
     def summary(self) -> dict[str, Any]:
-        """Identity only: nothing is stored."""
-        return {"mode": "live", "identity": self.identity}
+        """Identities only: nothing is stored."""
+        return {"mode": "live", **super().summary()}
 
     def close(self) -> None:
         """Drop the copy."""
-        self._start.close()
+        self._frozen.close()
