@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignment.config import require
 from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements
+from alignment.losses.bco import BCO
 from alignment.losses.nll import NLL
 
 
@@ -63,6 +64,11 @@ class Mixture(Loss):
                 f"loss.settings.{name} has no effect: loss.weights names {', '.join(self.weights)} only.",
             )
         assert all(isinstance(self.settings.get(name), Loss) for name in self.weights), "composing fills the settings"
+        for name, part in self._parts().items():
+            require(
+                not isinstance(part, BCO) or not part.density_weights,
+                f"loss.settings.{name}.density_weights must be false in a mixture: it would weight all the losses.",
+            )
         asking = [name for name, part in self._parts().items() if part.companions(2 * part.requirements().min_items)]
         require(
             len(asking) <= 1,

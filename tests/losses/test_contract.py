@@ -172,7 +172,7 @@ def every_loss_but(*names):
     )
 
 
-MOVING = ("bco", "beta_dpo", "beta_dpo_all_kept", "alpha_dpo")
+MOVING = ("bco", "beta_dpo", "beta_dpo_all_kept", "alpha_dpo", "mixture_of_a_step")
 """Statistics of the step enter them without a gradient: a move of the policy moves these too, so that differences of
 the loss do not follow its gradient. test_running_state.py holds them fixed."""
 
