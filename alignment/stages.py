@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ from alignment.reference import CachedReference, LiveReference, Reference
 from alignment.reference_store import ReferenceStore, cache_dir
 from alignment.report import print_summary, write_report
 from alignment.sft import run_sft
+from alignment.schedule import FollowPolicy, Schedule
 from alignment.shared import choose_layout
-from alignment.steps import StepSampler
 from alignment.tracking import Tracker, open_tracker
 from alignment.training import (
     check_names,
@@ -174,6 +174,7 @@ class Run:
         if config.loss is not None:
             assert config.data is not None
             self.preferences, rows = load_preferences(config.data, self.tokenizer, config.loss)
+            self.schedule = Schedule.of(config, self.preferences.train)
             self.bad += rows
         self.answers = self._held_out_answers()
         self.record = RunRecord(run_dir)
@@ -350,25 +351,29 @@ class Run:
         loss, loop = config.loss, config.trainer
         disable_dropout(model)
         layout = choose_layout(model, self.device)
-        sampler = StepSampler(len(data.train), loop.groups_per_step, config.seed, loss.requirements().min_items)
-        num_steps = loop.max_steps or math.ceil(loop.epochs * len(sampler))
+        schedule = self.schedule
+        checkpoint, done = last_checkpoint(checkpoints)
         plan = self._plan("preference", model, config, largest_group(layout, data.train))
         checkpoint_layers(model, plan.checkpoint_every)
         reference = self._reference(model, layout, plan)
+        callbacks = stage_callbacks(loss.name.upper(), log_metrics, loop, bool(data.eval))
         if reference is not None:
-            steps = sampler.first_steps(num_steps)
-            reference.prepare(groups_to_reference(loss, data.train, steps, data.eval))
+            asked = partial(groups_to_reference, loss, data.train, eval_groups=data.eval)
+            first = schedule.until_refresh(0)
+            # After a refresh the checkpoint has the values: those of the start are for the check alone.
+            reference.prepare(asked(first if done < len(first) else first[:1]))
+            if schedule.refreshes:
+                callbacks.insert(0, FollowPolicy(reference, schedule, asked))  # before the checkpoint is called whole
         arguments = training_arguments(
             TrainingArguments,
             folder=checkpoints,
             optim=config.optim,
             trainer=loop,
-            num_steps=num_steps,
+            num_steps=len(schedule.steps),
             seed=config.seed,
             device=self.device,
             per_device_train_batch_size=loop.groups_per_step,
         )
-        checkpoint, done = last_checkpoint(checkpoints)
         trainer = PreferenceTrainer(
             model=model,
             args=arguments,
@@ -378,11 +383,11 @@ class Run:
             reference=reference,
             layout=layout,
             tokens_per_batch=plan.tokens_per_batch,
-            sampler=sampler,
-            callbacks=stage_callbacks(loss.name.upper(), log_metrics, loop, bool(data.eval)),
+            sampler=schedule.sampler,
+            callbacks=callbacks,
         )
         prepare_trainer(trainer)
-        start = check_start(trainer, [data.train[i] for i in sampler.steps(0)[0]])
+        start = check_start(trainer, [data.train[i] for i in schedule.steps[0]])
         log.info(
             "Before the first update the loss is %.6g; its formula gives %.6g.", start["loss"], start["closed_form"]
         )
@@ -390,13 +395,15 @@ class Run:
             trainer.evaluate_start()
         if checkpoint is not None:
             trainer.load_state(checkpoint)
+            if reference is not None and schedule.refreshes:
+                reference.load_state(checkpoint)
             log.info("The preference stage continues from step %d.", done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = self._final_metrics(trainer)
         result = {
             "loss": loss.name,
             "settings": asdict(loss),
-            "steps": num_steps,
+            "steps": len(schedule.steps),
             "num_tokens": trainer.num_tokens,
             "train_seconds": trainer.train_seconds,
             "memory": memory_result(plan, self.device, trainer.tokens_per_batch),
@@ -413,7 +420,8 @@ class Run:
         if not config.loss.requirements().reference and not config.reference.for_metrics:
             return None
         if config.reference.mode is ReferenceMode.live:
-            return LiveReference(model, layout, plan.tokens_per_batch, self.device)  # beside what a step keeps
+            budget = plan.tokens_per_batch  # beside what a step keeps
+            return LiveReference(model, layout, budget, self.device, config.reference.sync_mix)
         store = ReferenceStore(self.cache / "reference.sqlite")
         return CachedReference(store, model, layout, plan.reference_tokens, self.device, config.reference.spot_checks)
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"compose"},
     {"stages", "cache"},
     {"evaluation", "export", "gate", "preflight", "report"},
-    {"preference", "sft", "plots"},
+    {"preference", "sft", "plots", "schedule"},
     {"objective"},
     {"training", "reference", "metrics", "steps", "tracking", "generate", "planning"},
     {"memory"},
