@@ -48,8 +48,8 @@ from alignment.records import RunRecord, atomic_write_bytes, git_commit, machine
 from alignment.reference import CachedReference, LiveReference, Reference
 from alignment.reference_store import ReferenceStore, cache_dir
 from alignment.report import print_summary, write_report
-from alignment.sft import run_sft
 from alignment.schedule import FollowPolicy, Schedule
+from alignment.sft import run_sft
 from alignment.shared import choose_layout
 from alignment.tracking import Tracker, open_tracker
 from alignment.training import (
