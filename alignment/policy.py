@@ -329,7 +329,7 @@ class FrozenStart:
     A mixed adapter is exact in weight space. Mixing A with A and B with B would mix their products wrongly, so that
     updates are laid side by side instead: for the shares s_i of the updates B_i A_i that were met,
     sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...]. The rank grows by the policy's with every mix, until
-    the oldest share is lost in rounding and its update is dropped: 18 times the rank for a mix of 0.6 in fp32.
+    the oldest share is lost in rounding and its update is dropped: 17 times the rank for a mix of 0.6 in fp32.
     """
 
     def __init__(self, model: nn.Module) -> None:
