@@ -114,14 +114,18 @@ def _store_schema(node: DictConfig, path: Path) -> None:
     except Exception as error:  # whatever the user's own code raises, the file that names it is the place to look
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(
-            f"{path}: _target_ {target} cannot be imported ({why}); it names module.Class, and the module is looked for "
-            f"in the folder that the command is run in."
+            f"{path}: _target_ {target} cannot be imported ({why}); it names module.Class, and the module is "
+            f"looked for in the folder that the command is run in."
         ) from error
     if not (isinstance(loss, type) and issubclass(loss, Loss) and is_dataclass(loss)):
         raise UserError(f"{path}: _target_ {target} is not a dataclass derived from alignment.losses.Loss.")
     if not isinstance(getattr(loss, "name", None), str) or LOSSES.get(loss.name, loss) is not loss:
         raise UserError(f"{path}: _target_ {target} needs a `name` that no shipped loss has.")
-    ConfigStore.instance().store(group="schema/loss", name=path.stem, node=_schema(loss), package="loss")
+    try:
+        fields_of = _schema(loss)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_sentence(error)}") from error
+    ConfigStore.instance().store(group="schema/loss", name=path.stem, node=fields_of, package="loss")
 
 
 def _read(path: Path) -> DictConfig:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignment.compose import load
 from alignment.errors import UserError
 from alignment.run import _checked_arguments
 from tests.commands import Ended, command, pair, write_lines, write_project
@@ -171,6 +172,11 @@ def test_wrong_files(name, content, said, tmp_path, monkeypatch):
     assert "\n" not in message and message.endswith(".")
     assert all(part in message for part in said), message
     assert sorted(Path.cwd().iterdir()) == before
+
+
+def test_mappings_take_new_keys_without_a_plus():
+    config = load("data.columns={prompt: question}", "data.template_kwargs.enable_thinking=false")
+    assert (config.data.columns, config.data.template_kwargs) == ({"prompt": "question"}, {"enable_thinking": False})
 
 
 def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path, monkeypatch):
