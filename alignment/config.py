@@ -52,6 +52,17 @@ class Keep(Enum):
     end = "end"
 
 
+class ListPairs(Enum):
+    """Which pairs a loss of pairs makes of a ranked list; completions with equal scores are no pair.
+
+    `best_vs_worst`: one pair; `best_vs_rest`: the first with each other one; `all_pairs`: each with each that is worse.
+    """
+
+    best_vs_worst = "best_vs_worst"
+    best_vs_rest = "best_vs_rest"
+    all_pairs = "all_pairs"
+
+
 class ReferenceMode(Enum):
     """`cache`: log-probs from the shared store; `live`: a frozen copy of the starting policy, run beside it."""
 
@@ -132,6 +143,7 @@ class DataConfig:
     limit: int | None
     eval_limit: int | None
     template_kwargs: dict[str, Any]
+    list_pairs: ListPairs
 
     def __post_init__(self) -> None:
         require(self.max_length >= 2, f"data.max_length must be at least 2, not {self.max_length}.")

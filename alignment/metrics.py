@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alignment.losses import LossInputs, LossOutput
+from alignment.losses.lists import better_pairs, table
 
 
 class Means:
@@ -52,10 +53,12 @@ def preference_metrics(inputs: LossInputs, output: LossOutput) -> dict[str, Tens
     """Per-example metrics under TRL's names, and the same quantities in nats, comparable across losses.
 
     `rewards/*` is what the objective itself optimises, in its own units; `nats/*` is the log-ratio to the reference,
-    summed over the completion; `ranking/*` looks at the policy alone.
+    summed over the completion; `ranking/*` looks at the policy alone. Of a ranked list the best completion is the
+    chosen, the worst the rejected one; `rewards/concordance` says of each two of its completions with different scores
+    whether the rewards order them rightly.
 
     Returns:
-        name -> one value per pair (or per row that it applies to), detached.
+        name -> one value per pair (or per row, or per two completions of a list, that it applies to), detached.
     """
     policy = inputs.policy.detach()
     per_sequence = {"rewards": output.rewards, "logps": policy.sums(), "lengths": policy.lengths}
@@ -67,15 +70,21 @@ def preference_metrics(inputs: LossInputs, output: LossOutput) -> dict[str, Tens
             metrics[f"{kind}/chosen"] = values[inputs.labels]
             metrics[f"{kind}/rejected"] = values[~inputs.labels]
     else:
+        best = inputs.favoured()
+        worst = best.roll(-1)  # the one before the next best one
         for kind, values in per_sequence.items():
-            chosen, rejected = values[0::2], values[1::2]
+            chosen, rejected = values[best], values[worst]
             metrics[f"{kind}/chosen"], metrics[f"{kind}/rejected"] = chosen, rejected
             if kind in ("rewards", "nats"):
                 metrics[f"{kind}/margins"] = chosen - rejected
                 metrics[f"{kind}/accuracies"] = (chosen > rejected).float()
-        metrics["rewards/ties"] = (output.rewards[0::2] == output.rewards[1::2]).float()
+        metrics["rewards/ties"] = (metrics["rewards/chosen"] == metrics["rewards/rejected"]).float()
         means = policy.means()
         metrics["ranking/accuracies"] = (metrics["logps/chosen"] > metrics["logps/rejected"]).float()
-        metrics["ranking/accuracies_per_token"] = (means[0::2] > means[1::2]).float()
+        metrics["ranking/accuracies_per_token"] = (means[best] > means[worst]).float()
+        if inputs.sizes is not None:
+            rewards = table(output.rewards, inputs.sizes)
+            right = rewards[:, :, None] > rewards[:, None]
+            metrics["rewards/concordance"] = right[better_pairs(inputs.sizes, inputs.scores)].float()
     metrics.update(output.parts)
     return metrics

@@ -19,7 +19,7 @@ from transformers import TrainingArguments, set_seed
 
 from alignment.allocator import keep_freed_memory
 from alignment.config import DataConfig, ReferenceMode, RunConfig, SFTConfig
-from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, write_rejected
+from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, require_scores, write_rejected
 from alignment.data.sources import LoadedData, load_rows
 from alignment.data.tokens import tokenize_groups, tokenize_sft
 from alignment.errors import UserError
@@ -28,6 +28,7 @@ from alignment.export import export_merged
 from alignment.gate import check_start
 from alignment.groups import Group
 from alignment.layout import BatchLayout
+from alignment.lists import are_lists, as_pairs
 from alignment.logps import largest_group
 from alignment.memory import Plan
 from alignment.objective import as_rows, groups_to_reference
@@ -106,29 +107,46 @@ def _log_data(title: str, info: dict[str, Any]) -> None:
 
 
 def load_preferences(config: DataConfig, tokenizer: Any, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
-    """Read, check and tokenise the preference data; a row-wise loss gets pairs as two labelled rows each.
+    """Read, check and tokenise the preference data.
+
+    A loss of rows gets pairs as two labelled rows each; a loss of pairs or rows gets ranked lists as pairs, and a loss
+    of lists pairs as lists of two.
 
     Raises:
         UserError: data that cannot be used, or nothing left to train on.
     """
     loaded = load_rows(config, kind="preference")
     needs = loss.requirements()
-    if needs.unit == "pair":
+    if needs.unit != "row":
         require_pairs([*loaded.train, *loaded.eval], loss.name)
+    if needs.scores:
+        require_scores([*loaded.train, *loaded.eval], loss.name)
     train = tokenize_groups(loaded.train, tokenizer, config)
     held_out = tokenize_groups(loaded.eval, tokenizer, config)
     drops = [*train.drops, *held_out.drops]
     info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
     _log_data("Preferences", info)
-    groups = as_rows(train.groups) if needs.unit == "row" else train.groups
-    for part, rows in (("training", groups), ("held-out", as_rows(held_out.groups))):
-        if 0 < len(rows) < needs.min_items:
+    parts = {"training": train.groups, "held-out": held_out.groups}
+    if needs.unit != "list":
+        for part, groups in parts.items():
+            if are_lists(groups):
+                parts[part] = as_pairs(groups, config.list_pairs)
+                log.info("  %s: %d pairs of %d lists", part, len(parts[part]), len(groups))
+                if not parts[part]:
+                    raise UserError(f"{config.source}: no {part} list has two completions with different scores.")
+    rows = {row.source: row for row in held_out.rows}
+    eval_groups = parts["held-out"]
+    eval_rows = [rows[group.source] for group in eval_groups]
+    if needs.unit == "row":
+        parts = {part: as_rows(groups) for part, groups in parts.items()}
+    for part, items in parts.items():
+        if 0 < len(items) < needs.min_items:
             raise UserError(
-                f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} rows, and "
-                f"{config.source} has {len(rows)}."
+                f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} {needs.unit}s, and "
+                f"{config.source} has {len(items)}."
             )
-    info["train"], info["eval"] = len(groups), len(held_out.groups)
-    return PreferenceData(groups, held_out.groups, held_out.rows, info), [*loaded.bad, *drops]
+    info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
+    return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
 
 
 def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, list[BadRow]]:

@@ -35,7 +35,7 @@ FOLLOWS = {
 }
 OUR_COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "label", "messages", "conversations", "system"),
-    *("score_chosen", "score_rejected"),
+    *("score_chosen", "score_rejected", "completions", "scores", "steps", "weight"),
 )
 TURN = re.compile(r"\n\n(Human|Assistant):")
 SAMPLE = 32
@@ -44,19 +44,24 @@ SAMPLE = 32
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One accepted layout: its columns, what must hold for a sample record, and its converter."""
+    """One accepted layout: its columns, what must hold for a sample record, and its converter.
+
+    `steps` is the column with the beginning of the answer that both completions go on from by one step.
+    """
 
     name: str
     columns: tuple[str, ...]
     convert: Callable[[Record], tuple[Text, list[Text]]]
     fits: Callable[[Record], bool] = lambda record: True
+    steps: str | None = None
 
     @property
     def family(self) -> str:
-        """What a row of it is: "pairs", "labelled" or "sft"."""
-        if "chosen" in self.columns:
-            return "pairs"
-        return "labelled" if "label" in self.columns else "sft"
+        """What a row of it is: "pairs", "lists", "labelled" or "sft"."""
+        for column, family in (("chosen", "pairs"), ("completions", "lists"), ("label", "labelled")):
+            if column in self.columns:
+                return family
+        return "sft"
 
 
 def messages_of(value: Any, column: str) -> list[Message]:
@@ -146,6 +151,22 @@ def _dialogue_pair(record: Record) -> tuple[Text, list[Text]]:
     return _split_pair(dialogue_of(record["chosen"], "chosen"), dialogue_of(record["rejected"], "rejected"))
 
 
+def _list(prompt: str) -> Callable[[Record], tuple[Text, list[Text]]]:
+    def convert(record: Record) -> tuple[Text, list[Text]]:
+        completions = record["completions"]
+        if not isinstance(completions, list):
+            raise Rejected("wrong_type", f"column 'completions' holds {type(completions).__name__}, not a list")
+        answers = [c["response"] if _is_rated(c) else c for c in completions]
+        return text_of(record[prompt], prompt), [text_of(answer, "completions") for answer in answers]
+
+    return convert
+
+
+def _is_rated(completion: Any) -> bool:
+    """Whether it is an object of UltraFeedback's own form."""
+    return isinstance(completion, dict) and "response" in completion
+
+
 def _completion(record: Record) -> tuple[Text, list[Text]]:
     return text_of(record["prompt"], "prompt"), [text_of(record["completion"], "completion")]
 
@@ -156,6 +177,15 @@ def _conversation(column: str) -> Callable[[Record], tuple[Text, list[Text]]]:
         return prompt, [answer]
 
     return convert
+
+
+def _holds_steps(column: str) -> Callable[[Record], bool]:
+    return lambda record: isinstance(record[column], str)
+
+
+def _holds_list(record: Record) -> bool:
+    """Alternatives; with `labels` beside them they are the labelled steps of one answer, which is another thing."""
+    return isinstance(record["completions"], list) and record.get("labels") is None
 
 
 def _holds_messages(record: Record) -> bool:
@@ -174,11 +204,17 @@ def _holds_dialogue(record: Record) -> bool:
 
 
 LAYOUTS = (
+    *(
+        Layout("step pairs", ("prompt", column, "chosen", "rejected"), _pair, _holds_steps(column), column)
+        for column in ("steps", "initial_reason_steps")
+    ),
     Layout("ShareGPT pairs", ("conversations", "chosen", "rejected"), _conversation_pair),
     Layout("UltraFeedback pairs", ("prompt", "chosen", "rejected"), _pair, _holds_whole_conversations),
     Layout("pairs", ("prompt", "chosen", "rejected"), _pair),
     Layout("HH dialogue pairs", ("chosen", "rejected"), _dialogue_pair, _holds_dialogue),
     Layout("implicit-prompt pairs", ("chosen", "rejected"), _implicit_pair, _holds_messages),
+    Layout("ranked lists", ("prompt", "completions"), _list("prompt"), _holds_list),
+    Layout("UltraFeedback lists", ("instruction", "completions"), _list("instruction"), _holds_list),
     Layout("labelled messages", ("messages", "label"), _conversation("messages")),
     Layout("labelled ShareGPT", ("conversations", "label"), _conversation("conversations")),
     Layout("labelled completions", ("prompt", "completion", "label"), _completion),
@@ -221,8 +257,10 @@ def recognise(records: Sequence[Record], columns: Mapping[str, str], kind: Kind,
         if kind == "preference" and layout.family == "sft":
             raise UserError(
                 f"Preference data is wanted, but {source} has SFT data (columns {listed}): "
-                "pairs need the columns chosen and rejected, labelled rows a label."
+                "pairs need the columns chosen and rejected, ranked lists completions, labelled rows a label."
             )
+        if kind == "sft" and layout.steps is not None:
+            raise UserError(f"SFT learns whole answers, and {source} has single steps of them (layout {layout.name}).")
         return layout
     accepted = "; ".join(
         f"{layout.name} ({', '.join(layout.columns)})" for layout in LAYOUTS if kind == "sft" or layout.family != "sft"
@@ -260,17 +298,35 @@ def _to_row(record: Record, layout: Layout, source: str) -> Row:
     _check_prompt(prompt)
     for answer in answers:
         _check_answer(answer)
-    if len(answers) == 2 and answers[0] == answers[1]:
-        raise Rejected("identical_answers", "chosen and rejected are the same")
+    if len(answers) > 1 and all(answer == answers[0] for answer in answers):
+        raise Rejected("identical_answers", "the answers are the same")
     used = {*layout.columns, "system"}
     labels = scores = None
     if layout.family == "labelled":
         labels = (_label(record["label"]),)
     if layout.family == "pairs":
-        scores = _scores(record)
+        scores = _scores([record.get("score_chosen"), record.get("score_rejected")])
         used |= {"score_chosen", "score_rejected"}
+    if layout.family == "lists":
+        if len(answers) < 2:
+            raise Rejected("too_few_answers", f"a ranked list has at least two completions, not {len(answers)}")
+        scores = _list_scores(record)
+        used.add("scores")
+        if scores is not None:
+            order = sorted(range(len(answers)), key=scores.__getitem__, reverse=True)  # stable, also in reverse
+            answers, scores = [answers[i] for i in order], tuple(scores[i] for i in order)
+    weight = 1.0
+    if layout.family != "sft":
+        weight = _weight(record.get("weight"))
+        used.add("weight")
+    steps = None
+    if layout.steps is not None:
+        steps = record[layout.steps]
+        if not isinstance(steps, str):
+            raise Rejected("wrong_type", f"column '{layout.steps}' holds {type(steps).__name__}, not text")
+        _check_text(steps)
     meta = {name: value for name, value in record.items() if name not in used}
-    return Row(prompt, tuple(answers), labels, scores, meta, source)
+    return Row(prompt, tuple(answers), labels, scores, meta, source, weight, steps)
 
 
 def _check_prompt(prompt: Text) -> None:
@@ -322,14 +378,33 @@ def _label(value: Any) -> bool:
     return bool(value)
 
 
-def _scores(record: Record) -> tuple[float, ...] | None:
-    values = [record.get("score_chosen"), record.get("score_rejected")]
-    if values == [None, None]:
+def _scores(values: list[Any]) -> tuple[float, ...] | None:
+    """One finite number per completion, or None where there is none at all."""
+    if all(value is None for value in values):
         return None
     try:
-        scores = tuple(float(value) for value in values)  # type: ignore[arg-type]
+        scores = tuple(float(value) for value in values)
     except (TypeError, ValueError):
-        raise Rejected("bad_score", f"the scores {values} are not two numbers") from None
+        raise Rejected("bad_score", f"the scores {values} are not {len(values)} numbers") from None
     if not all(math.isfinite(score) for score in scores):
         raise Rejected("bad_score", f"the scores {values} are not finite")
     return scores
+
+
+def _list_scores(record: Record) -> tuple[float, ...] | None:
+    completions, values = record["completions"], record.get("scores")
+    if values is None:
+        values = [c.get("overall_score") if _is_rated(c) else None for c in completions]
+    if not isinstance(values, list) or len(values) != len(completions):
+        raise Rejected("bad_score", f"column 'scores' does not hold {len(completions)} numbers")
+    return _scores(values)
+
+
+def _weight(value: Any) -> float:
+    try:
+        weight = 1.0 if value is None else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise Rejected("bad_weight", f"a weight is a finite number, at least 0, not {value!r}")
+    return weight

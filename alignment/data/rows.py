@@ -33,11 +33,15 @@ class Row:
 
     Attributes:
         prompt: text, or messages that end with a user or tool turn.
-        completions: K texts, or K lists of one assistant message; the chosen one first in a pair.
+        completions: K texts, or K lists of one assistant message; the chosen one first in a pair, the best first in a
+            list.
         labels: K booleans (True: desirable), or None.
         scores: K finite floats from the data, or None.
         meta: the row's other columns as they were, e.g. answer keys for a judge.
         source: "file:row", rows counted from 1; the line number in JSON Lines.
+        weight: factor of the row's loss.
+        steps: the beginning of the answer that all completions go on from, each by one step and not to the end; None
+            where they are whole answers.
     """
 
     prompt: Text
@@ -46,6 +50,8 @@ class Row:
     scores: tuple[float, ...] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    weight: float = 1.0
+    steps: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +71,23 @@ class BadRow:
 
 
 def require_pairs(rows: Sequence[Row], loss: str) -> None:
-    """Raise `UserError` unless every row has a chosen and a rejected completion."""
+    """Raise `UserError` unless every row has at least two completions to compare."""
     for row in rows:
         if len(row.completions) < 2:
             raise UserError(
-                f"Loss {loss} compares a chosen with a rejected completion, but row {row.source} has one completion"
-                f"{' with a label' if row.labels is not None else ''}: use pairs, or a loss on labelled rows (kto)."
+                f"Loss {loss} compares completions of one prompt, but row {row.source} has one completion"
+                f"{' with a label' if row.labels is not None else ''}: use pairs or ranked lists, or a loss on "
+                f"labelled rows (kto)."
+            )
+
+
+def require_scores(rows: Sequence[Row], loss: str) -> None:
+    """Raise `UserError` unless every row has a score for each completion."""
+    for row in rows:
+        if row.scores is None:
+            raise UserError(
+                f"Loss {loss} reads scores, and row {row.source} has none: pairs have them in the columns score_chosen "
+                f"and score_rejected, ranked lists in the column scores."
             )
 
 
@@ -79,7 +96,7 @@ def fingerprint(*parts: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for rows in parts:
         for row in rows:
-            content = [row.prompt, row.completions, row.labels, row.scores, row.meta]
+            content = [row.prompt, row.completions, row.labels, row.scores, row.weight, row.steps, row.meta]
             digest.update(json.dumps(content, sort_keys=True, default=str).encode("ascii") + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()

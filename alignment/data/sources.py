@@ -57,7 +57,7 @@ def load_rows(config: DataConfig, *, kind: Kind) -> LoadedData:
     Held-out rows come from `eval_source` or, for a folder or hub set, from another split of `source`; else from the
     bundled set's own eval file; else `eval_size` rows are set aside by a hash of their prompts, so that neither the
     seed nor the file's order matters and no prompt stands on both sides. With `kind="sft"` pairs give their chosen
-    completion and labelled data its desirable rows.
+    completion, ranked lists their best one and labelled data its desirable rows.
 
     Raises:
         UserError: for anything that cannot be read, and for more bad rows than `max_bad_rows`.
@@ -189,9 +189,12 @@ def _to_part(
             raise UserError(f"{source} has no row labelled true, and SFT learns from those only.")
         note = f"{len(rows) - len(desirable)} rows labelled undesirable are not used for SFT"
         rows = desirable
-    if kind == "sft" and layout.family == "pairs":
+    if kind == "sft" and layout.family in ("pairs", "lists"):
         rows = [replace(row, completions=row.completions[:1], scores=None) for row in rows]
-        note = "the chosen completions of pairs serve for SFT"
+        note = f"the {'chosen' if layout.family == 'pairs' else 'best'} completions of {layout.family} serve for SFT"
+    if kind == "sft" and any(row.weight != 1 for row in rows):
+        rows = [replace(row, weight=1.0) for row in rows]
+        note += "; SFT does not use their weights"
     return _Part(rows, layout, bad, note)
 
 

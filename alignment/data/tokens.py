@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 ROWS_PER_CALL = 1024
 """Rows per tokenizer call: enough for its threads, few enough that its encodings stay small."""
 
-GROUP_COUNTS = ("truncated_prompts", "truncated_completions", "seam_moves", "template_splits", "eos_appended")
+GROUP_COUNTS = (
+    *("truncated_prompts", "truncated_completions", "duplicate_completions"),
+    *("seam_moves", "template_splits", "eos_appended"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +37,11 @@ class TokenizedData:
     """Groups with the rows that they came from, in the same order, and what was lost on the way.
 
     Attributes:
+        rows: as they were read, with the duplicates that a list's group has not.
         drops: rows left out: template_error, template_not_prefix, no_prompt_tokens, no_completion_tokens,
             identical_after_tokenising.
-        counts: groups, truncated_prompts and truncated_completions; seam_moves (tokens merged where prompt and
+        counts: groups, truncated_prompts and truncated_completions; duplicate_completions (left out of lists, the
+            better-placed one is kept); seam_moves (tokens merged where prompt and
             completion meet, so the completion begins a few characters early); template_splits (the template writes
             something else after the prompt for an answer than for a generation); eos_appended (by us).
     """
@@ -73,6 +78,8 @@ def tokenize_groups(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, con
 
     A completion ends with its end-of-turn token: what a template writes behind it (ChatML's line break) is never
     generated and is the same for every answer, so it is not scored. An end-of-turn token that is missing is added.
+    Where a row has `steps`, these are the end of its prompt, and a completion is one more step as it is written, with
+    no token to end it.
 
     With a chat template the template alone decides about BOS; plain text gets the BOS that the tokenizer adds.
 
@@ -120,15 +127,19 @@ def _group(
     notes |= {"truncated_completions": 0, "eos_appended": 0}
     completions = []
     for whole in wholes:
-        completion, appended = writer.ended(whole[boundary:])
+        completion, appended = (whole[boundary:], 0) if row.steps is not None else writer.ended(whole[boundary:])
         if len(completion) == appended:
             raise Rejected("no_completion_tokens", "the chat template leaves nothing of the completion")
         notes["eos_appended"] += appended * writer.chat
         notes["truncated_completions"] += len(completion) > room
         completions.append(completion[:room])
-    if len({completion.tobytes() for completion in completions}) < len(completions):
+    first = {completion.tobytes(): k for k, completion in reversed(list(enumerate(completions)))}
+    if len(first) < min(2, len(completions)):
         raise Rejected("identical_after_tokenising", f"the completions agree in their first {room} tokens")
-    return Group(prompt, tuple(completions), row.labels, row.scores, source=row.source), notes
+    notes["duplicate_completions"] = len(completions) - len(first)
+    kept = sorted(first.values())
+    scores = None if row.scores is None else tuple(row.scores[k] for k in kept)
+    return Group(prompt, tuple(completions[k] for k in kept), row.labels, scores, row.weight, row.source), notes
 
 
 def tokenize_sft(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> TokenizedSFT:
@@ -238,6 +249,9 @@ class _Writer:
 
     def group_texts(self, row: Row) -> tuple[str, list[str]]:
         """The prompt as generation would see it, and prompt with completion for each completion."""
+        if row.steps is not None:
+            prompt = (str(row.prompt) if self.plain(row) else self.render(self.messages(row), True)) + row.steps
+            return prompt, [prompt + _answer(completion)[0]["content"] for completion in row.completions]
         if self.plain(row):
             return str(row.prompt), [f"{row.prompt}{completion}" for completion in row.completions]
         messages = self.messages(row)

@@ -32,6 +32,7 @@ from alignment.config import (
     Device,
     Dtype,
     Keep,
+    ListPairs,
     ModelConfig,
     OptimConfig,
     Planning,
@@ -98,6 +99,7 @@ def data_config(source: str) -> DataConfig:
         limit=None,
         eval_limit=None,
         template_kwargs={},
+        list_pairs=ListPairs.best_vs_worst,
     )
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from alignment.config import DataConfig, Keep
+from alignment.config import DataConfig, Keep, ListPairs
 from tests.conftest import shared_data
 
 
@@ -24,7 +24,7 @@ def config():
         defaults = {
             **dict.fromkeys(("name", "eval_source", "eval_split", "system", "max_bad_rows", "limit", "eval_limit")),
             **{"split": "train", "eval_size": 0, "columns": {}, "template_kwargs": {}, "truncate_prompt": Keep.end},
-            **{"max_length": 512, "max_prompt_length": 256},
+            **{"max_length": 512, "max_prompt_length": 256, "list_pairs": ListPairs.best_vs_worst},
         }
         return DataConfig(source=str(source), **(defaults | fields))
 

@@ -109,6 +109,56 @@ def read(record, kind="preference", columns=None):
             {"prompt": "p", "completion": "c", "label": "True"},
             *("labelled completions", "p", ("c",), {"labels": (True,)}),
         ),
+        ({"prompt": "p", "completions": ["a", "b", "c"]}, "ranked lists", "p", ("a", "b", "c"), {}),
+        # sorted by their scores, equal ones in the order of the file
+        (
+            {"prompt": "p", "completions": ["a", "b", "c", "d"], "scores": [1, 2.5, "3", 2.5], "id": 4},
+            *("ranked lists", "p", ("c", "b", "d", "a"), {"scores": (3.0, 2.5, 2.5, 1.0), "meta": {"id": 4}}),
+        ),
+        (
+            {"prompt": [user("p")], "completions": [[assistant("c")], assistant("r"), "x"]},
+            *("ranked lists", [user("p")], (*PAIR, [assistant("x")]), {}),
+        ),
+        (
+            {
+                **{"source": "s", "instruction": "p", "models": ["m", "n"]},
+                "completions": [
+                    {"model": "m", "response": "r", "overall_score": 6.5, "annotations": {}},
+                    {"model": "n", "response": "c", "overall_score": 8.0, "annotations": {}},
+                ],
+            },
+            *("UltraFeedback lists", "p", ("c", "r")),
+            {"scores": (8.0, 6.5), "meta": {"source": "s", "models": ["m", "n"]}},
+        ),
+        (
+            {
+                "prompt": "p",
+                "steps": "1: x\n",
+                "chosen": "c",
+                "rejected": "r",
+                "score_chosen": 1,
+                "score_rejected": 0,
+            },
+            *("step pairs", "p", ("c", "r"), {"steps": "1: x\n", "scores": (1.0, 0.0)}),
+        ),
+        (
+            {"prompt": "p", "initial_reason_steps": "", "chosen": "c", "rejected": "r", "full_chosen": "c d"},
+            *("step pairs", "p", ("c", "r"), {"steps": "", "meta": {"full_chosen": "c d"}}),
+        ),
+        # a number of steps is no beginning of an answer
+        (
+            {"prompt": "p", "steps": 3, "chosen": "c", "rejected": "r"},
+            *("pairs", "p", ("c", "r"), {"meta": {"steps": 3}}),
+        ),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "weight": "0.5"}, "pairs", "p", ("c", "r"), {"weight": 0.5}),
+        (
+            {"prompt": "p", "completion": "c", "label": False, "weight": 0},
+            *("labelled completions", "p", ("c",), {"labels": (False,), "weight": 0.0}),
+        ),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "weight": 2},
+            *("ranked lists", "p", ("a", "b"), {"weight": 2.0}),
+        ),
     ],
 )
 def test_preference_layouts(record, name, prompt, completions, more):
@@ -129,6 +179,18 @@ def test_sft_layouts(record, name, prompt, completion):
     assert read(record, "sft") == (name, Row(prompt, (completion,), source="f:3"))
     with pytest.raises(UserError, match=r"Preference data is wanted, but f has SFT data \(columns "):
         read(record)
+
+
+def test_sft_data_has_no_weights_and_no_steps():
+    record = {"prompt": "p", "completion": "c", "weight": "heavy"}
+    assert read(record, "sft") == ("completions", Row("p", ("c",), meta={"weight": "heavy"}, source="f:3"))
+    with pytest.raises(UserError, match=r"SFT learns whole answers, and f has single steps of them"):
+        read({"prompt": "p", "steps": "s", "chosen": "c", "rejected": "r"}, "sft")
+
+
+def test_labelled_steps_of_one_answer_are_no_list_of_answers():
+    with pytest.raises(UserError, match="layout of f is not known"):
+        read({"prompt": "p", "completions": ["first", "second"], "labels": [True, False]})
 
 
 def test_columns_are_mapped_and_the_rest_is_kept():
@@ -214,6 +276,11 @@ def chat(*prompt, chosen=None):
         (pair(score_chosen=1), "bad_score"),
         (pair(score_chosen=1, score_rejected="high"), "bad_score"),
         (pair(score_chosen=1, score_rejected=float("nan")), "bad_score"),
+        (pair(weight=-0.5), "bad_weight"),
+        (pair(weight=float("inf")), "bad_weight"),
+        (pair(weight=float("nan")), "bad_weight"),
+        (pair(weight="heavy"), "bad_weight"),
+        (pair(weight=[1]), "bad_weight"),
     ],
 )
 def test_bad_pairs(record, reason):
@@ -221,6 +288,46 @@ def test_bad_pairs(record, reason):
     bad = to_row(record, layout, {}, "f", 3)
     assert isinstance(bad, BadRow)
     assert (bad.reason, bad.file, bad.row) == (reason, "f", 3)
+
+
+def rated(*scores):
+    return [{"response": f"r{i}", "overall_score": score} for i, score in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"completions": "abc"}, "wrong_type"),
+        ({"completions": ["a", 3]}, "wrong_type"),
+        ({"completions": ["a", {"text": "b"}]}, "missing_field"),
+        ({"completions": []}, "too_few_answers"),
+        ({"completions": ["a"]}, "too_few_answers"),
+        ({"completions": ["a", "a", "a"]}, "identical_answers"),
+        ({"completions": ["a", " "]}, "empty_answer"),
+        ({"completions": ["a", [user("p"), assistant("b")]]}, "bad_roles"),
+        ({"scores": [1]}, "bad_score"),
+        ({"scores": [1, None]}, "bad_score"),
+        ({"scores": [1, float("nan")]}, "bad_score"),
+        ({"scores": [1, "high"]}, "bad_score"),
+        ({"scores": 3}, "bad_score"),
+        ({"completions": rated(1, None)}, "bad_score"),
+        ({"completions": rated(1, float("inf"))}, "bad_score"),
+        ({"weight": -1}, "bad_weight"),
+    ],
+)
+def test_bad_lists(fields, reason):
+    good = {"prompt": "p", "completions": ["a", "b"]}
+    layout = recognise([good], {}, "preference", "f")
+    assert to_row(good | fields, layout, {}, "f", 1).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"), [(None, "missing_field"), (["s"], "wrong_type"), ("\ud800", "lone_surrogate")]
+)
+def test_bad_steps(steps, reason):
+    good = pair(steps="s")
+    layout = recognise([good], {}, "preference", "f")
+    assert to_row(good | {"steps": steps}, layout, {}, "f", 1).reason == reason
 
 
 @pytest.mark.parametrize("label", [None, 2, 0.5, "good", [], {}])

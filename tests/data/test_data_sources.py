@@ -6,7 +6,7 @@ import random
 import pytest
 
 from alignment.data import sources
-from alignment.data.rows import BadRow, Row, fingerprint, require_pairs, write_rejected
+from alignment.data.rows import BadRow, Row, fingerprint, require_pairs, require_scores, write_rejected
 from alignment.data.sources import load_rows
 from alignment.errors import UserError
 
@@ -239,6 +239,10 @@ def test_impossible_eval_size(jsonl, config, size):
 def test_sft_from_preference_data(jsonl, config):
     data = load(config(jsonl([pair(1, score_chosen=2, score_rejected=1, key="k")])), "sft")
     assert data.train == [Row("p1", ("c1",), meta={"key": "k"}, source=data.train[0].source)]
+    lists = [{"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 3, 2], "weight": 2}]
+    data = load(config(jsonl(lists)), "sft")
+    assert data.train == [Row("p", ("b",), source=data.train[0].source)]
+    assert "the best completions of lists serve for SFT; SFT does not use their weights" in data.description
     labelled = [{"prompt": f"p{i}", "completion": "c", "label": i > 1} for i in range(4)]
     data = load(config(jsonl(labelled)), "sft")
     assert [(row.prompt, row.labels) for row in data.train] == [("p2", None), ("p3", None)]
@@ -254,6 +258,8 @@ def test_fingerprint_is_of_the_content(jsonl, config):
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
     assert fingerprint([Row("p", ("c",))], []) != fingerprint([], [Row("p", ("c",))])
+    others = [Row("p", ("c",)), Row("p", ("c",), weight=2.0), Row("p", ("c",), steps=""), Row("p", ("c",), steps="s")]
+    assert len({fingerprint([row]) for row in others}) == 4
 
 
 def test_a_pairwise_loss_refuses_labelled_rows():
@@ -261,6 +267,13 @@ def test_a_pairwise_loss_refuses_labelled_rows():
     require_pairs(pairs, "dpo")
     with pytest.raises(UserError, match=r"Loss dpo compares.*row f:1 has one completion with a label"):
         require_pairs([Row("p", ("c",), (True,), source="f:1")], "dpo")
+
+
+def test_a_loss_that_reads_scores_refuses_rows_without():
+    scored = Row("p", ("c", "r"), scores=(2.0, 1.0))
+    require_scores([scored], "lipo")
+    with pytest.raises(UserError, match=r"Loss lipo reads scores, and row f:1 has none"):
+        require_scores([scored, Row("p", ("c", "r"), source="f:1")], "lipo")
 
 
 def test_rejected_rows_are_written_whole_or_not_at_all(tmp_path):

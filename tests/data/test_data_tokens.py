@@ -194,6 +194,75 @@ def test_completions_that_agree_after_truncation_are_dropped_together(tiny, conf
         tokenize_groups(rows[:1], tiny, config(max_length=5, max_prompt_length=2))
 
 
+def test_a_list_loses_its_duplicates(tiny, config):
+    """Those of the text and those that truncation makes; a list of which one completion is left is dropped."""
+    completions = ("123y", "45", "123z", "45", "6")
+    rows = [
+        Row("x", completions, scores=(5.0, 4.0, 3.0, 2.0, 1.0), source="data.jsonl:1", weight=0.5),
+        Row("x", ("123y", "123z", "123v"), source="data.jsonl:2"),
+    ]
+    data = tokenize_groups(rows, tiny, config(max_length=5, max_prompt_length=2))
+    assert parts(tiny, data.groups[0]) == [["<s>", "x"], ["1", "2", "3"], ["4", "5", "</s>"], ["6", "</s>"]]
+    assert (data.groups[0].scores, data.groups[0].weight) == ((5.0, 4.0, 1.0), 0.5)
+    assert data.counts["duplicate_completions"] == 2
+    assert [(d.reason, d.row) for d in data.drops] == [("identical_after_tokenising", 2)]
+
+
+def step_pair(prompt, steps, chosen, rejected):
+    return Row(prompt, (chosen, rejected), source="data.jsonl:1", steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        # no end-of-turn token behind a step
+        (step_pair("x", "1\n", "2", "3\n"), [["<s>", "x", "1", "\n"], ["2"], ["3", "\n"]]),
+        # the first step of all
+        (step_pair("x", "", "2", "3"), [["<s>", "x"], ["2"], ["3"]]),
+        # what merges with the end of the steps is the completion's, as it is at the end of a prompt
+        (step_pair("x", "1a", "b", "c"), [["<s>", "x", "1"], ["ab"], ["a", "c"]]),
+        # one that the step itself has stays
+        (step_pair("x", "1", "2</s>", "3"), [["<s>", "x", "1"], ["2", "</s>"], ["3"]]),
+    ],
+)
+def test_steps_of_plain_text(tiny, config, row, expected):
+    data = tokenize_groups([row], tiny, config())
+    assert parts(tiny, data.groups[0]) == expected
+    assert data.counts["eos_appended"] == 0
+
+
+def test_steps_follow_the_generation_prompt(tiny, config):
+    """Strings and messages alike; blanks at the end of a step are scored, for the next step begins after them."""
+    tiny.chat_template = CHATML
+    header = ["<|im_start|>", *"user", "\n", "x", "<|im_end|>", "\n", "<|im_start|>", *"assistant", "\n"]
+    for row in (
+        step_pair("x", "1 ", "2\n", "3"),
+        step_pair(user("x"), "1 ", assistant("2\n"), assistant("3")),
+    ):
+        data = tokenize_groups([row], tiny, config())
+        assert parts(tiny, data.groups[0]) == [[*header, "1", " "], ["2", "\n"], ["3"]]
+        assert data.counts["eos_appended"] == 0
+
+
+def test_steps_follow_an_empty_thought(tiny, config):
+    tiny.chat_template = QWEN3
+    row = step_pair(user("x"), "1", assistant("2"), assistant("3"))
+    (group,) = tokenize_groups([row], tiny, config(template_kwargs={"enable_thinking": False})).groups
+    prompt, *steps = parts(tiny, group)
+    assert prompt[-6:] == ["\n", "<think>", "\n\n", "</think>", "\n\n", "1"]
+    assert steps == [["2"], ["3"]]
+
+
+def test_a_truncated_prompt_keeps_its_last_steps(tiny, config):
+    data = tokenize_groups([step_pair("x", "1234", "5", "6")], tiny, config(max_prompt_length=3))
+    assert parts(tiny, data.groups[0]) == [["<s>", "3", "4"], ["5"], ["6"]]
+
+
+def test_weights_reach_the_groups(tiny, config):
+    rows = [pair("x", "y", "z"), Row("x", ("y",), (True,), source="f:1", weight=0.25)]
+    assert [group.weight for group in tokenize_groups(rows, tiny, config()).groups] == [1.0, 0.25]
+
+
 def test_prompt_that_merges_away_is_dropped(qwen, config):
     qwen.chat_template = None
     rows = [pair("a", "bout", "lso", 1), pair("Why?", " So.", " No.", 2)]
