@@ -182,7 +182,7 @@ def test_a_recipe_that_includes_itself(tmp_path):
     ("override", "expected"),
     [
         ("recipe=nope", "Could not find 'recipe/nope'; available are "),
-        ("loss=nope", "Could not find 'loss/nope'; available are " + ", ".join(sorted([*LOSSES, "none"])) + "."),
+        ("loss=nope", "Could not find 'loss/nope'; available are " + ", ".join(sorted([*LOSSES, "none", "mpo"])) + "."),
         ("optim.lrr=1", "Key 'lrr' not in 'OptimConfig', at key optim.lrr; accepted are name, lr, "),
     ],
 )
