@@ -37,6 +37,7 @@ class AlphaPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "alphapo"
+    purpose: ClassVar[str] = "SimPO with a reward of another shape, against too much or too little push"
     needs_reference: ClassVar[bool] = False
 
     gamma_beta_ratio: float

@@ -35,6 +35,7 @@ class APOZero(BetaPairLoss):
     """
 
     name: ClassVar[str] = "apo_zero"
+    purpose: ClassVar[str] = "chosen answers up, rejected ones down: for data better than the policy"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
@@ -72,6 +73,7 @@ class APODown(BetaPairLoss):
     """
 
     name: ClassVar[str] = "apo_down"
+    purpose: ClassVar[str] = "both answers down, the rejected one further: for data worse than the policy"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

@@ -37,6 +37,7 @@ class BCOPair(BetaPairLoss):
     """
 
     name: ClassVar[str] = "bco_pair"
+    purpose: ClassVar[str] = "chosen and rejected answers told apart by a classifier, without a running mean"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

@@ -35,6 +35,7 @@ class CalDPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "cal_dpo"
+    purpose: ClassVar[str] = "DPO whose log-ratios are drawn to the scale of true rewards"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

@@ -38,6 +38,7 @@ class Hinge(BetaPairLoss):
     """
 
     name: ClassVar[str] = "hinge"
+    purpose: ClassVar[str] = "DPO that stops at a margin of 1"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
@@ -84,6 +85,7 @@ class GPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "gpo"
+    purpose: ClassVar[str] = "DPO with another function of the margin, to compare how hard it pulls"
     needs_reference: ClassVar[bool] = True
 
     shape: Shape

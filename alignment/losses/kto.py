@@ -39,6 +39,7 @@ class KTO(Loss):
     """
 
     name: ClassVar[str] = "kto"
+    purpose: ClassVar[str] = "single answers marked good or bad, for which no pairs exist"
     unit: ClassVar[str] = "row"
     needs_reference: ClassVar[bool] = True
     min_items: ClassVar[int] = 2

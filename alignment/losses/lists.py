@@ -28,15 +28,15 @@ def members(sizes: Tensor) -> Tensor:
 def better_pairs(sizes: Tensor, scores: Tensor | None = None) -> Tensor:
     """(lists, longest list, longest list) bool: whether the first completion is better than the second.
 
-    It stands before it in the list and, where there are (S,) scores, has a higher one: completions with equal scores
-    are no pair.
+    It stands before it in the list and, where there are (S,) scores, its own is not as low as the other's: completions
+    with equal scores are no pair. NaN stands for no score.
     """
     places = torch.arange(int(sizes.max()), device=sizes.device)
     ordered = (places[:, None] < places) & members(sizes)[:, None]
     if scores is None:
         return ordered
     by_list = table(scores, sizes)
-    return ordered & (by_list[:, :, None] > by_list[:, None])
+    return ordered & ~(by_list[:, :, None] <= by_list[:, None])
 
 
 def sizes_of(inputs: LossInputs) -> Tensor:

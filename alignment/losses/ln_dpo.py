@@ -34,6 +34,7 @@ class LNDPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "ln_dpo"
+    purpose: ClassVar[str] = "DPO per token: long answers carry no larger rewards"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

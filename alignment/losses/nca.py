@@ -36,6 +36,7 @@ class NCA(BetaPairLoss):
     """
 
     name: ClassVar[str] = "nca"
+    purpose: ClassVar[str] = "DPO that holds the chosen answer's likelihood up"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:

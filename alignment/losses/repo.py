@@ -34,6 +34,7 @@ class RePO(Loss):
     """
 
     name: ClassVar[str] = "repo"
+    purpose: ClassVar[str] = "SimPO without beta: a hinge on the margin per token"
     unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = False
 

@@ -37,6 +37,7 @@ class SPPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "sppo"
+    purpose: ClassVar[str] = "log-ratios fitted to targets of self-play, each answer by itself"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
