@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import BatchLayout, MicroBatch
-from alignment.logps import hidden_states, join_scores, score_groups
+from alignment.logps import hidden_states, in_passes, join_scores, score_groups, score_tokens
+from alignment.losses.base import Quantity
 from alignment.policy import FrozenStart, is_adapted, policy_identity
 from alignment.ragged import RaggedLogps
 from alignment.reference_store import ReferenceStore
@@ -75,6 +77,10 @@ class Reference(ABC):
         """Log-probs of all completions, in order, on the CPU."""
 
     @abstractmethod
+    def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
+        """The normalised entropy of its distribution at every completion token (`Quantity.entropy`), on the CPU."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give its memory back."""
 
@@ -109,8 +115,16 @@ class Reference(ABC):
         return {"identity": self._start} | ({"refreshes": self.refreshes} if self.refreshes else {})
 
 
+def _entropy_identity(identity: str) -> str:
+    """Under which the store keeps the entropies of a policy's distributions."""
+    return hashlib.blake2b(f"entropy of {identity}".encode(), digest_size=32).hexdigest()
+
+
 class CachedReference(Reference):
-    """Reference log-probs from the content-addressed store; what it lacks is computed once and added."""
+    """Reference log-probs from the content-addressed store; what it lacks is computed once and added.
+
+    With `with_entropies` the same passes give the entropies too, kept beside the log-probs.
+    """
 
     def __init__(
         self,
@@ -120,15 +134,17 @@ class CachedReference(Reference):
         tokens_per_batch: int,
         device: torch.device,
         spot_checks: int,
+        with_entropies: bool = False,
     ) -> None:
         super().__init__(model)
         self._store = store
+        self._quantities = frozenset({Quantity.entropy} if with_entropies else ())
         self._layout = layout
         self._tokens_per_batch = tokens_per_batch
         self._device = device
         self._spot_checks = spot_checks
-        self._values: dict[bytes, np.ndarray] = {}
-        store.register(self.identity, self._description)
+        self._values: dict[bytes, np.ndarray] = {}  # (1 or 2, tokens): log-probs, entropies
+        self._register()
         self._summary: dict[str, Any] = {
             "mode": "cache",
             "path": str(store.path),
@@ -146,10 +162,10 @@ class CachedReference(Reference):
         for group in groups:
             for key, completion in zip(group.keys(), group.completions, strict=True):
                 wanted.setdefault(key, Group(group.prompt, (completion,)))
-        stored = self._store.get(self.identity, list(wanted))
-        self._values = {k: v for k, v in stored.items() if len(v) == len(wanted[k].completions[0])}
+        self._values = self._stored(wanted)
         if self._values and not self._agrees(wanted):
-            self._store.forget(self.identity)
+            for identity in self._identities():
+                self._store.forget(identity)
             self._values = {}
         missing = {key: group for key, group in wanted.items() if key not in self._values}
         self._summary["hits"] += len(wanted) - len(missing)
@@ -161,8 +177,26 @@ class CachedReference(Reference):
     def refresh(self, step: int, groups: Iterable[Group]) -> None:
         """Become the policy as it is now, of which the store may know these groups already."""
         self._note_refresh(step, self._model)
-        self._store.register(self.identity, self._description)
+        self._register()
         self.prepare(groups)
+
+    def _identities(self) -> list[str]:
+        """Under which each row of the values is kept."""
+        return [self.identity, *(_entropy_identity(self.identity) for _ in self._quantities)]
+
+    def _register(self) -> None:
+        for identity, kept in zip(self._identities(), ("log-probs", "entropies"), strict=False):
+            self._store.register(identity, self._description | ({"values": kept} if kept == "entropies" else {}))
+
+    def _stored(self, wanted: dict[bytes, Group]) -> dict[bytes, np.ndarray]:
+        """What the store has in full of these completions."""
+        found = [self._store.get(identity, list(wanted)) for identity in self._identities()]
+        lengths = {key: len(group.completions[0]) for key, group in wanted.items()}
+        return {
+            key: np.stack([rows[key] for rows in found])
+            for key, length in lengths.items()
+            if all(key in rows and len(rows[key]) == length for rows in found)
+        }
 
     def _agrees(self, wanted: dict[bytes, Group]) -> bool:
         found = sorted(self._values)
@@ -170,8 +204,8 @@ class CachedReference(Reference):
         if not picks:
             return True
         groups = [wanted[key] for key in picks]
-        fresh = join_scores(groups, list(self._score(groups)))
-        stored = np.concatenate([self._values[key] for key in picks])
+        fresh = join_scores(groups, [(b, RaggedLogps(v[0], b.offsets)) for b, v in self._score(groups)])
+        stored = np.concatenate([self._values[key][0] for key in picks])
         difference = np.abs(fresh.values.numpy() - stored)
         self._summary["spot_checks"] += len(picks)
         self._summary["spot_check_max_diff"] = float(difference.max())
@@ -186,8 +220,14 @@ class CachedReference(Reference):
             return False
         return True
 
-    def _score(self, groups: Sequence[Group]):
-        return score_groups(self._model, groups, self._layout, self._tokens_per_batch, self._device)
+    def _score(self, groups: Sequence[Group]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        return in_passes(
+            lambda batch: score_tokens(self._model, batch, self._quantities),
+            groups,
+            self._layout,
+            self._tokens_per_batch,
+            self._device,
+        )
 
     def _compute(self, missing: dict[bytes, Group]) -> None:
         if not missing:
@@ -197,8 +237,8 @@ class CachedReference(Reference):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             task = progress.add_task("Reference log-probs", total=len(groups))
-            for batch, logps in self._score(groups):
-                if not logps.values.isfinite().all():
+            for batch, values in self._score(groups):
+                if not values.isfinite().all():
                     if self.refreshes:
                         raise UserError(
                             f"After step {self.refreshes[-1]['step']} the policy, which becomes the reference, gives "
@@ -208,8 +248,10 @@ class CachedReference(Reference):
                         "The policy that this stage starts from gives log-probs that are not finite: its weights are "
                         "damaged or overflow in this dtype (model.dtype, quantization.compute_dtype)."
                     )
-                for position, index in enumerate(batch.indices):
-                    pending[keys[index]] = logps.sequence(position).float().numpy().copy()
+                for part, index in zip(
+                    values.float().split(batch.offsets.diff().tolist(), 1), batch.indices, strict=True
+                ):
+                    pending[keys[index]] = part.numpy().copy()
                 progress.advance(task, len(batch.indices))
                 if len(pending) >= _SEQUENCES_PER_WRITE:
                     self._flush(pending)
@@ -217,23 +259,31 @@ class CachedReference(Reference):
             self._flush(pending)
 
     def _flush(self, pending: dict[bytes, np.ndarray]) -> None:
-        self._store.put(self.identity, pending)
+        for row, identity in enumerate(self._identities()):
+            self._store.put(identity, {key: value[row] for key, value in pending.items()})
         self._values.update(pending)
 
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
         """Stored values of all completions of the groups, which `prepare` or `refresh` has seen."""
+        return self._known(groups, 0)
+
+    def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
+        """Stored alike, of a reference that was made `with_entropies`."""
+        return self._known(groups, 1)
+
+    def _known(self, groups: Sequence[Group], row: int) -> RaggedLogps:
         return RaggedLogps.from_sequences(
-            [torch.from_numpy(self._values[key]) for group in groups for key in group.keys()]  # noqa: SIM118
+            [torch.from_numpy(self._values[key][row]) for group in groups for key in group.keys()]  # noqa: SIM118
         )
 
     def _tensors(self) -> dict[str, Tensor]:
         keys = np.frombuffer(b"".join(self._values), np.uint8).reshape(len(self._values), -1)
-        lengths = np.array([len(value) for value in self._values.values()])
-        values = np.concatenate(list(self._values.values()))
+        lengths = np.array([value.shape[1] for value in self._values.values()])
+        values = np.concatenate(list(self._values.values()), axis=1)
         return {name: torch.tensor(array) for name, array in (("keys", keys), ("lengths", lengths), ("values", values))}
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
-        values = tensors["values"].split(tensors["lengths"].tolist())
+        values = tensors["values"].split(tensors["lengths"].tolist(), 1)
         keys = (key.tobytes() for key in tensors["keys"].numpy())
         self._values = {key: value.numpy() for key, value in zip(keys, values, strict=True)}
 
@@ -279,10 +329,24 @@ class LiveReference(Reference):
             scored = list(score_groups(model, groups, self._layout, self._tokens_per_batch, self._device))
         return join_scores(groups, scored)
 
+    def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
+        """From a pass of their own."""
+        with self._frozen.active() as model:
+            passes = in_passes(
+                lambda batch: score_tokens(model, batch, frozenset({Quantity.entropy})),
+                groups,
+                self._layout,
+                self._tokens_per_batch,
+                self._device,
+            )
+            scored = [(batch, RaggedLogps(values[1], batch.offsets)) for batch, values in passes]
+        return join_scores(groups, scored)
+
     def hidden_states(self, batch: MicroBatch) -> tuple[Any, Tensor]:
         """The frozen policy's head, and its (tokens, H) hidden states that predict the scored tokens of a pass."""
         with self._frozen.active() as model:
-            return model.get_output_embeddings(), hidden_states(model, batch)
+            decoder: Any = model
+            return decoder.get_output_embeddings(), hidden_states(model, batch)
 
     def _tensors(self) -> dict[str, Tensor]:
         return self._frozen.state()
