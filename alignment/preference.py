@@ -15,6 +15,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -202,10 +203,12 @@ class PreferenceTrainer(Trainer):
         """Each process has the gradients of its own groups: add them up."""
         if self.accelerator.num_processes == 1:
             return
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self._processes.sum(own)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        vector_to_parameters(self._processes.sum(parameters_to_vector(gradients)), gradients)
 
     def _save_memory(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """After a step that did not fit: forget its gradients, and take less for the next try."""

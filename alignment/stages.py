@@ -8,7 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from alignment.config import DataConfig, ReferenceMode, RunConfig, SFTConfig
 from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, require_scores, write_rejected
 from alignment.data.sources import LoadedData, load_rows
 from alignment.data.tokens import tokenize_groups, tokenize_sft
+from alignment.density import with_density_weights
 from alignment.errors import UserError
 from alignment.evaluation import HeldOutAnswers
 from alignment.export import export_merged
@@ -30,6 +31,7 @@ from alignment.groups import Group
 from alignment.layout import BatchLayout
 from alignment.lists import are_lists, as_pairs
 from alignment.logps import largest_group
+from alignment.losses import Quantity
 from alignment.memory import Plan
 from alignment.objective import as_rows, groups_to_reference
 from alignment.planning import memory_result, plan_stage
@@ -165,6 +167,16 @@ def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, lis
     return SFTData(train.sequences, held_out.sequences, info), [*loaded.bad, *drops]
 
 
+def with_live_reference(config: RunConfig) -> RunConfig:
+    """The configuration with a live reference where the loss compares whole distributions, which no store keeps."""
+    if config.loss is None or config.reference.mode is ReferenceMode.live:
+        return config
+    if Quantity.divergence not in config.loss.requirements().quantities:
+        return config
+    log.info("Loss %s compares whole distributions with the reference's, which runs beside it.", config.loss.name)
+    return replace(config, reference=replace(config.reference, mode=ReferenceMode.live))
+
+
 class Run:
     """State of one run while it goes through its stages."""
 
@@ -173,7 +185,7 @@ class Run:
             check_names("sft.optim", config.sft.optim)
         if config.loss is not None:
             check_names("optim", config.optim)
-        self.config = config
+        self.config = with_live_reference(config)
         self.run_dir = run_dir
         self.recipe = recipe
         self.resolved = resolved
@@ -374,6 +386,9 @@ class Run:
         plan = self._plan("preference", model, config, largest_group(layout, data.train))
         checkpoint_layers(model, plan.checkpoint_every)
         reference = self._reference(model, layout, plan)
+        groups = data.train
+        if loss.requirements().density_weights:
+            groups = with_density_weights(groups, model, plan.reference_tokens, self.device)
         callbacks = stage_callbacks(loss.name.upper(), log_metrics, loop, bool(data.eval))
         if reference is not None:
             asked = partial(groups_to_reference, loss, data.train, eval_groups=data.eval)
@@ -395,7 +410,7 @@ class Run:
         trainer = PreferenceTrainer(
             model=model,
             args=arguments,
-            groups=data.train,
+            groups=groups,
             eval_groups=data.eval,
             loss=loss,
             reference=reference,
@@ -405,7 +420,7 @@ class Run:
             callbacks=callbacks,
         )
         prepare_trainer(trainer)
-        start = check_start(trainer, [data.train[i] for i in schedule.steps[0]])
+        start = check_start(trainer, [groups[i] for i in schedule.steps[0]])
         log.info(
             "Before the first update the loss is %.6g; its formula gives %.6g.", start["loss"], start["closed_form"]
         )
@@ -441,7 +456,15 @@ class Run:
             budget = plan.tokens_per_batch  # beside what a step keeps
             return LiveReference(model, layout, budget, self.device, config.reference.sync_mix)
         store = ReferenceStore(self.cache / "reference.sqlite")
-        return CachedReference(store, model, layout, plan.reference_tokens, self.device, config.reference.spot_checks)
+        return CachedReference(
+            store,
+            model,
+            layout,
+            plan.reference_tokens,
+            self.device,
+            config.reference.spot_checks,
+            with_entropies=Quantity.entropy in config.loss.requirements().quantities,
+        )
 
     @staticmethod
     def _final_metrics(trainer: PreferenceTrainer) -> dict[str, float]:

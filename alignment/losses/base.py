@@ -132,6 +132,7 @@ class Requirements:
         whole_step: whether an item's loss depends on other items of the step, so that it is given all of them at once.
         scores, prompts: whether it reads these inputs.
         quantities: which of these it reads.
+        density_weights: whether rows are to be weighted by how their prompts are spread, before training (BCO).
     """
 
     unit: str
@@ -141,6 +142,7 @@ class Requirements:
     scores: bool
     prompts: bool
     quantities: frozenset[Quantity]
+    density_weights: bool = False
 
 
 @dataclass(kw_only=True)

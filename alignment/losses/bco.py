@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.config import require
-from alignment.losses.base import Loss, LossInputs, LossOutput
+from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements
 from alignment.losses.dpo import log_ratios
 from alignment.losses.running import in_order
 
@@ -61,6 +61,10 @@ class BCO(Loss):
 
     def __post_init__(self) -> None:
         require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+
+    def requirements(self) -> Requirements:
+        """Weights of the rows, where asked for."""
+        return replace(super().requirements(), density_weights=self.density_weights)
 
     def initial_state(self) -> dict[str, float]:
         """No row seen."""

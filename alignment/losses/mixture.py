@@ -11,7 +11,6 @@ from torch import Tensor
 
 from alignment.config import require
 from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements
-from alignment.losses.bco import BCO
 from alignment.losses.nll import NLL
 
 
@@ -66,7 +65,7 @@ class Mixture(Loss):
         assert all(isinstance(self.settings.get(name), Loss) for name in self.weights), "composing fills the settings"
         for name, part in self._parts().items():
             require(
-                not isinstance(part, BCO) or not part.density_weights,
+                not part.requirements().density_weights,
                 f"loss.settings.{name}.density_weights must be false in a mixture: it would weight all the losses.",
             )
         asking = [name for name, part in self._parts().items() if part.companions(2 * part.requirements().min_items)]
