@@ -382,7 +382,6 @@ class Run:
         disable_dropout(model)
         layout = choose_layout(model, self.device)
         schedule = self.schedule
-        checkpoint, done = last_checkpoint(checkpoints)
         plan = self._plan("preference", model, config, largest_group(layout, data.train))
         checkpoint_layers(model, plan.checkpoint_every)
         reference = self._reference(model, layout, plan)
@@ -392,9 +391,7 @@ class Run:
         callbacks = stage_callbacks(loss.name.upper(), log_metrics, loop, bool(data.eval))
         if reference is not None:
             asked = partial(groups_to_reference, loss, data.train, eval_groups=data.eval)
-            first = schedule.until_refresh(0)
-            # After a refresh the checkpoint has the values: those of the start are for the check alone.
-            reference.prepare(asked(first if done < len(first) else first[:1]))
+            reference.prepare(asked(schedule.until_refresh(0)))
             if schedule.refreshes:
                 callbacks.insert(0, FollowPolicy(reference, schedule, asked))  # before the checkpoint is called whole
         arguments = training_arguments(
@@ -407,6 +404,7 @@ class Run:
             device=self.device,
             per_device_train_batch_size=loop.groups_per_step,
         )
+        checkpoint, done = last_checkpoint(checkpoints)
         trainer = PreferenceTrainer(
             model=model,
             args=arguments,
