@@ -26,7 +26,12 @@ LAYERS = [
     {"block_attention"},
     {"losses.mixture", "losses.plackett_luce", "losses.all_pairs", "losses.infonca", "losses.lipo"},
     {
+        "losses.aot",
         "losses.kto",
+        "losses.ld_dpo",
+        "losses.sampo",
+        "losses.tdpo",
+        "losses.wpo",
         "losses.lists",
         "losses.ipo",
         "losses.apo",

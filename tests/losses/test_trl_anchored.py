@@ -26,8 +26,8 @@ from tests.losses.test_trl_parity import (
 )
 
 
-def trl_weighted(step, losses):
-    """TRL's mean of a weighted sum of losses at beta 0.4."""
+def trl_weighted(step, losses, beta=0.4):
+    """TRL's mean of a weighted sum of losses."""
     rows = [*range(0, len(step.policy), 2), *range(1, len(step.policy), 2)]
     references = step.reference.sums()
     batch = batch_of(step.policy, rows)
@@ -41,7 +41,7 @@ def trl_weighted(step, losses):
         f_divergence_type="reverse_kl",
         loss_types=list(losses),
         loss_weights=list(losses.values()),
-        beta=0.4,
+        beta=beta,
         label_smoothing=0.0,
         use_weighting=False,
     )

@@ -235,7 +235,7 @@ LABELS = [True, False, True, True, False, True]
 KTO_VALUES = {"beta": 0.3, "desirable_weight": 1.33, "undesirable_weight": 0.7}
 
 
-def trl_rows(step, mismatched, rows):
+def trl_rows(step, mismatched, rows, values=KTO_VALUES):
     """TRL's mean KTO loss over the given rows as one micro-batch, and what it logs."""
     joined = RaggedLogps.from_sequences(
         [r.sequence(i) for r in (step.policy, mismatched.policy) for i in range(len(r))]
@@ -245,7 +245,7 @@ def trl_rows(step, mismatched, rows):
     batch |= {"label": step.labels[rows]}
     batch |= {"ref_logps": step.reference.sums()[rows], "ref_KL_logps": mismatched.reference.sums()[rows]}
     model = PreparedLogProbs(joined)
-    trainer = bare(KTOTrainer, model=model, calculate_KL=True, precompute_ref_logps=True, loss_type="kto", **KTO_VALUES)
+    trainer = bare(KTOTrainer, model=model, calculate_KL=True, precompute_ref_logps=True, loss_type="kto", **values)
     return trainer._compute_loss(model, batch, False), trainer._metrics["train"]
 
 
