@@ -19,7 +19,7 @@ LAYERS = [
     {"policy", "records", "shared"},
     {"data.tokens", "data.sources"},
     {"data.layouts", "reference_store", "wheel_model", "logps", "lean"},
-    {"data.rows", "lists", "layout", "data.quickstart", "judge", "scored"},
+    {"data.rows", "lists", "layout", "data.quickstart", "judge", "scored", "density"},
     {"losses.__main__"},
     {"losses.parity"},
     {"losses", "attention", "head"},
