@@ -61,6 +61,37 @@ def test_first_steps_run_through_the_epochs():
     assert sampler.first_steps(0) == []
 
 
+# Several parts of the data
+
+
+@pytest.mark.parametrize(("epochs", "starts"), [(1, (2, 5)), (3, (6, 15)), (1.5, (3, 8))])
+def test_parts_follow_each_other_with_all_their_epochs(epochs, starts):
+    """Of 6, 7 and 5 groups in steps of three: 2 + 3 + 2 steps an epoch, shared out as near as whole steps come."""
+    parts = [[*range(6)], [*range(6, 13)], [*range(13, 18)]]
+    sampler = StepSampler(18, 3, 5, parts=parts, epochs=epochs)
+    assert (len(sampler), sampler.num_steps, sampler.starts) == (7, -(-7 * epochs // 1), starts)
+    steps = sampler.first_steps(sampler.num_steps)
+    ends = [*starts, len(steps)]
+    for part, start, end in zip(parts, [0, *starts], ends, strict=True):
+        alone = StepSampler(len(part), 3, 5).first_steps(end - start)
+        assert steps[start:end] == [[part[i] for i in step] for step in alone], "as if the part were all the data"
+    assert [step for epoch in range(4) for step in sampler.steps(epoch)][: len(steps)] == steps
+    if epochs != 1.5:
+        counts = [sum(step.count(i) for step in steps) for i in range(18)]
+        assert counts == [epochs] * 18
+
+
+def test_one_part_is_all_the_data():
+    assert StepSampler(11, 4, 3, parts=[range(11)]).first_steps(9) == StepSampler(11, 4, 3).first_steps(9)
+    assert StepSampler(11, 4, 3, epochs=2.5).num_steps == 8
+    assert StepSampler(11, 4, 3, epochs=2.5, max_steps=2).num_steps == 2
+
+
+def test_a_last_step_that_is_too_small_joins_the_one_before_in_every_part():
+    sampler = StepSampler(9, 4, 0, 2, parts=[[*range(5)], [*range(5, 9)]])
+    assert [len(step) for step in sampler.steps(0)] == [5, 4]
+
+
 class Recorder(PreferenceTrainer):
     """Writes down which groups reach a training step."""
 
@@ -85,13 +116,17 @@ def recorder(groups, folder, max_steps, sampler):
     return trainer
 
 
-@pytest.mark.parametrize("min_groups", [1, 2], ids=["plain", "merged"])
-def test_training_takes_the_first_steps_also_when_resumed(min_groups, tmp_path):
+@pytest.mark.parametrize(
+    ("min_groups", "parts"),
+    [(1, None), (2, None), (1, [range(3), range(3, 9)])],
+    ids=["plain", "merged", "in parts"],
+)
+def test_training_takes_the_first_steps_also_when_resumed(min_groups, parts, tmp_path):
     """Nine groups in steps of four, seven steps over three epochs; then again from every checkpoint."""
     groups = random_groups(9, seed=2)
 
     def sampler():
-        return StepSampler(9, 4, 3, min_groups)
+        return StepSampler(9, 4, 3, min_groups, parts=parts, max_steps=7)
 
     expected = sampler().first_steps(7)
     trainer = recorder(groups, tmp_path, 7, sampler())
