@@ -136,7 +136,8 @@ def test_weights_do_not_depend_on_the_order_of_the_rows_and_come_again(monkeypat
 def test_rows_of_pairs_have_no_weights(monkeypatch):
     """Both labels of a pair have one prompt: nothing tells them apart, though the classifier sees a part of them."""
     monkeypatch.setattr(density, "PROMPTS_PER_LABEL", 5)
-    weighted = with_density_weights(as_rows(random_groups(12)), tiny_policy(), 200, CPU)
+    rows = [replace(row, prompt=row.prompt.copy()) for row in as_rows(random_groups(12))]
+    weighted = with_density_weights(rows, tiny_policy(), 200, CPU)
     assert [row.weight for row in weighted] == pytest.approx([1.0] * 24, abs=1e-6)
 
 
