@@ -1,5 +1,6 @@
 """Log-probs: the scoring route against plain full logits, whatever the batches."""
 
+import functools
 from itertools import pairwise
 
 import numpy as np
@@ -7,11 +8,21 @@ import pytest
 import torch
 from torch import nn
 
+from alignment.attention import enable_shared_prompts
 from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.head import LOGITS_PER_CHUNK, LogitTransform, score_hidden
-from alignment.layout import FlatLayout
-from alignment.logps import check_scoring, enable_scoring, join_scores, score, score_groups
+from alignment.layout import FlatLayout, SharedLayout
+from alignment.logps import (
+    check_scoring,
+    enable_scoring,
+    in_passes,
+    join_scores,
+    score,
+    score_groups,
+    score_tokens,
+)
+from alignment.scored import TokenPlan
 from tests.conftest import random_groups, tiny_config, tiny_policy
 
 CPU = torch.device("cpu")
@@ -34,6 +45,30 @@ def test_equals_full_logits_however_batched(tokens_per_batch):
     for i, values in enumerate(expected):
         torch.testing.assert_close(logps.sequence(i), values, rtol=1e-12, atol=1e-12)
     assert sorted(i for batch, _ in scored for i in batch.indices) == list(range(9))
+
+
+@pytest.mark.parametrize("layout", [FlatLayout(), SharedLayout()], ids=["flat", "shared"])
+@pytest.mark.parametrize("tokens_per_batch", [1, 60, 10_000])
+def test_prompts_can_be_scored_too(layout, tokens_per_batch):
+    """Their tokens but the first, behind those of all completions; groups with one prompt have it each."""
+    model, groups = tiny_policy(trained=True), random_groups(6, k=2, seed=3)
+    groups[4] = Group(groups[1].prompt, groups[4].completions)
+    groups[5] = Group(groups[5].prompt[:1], groups[5].completions)
+    expected = [plain_logps(model, g.prompt[:1], g.prompt[1:]).detach() if len(g.prompt) > 1 else [] for g in groups]
+    completions = [plain_logps(model, g.prompt, c).detach() for g in groups for c in g.completions]
+    if isinstance(layout, SharedLayout):
+        enable_shared_prompts(model)
+    plan = TokenPlan.of(groups, prompts=True)
+    values = torch.full((plan.num_tokens,), torch.nan, dtype=torch.float64)
+    run = functools.partial(score_tokens, model)
+    for batch, part in in_passes(run, groups, layout, tokens_per_batch, CPU, prompts=True):
+        values[plan.columns(batch.indices)] = part[0]
+    for found, wanted in ((plan.prompts(values), expected), (plan.policy(values), completions)):
+        assert len(found) == len(wanted)
+        for i, sequence in enumerate(wanted):
+            torch.testing.assert_close(
+                found.sequence(i), torch.as_tensor(sequence, dtype=torch.float64), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_batches_keep_the_token_budget():
