@@ -249,11 +249,18 @@ def test_extremes_of_a_longer_list_in_float32(inputs, loss, formula, scored, rat
     assert losses.isfinite().all() and gradient.isfinite().all()
 
 
+def test_a_list_of_equal_scores_has_no_pair_at_the_reference_either(inputs):
+    step = by_hand(inputs, (1, 1, 1), [5, 5, 5])
+    assert AllPairs(beta=0.3).at_reference(step).tolist() == AllPairs(beta=0.3)(step).losses.tolist() == [0]
+
+
 def test_better_pairs():
     sizes = torch.tensor([3, 2])
     assert better_pairs(sizes).nonzero().tolist() == [[0, 0, 1], [0, 0, 2], [0, 1, 2], [1, 0, 1]]
     scores = torch.tensor([2.0, 2.0, 1.0, -1.0, -1.0])
     assert better_pairs(sizes, scores).nonzero().tolist() == [[0, 0, 2], [0, 1, 2]]
+    scores[3:] = nan  # the second list has none: its order counts
+    assert better_pairs(sizes, scores).nonzero().tolist() == [[0, 0, 2], [0, 1, 2], [1, 0, 1]]
 
 
 @pytest.mark.parametrize(
