@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "alignment"
 
 LAYERS = [
-    {"run", "plan"},
+    {"run", "plan", "losses.__main__"},
     {"compose"},
     {"stages", "cache"},
     {"evaluation", "export", "gate", "preflight", "report"},
@@ -20,7 +20,6 @@ LAYERS = [
     {"data.tokens", "data.sources"},
     {"data.layouts", "reference_store", "wheel_model", "logps", "lean"},
     {"data.rows", "lists", "layout", "data.quickstart", "judge", "scored", "density"},
-    {"losses.__main__"},
     {"losses.parity"},
     {"losses", "attention", "head"},
     {"block_attention"},

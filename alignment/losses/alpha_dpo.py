@@ -48,7 +48,7 @@ class AlphaDPO(BetaPairLoss):
 
     name: ClassVar[str] = "alpha_dpo"
     purpose: ClassVar[str] = "SimPO with a target margin of its own for every pair, by its log-ratios"
-    uncertain: ClassVar[str] = "Whether the paper too has the standardised margin times beta, like its authors' code."
+    uncertain: ClassVar[str] = "whether the paper too has the standardised margin times beta, like its authors' code"
     needs_reference: ClassVar[bool] = True
     min_items: ClassVar[int] = 2
     whole_step: ClassVar[bool] = True

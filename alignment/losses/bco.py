@@ -51,7 +51,7 @@ class BCO(Loss):
 
     name: ClassVar[str] = "bco"
     purpose: ClassVar[str] = "labelled rows, judged against the mean reward so far; needs no matched pairs"
-    uncertain: ClassVar[str] = "The paper does not give the rate of its moving average of delta."
+    uncertain: ClassVar[str] = "the rate of the paper's moving average of delta, which it does not give"
     unit: ClassVar[str] = "row"
     needs_reference: ClassVar[bool] = True
     whole_step: ClassVar[bool] = True

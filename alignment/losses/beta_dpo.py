@@ -56,7 +56,7 @@ class BetaDPO(BetaPairLoss):
 
     name: ClassVar[str] = "beta_dpo"
     purpose: ClassVar[str] = "pairs of uneven quality: a larger beta for batches of clear pairs, outliers left out"
-    uncertain: ClassVar[str] = "Whether the paper's margins carry beta; those of its authors' code, used here, do not."
+    uncertain: ClassVar[str] = "whether the paper's margins carry beta; those of its authors' code, used here, do not"
     needs_reference: ClassVar[bool] = True
     min_items: ClassVar[int] = 2
     whole_step: ClassVar[bool] = True

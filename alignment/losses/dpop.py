@@ -38,7 +38,7 @@ class DPOP(BetaPairLoss):
     """
 
     name: ClassVar[str] = "dpop"
-    purpose: ClassVar[str] = "DPO that does not let the chosen answer become less likely; for answers that differ little"
+    purpose: ClassVar[str] = "DPO that keeps the chosen answer likely; for answers that differ little"
     needs_reference: ClassVar[bool] = True
 
     lam: float

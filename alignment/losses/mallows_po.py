@@ -43,7 +43,7 @@ class MallowsPO(BetaPairLoss):
 
     name: ClassVar[str] = "mallows_po"
     purpose: ClassVar[str] = "DPO that weighs prompts by how sure the reference is of its answer"
-    uncertain: ClassVar[str] = "h is averaged as in the authors' code; the paper's own average was not checked"
+    uncertain: ClassVar[str] = "how the paper averages h; here as in the authors' code"
     needs_reference: ClassVar[bool] = True
     quantities: ClassVar[frozenset[Quantity]] = frozenset({Quantity.entropy})
 

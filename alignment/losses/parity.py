@@ -35,6 +35,7 @@ from alignment.losses import (
     TDPO1,
     TDPO2,
     TPO,
+    TPOL,
     WPO,
     AlphaPO,
     AOTUnpaired,
@@ -114,7 +115,7 @@ def step_of_the_pair(loss: Loss) -> LossInputs:
         state=loss.initial_state(),
         seeds=torch.zeros(2 if unit == "row" else 1, dtype=torch.int64),
     )
-    if isinstance(loss, TPO):
+    if isinstance(loss, TPO | TPOL):
         step = replace(step, policy=_ragged((GOLD, *POLICY)), sizes=torch.tensor([3]))
     return step
 
@@ -234,6 +235,13 @@ CHECKS: tuple[Check, ...] = (
         _TOKEN_MEAN,
     ),
     Check(
+        TPOL(beta=2.0, gamma_beta_ratio=0.5, alpha=1.0, **_TOKENS),
+        2.276758839,
+        "TPO tpo-l, beta 2, tpo_l_gamma 1, tpo_alpha 1",
+        2.276758839,
+        "TRL takes gamma instead of gamma / beta",
+    ),
+    Check(
         KTO(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
         0.4837566317,
         "KTO",
@@ -292,7 +300,13 @@ CHECKS: tuple[Check, ...] = (
         0.6270626783,
         "TRL's coefficient is 1 minus the paper's alpha; it stops with a KeyError in float64",
     ),
-    Check(FDPO(beta=0.1, divergence=Divergence.alpha, alpha=0.5), 0.6243846536),
+    Check(
+        FDPO(beta=0.1, divergence=Divergence.alpha, alpha=0.5),
+        0.6243846536,
+        "DPO sigmoid, alpha_divergence, coefficient 0.5",
+        0.6243846536,
+        "the only alpha at which both count alike",
+    ),
     Check(
         LNDPO(beta=5.0),
         0.2427990153,

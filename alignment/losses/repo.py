@@ -21,7 +21,7 @@ class RePO(Loss):
     m is the *mean* log-prob per token of a completion under the policy; there is no reference. A pair whose margin is
     gamma or more is left alone. There is no beta: it would only scale the learning rate.
 
-    Paper: Wu et al. 2025, "RePO: ReLU-based preference optimization".
+    Paper: Wu et al. 2025, arXiv:2503.07426.
 
     Gradient of -L, per chosen token G_w and, with the opposite sign, per rejected token G_l: G_w = 1 / n_w and G_l = 1
     / n_l where m_w - m_l < gamma, 0 elsewhere.
@@ -35,6 +35,7 @@ class RePO(Loss):
 
     name: ClassVar[str] = "repo"
     purpose: ClassVar[str] = "SimPO without beta: a hinge on the margin per token"
+    uncertain: ClassVar[str] = "the range of gamma, which is from accounts of the paper"
     unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = False
 

@@ -43,7 +43,7 @@ class RPO(Anchored, BetaPairLoss):
 
     name: ClassVar[str] = "rpo"
     purpose: ClassVar[str] = "DPO that keeps the chosen answer likely, for reasoning above all"
-    uncertain: ClassVar[str] = "how the NLL of arXiv:2405.16436 is normalised was not checked"
+    uncertain: ClassVar[str] = "how the NLL of arXiv:2405.16436 is normalised"
     needs_reference: ClassVar[bool] = True
 
     alpha: float

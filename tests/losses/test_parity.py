@@ -3,6 +3,7 @@
 `test_trl_parity` says how TRL is run. It compares losses and gradients on more pairs; this is the one pair of the page.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -71,16 +72,16 @@ def cpo(loss_type, beta=0.1, cpo_alpha=1.0, gamma=0.0, alpha=0.0):
     return trainer.get_batch_loss_metrics(*paired())[0]
 
 
-def tpo():
+def tpo(loss_type, beta, gamma):
     logits, ids, attention, completion = of_logits((*POLICY, GOLD))
     batch = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion.long()}
     trainer = bare(
         TPOTrainer,
         model=SimpleNamespace(training=True),
-        loss_type="sigmoid",
-        beta=0.01,
+        loss_type=loss_type,
+        beta=beta,
         tpo_alpha=1.0,
-        tpo_l_gamma=0.0,
+        tpo_l_gamma=gamma,
         label_smoothing=0.0,
     )
     return trainer._compute_loss(lambda **_: SimpleNamespace(logits=logits), batch, False)
@@ -108,9 +109,12 @@ RUNS = {
     "DPO discopop, beta 0.05, tau 0.05": lambda: pairs("discopop", 0.05, tau=0.05),
     "DPO sigmoid, forward_kl": lambda: pairs("sigmoid", divergence="forward_kl"),
     "DPO sigmoid, js_divergence": lambda: pairs("sigmoid", divergence="js_divergence"),
-    "DPO sigmoid, alpha_divergence, coefficient 0.7": lambda: pairs(
-        "sigmoid", dtype=torch.float32, divergence="alpha_divergence", alpha=0.7
-    ),
+    **{
+        f"DPO sigmoid, alpha_divergence, coefficient {alpha}": partial(
+            pairs, "sigmoid", dtype=torch.float32, divergence="alpha_divergence", alpha=alpha
+        )
+        for alpha in (0.5, 0.7)
+    },
     "DPO sigmoid_norm, beta 5": lambda: pairs("sigmoid_norm", 5.0),
     "DPO sigmoid, ld_alpha 0.5": lambda: trl_live(STEP, "sigmoid", 0.1, ld_alpha=0.5),
     "DPO sigmoid, use_weighting, beta 0.01": lambda: trl_live(
@@ -131,7 +135,8 @@ RUNS = {
     "CPO simpo, beta 10, simpo_gamma 5.4, cpo_alpha 0.05": lambda: cpo("simpo", 10.0, cpo_alpha=0.05, gamma=5.4),
     "CPO alphapo, beta 2.5, simpo_gamma 0.1, alpha 0.25": lambda: cpo("simpo", 2.5, 0.0, gamma=0.1, alpha=0.25),
     "ORPO": lambda: trl_orpo(*paired(), 0.1)[0],
-    "TPO sigmoid, beta 0.01, tpo_alpha 1": tpo,
+    "TPO sigmoid, beta 0.01, tpo_alpha 1": lambda: tpo("sigmoid", 0.01, 0.0),
+    "TPO tpo-l, beta 2, tpo_l_gamma 1, tpo_alpha 1": lambda: tpo("tpo-l", 2.0, 1.0),
     "KTO": kto,
 }
 """What the page says that TRL is asked for; its `alphapo` is its `simpo` with an alpha and without the NLL."""
