@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,27 +63,21 @@ class OtherModel:
     """What a KL needs of the other model's pass over the same positions.
 
     Attributes:
-        head: its head.
+        head: from (tokens, H) to (tokens, V), its head.
         hidden: (tokens, H) its hidden states, without gradient.
     """
 
-    head: Any
+    head: Callable[[Tensor], Tensor]
     hidden: Tensor
 
 
-ROWS = {Quantity.collision: 1, Quantity.entropy: 1, Quantity.divergence: 2}
-"""Rows of a result for each quantity, in this order behind the log-probs; a divergence brings the other model's
-log-probs of the targets along, which come from the same logits."""
-
-
 def row_numbers(quantities: frozenset[Quantity]) -> dict[Quantity, int]:
-    """The row of each quantity in a result; that of a divergence's log-probs is the next one."""
-    numbers, row = {}, 1
-    for quantity in ROWS:
-        if quantity in quantities:
-            numbers[quantity] = row
-            row += ROWS[quantity]
-    return numbers
+    """The row of each quantity in a result, behind the log-probs.
+
+    A divergence stands last and brings a second row along: the other model's log-probs of the targets, which come from
+    the same logits.
+    """
+    return {quantity: 1 + row for row, quantity in enumerate(q for q in Quantity if q in quantities)}
 
 
 def _rows(log_probs: Tensor, targets: Tensor, quantities: frozenset[Quantity], other: Tensor | None) -> Tensor:
@@ -97,7 +92,7 @@ def _rows(log_probs: Tensor, targets: Tensor, quantities: frozenset[Quantity], o
     if Quantity.entropy in quantities:
         rows.append(-(fixed.exp() * fixed).sum(dim=-1) / math.log(fixed.shape[-1]))
     if Quantity.divergence in quantities:
-        assert other is not None, "a divergence is one from another model"
+        assert other is not None
         rows.append((other.exp() * (other - log_probs)).sum(dim=-1))
         rows.append(other.gather(1, targets[:, None]).squeeze(1))
     return torch.stack(rows)
@@ -194,8 +189,10 @@ def score_hidden(
         other: the model that a divergence is from: KL(other || this).
 
     Returns:
-        (1 + rows of the quantities, tokens) fp32 (fp64 for an fp64 head), natural logarithms; see `ROWS`.
+        (1 + rows of the quantities, tokens) fp32 (fp64 for an fp64 head), natural logarithms; see `row_numbers`.
     """
+
+    assert (other is not None) == (Quantity.divergence in quantities), "a divergence is one from another model"
 
     def score_one(h: Tensor, y: Tensor, part: slice) -> Tensor:
         logits = transform(head(h))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.groups import Group
-from alignment.head import OtherModel, row_numbers
+from alignment.head import row_numbers
 from alignment.layout import BatchLayout, MicroBatch
 from alignment.logps import in_passes, score_tokens
 from alignment.losses import Loss, LossInputs, Quantity, StepTotals
@@ -130,7 +130,7 @@ class Objective:
         other = None
         if Quantity.divergence in self._quantities:
             assert isinstance(self._reference, LiveReference), "a divergence needs the reference itself"
-            other = OtherModel(*self._reference.hidden_states(batch))
+            other = self._reference.other_model(batch)
         return score_tokens(model, batch, self._quantities, other)
 
     def collect(self, groups: Sequence[Group], tokens_per_batch: int) -> Tensor:

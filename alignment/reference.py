@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from alignment.errors import UserError
 from alignment.groups import Group
+from alignment.head import OtherModel
 from alignment.layout import BatchLayout, MicroBatch
 from alignment.logps import hidden_states, in_passes, join_scores, score_groups, score_tokens
 from alignment.losses.base import Quantity
@@ -297,6 +298,10 @@ class CachedReference(Reference):
         self._store.close()
 
 
+def _head(model: Any) -> nn.Module:
+    return model.get_output_embeddings()
+
+
 class LiveReference(Reference):
     """A frozen copy of the starting policy, run beside the training policy: the oracle, at the price of its passes.
 
@@ -342,11 +347,18 @@ class LiveReference(Reference):
             scored = [(batch, RaggedLogps(values[1], batch.offsets)) for batch, values in passes]
         return join_scores(groups, scored)
 
-    def hidden_states(self, batch: MicroBatch) -> tuple[Any, Tensor]:
-        """The frozen policy's head, and its (tokens, H) hidden states that predict the scored tokens of a pass."""
+    def other_model(self, batch: MicroBatch) -> OtherModel:
+        """The frozen policy's head and its hidden states that predict the scored tokens of a pass."""
         with self._frozen.active() as model:
-            decoder: Any = model
-            return decoder.get_output_embeddings(), hidden_states(model, batch)
+            hidden = hidden_states(model, batch)
+            head = _head(model)
+        if any(parameter.requires_grad for parameter in head.parameters()):  # it trains: the frozen one is another
+            return OtherModel(self._run_head, hidden)
+        return OtherModel(head, hidden)
+
+    def _run_head(self, hidden: Tensor) -> Tensor:
+        with self._frozen.active() as model:
+            return _head(model)(hidden)
 
     def _tensors(self) -> dict[str, Tensor]:
         return self._frozen.state()
