@@ -259,13 +259,17 @@ def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictC
     Raises:
         UserError: an unknown option or key, a value of the wrong type, an unreadable file.
     """
-    _parsed(overrides)
+    parsed = _parsed(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(asset_dir("conf")), version_base=VERSION_BASE):
             node = compose("config", overrides=list(overrides), return_hydra_config=True)
             settle(node, node.hydra.runtime.choices)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            _refuse_settings_of_none(parsed, node.hydra.runtime.choices)
+    except (HydraException, OmegaConfBaseException, YAMLError, AssertionError) as error:
+        _refuse_settings_of_none(parsed, _choices(parsed))  # what Hydra says of these depends on the group
+        if isinstance(error, AssertionError):
+            raise
         raise UserError(_sentence(error)) from error
     except RecursionError as error:
         raise UserError("A recipe's defaults list leads back to the recipe itself.") from error
@@ -273,6 +277,29 @@ def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictC
         with open_dict(node):
             del node["hydra"]
     return node
+
+
+_WITH_NONE = ("quantization", "adapter", "sft", "loss", "tracking")
+"""Groups whose option `none` sets the whole group to null."""
+
+
+def _choices(parsed: Sequence[Override]) -> Mapping[str, Any]:
+    """The options that are chosen, whatever the settings are; nothing where they cannot be composed either."""
+    groups = [override.input_line or "" for override in parsed if "." not in override.key_or_group]
+    try:
+        with initialize_config_dir(config_dir=str(asset_dir("conf")), version_base=VERSION_BASE):
+            return compose("config", overrides=groups, return_hydra_config=True).hydra.runtime.choices
+    except (HydraException, OmegaConfBaseException, YAMLError):
+        return {}
+
+
+def _refuse_settings_of_none(parsed: Sequence[Override], choices: Mapping[str, Any]) -> None:
+    for override in parsed:
+        group, dot, _ = override.key_or_group.partition(".")
+        if dot and group in _WITH_NONE and choices.get(group) == "none":
+            raise UserError(
+                f"{override.key_or_group} has no effect with {group}=none: leave it out, or choose another {group}."
+            )
 
 
 def settle(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
@@ -284,7 +311,7 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
     Raises:
         UserError: a mixture of a loss that does not exist, or with settings that its losses do not have.
     """
-    for group in ("quantization", "adapter", "sft", "loss", "tracking"):
+    for group in _WITH_NONE:
         if choices.get(group) == "none":
             cfg[group] = None
     if _is_mixture(cfg):
@@ -314,7 +341,45 @@ def _recommended(name: str) -> DictConfig:
 def load(*overrides: str, config_dir: Path | None = None) -> schema.RunConfig:
     """The run that `python -m alignment.run <overrides>` would do, composed and checked."""
     register(config_dir)
-    return to_run_config(compose_node(overrides))
+    config = to_run_config(compose_node(overrides))
+    refuse_without_effect(overrides, config)
+    return config
+
+
+def refuse_without_effect(overrides: Sequence[str], config: schema.RunConfig) -> None:
+    """Refuse what the command line sets and this run would never read. What recipes and files say is left alone.
+
+    Raises:
+        UserError: the setting, and why it has no effect.
+    """
+    for override in _parsed(overrides):
+        key = override.key_or_group
+        reason = _why_without_effect(key, config)
+        if reason is not None:
+            raise UserError(f"{key} has no effect: {reason}.")
+
+
+def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
+    section, _, name = key.rpartition(".") if "." in key else (key, "", "")
+    if config.loss is None:
+        if section in ("data", "optim", "trainer", "reference"):
+            sft = f"; the SFT stage has sft.{key}" if section != "reference" else ""
+            return f"with loss=none there is no preference stage{sft}"
+    elif section == "reference":
+        live = config.reference.mode is schema.ReferenceMode.live
+        unused = not config.loss.requirements().reference and not config.reference.for_metrics
+        if unused and (name == "spot_checks" or (live and name in ("", "mode"))):
+            return f"loss {config.loss.name} has no reference, and reference.for_metrics=false asks for none"
+        if live and name == "spot_checks":
+            return "a live reference is computed anew, so that there is nothing stored to check"
+    stage = config.sft if section.startswith("sft.") else config
+    if name == "epochs" and section.endswith("trainer") and stage is not None and stage.trainer.max_steps is not None:
+        return f"{section}.max_steps={stage.trainer.max_steps} decides; set it to null to train for epochs"
+    if key in ("evaluation.max_new_tokens", "evaluation.temperature", "evaluation.batch_size"):
+        return "evaluation.prompts=0 samples no answers" if config.evaluation.prompts == 0 else None
+    if key == "export.dtype" and not config.export.merge:
+        return "it is the dtype of the merged model, and export.merge is false"
+    return None
 
 
 def sweep_members(overrides: Sequence[str]) -> Iterator[list[str]]:

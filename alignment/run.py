@@ -19,6 +19,7 @@ from alignment.compose import (
     asset_dir,
     compose_node,
     load,
+    refuse_without_effect,
     register,
     settle,
     sweep_members,
@@ -221,6 +222,7 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
     with open_dict(node):
         del node["hydra"]
     config = to_run_config(node)
+    refuse_without_effect(overrides, config)
     if _resumes(config):
         assert config.resume is not None
         return _resumed_overrides(overrides, config.resume, recipe)

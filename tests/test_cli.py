@@ -101,6 +101,27 @@ WRONG = [
     (["loss=none", "sft=none"], ["SFT stage", "loss"]),
     (["quantization=nf4", "adapter=none"], ["quantised base"]),
     (["adapter=none", "export.merge=true"], ["export.merge"]),
+    # What would have no effect
+    (["loss=orpo", "loss.beta=0.1"], ["loss.beta", "ORPO", "accepted are lam"]),
+    (["loss=simpo", "loss.gamma=1"], ["loss.gamma", "gamma_beta_ratio"]),
+    (["adapter=none", "adapter.r=8"], ["adapter.r", "adapter=none"]),
+    (["recipe=dpo_qwen3", "quantization=none", "quantization.double=true"], ["quantization.double", "no effect"]),
+    (["sft=none", "sft.optim.lr=1e-5"], ["sft.optim.lr", "sft=none"]),
+    (["loss=none", "loss.beta=1"], ["loss.beta", "loss=none"]),
+    (["tracking=none", "tracking.project=mine"], ["tracking.project", "tracking=none"]),
+    (["loss=none", "optim.lr=1e-5"], ["optim.lr", "no preference stage", "sft.optim.lr"]),
+    (["loss=none", "data.limit=5"], ["data.limit", "sft.data.limit"]),
+    (["loss=none", "reference=live"], ["reference has no effect", "no preference stage."]),
+    (["loss=orpo", "reference.for_metrics=false", "reference=live"], ["reference", "orpo", "for_metrics"]),
+    (["loss=orpo", "reference.for_metrics=false", "reference.mode=live"], ["reference.mode", "orpo", "for_metrics"]),
+    (["loss=orpo", "reference.for_metrics=false", "reference.spot_checks=9"], ["reference.spot_checks", "orpo"]),
+    (["reference=live", "reference.spot_checks=9"], ["reference.spot_checks", "live"]),
+    (["trainer.max_steps=5", "trainer.epochs=2"], ["trainer.epochs", "trainer.max_steps=5"]),
+    (["sft.trainer.max_steps=5", "sft.trainer.epochs=2"], ["sft.trainer.epochs", "sft.trainer.max_steps=5"]),
+    (["evaluation.prompts=0", "evaluation.temperature=1"], ["evaluation.temperature", "evaluation.prompts=0"]),
+    (["evaluation.prompts=0", "evaluation.max_new_tokens=9"], ["evaluation.max_new_tokens"]),
+    (["export.dtype=float32"], ["export.dtype", "export.merge"]),
+    (["-m", "trainer.max_steps=null,5", "trainer.epochs=2"], ["trainer.epochs", "trainer.max_steps=5"]),
     # Settings that cannot be read
     (["loss.beta"], ["'loss.beta'", "key=value"]),
     (["=3"], ["'=3'", "key=value"]),
@@ -172,6 +193,25 @@ def test_wrong_files(name, content, said, tmp_path, monkeypatch):
     assert "\n" not in message and message.endswith(".")
     assert all(part in message for part in said), message
     assert sorted(Path.cwd().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["loss=orpo", "reference=live", "reference.for_metrics=true"],
+        ["loss=orpo", "reference.for_metrics=false", "reference=cache", "reference.path=x"],
+        ["loss=tdpo1", "reference=live"],
+        ["reference.spot_checks=9", "trainer.epochs=2"],
+        ["trainer.max_steps=5", "sft.trainer.epochs=2"],
+        ["evaluation.prompts=0", "evaluation.judge=none"],
+        ["export.merge=true", "export.dtype=float32"],
+        ["loss=none", "sft.optim.lr=1e-5", "sft.trainer.epochs=2", "evaluation.prompts=0", "seed=3"],
+        ["adapter=none", "quantization=none", "tracking=none", "loss.beta=1"],
+    ],
+    ids=" ".join,
+)
+def test_what_has_an_effect_is_accepted(arguments):
+    load("recipe=quickstart", *arguments)
 
 
 def test_mappings_take_new_keys_without_a_plus():
