@@ -117,7 +117,7 @@ def _store_schema(node: DictConfig, path: Path) -> None:
             f"{path}: _target_ {target} cannot be imported ({why}); it names module.Class, and the module is "
             f"looked for in the folder that the command is run in."
         ) from error
-    if not (isinstance(loss, type) and issubclass(loss, Loss) and is_dataclass(loss)):
+    if not (isinstance(loss, type) and issubclass(loss, Loss) and "__dataclass_fields__" in vars(loss)):
         raise UserError(f"{path}: _target_ {target} is not a dataclass derived from alignment.losses.Loss.")
     if not isinstance(getattr(loss, "name", None), str) or LOSSES.get(loss.name, loss) is not loss:
         raise UserError(f"{path}: _target_ {target} needs a `name` that no shipped loss has.")

@@ -109,6 +109,9 @@ from alignment.losses.base import BetaPairLoss
 
 class NoLoss: ...
 
+class Undecorated(BetaPairLoss):
+    margin: float
+
 @dataclass(kw_only=True)
 class Impostor(DPO): ...
 
@@ -134,6 +137,7 @@ class Odd(BetaPairLoss):
         ("_target_: Mine\nbeta: 1", ["mine.yaml", "Mine", "module.Class"]),
         ("_target_: broken_losses.Mine\nbeta: 1", ["mine.yaml", "SyntaxError"]),
         ("_target_: some_losses.NoLoss\nbeta: 1", ["mine.yaml", "some_losses.NoLoss", "alignment.losses.Loss"]),
+        ("_target_: some_losses.Undecorated\nbeta: 1\nmargin: 1", ["mine.yaml", "Undecorated", "dataclass"]),
         ("_target_: some_losses.Impostor\nbeta: 1", ["mine.yaml", "name", "shipped"]),
         ("_target_: some_losses.Nameless\nbeta: 1", ["mine.yaml", "name"]),
         ("_target_: some_losses.Unfinished\nbeta: 1", ["Unfinished", "abstract", "at_reference"]),

@@ -45,6 +45,7 @@ def test_the_wheel_holds_code_configuration_recipes_and_data(wheel):
     assert all(wheel.read(name) == path.read_bytes() for name, path in expected.items())
     for name in (
         "alignment/_assets/conf/config.yaml",
+        "alignment/_assets/conf/loss/README.md",
         "alignment/_assets/recipes/quickstart.yaml",
         "alignment/data/bundled/quickstart_train.jsonl",
     ):
@@ -58,13 +59,14 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     code = (
-        "import alignment.compose as c, alignment.data.sources as s\n"
+        "import alignment.compose as c, alignment.data.sources as s, alignment.losses.__main__ as m\n"
         "config = c.load()\n"
         "print(c.asset_dir('conf'))\n"
         "print(c.asset_dir('recipes'))\n"
         "print(s.__file__)\n"
         "print(c.load('recipe=dpo_qwen3').loss.beta)\n"
         "print(len(s.load_rows(config.data, kind='preference').train) > 100)\n"
+        "print(m.page_path().read_text() == m.page())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -81,6 +83,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
         str(package / "_assets" / "recipes"),
         str(package / "data" / "sources.py"),
         "0.01",
+        "True",
         "True",
     ]
 
