@@ -102,13 +102,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A number to 4 digits, anything else as it is, nothing as a dash."""
+    """A number to 4 digits, a mapping in brackets, anything else as it is, nothing as a dash."""
     if value is None or value == "":
         return _NONE
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, dict):
+        return f"({', '.join(f'{key} {_text(inner)}' for key, inner in value.items())})"
     return str(value)
 
 

@@ -312,10 +312,12 @@ def test_a_run(tiny, tmp_path):
     [run_dir] = (tmp_path / "outputs" / "tiny").iterdir()
     stage = json.loads((run_dir / "summary.json").read_text())["stages"]["preference"]
     assert stage["loss"] == "mixture" and stage["settings"]["settings"]["kto"]["beta"] == 0.1
+    assert stage["settings"]["settings"]["nll"]["nll_reduction"] == "sequence_mean"
     assert "density_weights: false" in (run_dir / "config.yaml").read_text()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     for row in rows:
         total = sum(w * row[f"{k}/loss"] for k, w in {"dpo": 0.8, "bco": 0.2, "nll": 1.0, "kto": 0.5}.items())
         assert row["loss"] == pytest.approx(total, rel=1e-4)
-    assert "mixture" in (run_dir / "report.md").read_text()
+    report = (run_dir / "report.md").read_text()
+    assert "mixture (weights (dpo 0.8, bco 0.2, nll 1, kto 0.5), settings (nll (nll_reduction sequence_mean" in report
