@@ -273,6 +273,15 @@ def test_both_references_know_a_refreshed_policy_by_its_identity(tmp_path, monke
         torch.testing.assert_close(reference.logps(GROUPS).values, books(model, GROUPS), rtol=0, atol=ROUNDING)
 
 
+def test_a_refreshed_whole_model_is_known_by_its_identity(tmp_path):
+    model = start_of("full")
+    references = [cached(model, tmp_path), LiveReference(model, FlatLayout(), 10_000, CPU)]
+    nudge(model, 1)
+    for reference in references:
+        reference.refresh(3, GROUPS)
+        assert reference.identity == policy_identity(model)[0] != reference.summary()["identity"]
+
+
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_nothing_is_computed_twice(name, tmp_path):
     """Each refresh scores what the next steps and an evaluation ask for, once; a second run scores nothing."""
