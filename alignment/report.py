@@ -364,6 +364,8 @@ def _reference_line(reference: Any) -> str | None:
         for key in order
         if reference.get(key) is not None
     ]
+    if isinstance(refreshes := reference.get("refreshes"), list):
+        parts.append(f"refreshed from the policy {len(refreshes)} times")
     return escape_markdown(", ".join(parts))
 
 

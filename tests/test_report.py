@@ -234,6 +234,7 @@ def test_missing_and_broken_files_are_named_and_the_rest_is_there(run_dir: Path,
         "data",
         "machine",
         "reference",
+        "reference.refreshes",
         "files",
     ],
 )
@@ -245,6 +246,13 @@ def test_no_shape_of_the_summary_breaks_the_report(run_dir: Path, path: str, val
     assert "<y>" not in text
     assert "my_pairs.jsonl" in text
     print_summary(summary, Console(file=io.StringIO()))
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_reference_that_followed_the_policy_is_said_to_have_done_so(run_dir: Path) -> None:
+    assert "refreshed" not in write_report(run_dir).read_text("utf-8")
+    RunRecord(run_dir).write_summary(put("reference.refreshes", [{"step": 3, "identity": "a"}] * 2))
+    assert "refreshed from the policy 2 times" in write_report(run_dir).read_text("utf-8")
 
 
 def test_an_interrupted_run_has_a_report(tmp_path: Path) -> None:
