@@ -46,8 +46,10 @@ class HeldOutAnswers:
         device: torch.device,
         seed: int,
     ) -> None:
-        count = min(len(groups), config.prompts)
-        picked = [i * len(groups) // count for i in range(count)]
+        # Several pairs of one list ask the same question.
+        asked = list({group.prompt.tobytes(): i for i, group in reversed(list(enumerate(groups)))}.values())[::-1]
+        count = min(len(asked), config.prompts)
+        picked = [asked[i * len(asked) // count] for i in range(count)]
         self.rows = [rows[i] for i in picked]
         if config.judge is Judge.rules:
             for row in self.rows:
@@ -59,7 +61,9 @@ class HeldOutAnswers:
         self._prompts = [groups[i].prompt for i in picked]
         self._config = config
         self._tokenizer = tokenizer
-        self._stops = stop_tokens(tokenizer, train)
+        # A step of a longer answer ends with no token of its own.
+        whole = [] if any(row.steps is not None for row in rows) else train
+        self._stops = stop_tokens(tokenizer, whole)
         self._folder = folder
         self._device = device
         self._seed = seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,7 +184,7 @@ class Objective:
             reference=reference,
             labels=_labels(groups, device) if self.needs.unit == "row" else None,
             sizes=_sizes(groups, device) if self.needs.unit == "list" else None,
-            scores=_scores(groups, device) if self.needs.scores else None,
+            scores=_scores(groups, device),
             prompts=plan.prompts(values[0]),
             quantities=quantities,
             state=self.state,
@@ -218,5 +219,8 @@ def _sizes(groups: Sequence[Group], device: torch.device) -> Tensor:
     return torch.tensor([len(group.completions) for group in groups], device=device)
 
 
-def _scores(groups: Sequence[Group], device: torch.device) -> Tensor:
-    return torch.tensor([s for group in groups for s in group.scores or ()], dtype=torch.float64, device=device)
+def _scores(groups: Sequence[Group], device: torch.device) -> Tensor | None:
+    if all(group.scores is None for group in groups):
+        return None
+    scores = [s for group in groups for s in group.scores or (math.nan,) * len(group.completions)]
+    return torch.tensor(scores, dtype=torch.float64, device=device)

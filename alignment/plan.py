@@ -163,8 +163,9 @@ def plan_stages(config: RunConfig, model: nn.Module, machine: Machine, length: i
     if config.loss is not None:
         assert config.data is not None
         check_names("optim", config.optim)
-        # Both answers of a pair may be as long as a row may be, beside a short prompt.
-        longest = (length or config.data.max_length) * (1 if config.loss.requirements().unit == "row" else 2)
+        # All answers may be as long as a row may be, beside a short prompt; lists are mostly of four.
+        answers = {"row": 1, "pair": 2, "list": 4}[config.loss.requirements().unit]
+        longest = (length or config.data.max_length) * answers
         stages["preference"] = _plan_stage(config, config, model, machine, longest, False)
     return stages
 

@@ -147,6 +147,9 @@ def load_preferences(config: DataConfig, tokenizer: Any, loss: Any) -> tuple[Pre
                 f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} {needs.unit}s, and "
                 f"{config.source} has {len(items)}."
             )
+    for group in (*parts["training"], *eval_groups):
+        if (problem := loss.problem(len(group.completions), group.scores)) is not None:
+            raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
     info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
     return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
 

@@ -57,7 +57,8 @@ class LossInputs:
         reference: log-probs of the same tokens under the reference, no gradient; None where there is none.
         labels: (S,) bool, True for desirable completions; None for pairs and lists.
         sizes: (items,) int64, completions of each list; None for pairs and rows.
-        scores: (S,) float64, what a judge or a reward model gave the completions; None where the data have none.
+        scores: (S,) float64, what a judge or a reward model gave the completions, not a number for items without; None
+            where none has any.
         prompts: the policy's log-probs of every item's prompt tokens but the first, for losses that ask for them.
         quantities: what the loss asks for by `Requirements.quantities`, per completion token like `policy`.
         state: what `LossOutput.state` was after the step before, or `Loss.initial_state()`.
@@ -191,6 +192,14 @@ class Loss(ABC):
         Args:
             inputs: in float64, those of a policy that is its own reference; nothing is drawn.
         """
+
+    def problem(self, completions: int, scores: tuple[float, ...] | None) -> str | None:
+        """Why items of so many completions with these scores are none for this loss; None: they are.
+
+        Written to be read after the row that has it: "has two completions, and ...".
+        """
+        del completions, scores
+        return None
 
     def initial_state(self) -> dict[str, float]:
         """The running state before the first step; it is kept in checkpoints."""

@@ -113,6 +113,11 @@ class Mixture(Loss):
             values[name] = value.view(2, -1).sum(0) if self._reads_pairs_as_rows(part) else value
         return self._sum(values)
 
+    def problem(self, completions: int, scores: tuple[float, ...] | None) -> str | None:
+        """The first of its parts'."""
+        found = (part.problem(completions, scores) for part in self._parts().values())
+        return next((problem for problem in found if problem is not None), None)
+
     def initial_state(self) -> dict[str, float]:
         """The parts' states, as `<name>/<key>`."""
         return {

@@ -29,15 +29,15 @@ class _Triple(Anchored):
             value = getattr(self, key)
             require(0 < value < math.inf, f"loss.{key} must be a finite number above 0, not {value}.")
 
+    def problem(self, completions: int, scores: tuple[float, ...] | None) -> str | None:
+        """Gold, chosen, rejected."""
+        if completions == 3:
+            return None
+        return f"has {completions} completions, where three are read, best first: gold, chosen and rejected"
+
     def _check(self, inputs: LossInputs) -> None:
-        """Refuse lists of other sizes."""
         assert inputs.sizes is not None, "the loss reads lists"
-        for size in inputs.sizes.tolist():
-            require(
-                size == 3,
-                f"The loss {self.name} reads three completions a prompt, best first: gold, chosen and rejected. "
-                f"One prompt has {size}.",
-            )
+        assert bool((inputs.sizes == 3).all()), "refused with the data"
 
     def _output(self, inputs: LossInputs, rewards: Tensor, target: float) -> LossOutput:
         """The loss of rewards (S,) whose margin is asked to reach the target."""

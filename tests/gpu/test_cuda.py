@@ -13,8 +13,8 @@ from alignment.gate import check_start
 from alignment.layout import FlatLayout, SharedLayout
 from alignment.lean import make_lean
 from alignment.logps import join_scores, score
-from alignment.policy import attach_adapter, load_base, policy_identity
 from alignment.objective import as_rows
+from alignment.policy import attach_adapter, load_base, policy_identity
 from alignment.preference import PreferenceTrainer
 from alignment.reference import CachedReference, LiveReference, comparison_tolerance
 from alignment.reference_store import ReferenceStore
