@@ -165,6 +165,9 @@ class Loss(ABC):
     min_items: ClassVar[int] = 1
     whole_step: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
+    jumps: ClassVar[bool] = False
+    """Whether rounding may change its value at the reference by more than rounding: it depends on an order of rewards,
+    and there all are equal."""
     quantities: ClassVar[frozenset[Quantity]] = frozenset()
 
     def requirements(self) -> Requirements:

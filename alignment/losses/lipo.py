@@ -47,6 +47,7 @@ class LiPO(BetaListLoss):
         "gain and discount were read in an account of the paper; natural logarithm as in the authors' ranking library"
     )
     needs_scores: ClassVar[bool] = True
+    jumps: ClassVar[bool] = True
 
     scale: float
 
