@@ -59,7 +59,7 @@ def as_records(pairs, unit):
         return [
             {"prompt": prompt, "completions": [chosen, other, rejected], "scores": [3.0, 2.0, 1.0]}
             for (prompt, chosen, rejected), other in zip(pairs, others, strict=True)
-            if len({str(completion)[:90] for completion in (chosen, other, rejected)}) == 3  # also when they are cut
+            if len({completion[0]["content"][:40] for completion in (chosen, other, rejected)}) == 3  # cut ones too
         ]
     return [
         {"prompt": prompt, "chosen": chosen, "rejected": rejected, "score_chosen": 2.0, "score_rejected": 1.0}
