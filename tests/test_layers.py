@@ -19,10 +19,10 @@ LAYERS = [
     {"policy", "records", "shared"},
     {"data.tokens", "data.sources"},
     {"data.layouts", "reference_store", "wheel_model", "logps", "lean"},
-    {"data.rows", "lists", "layout", "data.quickstart", "judge", "scored", "density"},
-    {"losses.parity"},
-    {"losses", "attention", "head"},
-    {"block_attention"},
+    {"data.rows", "lists", "layout", "data.quickstart", "judge", "scored", "density", "lean.mlp"},
+    {"losses.parity", "lean.linear"},
+    {"losses", "attention", "head", "lean.norm", "lean.rotary"},
+    {"block_attention", "lean.base"},
     {"losses.mixture", "losses.plackett_luce", "losses.all_pairs", "losses.infonca", "losses.lipo"},
     {
         "losses.aot",
@@ -77,7 +77,7 @@ ONLY_IN = {
     "trl": {"sft"},
     "matplotlib": {"plots"},
     "sqlite3": {"reference_store", "cache"},
-    "bitsandbytes": {"policy", "export", "lean"},
+    "bitsandbytes": {"policy", "export", "lean.linear"},
 }
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from alignment import lean, products
-from alignment.lean import make_lean
+from alignment import products
+from alignment.lean import base, make_lean, norm, rotary
 from alignment.policy import FrozenStart, policy_identity
 from alignment.products import add_matmul, matmul, transposed_matmul
 from tests.bench.layers import Layer, Saved, adapted_model
@@ -441,27 +441,27 @@ def test_rows_come_in_few_sizes():
 def test_norm_gradients(shifted):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: lean._RMSNorm.apply(x, weight, 1e-2, shifted)[0], x)
+    assert torch.autograd.gradcheck(lambda x: norm._RMSNorm.apply(x, weight, 1e-2, shifted)[0], x)
     expected = F.rms_norm(x, (5,), weight + shifted, 1e-2)
-    assert torch.allclose(lean._RMSNorm.apply(x, weight, 1e-2, shifted)[0], expected)
+    assert torch.allclose(norm._RMSNorm.apply(x, weight, 1e-2, shifted)[0], expected)
 
 
 def test_rotation_gradients():
     torch.manual_seed(0)
     q, k = (torch.randn(1, heads, 3, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
     cos, sin = torch.randn(2, 1, 1, 3, 4, dtype=torch.float64)  # no two halves alike
-    assert torch.autograd.gradcheck(lambda q, k: lean._Rotary.apply(q, k, cos, sin), (q, k))
+    assert torch.autograd.gradcheck(lambda q, k: rotary._Rotary.apply(q, k, cos, sin), (q, k))
 
 
 def test_blocks_cover_every_row_once():
     rows = torch.zeros(1000, 1)
-    covered = torch.cat([torch.arange(1000)[s] for s in lean._blocks(rows, 1536)])
-    assert torch.equal(covered, torch.arange(1000)) and len(list(lean._blocks(rows, 1536))) == 4
+    covered = torch.cat([torch.arange(1000)[s] for s in base.blocks(rows, 1536)])
+    assert torch.equal(covered, torch.arange(1000)) and len(list(base.blocks(rows, 1536))) == 4
 
 
 def test_an_mlp_in_blocks_gives_the_same(monkeypatch):
-    monkeypatch.setattr(lean, "_MIN_BLOCK_ROWS", 7)
-    monkeypatch.setattr(lean, "_BLOCK_VALUES", 1)
+    monkeypatch.setattr(base, "_MIN_BLOCK_ROWS", 7)
+    monkeypatch.setattr(base, "_BLOCK_VALUES", 1)
     own, changed = pair("gemma")
     assert_close(compute(changed), compute(own), 1e-5)
     with torch.no_grad():
