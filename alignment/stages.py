@@ -451,8 +451,14 @@ class Run:
 
     def _reference(self, model: nn.Module, layout: BatchLayout, plan: Plan) -> Reference | None:
         config = self.config
-        if not config.loss.requirements().reference and not config.reference.for_metrics:
-            return None
+        if not config.loss.requirements().reference:
+            if not config.reference.for_metrics:
+                return None
+            log.info(
+                "Loss %s has no reference: one is read for the metrics alone, and reference.for_metrics=false leaves "
+                "it out.",
+                config.loss.name,
+            )
         if config.reference.mode is ReferenceMode.live:
             budget = plan.tokens_per_batch  # beside what a step keeps
             return LiveReference(model, layout, budget, self.device, config.reference.sync_mix)

@@ -29,8 +29,8 @@ LESS_ANCHOR = {
     "tpo": ["alpha=0.02"],
     "tpo_l": ["alpha=0.1"],
 }
-"""At the recommended values the likelihood of the chosen answer would be all that so few steps from random weights
-raise: what holds it up (cpo to tpo_l) or keeps it from falling (dpop) outweighs the comparison, or it is won already."""
+"""At the recommended values the likelihood of the chosen answer is all that so few steps from random weights raise:
+what holds it up (an NLL) or keeps it from falling (dpop) outweighs the comparison, or that is won already (slic_hf)."""
 
 
 def bundled_pairs():

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -473,7 +474,7 @@ def test_with_several_processes_no_step_is_repeated(tmp_path):
     groups = random_groups(4)
     trainer = make_trainer(model, groups, make_loss("dpo"), tmp_path, 130)
     fail_in_passes(model, (0,))
-    trainer.accelerator = SimpleNamespace(num_processes=2)
+    trainer.accelerator = SimpleNamespace(num_processes=2, no_sync=lambda model: nullcontext())
     with pytest.raises(UserError, match=r"lower trainer.tokens_per_batch, or set trainer.checkpoint_every=1"):
         trainer.training_step(model, {"groups": groups})
 

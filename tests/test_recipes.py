@@ -183,15 +183,15 @@ def test_a_recipe_that_includes_itself(tmp_path):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("recipe=nope", "Could not find 'recipe/nope'; available are "),
-        ("loss=nope", "Could not find 'loss/nope'; available are " + ", ".join(sorted([*LOSSES, "none", "mpo"])) + "."),
+        ("recipe=nope", "Could not find 'recipe/nope'; available are .*quickstart"),
+        ("loss=nope", "Could not find 'loss/nope'; available are " + ".*".join(sorted([*LOSSES, "none", "mpo"]))),
         ("optim.lrr=1", "Key 'lrr' not in 'OptimConfig', at key optim.lrr; accepted are name, lr, "),
     ],
 )
 def test_a_mistake_on_the_command_line_lists_what_is_accepted(override, expected):
-    with pytest.raises(UserError) as caught:
+    """Among the losses may be one that another test has registered in this process."""
+    with pytest.raises(UserError, match=expected):
         load(override)
-    assert str(caught.value).startswith(expected)
 
 
 # Machines that lack something

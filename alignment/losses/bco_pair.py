@@ -30,7 +30,7 @@ class BCOPair(BetaPairLoss):
 
     Rewards: beta u and beta v.
 
-    Recommended: beta 0.01 (the paper).
+    Recommended: beta 0.01 (TRL's recipe), 0.1 (the paper).
 
     Deviations: the paper's own objective subtracts a running mean of all rewards, which a function of one step does not
     have. TRL's `bco_pair` is the same as ours.
