@@ -257,8 +257,13 @@ def test_a_run_killed_everywhere_ends_like_one_that_was_not(project, uninterrupt
         (["adapter=none"], [partial(before_answers, "sft"), partial(at_row, "preference", 6)]),
         (["reference=live"], [partial(at_row, "preference", 6)]),
         (["loss=kto", "sft=none", "quantization=nf4"], [partial(at_row, "preference", 8)]),
+        (["loss=beta_dpo", "sft=none"], [partial(at_row, "preference", 6)]),
+        (
+            ["loss=bco", "loss.density_weights=true"],
+            [partial(at_row, "preference", 3), partial(at_row, "preference", 8)],
+        ),
     ],
-    ids=["full fine-tuning", "live reference", "kto on nf4 without sft"],
+    ids=["full fine-tuning", "live reference", "kto on nf4 without sft", "running state and draws", "prompt weights"],
 )
 def test_other_kinds_of_runs(settings, kills, project, tmp_path):
     expected = finish(project, tmp_path / "expected", *TINY, *settings)
