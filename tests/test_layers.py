@@ -18,7 +18,7 @@ LAYERS = [
     {"memory"},
     {"policy", "records", "shared"},
     {"data.tokens", "data.sources"},
-    {"data.layouts", "reference_store", "wheel_model", "logps", "lean"},
+    {"data.layouts", "data.statistics", "reference_store", "wheel_model", "logps", "lean"},
     {"data.rows", "lists", "layout", "data.quickstart", "judge", "scored", "density", "lean.mlp"},
     {"losses.parity", "lean.linear"},
     {"losses", "attention", "head", "lean.norm", "lean.rotary"},
