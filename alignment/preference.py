@@ -25,7 +25,7 @@ from alignment.layout import BatchLayout
 from alignment.logps import largest_group, smaller_budget
 from alignment.losses import Loss, LossInputs, LossOutput
 from alignment.memory import decoder_layers
-from alignment.metrics import Means, preference_metrics
+from alignment.metrics import Means, held_out_rows, preference_metrics
 from alignment.objective import Objective, Processes, evaluated, step_seeds, step_totals
 from alignment.policy import check_adapter_gradients
 from alignment.records import atomic_write_bytes, to_json
@@ -68,6 +68,8 @@ class PreferenceTrainer(Trainer):
 
     model: nn.Module
     objective: Objective
+    held_out: list[dict[str, Any]]
+    """The held-out groups one by one, as the last evaluation found them."""
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class PreferenceTrainer(Trainer):
         self.sampler = sampler
         self.groups = groups
         self.eval_groups = list(eval_groups)
+        self.held_out = []
         self.num_tokens = 0
         self.train_seconds = 0.0
         self._means = Means()
@@ -251,19 +254,23 @@ class PreferenceTrainer(Trainer):
         return self._log_evaluation("eval", at_reference=True)
 
     def _log_evaluation(self, prefix: str, at_reference: bool = False) -> dict[str, float]:
-        found = self.held_out_metrics(self.eval_groups, at_reference)
+        found, self.held_out = self._evaluated(self.eval_groups, at_reference)
         metrics = {f"{prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @torch.no_grad()
     def held_out_metrics(self, groups: Sequence[Group], at_reference: bool = False) -> dict[str, float]:
         """Exact means over the groups; the loss is computed once over all of them, as if they were one step.
 
         Nothing is drawn, and the loss's running state stays as training left it. `at_reference` says that the policy
         is still its reference, whose log-probs then serve for both.
         """
+        return self._evaluated(groups, at_reference)[0]
+
+    @torch.no_grad()
+    def _evaluated(self, groups: Sequence[Group], at_reference: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """`held_out_metrics`, and what they are the means of."""
         objective = self.objective
         evaluated_groups = evaluated(self.loss, groups)
         values = objective.reference_values(evaluated_groups) if at_reference else None
@@ -277,7 +284,7 @@ class PreferenceTrainer(Trainer):
         if len(evaluated_groups) > len(groups):  # rows of pairs: their metrics are those of the pairs
             inputs, output = _paired(inputs, output)
         means.add(preference_metrics(inputs, output))
-        return means.take()
+        return means.take(), held_out_rows(groups, inputs, output)
 
     def save_state(self, folder: Path) -> None:
         """Keep in a checkpoint what the loss and the reference carry from step to step."""
