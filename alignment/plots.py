@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from alignment.records import STAGES, atomic_write_bytes
+from alignment.run_folder import series
 
 # From the palette of Okabe and Ito, told apart by every common kind of colour vision and by brightness in grey.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
@@ -67,16 +67,6 @@ _PREFERENCE_PLOTS = (
         {"lengths/chosen": "chosen", "lengths/rejected": "rejected"},
     ),
 )
-
-
-def series(metrics: Sequence[dict[str, Any]], stage: str, split: str, name: str) -> tuple[list[int], list[float]]:
-    """Steps and finite values of one metric, in the order of the rows."""
-    points = [
-        (row["step"], row[name])
-        for row in metrics
-        if row["stage"] == stage and row["split"] == split and name in row and math.isfinite(row[name])
-    ]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def _draw(axes: Axes, metrics: Sequence[dict[str, Any]], stage: str, names: dict[str, str]) -> bool:

@@ -14,7 +14,7 @@ LAYERS = [
     {"evaluation", "export", "gate", "preflight", "report"},
     {"preference", "sft", "plots", "schedule"},
     {"objective"},
-    {"training", "reference", "metrics", "steps", "tracking", "generate", "planning"},
+    {"training", "reference", "metrics", "steps", "tracking", "generate", "planning", "run_folder"},
     {"memory"},
     {"policy", "records", "shared"},
     {"data.tokens", "data.sources"},

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from alignment import plots
-from alignment.plots import series, write_plots
+from alignment.plots import write_plots
+from alignment.run_folder import series
 
 
 def row(stage: str, split: str, step: int, **metrics: float) -> dict[str, Any]:

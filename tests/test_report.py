@@ -15,7 +15,8 @@ from rich.console import Console
 
 from alignment import report
 from alignment.records import RunRecord
-from alignment.report import print_summary, wilson_interval, write_report
+from alignment.report import print_summary, write_report
+from alignment.run_folder import wilson_interval
 
 SUMMARY: dict[str, Any] = {
     "recipe": "quickstart",

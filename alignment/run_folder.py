@@ -1,0 +1,248 @@
+"""What the files of a run folder say: read with care, put into words, and questioned as a careful reader would."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from alignment.errors import UserError
+from alignment.records import STAGES, escape_markdown, read_metrics
+
+RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
+
+
+MODELS = {"start": "before training", "sft": "after SFT", "final": "final"}
+
+
+NONE = "-"
+
+
+@dataclass(slots=True)
+class Run:
+    """What could be read of a run folder; `problems` has a sentence for everything else."""
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("it holds no mapping")
+    return value
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line.
+
+    Raises:
+        ValueError: a line is none.
+    """
+    return [_mapping(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line.strip()]
+
+
+def read_run(folder: Path) -> Run:
+    """Read what is there.
+
+    Raises:
+        UserError: a folder without any file of a run.
+    """
+    if not any((folder / name).is_file() for name in RUN_FILES):
+        raise UserError(f"{folder} is no run folder: it holds none of {', '.join(RUN_FILES)}.")
+    run = Run(folder)
+
+    def read(name: str, parse: Callable[[Path], Any], empty: Any) -> Any:
+        path = folder / name
+        if not path.exists():
+            run.problems.append(f"{name} is missing.")
+            return empty
+        try:
+            return parse(path)
+        except UserError as error:
+            run.problems.append(str(error))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            run.problems.append(f"{name} cannot be read: {' '.join(str(error).split())}.")
+        return empty
+
+    run.config = read("config.yaml", lambda path: _mapping(yaml.safe_load(path.read_text("utf-8"))), {})
+    run.summary = read("summary.json", lambda path: _mapping(json.loads(path.read_text("utf-8"))), {})
+    run.metrics = read("metrics.jsonl", read_metrics, [])
+    prompts = get(run.summary, "evaluation", "prompts")
+    if (folder / "samples.jsonl").exists() or prompts:
+        run.samples = read("samples.jsonl", read_rows, [])
+    return run
+
+
+def get(value: Any, *keys: str) -> Any:
+    """The value under a path of keys; None where the path ends early."""
+    for key in keys:
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value
+
+
+def section(value: Any, *keys: str) -> dict[str, Any]:
+    """`get` of a mapping; empty where there is none."""
+    found = get(value, *keys)
+    return found if isinstance(found, dict) else {}
+
+
+def is_number(value: Any) -> bool:
+    """A finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def shown(value: Any) -> str:
+    """A number to 4 digits, a mapping in brackets, anything else as it is, nothing as a dash."""
+    if value is None or value == "":
+        return NONE
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return f"({', '.join(f'{key} {shown(inner)}' for key, inner in value.items())})"
+    return str(value)
+
+
+def percent(value: Any) -> str:
+    """A share in percent; anything else as `shown`."""
+    return f"{100 * value:.1f}%" if is_number(value) else shown(value)
+
+
+def short(digest: Any) -> str:
+    """Enough of a hash to tell it from others; the whole is in summary.json."""
+    return str(digest)[:16]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; every cell is escaped here and nowhere else."""
+    lines = [header, ["---"] * len(header), *[[escape_markdown(cell) for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95% interval of a share observed among `count` independent cases, after Wilson (1927)."""
+    z = 1.959964
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return centre - half, centre + half
+
+
+def eval_pairs(summary: dict[str, Any]) -> int:
+    """How many pairs, rows or lists were held out of the preference data; 0 where that is not known."""
+    count = get(summary, "data", "preference", "eval")
+    return count if isinstance(count, int) else 0
+
+
+def loss_name(summary: dict[str, Any]) -> str:
+    """The name of the preference loss, or of its stage where that is lost."""
+    return str(get(summary, "stages", "preference", "loss") or "preference")
+
+
+def series(metrics: Sequence[dict[str, Any]], stage: str, split: str, name: str) -> tuple[list[int], list[float]]:
+    """Steps and finite values of one metric, in the order of the rows."""
+    points = [
+        (row["step"], row[name])
+        for row in metrics
+        if row["stage"] == stage and row["split"] == split and name in row and math.isfinite(row[name])
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _change(run: Run, name: str) -> tuple[float, float, str] | None:
+    """First and last value of a preference metric, of the evaluation if it has two points, else of training."""
+    for split in ("eval", "train"):
+        _, values = series(run.metrics, "preference", split, name)
+        if len(values) >= 2:
+            return values[0], values[-1], split
+    return None
+
+
+class Warned(NamedTuple):
+    """A reason for care: its kind, the same words for every run, and what it is in this run."""
+
+    kind: str
+    text: str
+
+
+def warnings(run: Run) -> list[Warned]:
+    """What a careful reader would ask about before trusting the result."""
+    found: list[Warned] = []
+
+    def warn(kind: str, text: str) -> None:
+        found.append(Warned(kind, text))
+
+    summary = run.summary
+    broken = sum(1 for row in run.metrics if any(isinstance(v, float) and not math.isfinite(v) for v in row.values()))
+    if broken:
+        warn(
+            "The run became numerically unstable",
+            f"{broken} rows of metrics.jsonl hold NaN or Infinity: the run became numerically unstable.",
+        )
+    change = _change(run, "logps/chosen")
+    if change and change[1] < change[0] - 1:
+        before, after, split = change
+        warn(
+            "The log-prob of chosen completions fell",
+            f"The log-prob of chosen completions fell by {before - after:.1f} nats ({split}, {before:.1f} to "
+            f"{after:.1f}): what margin there is comes from rejected ones falling more.",
+        )
+    for stage in STAGES:
+        steps, values = series(run.metrics, stage, "eval", "loss")
+        best = min(values, default=0.0)
+        if values and values[-1] - best > 0.02 * abs(best):
+            at = steps[values.index(best)]
+            warn(
+                "The held-out loss rose again",
+                f"The held-out loss of the {'SFT' if stage == 'sft' else stage} stage was lowest at step {at} "
+                f"({shown(best)}) and ended at {shown(values[-1])}: fewer steps might do better.",
+            )
+    accuracy, pairs = get(summary, "stages", "preference", "metrics", "eval/rewards/accuracies"), eval_pairs(summary)
+    if is_number(accuracy) and 0 <= accuracy <= 1 and pairs:
+        low, high = wilson_interval(accuracy, pairs)
+        if low <= 0.5 <= high:
+            warn(
+                "Reward accuracy cannot be told from chance",
+                f"The reward accuracy of {percent(accuracy)} on {pairs} held-out pairs cannot be told from chance "
+                f"(95% interval {percent(low)} to {percent(high)}).",
+            )
+    for name, entry in section(summary, "evaluation", "win_rate").items():
+        low, high = get(entry, "low"), get(entry, "high")
+        if is_number(low) and is_number(high) and low <= 0.5 <= high:
+            other = MODELS.get(name.removeprefix("final_vs_"), name)
+            warn(
+                "A win rate cannot be told from a draw",
+                f"The win rate against the model {other} cannot be told from a draw "
+                f"(95% interval {percent(low)} to {percent(high)}).",
+            )
+    answers = section(summary, "evaluation", "answers")
+    words, correct = (
+        {model: get(answers, model, key) for model in MODELS if is_number(get(answers, model, key))}
+        for key in ("words", "correct")
+    )
+    earlier = "sft" if "sft" in words else "start"
+    if "final" in words and words.get(earlier, 0) > 0 and words["final"] > 1.2 * words[earlier]:
+        warn(
+            "Answers grew longer",
+            f"Answers grew from {words[earlier]:.1f} ({MODELS[earlier]}) to {words['final']:.1f} words: judges "
+            "often prefer length, so part of a win may be nothing else.",
+        )
+    ablest = max(correct, key=lambda model: correct[model], default="final")
+    if "final" in correct and correct[ablest] > correct["final"]:
+        warn(
+            "Fewer answers are correct than before",
+            f"Fewer answers are correct at the end ({percent(correct['final'])}) than {MODELS[ablest]} "
+            f"({percent(correct[ablest])}).",
+        )
+    return found
