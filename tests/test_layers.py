@@ -20,7 +20,7 @@ LAYERS = [
     {"data.tokens", "data.sources"},
     {"data.layouts", "data.statistics", "reference_store", "wheel_model", "logps", "lean"},
     {"data.rows", "lists", "layout", "data.quickstart", "judge", "scored", "density", "lean.mlp"},
-    {"losses.parity", "lean.linear"},
+    {"losses.parity", "losses.landscape", "lean.linear"},
     {"losses", "attention", "head", "lean.norm", "lean.rotary"},
     {"block_attention", "lean.base"},
     {"losses.mixture", "losses.plackett_luce", "losses.all_pairs", "losses.infonca", "losses.lipo"},
