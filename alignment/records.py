@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
@@ -65,6 +65,11 @@ def to_json(value: Any, indent: int | None = None) -> bytes:
     text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
     # A lone surrogate (half an emoji from a cut model answer) is no UTF-8; written as \udxxx it is valid JSON.
     return text.encode("utf-8", "backslashreplace")
+
+
+def to_json_lines(rows: Iterable[Any]) -> bytes:
+    """`to_json` of each, a line for each."""
+    return b"".join(to_json(row) + b"\n" for row in rows)
 
 
 def _plain(value: Any) -> Any:
@@ -177,7 +182,7 @@ class RunRecord:
 
     def _keep(self, rows: Sequence[Mapping[str, Any]], rewrite: bool) -> None:
         if rewrite:
-            atomic_write_bytes(self.metrics_path, b"".join(to_json(row) + b"\n" for row in rows))
+            atomic_write_bytes(self.metrics_path, to_json_lines(rows))
         self._start = time.monotonic() - (rows[-1]["wall_s"] if rows else 0.0)
 
     @property
@@ -220,7 +225,7 @@ class RunRecord:
     def write_samples(self, samples: Sequence[Mapping[str, Any]]) -> list[Path]:
         """Write samples.jsonl, and samples.md for reading: per prompt the answer of each model."""
         paths = [self.run_dir / "samples.jsonl", self.run_dir / "samples.md"]
-        atomic_write_bytes(paths[0], b"".join(to_json(sample) + b"\n" for sample in samples))
+        atomic_write_bytes(paths[0], to_json_lines(samples))
         parts = ["# Samples\n"]
         for number, sample in enumerate(samples, 1):
             parts.append(f"## {number}\n\n**Prompt:** {escape_markdown(str(sample['prompt']))}\n")

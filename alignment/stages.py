@@ -47,7 +47,7 @@ from alignment.policy import (
     save_policy,
 )
 from alignment.preference import PreferenceTrainer
-from alignment.records import RunRecord, atomic_write_bytes, git_commit, machine, to_json, versions
+from alignment.records import RunRecord, atomic_write_bytes, git_commit, machine, to_json, to_json_lines, versions
 from alignment.reference import CachedReference, LiveReference, Reference
 from alignment.reference_store import ReferenceStore, cache_dir
 from alignment.report import print_summary, write_report
@@ -168,6 +168,11 @@ def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, lis
     _log_data("SFT data", info)
     info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
     return SFTData(train.sequences, held_out.sequences, info), [*loaded.bad, *drops]
+
+
+def _moment(name: str, rows: Sequence[dict[str, Any]]) -> bytes:
+    """Lines of held_out.jsonl: the held-out rows as they were at the start or at the end of the preference stage."""
+    return to_json_lines({"moment": name, **row} for row in rows)
 
 
 def with_live_reference(config: RunConfig) -> RunConfig:
@@ -425,14 +430,20 @@ class Run:
         log.info(
             "Before the first update the loss is %.6g; its formula gives %.6g.", start["loss"], start["closed_form"]
         )
+        identity = policy_identity(model)[0] if reference is None else reference.identity
+        start_rows = self._stage_dir("preference") / "held_out_start.jsonl"
         if data.eval and checkpoint is None:
             trainer.evaluate_start()
+            atomic_write_bytes(start_rows, _moment("start", trainer.held_out))
         if checkpoint is not None:
             trainer.load_state(checkpoint)
             if reference is not None and schedule.refreshes:
                 reference.load_state(checkpoint)
             log.info("The preference stage continues from step %d.", done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if data.eval:
+            both = start_rows.read_bytes() + _moment("final", trainer.held_out)
+            atomic_write_bytes(self.run_dir / "held_out.jsonl", both)
         metrics = self._final_metrics(trainer)
         result = {
             "loss": loss.name,
@@ -441,7 +452,7 @@ class Run:
             "num_tokens": trainer.num_tokens,
             "train_seconds": trainer.train_seconds,
             "memory": memory_result(plan, self.device, trainer.tokens_per_batch),
-            "start": start,
+            "start": start | {"identity": identity},
             "metrics": metrics,
             "reference": reference.summary() if reference is not None else {"mode": "none"},
         }
@@ -523,6 +534,8 @@ class Run:
             "config": self.run_dir / "config.yaml",
             "plots": self.run_dir / "plots",
         }
+        if (self.run_dir / "held_out.jsonl").exists():
+            files["held_out"] = self.run_dir / "held_out.jsonl"
         if self.summary["evaluation"]:
             files["samples"] = self.run_dir / "samples.md"
         if config.export.merge:

@@ -207,7 +207,8 @@ def assert_same(folder: Path, expected: Path) -> None:
     """Bit for bit: a resumed run has done the very same arithmetic."""
     assert metric_rows(folder) == metric_rows(expected)
     assert summary(folder) == summary(expected)
-    assert (folder / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
+    for name in ("samples.jsonl", "held_out.jsonl"):
+        assert (folder / name).read_text() == (expected / name).read_text()
     found, wanted = weights(folder), weights(expected)
     assert found.keys() == wanted.keys()
     assert all(found[name].equal(wanted[name]) for name in wanted)
