@@ -16,11 +16,6 @@ from alignment.groups import Group
 
 torch.set_num_threads(2)
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -98,18 +93,8 @@ def random_groups(num: int, k: int = 2, seed: int = 0, vocab: int = 97) -> list[
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory) -> Path:
     """A saved tiny Qwen3 with a byte-level tokenizer and a ChatML template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from alignment.tiny_model import write_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny_qwen3")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    fast.chat_template = CHATML
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config(len(fast))).save_pretrained(folder)
+    write_tiny_model(folder)
     return folder

@@ -8,17 +8,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "alignment"
 
 LAYERS = [
-    {"run", "plan", "losses.__main__"},
+    {"run", "plan", "lab", "losses.__main__"},
     {"compose"},
     {"stages", "cache"},
     {"evaluation", "export", "gate", "preflight", "report"},
-    {"preference", "sft", "plots", "schedule"},
+    {"preference", "sft", "plots", "figures", "schedule"},
     {"objective"},
     {"training", "reference", "metrics", "steps", "tracking", "generate", "planning", "run_folder"},
     {"memory"},
     {"policy", "records", "shared"},
     {"data.tokens", "data.sources"},
-    {"data.layouts", "data.statistics", "reference_store", "wheel_model", "logps", "lean"},
+    {"data.layouts", "data.statistics", "reference_store", "wheel_model", "tiny_model", "logps", "lean"},
     {"data.rows", "lists", "layout", "data.quickstart", "judge", "scored", "density", "lean.mlp"},
     {"losses.parity", "losses.landscape", "lean.linear"},
     {"losses", "attention", "head", "lean.norm", "lean.rotary"},
@@ -75,7 +75,7 @@ ONLY_IN = {
     "omegaconf": {"run", "compose"},
     "wandb": {"tracking"},
     "trl": {"sft"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots", "figures"},
     "sqlite3": {"reference_store", "cache"},
     "bitsandbytes": {"policy", "export", "lean.linear"},
 }

@@ -15,7 +15,8 @@ from alignment.compose import as_plain, compose_node, register, to_run_config
 from alignment.data.tokens import tokenize_groups
 from alignment.policy import load_adapter, load_base, policy_identity
 from alignment.reference_store import ReferenceStore
-from tests.conftest import CHATML, shared_data, tiny_config
+from alignment.tiny_model import CHATML
+from tests.conftest import shared_data, tiny_config
 from tests.test_policy import scores
 
 VOCABULARY = 151_936

@@ -1,0 +1,63 @@
+"""The figures show the values that they are given."""
+
+import numpy as np
+import pytest
+import torch
+
+from alignment.figures import curves, metric, planes, spread
+from alignment.losses.landscape import Landscape
+from alignment.run_folder import Run
+
+
+def row(split, step, **values):
+    return {"stage": "preference", "split": split, "step": step, **values}
+
+
+def test_curves_are_the_values_by_name():
+    [axes] = curves({"a": ([0, 1], [2, 3]), "b": ([0, 1], [5, 4])}, "Title", "x", "y", level=0.5).axes
+    assert [line.get_xydata().tolist() for line in axes.lines[:2]] == [[[0, 2], [1, 3]], [[0, 5], [1, 4]]]
+    assert axes.lines[2].get_ydata() == [0.5, 0.5]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("Title", "x", "y")
+
+
+def test_no_two_of_many_curves_look_alike():
+    [axes] = curves({str(i): ([0], [i]) for i in range(14)}, "", "", "").axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 14
+
+
+def test_a_spread_counts_every_value_in_bins_of_the_same_width():
+    [axes] = spread({"a": [0, 0, 30], "b": [15]}, "Title", "words").axes
+    outlines = {p.get_label(): p.get_xy() for p in axes.patches}
+    assert outlines["a"][:, 1].max() == 2
+    assert outlines["b"][:, 1].max() == 1
+    assert np.unique(outlines["a"][:, 0]).tolist() == pytest.approx(np.linspace(0, 30, 31).tolist())
+
+
+def test_a_metric_is_lines_in_training_and_points_on_held_out_pairs(tmp_path):
+    runs = {
+        "first": Run(tmp_path, metrics=[row("train", 1, m=0.5), row("train", 2, m=0.7), row("eval", 2, m=0.6)]),
+        "second": Run(tmp_path, metrics=[row("train", 1, m=0.1), row("eval", 1, m=0.2), row("train", 2, other=1.0)]),
+    }
+    [axes] = metric(runs, "m", "share").axes
+    first, second, first_points, second_points = axes.lines
+    assert first.get_xydata().tolist() == [[1, 0.5], [2, 0.7]]
+    assert second.get_xydata().tolist() == [[1, 0.1]]
+    assert first_points.get_xydata().tolist() == [[2, 0.6]]
+    assert second_points.get_xydata().tolist() == [[1, 0.2]]
+    assert first.get_color() == first_points.get_color() != second_points.get_color() == second.get_color()
+
+
+def test_planes_have_the_loss_as_colour_and_pushes_as_arrows():
+    u, v = torch.tensor([0.0, 1.0, 2.0]).repeat(2), torch.tensor([-1.0, 3.0]).repeat_interleave(3)
+    pushes = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    found = Landscape(u, v, losses=u + 10 * v, push_up=pushes, push_down=-2 * pushes)
+    figure = planes({"a": found, "b": found})
+    first, second = (axes for axes in figure.axes if axes.get_title())
+    assert (first.get_title(), second.get_title()) == ("a", "b")
+    mesh, arrows = first.collections
+    assert mesh.get_array().tolist() == [[-10, -9, -8], [30, 31, 32]]
+    assert arrows.U.tolist() == pushes.tolist()
+    assert arrows.V.tolist() == (2 * pushes).tolist(), "pushing the rejected answer up is an arrow up"
+    assert first.get_xlim() == (0, 2)
+    assert first.get_ylim() == (-1, 3)
