@@ -160,7 +160,7 @@ def series(metrics: Sequence[dict[str, Any]], stage: str, split: str, name: str)
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _change(run: Run, name: str) -> tuple[float, float, str] | None:
+def change(run: Run, name: str) -> tuple[float, float, str] | None:
     """First and last value of a preference metric, of the evaluation if it has two points, else of training."""
     for split in ("eval", "train"):
         _, values = series(run.metrics, "preference", split, name)
@@ -190,9 +190,9 @@ def warnings(run: Run) -> list[Warned]:
             "The run became numerically unstable",
             f"{broken} rows of metrics.jsonl hold NaN or Infinity: the run became numerically unstable.",
         )
-    change = _change(run, "logps/chosen")
-    if change and change[1] < change[0] - 1:
-        before, after, split = change
+    drift = change(run, "logps/chosen")
+    if drift and drift[1] < drift[0] - 1:
+        before, after, split = drift
         warn(
             "The log-prob of chosen completions fell",
             f"The log-prob of chosen completions fell by {before - after:.1f} nats ({split}, {before:.1f} to "
