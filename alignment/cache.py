@@ -1,12 +1,14 @@
-"""What the reference store holds, whether it is sound, and how to make it smaller: `python -m alignment.cache`."""
+"""What the cache holds, whether it is sound, and how to make it smaller: `python -m alignment.cache`."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import PurePath
 from typing import NoReturn
 
@@ -22,6 +24,7 @@ from alignment.reference_store import (
     cache_dir,
     damaged_files,
 )
+from alignment.stage_store import STAGES_FOLDER, StageStore, StoredStage
 
 _WIDE = 160
 
@@ -35,35 +38,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0, or 1 for damage found and for what the user can mend."""
     try:
         arguments = _parser().parse_args(argv)
-        path = cache_dir(arguments.path) / REFERENCE_FILE
+        folder = cache_dir(arguments.path)
+        path, stages = folder / REFERENCE_FILE, StageStore(folder / STAGES_FOLDER)
         if not path.exists() and not damaged_files(path):
-            _say(f"No reference log-probs are stored in {path.parent} yet.")
-            return 0
+            _say(f"No reference log-probs are stored in {folder} yet.")
+            if not stages.stored():
+                return 0
         with ReferenceStore(path) as store:
             if arguments.command == "list":
-                return _list(store)
+                _list(store)
+                _list_stages(stages)
+                return 0
             if arguments.command == "verify":
-                return _verify(store)
-            return _prune(store, arguments)
+                return max(_verify(store), _verify_stages(stages))
+            return _prune(store, stages, arguments)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m alignment.cache", description="Inspect the stored reference log-probs.")
+    parser = _Parser(
+        prog="python -m alignment.cache",
+        description="Inspect the stored reference log-probs and SFT stages.",
+    )
     common = _Parser(add_help=False)
     common.add_argument(
         "--path", metavar="FOLDER", help="cache folder (default: $ALIGNMENT_CACHE or ~/.cache/alignment)"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|verify|prune")
-    commands.add_parser("list", parents=[common], help="which policies have log-probs stored, and how many")
-    commands.add_parser("verify", parents=[common], help="check every row; drop what is damaged and exit with 1")
-    prune = commands.add_parser("prune", parents=[common], help="remove the log-probs of some policies, or of all")
+    commands.add_parser("list", parents=[common], help="the policies whose log-probs are stored, and the stages")
+    commands.add_parser("verify", parents=[common], help="check all; drop what is damaged and exit with 1")
+    prune = commands.add_parser("prune", parents=[common], help="remove some policies and stages, or all")
     which = prune.add_mutually_exclusive_group(required=True)
     which.add_argument("--older-than", metavar="DAYS", type=_days, help="not used for so long, e.g. 30d")
     which.add_argument("--identity", metavar="PREFIX", help="the one whose id begins so")
-    which.add_argument("--max-mb", metavar="MB", type=_megabytes, help="the least recently used beyond this size")
+    which.add_argument(
+        "--max-mb", metavar="MB", type=_megabytes, help="of each kind the least recently used beyond this size"
+    )
     which.add_argument("--all", action="store_true", help="everything, with the damaged files that were kept")
     return parser
 
@@ -81,7 +93,7 @@ def _megabytes(text: str) -> int:
     return int(text) * 1_000_000
 
 
-def _list(store: ReferenceStore) -> int:
+def _list(store: ReferenceStore) -> None:
     infos = store.identities()
     if infos:
         table = Table()
@@ -110,7 +122,29 @@ def _list(store: ReferenceStore) -> int:
     _say(f"{store.path}: {_mb(store.size())} MB on disk.")
     for file in damaged_files(store.path):
         _say(f"Damaged and kept: {file} ({_mb(file.stat().st_size)} MB).")
-    return 0
+
+
+def _list_stages(stages: StageStore) -> None:
+    stored = stages.stored()
+    if not stored:
+        return
+    table = Table()
+    for name in ("id", "stage", "model"):
+        table.add_column(name, overflow="fold")
+    for name in ("steps", "MB", "last used"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for stage in stored:
+        described = stage.content.get("description", {})
+        table.add_row(
+            stage.key[:12],
+            described.get("stage", "damaged"),
+            Text(_short(str(described.get("model", "-")))),
+            str(stage.content.get("result", {}).get("steps", "-")),
+            _mb(stage.bytes),
+            _date(stage.last_used),
+        )
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    _say(f"{stages.folder}: {_mb(sum(stage.bytes for stage in stored))} MB on disk.")
 
 
 def _verify(store: ReferenceStore) -> int:
@@ -123,11 +157,27 @@ def _verify(store: ReferenceStore) -> int:
     return 0 if report.sound else 1
 
 
-def _prune(store: ReferenceStore, arguments: argparse.Namespace) -> int:
+def _verify_stages(stages: StageStore) -> int:
+    sound, damaged = stages.verify()
+    for key in damaged:
+        _say(f"The stage {key[:12]} was damaged and is dropped; it will be trained again when it is needed.")
+    if sound or damaged:
+        _say(f"{sound:,} stages are sound in {stages.folder}.")
+    return 1 if damaged else 0
+
+
+def _prune(store: ReferenceStore, stages: StageStore, arguments: argparse.Namespace) -> int:
     if arguments.identity is not None:
-        pruned = store.prune(identity=_resolve(store, arguments.identity))
+        identity = _resolve(store, stages, arguments.identity)
+        pruned = store.prune(identity=identity)
+        removed = [stage for stage in stages.stored() if stage.key == identity]
     else:
         pruned = store.prune(older_than_days=0 if arguments.all else arguments.older_than, max_bytes=arguments.max_mb)
+        removed = _too_many(stages.stored(), 0 if arguments.all else arguments.older_than, arguments.max_mb)
+    for stage in removed:
+        with stages.locked(stage.key):
+            stages.drop(stage.key)
+        _say(f"Removed the stage {stage.key[:12]}: {_mb(stage.bytes)} MB.")
     freed = pruned.freed
     if arguments.all:
         for file in damaged_files(store.path):
@@ -139,8 +189,19 @@ def _prune(store: ReferenceStore, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _resolve(store: ReferenceStore, prefix: str) -> str:
-    matches = [info.identity for info in store.identities() if prefix and info.identity.startswith(prefix.lower())]
+def _too_many(stored: Sequence[StoredStage], days: int | None, max_bytes: int | None) -> list[StoredStage]:
+    """Those that were not used for so many days, or that do not fit into so many bytes; `stored` begins with the last
+    used.
+    """
+    if days is not None:
+        return [stage for stage in stored if stage.last_used <= time.time() - days * 86400]
+    totals = accumulate(stage.bytes for stage in stored)
+    return [stage for stage, total in zip(stored, totals, strict=True) if max_bytes is not None and total > max_bytes]
+
+
+def _resolve(store: ReferenceStore, stages: StageStore, prefix: str) -> str:
+    known = [info.identity for info in store.identities()] + [stage.key for stage in stages.stored()]
+    matches = [identity for identity in known if prefix and identity.startswith(prefix.lower())]
     if len(matches) != 1:
         found = ", ".join(sorted(match[:12] for match in matches)) or "none"
         raise UserError(f"--identity must begin exactly one stored id, and '{prefix}' begins {found}.")
@@ -153,8 +214,11 @@ def _shown(info: IdentityInfo, key: str) -> str:
 
 
 def _model(info: IdentityInfo) -> str:
+    return _short(_shown(info, "model"))
+
+
+def _short(name: str) -> str:
     """A hub id as it is, of a folder the last part."""
-    name = _shown(info, "model")
     return PurePath(name).name if PurePath(name).is_absolute() else name
 
 

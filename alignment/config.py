@@ -224,8 +224,13 @@ class TrainerConfig:
 
 @dataclass(kw_only=True)
 class SFTConfig:
-    """The supervised stage: its own data, optimizer and loop."""
+    """The supervised stage: its own data, optimizer and loop.
 
+    `seed` is that of the data's order and of the adapter, which begins in this stage: runs that differ in the run's
+    seed alone share the stage where this one is the same.
+    """
+
+    seed: int
     data: DataConfig
     optim: OptimConfig
     trainer: TrainerConfig

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
@@ -47,13 +48,23 @@ from alignment.policy import (
     save_policy,
 )
 from alignment.preference import PreferenceTrainer
-from alignment.records import RunRecord, atomic_write_bytes, git_commit, machine, to_json, to_json_lines, versions
+from alignment.records import (
+    RunRecord,
+    atomic_write_bytes,
+    git_commit,
+    machine,
+    read_metrics,
+    to_json,
+    to_json_lines,
+    versions,
+)
 from alignment.reference import CachedReference, LiveReference, Reference
 from alignment.reference_store import ReferenceStore, cache_dir
 from alignment.report import print_summary, write_report
 from alignment.schedule import FollowPolicy, Schedule
 from alignment.sft import run_sft
 from alignment.shared import choose_layout
+from alignment.stage_store import STAGES_FOLDER, StageStore, stage_key
 from alignment.tracking import Tracker, open_tracker
 from alignment.training import (
     check_names,
@@ -201,6 +212,7 @@ class Run:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.cache = cache_dir(config.reference.path)
+        self.stage_store = StageStore(self.cache / STAGES_FOLDER)
         self.source = model_source(config.model, self.cache)
         self.tokenizer = load_tokenizer(config.model, self.source)
         self.bad: list[BadRow] = []
@@ -235,7 +247,7 @@ class Run:
             self._keep_data()
             self._answer("start", model)
             if self.conversations is not None:
-                self._stage("sft", model, tracker, self._sft)
+                model = self._after_sft(model, tracker)
                 if self.preferences is not None:
                     self._answer("sft", model)
             if self.preferences is not None:
@@ -289,18 +301,21 @@ class Run:
 
     def _load_policy(self) -> nn.Module:
         """The policy as the last stage that is done left it, or fresh."""
-        config = self.config
         trained = None
         for stage, folder in (("sft", self._stage_dir("sft") / "policy"), ("preference", self._policy_dir())):
             if (self._stage_dir(stage) / "done.json").exists():
                 trained = folder
+        return self._load_trained(trained)
+
+    def _load_trained(self, trained: Path | None) -> nn.Module:
+        config = self.config
         source = str(trained) if trained is not None and config.adapter is None else self.source
         log.info("Loading %s on %s ...", config.model.name, self.device)
         model: Any = load_base(config.model, config.quantization, source, self.device)
         model.config.name_or_path = self.source  # also where its weights come from the run folder
         if config.adapter is not None and trained is not None:
             return load_adapter(model, trained)
-        return attach_adapter(model, config.adapter, config.seed)
+        return attach_adapter(model, config.adapter, config.seed if config.sft is None else config.sft.seed)
 
     # Stages
 
@@ -326,7 +341,7 @@ class Run:
             self.record.log(stage, step, split, metrics)
             tracker.log(stage, step, split, metrics)
 
-        set_seed(self.config.seed)
+        set_seed(self.config.sft.seed if stage == "sft" and self.config.sft is not None else self.config.seed)
         started = time.monotonic()
         result = body(model, checkpoints, log_metrics)
         seconds = time.monotonic() - started
@@ -348,6 +363,67 @@ class Run:
         if stage == "preference":
             self.summary["reference"] = result.pop("reference")
 
+    def _after_sft(self, model: nn.Module, tracker: Tracker) -> nn.Module:
+        """The policy after SFT: trained here, or taken over from a run that has done the very same stage before."""
+        config, data = self.config.sft, self.conversations
+        assert config is not None and data is not None
+        folder = self._stage_dir("sft")
+        if (folder / "done.json").exists():
+            self._stage("sft", model, tracker, self._sft)
+            return model
+        settings = {
+            "adapter": self.config.adapter and asdict(self.config.adapter),
+            "optim": asdict(config.optim),
+            "trainer": asdict(config.trainer),
+            "seed": config.seed,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "template": self.tokenizer.chat_template,
+        }
+        key = stage_key(model, (data.train, data.eval), settings)
+        with self.stage_store.locked(key):
+            taken = self._take_sft(key, tracker)
+            if taken is not None:
+                return taken
+            self._stage("sft", model, tracker, self._sft)
+            identity, description = policy_identity(model)
+            rows = [row for row in read_metrics(self.record.metrics_path) if row["stage"] == "sft"]
+            content = {
+                "identity": identity,
+                "description": {"stage": "sft", "model": self.config.model.name, "dtype": description["dtype"]},
+                "result": json.loads((folder / "done.json").read_bytes()),
+                "plan": json.loads((folder / "plan.json").read_bytes()),
+                "rows": [{k: v for k, v in row.items() if k not in ("stage", "time", "wall_s")} for row in rows],
+            }
+            self.stage_store.put(key, folder / "policy", content)
+        return model
+
+    def _take_sft(self, key: str, tracker: Tracker) -> nn.Module | None:
+        """The policy of the SFT stage that was done before, with all that the stage leaves in a run folder."""
+        folder = self._stage_dir("sft")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "policy", ignore_errors=True)
+        content = self.stage_store.take(key, folder / "policy")
+        if content is None:
+            return None
+        model = self._load_trained(folder / "policy")
+        if policy_identity(model)[0] != content["identity"]:
+            log.warning("The kept result %s is not the policy that it was: SFT is done again.", key[:12])
+            self.stage_store.drop(key)
+            return None
+        log.info("SFT was done before (%s).", key[:12])
+        self.record.rewind("sft", -1)
+        for row in content["rows"]:
+            step, split = row.pop("step"), row.pop("split")
+            metrics = {name: float(value) for name, value in row.items()}
+            self.record.log("sft", step, split, metrics)
+            tracker.log("sft", step, split, metrics)
+        atomic_write_bytes(folder / "plan.json", to_json(content["plan"], indent=2))
+        result = content["result"] | {"taken_over": key}
+        atomic_write_bytes(folder / "done.json", to_json(result, indent=2))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self.summary["stages"]["sft"] = result
+        return model
+
     def _policy_dir(self) -> Path:
         return self.run_dir / ("adapter" if self.config.adapter is not None else "model")
 
@@ -363,7 +439,7 @@ class Run:
             self.conversations.eval,
             plan=plan,
             folder=checkpoints,
-            seed=self.config.seed,
+            seed=config.seed,
             device=self.device,
             log_metrics=log_metrics,
         )

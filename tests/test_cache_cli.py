@@ -14,6 +14,7 @@ import pytest
 
 from alignment.cache import main
 from alignment.reference_store import REFERENCE_FILE, ReferenceStore, damaged_files
+from alignment.stage_store import STAGES_FOLDER, StageStore
 
 OLD, NEW = "ab" + "1" * 62, "ab" + "2" * 62
 
@@ -43,6 +44,68 @@ def change(folder: Path, statement: str, *values: object) -> None:
 def left(folder: Path) -> set[str]:
     with ReferenceStore(folder / REFERENCE_FILE) as store:
         return {info.identity for info in store.identities()}
+
+
+STAGE, OLD_STAGE = "0c" * 16, "0d" * 16
+
+
+def put_stages(folder: Path) -> StageStore:
+    """Two results of 5 bytes and what is said of them; OLD_STAGE was not used for 40 days."""
+    (folder / "policy").mkdir()
+    (folder / "policy" / "weights").write_bytes(b"12345")
+    stages = StageStore(folder / STAGES_FOLDER)
+    for key in (STAGE, OLD_STAGE):
+        content = {"description": {"stage": "sft", "model": "lab/new[bold]"}, "result": {"steps": 77}}
+        stages.put(key, folder / "policy", content)
+    long_ago = time.time() - 40 * 86400
+    os.utime(stages.folder / OLD_STAGE / "entry.json", (long_ago, long_ago))
+    return stages
+
+
+def test_list_shows_the_stages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = put_stages(folder)
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [new] = (line for line in lines if STAGE[:12] in line)
+    [old] = (line for line in lines if OLD_STAGE[:12] in line)
+    for shown in ("sft", "lab/new[bold]", " 77 "):
+        assert shown in new and shown in old
+    assert lines.index(new) < lines.index(old)
+    assert str(stages.folder) in lines[-1]
+
+
+def test_verify_drops_a_damaged_stage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = put_stages(folder)
+    (stages.folder / STAGE / "policy" / "weights").write_bytes(b"12346")
+    assert main(["verify"]) == 1
+    out = capsys.readouterr().out
+    assert f"The stage {STAGE[:12]} was damaged" in out and "1 stages are sound" in out and "4 sequences" in out
+    assert main(["verify"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept", "policies"),
+    [
+        (["--older-than", "30d"], {STAGE}, {NEW}),
+        (["--older-than", "50d"], {STAGE, OLD_STAGE}, {OLD, NEW}),
+        (["--identity", STAGE[:4]], {OLD_STAGE}, {OLD, NEW}),
+        (["--identity", NEW], {STAGE, OLD_STAGE}, {OLD}),
+        (["--max-mb", "0"], set(), set()),
+        (["--max-mb", "1"], {STAGE, OLD_STAGE}, {OLD, NEW}),
+        (["--all"], set(), set()),
+    ],
+)
+def test_prune_of_stages(folder: Path, arguments: list[str], kept: set[str], policies: set[str]) -> None:
+    stages = put_stages(folder)
+    assert main(["prune", *arguments]) == 0
+    assert {stage.key for stage in stages.stored()} == kept
+    assert left(folder) == policies
+
+
+def test_a_cache_of_stages_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_stages(tmp_path)
+    assert main(["list", "--path", str(tmp_path)]) == 0
+    assert STAGE[:12] in capsys.readouterr().out
 
 
 def test_list_shows_every_policy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

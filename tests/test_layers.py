@@ -14,7 +14,7 @@ LAYERS = [
     {"evaluation", "export", "gate", "preflight", "report"},
     {"preference", "sft", "plots", "figures", "schedule"},
     {"objective"},
-    {"training", "reference", "metrics", "steps", "tracking", "generate", "planning", "run_folder"},
+    {"stage_store", "training", "reference", "metrics", "steps", "tracking", "generate", "planning", "run_folder"},
     {"memory"},
     {"policy", "records", "shared"},
     {"data.tokens", "data.sources"},
