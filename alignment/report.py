@@ -1,8 +1,9 @@
-"""The report of one run, from the files in its folder alone; `python -m alignment.report RUN_DIR...` rewrites it."""
+"""The report of one run, from the files in its folder alone; `python -m alignment.report FOLDER...` rewrites it."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignment.comparison import is_run, write_comparison
 from alignment.errors import UserError
 from alignment.plots import write_plots
 from alignment.records import STAGES, atomic_write_text, escape_markdown
 from alignment.run_folder import (
     MODELS,
     NONE,
+    SAMPLES,
     Run,
     eval_pairs,
     get,
@@ -32,9 +35,6 @@ from alignment.run_folder import (
     warnings,
     wilson_interval,
 )
-
-SAMPLES = 8
-"""How many samples a report shows."""
 
 _SAMPLE_CHARACTERS = 700
 _STAGE_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "nats/margins", "ranking/accuracies")
@@ -276,17 +276,26 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the reports of the given run folders; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.report", description="Rewrite the reports of runs.")
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run")
-    status = 0
-    for folder in parser.parse_args(arguments).run_dirs:
-        try:
-            sys.stdout.write(f"{write_report(folder)}\n")
-        except UserError as error:
-            sys.stderr.write(f"Error: {error}\n")
-            status = 1
-    return status
+    """Rewrite the report of a run folder, or compare several or those of a sweep; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alignment.report",
+        description="Rewrite the report of one run; of several runs, or of a sweep, write a comparison beside them.",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folder of a run or of a sweep")
+    folders: list[Path] = parser.parse_args(arguments).folders
+    try:
+        if len(folders) > 1:
+            beside = Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+            path = write_comparison(folders, beside)
+        elif is_run(folders[0]):
+            path = write_report(folders[0])
+        else:
+            path = write_comparison(folders, folders[0])
+    except UserError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 1
+    sys.stdout.write(f"{path}\n")
+    return 0
 
 
 if __name__ == "__main__":

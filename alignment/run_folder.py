@@ -14,6 +14,9 @@ import yaml
 from alignment.errors import UserError
 from alignment.records import STAGES, escape_markdown, read_metrics
 
+SAMPLES = 8
+"""How many samples a report shows."""
+
 RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
 
 
@@ -136,7 +139,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     z = 1.959964
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def eval_pairs(summary: dict[str, Any]) -> int:

@@ -268,14 +268,23 @@ def test_an_interrupted_run_has_a_report(tmp_path: Path) -> None:
 def test_command_line(run_dir: Path, tmp_path: Path) -> None:
     before = write_report(run_dir).read_bytes()
     (run_dir / "report.md").unlink()
-    command = [sys.executable, "-m", "alignment.report", str(tmp_path / "none"), str(run_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def command(*folders: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "alignment.report", *map(str, folders)], capture_output=True, text=True, check=False
+        )
+
+    done = command(run_dir)
+    assert (done.returncode, done.stdout.splitlines()) == (0, [str(run_dir / "report.md")])
+    assert (run_dir / "report.md").read_bytes() == before, "the same files give the same report"
+    done = command(tmp_path / "none", run_dir)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"Error: {tmp_path / 'none'} is no run folder: it holds none of config.yaml, summary.json, metrics.jsonl."
+        f"Error: {tmp_path / 'none'} is no run folder and holds none: in neither is any of config.yaml, summary.json, "
+        "metrics.jsonl."
     ]
-    assert done.stdout.splitlines() == [str(run_dir / "report.md")]
-    assert (run_dir / "report.md").read_bytes() == before, "the same files give the same report"
+    assert not done.stdout
+    assert not list(tmp_path.rglob("comparison.*"))
     assert not (tmp_path / "none").exists()
 
 

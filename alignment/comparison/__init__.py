@@ -1,0 +1,31 @@
+"""Several runs as one experiment: a page, its Markdown and a table of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignment.comparison.content import compare, to_csv
+from alignment.comparison.members import is_run, names, read_member, run_folders
+from alignment.comparison.page import to_html, to_markdown
+from alignment.records import atomic_write_text
+
+__all__ = ["is_run", "write_comparison"]
+
+
+def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+    """Write comparison.html, .md and .csv of run folders, or of sweeps' folders, into `out`.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: one of the folders neither is nor holds a run folder.
+    """
+    runs = run_folders(folders)
+    found = compare([read_member(run, name) for run, name in zip(runs, names(runs), strict=True)])
+    title = f"Comparison: {out.resolve().name}"
+    pages = {"md": to_markdown(found, title), "csv": to_csv(found), "html": to_html(found, title)}
+    for kind, text in pages.items():
+        atomic_write_text(out / f"comparison.{kind}", text)
+    return out / "comparison.html"

@@ -1,0 +1,104 @@
+"""A comparison as one HTML file that needs nothing else, and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from alignment.comparison.charts import Chart, curves, frontier, lengths, library, sensitivity
+from alignment.comparison.content import (
+    Comparison,
+    Table,
+    best_of_each,
+    cautions,
+    differences,
+    headline,
+    member_table,
+    not_available,
+    questions,
+    results,
+    what_ran,
+)
+from alignment.records import escape_markdown
+from alignment.run_folder import markdown_table
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=select_autoescape(enabled_extensions=("j2",), default=True),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def _charts(found: Comparison) -> dict[str, list[Chart]]:
+    groups: dict[str, list[Chart | None]] = {
+        "What was won, for how much distance from the reference": [frontier(found)],
+        "Sensitivity to settings": [*sensitivity(found)],
+        "Curves": [*curves(found), lengths(found)],
+    }
+    whole = {title: [chart for chart in charts if chart is not None] for title, charts in groups.items()}
+    return {title: charts for title, charts in whole.items() if charts}
+
+
+def _tables(found: Comparison) -> list[Table]:
+    tables = [results(found), best_of_each(found), differences(found)]
+    return [table for table in tables if table is not None and table.rows]
+
+
+def to_html(found: Comparison, title: str) -> str:
+    """The page; texts of models and of users are escaped in it, and nothing is loaded from anywhere."""
+    charts = _charts(found)
+    figures = {chart.name: chart.figure | {"entries": chart.num_entries} for part in charts.values() for chart in part}
+    # Nothing that a label holds can end the script element that the figures stand in.
+    data = json.dumps(figures).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return _TEMPLATES.get_template("page.html.j2").render(
+        title=title,
+        headline=headline(found),
+        cautions=cautions(found),
+        tables=_tables(found),
+        charts=charts,
+        figures=data,
+        library=library() if figures else "",
+        questions=questions(found),
+        facts=[what_ran(found), member_table(found)],
+        missing=not_available(found),
+    )
+
+
+def to_markdown(found: Comparison, title: str) -> str:
+    """The same without charts."""
+
+    def bullets(lines: Sequence[str]) -> str:
+        return "\n".join(f"- {escape_markdown(line)}" for line in lines)
+
+    def table(content: Table) -> list[str]:
+        header = [escape_markdown(cell) for cell in content.header]
+        parts = [f"### {escape_markdown(content.caption)}", markdown_table(header, content.rows)]
+        return [*parts, escape_markdown(content.note)] if content.note else parts
+
+    parts = [f"# {escape_markdown(title)}", "## In short", bullets(headline(found))]
+    if warned := cautions(found):
+        lines = [f"{kind}: {'; '.join(details)}" if details else kind for kind, details in warned]
+        parts += ["## Read this first", bullets(lines)]
+    parts.append("## Results")
+    for content in _tables(found):
+        parts += table(content)
+    parts.append(
+        "The charts are in [comparison.html](comparison.html), plain numbers in [comparison.csv](comparison.csv)."
+    )
+    if asked := questions(found):
+        parts.append("## Answers side by side")
+        for question in asked:
+            parts.append(f"**{escape_markdown(question.prompt)}**")
+            rows = [[answer.model, answer.text, answer.verdict] for answer in question.answers]
+            parts.append(markdown_table(["model", "answer", "judge"], rows))
+    parts.append("## What was run")
+    for content in (what_ran(found), member_table(found)):
+        parts += table(content)
+    if lacking := not_available(found):
+        parts += ["## Not available", bullets(lacking)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,91 @@
+"""Whether a difference between two variants is more than noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from alignment.run_folder import wilson_interval
+
+RESAMPLES = 10_000
+_CHUNK = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much better a is than b.
+
+    Attributes:
+        value: mean of a minus mean of b.
+        low, high: its 95% interval.
+        p: of no difference, two-sided; None where a and b were not asked the same.
+        better, worse: items on which a did better, and worse, than b; None as for `p`.
+        count: number of items.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float | None
+    better: int | None
+    worse: int | None
+    count: int
+
+    @property
+    def is_noise(self) -> bool:
+        """The interval holds zero."""
+        return self.low <= 0 <= self.high
+
+
+def sign_test(better: int, worse: int) -> float:
+    """Two-sided p of the exact test that both are equally likely; of two answers right or wrong, McNemar's test."""
+    n = better + worse
+    tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> Difference | None:
+    """Of values by item, over the items that both have; the interval is the percentile bootstrap's over items."""
+    shared = sorted(a.keys() & b.keys())
+    if len(shared) < 2:
+        return None
+    differences = np.array([a[item] - b[item] for item in shared])
+    rng = np.random.default_rng(0)  # the same files give the same report
+    means = [
+        differences[rng.integers(len(shared), size=(_CHUNK, len(shared)))].mean(1) for _ in range(RESAMPLES // _CHUNK)
+    ]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    return Difference(
+        float(differences.mean()), float(low), float(high), sign_test(better, worse), better, worse, len(shared)
+    )
+
+
+def unpaired_difference(a: float, num_a: int, b: float, num_b: int) -> Difference:
+    """Of two shares of different items; the interval is Newcombe's (1998), from those of Wilson."""
+    low_a, high_a = wilson_interval(a, num_a)
+    low_b, high_b = wilson_interval(b, num_b)
+    low = a - b - math.hypot(a - low_a, high_b - b)
+    high = a - b + math.hypot(high_a - a, b - low_b)
+    return Difference(a - b, low, high, None, None, None, min(num_a, num_b))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p values of several tests, adjusted so that the chance of any false alarm stays what it is for one."""
+    adjusted = [0.0] * len(ps)
+    highest = 0.0
+    for done, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        highest = max(highest, min(1.0, ps[i] * (len(ps) - done)))
+        adjusted[i] = highest
+    return adjusted
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """1 for the highest; equal values share the mean of their ranks."""
+    return [
+        1 + sum(other > value for other in values) + (sum(other == value for other in values) - 1) / 2
+        for value in values
+    ]

@@ -1,0 +1,111 @@
+"""The page in a browser: charts are drawn, nothing complains, nothing is wider than a phone."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from alignment.comparison import write_comparison
+from tests.comparison.folders import make_run
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """<script>
+"use strict";
+const errors = [];
+addEventListener("error", (event) => errors.push(event.message));
+addEventListener("unhandledrejection", (event) => errors.push(String(event.reason)));
+addEventListener("securitypolicyviolation", (event) => errors.push(event.violatedDirective + " " + event.blockedURI));
+console.error = (...said) => errors.push(said.join(" "));
+addEventListener("load", () => setTimeout(() => {
+  const charts = [...document.querySelectorAll(".chart")].map((node) => ({
+    name: node.dataset.chart,
+    drawn: node.querySelectorAll(".scatterlayer .trace path").length,
+    legend: node.querySelectorAll(".legend .traces").length,
+    ink: [...node.querySelectorAll(".xtick text")].map((text) => getComputedStyle(text).fill)[0],
+  }));
+  const found = { errors, charts, wide: document.documentElement.scrollWidth, window: innerWidth };
+  found.page = getComputedStyle(document.body).backgroundColor;
+  const out = document.createElement("pre");
+  out.id = "found";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+}, 1500));
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A comparison of two losses, with an odd text in it."""
+    folder = tmp_path_factory.mktemp("sweep")
+    number = 0
+    for loss, betas in (("dpo", (0.1, 0.5)), ("simpo", (2.0, 8.0))):
+        for beta in betas:
+            for seed in (0, 1):
+                make_run(
+                    folder / f"{number}-made", loss, {"beta": beta}, seed, scores=[1.0, 0.0, 1.0, 0.5], kl=1.0 + number
+                )
+                number += 1
+    return write_comparison([folder], folder)
+
+
+def look(page, folder, *flags):
+    """What a browser makes of the page: the probe is its first script, so that it hears of every error."""
+    if CHROMIUM is None:
+        pytest.skip("NO BROWSER: chromium is not installed, so nobody looked whether the page draws its charts")
+    probed = folder / "page.html"
+    probed.write_text(page.read_text().replace("<head>\n", "<head>\n" + PROBE, 1))
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+            f"--user-data-dir={folder / 'profile'}",
+            "--virtual-time-budget=20000",
+            *flags,
+            "--dump-dom",
+            probed.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, "the page did not load"
+    return json.loads(found[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
+
+
+@pytest.mark.parametrize("size", ["--window-size=1280,900", "--window-size=500,900"])
+def test_every_chart_is_drawn_and_nothing_complains(page, tmp_path, size):
+    found = look(page, tmp_path, size)
+    assert found["errors"] == []
+    names = [chart["name"] for chart in found["charts"]]
+    assert {"frontier", "over-loss-beta", "nats-margins", "logps-chosen", "kl-offline", "lengths"} <= set(names)
+    for chart in found["charts"]:
+        assert chart["drawn"] >= (2 if chart["name"] == "over-loss-beta" else 4), chart
+        assert chart["legend"] == (2 if chart["name"] == "over-loss-beta" else 4), chart
+    assert found["wide"] <= found["window"], "tables scroll on their own, the page does not"
+
+
+def test_light_and_dark(page, tmp_path):
+    light = look(page, tmp_path)
+    dark = look(page, tmp_path, "--force-dark-mode", "--blink-settings=preferredColorScheme=0")
+    assert light["page"] == "rgb(255, 255, 255)"
+    assert dark["page"] == "rgb(20, 24, 29)"
+    assert {chart["ink"] for chart in light["charts"]} == {"rgb(28, 33, 38)"}
+    assert {chart["ink"] for chart in dark["charts"]} == {"rgb(228, 232, 236)"}
+    assert dark["errors"] == []
+
+
+def test_a_broken_page_is_seen(page, tmp_path):
+    """The probe itself: an error and an empty chart do not pass."""
+    broken = tmp_path / "broken.html"
+    drawn = "Plotly.newPlot(node, figure.data"
+    assert drawn in page.read_text()
+    broken.write_text(page.read_text().replace(drawn, "Plotly.newPlot(node, []"))
+    assert not any(chart["drawn"] for chart in look(broken, tmp_path)["charts"])
+    broken.write_text(page.read_text().replace(drawn, "Plotly.newPlot(nodes.none.x, []"))
+    assert look(broken, tmp_path)["errors"]
