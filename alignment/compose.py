@@ -375,8 +375,12 @@ def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
     stage = config.sft if section.startswith("sft.") else config
     if name == "epochs" and section.endswith("trainer") and stage is not None and stage.trainer.max_steps is not None:
         return f"{section}.max_steps={stage.trainer.max_steps} decides; set it to null to train for epochs"
+    if key == "evaluation.kl_prompts" and config.loss is None:
+        return "with loss=none there is no preference stage"
     if key in ("evaluation.max_new_tokens", "evaluation.temperature", "evaluation.batch_size"):
-        return "evaluation.prompts=0 samples no answers" if config.evaluation.prompts == 0 else None
+        # The answers for the KL have a temperature of their own.
+        others = 0 if name == "temperature" else config.evaluation.kl_prompts
+        return "evaluation.prompts=0 samples no answers" if config.evaluation.prompts == others == 0 else None
     if key == "export.dtype" and not config.export.merge:
         return "it is the dtype of the merged model, and export.merge is false"
     return None

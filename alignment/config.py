@@ -284,16 +284,21 @@ class ReferenceConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """Sampled answers on held-out prompts, before and after; 0 prompts switch sampling off."""
+    """Sampled answers on held-out prompts, before and after; 0 prompts switch sampling off.
+
+    `kl_prompts` is how many prompts are answered at temperature 1 after the preference stage, for the KL to its start.
+    """
 
     prompts: int
+    kl_prompts: int
     max_new_tokens: int
     temperature: float
     batch_size: int
     judge: Judge
 
     def __post_init__(self) -> None:
-        require(self.prompts >= 0, f"evaluation.prompts must be at least 0, not {self.prompts}.")
+        for key in ("prompts", "kl_prompts"):
+            require(getattr(self, key) >= 0, f"evaluation.{key} must be at least 0, not {getattr(self, key)}.")
         require(self.temperature >= 0, f"evaluation.temperature must be at least 0, not {self.temperature}.")
         for key in ("max_new_tokens", "batch_size"):
             require(getattr(self, key) >= 1, f"evaluation.{key} must be at least 1, not {getattr(self, key)}.")

@@ -31,6 +31,9 @@ class HeldOutAnswers:
         train: training groups, whose completions show which token ends an answer.
         folder: where the answers are kept, so that an interrupted run does not lose them.
 
+    Attributes:
+        stops: the tokens that end an answer.
+
     Raises:
         UserError: the judge is asked for and a row has no accepted answers.
     """
@@ -46,10 +49,7 @@ class HeldOutAnswers:
         device: torch.device,
         seed: int,
     ) -> None:
-        # Several pairs of one list ask the same question.
-        asked = list({group.prompt.tobytes(): i for i, group in reversed(list(enumerate(groups)))}.values())[::-1]
-        count = min(len(asked), config.prompts)
-        picked = [asked[i * len(asked) // count] for i in range(count)]
+        picked = spread_prompts(groups, config.prompts)
         self.rows = [rows[i] for i in picked]
         if config.judge is Judge.rules:
             for row in self.rows:
@@ -63,7 +63,7 @@ class HeldOutAnswers:
         self._tokenizer = tokenizer
         # A step of a longer answer ends with no token of its own.
         whole = [] if any(row.steps is not None for row in rows) else train
-        self._stops = stop_tokens(tokenizer, whole)
+        self.stops = stop_tokens(tokenizer, whole)
         self._folder = folder
         self._device = device
         self._seed = seed
@@ -79,7 +79,7 @@ class HeldOutAnswers:
             return
         log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
         self.answers[name] = answer(
-            model, self._tokenizer, self._prompts, self._config, self._stops, self._device, self._seed
+            model, self._tokenizer, self._prompts, self._config, self.stops, self._device, self._seed
         )
         self._folder.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(path, to_json(self.answers[name]))
@@ -123,6 +123,14 @@ class HeldOutAnswers:
             order = compare(verdicts["final"][index], verdicts["start"][index])
             sample["winner"] = {1: "final", 0: "tie", -1: "start"}[order]
         return sample
+
+
+def spread_prompts(groups: Sequence[Group], count: int) -> list[int]:
+    """Groups with `count` different prompts (or all, where there are fewer), spread evenly over all of them."""
+    # Several pairs of one list ask the same question.
+    asked = list({group.prompt.tobytes(): i for i, group in reversed(list(enumerate(groups)))}.values())[::-1]
+    count = min(len(asked), count)
+    return [asked[i * len(asked) // count] for i in range(count)]
 
 
 def _accepted(value: Any) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from alignment.config import EvaluationConfig
 from alignment.groups import Group
+from alignment.policy import is_adapted
 
 
 def stop_tokens(tokenizer: Any, groups: Sequence[Group]) -> list[int]:
@@ -24,6 +27,54 @@ def stop_tokens(tokenizer: Any, groups: Sequence[Group]) -> list[int]:
 
 
 @torch.no_grad()
+def sample(
+    model: nn.Module,
+    prompts: Sequence[np.ndarray],
+    stops: Sequence[int],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    device: torch.device,
+    seed: int,
+) -> list[np.ndarray]:
+    """The int32 tokens of one answer per tokenised prompt, in order, up to the first stop token and with it.
+
+    Greedy at temperature 0, else drawn from a seed of its own.
+    """
+    answers: dict[int, np.ndarray] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            members = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in members)
+            ids = torch.zeros((len(members), width), dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(members):
+                ids[row, width - len(prompts[index]) :] = torch.from_numpy(prompts[index].astype(np.int64))
+                mask[row, width - len(prompts[index]) :] = 1
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(stops),
+                pad_token_id=stops[0],  # what a row is filled up with behind its end is cut off below
+                **sampling,
+            )
+            for row, index in enumerate(members):
+                new = output[row, width:].to("cpu", torch.int32).numpy()
+                ends = np.flatnonzero(np.isin(new, stops))
+                answers[index] = new[: ends[0] + 1] if len(ends) else new
+    model.train(was_training)
+    return [answers[i] for i in range(len(prompts))]
+
+
 def answer(
     model: nn.Module,
     tokenizer: Any,
@@ -33,35 +84,33 @@ def answer(
     device: torch.device,
     seed: int,
 ) -> list[str]:
-    """One answer per tokenised prompt, in order; greedy at temperature 0, else sampled from a seed of its own."""
-    answers: dict[int, str] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(order), config.batch_size):
-            members = order[start : start + config.batch_size]
-            width = max(len(prompts[i]) for i in members)
-            ids = torch.full((len(members), width), tokenizer.pad_token_id, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(members):
-                ids[row, width - len(prompts[index]) :] = torch.from_numpy(prompts[index].astype(np.int64))
-                mask[row, width - len(prompts[index]) :] = 1
-            sampling: dict[str, Any] = {"do_sample": False}
-            if config.temperature > 0:
-                sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
-            output = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=config.max_new_tokens,
-                eos_token_id=list(stops),
-                pad_token_id=tokenizer.pad_token_id,
-                **sampling,
-            )
-            for row, index in enumerate(members):
-                new = output[row, width:].tolist()
-                end = next((i for i, token in enumerate(new) if token in stops), len(new))
-                answers[index] = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
-    model.train(was_training)
-    return [answers[i] for i in range(len(prompts))]
+    """One answer per tokenised prompt, in order, as text."""
+    answers = sample(
+        model,
+        prompts,
+        stops,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        device=device,
+        seed=seed,
+    )
+    return [
+        tokenizer.decode([token for token in tokens.tolist() if token not in stops], skip_special_tokens=True).strip()
+        for tokens in answers
+    ]
+
+
+@contextmanager
+def without_presets(model: nn.Module) -> Iterator[None]:
+    """The model without its own generation settings, such as a penalty for repetitions: samples are its distribution's.
+
+    Temperature, top_k and top_p are given anyway.
+    """
+    inner: Any = model.get_base_model() if is_adapted(model) else model
+    presets = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = presets

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +19,6 @@ from alignment.errors import UserError
 from alignment.lean import make_lean
 from alignment.logps import check_scoring, enable_scoring
 from alignment.wheel_model import PREFIX, wheel_model_folder
-
-log = logging.getLogger(__name__)
 
 # Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
 NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
@@ -330,6 +327,9 @@ class FrozenStart:
     updates are laid side by side instead: for the shares s_i of the updates B_i A_i that were met,
     sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...]. The rank grows by the policy's with every mix, until
     the oldest share is lost in rounding and its update is dropped: 17 times the rank for a mix of 0.6 in fp32.
+
+    Attributes:
+        kind: which of these it is, in words.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -338,16 +338,15 @@ class FrozenStart:
         self._adapter: dict[str, nn.Parameter] = {}
         self._shares: list[float] = []
         if not is_adapted(model):
-            self._kind = "copy of the model"
+            self.kind = "copy of the model"
             self._copy = copy.deepcopy(model).requires_grad_(False)
             del self._copy.forward  # bound to the original: the copy needs its own
             enable_scoring(self._copy)
         elif starts_at_base(model):
-            self._kind = "adapter switched off"
+            self.kind = "adapter switched off"
         else:
-            self._kind = "frozen copy of the adapter"
+            self.kind = "frozen copy of the adapter"
             self.mix(1.0)
-        log.info("Live reference: %s.", self._kind)
 
     @torch.no_grad()
     def mix(self, share: float) -> None:

@@ -312,7 +312,8 @@ class LiveReference(Reference):
         self, model: nn.Module, layout: BatchLayout, tokens_per_batch: int, device: torch.device, mix: float = 1.0
     ) -> None:
         super().__init__(model)
-        self._frozen = FrozenStart(model)
+        self.frozen = FrozenStart(model)
+        log.info("Live reference: %s.", self.frozen.kind)
         self._mix = mix
         self._layout = layout
         self._tokens_per_batch = tokens_per_batch
@@ -324,19 +325,19 @@ class LiveReference(Reference):
     def refresh(self, step: int, groups: Iterable[Group]) -> None:
         """Move towards the policy as it is now."""
         del groups
-        self._frozen.mix(self._mix)
-        with self._frozen.active() as model:
+        self.frozen.mix(self._mix)
+        with self.frozen.active() as model:
             self._note_refresh(step, model)
 
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
         """Score the groups with the frozen policy."""
-        with self._frozen.active() as model:
+        with self.frozen.active() as model:
             scored = list(score_groups(model, groups, self._layout, self._tokens_per_batch, self._device))
         return join_scores(groups, scored)
 
     def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
         """From a pass of their own."""
-        with self._frozen.active() as model:
+        with self.frozen.active() as model:
             passes = in_passes(
                 lambda batch: score_tokens(model, batch, frozenset({Quantity.entropy})),
                 groups,
@@ -349,7 +350,7 @@ class LiveReference(Reference):
 
     def other_model(self, batch: MicroBatch) -> OtherModel:
         """The frozen policy's head and its hidden states that predict the scored tokens of a pass."""
-        with self._frozen.active() as model:
+        with self.frozen.active() as model:
             hidden = hidden_states(model, batch)
             head = _head(model)
         if any(parameter.requires_grad for parameter in head.parameters()):  # it trains: the frozen one is another
@@ -357,14 +358,14 @@ class LiveReference(Reference):
         return OtherModel(head, hidden)
 
     def _run_head(self, hidden: Tensor) -> Tensor:
-        with self._frozen.active() as model:
+        with self.frozen.active() as model:
             return _head(model)(hidden)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return self._frozen.state()
+        return self.frozen.state()
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
-        self._frozen.load_state(tensors)
+        self.frozen.load_state(tensors)
 
     def summary(self) -> dict[str, Any]:
         """Identities only: nothing is stored."""
@@ -372,4 +373,4 @@ class LiveReference(Reference):
 
     def close(self) -> None:
         """Drop the copy."""
-        self._frozen.close()
+        self.frozen.close()

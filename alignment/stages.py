@@ -25,10 +25,11 @@ from alignment.data.sources import LoadedData, load_rows
 from alignment.data.tokens import tokenize_groups, tokenize_sft
 from alignment.density import with_density_weights
 from alignment.errors import UserError
-from alignment.evaluation import HeldOutAnswers
+from alignment.evaluation import HeldOutAnswers, spread_prompts
 from alignment.export import export_merged
 from alignment.gate import check_start
 from alignment.groups import Group
+from alignment.kl import sampled_kl
 from alignment.layout import BatchLayout
 from alignment.lists import are_lists, as_pairs
 from alignment.logps import largest_group
@@ -37,8 +38,10 @@ from alignment.memory import Plan
 from alignment.objective import as_rows, groups_to_reference
 from alignment.planning import memory_result, plan_stage
 from alignment.policy import (
+    FrozenStart,
     attach_adapter,
     disable_dropout,
+    is_adapted,
     load_adapter,
     load_base,
     load_tokenizer,
@@ -228,6 +231,7 @@ class Run:
             self.bad += rows
         self.answers = self._held_out_answers()
         self.record = RunRecord(run_dir)
+        self.kl: dict[str, Any] | None = None
         self.summary: dict[str, Any] = {"recipe": recipe, "status": "finished", "seed": config.seed, "stages": {}}
 
     def execute(self) -> dict[str, Any]:
@@ -329,8 +333,7 @@ class Run:
         if done.exists():
             log.info("Stage %s is done already.", stage)
             self.summary["stages"][stage] = json.loads(done.read_text())
-            if stage == "preference":
-                self.summary["reference"] = self.summary["stages"][stage].pop("reference")
+            self._take_apart(stage)
             return
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints = folder / "checkpoints"
@@ -360,8 +363,7 @@ class Run:
         atomic_write_bytes(done, to_json(result, indent=2))
         shutil.rmtree(checkpoints, ignore_errors=True)
         self.summary["stages"][stage] = result
-        if stage == "preference":
-            self.summary["reference"] = result.pop("reference")
+        self._take_apart(stage)
 
     def _after_sft(self, model: nn.Module, tracker: Tracker) -> nn.Module:
         """The policy after SFT: trained here, or taken over from a run that has done the very same stage before."""
@@ -423,6 +425,13 @@ class Run:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self.summary["stages"]["sft"] = result
         return model
+
+    def _take_apart(self, stage: str) -> None:
+        """Put what a preference stage found of the reference, and of the KL to its start, into their own places."""
+        if stage == "preference":
+            result = self.summary["stages"][stage]
+            self.summary["reference"] = result.pop("reference")
+            self.kl = result.pop("kl")
 
     def _policy_dir(self) -> Path:
         return self.run_dir / ("adapter" if self.config.adapter is not None else "model")
@@ -507,6 +516,7 @@ class Run:
             "Before the first update the loss is %.6g; its formula gives %.6g.", start["loss"], start["closed_form"]
         )
         identity = policy_identity(model)[0] if reference is None else reference.identity
+        frozen = self._frozen_start(model, reference)
         start_rows = self._stage_dir("preference") / "held_out_start.jsonl"
         if data.eval and checkpoint is None:
             trainer.evaluate_start()
@@ -526,15 +536,45 @@ class Run:
             "settings": asdict(loss),
             "steps": len(schedule.steps),
             "num_tokens": trainer.num_tokens,
+            "kl": None,
             "train_seconds": trainer.train_seconds,
             "memory": memory_result(plan, self.device, trainer.tokens_per_batch),
             "start": start | {"identity": identity},
             "metrics": metrics,
             "reference": reference.summary() if reference is not None else {"mode": "none"},
         }
+        if frozen is not None:
+            assert self.answers is not None
+            picked = spread_prompts(data.eval, config.evaluation.kl_prompts)
+            result["kl"] = sampled_kl(
+                model,
+                frozen,
+                [data.eval[i].prompt for i in picked],
+                self.answers.stops,
+                config.evaluation,
+                layout,
+                plan.reference_tokens,
+                self.device,
+                config.seed,
+            )
         if reference is not None:
             reference.close()
         return result
+
+    def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenStart | None:
+        """The policy as it is now, to compare with after training; None where nothing asks for it or keeps it."""
+        assert self.preferences is not None
+        if not (self.config.evaluation.kl_prompts and self.preferences.eval):
+            return None
+        if is_adapted(model):
+            return FrozenStart(model)
+        if isinstance(reference, LiveReference) and not self.schedule.refreshes:
+            return reference.frozen
+        log.info(
+            "The KL from samples is left out: it needs the whole model as it is now beside the one that trains, which "
+            "reference=live keeps where it is never refreshed."
+        )
+        return None
 
     def _reference(self, model: nn.Module, layout: BatchLayout, plan: Plan) -> Reference | None:
         config = self.config
@@ -586,7 +626,8 @@ class Run:
             save_policy(model, self.tokenizer, self._policy_dir())
         identity, description = policy_identity(model)
         self.summary["model"] = {"name": config.model.name, "final_identity": identity, **description}
-        self.summary["evaluation"] = self.answers.judged(self.record) if self.answers is not None else {}
+        samples = self.answers.judged(self.record) if self.answers is not None else {}
+        self.summary["evaluation"] = samples | ({"kl/sampled": self.kl} if self.kl is not None else {})
         self.summary["data"] = self._data()
         if config.export.merge:
             self.summary["export"] = export_merged(
@@ -612,7 +653,7 @@ class Run:
         }
         if (self.run_dir / "held_out.jsonl").exists():
             files["held_out"] = self.run_dir / "held_out.jsonl"
-        if self.summary["evaluation"]:
+        if samples:
             files["samples"] = self.run_dir / "samples.md"
         if config.export.merge:
             files["merged"] = self.run_dir / "merged"
