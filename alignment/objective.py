@@ -94,11 +94,23 @@ class Processes:
         return values if self.accelerator.num_processes == 1 else self.accelerator.reduce(values, "sum")
 
 
+class Passes:
+    """How passes with gradient are run: each by itself."""
+
+    def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
+        """(rows, tokens) as `logps.score_tokens`, differentiable."""
+        return score_tokens(model, batch, quantities)
+
+    def finish(self) -> None:
+        """Called when a step has done all of its backward calls and wants the gradients."""
+
+
 class Objective:
     """What a loss needs, computed for groups.
 
     Attributes:
         needs: the loss's requirements.
+        passes: runs the passes of training steps, but not those with a second model beside the policy.
         state: its running state after the last step.
     """
 
@@ -119,6 +131,7 @@ class Objective:
         self._layout = layout
         self._device = device
         self._processes = processes
+        self.passes = Passes()
         self._quantities = self.needs.quantities - {Quantity.entropy}
         self._row = row_numbers(self._quantities)
 
@@ -128,11 +141,12 @@ class Objective:
 
     def score(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """(rows, tokens) of one pass, differentiable where gradients are enabled."""
-        other = None
         if Quantity.divergence in self._quantities:
             assert isinstance(self._reference, LiveReference), "a divergence needs the reference itself"
-            other = self._reference.other_model(batch)
-        return score_tokens(model, batch, self._quantities, other)
+            return score_tokens(model, batch, self._quantities, self._reference.other_model(batch))
+        if torch.is_grad_enabled():
+            return self.passes.score(model, batch, self._quantities)
+        return score_tokens(model, batch, self._quantities)
 
     def collect(self, groups: Sequence[Group], tokens_per_batch: int) -> Tensor:
         """(rows, tokens) of all groups, without gradient; every process works on its own and gets all."""

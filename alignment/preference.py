@@ -186,6 +186,7 @@ class PreferenceTrainer(Trainer):
             step.metrics.append(preference_metrics(inputs, output))
             if objective.needs.whole_step:
                 step.state = output.state
+        objective.passes.finish()
 
     def _derivative(self, groups: Sequence[Group], statistics: Tensor | None, seeds: Tensor, step: _Step) -> Tensor:
         """(rows, tokens): the step's loss derived by every number that its groups' passes give."""

@@ -17,7 +17,7 @@ LAYERS = [
     {"comparison.charts"},
     {"comparison.content"},
     {"comparison.members", "comparison.statistics"},
-    {"preference", "sft", "plots", "figures", "schedule"},
+    {"cohort", "preference", "sft", "plots", "figures", "schedule"},
     {"objective"},
     {"stage_store", "training", "reference", "metrics", "steps", "tracking", "generate", "planning", "run_folder"},
     {"memory"},

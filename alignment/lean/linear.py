@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ class Projection:
         state: bitsandbytes' QuantState.
         merged: form `weight + scaling * b @ a` for the call. It costs about r / rows of the product itself and spares
             two passes over the activations, but in 16 bits it would round the update away.
+        mask: (rows, r), which ranks of the adapter a row is for, where several adapters are joined; None for all.
     """
 
     weight: Tensor
@@ -36,6 +38,7 @@ class Projection:
     scaling: float
     state: Any
     merged: bool
+    mask: Tensor | None = None
 
     @property
     def num_out(self) -> int:
@@ -47,6 +50,14 @@ class Projection:
         if self.a is None or self.b is None or self.a.dtype is dtype:
             return self
         return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))
+
+    def at(self, rows: slice) -> Projection:
+        """For some of the rows."""
+        return self if self.mask is None else replace(self, mask=self.mask[rows])
+
+    def _own(self, products: Tensor) -> Tensor:
+        """(rows, r) products with the adapter, those with ranks that a row is not for put to 0, also NaN."""
+        return products if self.mask is None else products.masked_fill_(~self.mask, 0)
 
     def without_tensors(self) -> Projection:
         """What may stay on an autograd node: its tensors are saved, so that hooks see them."""
@@ -76,20 +87,21 @@ class Projection:
         else:
             y = matmul(x, matrix.t(), self.bias)
         if self.a is not None and self.b is not None and not self.merged:
-            y.addmm_(matmul(x, self.a.t()), self.b.t(), alpha=self.scaling)
+            y.addmm_(self._own(matmul(x, self.a.t())), self.b.t(), alpha=self.scaling)
         return y
 
     def backward(self, gradient: Tensor, matrix: Tensor) -> Tensor:
         """(rows, out) to (rows, in)."""
         result = matmul(gradient, matrix)
         if self.a is not None and self.b is not None and not self.merged:
-            result.addmm_(matmul(gradient, self.b), self.a, alpha=self.scaling)
+            result.addmm_(self._own(matmul(gradient, self.b)), self.a, alpha=self.scaling)
         return result
 
     def adapter_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `a` and of the transposed `b` from these rows, without the factor `scaling`."""
         assert self.a is not None and self.b is not None
-        return transposed_matmul(matmul(gradient, self.b), x), transposed_matmul(matmul(x, self.a.t()), gradient)
+        down, up = self._own(matmul(gradient, self.b)), self._own(matmul(x, self.a.t()))
+        return transposed_matmul(down, x), transposed_matmul(up, gradient)
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -120,6 +132,76 @@ def hooked(*modules: nn.Module) -> bool:
 _Adapter = tuple[Tensor | None, Tensor | None, float]
 
 
+class Segments:
+    """Which rows of a pass are whose: (member, rows) from the first row on; empty outside a joint pass."""
+
+    def __init__(self) -> None:
+        self._parts: tuple[tuple[int, int], ...] = ()
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def members(self) -> list[int]:
+        """Those who take part, in the order of their rows."""
+        return [member for member, _ in self._parts]
+
+    def set(self, parts: Iterable[tuple[int, int]]) -> None:
+        """Of the next pass, and of whatever its backward pass computes again."""
+        self._parts, self._masks = tuple(parts), {}
+
+    def mask(self, ranks: tuple[int, ...], device: torch.device) -> Tensor:
+        """(rows, sum of the ranks): which of the members' ranks, side by side, are of the row's own member."""
+        if ranks not in self._masks:
+            blocks = (torch.ones(rows, r, dtype=torch.bool) for (_, rows), r in zip(self._parts, ranks, strict=True))
+            self._masks[ranks] = torch.block_diag(*blocks).bool().to(device)
+        return self._masks[ranks]
+
+
+class JointLinear(nn.Module):
+    """A frozen linear layer with the adapters of several members, each for the rows of its own.
+
+    The rows are multiplied with the base weight once, and with all adapters side by side. Outside a joint pass it is
+    its base layer.
+
+    Args:
+        base_layer: frozen.
+        layers: peft's layer of each member on the same weight, None where a member has none there.
+        segments: shared by all layers of a model.
+    """
+
+    def __init__(self, base_layer: nn.Module, layers: Sequence[Any], segments: Segments) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._layers = tuple(layers)  # a tuple, so that their parameters stay the members' own
+        self._segments = segments
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        projection = projection_of(self, x)
+        if projection is not None:
+            return _Linear.apply(x, projection.a, projection.b, projection.weight, projection, norm_output(x))
+        if self._segments.members:
+            raise NotImplementedError("an adapted layer has no joint form")
+        return self.base_layer(x)
+
+    def adapter(self, x: Tensor) -> tuple[_Adapter, Tensor | None] | None:
+        """The members' active adapters side by side, and which of their ranks each row is for.
+
+        In the dtype of x, so that what is kept for the backward pass is no larger than it has to be.
+        """
+        found = [
+            (None, None, 0.0) if self._layers[member] is None else _active_adapter(self._layers[member])
+            for member in self._segments.members
+        ]
+        if not all(adapter is not None and _adapter_computes_in(x, adapter[0]) for adapter in found):
+            return None
+        pairs = [(a, scaling * b) for a, b, scaling in found if a is not None and b is not None]  # type: ignore[misc]
+        if not pairs:
+            return (None, None, 0.0), None
+        mask = self._segments.mask(tuple(0 if a is None else len(a) for a, _, _ in found), x.device)  # type: ignore[misc]
+        a, b = torch.cat([a.to(x.dtype) for a, _ in pairs]), torch.cat([b.to(x.dtype) for _, b in pairs], 1)
+        return (a, b, 1.0), mask
+
+
 def _active_adapter(layer: Any) -> _Adapter | None:
     """(a, b, scaling) of the one active plain LoRA, (None, None, 0.0) if there is none, None for anything else."""
     if layer.merged:
@@ -138,9 +220,15 @@ def _active_adapter(layer: Any) -> _Adapter | None:
 
 def projection_of(layer: Any, x: Tensor) -> Projection | None:
     """What the layer computes for this input; None where only its own forward will do."""
-    adapted = is_adapted(layer)
-    base = layer.base_layer if adapted else layer
-    adapter = _active_adapter(layer) if adapted else (None, None, 0.0)
+    adapted, mask = is_adapted(layer), None
+    adapter: _Adapter | None = (None, None, 0.0)
+    base = layer
+    if isinstance(layer, JointLinear):
+        adapted, base = True, layer.base_layer
+        joint = layer.adapter(x)
+        adapter, mask = (None, None) if joint is None else joint
+    elif adapted:
+        adapter, base = _active_adapter(layer), layer.base_layer
     if adapter is None or (adapted and hooked(base)):
         return None
     weight, bias = base.weight, base.bias
@@ -154,12 +242,12 @@ def projection_of(layer: Any, x: Tensor) -> Projection | None:
         settled = getattr(base, "compute_type_is_set", False) and not getattr(state, "packing_format_for_cpu", False)
         known = settled and base.compute_dtype is x.dtype and state.dtype is x.dtype
     rows = x.numel() // x.shape[-1]
-    if not known or rows == 0 or not _adapter_computes_in(x, a):
+    if not known or rows == 0 or not _adapter_computes_in(x, a) or (mask is not None and len(mask) != rows):
         return None
     exact = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     num_out, num_in = (weight if state is None else state).shape
-    merged = a is not None and exact and rows * (num_in + num_out) >= num_in * num_out
-    return Projection(weight, bias, a, b, scaling, state, merged)
+    merged = a is not None and mask is None and exact and rows * (num_in + num_out) >= num_in * num_out
+    return Projection(weight, bias, a, b, scaling, state, merged, mask)
 
 
 def _adapter_computes_in(x: Tensor, a: Tensor | None) -> bool:

@@ -67,9 +67,9 @@ class _GatedMLP(torch.autograd.Function):
         keeps = any(ctx.needs_input_grad)
         parts, gates, ups = [], [], []
         for s in blocks(rows, gate.num_out):
-            gated, upped = gate.forward(rows[s], matrices[0]), up.forward(rows[s], matrices[1])
+            gated, upped = gate.at(s).forward(rows[s], matrices[0]), up.at(s).forward(rows[s], matrices[1])
             active = activation.forward(gated).mul_(upped)
-            parts.append(down.forward(active, matrices[2]))
+            parts.append(down.at(s).forward(active, matrices[2]))
             if keeps:
                 gates.append(gated)
                 ups.append(upped)
@@ -84,10 +84,11 @@ class _GatedMLP(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: a checkpointed layer gives its tensors only once
         kept, weights, blocked = saved[:3], saved[3:12], saved[12:]
         gates, ups = blocked[: len(blocked) // 2], blocked[len(blocked) // 2 :]
-        gate, up, down = (
+        projections = [
             replace(p, a=weights[3 * i], b=weights[3 * i + 1], weight=weights[3 * i + 2]).cast(gradient.dtype)
             for i, p in enumerate(ctx.projections)
-        )
+        ]
+        gate, up, down = projections
         need_x = ctx.needs_input_grad[0]
         trains = [ctx.needs_input_grad[4 + 3 * i] or ctx.needs_input_grad[5 + 3 * i] for i in range(3)]
         matrices = [gate.matrix() if need_x else None, up.matrix() if need_x else None, down.matrix()]
@@ -107,6 +108,7 @@ class _GatedMLP(torch.autograd.Function):
 
         for s, gated, upped in zip(blocks(rows, gate.num_out), gates, ups, strict=True):
             grad = rows[s]
+            gate, up, down = (p.at(s) for p in projections)
             active = ctx.activation.forward(gated)
             grad_up = down.backward(grad, matrices[2])
             add(2, down, active * upped, grad)
@@ -119,7 +121,7 @@ class _GatedMLP(torch.autograd.Function):
             if need_x:
                 grad_x.append(gate.backward(grad_gate, matrices[0]).add_(up.backward(grad_up, matrices[1])))
         leaves: list[Tensor | None] = []
-        for i, projection in enumerate((gate, up, down)):
+        for i, projection in enumerate(projections):
             total = sums[i]
             pair = (
                 (None, None)

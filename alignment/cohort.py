@@ -1,0 +1,328 @@
+"""Cohorts: several preference trainings in one process, whose passes with gradient are one pass on one frozen base.
+
+Every member keeps its own policy (modules and adapter of its own on the shared base tensors), trainer, optimizer and
+files, and trains in a thread of its own, of which one computes at a time. Where a member scores a micro-batch with
+gradient, it waits for the others; the last to come runs the base on all micro-batches at once, each member's adapter
+on the rows of its own. Every member goes on with its slice of the result. When all of them have their loss derived by
+their slice, one backward pass takes the derivatives to all adapters. What a member computes does not depend on who
+else takes part, up to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alignment.attention import SharedRow, enable_shared_prompts
+from alignment.head import row_numbers
+from alignment.layout import MicroBatch
+from alignment.lean import make_lean
+from alignment.lean.linear import JointLinear, Segments, is_adapted
+from alignment.logps import enable_scoring, score_tokens
+from alignment.losses import Quantity
+from alignment.memory import decoder_layers
+from alignment.objective import Passes
+from alignment.policy import disable_dropout
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def share(base: nn.Module) -> nn.Module:
+    """A second model, with modules of its own, on the tensors of a base model that has learnt to score."""
+    kept: list[Any] = [*base.parameters(), *base.buffers()]
+    kept += [state for p in base.parameters() if (state := getattr(p, "quant_state", None)) is not None]
+    other: Any = copy.deepcopy(base, {id(tensor): tensor for tensor in kept})
+    del other.forward  # bound to the first model: the second needs its own
+    enable_scoring(other)
+    return other
+
+
+def join(batches: Sequence[MicroBatch]) -> tuple[MicroBatch, list[int]]:
+    """Micro-batches of one layout as one pass, for its per-token results; their rows of hidden states, in order.
+
+    Shared rows stand end to end, so that nothing is padded; flat rows are padded to the longest of all.
+    """
+    tokens: list[Tensor] = []
+    scored: list[Tensor] = []
+    sizes: list[int] = []
+    spans: SharedRow = ()
+    width = max(batch.input_ids.shape[1] for batch in batches)
+    for batch in batches:
+        start, (rows, own) = sum(sizes), batch.input_ids.shape
+        if batch.shared_row is not None:
+            spans += tuple(replace(span, start=span.start + start) for span in batch.shared_row)
+            tokens.append(batch.input_ids)
+            scored.append(batch.score_positions + start)
+            sizes.append(own)
+        else:
+            tokens.append(F.pad(batch.input_ids, (0, width - own)))
+            scored.append(start + batch.score_positions // own * width + batch.score_positions % own)
+            sizes.append(rows * width)
+    joined = MicroBatch(
+        indices=(),
+        input_ids=torch.cat(tokens, dim=1 if spans else 0),
+        score_positions=torch.cat(scored),
+        targets=torch.cat([batch.targets for batch in batches]),
+        offsets=batches[0].offsets.new_zeros(0),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        shared_row=spans or None,
+        position_ids=torch.cat([b.position_ids for b in batches if b.position_ids is not None], 1) if spans else None,
+    )
+    return joined, sizes
+
+
+class JointModel:
+    """A base model that scores micro-batches of several policies in one pass, each with the policy's adapter.
+
+    Args:
+        base: frozen, as it was loaded, without an adapter; its tensors are shared.
+        policies: made of `share(base)`, with adapters on linear layers.
+
+    Raises:
+        ValueError: an adapter on other layers, or none.
+    """
+
+    def __init__(self, base: nn.Module, policies: Sequence[nn.Module]) -> None:
+        self._segments = Segments()
+        self._model = share(base).train()
+        self._policies = policies
+        disable_dropout(self._model)
+        layers = [dict(_adapted_layers(policy)) for policy in policies]
+        for name in sorted(set().union(*layers)):
+            base_layer = self._model.get_submodule(name)
+            joint = JointLinear(base_layer, [found.get(name) for found in layers], self._segments)
+            self._model.set_submodule(name, joint)
+        make_lean(self._model)
+
+    def score(
+        self, members: Sequence[int], batches: Sequence[MicroBatch], quantities: Sequence[frozenset[Quantity]]
+    ) -> list[Tensor]:
+        """(rows, tokens) for each of these members' micro-batches, as `score_tokens` gives them for its policy."""
+        for layer, *theirs in zip(
+            decoder_layers(self._model), *(decoder_layers(self._policies[m]) for m in members), strict=True
+        ):
+            layer.gradient_checkpointing = any(own.gradient_checkpointing for own in theirs)
+            layer._gradient_checkpointing_func = getattr(theirs[0], "_gradient_checkpointing_func", None)
+        batch, sizes = join(batches)
+        if batch.shared_row is not None:
+            enable_shared_prompts(self._model)
+        self._segments.set(zip(members, sizes, strict=True))
+        wanted = frozenset[Quantity]().union(*quantities)
+        values = score_tokens(self._model, batch, wanted)
+        row = row_numbers(wanted)
+        parts = values.split([len(b.targets) for b in batches], dim=1)
+        return [
+            part if own == wanted else part[[0, *(row[quantity] for quantity in row_numbers(own))]]
+            for part, own in zip(parts, quantities, strict=True)
+        ]
+
+
+def _adapted_layers(policy: Any) -> list[tuple[str, nn.Module]]:
+    layers = [(name, module) for name, module in policy.get_base_model().named_modules() if is_adapted(module)]
+    trained = {id(p) for _, layer in layers for p in layer.parameters() if p.requires_grad}
+    others = [name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in trained]
+    head = policy.get_output_embeddings()  # its rows are not those of the layers
+    foreign = others or [name for name, layer in layers if layer is head or not hasattr(type(layer), "_lean_of")]
+    if foreign or not layers:
+        raise ValueError(
+            f"a cohort trains adapters on the layers' linear parts alone, not {foreign[0] if foreign else 'weights'}"
+        )
+    return layers
+
+
+@dataclass(slots=True)
+class _Request:
+    batch: MicroBatch
+    quantities: frozenset[Quantity]
+
+    def alone(self, policy: nn.Module) -> Tensor:
+        return score_tokens(policy, self.batch, self.quantities)
+
+
+@dataclass(slots=True)
+class _Pass:
+    """A joint pass whose backward pass is still to come: the members' slices, and the leaves that stand for them."""
+
+    values: dict[int, Tensor]
+    leaves: dict[int, Tensor]
+    open: set[int]
+
+
+class Stopped(BaseException):
+    """Ends the thread of a member where the whole cohort is to end."""
+
+
+class Member(Passes):
+    """The passes of one member."""
+
+    def __init__(self, cohort: Cohort, index: int) -> None:
+        self._cohort = cohort
+        self._index = index
+
+    def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
+        """As a pass of its own, but a leaf, whose gradient is taken on when all members have theirs."""
+        return self._cohort.score(self._index, model, batch, quantities)
+
+    def finish(self) -> None:
+        """Wait until the gradients of the step have arrived."""
+        self._cohort.finish(self._index)
+
+
+class Cohort:
+    """Runs the trainings of several policies, their passes with gradient jointly.
+
+    Args:
+        base: frozen, as it was loaded, without an adapter.
+        policies: made of `share(base)`, with adapters on linear layers.
+    """
+
+    def __init__(self, base: nn.Module, policies: Sequence[nn.Module]) -> None:
+        self.members = [Member(self, index) for index in range(len(policies))]
+        self._joint = JointModel(base, policies)
+        self._policies = policies
+        # Held by whoever computes; waiting gives it to the next.
+        self._turn = threading.Condition()
+        self._active = set(range(len(policies)))
+        self._requests: dict[int, _Request] = {}
+        self._granted: dict[int, Tensor] = {}
+        self._errors: dict[int, BaseException] = {}
+        self._pass: _Pass | None = None
+        self._stopped = False
+
+    def run(self, trainings: Sequence[Callable[[], T]]) -> list[T | Exception]:
+        """What the training of each member returns, or the error that ended it; the others go on."""
+        results: list[Any] = [None] * len(trainings)
+        num_threads = torch.get_num_threads()
+
+        def train(index: int) -> None:
+            torch.set_num_threads(num_threads)  # a thread's own setting, on which rounding depends
+            with self._turn:
+                try:
+                    results[index] = trainings[index]()
+                except (Exception, Stopped) as error:
+                    results[index] = error
+                finally:
+                    self._leave(index)
+
+        threads = [threading.Thread(target=train, args=(index,), name=f"member {index}") for index in self._active]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            self._stopped = True
+            for thread in threads:
+                thread.join()
+            raise
+        return results
+
+    def score(self, index: int, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
+        """See `Member.score`."""
+        if self._pass is not None:
+            self._pass.open.discard(index)
+        if index in self._active:
+            self._requests[index] = _Request(batch, quantities)
+            self._wait(index, lambda: index in self._granted or index not in self._active)
+        granted = self._granted.pop(index, None)
+        return score_tokens(model, batch, quantities) if granted is None else granted
+
+    def finish(self, index: int) -> None:
+        """See `Member.finish`."""
+        if self._pass is not None and index in self._pass.values:
+            self._pass.open.discard(index)
+            self._wait(index, lambda: self._pass is None)
+
+    def _wait(self, index: int, done: Callable[[], bool]) -> None:
+        self._advance()
+        self._turn.wait_for(lambda: self._stopped or index in self._errors or done())
+        if self._stopped:
+            raise Stopped
+        if (error := self._errors.pop(index, None)) is not None:
+            raise error
+
+    def _leave(self, index: int) -> None:
+        self._active.discard(index)
+        self._requests.pop(index, None)
+        self._errors.pop(index, None)
+        if self._pass is not None:
+            self._pass.open.discard(index)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Run what nobody has to be waited for any more."""
+        if self._stopped:
+            self._turn.notify_all()
+            return
+        if self._pass is not None and not self._pass.open:
+            members = list(self._pass.values)
+            self._attempt(members, self._backward)
+        while self._pass is None and self._active and self._active <= self._requests.keys():
+            self._attempt(sorted(self._active), self._forward)
+        self._turn.notify_all()
+
+    def _attempt(self, members: Sequence[int], run: Callable[[], None]) -> None:
+        """Run it; an error is that of every member of the pass."""
+        try:
+            run()
+        except Exception as error:
+            self._pass = None
+            for member in members:
+                self._requests.pop(member, None)
+                # Without its traceback, which holds the tensors of the pass.
+                self._errors[member] = error.with_traceback(None)
+
+    def _forward(self) -> None:
+        members = sorted(self._active)
+        requests = [self._requests[member] for member in members]
+        if len(members) > 1:
+            values = self._joint.score(members, [r.batch for r in requests], [r.quantities for r in requests])
+            if not _finite(values) and self._expel():
+                return
+            leaves = {m: v.detach().requires_grad_() for m, v in zip(members, values, strict=True)}
+            self._granted |= leaves
+            self._pass = _Pass(dict(zip(members, values, strict=True)), leaves, set(members))
+        else:
+            self._granted |= {m: r.alone(self._policies[m]) for m, r in zip(members, requests, strict=True)}
+        self._requests.clear()
+
+    @torch.no_grad()
+    def _expel(self) -> bool:
+        """Send those away whose own numbers are not finite: kernels read, and multiply with 0, what is not theirs."""
+        broken = [m for m in sorted(self._active) if not _finite([self._requests[m].alone(self._policies[m])])]
+        for member in broken:
+            log.warning("Member %d of the cohort has numbers that are not finite: it goes on alone.", member)
+            self._active.discard(member)
+            del self._requests[member]
+        return bool(broken)
+
+    def _backward(self) -> None:
+        finished, self._pass = self._pass, None
+        assert finished is not None
+        values, gradients = [], []
+        for member, leaf in finished.leaves.items():
+            if leaf.grad is None or member not in self._active:
+                continue
+            if _finite([leaf.grad]):
+                values.append(finished.values[member])
+                gradients.append(leaf.grad)
+                continue
+            for parameter in self._policies[member].parameters():
+                if parameter.requires_grad:  # what it would get by itself, and the others must not
+                    parameter.grad = torch.full_like(parameter, torch.nan)
+        if values:
+            torch.autograd.backward(values, gradients)
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
