@@ -41,7 +41,7 @@ def test_a_divergence_is_from_the_reference(kind, tmp_path):
         ids = torch.tensor([*group.prompt, *group.completions[0]])[None].long()
         start = len(group.prompt) - 1
         after = policy(input_ids=ids[:, :-1]).logits[0, start:].log_softmax(-1)
-        with trainer.reference._frozen.active() as model:
+        with trainer.reference.frozen.active() as model:
             before = model(input_ids=ids[:, :-1]).logits[0, start:].log_softmax(-1)
     found = inputs.quantities[Quantity.divergence].sequence(0)
     torch.testing.assert_close(found, (before.exp() * (before - after)).sum(-1), rtol=1e-5, atol=1e-9)

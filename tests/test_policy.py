@@ -171,7 +171,7 @@ def test_the_frozen_start_stays_while_the_policy_moves(kind, tmp_path):
     expected, before = scores(model), identity(model)
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     start = FrozenStart(model)
-    assert start._kind == KINDS[kind]
+    assert start.kind == KINDS[kind]
     assert starts_at_base(model) == (kind == "fresh")
     assert torch.equal(scores(model), expected)
     assert identity(model) == before
