@@ -23,7 +23,7 @@ run: $(RUN_STAMP) ## Run a recipe: make run RECIPE=quickstart ARGS="optim.lr=1e-
 	$(VENV)/bin/python -m alignment.run recipe=$(RECIPE) $(ARGS)
 
 test: $(DEV_STAMP) ## Run the whole test suite: make test ARGS="-k kto"
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
 check: lint types test ## Lint, check types, test
 
