@@ -23,12 +23,12 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
 CURVES = (
     ("Margin against the reference", "log-ratio, chosen - rejected (nats)", "nats/margins"),
-    ("Reward accuracy", "share of pairs with the higher log-ratio on chosen", "nats/accuracies"),
-    ("Accuracy of the loss's own reward", "share of pairs that it ranks rightly", "rewards/accuracies"),
-    ("Ranking accuracy of the policy alone", "share of pairs with the higher log-prob on chosen", "ranking/accuracies"),
+    ("Reward accuracy, by the log-ratio to the reference", "share of pairs ranked rightly", "nats/accuracies"),
+    ("Accuracy of the loss's own reward", "share of pairs ranked rightly", "rewards/accuracies"),
+    ("Ranking accuracy, by the log-prob of the policy alone", "share of pairs ranked rightly", "ranking/accuracies"),
     ("Log-prob of chosen completions", "log-prob (nats)", "logps/chosen"),
     ("Log-prob of rejected completions", "log-prob (nats)", "logps/rejected"),
-    ("Offline log-ratio to the reference", "mean over held-out completions (nats)", "kl/offline"),
+    ("Offline log-ratio to the reference", "mean log-ratio (nats)", "kl/offline"),
 )
 
 
@@ -148,7 +148,7 @@ def lengths(found: Comparison) -> Chart | None:
             first = False
     if not figure.data:
         return None
-    note = "Judges often prefer longer answers, or as here shorter ones: part of a win may be nothing else."
+    note = "A judge may favour long answers, or short ones: part of a win may be nothing else."
     return _chart("lengths", "Length of answers", note, figure, "", "words per answer (mean)")
 
 

@@ -152,16 +152,18 @@ def headline(found: Comparison) -> list[str]:
     if measure is None or not found.ranked:
         return ["No member has a result that variants could be ranked by."]
     top = found.best[0]
+    first = [variant.label for variant in found.ranked if measure.mean(variant) == measure.mean(top)]
+    place = f"{first[0]} is first" if len(first) == 1 else f"{', '.join(first)} share the first place"
     said = [
-        f"Ranked by {measure.axis}, {top.label} is first of {len(found.ranked)} variants with "
-        f"{_share(measure, top)} on {measure.num_items(top)} held-out items"
-        + (f", a mean over {len(top.members)} seeds." if len(top.members) > 1 else ".")
+        f"Ranked by {measure.axis}, {place} of {len(found.ranked)} variants with {_share(measure, top)} on "
+        f"{measure.num_items(top)} held-out items" + (", a mean over seeds." if len(top.members) > 1 else ".")
     ]
     for against in found.against:
         difference = against.difference
+        behind = f"{_points(difference.value)} points behind {'it' if len(first) == 1 else first[0]}"
         said.append(
-            f"{against.other.label} is {_points(difference.value)} points behind it (95% interval of the difference "
-            f"{_points(difference.low)} to {_points(difference.high)}): {_judged(against)}."
+            f"{against.other.label} is {behind} (95% interval of the difference {_points(difference.low)} to "
+            f"{_points(difference.high)}): {_judged(against)}."
         )
     if found.against and all(a.difference.is_noise for a in found.against):
         said.append(
@@ -390,6 +392,11 @@ def what_ran(found: Comparison) -> Table:
         add("commit", summary.get("git_commit"))
         add("machine", get(summary, "machine", "gpu") or get(summary, "machine", "cpu"))
         add("torch", get(summary, "versions", "torch"))
+    for variant in found.variants:
+        for member in variant.members:
+            fixed = {k: v for k, v in member.settings.items() if k.startswith("loss.") and k not in variant.settings}
+            said = ", ".join(f"{key.removeprefix('loss.')} {shown(value)}" for key, value in fixed.items())
+            add(f"settings of {variant.loss.upper()} that do not differ", said or None)
     facts["what differs between members"] = [", ".join(found.differing) or "nothing but the loss or the seed"]
     rows = [[name, "; ".join(values)] for name, values in facts.items() if values]
     return Table("What was run", ["", ""], rows)

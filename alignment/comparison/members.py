@@ -180,15 +180,19 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 def differing(members: Sequence[Member]) -> list[str]:
     """Settings with more than one value; those of a loss, among the members with that loss."""
-    found = []
-    for key in dict.fromkeys(key for member in members for key in member.settings):
-        asked = [member for member in members if member.settings]
-        groups = [[m for m in asked if m.loss == loss] for loss in {m.loss for m in asked}]
-        if not key.startswith("loss."):
-            groups = [asked]
-        if any(len({_comparable(m.settings.get(key)) for m in group}) > 1 for group in groups):
-            found.append(key)
-    return found
+    keys = {key for loss in {member.loss for member in members} for key in _varying(members, loss)}
+    return [key for key in dict.fromkeys(key for member in members for key in member.settings) if key in keys]
+
+
+def _varying(members: Sequence[Member], loss: str) -> set[str]:
+    """What tells members with this loss from others: their own settings where those vary, and all else that does."""
+    whole = [member for member in members if member.settings]
+    own = [member for member in whole if member.loss == loss]
+    return {
+        key
+        for key in {key for member in own for key in member.settings}
+        if len({_comparable(m.settings.get(key)) for m in (own if key.startswith("loss.") else whole)}) > 1
+    }
 
 
 def _comparable(value: Any) -> Hashable:
@@ -200,8 +204,9 @@ def variants(members: Sequence[Member]) -> list[Variant]:
     trained = [member for member in members if member.loss]
     keys = differing(trained)
     found: dict[tuple[Any, ...], Variant] = {}
+    varying = {loss: _varying(trained, loss) for loss in {member.loss for member in trained}}
     for member in trained:
-        settings = {key: member.settings[key] for key in keys if key in member.settings}
+        settings = {key: member.settings[key] for key in keys if key in member.settings.keys() & varying[member.loss]}
         variant = found.setdefault((member.loss, *settings.items()), Variant(member.loss, settings, []))
         variant.members.append(member)
     order = list(dict.fromkeys(variant.loss for variant in found.values()))

@@ -9,7 +9,7 @@ import pytest
 from alignment import report
 from alignment.comparison import write_comparison
 from alignment.comparison.charts import COLOURS, curves, frontier, lengths, sensitivity
-from alignment.comparison.content import best_of_each, cautions, compare, headline, results
+from alignment.comparison.content import best_of_each, cautions, compare, headline, results, what_ran
 from alignment.comparison.members import KLS, WIN_RATE, kl, read_member, run_folders, variants
 from alignment.errors import UserError
 from tests.comparison.folders import change_json, make_run
@@ -304,3 +304,36 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(UserError, match="is no run folder and holds none"):
         write_comparison([tmp_path / "empty"], tmp_path / "empty")
     assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_shared_first_place_is_said_to_be_shared(tmp_path):
+    a = make_run(tmp_path / "a", right=right(15))
+    b = make_run(tmp_path / "b", settings={"beta": 0.5}, right=list(reversed(right(15))))
+    found = compared(a, b)
+    said = headline(found)
+    assert "DPO, beta 0.1, DPO, beta 0.5 share the first place of 2 variants with 75.0%" in said[0]
+    assert (found.against[0].difference.better, found.against[0].difference.worse) == (5, 5)
+    assert [row[2] for row in results(found).rows] == ["1.5", "1.5"]
+
+
+def test_a_setting_that_varies_in_one_loss_alone_is_no_part_of_another_loss(tmp_path):
+    settings = {"beta": 0.1, "label_smoothing": 0.0}
+    a, b = make_run(tmp_path / "a", settings=settings), make_run(tmp_path / "b", settings=settings | {"beta": 0.5})
+    c = make_run(tmp_path / "c", "kto", {"beta": 0.3})
+    found = compared(a, b, c)
+    assert [variant.label for variant in found.variants] == ["DPO, beta 0.1", "DPO, beta 0.5", "KTO"]
+    facts = {row[0]: row[1] for row in what_ran(found).rows}
+    assert facts["settings of DPO that do not differ"] == "label_smoothing 0"
+    assert facts["settings of KTO that do not differ"] == "beta 0.3"
+    assert facts["what differs between members"] == "loss.beta"
+
+
+def test_markdown_names_a_few_of_the_members_that_a_warning_is_about(tmp_path):
+    for i in range(5):
+        make_run(tmp_path / f"{i}-a", settings={"beta": 0.1 * (i + 1)}, steps=24 * (i + 1))
+    write_comparison([tmp_path], tmp_path)
+    [line] = [
+        line for line in (tmp_path / "comparison.md").read_text().splitlines() if "numbers of steps are not" in line
+    ]
+    assert line.endswith("24: 0-a; 48: 1-a; 72: 2-a; and 2 more.")
+    assert "120: 4-a" in (tmp_path / "comparison.html").read_text()

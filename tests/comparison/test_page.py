@@ -26,6 +26,7 @@ addEventListener("load", () => setTimeout(() => {
     ink: [...node.querySelectorAll(".xtick text")].map((text) => getComputedStyle(text).fill)[0],
   }));
   const found = { errors, charts, wide: document.documentElement.scrollWidth, window: innerWidth };
+  found.undrawn = !document.getElementById("undrawn").hidden;
   found.page = getComputedStyle(document.body).backgroundColor;
   const out = document.createElement("pre");
   out.id = "found";
@@ -81,7 +82,7 @@ def look(page, folder, *flags):
 @pytest.mark.parametrize("size", ["--window-size=1280,900", "--window-size=500,900"])
 def test_every_chart_is_drawn_and_nothing_complains(page, tmp_path, size):
     found = look(page, tmp_path, size)
-    assert found["errors"] == []
+    assert found["errors"] == [] and not found["undrawn"]
     names = [chart["name"] for chart in found["charts"]]
     assert {"frontier", "over-loss-beta", "nats-margins", "logps-chosen", "kl-offline", "lengths"} <= set(names)
     for chart in found["charts"]:
@@ -108,4 +109,5 @@ def test_a_broken_page_is_seen(page, tmp_path):
     broken.write_text(page.read_text().replace(drawn, "Plotly.newPlot(node, []"))
     assert not any(chart["drawn"] for chart in look(broken, tmp_path)["charts"])
     broken.write_text(page.read_text().replace(drawn, "Plotly.newPlot(nodes.none.x, []"))
-    assert look(broken, tmp_path)["errors"]
+    found = look(broken, tmp_path)
+    assert found["errors"] and found["undrawn"]
