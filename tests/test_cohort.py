@@ -3,6 +3,7 @@
 import signal
 import threading
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,7 +202,7 @@ def trainer_of(base, training, folder, *, layout="shared", every=0, max_steps=No
 
 
 def train(trainer, resume=False):
-    checkpoint, _ = last_checkpoint(trainer.args.output_dir) if resume else (None, 0)
+    checkpoint, _ = last_checkpoint(Path(trainer.args.output_dir)) if resume else (None, 0)
     if checkpoint is not None:
         trainer.load_state(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -220,14 +221,11 @@ def weights(trainer):
 
 
 def history(trainer):
-    """What was logged, but for times, and for counts of signs where the policy still is its reference."""
+    """What was logged, but for sums since the process began, and for signs of differences that are 0."""
     kept = []
     for row in trainer.state.log_history:
-        start = row["step"] == 1
-        left_out = ("accuracies", "ties") if start else ()
-        kept.append(
-            {k: v for k, v in row.items() if "runtime" not in k and "_per_second" not in k and not k.endswith(left_out)}
-        )
+        left_out = ("runtime", "_per_second", "train_loss", *(("accuracies", "ties") if row["step"] == 1 else ()))
+        kept.append({name: value for name, value in row.items() if not name.endswith(left_out)})
     return kept
 
 
@@ -261,10 +259,11 @@ FEW = (Training("dpo"), Training("kto", lr=3e-3, r=2, seed=1, steps=4))
 
 def test_members_are_resumed_and_saved_as_their_own_runs(tmp_path):
     base = frozen_base()
-    cut = [trainer_of(base, t, tmp_path / f"member{i}", max_steps=2 + i) for i, t in enumerate(FEW)]
-    together(base, cut)  # the checkpoints are those of step 2
+    cut = [trainer_of(base, t, tmp_path / f"member{i}", max_steps=3) for i, t in enumerate(FEW)]
+    assert together(base, cut) == cut  # the checkpoints are those of step 2
     resumed = [trainer_of(base, t, tmp_path / f"member{i}") for i, t in enumerate(FEW)]
-    together(base, resumed, resume=True)
+    assert together(base, resumed, resume=True) == resumed
+    assert [history(trainer)[0]["step"] for trainer in resumed] == [1, 1]  # of the checkpoint
     for i, (member, training) in enumerate(zip(resumed, FEW, strict=True)):
         alone = train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}"))
         assert_same(member, alone)
@@ -301,7 +300,7 @@ def test_passes_with_gradient_are_joint(tmp_path, monkeypatch):
     for trainer in trainers:
         trainer.tokens_per_batch = 1  # a pass for each of the 4 groups of a step
         counts.append([len(step) for step in trainer.sampler.first_steps(trainer.args.max_steps)])
-    together(base, trainers)
+    assert together(base, trainers) == trainers
     # The last member ends by passes of its own.
     shortest, middle, _ = sorted(sum(count) for count in counts)
     assert passes == [[0, 1, 2]] * shortest + [[1, 2]] * (middle - shortest)
