@@ -12,10 +12,10 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test check lint format types bench wheel clean
+.PHONY: help install run test check lint format types bench notebooks wheel clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(RUN_STAMP) ## Make .venv with everything that a run needs
 
@@ -40,6 +40,10 @@ types: $(DEV_STAMP) ## Check types
 
 bench: $(DEV_STAMP) ## Compare speed and memory with TRL: make bench ARGS=--quick
 	$(VENV)/bin/python -m tests.bench.against_trl $(ARGS)
+
+notebooks: $(RUN_STAMP) ## Open the course's notebooks in a browser: make notebooks ARGS="--no-browser"
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[notebooks]"
+	cd notebooks && ../$(VENV)/bin/python -m jupyterlab $(ARGS)
 
 wheel: $(DEV_STAMP) ## Build the wheel into dist/
 	$(VENV)/bin/python -m build --wheel --no-isolation

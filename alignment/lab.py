@@ -52,7 +52,10 @@ def train(*overrides: str) -> dict[str, Run]:
     """
     settings = ["recipe=quickstart", "tracking=none", *(_tiny() if is_fast() else ()), *overrides]
     members = list(sweep_members(settings))
-    names = [", ".join(choice for choice in member if choice not in settings) or "run" for member in members]
+    names = [
+        ", ".join(choice for choice in member if choice not in settings and not choice.startswith("hydra.")) or "run"
+        for member in members
+    ]
     folder = OUTPUTS / hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
     folders = [folder / f"{number}-quickstart" for number in range(len(members))]
     if not all((path / "summary.json").is_file() for path in folders):
