@@ -7,6 +7,8 @@ folder named on the command line. All composition goes through here, for the com
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -43,6 +45,9 @@ _SCHEMAS = {
 }
 
 VERSION_BASE = "1.3"
+
+_SWEEPS = "schema/sweep"
+"""Where the store keeps the `sweep:` blocks of recipes, which no run reads."""
 
 
 def asset_dir(name: str) -> Path:
@@ -150,6 +155,10 @@ def _store_recipe(path: Path, folder: Path) -> None:
     name = path.relative_to(folder).with_suffix("").as_posix()
     group, _, stem = f"recipe/{name}".rpartition("/")
     node = _read(path)
+    with open_dict(node):
+        sweep = node.pop("sweep", None)
+    if sweep is not None:
+        store.store(group=_SWEEPS, name=name.replace("/", "."), node={"members": _sweep_entries(sweep, path)})
     if isinstance(node.get("loss"), DictConfig):
         defaults = node.get("defaults", [])
         chosen = [i for i, d in enumerate(defaults) if isinstance(d, DictConfig) and "override /loss" in d]
@@ -165,6 +174,34 @@ def _store_recipe(path: Path, folder: Path) -> None:
         bound = OmegaConf.merge({"defaults": [base, "_self_"]}, values)
         store.store(group="loss", name=option, node=bound, package="loss", provider=str(path))
     store.store(group=group, name=stem, node=node, package="_global_", provider=str(path))
+
+
+def _sweep_entries(sweep: Any, path: Path) -> list[list[str]]:
+    """The overrides of each entry of a recipe's `sweep:` block, with those that all entries have in common.
+
+    Raises:
+        UserError: a block that does not map settings to values.
+    """
+    common = OmegaConf.to_container(sweep) if isinstance(sweep, DictConfig) else None
+    members = common.pop("members", [{}]) if isinstance(common, dict) else None
+    if not isinstance(members, list) or not members or not all(isinstance(member, dict) for member in members):
+        raise UserError(f"{path}: `sweep` must map settings to values, and `members` in it be a list of such mappings.")
+    assert isinstance(common, dict)
+    entries = []
+    for member in members:
+        settings = {**member, **common}
+        for key, value in settings.items():
+            if value == [] or isinstance(value, dict):
+                raise UserError(f"{path}: sweep: {key} must be a value or a list of values, one for each member.")
+        entries.append([f"{key}={_as_typed(value)}" for key, value in settings.items()])
+    return entries
+
+
+def _as_typed(value: Any) -> str:
+    """A value of YAML as a user would write it behind a key on the command line."""
+    if isinstance(value, list):
+        return ",".join(map(_as_typed, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _sentence(error: Exception) -> str:
@@ -386,19 +423,56 @@ def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
     return None
 
 
-def sweep_members(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The overrides of every member of a grid sweep, so that all are checked before the first one trains."""
-    members: list[list[str]] = [[]]
-    for override in _parsed(overrides):
-        if override.is_sweep_override() and override.is_discrete_sweep():
+def is_sweep(recipe: str) -> bool:
+    """Whether the recipe has members of its own."""
+    return ConfigStore.instance().get_type(_sweep_file(recipe)) is ObjectType.CONFIG
+
+
+def _sweep_file(recipe: str) -> str:
+    return f"{_SWEEPS}/{recipe.replace('/', '.')}.yaml"
+
+
+def sweep_members(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every member of a sweep, its folder among them; the same for the same overrides.
+
+    A recipe's own members come in the order of its `sweep:` block; what the command line gives goes over them. Empty
+    where a range is given to an optimising sweeper, whose values are known only as it goes.
+
+    Raises:
+        UserError: what is no setting, or names the members' folders.
+    """
+    parsed = _parsed(overrides)
+    given = {override.key_or_group for override in parsed}
+    if "hydra.sweep.subdir" in given:
+        raise UserError("hydra.sweep.subdir cannot be chosen: a sweep names its members' folders, to find them again.")
+    if any(override.is_sweep_override() and not override.is_discrete_sweep() for override in parsed):
+        return []
+    members: list[list[str]] = []
+    for member in _combinations(parsed):
+        recipe = next((o.partition("=")[2] for o in reversed(member) if o.startswith("recipe=")), "")
+        entries = ConfigStore.instance().load(_sweep_file(recipe)).node.members if is_sweep(recipe) else [[]]
+        for entry in entries:
+            own = [override for override in _parsed(entry) if override.key_or_group not in given]
+            for combination in _combinations(own):
+                name = f"{len(members)}-{Path(recipe).name or 'run'}"
+                members.append([*member, *combination, f"hydra.sweep.subdir='{name}'"])
+    return members
+
+
+def single_values(overrides: Sequence[str]) -> list[str]:
+    """The overrides that are the same for every member of a sweep."""
+    return [override.input_line or "" for override in _parsed(overrides) if not override.is_sweep_override()]
+
+
+def _combinations(parsed: Sequence[Override]) -> Iterator[list[str]]:
+    choices = []
+    for override in parsed:
+        if override.is_sweep_override():
             key = override.get_key_element()
-            choices = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        elif override.is_sweep_override():
-            return  # a range for an optimising sweeper: its values are known only as it goes
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
-            choices = [override.input_line or ""]
-        members = [[*member, choice] for member in members for choice in choices]
-    yield from members
+            choices.append([override.input_line or ""])
+    yield from map(list, itertools.product(*choices))
 
 
 def as_plain(cfg: DictConfig) -> dict[str, Any]:

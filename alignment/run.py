@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from alignment.compose import (
@@ -18,23 +25,37 @@ from alignment.compose import (
     as_plain,
     asset_dir,
     compose_node,
-    load,
+    is_sweep,
     refuse_without_effect,
     register,
     settle,
+    single_values,
     sweep_members,
     to_run_config,
 )
 from alignment.config import RunConfig
 from alignment.errors import UserError
 from alignment.preflight import check_machine
-from alignment.records import atomic_write_text, redact
+from alignment.records import atomic_write_bytes, atomic_write_text, redact, to_json
 
 log = logging.getLogger(__name__)
 
 
 _SWITCHES = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-r", "--resolve", "-m", "--multirun")
 _SHOWN = ("job", "hydra", "all")
+_SWEEP_DIR = "hydra.sweep.dir="
+
+FAILED = "failed.json"
+"""In the folder of a member of a sweep: why it has no result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A sweep's folder, those of its members (empty where only the sweeper knows them), and how to go on with it."""
+
+    folder: Path
+    folders: list[Path]
+    command: str
 
 
 @hydra.main(config_path=str(asset_dir("conf")), config_name="config", version_base=VERSION_BASE)
@@ -42,22 +63,19 @@ def _job(cfg: DictConfig) -> None:
     """One run, as Hydra starts it: in the current process, or in one of a launcher's."""
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
+    if hydra_config.mode is RunMode.MULTIRUN:
+        _member(cfg, hydra_config.runtime.choices, run_dir)
+    else:
+        _single(cfg, hydra_config.runtime.choices, run_dir)
+
+
+def _single(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
     path = run_dir / "config.yaml"
     is_new = not path.exists()
     try:
-        settle(cfg, hydra_config.runtime.choices)
-        config = to_run_config(cfg)
-        if not _resumes(config):
+        if not is_new and cfg.resume is None:
             _require_new(run_dir)
-        check_machine(config)
-        _quieten_libraries()
-        from alignment.stages import Run  # after all that can be refused: this imports transformers, for seconds
-
-        resolved = redact(as_plain(cfg))
-        run = Run(config, run_dir, hydra_config.runtime.choices["recipe"], resolved)
-        if is_new:
-            atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
-        run.execute()
+        _run(cfg, choices, run_dir)
     except UserError as error:
         if is_new and not (run_dir / "stages").exists():
             _remove_traces(run_dir)
@@ -69,6 +87,42 @@ def _job(cfg: DictConfig) -> None:
         _, config_dir = _take_config_dir(sys.orig_argv)
         option = f"--config-dir {config_dir} " if config_dir is not None else ""
         sys.exit(f"\nInterrupted; continue with: python -m alignment.run {option}resume={run_dir}")
+
+
+def _member(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
+    """One run of a sweep: what is finished stays, what was begun goes on, and what fails ends no other member."""
+    failed = run_dir / FAILED
+    failed.unlink(missing_ok=True)
+    if (run_dir / "summary.json").exists():
+        log.info("%s is finished already.", run_dir.name)
+        return
+    try:
+        _run(cfg, choices, run_dir)
+    except Exception as error:
+        if isinstance(error, UserError):
+            sentence = str(error)
+            log.error("Error: %s", sentence)
+        else:
+            sentence = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            log.exception("%s failed", run_dir.name)
+        atomic_write_bytes(failed, to_json({"error": sentence}))
+    finally:
+        gc.collect()  # the next member of this process finds the memory free
+
+
+def _run(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
+    path = run_dir / "config.yaml"
+    settle(cfg, choices)
+    config = to_run_config(cfg)
+    check_machine(config)
+    _quieten_libraries()
+    from alignment.stages import Run  # after all that can be refused: this imports transformers, for seconds
+
+    resolved = redact(as_plain(cfg))
+    run = Run(config, run_dir, choices["recipe"], resolved)
+    if not path.exists():
+        atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
+    run.execute()
 
 
 def _resumes(config: RunConfig) -> bool:
@@ -150,6 +204,18 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
     return {prefix: value}
 
 
+def _changes(folder: Path, node: DictConfig) -> str:
+    """What a configuration changes of the run in a folder, for people; empty where it is the same."""
+    with open_dict(node):
+        node.resume = None
+    before, now = (
+        _flat(c) for c in (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), redact(as_plain(node)))
+    )
+    before["resume"] = now["resume"]
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in changed[:3])
+
+
 def _resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str]:
     """The overrides of the interrupted run, checked to give the configuration that it had.
 
@@ -159,17 +225,9 @@ def _resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[st
     folder = _resume_dir(value, recipe)
     saved = [str(o) for o in OmegaConf.load(folder / ".hydra" / "overrides.yaml") if not str(o).startswith("resume=")]
     extra = [o for o in overrides if not o.startswith("resume=") and o not in saved]
-    node = compose_node([*saved, *extra])
-    with open_dict(node):
-        node.resume = None
-    before, now = (
-        _flat(c) for c in (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), redact(as_plain(node)))
-    )
-    before["resume"] = now["resume"]
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    changed = _changes(folder, compose_node([*saved, *extra]))
     if changed:
-        shown = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in changed[:3])
-        raise UserError(f"A resumed run keeps its settings, and {shown} differs from those of {folder}.")
+        raise UserError(f"A resumed run keeps its settings, and {changed} differs from those of {folder}.")
     quoted = str(folder).replace("'", "\\'")
     # Without an output folder of its own Hydra leaves the first start's overrides as they are.
     return [*saved, f"resume='{quoted}'", f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
@@ -202,21 +260,22 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return options, overrides
 
 
-def _checked_arguments(arguments: list[str]) -> list[str]:
-    """Arguments for Hydra, after everything that can be wrong with them has been looked for."""
+def _checked_arguments(arguments: list[str]) -> tuple[list[str], Sweep | None]:
+    """Arguments for Hydra, and the sweep they mean, after everything that can be wrong with them was looked for."""
+    typed = arguments
     arguments, config_dir = _take_config_dir(arguments)
     options, overrides = _split(arguments)
     register(config_dir)
     if {"-h", "--help", "--hydra-help", "--version"} & set(options):
-        return [*options, *overrides]
+        return [*options, *overrides], None
     if {"-m", "--multirun"} & set(options):
-        for member in sweep_members(overrides):
-            if _resumes(load(*member)):
-                raise UserError("resume= continues one run; continue the members of a sweep one by one, without -m.")
-        return [*options, *overrides]
+        if set(options) - {"-m", "--multirun"}:
+            return [*options, *overrides], None
+        sweep = _checked_sweep(overrides, typed)
+        return [*options, *_into(overrides, sweep.folder)], sweep
     node = compose_node(overrides, with_hydra=True)
     if options:
-        return [*options, *overrides]
+        return [*options, *overrides], None
     HydraConfig.instance().set_config(node)
     run_dir, recipe = Path(node.hydra.run.dir), node.hydra.runtime.choices["recipe"]
     with open_dict(node):
@@ -225,22 +284,88 @@ def _checked_arguments(arguments: list[str]) -> list[str]:
     refuse_without_effect(overrides, config)
     if _resumes(config):
         assert config.resume is not None
-        return _resumed_overrides(overrides, config.resume, recipe)
+        return _resumed_overrides(overrides, config.resume, recipe), None
+    if is_sweep(recipe):
+        raise UserError(f"Recipe {recipe} is a sweep of {len(sweep_members(overrides))} runs: start it with -m.")
     _require_new(run_dir)
-    return overrides
+    return overrides, None
+
+
+def _into(overrides: list[str], folder: Path) -> list[str]:
+    """The overrides with the folder of their sweep, which so is the same wherever it is asked for."""
+    quoted = str(folder).replace("'", "\\'")
+    return [*(o for o in overrides if not o.startswith(_SWEEP_DIR)), f"{_SWEEP_DIR}'{quoted}'"]
+
+
+def _checked_sweep(overrides: list[str], typed: list[str]) -> Sweep:
+    """The sweep that is asked for, every member of it composed and compared with what its folder holds.
+
+    Raises:
+        UserError: a member that cannot run, or a folder that holds another run.
+    """
+    members = sweep_members(overrides)
+    nodes = [compose_node(member, with_hydra=True) for member in members or [single_values(overrides)]]
+    HydraConfig.instance().set_config(nodes[0])
+    folder = Path(nodes[0].hydra.sweep.dir)
+    folders = [folder / node.hydra.sweep.subdir for node in nodes] if members else []
+    if not members and (folder / "multirun.yaml").exists():
+        raise UserError(f"{folder} holds a sweep already, and one over ranges cannot go on: choose another folder.")
+    for member, node, run_dir in zip(members, nodes, folders, strict=False):
+        with open_dict(node):
+            del node["hydra"]
+        config = to_run_config(node)
+        if _resumes(config):
+            raise UserError(
+                "resume= continues one run; a sweep goes on where it stopped when its folder is given: "
+                "-m ... hydra.sweep.dir=FOLDER."
+            )
+        refuse_without_effect(member, config)
+        if (run_dir / "config.yaml").exists() and (changed := _changes(run_dir, node)):
+            raise UserError(
+                f"{folder} holds another sweep: in {run_dir.name} {changed} differs, so choose another one."
+            )
+    words = [word for word in typed if not word.startswith(_SWEEP_DIR)]
+    return Sweep(folder, folders, shlex.join(["python", "-m", "alignment.run", *words, f"{_SWEEP_DIR}{folder}"]))
+
+
+def _end_sweep(sweep: Sweep) -> None:
+    """Compare the members, and say which of them have no result."""
+    folders = sweep.folders or sorted(path.parent for path in sweep.folder.glob("*/config.yaml"))
+    begun = [folder for folder in folders if (folder / "config.yaml").exists()]
+    if begun:
+        from alignment.comparison import write_comparison
+
+        log.info("All members side by side: %s", write_comparison(begun, sweep.folder))
+    problems = []
+    for folder in folders:
+        if (folder / FAILED).exists():
+            problems.append(f"{folder.name} failed: {json.loads((folder / FAILED).read_bytes())['error']}")
+        elif not (folder / "summary.json").exists():
+            problems.append(f"{folder.name} did not end.")
+    if problems:
+        lines = [f"Error: {problem}" for problem in problems]
+        count = f"{len(problems)} of {len(folders)} members have no result; try them again with:"
+        sys.exit("\n".join([*lines, f"{count} {sweep.command}"]))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; leaves the process with status 1 and one sentence where the user can mend something."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handlers below as they are
+    sweep = None
     try:
-        sys.argv = [sys.argv[0], *_checked_arguments(list(sys.argv[1:] if arguments is None else arguments))]
+        checked, sweep = _checked_arguments(list(sys.argv[1:] if arguments is None else arguments))
+        sys.argv = [sys.argv[0], *checked]
         _job()
+        if sweep is not None:
+            _end_sweep(sweep)
     except UserError as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
+        if sweep is not None and sweep.folder.exists():
+            sys.exit(f"\nInterrupted; continue with: {sweep.command}")
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    # Launchers send the job to other processes, which find it under the name of the module.
+    importlib.import_module("alignment.run").main()

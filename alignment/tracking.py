@@ -149,14 +149,16 @@ def open_tracker(
     id_file = run_dir / "wandb_run_id"
     resume_id = id_file.read_text().strip() if id_file.exists() else None
     run_dir.mkdir(parents=True, exist_ok=True)
+    # Hydra's file in the folder of a sweep; so a member that is continued on its own stays a member.
+    sweep = run_dir.parent.name if (run_dir.parent / "multirun.yaml").exists() else None
 
     def start(mode: str) -> wandb.Run:
         return wandb.init(
             project=config.project,
             entity=config.entity,
-            group=config.group or recipe,
-            job_type="+".join(stages),
-            name=config.name or f"{recipe}-{run_dir.name}",
+            group=config.group or sweep or recipe,
+            job_type="+".join(stages) if sweep is None else "sweep member",
+            name=config.name or (f"{recipe}-{run_dir.name}" if sweep is None else run_dir.name),
             tags=list(config.tags),
             config=_sendable(run_config),
             dir=run_dir,

@@ -294,7 +294,6 @@ def test_wrong_data(name, arguments, said, tiny, tmp_path, tmp_path_factory):
         (["optim.name=adam_torch"], ["optim.name", "adam_torch", "adamw_torch"]),
         (["sft.optim.schedule=cosin"], ["sft.optim.schedule", "cosin", "cosine"]),
         (["device=cuda"], ["CUDA"]),
-        (["-m", "loss.beta=0.1,0.2", "model.name=./absent"], ["model.name"]),
     ],
     ids=lambda value: " ".join(value),
 )

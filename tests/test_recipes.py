@@ -20,7 +20,8 @@ from alignment.losses.nll import NLLReduction, NLLScope
 from alignment.preflight import check_machine
 
 ROOT = Path(__file__).parents[1]
-FILES = {path.stem: path for path in sorted(asset_dir("recipes").rglob("*.yaml"))}
+RECIPES = asset_dir("recipes")
+FILES = {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in sorted(RECIPES.rglob("*.yaml"))}
 QWEN3 = {
     "sft_qwen3": (None, 2e-4, 64),
     "dpo_qwen3": (DPO(beta=0.01, label_smoothing=0.0), 5e-6, 64),
@@ -56,7 +57,46 @@ def test_a_recipe_composes_and_its_values_arrive(name):
         else:
             assert found == written, key
 
-    compare({key: value for key, value in node.items() if key != "defaults"}, plain, name)
+    compare({key: value for key, value in node.items() if key not in ("defaults", "sweep")}, plain, name)
+
+
+SWEPT = {
+    "sweep/beta_dpo": ("quickstart", "dpo", 4),
+    "sweep/gamma_simpo": ("quickstart", "simpo", 4),
+    "sweep/lr": ("quickstart", "dpo", 4),
+    "sweep/beta_dpo_qwen3": ("dpo_qwen3", "dpo", 4),
+    "sweep/gamma_simpo_qwen3": ("simpo_qwen3", "simpo", 4),
+    "sweep/lr_qwen3": ("dpo_qwen3", "dpo", 4),
+}
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_the_members_of_a_sweep_differ_in_its_setting_alone(name):
+    base, loss, count = SWEPT[name]
+    register()
+    members = [as_plain(compose_node(member)) for member in sweep_members([f"recipe={name}"])]
+    [key] = yaml.safe_load(FILES[name].read_text())["sweep"]
+    section, setting = key.split(".")
+    expected = as_plain(
+        compose_node([f"recipe={base}", f"loss={loss}"] if base == "quickstart" else [f"recipe={base}"])
+    )
+    values = [member[section].pop(setting) for member in members]
+    assert expected[section].pop(setting) in values
+    assert len(set(values)) == len(members) == count
+    assert all(member == expected for member in members)
+
+
+@pytest.mark.parametrize("name", ["compare_quickstart", "compare_qwen3"])
+def test_the_members_of_a_comparison(name):
+    register()
+    configs = [load(*member) for member in sweep_members([f"recipe={name}"])]
+    assert [config.loss.name for config in configs] == [
+        loss for loss in ("dpo", "simpo", "kto", "orpo", "ipo") for _ in range(4)
+    ]
+    assert [config.seed for config in configs] == [0, 1] * 10
+    assert len({repr((config.loss, config.seed)) for config in configs}) == 20
+    assert all(config.sft == configs[0].sft and config.data == configs[0].data for config in configs)
+    assert all(config.reference.for_metrics for config in configs)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -69,7 +109,7 @@ def test_a_recipe_says_what_it_is(name):
 
 
 def test_the_table_of_recipes_is_complete():
-    rows = re.findall(r"^\| \[(\w+)\]\((.+?)\) \|", (asset_dir("recipes") / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| \[([\w/]+)\]\((.+?)\) \|", (asset_dir("recipes") / "README.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted((name, f"{name}.yaml") for name in FILES)
 
 

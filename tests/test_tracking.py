@@ -80,6 +80,18 @@ def history(records: list[Any]) -> list[dict[str, Any]]:
     return found
 
 
+def test_members_of_a_sweep_are_one_group(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
+    sweep = tmp_path / "betas"
+    for name in ("0-tiny", "1-tiny"):
+        (sweep / name).mkdir(parents=True)
+        (sweep / "multirun.yaml").touch()
+        start(config(), sweep / name).finish()
+    for name in ("0-tiny", "1-tiny"):
+        [folder] = sweep.glob(f"{name}/wandb/offline-run-*")
+        (run,) = (record.run for record in read_wandb(folder) if record.HasField("run"))
+        assert (run.run_group, run.job_type, run.display_name) == ("betas", "sweep member", name)
+
+
 def test_offline_run_holds_everything_and_continues_under_its_id(
     tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
 ) -> None:
