@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from alignment.comparison.content import Comparison, interval
-from alignment.comparison.members import Measure, Variant, kl
+from alignment.comparison.members import KLS, Measure, Variant, kl, kl_error
 from alignment.run_folder import is_number, series, shown
 
 COLOURS = ("#3b82d6", "#d2622a", "#2f9e6e", "#b35fc4", "#a8820f", "#d6457f", "#4f93a6", "#8577d8")
@@ -168,9 +168,12 @@ def frontier(found: Comparison) -> Chart | None:
         if not known:
             continue
         bounds = [interval(measure, Variant(variant.loss, {}, [member])) or (y, y) for member, _, y in known]
+        errors = [1.96 * kl_error(member) for member, _, _ in known]
+        across = [(x - error, x + error) for (_, x, _), error in zip(known, errors, strict=True)]
         figure.add_scatter(
             x=[x for _, x, _ in known],
             y=[y for _, _, y in known],
+            error_x=_bars([x for _, x, _ in known], across, colour) | {"visible": distance is KLS[0]},
             error_y=_bars([y for _, _, y in known], bounds, colour),
             mode="markers",
             name=_safe(variant.label),
@@ -182,7 +185,7 @@ def frontier(found: Comparison) -> Chart | None:
         return None
     figure.update_yaxes(tickformat=".0%")
     note = (
-        f"Each point is a member, its bar the 95% interval. Across: {distance.axis}. Better is higher, and as near to "
+        f"Each point is a member, its bars the 95% intervals. Across: {distance.axis}. Better is higher, and as near to "
         "the reference as can be."
     )
     return _chart(

@@ -118,6 +118,7 @@ def read_member(folder: Path, name: str) -> Member:
     for key, value in _flat(run.config):
         if key.split(".")[0] not in _SILENT and key.split(".")[-1] != "seed":
             settings[key] = value if isinstance(value, Hashable) else json.dumps(value, default=str)
+    seed = seed if isinstance(seed, int | str) else None
     return Member(name, run, settings, seed, _loss(run), _read_pairs(run))
 
 
@@ -398,6 +399,11 @@ KLS = (
         _offline_nats,
     ),
 )
+
+
+def kl_error(member: Member) -> float:
+    """The standard error of the KL from samples; 0 where it is not known."""
+    return _number_of(get(member.run.summary, "evaluation", "kl/sampled", "se")) or 0.0
 
 
 def kl(members: Sequence[Member]) -> Measure | None:

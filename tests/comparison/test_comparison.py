@@ -172,6 +172,7 @@ def test_the_distance_is_the_sampled_kl_only_where_all_have_it(tmp_path):
     assert [KLS[0].value(member) for member in members] == [2.5, 4.0]
     points = frontier(compare(members)).figure["data"]
     assert [list(point["x"]) for point in points] == [[2.5], [4.0]]
+    assert [list(point["error_x"]["array"]) for point in points] == [[pytest.approx(0.196)]] * 2
 
 
 def test_charts_hold_the_values(sweep):
@@ -263,7 +264,7 @@ def test_members_that_failed_or_were_cut_off_are_named(tmp_path):
 
 def test_broken_shapes_of_a_summary_break_nothing(tmp_path):
     make_run(tmp_path / "0-a", scores=[1.0] * 4)
-    for path in ("stages", "evaluation", "data", "reference", "git_commit", "versions", "machine"):
+    for path in ("seed", "stages", "evaluation", "data", "reference", "git_commit", "versions", "machine"):
         for value in (None, "x | <y>", [1], 3):
             make_run(tmp_path / "1-b", settings={"beta": 0.5}, scores=[1.0] * 4, summary={path: value})
             page = write_comparison([tmp_path], tmp_path)
