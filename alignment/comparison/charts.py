@@ -185,8 +185,8 @@ def frontier(found: Comparison) -> Chart | None:
         return None
     figure.update_yaxes(tickformat=".0%")
     note = (
-        f"Each point is a member, its bars the 95% intervals. Across: {distance.axis}. Better is higher, and as near to "
-        "the reference as can be."
+        f"Each point is a member, its bars the 95% intervals. Across: {distance.axis}. Better is higher, and as near "
+        "to the reference as can be."
     )
     return _chart(
         "frontier", f"{measure.name.capitalize()} against distance", note, figure, distance.name, measure.name
