@@ -57,6 +57,7 @@ def test_longer_answers_by_how_much_longer_they_are():
     assert length_groups([by_gap(gap) for gap in gaps], 2) == [LengthGroup(1, 2, 4, 0.5), LengthGroup(5, 9, 4, 0.75)]
     # In three groups the cuts would fall behind 2 and 5 pairs; equal differences stay together.
     assert [group.n for group in length_groups([by_gap(gap) for gap in (1, 1, 1, 1, 1, 9)], 3)] == [5, 1]
+    assert [group.n for group in length_groups([by_gap(gap) for gap in (1, 3, -3, 5)], 2)] == [3, 1]
     assert length_groups([by_gap(0)], 4) == []
 
 
@@ -65,14 +66,14 @@ def test_agreement_of_scores_rules_repeats_and_length():
         row("It is 4.", "It is 5, I think.", "2+2", scores=(5.0, 3.0), meta={"answer": ["4", "four"]}),
         row("5", "4", "2+2", scores=(1.0, 1.0), meta={"answer": "4"}),
         row("It is 5, I think.", "It is 4.", "2+2", scores=(1.0, 2.0)),
-        row("It is 4.", "It is 5, I think.", "2+2"),
-        row("It is 4.", "It is 5, I think.", "2+2 again"),
+        row("It is 4.", "It is 5, I think.", "2+2", scores=(0.5, -0.5)),
+        row("It is 4.", "It is 5, I think.", "2+2 again", meta={"answer": 4}),
     ]
     # The three judgements of one comparison: first and third, third and fourth differ, first and fourth agree.
     # Words: 3 against 5, 1 against 1, 5 against 3, 3 against 5 twice.
     assert agreements(rows) == [
-        Agreement("scores", 2, 1, 0.5),
-        Agreement("rules", 2, 0, 0.5),
+        Agreement("scores", 3, 1, 2 / 3),
+        Agreement("rules", 3, 0, 2 / 3),
         Agreement("repeats", 3, 0, 1 / 3),
         Agreement("longer", 4, 1, 0.25),
     ]
