@@ -29,11 +29,15 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def spread(values: Mapping[str, Sequence[float]], title: str, x: str) -> Figure:
-    """Outlines of histograms over each other, with the same bins."""
+    """Outlines of histograms over each other, with the same bins; of whole numbers, as many to a bin."""
     figure, axes = _axes(title, x, "number")
-    bins = np.histogram_bin_edges([v for some in values.values() for v in some], bins=30).tolist()
+    everything = np.array([v for some in values.values() for v in some])
+    bins = np.histogram_bin_edges(everything, bins=30)
+    if everything.dtype.kind == "i":
+        width = math.ceil((np.ptp(everything) + 1) / 30)
+        bins = np.arange(everything.min(), everything.max() + width + 1, width) - 0.5
     for index, (name, some) in enumerate(values.items()):
-        axes.hist(some, bins=bins, histtype="step", linewidth=1.6, color=_COLOURS[index % 7], label=name)
+        axes.hist(some, bins=bins.tolist(), histtype="step", linewidth=1.6, color=_COLOURS[index % 7], label=name)
     axes.legend(frameon=False)
     return figure
 

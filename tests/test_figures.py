@@ -26,12 +26,24 @@ def test_no_two_of_many_curves_look_alike():
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 14
 
 
+def outlines(figure):
+    """Edges and heights of the histograms by name."""
+    [axes] = figure.axes
+    found = {patch.get_label(): patch.get_xy() for patch in axes.patches}
+    return {name: (np.unique(xy[:, 0]).tolist(), xy[:, 1].max()) for name, xy in found.items()}
+
+
 def test_a_spread_counts_every_value_in_bins_of_the_same_width():
-    [axes] = spread({"a": [0, 0, 30], "b": [15]}, "Title", "words").axes
-    outlines = {p.get_label(): p.get_xy() for p in axes.patches}
-    assert outlines["a"][:, 1].max() == 2
-    assert outlines["b"][:, 1].max() == 1
-    assert np.unique(outlines["a"][:, 0]).tolist() == pytest.approx(np.linspace(0, 30, 31).tolist())
+    found = outlines(spread({"a": [0.0, 0.0, 3.0], "b": [1.5]}, "Title", "share"))
+    assert (found["a"][1], found["b"][1]) == (2, 1)
+    assert found["a"][0] == found["b"][0] == pytest.approx(np.linspace(0, 3, 31).tolist())
+
+
+@pytest.mark.parametrize(("highest", "last", "width"), [(4, 4.5, 1), (29, 29.5, 1), (30, 31.5, 2), (60, 62.5, 3)])
+def test_every_bin_has_as_many_whole_numbers(highest, last, width):
+    [(edges, count)] = outlines(spread({"a": [0, 0, highest]}, "Title", "words")).values()
+    assert edges == np.arange(-0.5, last + width / 2, width).tolist()
+    assert count == 2
 
 
 def test_a_metric_is_lines_in_training_and_points_on_held_out_pairs(tmp_path):
