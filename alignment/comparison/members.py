@@ -311,15 +311,6 @@ def _correct(member: Member) -> dict[str, float]:
     }
 
 
-def growth(member: Member) -> float | None:
-    """By how much the mean length of answers grew since before the preference stage, as a share."""
-    before, after = (
-        _number_of(get(member.run.summary, "evaluation", "answers", name, "words"))
-        for name in (baseline(member), "final")
-    )
-    return after / before - 1 if before and after is not None else None
-
-
 def chosen_drift(member: Member) -> float | None:
     """By how much the log-prob of held-out chosen completions changed."""
     found = change(member.run, "logps/chosen")

@@ -9,7 +9,7 @@ import pytest
 from alignment import report
 from alignment.comparison import write_comparison
 from alignment.comparison.charts import COLOURS, curves, frontier, lengths, sensitivity
-from alignment.comparison.content import best_of_each, cautions, compare, headline, results, what_ran
+from alignment.comparison.content import best_of_each, cautions, compare, headline, questions, results, what_ran
 from alignment.comparison.members import KLS, WIN_RATE, kl, read_member, run_folders, variants
 from alignment.errors import UserError
 from tests.comparison.folders import change_json, make_run
@@ -338,3 +338,22 @@ def test_markdown_names_a_few_of_the_members_that_a_warning_is_about(tmp_path):
     ]
     assert line.endswith("24: 0-a; 48: 1-a; 72: 2-a; and 2 more.")
     assert "120: 4-a" in (tmp_path / "comparison.html").read_text()
+
+
+def test_answers_stand_side_by_side_to_the_prompts_that_most_members_answered(tmp_path):
+    a = make_run(tmp_path / "a", scores=[1.0, 0.0, 1.0], seed=0)
+    b = make_run(tmp_path / "b", "kto", {"beta": 0.1}, scores=[0.0, 1.0])
+    asked = questions(compared(a, b))
+    assert [question.prompt for question in asked] == ["Question 0?", "Question 1?"]
+    assert [answer.model for answer in asked[0].answers] == ["after SFT", "DPO, seed 0", "KTO, seed 0"], "SFT once"
+    assert [answer.text for answer in asked[1].answers] == ["It is 1.", "1 from dpo", "1 from kto"]
+    assert [answer.verdict.split(",")[0] for answer in asked[1].answers] == ["right", "wrong", "right"]
+
+
+def test_runs_without_a_preference_stage_are_listed_and_not_ranked(tmp_path):
+    a = make_run(tmp_path / "a", summary={"stages": {"sft": {"steps": 8}}}, config={"loss": None})
+    found = compared(a)
+    assert found.variants == []
+    assert headline(found) == ["No member has a result that variants could be ranked by."]
+    write_comparison([tmp_path], tmp_path)
+    assert "| a | - |" in (tmp_path / "comparison.md").read_text()
