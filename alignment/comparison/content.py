@@ -60,11 +60,17 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """The best variant against another one."""
+    """The best variant against another one.
+
+    Attributes:
+        p: of `difference`, adjusted for the number of comparisons.
+        seeds_overlap: some seed of the other does at least as well as some seed of the best.
+    """
 
     other: Variant
     difference: Difference
     p: float | None
+    seeds_overlap: bool
 
 
 @dataclass(slots=True)
@@ -105,7 +111,12 @@ def compare(members: Sequence[Member]) -> Comparison:
     top = found.best[0]
     pairs = [(other, _difference(measure, top, other)) for other in found.best[1:]]
     adjusted = iter(holm([d.p for _, d in pairs if d is not None and d.p is not None]))
-    found.against = [Against(other, d, None if d.p is None else next(adjusted)) for other, d in pairs if d is not None]
+    worst = min(measure.values(top))
+    found.against = [
+        Against(other, d, None if d.p is None else next(adjusted), max(measure.values(other)) >= worst)
+        for other, d in pairs
+        if d is not None
+    ]
     return found
 
 
@@ -143,6 +154,8 @@ def _judged(against: Against) -> str:
         return "within noise"
     if against.p is not None and against.p > 0.05:
         return "not certain: the interval leaves out zero, the sign test over all comparisons does not"
+    if against.seeds_overlap:
+        return "more than noise of the items, but single seeds of the two overlap"
     return "more than noise"
 
 
@@ -346,7 +359,8 @@ def differences(found: Comparison) -> Table | None:
         rows,
         "Paired: the bootstrap over the items that both were asked, seeds averaged by item first; p is the exact sign "
         "test's (McNemar's with one seed), adjusted after Holm for as many comparisons as there are rows. Not paired: "
-        "Newcombe's interval of two shares.",
+        "Newcombe's interval of two shares. Both say what other items would change; what other seeds would, only "
+        "the spread over seeds shows.",
     )
 
 

@@ -357,3 +357,26 @@ def test_runs_without_a_preference_stage_are_listed_and_not_ranked(tmp_path):
     assert headline(found) == ["No member has a result that variants could be ranked by."]
     write_comparison([tmp_path], tmp_path)
     assert "| a | - |" in (tmp_path / "comparison.md").read_text()
+
+
+def test_what_seeds_do_is_said_beside_what_items_do(tmp_path):
+    """Far apart in the mean, which is certain over items, whether or not the seeds overlap."""
+    for name, counts, said in (
+        ("apart", (20, 30), "more than noise."),
+        ("across", (10, 100), "single seeds of the two"),
+    ):
+        folders = [make_run(tmp_path / name / f"a{i}", right=right(c, 100), seed=i) for i, c in enumerate((90, 100))]
+        folders += [
+            make_run(tmp_path / name / f"b{i}", settings={"beta": 0.5}, right=right(c, 100), seed=i)
+            for i, c in enumerate(counts)
+        ]
+        assert said in headline(compared(*folders))[1]
+
+
+def test_without_the_offline_metric_it_is_the_mean_of_both_sides(tmp_path):
+    a = make_run(tmp_path / "a")
+    metrics = {"eval/nats/chosen": -1.0, "eval/nats/rejected": -4.0}
+    change_json(a / "summary.json", stages={"preference": {"loss": "dpo", "metrics": metrics}})
+    member = read_member(a, "a")
+    assert kl([member]) is KLS[1]
+    assert KLS[1].value(member) == -2.5
