@@ -111,6 +111,12 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         entry = get(evaluation, "win_rate", f"final_vs_{model}")
         return _win_rate(entry) if entry else NONE
 
+    def sampled_kl(model: str) -> str:
+        mean, error = (get(evaluation, "kl/sampled", key) if model == "final" else None for key in ("mean", "se"))
+        if not (is_number(mean) and is_number(error)):
+            return shown(mean)
+        return f"{shown(mean)} ({shown(mean - 1.959964 * error)} to {shown(mean + 1.959964 * error)})"
+
     measures: list[tuple[str, Callable[[str], str]]] = [
         ("win rate of the final model against it, wins / ties / losses", against),
         ("judge score", answers("judge_score", shown)),
@@ -122,6 +128,7 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         ("reward margin, the loss's units", pair_metric("rewards/margins", _margin)),
         ("margin against the reference, nats", pair_metric("nats/margins", _margin)),
         ("ranking accuracy of the policy alone", pair_metric("ranking/accuracies", lambda v: _accuracy(v, pairs))),
+        ("KL to the start of the stage, nats per answer, from answers sampled of the policy", sampled_kl),
     ]
     rows = [[title, *[cell(model) for model in models]] for title, cell in measures]
     titles = [

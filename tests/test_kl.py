@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,11 @@ def test_the_command_estimates_it(project, tmp_path, overrides, n):
     found = summary["evaluation"]["kl/sampled"]
     assert found["n"] == n and found["mean"] != 0 and 0 < found["tokens"] <= 4 * n
     assert ("answers" in summary["evaluation"]) == ("samples" in summary["files"]) == (n == 2)
+    report = (tmp_path / summary["files"]["report"]).read_text()
+    [line] = re.findall(r"^\| KL to the start.*", report, re.MULTILINE)
+    mean, low, high = map(float, re.findall(r"-?\d[\d.e-]*", line))
+    half = 1.96 * found["se"]
+    assert [mean, low, high] == pytest.approx([found["mean"], found["mean"] - half, found["mean"] + half], rel=2e-3)
 
 
 @pytest.mark.parametrize(
