@@ -185,6 +185,10 @@ def headline(found: Comparison) -> list[str]:
         )
     if measure is WIN_RATE and (low_high := interval(measure, top)) and low_high[0] <= 0.5:
         said.append("Even the first cannot be told from a draw with the model that it started from.")
+    if measure is not ACCURACY and all(ACCURACY.values(variant) for variant in found.ranked):
+        ablest = max(found.ranked, key=lambda variant: ACCURACY.mean(variant) or 0.0)
+        if first != [ablest.label]:
+            said.append(f"By {ACCURACY.name} the first is {ablest.label} with {_share(ACCURACY, ablest)}.")
     if len(found.ranked) > 2:
         said.append(
             "The best setting was picked by the same items that it is reported on, which flatters it a little: check "

@@ -117,7 +117,9 @@ def test_a_win_rate_goes_before_accuracy_and_is_that_of_its_questions(tmp_path):
         items = WIN_RATE.by_item(variant)
         assert sum(items.values()) / len(items) == pytest.approx(rate)
     assert (found.against[0].difference.better, found.against[0].difference.worse) == (3, 0)
-    assert any("cannot be told from a draw with the model" in sentence for sentence in headline(found))
+    said = " ".join(headline(found))
+    assert "cannot be told from a draw with the model" in said
+    assert "By reward accuracy the first is DPO, beta 0.5 with 100.0%" in said
 
 
 @pytest.mark.parametrize(
