@@ -112,7 +112,9 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         return _win_rate(entry) if entry else NONE
 
     def sampled_kl(model: str) -> str:
-        mean, error = (get(evaluation, "kl/sampled", key) if model == "final" else None for key in ("mean", "se"))
+        if model != "final":
+            return NONE
+        mean, error = (get(evaluation, "kl/sampled", key) for key in ("mean", "se"))
         if not (is_number(mean) and is_number(error)):
             return shown(mean)
         return f"{shown(mean)} ({shown(mean - 1.959964 * error)} to {shown(mean + 1.959964 * error)})"
