@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.comparison.charts import Chart, curves, frontier, lengths, library, sensitivity
 from alignment.comparison.content import (
@@ -33,7 +33,7 @@ _FEW = 3
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=select_autoescape(enabled_extensions=("j2",), default=True),
+    autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

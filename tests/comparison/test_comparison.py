@@ -188,6 +188,12 @@ def test_charts_hold_the_values(sweep):
     assert lines["DPO"] == ([0.1, 0.5], [pytest.approx(0.85), pytest.approx(0.55)])
     assert lines["SIMPO"] == ([2.0, 8.0], [pytest.approx(0.7), pytest.approx(0.55)])
     assert lengths(found) is None, "nothing was answered"
+    assert chart.figure["layout"]["xaxis"]["type"] == "log", "values that lie many times apart"
+    bars = chart.figure["data"][0]["error_y"]  # Wilson at 0.85, n = 20: 0.6396 to 0.9476
+    assert (bars["arrayminus"][0], bars["array"][0]) == (
+        pytest.approx(0.85 - 0.6396, abs=5e-5),
+        pytest.approx(0.9476 - 0.85, abs=5e-5),
+    )
 
 
 def luminance(colour):
@@ -285,6 +291,10 @@ def test_texts_are_escaped_in_the_page(tmp_path):
     assert "<script>alert" not in page
     assert "<img" not in page
     assert "<img" not in (tmp_path / "comparison.md").read_text()
+    figures = page.split('id="figures">')[1].split("</script>")[0]
+    assert "alert(1)" in figures and "<" not in figures
+    names = [trace["name"] for chart in curves(compared(*run_folders([tmp_path]))) for trace in chart.figure["data"]]
+    assert names and not any("<" in name for name in names), "Plotly reads tags in its texts"
 
 
 def test_settings_of_any_kind_tell_variants_apart(tmp_path):
@@ -382,3 +392,9 @@ def test_without_the_offline_metric_it_is_the_mean_of_both_sides(tmp_path):
     member = read_member(a, "a")
     assert kl([member]) is KLS[1]
     assert KLS[1].value(member) == -2.5
+
+
+def test_members_of_a_sweep_are_in_the_order_of_their_numbers(tmp_path):
+    for name in ("10-a", "2-a", "last"):
+        make_run(tmp_path / name)
+    assert [folder.name for folder in run_folders([tmp_path])] == ["2-a", "10-a", "last"]
