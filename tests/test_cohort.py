@@ -17,6 +17,7 @@ from alignment.cohort import Cohort, JointModel, join, share
 from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import FlatLayout, SharedLayout
+from alignment.lean import base as lean_base
 from alignment.lean import make_lean
 from alignment.logps import enable_scoring, score_tokens
 from alignment.losses import Quantity
@@ -80,8 +81,10 @@ def micro_batches(layout, number, seed):
         ("gpt_neox", "shared", 0),
     ],
 )
-def test_a_joint_pass_is_every_member_s_own(layout, kind, every):
+def test_a_joint_pass_is_every_member_s_own(layout, kind, every, monkeypatch):
     """Values and gradients, against peft's own layers on flat and shared rows, with other tokens for each member."""
+    monkeypatch.setattr(lean_base, "_MIN_BLOCK_ROWS", 16)  # blocks in which rows of two members meet
+    monkeypatch.setattr(lean_base, "_BLOCK_VALUES", 1)
     base = frozen_base(kind=kind)
     policies = [policy_on(base, **sizes) for sizes in SIZES]
     for policy in policies:
