@@ -59,14 +59,27 @@ class Sweep:
 
 
 @hydra.main(config_path=str(asset_dir("conf")), config_name="config", version_base=VERSION_BASE)
-def _job(cfg: DictConfig) -> None:
-    """One run, as Hydra starts it: in the current process, or in one of a launcher's."""
+def _job(cfg: DictConfig) -> float | None:
+    """One run, as Hydra starts it: in the current process, or in one of a launcher's.
+
+    Returns:
+        What an optimising sweeper makes large: of the held-out pairs the share that the policy ranks right against its
+        reference, a number that can be compared over losses and their settings. None where there is none.
+    """
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode is RunMode.MULTIRUN:
         _member(cfg, hydra_config.runtime.choices, run_dir)
-    else:
-        _single(cfg, hydra_config.runtime.choices, run_dir)
+        return _accuracy(run_dir / "summary.json")
+    _single(cfg, hydra_config.runtime.choices, run_dir)
+    return None
+
+
+def _accuracy(summary: Path) -> float | None:
+    if not summary.exists():
+        return None
+    stages = json.loads(summary.read_bytes())["stages"]
+    return stages.get("preference", {}).get("metrics", {}).get("eval/rewards/accuracies")
 
 
 def _single(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
@@ -308,7 +321,7 @@ def _checked_sweep(overrides: list[str], typed: list[str]) -> Sweep:
     HydraConfig.instance().set_config(nodes[0])
     folder = Path(nodes[0].hydra.sweep.dir)
     folders = [folder / node.hydra.sweep.subdir for node in nodes] if members else []
-    if not members and (folder / "multirun.yaml").exists():
+    if not members and any(folder.glob("*/config.yaml")):
         raise UserError(f"{folder} holds a sweep already, and one over ranges cannot go on: choose another folder.")
     for member, node, run_dir in zip(members, nodes, folders, strict=False):
         with open_dict(node):

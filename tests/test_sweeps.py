@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from alignment import stage_store
-from alignment.compose import load, register, sweep_members
+from alignment.compose import asset_dir, load, register, sweep_members
 from alignment.errors import UserError
-from alignment.run import _checked_arguments
+from alignment.run import _accuracy, _checked_arguments
 from tests.commands import command, write_project
 from tests.test_resume import assert_same, contents, metric_rows
 
@@ -111,6 +112,18 @@ def test_what_is_refused_before_a_sweep(arguments, said, project, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_what_an_agent_of_wandb_runs_composes():
+    """Its parameters are settings of the run, and both ends of their ranges are accepted."""
+    search = yaml.safe_load((asset_dir("conf") / "wandb_sweep.yaml").read_text())
+    _, _, _, program, *settings, arguments = search["command"]
+    assert (program, search["program"], arguments) == ("${program}", "alignment.run", "${args_no_hyphens}")
+    for end in ("min", "max"):
+        config = load(*settings, *(f"{key}={value[end]}" for key, value in search["parameters"].items()))
+        assert config.loss.beta == search["parameters"]["loss.beta"][end]
+        assert config.optim.lr == search["parameters"]["optim.lr"][end]
+        assert config.tracking.mode == "online"
+
+
 # The runs
 
 
@@ -143,6 +156,9 @@ def uninterrupted(project, tmp_path_factory) -> Path:
     assert ended.code == 0, ended.err
     assert ended.out.count("SFT was done before") == 2
     assert (cwd / "sweep" / "comparison.html").exists()
+    summary = json.loads((cwd / "sweep" / "0-tiny" / "summary.json").read_text())
+    wanted = summary["stages"]["preference"]["metrics"]["eval/rewards/accuracies"]
+    assert _accuracy(cwd / "sweep" / "0-tiny" / "summary.json") == wanted
     return cwd / "sweep"
 
 
