@@ -21,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -66,6 +67,9 @@ def register(config_dir: Path | None = None) -> None:
     Raises:
         UserError: a file that cannot be read, or one whose name a shipped file has already.
     """
+    # A sweeper of our own would have to live in the namespace hydra_plugins, a second top-level package.
+    grid: Any = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"]
+    grid.split_arguments = staticmethod(_split_arguments)
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=schema.RunConfig, package="_global_")
     for name, part in _SCHEMAS.items():
@@ -478,3 +482,9 @@ def _combinations(parsed: Sequence[Override]) -> Iterator[list[str]]:
 def as_plain(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain containers, enums by name."""
     return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[return-value]
+
+
+def _split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
+    """What Hydra's grid sweeper launches: all members as one batch, since launchers have limits of their own."""
+    del max_batch_size
+    return [sweep_members([override.input_line or "" for override in overrides])]

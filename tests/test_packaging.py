@@ -37,7 +37,7 @@ def test_the_wheel_holds_code_configuration_recipes_and_data(wheel):
     """Every file under the package, `conf` and `recipes`, byte by byte, and no file of anything else."""
     expected = {}
     assets = "alignment/_assets/"
-    for folder, prefix in (("alignment", ""), ("hydra_plugins", ""), ("conf", assets), ("recipes", assets)):
+    for folder, prefix in (("alignment", ""), ("conf", assets), ("recipes", assets)):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 expected[f"{prefix}{path.relative_to(ROOT).as_posix()}"] = path
