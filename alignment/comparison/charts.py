@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from alignment.comparison.content import Comparison, interval
-from alignment.comparison.members import KLS, Measure, Variant, kl, kl_error
+from alignment.comparison.members import KLS, Measure, Member, Variant, kl, kl_error
 from alignment.run_folder import is_number, series, shown
 
 COLOURS = ("#3b82d6", "#d2622a", "#2f9e6e", "#b35fc4", "#a8820f", "#d6457f", "#4f93a6", "#8577d8")
@@ -79,13 +79,26 @@ def _safe(text: str) -> str:
     return html.escape(text, quote=False)
 
 
+def _line(found: Comparison, variant: Variant, member: Member, first: bool, size: int, hover: str) -> dict[str, Any]:
+    """How a member's line looks and what it says where it is pointed at; the first of a variant has the legend."""
+    colour, number = _style(found, variant)
+    return {
+        "mode": "lines+markers",
+        "name": _safe(variant.label),
+        "legendgroup": _safe(variant.label),
+        "showlegend": first,
+        "line": {"color": colour, "dash": _DASHES[number % len(_DASHES)], "width": 2},
+        "marker": {"size": size, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
+        "hovertemplate": f"<b>{_safe(variant.label)}</b>, seed {_safe(shown(member.seed))}{hover}<extra></extra>",
+    }
+
+
 def curves(found: Comparison) -> list[Chart]:
     """A chart per metric with a line per member, held-out values where there are several, else those of training."""
     drawn = []
     for title, axis, metric in CURVES:
         figure, splits = go.Figure(), set()
         for variant in found.variants:
-            colour, number = _style(found, variant)
             first = True
             for member in variant.members:
                 held_out = series(member.run.metrics, "preference", "eval", metric)
@@ -94,18 +107,8 @@ def curves(found: Comparison) -> list[Chart]:
                 if not steps:
                     continue
                 splits.add(split)
-                figure.add_scatter(
-                    x=steps,
-                    y=values,
-                    mode="lines+markers",
-                    name=_safe(variant.label),
-                    legendgroup=_safe(variant.label),
-                    showlegend=first,
-                    line={"color": colour, "dash": _DASHES[number % len(_DASHES)], "width": 2},
-                    marker={"size": 5, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
-                    hovertemplate=f"<b>{_safe(variant.label)}</b>, seed {_safe(shown(member.seed))}, {split}<br>"
-                    "step %{x}: %{y:.4g}<extra></extra>",
-                )
+                look = _line(found, variant, member, first, 5, f", {split}<br>step %{{x}}: %{{y:.4g}}")
+                figure.add_scatter(x=steps, y=values, **look)
                 first = False
         if splits:
             note = f"Over {' and '.join(sorted(splits))} pairs. A line is a member; seeds of a variant look alike."
@@ -119,7 +122,6 @@ def lengths(found: Comparison) -> Chart | None:
     figure = go.Figure()
     moments = {"start": "before training", "sft": "after SFT", "final": "final"}
     for variant in found.variants:
-        colour, number = _style(found, variant)
         first = True
         for member in variant.members:
             answers = member.run.summary.get("evaluation") or {}
@@ -133,18 +135,8 @@ def lengths(found: Comparison) -> Chart | None:
             }
             if not values:
                 continue
-            figure.add_scatter(
-                x=list(values),
-                y=list(values.values()),
-                mode="lines+markers",
-                name=_safe(variant.label),
-                legendgroup=_safe(variant.label),
-                showlegend=first,
-                line={"color": colour, "dash": _DASHES[number % len(_DASHES)], "width": 2},
-                marker={"size": 7, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
-                hovertemplate=f"<b>{_safe(variant.label)}</b>, seed {_safe(shown(member.seed))}<br>"
-                "%{x}: %{y:.4g} words<extra></extra>",
-            )
+            look = _line(found, variant, member, first, 7, "<br>%{x}: %{y:.4g} words")
+            figure.add_scatter(x=list(values), y=list(values.values()), **look)
             first = False
     if not figure.data:
         return None
