@@ -6,9 +6,8 @@ import json
 import logging
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,19 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from alignment.allocator import keep_freed_memory
-from alignment.config import DataConfig, ReferenceMode, RunConfig, SFTConfig
-from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, require_scores, write_rejected
-from alignment.data.sources import LoadedData, load_rows
-from alignment.data.tokens import tokenize_groups, tokenize_sft
+from alignment.config import ReferenceMode, RunConfig, SFTConfig
+from alignment.data.rows import BadRow, write_rejected
 from alignment.density import with_density_weights
 from alignment.errors import UserError
 from alignment.evaluation import HeldOutAnswers, spread_prompts
 from alignment.export import export_merged
 from alignment.gate import check_start
-from alignment.groups import Group
 from alignment.kl import sampled_kl
 from alignment.layout import BatchLayout
-from alignment.lists import are_lists, as_pairs
 from alignment.logps import largest_group
 from alignment.losses import Quantity
 from alignment.memory import Plan
-from alignment.objective import as_rows, groups_to_reference
+from alignment.objective import groups_to_reference
 from alignment.planning import memory_result, plan_stage
 from alignment.policy import (
     FrozenStart,
@@ -67,6 +62,7 @@ from alignment.report import print_summary, write_report
 from alignment.schedule import FollowPolicy, Schedule
 from alignment.sft import run_sft
 from alignment.shared import choose_layout
+from alignment.stage_data import PreferenceData, SFTData, load_conversations, load_preferences
 from alignment.stage_store import STAGES_FOLDER, StageStore, stage_key
 from alignment.tracking import Tracker, open_tracker
 from alignment.training import (
@@ -79,109 +75,6 @@ from alignment.training import (
 )
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class PreferenceData:
-    """Tokenised preference data of a run."""
-
-    train: list[Group]
-    eval: list[Group]
-    eval_rows: list[Row]
-    info: dict[str, Any]
-
-
-@dataclass(slots=True)
-class SFTData:
-    """Tokenised conversations of a run."""
-
-    train: list[dict[str, list[int]]]
-    eval: list[dict[str, list[int]]]
-    info: dict[str, Any]
-
-
-def _data_info(loaded: LoadedData, drops: Sequence[BadRow], counts: dict[str, int]) -> dict[str, Any]:
-    return {
-        "source": loaded.description,
-        "layout": loaded.layout,
-        "fingerprint": loaded.fingerprint,
-        "bad_rows": count_reasons(loaded.bad),
-        "dropped": count_reasons(drops),
-        "tokens": {name: count for name, count in counts.items() if count},
-    }
-
-
-def _sum_counts(*parts: dict[str, int]) -> dict[str, int]:
-    return dict(sum((Counter(part) for part in parts), Counter()))
-
-
-def _log_data(title: str, info: dict[str, Any]) -> None:
-    log.info("%s: %s.", title, info["source"])
-    for name in ("bad_rows", "dropped", "tokens"):
-        if info[name]:
-            log.info("  %s: %s", name.replace("_", " "), ", ".join(f"{k} {v}" for k, v in info[name].items()))
-
-
-def load_preferences(config: DataConfig, tokenizer: Any, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
-    """Read, check and tokenise the preference data.
-
-    A loss of rows gets pairs as two labelled rows each; a loss of pairs or rows gets ranked lists as pairs, and a loss
-    of lists pairs as lists of two.
-
-    Raises:
-        UserError: data that cannot be used, or nothing left to train on.
-    """
-    loaded = load_rows(config, kind="preference")
-    needs = loss.requirements()
-    if needs.unit != "row":
-        require_pairs([*loaded.train, *loaded.eval], loss.name)
-    if needs.scores:
-        require_scores([*loaded.train, *loaded.eval], loss.name)
-    train = tokenize_groups(loaded.train, tokenizer, config)
-    held_out = tokenize_groups(loaded.eval, tokenizer, config)
-    drops = [*train.drops, *held_out.drops]
-    info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
-    _log_data("Preferences", info)
-    parts = {"training": train.groups, "held-out": held_out.groups}
-    if needs.unit != "list":
-        for part, groups in parts.items():
-            if are_lists(groups):
-                parts[part] = as_pairs(groups, config.list_pairs)
-                log.info("  %s: %d pairs of %d lists", part, len(parts[part]), len(groups))
-                if not parts[part]:
-                    raise UserError(f"{config.source}: no {part} list has two completions with different scores.")
-    rows = {row.source: row for row in held_out.rows}
-    eval_groups = parts["held-out"]
-    eval_rows = [rows[group.source] for group in eval_groups]
-    if needs.unit == "row":
-        parts = {part: as_rows(groups) for part, groups in parts.items()}
-    for part, items in parts.items():
-        if 0 < len(items) < needs.min_items:
-            raise UserError(
-                f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} {needs.unit}s, and "
-                f"{config.source} has {len(items)}."
-            )
-    for group in (*parts["training"], *eval_groups):
-        if (problem := loss.problem(len(group.completions), group.scores)) is not None:
-            raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
-    info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
-    return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
-
-
-def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, list[BadRow]]:
-    """Read, check and tokenise the SFT data.
-
-    Raises:
-        UserError: data that cannot be used, or nothing left to train on.
-    """
-    loaded = load_rows(config, kind="sft")
-    train = tokenize_sft(loaded.train, tokenizer, config)
-    held_out = tokenize_sft(loaded.eval, tokenizer, config)
-    drops = [*train.drops, *held_out.drops]
-    info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
-    _log_data("SFT data", info)
-    info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
-    return SFTData(train.sequences, held_out.sequences, info), [*loaded.bad, *drops]
 
 
 def _moment(name: str, rows: Sequence[dict[str, Any]]) -> bytes:

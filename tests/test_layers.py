@@ -17,7 +17,7 @@ LAYERS = [
     {"comparison.charts"},
     {"comparison.content"},
     {"comparison.members", "comparison.statistics"},
-    {"cohort", "preference", "sft", "plots", "figures", "schedule"},
+    {"cohort", "preference", "sft", "plots", "figures", "schedule", "stage_data"},
     {"objective"},
     {"stage_store", "training", "reference", "metrics", "steps", "tracking", "generate", "planning", "run_folder"},
     {"memory"},

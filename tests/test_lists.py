@@ -16,7 +16,7 @@ from alignment.lists import are_lists, as_pairs
 from alignment.losses import LossInputs, LossOutput
 from alignment.metrics import preference_metrics
 from alignment.ragged import RaggedLogps
-from alignment.stages import load_preferences
+from alignment.stage_data import load_preferences
 
 
 def ids(*numbers):

@@ -12,7 +12,7 @@ from alignment.layout import FlatLayout
 from alignment.losses import LOSSES
 from alignment.objective import as_rows, companion_groups, groups_to_reference
 from alignment.preference import PreferenceTrainer
-from alignment.stages import load_preferences
+from alignment.stage_data import load_preferences
 from alignment.steps import StepSampler
 from tests.conftest import random_groups, tiny_policy
 

@@ -1,0 +1,123 @@
+"""The data of a run: rows read from their source, checked for the stage that they are for, and tokenised."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.config import DataConfig
+from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, require_scores
+from alignment.data.sources import LoadedData, load_rows
+from alignment.data.tokens import tokenize_groups, tokenize_sft
+from alignment.errors import UserError
+from alignment.groups import Group
+from alignment.lists import are_lists, as_pairs
+from alignment.objective import as_rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class PreferenceData:
+    """Tokenised preference data of a run."""
+
+    train: list[Group]
+    eval: list[Group]
+    eval_rows: list[Row]
+    info: dict[str, Any]
+
+
+@dataclass(slots=True)
+class SFTData:
+    """Tokenised conversations of a run."""
+
+    train: list[dict[str, list[int]]]
+    eval: list[dict[str, list[int]]]
+    info: dict[str, Any]
+
+
+def _data_info(loaded: LoadedData, drops: Sequence[BadRow], counts: dict[str, int]) -> dict[str, Any]:
+    return {
+        "source": loaded.description,
+        "layout": loaded.layout,
+        "fingerprint": loaded.fingerprint,
+        "bad_rows": count_reasons(loaded.bad),
+        "dropped": count_reasons(drops),
+        "tokens": {name: count for name, count in counts.items() if count},
+    }
+
+
+def _sum_counts(*parts: dict[str, int]) -> dict[str, int]:
+    return dict(sum((Counter(part) for part in parts), Counter()))
+
+
+def _log_data(title: str, info: dict[str, Any]) -> None:
+    log.info("%s: %s.", title, info["source"])
+    for name in ("bad_rows", "dropped", "tokens"):
+        if info[name]:
+            log.info("  %s: %s", name.replace("_", " "), ", ".join(f"{k} {v}" for k, v in info[name].items()))
+
+
+def load_preferences(config: DataConfig, tokenizer: Any, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
+    """Read, check and tokenise the preference data.
+
+    A loss of rows gets pairs as two labelled rows each; a loss of pairs or rows gets ranked lists as pairs, and a loss
+    of lists pairs as lists of two.
+
+    Raises:
+        UserError: data that cannot be used, or nothing left to train on.
+    """
+    loaded = load_rows(config, kind="preference")
+    needs = loss.requirements()
+    if needs.unit != "row":
+        require_pairs([*loaded.train, *loaded.eval], loss.name)
+    if needs.scores:
+        require_scores([*loaded.train, *loaded.eval], loss.name)
+    train = tokenize_groups(loaded.train, tokenizer, config)
+    held_out = tokenize_groups(loaded.eval, tokenizer, config)
+    drops = [*train.drops, *held_out.drops]
+    info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
+    _log_data("Preferences", info)
+    parts = {"training": train.groups, "held-out": held_out.groups}
+    if needs.unit != "list":
+        for part, groups in parts.items():
+            if are_lists(groups):
+                parts[part] = as_pairs(groups, config.list_pairs)
+                log.info("  %s: %d pairs of %d lists", part, len(parts[part]), len(groups))
+                if not parts[part]:
+                    raise UserError(f"{config.source}: no {part} list has two completions with different scores.")
+    rows = {row.source: row for row in held_out.rows}
+    eval_groups = parts["held-out"]
+    eval_rows = [rows[group.source] for group in eval_groups]
+    if needs.unit == "row":
+        parts = {part: as_rows(groups) for part, groups in parts.items()}
+    for part, items in parts.items():
+        if 0 < len(items) < needs.min_items:
+            raise UserError(
+                f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} {needs.unit}s, and "
+                f"{config.source} has {len(items)}."
+            )
+    for group in (*parts["training"], *eval_groups):
+        if (problem := loss.problem(len(group.completions), group.scores)) is not None:
+            raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
+    info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
+    return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
+
+
+def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, list[BadRow]]:
+    """Read, check and tokenise the SFT data.
+
+    Raises:
+        UserError: data that cannot be used, or nothing left to train on.
+    """
+    loaded = load_rows(config, kind="sft")
+    train = tokenize_sft(loaded.train, tokenizer, config)
+    held_out = tokenize_sft(loaded.eval, tokenizer, config)
+    drops = [*train.drops, *held_out.drops]
+    info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
+    _log_data("SFT data", info)
+    info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
+    return SFTData(train.sequences, held_out.sequences, info), [*loaded.bad, *drops]
