@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.comparison.content import compare, to_csv
 from alignment.comparison.members import is_run, names, read_member, run_folders
 from alignment.comparison.page import to_html, to_markdown
+from alignment.comparison.ranking import compare
+from alignment.comparison.tables import to_csv
 from alignment.records import atomic_write_text
 
 __all__ = ["is_run", "write_comparison"]

@@ -11,8 +11,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from alignment.comparison.content import Comparison, interval
-from alignment.comparison.members import KLS, Measure, Member, Variant, kl, kl_error
+from alignment.comparison.measures import KLS, Measure, kl, kl_error
+from alignment.comparison.members import Member, Variant
+from alignment.comparison.ranking import Comparison, interval
 from alignment.run_folder import is_number, series, shown
 
 COLOURS = ("#3b82d6", "#d2622a", "#2f9e6e", "#b35fc4", "#a8820f", "#d6457f", "#4f93a6", "#8577d8")

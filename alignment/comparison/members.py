@@ -1,11 +1,11 @@
-"""The runs that are compared, what differs between them, and what was measured of each."""
+"""The runs that are compared, and what differs between them."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,11 @@ from alignment.errors import UserError
 from alignment.run_folder import (
     RUN_FILES,
     Run,
-    change,
-    eval_pairs,
     get,
     is_number,
     loss_name,
     read_rows,
     read_run,
-    section,
     shown,
 )
 
@@ -76,7 +73,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _numbered(rows: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+def numbered(rows: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
     """Rows by a key; the second of a key is another item than the first."""
     seen: Counter[str] = Counter()
     found = {}
@@ -96,7 +93,7 @@ def _read_pairs(run: Run) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         run.problems.append(f"held_out.jsonl cannot be read: {' '.join(str(error).split())}.")
         return {}
-    return _numbered(rows, "key")
+    return numbered(rows, "key")
 
 
 def read_member(folder: Path, name: str) -> Member:
@@ -217,187 +214,3 @@ def variants(members: Sequence[Member]) -> list[Variant]:
         return (order.index(variant.loss), *((0, v, "") if is_number(v) else (1, 0, str(v)) for v in values))
 
     return sorted(found.values(), key=place)
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """Something that was measured of every member after training.
-
-    Attributes:
-        axis: what it is, with its unit, for tables and axes.
-        value: of a member; None where it is not known.
-        share: it is a share of items, of which `count` says how many, so that it has an interval.
-        items: the same by item, of which it is the mean; empty where those are not known.
-    """
-
-    name: str
-    axis: str
-    value: Callable[[Member], float | None]
-    share: bool = False
-    count: Callable[[Member], int] = lambda member: 0
-    items: Callable[[Member], Mapping[str, float]] = lambda member: {}
-
-    def mean(self, variant: Variant) -> float | None:
-        """Over the members that have it."""
-        values = self.values(variant)
-        return sum(values) / len(values) if values else None
-
-    def values(self, variant: Variant) -> list[float]:
-        """Of the members that have it."""
-        return [value for member in variant.members if (value := self.value(member)) is not None]
-
-    def by_item(self, variant: Variant) -> dict[str, float]:
-        """Means over the members of the items that all of them have."""
-        each = [self.items(member) for member in variant.members if self.value(member) is not None]
-        shared = set.intersection(*(set(items) for items in each)) if each else set()
-        return {item: sum(items[item] for items in each) / len(each) for item in shared}
-
-    def num_items(self, variant: Variant) -> int:
-        """The least of the members': another seed asks the same items once more, which gives no new ones."""
-        return min((self.count(member) for member in variant.members if self.value(member) is not None), default=0)
-
-
-def _number_of(value: Any) -> float | None:
-    return float(value) if is_number(value) else None
-
-
-def evaluated(name: str) -> Callable[[Member], float | None]:
-    """A metric of the last evaluation on the held-out preference data."""
-    return lambda member: _number_of(get(member.run.summary, "stages", "preference", "metrics", f"eval/{name}"))
-
-
-def _pair_items(name: str) -> Callable[[Member], dict[str, float]]:
-    return lambda member: {key: float(row[name]) for key, row in member.pairs.items() if is_number(row.get(name))}
-
-
-def _answers(key: str) -> Callable[[Member], float | None]:
-    return lambda member: _number_of(get(member.run.summary, "evaluation", "answers", "final", key))
-
-
-def _num_answers(member: Member) -> int:
-    count = get(member.run.summary, "evaluation", "answers", "final", "n")
-    return count if isinstance(count, int) else 0
-
-
-def _num_pairs(member: Member) -> int:
-    return eval_pairs(member.run.summary)
-
-
-def baseline(member: Member) -> str:
-    """The model that a preference stage started from, under its name in the evaluation."""
-    return "sft" if section(member.run.summary, "stages", "sft") else "start"
-
-
-def _win_rate(member: Member) -> float | None:
-    return _number_of(get(member.run.summary, "evaluation", "win_rate", f"final_vs_{baseline(member)}", "rate"))
-
-
-def _wins(member: Member) -> dict[str, float]:
-    """1, one half or 0 by prompt, as the judge's scores say."""
-    found = {}
-    for prompt, sample in _numbered(member.run.samples, "prompt").items():
-        final, other = (get(sample, "verdicts", name, "score") for name in ("final", baseline(member)))
-        if is_number(final) and is_number(other):
-            found[prompt] = 0.5 + ((final > other) - (final < other)) / 2
-    return found
-
-
-def _correct(member: Member) -> dict[str, float]:
-    samples = _numbered(member.run.samples, "prompt").items()
-    return {
-        prompt: float(right)
-        for prompt, sample in samples
-        if isinstance(right := get(sample, "verdicts", "final", "correct"), bool)
-    }
-
-
-def chosen_drift(member: Member) -> float | None:
-    """By how much the log-prob of held-out chosen completions changed."""
-    found = change(member.run, "logps/chosen")
-    return found[1] - found[0] if found else None
-
-
-WIN_RATE = Measure(
-    "win rate", "win rate against the model before the preference stage", _win_rate, True, _num_answers, _wins
-)
-CORRECT = Measure("correct answers", "share of correct answers", _answers("correct"), True, _num_answers, _correct)
-ACCURACY = Measure(
-    "reward accuracy",
-    "share of held-out pairs with the higher log-ratio on the chosen completion",
-    evaluated("nats/accuracies"),
-    True,
-    _num_pairs,
-    _pair_items("nats/accuracies"),
-)
-OWN_ACCURACY = Measure(
-    "accuracy of the loss's own reward",
-    "share of held-out pairs with the higher reward of the loss on the chosen completion",
-    evaluated("rewards/accuracies"),
-    True,
-    _num_pairs,
-    _pair_items("rewards/accuracies"),
-)
-RANKING = Measure(
-    "ranking accuracy",
-    "share of held-out pairs with the higher log-prob on the chosen completion",
-    evaluated("ranking/accuracies"),
-    True,
-    _num_pairs,
-    _pair_items("ranking/accuracies"),
-)
-RANKING_PER_TOKEN = Measure(
-    "ranking accuracy per token",
-    "share of held-out pairs with the higher log-prob per token on the chosen completion",
-    evaluated("ranking/accuracies_per_token"),
-    True,
-    _num_pairs,
-    _pair_items("ranking/accuracies_per_token"),
-)
-MARGIN = Measure("margin, nats", "margin against the reference, nats", evaluated("nats/margins"))
-DRIFT = Measure("drift of chosen, nats", "change of the chosen completions' log-prob, nats", chosen_drift)
-WORDS = Measure("answer length, words", "mean length of answers, words", _answers("words"))
-
-CRITERIA = (WIN_RATE, CORRECT, ACCURACY, OWN_ACCURACY, RANKING)
-"""What variants may be ranked by: the first that every one of them has."""
-
-
-def criterion(found: Sequence[Variant]) -> Measure | None:
-    """What to rank by; where none is known of all variants, the one that most have."""
-    if not found:
-        return None
-    best = max(CRITERIA, key=lambda measure: sum(bool(measure.values(variant)) for variant in found))
-    return best if any(best.values(variant) for variant in found) else None
-
-
-def _sampled_kl(member: Member) -> float | None:
-    return _number_of(get(member.run.summary, "evaluation", "kl/sampled", "mean"))
-
-
-def _offline_nats(member: Member) -> float | None:
-    """The mean log-ratio of held-out completions; of runs without that metric, of as many chosen as rejected ones."""
-    chosen, rejected = (evaluated(f"nats/{side}")(member) for side in ("chosen", "rejected"))
-    mean = (chosen + rejected) / 2 if chosen is not None and rejected is not None else None
-    return found if (found := evaluated("kl/offline")(member)) is not None else mean
-
-
-KLS = (
-    Measure(
-        "sampled KL, nats", "KL to the reference, nats per answer, from answers sampled of the policy", _sampled_kl
-    ),
-    Measure(
-        "offline log-ratio, nats",
-        "mean log-ratio to the reference on held-out completions, nats (a biased stand-in for the KL)",
-        _offline_nats,
-    ),
-)
-
-
-def kl_error(member: Member) -> float:
-    """The standard error of the KL from samples; 0 where it is not known."""
-    return _number_of(get(member.run.summary, "evaluation", "kl/sampled", "se")) or 0.0
-
-
-def kl(members: Sequence[Member]) -> Measure | None:
-    """How far policies are from their reference, by the best estimate that all have which have any."""
-    asked = [member for member in members if any(measure.value(member) is not None for measure in KLS)]
-    return next((measure for measure in KLS if asked and all(measure.value(m) is not None for m in asked)), None)

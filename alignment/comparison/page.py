@@ -11,20 +11,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from alignment.comparison.answers import questions
 from alignment.comparison.charts import Chart, curves, frontier, lengths, library, sensitivity
-from alignment.comparison.content import (
-    Comparison,
-    Table,
-    best_of_each,
-    cautions,
-    differences,
-    headline,
-    member_table,
-    not_available,
-    questions,
-    results,
-    what_ran,
-)
+from alignment.comparison.ranking import Comparison
+from alignment.comparison.sentences import cautions, headline, not_available
+from alignment.comparison.tables import Table, best_of_each, differences, member_table, results, what_ran
 from alignment.records import escape_markdown
 from alignment.run_folder import markdown_table
 

@@ -8,9 +8,13 @@ import pytest
 
 from alignment import report
 from alignment.comparison import write_comparison
+from alignment.comparison.answers import questions
 from alignment.comparison.charts import COLOURS, curves, frontier, lengths, sensitivity
-from alignment.comparison.content import best_of_each, cautions, compare, headline, questions, results, what_ran
-from alignment.comparison.members import KLS, WIN_RATE, kl, read_member, run_folders, variants
+from alignment.comparison.measures import KLS, WIN_RATE, kl
+from alignment.comparison.members import read_member, run_folders, variants
+from alignment.comparison.ranking import compare
+from alignment.comparison.sentences import cautions, headline
+from alignment.comparison.tables import best_of_each, results, what_ran
 from alignment.errors import UserError
 from tests.comparison.folders import change_json, make_run
 

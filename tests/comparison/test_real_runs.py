@@ -7,8 +7,9 @@ from html import escape
 import pytest
 
 from alignment.comparison import write_comparison
-from alignment.comparison.content import compare
-from alignment.comparison.members import ACCURACY, WIN_RATE, kl, read_member, run_folders
+from alignment.comparison.measures import ACCURACY, WIN_RATE, kl
+from alignment.comparison.members import read_member, run_folders
+from alignment.comparison.ranking import compare
 from tests.commands import command, write_project
 
 
