@@ -6,14 +6,13 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
@@ -51,7 +50,6 @@ from alignment.records import (
     atomic_write_bytes,
     git_commit,
     machine,
-    read_metrics,
     to_json,
     to_json_lines,
     versions,
@@ -61,9 +59,10 @@ from alignment.reference_store import ReferenceStore, cache_dir
 from alignment.report import print_summary, write_report
 from alignment.schedule import FollowPolicy, Schedule
 from alignment.sft import run_sft
+from alignment.sft_result import keep_sft, sft_key, take_sft
 from alignment.shared import choose_layout
 from alignment.stage_data import PreferenceData, SFTData, load_conversations, load_preferences
-from alignment.stage_store import STAGES_FOLDER, StageStore, stage_key
+from alignment.stage_store import STAGES_FOLDER, StageStore
 from alignment.tracking import Tracker, open_tracker
 from alignment.training import (
     check_names,
@@ -232,25 +231,20 @@ class Run:
         checkpoints = folder / "checkpoints"
         checkpoint, step = last_checkpoint(checkpoints)
         self.record.rewind(stage, step if checkpoint else -1)
-
-        def log_metrics(step: int, split: str, metrics: Any) -> None:
-            self.record.log(stage, step, split, metrics)
-            tracker.log(stage, step, split, metrics)
-
         set_seed(self.config.sft.seed if stage == "sft" and self.config.sft is not None else self.config.seed)
         started = time.monotonic()
-        result = body(model, checkpoints, log_metrics)
+        result = body(model, checkpoints, partial(self._log, tracker, stage))
         seconds = time.monotonic() - started
         train_seconds = result.pop("train_seconds", seconds)
         result["seconds"] = seconds
         result["tokens_per_second"] = result.pop("num_tokens") / train_seconds if train_seconds else 0.0
         if stage == "sft":
             # A rename is the last step, so that a folder named `policy` is always whole.
-            partial = folder / "policy.partial"
-            shutil.rmtree(partial, ignore_errors=True)
+            unfinished = folder / "policy.partial"
+            shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(folder / "policy", ignore_errors=True)
-            save_policy(model, self.tokenizer, partial)
-            partial.rename(folder / "policy")
+            save_policy(model, self.tokenizer, unfinished)
+            unfinished.rename(folder / "policy")
         else:
             save_policy(model, self.tokenizer, self._policy_dir())
         atomic_write_bytes(done, to_json(result, indent=2))
@@ -260,64 +254,26 @@ class Run:
 
     def _after_sft(self, model: nn.Module, tracker: Tracker) -> nn.Module:
         """The policy after SFT: trained here, or taken over from a run that has done the very same stage before."""
-        config, data = self.config.sft, self.conversations
-        assert config is not None and data is not None
+        data = self.conversations
+        assert data is not None
         folder = self._stage_dir("sft")
         if (folder / "done.json").exists():
             self._stage("sft", model, tracker, self._sft)
             return model
-        settings = {
-            "adapter": self.config.adapter and asdict(self.config.adapter),
-            "optim": asdict(config.optim),
-            "trainer": asdict(config.trainer),
-            "seed": config.seed,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "template": self.tokenizer.chat_template,
-        }
-        key = stage_key(model, (data.train, data.eval), settings)
+        key = sft_key(model, self.config, data, self.tokenizer.chat_template, self.device)
+        log_metrics = partial(self._log, tracker, "sft")
         with self.stage_store.locked(key):
-            taken = self._take_sft(key, tracker)
+            taken = take_sft(self.stage_store, key, folder, self._load_trained, self.record, log_metrics)
             if taken is not None:
-                return taken
+                taken_model, self.summary["stages"]["sft"] = taken
+                return taken_model
             self._stage("sft", model, tracker, self._sft)
-            identity, description = policy_identity(model)
-            rows = [row for row in read_metrics(self.record.metrics_path) if row["stage"] == "sft"]
-            content = {
-                "identity": identity,
-                "description": {"stage": "sft", "model": self.config.model.name, "dtype": description["dtype"]},
-                "result": json.loads((folder / "done.json").read_bytes()),
-                "plan": json.loads((folder / "plan.json").read_bytes()),
-                "rows": [{k: v for k, v in row.items() if k not in ("stage", "time", "wall_s")} for row in rows],
-            }
-            self.stage_store.put(key, folder / "policy", content)
+            keep_sft(self.stage_store, key, folder, model, self.config.model.name, self.record)
         return model
 
-    def _take_sft(self, key: str, tracker: Tracker) -> nn.Module | None:
-        """The policy of the SFT stage that was done before, with all that the stage leaves in a run folder."""
-        folder = self._stage_dir("sft")
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder / "policy", ignore_errors=True)
-        content = self.stage_store.take(key, folder / "policy")
-        if content is None:
-            return None
-        model = self._load_trained(folder / "policy")
-        if policy_identity(model)[0] != content["identity"]:
-            log.warning("The kept result %s is not the policy that it was: SFT is done again.", key[:12])
-            self.stage_store.drop(key)
-            return None
-        log.info("SFT was done before (%s).", key[:12])
-        self.record.rewind("sft", -1)
-        for row in content["rows"]:
-            step, split = row.pop("step"), row.pop("split")
-            metrics = {name: float(value) for name, value in row.items()}
-            self.record.log("sft", step, split, metrics)
-            tracker.log("sft", step, split, metrics)
-        atomic_write_bytes(folder / "plan.json", to_json(content["plan"], indent=2))
-        result = content["result"] | {"taken_over": key}
-        atomic_write_bytes(folder / "done.json", to_json(result, indent=2))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        self.summary["stages"]["sft"] = result
-        return model
+    def _log(self, tracker: Tracker, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        self.record.log(stage, step, split, metrics)
+        tracker.log(stage, step, split, metrics)
 
     def _take_apart(self, stage: str) -> None:
         """Put what a preference stage found of the reference, and of the KL to its start, into their own places."""

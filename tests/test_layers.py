@@ -11,7 +11,7 @@ LAYERS = [
     {"run", "plan", "lab", "losses.__main__"},
     {"compose"},
     {"stages", "cache"},
-    {"evaluation", "export", "gate", "kl", "preflight", "report"},
+    {"evaluation", "export", "gate", "kl", "preflight", "report", "sft_result"},
     {"comparison"},
     {"comparison.page"},
     {"comparison.charts"},
