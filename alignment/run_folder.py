@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,14 @@ SAMPLES = 8
 """How many samples a report shows."""
 
 RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
+
+_DEEPEST = 50
+"""Levels within each other of a file: no run writes as many, and far more end the interpreter."""
+_NUMBERS = (
+    *(("stages", stage, "metrics") for stage in STAGES),
+    *(("evaluation", part) for part in ("answers", "win_rate", "kl/sampled")),
+)
+"""Sections of a summary that hold numbers alone."""
 
 
 MODELS = {"start": "before training", "sft": "after SFT", "final": "final"}
@@ -41,16 +50,38 @@ class Run:
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it holds no mapping")
+    _check_depth(value, _DEEPEST)
     return value
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line.
+def _check_depth(value: Any, left: int) -> None:
+    if left < 0:
+        raise ValueError("it is nested too deeply")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(inner, left - 1)
 
-    Raises:
-        ValueError: a line is none.
-    """
-    return [_mapping(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line.strip()]
+
+def read_rows(run: Run, name: str) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; lines that are none are left out and named in `run.problems`."""
+    try:
+        lines = (run.folder / name).read_bytes().splitlines()
+    except OSError as error:
+        run.problems.append(f"{name} cannot be read: {error.strerror}.")
+        return []
+    rows, bad = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(_mapping(json.loads(line)))
+        except (ValueError, RecursionError):
+            bad.append(number)
+    if bad:
+        run.problems.append(
+            f"{name} cannot be read whole: {len(bad)} of its {len(lines)} lines, line {bad[0]} first, hold no JSON "
+            "object."
+        )
+    elif not rows:
+        run.problems.append(f"{name} is empty.")
+    return rows
 
 
 def read_run(folder: Path) -> Run:
@@ -78,11 +109,30 @@ def read_run(folder: Path) -> Run:
 
     run.config = read("config.yaml", lambda path: _mapping(yaml.safe_load(path.read_text("utf-8"))), {})
     run.summary = read("summary.json", lambda path: _mapping(json.loads(path.read_text("utf-8"))), {})
-    run.metrics = read("metrics.jsonl", read_metrics, [])
+    run.metrics = read("metrics.jsonl", _metrics, [])
     prompts = get(run.summary, "evaluation", "prompts")
     if (folder / "samples.jsonl").exists() or prompts:
-        run.samples = read("samples.jsonl", read_rows, [])
+        run.samples = read("samples.jsonl", lambda path: read_rows(run, path.name), [])
+    odd = [".".join(keys) for keys in _NUMBERS for keys in _no_numbers(get(run.summary, *keys), keys)]
+    if odd:
+        which = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        run.problems.append(f"summary.json holds something else than a finite number for {which}.")
     return run
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(path)
+    if not rows:
+        raise ValueError("it is empty")
+    return rows
+
+
+def _no_numbers(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _no_numbers(inner, (*keys, str(key)))
+    elif value is not None and not is_number(value):
+        yield keys
 
 
 def get(value: Any, *keys: str) -> Any:
@@ -101,8 +151,8 @@ def section(value: Any, *keys: str) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """A finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def shown(value: Any) -> str:
@@ -144,8 +194,12 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 def eval_pairs(summary: dict[str, Any]) -> int:
     """How many pairs, rows or lists were held out of the preference data; 0 where that is not known."""
-    count = get(summary, "data", "preference", "eval")
-    return count if isinstance(count, int) else 0
+    return count(get(summary, "data", "preference", "eval"))
+
+
+def count(value: Any) -> int:
+    """How many, where that is what the value says; else 0."""
+    return value if isinstance(value, int) and is_number(value) and value > 0 else 0
 
 
 def loss_name(summary: dict[str, Any]) -> str:
@@ -158,7 +212,7 @@ def series(metrics: Sequence[dict[str, Any]], stage: str, split: str, name: str)
     points = [
         (row["step"], row[name])
         for row in metrics
-        if row["stage"] == stage and row["split"] == split and name in row and math.isfinite(row[name])
+        if row["stage"] == stage and row["split"] == split and is_number(row.get(name))
     ]
     return [step for step, _ in points], [value for _, value in points]
 

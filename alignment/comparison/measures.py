@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.comparison.members import Member, Variant, numbered
-from alignment.run_folder import change, eval_pairs, get, is_number, section
+from alignment.run_folder import change, count, eval_pairs, get, is_number, section
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,7 @@ def _answers(key: str) -> Callable[[Member], float | None]:
 
 
 def _num_answers(member: Member) -> int:
-    count = get(member.run.summary, "evaluation", "answers", "final", "n")
-    return count if isinstance(count, int) else 0
+    return count(get(member.run.summary, "evaluation", "answers", "final", "n"))
 
 
 def _num_pairs(member: Member) -> int:

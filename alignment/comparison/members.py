@@ -16,11 +16,13 @@ from alignment.errors import UserError
 from alignment.run_folder import (
     RUN_FILES,
     Run,
+    eval_pairs,
     get,
     is_number,
     loss_name,
     read_rows,
     read_run,
+    section,
     shown,
 )
 
@@ -33,7 +35,7 @@ class Member:
     """One run of a comparison.
 
     Attributes:
-        settings: its configuration by dotted keys, without seeds; empty where that is lost.
+        settings: its configuration by dotted keys, without seeds; those of the loss alone where the rest is lost.
         pairs: the held-out pairs' values after training by pair; empty where they were not kept.
     """
 
@@ -85,15 +87,29 @@ def numbered(rows: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, An
 
 
 def _read_pairs(run: Run) -> dict[str, dict[str, Any]]:
-    path = run.folder / "held_out.jsonl"
-    if not path.exists():
+    name = "held_out.jsonl"
+    if not (run.folder / name).exists():
+        if section(run.summary, "stages", "preference") and eval_pairs(run.summary):
+            run.problems.append(f"{name} is missing.")
         return {}
-    try:
-        rows = [row for row in read_rows(path) if row.get("moment") == "final"]
-    except (OSError, ValueError, RecursionError) as error:
-        run.problems.append(f"held_out.jsonl cannot be read: {' '.join(str(error).split())}.")
-        return {}
+    rows = [row for row in read_rows(run, name) if row.get("moment") == "final"]
     return numbered(rows, "key")
+
+
+def once(members: Sequence[Member]) -> tuple[list[Member], dict[str, str]]:
+    """The members without copies of others among them, and which of those left out is a copy of which.
+
+    The same run, or one that did the same once more, ends with the very same policy: it is no second seed.
+    """
+    kept: dict[tuple[Any, ...], Member] = {}
+    copies = {}
+    for member in members:
+        identity = get(member.run.summary, "model", "final_identity")
+        key = (identity, member.loss, member.seed, json.dumps(member.settings, sort_keys=True, default=str))
+        first = kept.setdefault(key, member) if identity else member
+        if first is not member:
+            copies[member.name] = first.name
+    return [member for member in members if member.name not in copies], copies
 
 
 def read_member(folder: Path, name: str) -> Member:
@@ -111,8 +127,11 @@ def read_member(folder: Path, name: str) -> Member:
             run.problems.append(f"it failed: {_sentence(json.loads(failed.read_text('utf-8')))}")
         except (OSError, ValueError, RecursionError):
             run.problems.append("it failed, and failed.json cannot be read.")
-    settings, seed = {}, run.summary.get("seed", run.config.get("seed"))
-    for key, value in _flat(run.config):
+    seed = run.summary.get("seed", run.config.get("seed"))
+    # Without the configuration the summary still knows the loss, which is enough for a place beside the other seeds.
+    known = section(run.summary, "stages", "preference", "settings")
+    settings = {}
+    for key, value in _flat(run.config or (known and {"loss": known})):
         if key.split(".")[0] not in _SILENT and key.split(".")[-1] != "seed":
             settings[key] = value if isinstance(value, Hashable) else json.dumps(value, default=str)
     seed = seed if isinstance(seed, int | str) else None
@@ -184,8 +203,8 @@ def differing(members: Sequence[Member]) -> list[str]:
 
 def _varying(members: Sequence[Member], loss: str) -> set[str]:
     """What tells members with this loss from others: their own settings where those vary, and all else that does."""
-    whole = [member for member in members if member.settings]
-    own = [member for member in whole if member.loss == loss]
+    whole = [member for member in members if member.run.config]
+    own = [member for member in members if member.loss == loss and member.settings]
     return {
         key
         for key in {key for member in own for key in member.settings}

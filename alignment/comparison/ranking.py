@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from alignment.comparison.measures import Measure, criterion
-from alignment.comparison.members import Member, Variant, differing, variants
+from alignment.comparison.members import Member, Variant, differing, once, variants
 from alignment.comparison.statistics import Difference, holm, paired_difference, unpaired_difference
 from alignment.run_folder import wilson_interval
 
@@ -31,6 +31,7 @@ class Comparison:
     """The members with what was found of them.
 
     Attributes:
+        copies: what was left out since it is the same run as a member, with the member's name.
         rank_by: what variants are ranked by; None where nothing of it is known.
         ranked: the variants that have it, the best first.
         best: of each loss, the best first; with one loss only, all its variants.
@@ -38,6 +39,7 @@ class Comparison:
     """
 
     members: list[Member]
+    copies: dict[str, str]
     variants: list[Variant]
     differing: list[str]
     rank_by: Measure | None = None
@@ -48,7 +50,8 @@ class Comparison:
 
 def compare(members: Sequence[Member]) -> Comparison:
     """Rank the variants, and ask of the differences between the best whether they are noise."""
-    found = Comparison(list(members), variants(members), differing([m for m in members if m.loss]))
+    members, copies = once(members)
+    found = Comparison(members, copies, variants(members), differing([m for m in members if m.loss]))
     found.rank_by = measure = criterion(found.variants)
     if measure is None:
         return found

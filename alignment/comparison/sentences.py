@@ -87,6 +87,9 @@ def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
     def of_summary(*keys: str) -> Any:
         return lambda member: get(member.run.summary, *keys)
 
+    if found.copies:
+        copies = [f"{copy}: the same run as {name}" for copy, name in found.copies.items()]
+        said.append(("A run that is there twice is counted once", copies))
     unequal("The preference data are not the same", of_summary("data", "preference", "fingerprint"))
     unequal("The numbers of held-out pairs are not the same", of_summary("data", "preference", "eval"))
     unequal("The numbers of steps are not the same", of_summary("stages", "preference", "steps"))
