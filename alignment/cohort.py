@@ -11,9 +11,11 @@ else takes part, up to rounding.
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -86,21 +88,19 @@ class JointModel:
 
     Args:
         base: frozen, as it was loaded, without an adapter; its tensors are shared.
-        policies: made of `share(base)`, with adapters on linear layers.
-
-    Raises:
-        ValueError: an adapter on other layers, or none.
+        policies: of each member, made of `share(base)`, with adapters on linear layers (`adapted_layers`).
     """
 
-    def __init__(self, base: nn.Module, policies: Sequence[nn.Module]) -> None:
+    def __init__(self, base: nn.Module, policies: Mapping[int, nn.Module]) -> None:
         self._segments = Segments()
         self._model = share(base).train()
         self._policies = policies
         disable_dropout(self._model)
-        layers = [dict(_adapted_layers(policy)) for policy in policies]
-        for name in sorted(set().union(*layers)):
+        layers = {member: adapted_layers(policy) for member, policy in policies.items()}
+        for name in sorted(set().union(*layers.values())):
             base_layer = self._model.get_submodule(name)
-            joint = JointLinear(base_layer, [found.get(name) for found in layers], self._segments)
+            found = {member: own[name] for member, own in layers.items() if name in own}
+            joint = JointLinear(base_layer, found, self._segments)
             self._model.set_submodule(name, joint)
         make_lean(self._model)
 
@@ -127,12 +127,17 @@ class JointModel:
         ]
 
 
-def _adapted_layers(policy: Any) -> list[tuple[str, nn.Module]]:
-    layers = [(name, module) for name, module in policy.get_base_model().named_modules() if is_adapted(module)]
-    trained = {id(p) for _, layer in layers for p in layer.parameters() if p.requires_grad}
+def adapted_layers(policy: Any) -> dict[str, nn.Module]:
+    """The layers with an adapter by the names that they have in the base.
+
+    Raises:
+        ValueError: an adapter on other than linear layers, or none.
+    """
+    layers = {name: module for name, module in policy.get_base_model().named_modules() if is_adapted(module)}
+    trained = {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
     others = [name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in trained]
     head = policy.get_output_embeddings()  # its rows are not those of the layers
-    foreign = others or [name for name, layer in layers if layer is head or not hasattr(type(layer), "_lean_of")]
+    foreign = others or [n for n, layer in layers.items() if layer is head or not hasattr(type(layer), "_lean_of")]
     if foreign or not layers:
         raise ValueError(
             f"a cohort trains adapters on the layers' linear parts alone, not {foreign[0] if foreign else 'weights'}"
@@ -163,11 +168,32 @@ class Stopped(BaseException):
 
 
 class Member(Passes):
-    """The passes of one member."""
+    """A place in a cohort, as the training that has it sees it."""
 
     def __init__(self, cohort: Cohort, index: int) -> None:
         self._cohort = cohort
         self._index = index
+
+    @property
+    def width(self) -> int:
+        """How many train at once, at most."""
+        return self._cohort.width
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What is the same for all members, made by the first that asks for it."""
+        return self._cohort.once(name, make)
+
+    def base(self, load: Callable[[], nn.Module]) -> nn.Module:
+        """A model of its own on the tensors of the cohort's base, which the first member to ask loads."""
+        return self._cohort.base(load)
+
+    def attach(self, policy: nn.Module) -> None:
+        """Say whose adapter the passes are to run with.
+
+        Raises:
+            ValueError: an adapter on other than linear layers.
+        """
+        self._cohort.attach(self._index, policy)
 
     def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
         """As a pass of its own, but a leaf, whose gradient is taken on when all members have theirs."""
@@ -179,53 +205,91 @@ class Member(Passes):
 
 
 class Cohort:
-    """Runs the trainings of several policies, their passes with gradient jointly.
+    """Runs trainings of policies on one base, `width` at a time, their passes with gradient jointly.
 
-    Args:
-        base: frozen, as it was loaded, without an adapter.
-        policies: made of `share(base)`, with adapters on linear layers.
+    Attributes:
+        width: how many train at once; where one ends, the next takes its place.
     """
 
-    def __init__(self, base: nn.Module, policies: Sequence[nn.Module]) -> None:
-        self.members = [Member(self, index) for index in range(len(policies))]
-        self._joint = JointModel(base, policies)
-        self._policies = policies
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._made: dict[str, Any] = {}
+        self._base: nn.Module | None = None
+        self._policies: dict[int, nn.Module] = {}
+        self._joint: JointModel | None = None
         # Held by whoever computes; waiting gives it to the next.
         self._turn = threading.Condition()
-        self._active = set(range(len(policies)))
+        self._holder: int | None = None
+        self._active: set[int] = set()
+        self._waiting: deque[int] = deque()
         self._requests: dict[int, _Request] = {}
         self._granted: dict[int, Tensor] = {}
         self._errors: dict[int, BaseException] = {}
         self._pass: _Pass | None = None
         self._stopped = False
+        self._is_apart = False
 
-    def run(self, trainings: Sequence[Callable[[], T]]) -> list[T | Exception]:
-        """What the training of each member returns, or the error that ended it; the others go on."""
+    def run(self, trainings: Sequence[Callable[[Member], T]]) -> list[T | Exception]:
+        """What each training returns, or the error that ended it; the others go on."""
         results: list[Any] = [None] * len(trainings)
+        places = range(min(self.width, len(trainings)))
+        self._active = set(places)
+        self._waiting = deque(range(len(places), len(trainings)))
         num_threads = torch.get_num_threads()
 
-        def train(index: int) -> None:
+        def work(place: int) -> None:
             torch.set_num_threads(num_threads)  # a thread's own setting, on which rounding depends
+            index: int | None = place
             with self._turn:
-                try:
-                    results[index] = trainings[index]()
-                except (Exception, Stopped) as error:
-                    results[index] = error
-                finally:
-                    self._leave(index)
+                while index is not None and not self._stopped:
+                    self._holder = threading.get_ident()
+                    try:
+                        results[index] = trainings[index](Member(self, place))
+                    except (Exception, Stopped) as error:
+                        results[index] = error
+                    finally:
+                        index = self._next(place)
 
-        threads = [threading.Thread(target=train, args=(index,), name=f"member {index}") for index in self._active]
+        threads = [
+            threading.Thread(target=work, args=(place,), name=f"member {place}", daemon=True) for place in places
+        ]
         for thread in threads:
             thread.start()
         try:
             for thread in threads:
                 thread.join()
         except BaseException:
-            self._stopped = True
-            for thread in threads:
-                thread.join()
+            self._stop(threads)
             raise
         return results
+
+    def _stop(self, threads: Sequence[threading.Thread]) -> None:
+        """End all trainings: those that wait where they wait, and the one that computes where it is."""
+        self._stopped = True
+        if self._holder is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._holder), ctypes.py_object(Stopped))
+        while any(thread.is_alive() for thread in threads):
+            with self._turn:
+                self._turn.notify_all()
+            for thread in threads:
+                thread.join(timeout=0.1)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """See `Member.once`."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def base(self, load: Callable[[], nn.Module]) -> nn.Module:
+        """See `Member.base`."""
+        self._base = self.once("base", load)
+        return share(self._base)
+
+    def attach(self, index: int, policy: nn.Module) -> None:
+        """See `Member.attach`."""
+        adapted_layers(policy)
+        self._policies[index] = policy
+        self._joint = None
 
     def score(self, index: int, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
         """See `Member.score`."""
@@ -246,18 +310,27 @@ class Cohort:
     def _wait(self, index: int, done: Callable[[], bool]) -> None:
         self._advance()
         self._turn.wait_for(lambda: self._stopped or index in self._errors or done())
+        self._holder = threading.get_ident()
         if self._stopped:
             raise Stopped
         if (error := self._errors.pop(index, None)) is not None:
             raise error
 
-    def _leave(self, index: int) -> None:
-        self._active.discard(index)
-        self._requests.pop(index, None)
-        self._errors.pop(index, None)
+    def _next(self, place: int) -> int | None:
+        """Forget the training that had this place; the one that gets it, or None."""
+        for kept in (self._policies, self._requests, self._granted, self._errors):
+            kept.pop(place, None)
+        self._joint = None
         if self._pass is not None:
-            self._pass.open.discard(index)
+            self._pass.open.discard(place)
+            self._pass.leaves.pop(place, None)
+        index = self._waiting.popleft() if self._waiting else None
+        if index is None:
+            self._active.discard(place)
+        else:
+            self._active.add(place)  # which a training without finite numbers has left
         self._advance()
+        return index
 
     def _advance(self) -> None:
         """Run what nobody has to be waited for any more."""
@@ -285,16 +358,30 @@ class Cohort:
     def _forward(self) -> None:
         members = sorted(self._active)
         requests = [self._requests[member] for member in members]
-        if len(members) > 1:
-            values = self._joint.score(members, [r.batch for r in requests], [r.quantities for r in requests])
-            if not _finite(values) and self._expel():
-                return
+        values = self._together(members, requests) if len(members) > 1 else None
+        if values is None:
+            self._granted |= {m: r.alone(self._policies[m]) for m, r in zip(members, requests, strict=True)}
+        elif not _finite(values) and self._expel():
+            return
+        else:
             leaves = {m: v.detach().requires_grad_() for m, v in zip(members, values, strict=True)}
             self._granted |= leaves
             self._pass = _Pass(dict(zip(members, values, strict=True)), leaves, set(members))
-        else:
-            self._granted |= {m: r.alone(self._policies[m]) for m, r in zip(members, requests, strict=True)}
         self._requests.clear()
+
+    def _together(self, members: Sequence[int], requests: Sequence[_Request]) -> list[Tensor] | None:
+        """The values of a joint pass; None where the model's layers do not allow one."""
+        if self._is_apart:
+            return None
+        if self._joint is None:
+            assert self._base is not None
+            self._joint = JointModel(self._base, dict(self._policies))
+        try:
+            return self._joint.score(members, [r.batch for r in requests], [r.quantities for r in requests])
+        except NotImplementedError as error:
+            log.warning("The members of the cohort take turns instead of sharing their passes: %s.", error)
+            self._is_apart = True
+            return None
 
     @torch.no_grad()
     def _expel(self) -> bool:
@@ -311,7 +398,7 @@ class Cohort:
         assert finished is not None
         values, gradients = [], []
         for member, leaf in finished.leaves.items():
-            if leaf.grad is None or member not in self._active:
+            if leaf.grad is None:
                 continue
             if _finite([leaf.grad]):
                 values.append(finished.values[member])

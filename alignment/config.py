@@ -190,6 +190,9 @@ class TrainerConfig:
     `checkpoint_every` says which layers are run again in the backward pass instead of being kept: 0 none, 1 all, k the
     first of every k (layers 0, k, 2k, ...). Null for either leaves it to the plan; a number always counts.
     `max_steps` null means `epochs` decide. `eval_every`, `save_every` count optimizer steps; 0 means at the end only.
+
+    `cohort` is how many members of a sweep train at once in one process, on one base model in memory: a number, or
+    "auto". It is no matter of the result either.
     """
 
     epochs: float
@@ -202,6 +205,7 @@ class TrainerConfig:
     eval_every: int
     save_every: int
     keep_checkpoints: int
+    cohort: Any  # an int or "auto": unions of types break where configurations are merged
 
     def __post_init__(self) -> None:
         require(0 < self.epochs < math.inf, f"trainer.epochs must be a finite number above 0, not {self.epochs}.")
@@ -211,6 +215,8 @@ class TrainerConfig:
         )
         for key in ("groups_per_step", "log_every", "keep_checkpoints"):
             require(getattr(self, key) >= 1, f"trainer.{key} must be at least 1, not {getattr(self, key)}.")
+        number = isinstance(self.cohort, int) and not isinstance(self.cohort, bool) and self.cohort >= 1
+        require(self.cohort == "auto" or number, f"trainer.cohort must be auto or at least 1, not {self.cohort}.")
         for key in ("eval_every", "save_every"):
             require(getattr(self, key) >= 0, f"trainer.{key} must be at least 0, not {getattr(self, key)}.")
         for key, least in (("tokens_per_batch", 1), ("checkpoint_every", 0)):

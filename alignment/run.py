@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -37,6 +38,10 @@ from alignment.config import RunConfig
 from alignment.errors import UserError
 from alignment.preflight import check_machine
 from alignment.records import atomic_write_bytes, atomic_write_text, redact, to_json
+from alignment.sweep_cohorts import SweepMember, Together, cohorts
+
+if TYPE_CHECKING:
+    from alignment.cohort import Member
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +56,15 @@ FAILED = "failed.json"
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A sweep's folder, those of its members (empty where only the sweeper knows them), and how to go on with it."""
+    """A sweep's folder, its members (none where only the sweeper knows them), and how to go on with it."""
 
     folder: Path
-    folders: list[Path]
+    members: list[SweepMember]
     command: str
+
+
+_together: dict[Path, Together] = {}
+"""By the folder of a member of the sweep that this process runs, those it trains with."""
 
 
 @hydra.main(config_path=str(asset_dir("conf")), config_name="config", version_base=VERSION_BASE)
@@ -104,13 +113,23 @@ def _single(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
 
 def _member(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
     """One run of a sweep: what is finished stays, what was begun goes on, and what fails ends no other member."""
+    together = _together.get(run_dir.resolve())
+    if together is None:
+        _attempt(cfg, choices, run_dir)
+    elif together.has_run:
+        log.info("%s has trained together with others.", run_dir.name)
+    else:
+        together.run(lambda member, place: _attempt(member.node, member.choices, member.folder, place))
+
+
+def _attempt(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, place: Member | None = None) -> None:
     failed = run_dir / FAILED
     failed.unlink(missing_ok=True)
     if (run_dir / "summary.json").exists():
         log.info("%s is finished already.", run_dir.name)
         return
     try:
-        _run(cfg, choices, run_dir)
+        _run(cfg, choices, run_dir, place)
     except Exception as error:
         if isinstance(error, UserError):
             sentence = str(error)
@@ -123,7 +142,7 @@ def _member(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
         gc.collect()  # the next member of this process finds the memory free
 
 
-def _run(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
+def _run(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, place: Member | None = None) -> None:
     path = run_dir / "config.yaml"
     settle(cfg, choices)
     config = to_run_config(cfg)
@@ -132,7 +151,7 @@ def _run(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
     from alignment.stages import Run  # after all that can be refused: this imports transformers, for seconds
 
     resolved = redact(as_plain(cfg))
-    run = Run(config, run_dir, choices["recipe"], resolved)
+    run = Run(config, run_dir, choices["recipe"], resolved, place)
     if not path.exists():
         atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
     run.execute()
@@ -224,7 +243,8 @@ def _changes(folder: Path, node: DictConfig) -> str:
     before, now = (
         _flat(c) for c in (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), redact(as_plain(node)))
     )
-    before["resume"] = now["resume"]
+    for key in ("resume", "trainer.cohort"):  # no matter of the result
+        before[key] = now[key]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in changed[:3])
 
@@ -295,6 +315,8 @@ def _checked_arguments(arguments: list[str]) -> tuple[list[str], Sweep | None]:
         del node["hydra"]
     config = to_run_config(node)
     refuse_without_effect(overrides, config)
+    if any(override.startswith("trainer.cohort=") for override in overrides):
+        raise UserError("trainer.cohort has no effect: it is for the members of a sweep, which is started with -m.")
     if _resumes(config):
         assert config.resume is not None
         return _resumed_overrides(overrides, config.resume, recipe), None
@@ -320,10 +342,12 @@ def _checked_sweep(overrides: list[str], typed: list[str]) -> Sweep:
     nodes = [compose_node(member, with_hydra=True) for member in members or [single_values(overrides)]]
     HydraConfig.instance().set_config(nodes[0])
     folder = Path(nodes[0].hydra.sweep.dir)
-    folders = [folder / node.hydra.sweep.subdir for node in nodes] if members else []
     if not members and any(folder.glob("*/config.yaml")):
         raise UserError(f"{folder} holds a sweep already, and one over ranges cannot go on: choose another folder.")
-    for member, node, run_dir in zip(members, nodes, folders, strict=False):
+    found = []
+    for member, node in zip(members, nodes, strict=False):
+        hydra_config = node.hydra
+        run_dir = folder / hydra_config.sweep.subdir
         with open_dict(node):
             del node["hydra"]
         config = to_run_config(node)
@@ -333,17 +357,26 @@ def _checked_sweep(overrides: list[str], typed: list[str]) -> Sweep:
                 "-m ... hydra.sweep.dir=FOLDER."
             )
         refuse_without_effect(member, config)
+        launcher = hydra_config.runtime.choices["hydra/launcher"]
+        if launcher != "basic" and config.trainer.cohort not in ("auto", 1):
+            raise UserError(
+                f"trainer.cohort={config.trainer.cohort} trains members in one process, and hydra/launcher={launcher} "
+                f"gives each one of its own: choose one of them."
+            )
         if (run_dir / "config.yaml").exists() and (changed := _changes(run_dir, node)):
             raise UserError(
                 f"{folder} holds another sweep: in {run_dir.name} {changed} differs, so choose another one."
             )
+        found.append(SweepMember(run_dir, node, hydra_config, config))
     words = [word for word in typed if not word.startswith(_SWEEP_DIR)]
-    return Sweep(folder, folders, shlex.join(["python", "-m", "alignment.run", *words, f"{_SWEEP_DIR}{folder}"]))
+    return Sweep(folder, found, shlex.join(["python", "-m", "alignment.run", *words, f"{_SWEEP_DIR}{folder}"]))
 
 
 def _end_sweep(sweep: Sweep) -> None:
     """Compare the members, and say which of them have no result."""
-    folders = sweep.folders or sorted(path.parent for path in sweep.folder.glob("*/config.yaml"))
+    folders = [member.folder for member in sweep.members] or sorted(
+        path.parent for path in sweep.folder.glob("*/config.yaml")
+    )
     begun = [folder for folder in folders if (folder / "config.yaml").exists()]
     if begun:
         from alignment.comparison import write_comparison
@@ -368,6 +401,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         checked, sweep = _checked_arguments(list(sys.argv[1:] if arguments is None else arguments))
         sys.argv = [sys.argv[0], *checked]
+        for together in cohorts(sweep.members) if sweep is not None else ():
+            _together.update((member.folder.resolve(), together) for member in together.members)
         _job()
         if sweep is not None:
             _end_sweep(sweep)

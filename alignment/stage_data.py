@@ -11,7 +11,7 @@ from typing import Any
 from alignment.config import DataConfig
 from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, require_scores
 from alignment.data.sources import LoadedData, load_rows
-from alignment.data.tokens import tokenize_groups, tokenize_sft
+from alignment.data.tokens import TokenizedData, tokenize_groups, tokenize_sft
 from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.lists import are_lists, as_pairs
@@ -61,8 +61,28 @@ def _log_data(title: str, info: dict[str, Any]) -> None:
             log.info("  %s: %s", name.replace("_", " "), ", ".join(f"{k} {v}" for k, v in info[name].items()))
 
 
-def load_preferences(config: DataConfig, tokenizer: Any, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
+@dataclass(frozen=True, slots=True)
+class ReadPreferences:
+    """Preference data as they were read and tokenised, for whatever loss."""
+
+    loaded: LoadedData
+    train: TokenizedData
+    held_out: TokenizedData
+
+
+def read_preferences(config: DataConfig, tokenizer: Any) -> ReadPreferences:
     """Read, check and tokenise the preference data.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    loaded = load_rows(config, kind="preference")
+    train, held_out = (tokenize_groups(rows, tokenizer, config) for rows in (loaded.train, loaded.eval))
+    return ReadPreferences(loaded, train, held_out)
+
+
+def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
+    """The data in the form in which the loss takes them.
 
     A loss of rows gets pairs as two labelled rows each; a loss of pairs or rows gets ranked lists as pairs, and a loss
     of lists pairs as lists of two.
@@ -70,14 +90,12 @@ def load_preferences(config: DataConfig, tokenizer: Any, loss: Any) -> tuple[Pre
     Raises:
         UserError: data that cannot be used, or nothing left to train on.
     """
-    loaded = load_rows(config, kind="preference")
+    loaded, train, held_out = read.loaded, read.train, read.held_out
     needs = loss.requirements()
     if needs.unit != "row":
         require_pairs([*loaded.train, *loaded.eval], loss.name)
     if needs.scores:
         require_scores([*loaded.train, *loaded.eval], loss.name)
-    train = tokenize_groups(loaded.train, tokenizer, config)
-    held_out = tokenize_groups(loaded.eval, tokenizer, config)
     drops = [*train.drops, *held_out.drops]
     info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
     _log_data("Preferences", info)

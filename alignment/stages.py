@@ -6,17 +6,18 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from alignment.allocator import keep_freed_memory
+from alignment.cohort import Member
 from alignment.config import ReferenceMode, RunConfig, SFTConfig
 from alignment.data.rows import BadRow, write_rejected
 from alignment.density import with_density_weights
@@ -61,7 +62,7 @@ from alignment.schedule import FollowPolicy, Schedule
 from alignment.sft import run_sft
 from alignment.sft_result import keep_sft, sft_key, take_sft
 from alignment.shared import choose_layout
-from alignment.stage_data import PreferenceData, SFTData, load_conversations, load_preferences
+from alignment.stage_data import PreferenceData, SFTData, fit_preferences, load_conversations, read_preferences
 from alignment.stage_store import STAGES_FOLDER, StageStore
 from alignment.tracking import Tracker, open_tracker
 from alignment.training import (
@@ -74,6 +75,8 @@ from alignment.training import (
 )
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def _moment(name: str, rows: Sequence[dict[str, Any]]) -> bytes:
@@ -92,9 +95,15 @@ def with_live_reference(config: RunConfig) -> RunConfig:
 
 
 class Run:
-    """State of one run while it goes through its stages."""
+    """State of one run while it goes through its stages.
 
-    def __init__(self, config: RunConfig, run_dir: Path, recipe: str, resolved: dict[str, Any]) -> None:
+    Args:
+        place: in the cohort that the run trains in, if it does.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, recipe: str, resolved: dict[str, Any], place: Member | None = None
+    ) -> None:
         if config.sft is not None:
             check_names("sft.optim", config.sft.optim)
         if config.loss is not None:
@@ -103,6 +112,7 @@ class Run:
         self.run_dir = run_dir
         self.recipe = recipe
         self.resolved = resolved
+        self.place = place
         self.device = resolve_device(config.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -114,11 +124,13 @@ class Run:
         self.conversations: SFTData | None = None
         self.preferences: PreferenceData | None = None
         if config.sft is not None:
-            self.conversations, rows = load_conversations(config.sft.data, self.tokenizer)
+            load = partial(load_conversations, config.sft.data, self.tokenizer)
+            self.conversations, rows = self._once("conversations", load)
             self.bad += rows
         if config.loss is not None:
             assert config.data is not None
-            self.preferences, rows = load_preferences(config.data, self.tokenizer, config.loss)
+            read = self._once("preferences", partial(read_preferences, config.data, self.tokenizer))
+            self.preferences, rows = fit_preferences(read, config.data, config.loss)
             self.schedule = Schedule.of(config, self.preferences.train)
             self.bad += rows
         self.answers = self._held_out_answers()
@@ -151,6 +163,10 @@ class Run:
             self._answer("final", model)
             self._finish(model, tracker)
         return self.summary
+
+    def _once(self, name: str, make: Callable[[], T]) -> T:
+        """What is the same for all members of a cohort, made by the first."""
+        return make() if self.place is None else self.place.once(name, make)
 
     def _data(self) -> dict[str, dict[str, Any]]:
         parts = (("sft", self.conversations), ("preference", self.preferences))
@@ -207,7 +223,8 @@ class Run:
         config = self.config
         source = str(trained) if trained is not None and config.adapter is None else self.source
         log.info("Loading %s on %s ...", config.model.name, self.device)
-        model: Any = load_base(config.model, config.quantization, source, self.device)
+        load = partial(load_base, config.model, config.quantization, source, self.device)
+        model: Any = load() if self.place is None else self.place.base(load)
         model.config.name_or_path = self.source  # also where its weights come from the run folder
         if config.adapter is not None and trained is not None:
             return load_adapter(model, trained)
@@ -281,6 +298,8 @@ class Run:
             result = self.summary["stages"][stage]
             self.summary["reference"] = result.pop("reference")
             self.kl = result.pop("kl")
+            if (cohort := result.pop("cohort", None)) is not None:
+                self.summary["cohort"] = cohort
 
     def _policy_dir(self) -> Path:
         return self.run_dir / ("adapter" if self.config.adapter is not None else "model")
@@ -324,13 +343,16 @@ class Run:
         disable_dropout(model)
         layout = choose_layout(model, self.device)
         schedule = self.schedule
-        plan = self._plan("preference", model, config, largest_group(layout, data.train))
+        place = self._joined(model)
+        width, largest = 1 if place is None else place.width, largest_group(layout, data.train)
+        plan = self._plan("preference", model, config, width * largest)
         checkpoint_layers(model, plan.checkpoint_every)
         reference = self._reference(model, layout, plan)
         groups = data.train
         if loss.requirements().density_weights:
             groups = with_density_weights(groups, model, plan.reference_tokens, self.device)
-        callbacks = stage_callbacks(loss.name.upper(), log_metrics, loop, bool(data.eval))
+        title = loss.name.upper() if place is None else f"{self.run_dir.name} {loss.name.upper()}"
+        callbacks = stage_callbacks(title, log_metrics, loop, bool(data.eval))
         if reference is not None:
             asked = partial(groups_to_reference, loss, data.train, eval_groups=data.eval)
             reference.prepare(asked(schedule.until_refresh(0)))
@@ -355,10 +377,13 @@ class Run:
             loss=loss,
             reference=reference,
             layout=layout,
-            tokens_per_batch=plan.tokens_per_batch,
+            # The plan is that of a pass of all members.
+            tokens_per_batch=max(plan.tokens_per_batch // width, min(largest, plan.tokens_per_batch)),
             sampler=schedule.sampler,
             callbacks=callbacks,
         )
+        if place is not None:
+            trainer.objective.passes = place
         prepare_trainer(trainer)
         start = check_start(trainer, [groups[i] for i in schedule.steps[0]])
         log.info(
@@ -386,6 +411,7 @@ class Run:
             "steps": len(schedule.steps),
             "num_tokens": trainer.num_tokens,
             "kl": None,
+            "cohort": None if place is None else {"size": width},
             "train_seconds": trainer.train_seconds,
             "memory": memory_result(plan, self.device, trainer.tokens_per_batch),
             "start": start | {"identity": identity},
@@ -409,6 +435,16 @@ class Run:
         if reference is not None:
             reference.close()
         return result
+
+    def _joined(self, model: nn.Module) -> Member | None:
+        """The place in the cohort, where the policy can train in one."""
+        if self.place is not None:
+            try:
+                self.place.attach(model)
+            except ValueError as error:
+                log.warning("This member trains while the others wait: %s.", error)
+                return None
+        return self.place
 
     def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenStart | None:
         """The policy as it is now, to compare with after training; None where nothing asks for it or keeps it."""

@@ -2,7 +2,9 @@
 
 import signal
 import threading
+import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from alignment.attention import enable_shared_prompts
-from alignment.cohort import Cohort, JointModel, join, share
+from alignment.cohort import Cohort, JointModel, adapted_layers, join, share
 from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import FlatLayout, SharedLayout
@@ -89,7 +91,7 @@ def test_a_joint_pass_is_every_member_s_own(layout, kind, every, monkeypatch):
     policies = [policy_on(base, **sizes) for sizes in SIZES]
     for policy in policies:
         checkpoint_layers(policy, every)
-    joint = JointModel(base, policies)
+    joint = JointModel(base, dict(enumerate(policies)))
     members = [2, 0, 1]
     batches = {m: micro_batches(layout, 3 + m, seed=m) for m in members}
     found = joint.score(members, [batches[m] for m in members], [ASKED[m] for m in members])
@@ -108,7 +110,7 @@ def test_members_with_other_targets_and_on_a_quantised_base():
     base = frozen_base(torch.float32, nf4=True)
     policies = [policy_on(base, targets=targets, seed=i) for i, targets in enumerate((["q_proj", "up_proj"], ["q_proj", "down_proj"]))]  # fmt: skip # noqa: E501
     batches = [micro_batches("shared", 3, seed=5), micro_batches("shared", 4, seed=6)]
-    found = JointModel(base, policies).score([0, 1], batches, [frozenset()] * 2)
+    found = JointModel(base, dict(enumerate(policies))).score([0, 1], batches, [frozenset()] * 2)
     torch.cat(found, 1).sin().sum().backward()
     for policy, batch, values in zip(policies, batches, found, strict=True):
         joint = gradients(policy)
@@ -154,7 +156,7 @@ def test_other_adapters_have_no_joint_form(targets):
     base = frozen_base()
     policy = policy_on(base, targets=[*targets, "q_proj"])
     with pytest.raises(ValueError, match=targets[0]):
-        JointModel(base, [policy, policy])
+        adapted_layers(policy)
 
 
 # Trainings
@@ -212,11 +214,14 @@ def train(trainer, resume=False):
     return trainer
 
 
-def together(base, trainers, resume=False):
-    cohort = Cohort(base, [trainer.model for trainer in trainers])
-    for trainer, member in zip(trainers, cohort.members, strict=True):
+def together(base, trainers, resume=False, width=None):
+    def training(member, trainer):
+        member.base(lambda: base)
+        member.attach(trainer.model)
         trainer.objective.passes = member
-    return cohort.run([lambda trainer=trainer: train(trainer, resume) for trainer in trainers])
+        return train(trainer, resume)
+
+    return Cohort(width or len(trainers)).run([partial(training, trainer=trainer) for trainer in trainers])
 
 
 def weights(trainer):
@@ -309,6 +314,38 @@ def test_passes_with_gradient_are_joint(tmp_path, monkeypatch):
     shortest, middle, _ = sorted(sum(count) for count in counts)
     assert passes == [[0, 1, 2]] * shortest + [[1, 2]] * (middle - shortest)
     assert set(threading.enumerate()) <= before
+
+
+def test_a_place_that_is_free_goes_to_the_next_member(tmp_path, monkeypatch):
+    """Five members of 4, 4, 4, 3 and 5 steps in two places, which are never empty but at the end."""
+    passes = []
+    own = Cohort._together
+
+    def noted(self, members, requests):
+        passes.append(list(members))
+        return own(self, members, requests)
+
+    monkeypatch.setattr(Cohort, "_together", noted)
+    base = frozen_base()
+    trainings = [replace(t, groups_per_step=4, steps=n) for t, n in zip(FIVE, (4, 4, 4, 3, 5), strict=True)]
+    members = [trainer_of(base, t, tmp_path / f"member{i}") for i, t in enumerate(trainings)]
+    assert together(base, members, width=2) == members
+    for i, (member, training) in enumerate(zip(members, trainings, strict=True)):
+        assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")))
+    assert passes and all(members == [0, 1] for members in passes)
+
+
+def test_layers_without_a_joint_form_take_turns(tmp_path, monkeypatch, caplog):
+    def refuse(self, *args):
+        raise NotImplementedError("no joint form")
+
+    monkeypatch.setattr(JointModel, "score", refuse)
+    base = frozen_base()
+    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
+    assert together(base, trainers) == trainers
+    for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
+        assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")))
+    assert caplog.text.count("take turns") == 1
 
 
 def test_a_member_that_fails_leaves_the_others_alone(tmp_path):
@@ -423,3 +460,24 @@ class Interrupt(TrainerCallback):
         """Send the signal."""
         if state.global_step == 2:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def test_an_interrupt_reaches_a_member_that_computes():
+    """Wherever it is, and not only where it waits for the others."""
+    ended = []
+
+    def forever(member):
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.append(member)
+
+    def interrupt():
+        time.sleep(0.3)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        Cohort(2).run([forever] * 3)
+    assert len(ended) == 1  # the others never began

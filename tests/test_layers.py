@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "alignment"
 
 LAYERS = [
     {"run", "plan", "lab", "losses.__main__"},
-    {"compose"},
+    {"compose", "sweep_cohorts"},
     {"stages", "cache"},
     {"evaluation", "export", "gate", "kl", "preflight", "report", "sft_result"},
     {"comparison"},

@@ -16,7 +16,7 @@ from alignment.lists import are_lists, as_pairs
 from alignment.losses import LossInputs, LossOutput
 from alignment.metrics import preference_metrics
 from alignment.ragged import RaggedLogps
-from alignment.stage_data import load_preferences
+from alignment.stage_data import fit_preferences, read_preferences
 
 
 def ids(*numbers):
@@ -86,7 +86,9 @@ def load_lists(tmp_path, tiny_model_folder):
             "recipe=quickstart", f"loss={loss}", f"data.source={tmp_path / 'train.jsonl'}",
             f"data.eval_source={tmp_path / 'held_out.jsonl'}", "data.limit=null", "data.eval_limit=null", *overrides,
         )  # fmt: skip
-        return load_preferences(config.data, AutoTokenizer.from_pretrained(tiny_model_folder), config.loss)[0]
+        return fit_preferences(
+            read_preferences(config.data, AutoTokenizer.from_pretrained(tiny_model_folder)), config.data, config.loss
+        )[0]
 
     return run
 

@@ -12,7 +12,7 @@ from alignment.layout import FlatLayout
 from alignment.losses import LOSSES
 from alignment.objective import as_rows, companion_groups, groups_to_reference
 from alignment.preference import PreferenceTrainer
-from alignment.stage_data import load_preferences
+from alignment.stage_data import fit_preferences, read_preferences
 from alignment.steps import StepSampler
 from tests.conftest import random_groups, tiny_policy
 
@@ -168,4 +168,4 @@ def test_a_single_row_is_refused_where_the_loss_needs_a_second(part, train, held
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     with pytest.raises(UserError, match=rf"loss kto is defined for at least 2 {part} rows, and .* has 1\.$"):
-        load_preferences(config.data, tokenizer, config.loss)
+        fit_preferences(read_preferences(config.data, tokenizer), config.data, config.loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,14 +164,14 @@ class JointLinear(nn.Module):
 
     Args:
         base_layer: frozen.
-        layers: peft's layer of each member on the same weight, None where a member has none there.
+        layers: peft's layer on the same weight of each member that has one there.
         segments: shared by all layers of a model.
     """
 
-    def __init__(self, base_layer: nn.Module, layers: Sequence[Any], segments: Segments) -> None:
+    def __init__(self, base_layer: nn.Module, layers: Mapping[int, Any], segments: Segments) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._layers = tuple(layers)  # a tuple, so that their parameters stay the members' own
+        self._layers = layers  # no module of this one, so that their parameters stay the members' own
         self._segments = segments
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class JointLinear(nn.Module):
         In the dtype of x, so that what is kept for the backward pass is no larger than it has to be.
         """
         found = [
-            (None, None, 0.0) if self._layers[member] is None else _active_adapter(self._layers[member])
+            _active_adapter(self._layers[member]) if member in self._layers else (None, None, 0.0)
             for member in self._segments.members
         ]
         if not all(adapter is not None and _adapter_computes_in(x, adapter[0]) for adapter in found):
