@@ -80,7 +80,7 @@ LAYERS = [
 
 ONLY_IN = {
     "hydra": {"run", "compose"},
-    "omegaconf": {"run", "compose"},
+    "omegaconf": {"run", "compose", "sweep_cohorts"},
     "wandb": {"tracking"},
     "trl": {"sft"},
     "matplotlib": {"plots", "figures"},
