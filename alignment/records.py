@@ -35,7 +35,9 @@ PACKAGES = (
     "wandb",
 )
 
-_LINE_KEYS = ("stage", "split", "step", "time", "wall_s")
+LINE_KEYS = ("stage", "split", "step", "time", "wall_s")
+"""What a row of metrics.jsonl holds beside its metrics."""
+
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _SECRET_WORDS = frozenset({"token", "key", "apikey", "password", "passwd", "secret", "credential", "credentials"})
 
@@ -149,7 +151,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
         return None
     known = row.get("stage") in STAGES and row.get("split") in ("train", "eval") and isinstance(row.get("step"), int)
     numbers = all(
-        isinstance(value, (int, float)) or value in _NON_FINITE
+        isinstance(value, (int, float)) or (isinstance(value, str) and value in _NON_FINITE)
         for key, value in row.items()
         if key not in ("stage", "split", "time")
     )
@@ -194,7 +196,7 @@ class RunRecord:
         """Append one row to metrics.jsonl; it is with the operating system when this returns."""
         assert stage in STAGES, stage
         assert split in ("train", "eval"), split
-        assert not set(_LINE_KEYS) & set(metrics), f"{_LINE_KEYS} are no metric names"
+        assert not set(LINE_KEYS) & set(metrics), f"{LINE_KEYS} are no metric names"
         row = {
             "stage": stage,
             "split": split,

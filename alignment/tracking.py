@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from alignment.config import TrackingConfig
 from alignment.errors import UserError
-from alignment.records import atomic_write_text, redact, to_json
+from alignment.records import LINE_KEYS, atomic_write_text, read_metrics, redact, to_json
 
 if TYPE_CHECKING:
     import wandb
@@ -26,8 +27,13 @@ _ENVIRONMENT_MODES = {
     "dryrun": "offline",
     "disabled": "disabled",
 }
+_ID_FILE = "wandb_run_id"
 _INIT_SECONDS = 30.0
 _FINISH_SECONDS = 120.0
+_starting = threading.Lock()
+"""Runs that share a process start one after the other."""
+_out_of_reach: list[str] = []
+"""Why W&B could not be reached, once that was found: no other run of this process waits for it again."""
 
 
 class Tracker(Protocol):
@@ -85,22 +91,27 @@ def metric_row(stage: str, step: int, split: str, metrics: Mapping[str, float]) 
 class WandbTracker:
     """One W&B run. Whatever W&B's own code raises is logged once and ends the tracking, never the training."""
 
-    def __init__(self, run: wandb.Run) -> None:
+    def __init__(self, run: wandb.Run, rows: Sequence[Mapping[str, Any]] = (), num_there: int = 0) -> None:
+        """`rows` are those that metrics.jsonl has, `num_there` says how many of them the W&B run has as well."""
         self._run: wandb.Run | None = run
         self.run_id: str | None = run.id
-        for stage, names in (("sft", ["sft/*"]), ("preference", ["train/*", "eval/*"])):
-            run.define_metric(f"{stage}/step")
-            for name in names:
-                run.define_metric(name, step_metric=f"{stage}/step")
+        self._sent: set[tuple[str, int, str]] = set()
+        self._guarded(_define_axes)
+        for row in rows[num_there:]:
+            metrics = {name: value for name, value in row.items() if name not in LINE_KEYS}
+            self.log(row["stage"], row["step"], row["split"], metrics)
+        self._sent.update((row["stage"], row["step"], row["split"]) for row in rows)
 
     def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Send one row; the network is used in the background only."""
+        """Send one row, unless a resume only does it again; the network is used in the background only."""
+        if (stage, step, split) in self._sent:
+            return
         row = metric_row(stage, step, split, metrics)
         self._guarded(lambda run: run.log(row))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final values; secrets are masked."""
-        masked = _sendable(values)
+        masked = sendable(values)
         self._guarded(lambda run: run.summary.update(masked))
 
     def finish(self, exit_code: int = 0) -> None:
@@ -126,6 +137,14 @@ class WandbTracker:
         self.finish(0 if kind is None else 1)
 
 
+def _define_axes(run: wandb.Run) -> None:
+    """Every metric over the steps of its stage. Summaries stay the last values: those of the policy that is saved."""
+    for stage, names in (("sft", ["sft/*"]), ("preference", ["train/*", "eval/*"])):
+        run.define_metric(f"{stage}/step", hidden=True)
+        for name in names:
+            run.define_metric(name, step_metric=f"{stage}/step")
+
+
 def open_tracker(
     config: TrackingConfig | None,
     *,
@@ -136,77 +155,139 @@ def open_tracker(
 ) -> Tracker:
     """Tracker of a run; its files are in `run_dir`/wandb and its id in `run_dir`/wandb_run_id.
 
-    An id in that file continues the earlier W&B run: online at once, offline as a further folder that `wandb sync`
-    appends to the first. Steps that a resume does again are there twice, with equal values; the last seconds before a
-    kill may be missing (metrics.jsonl has neither fault). Never asks anything. Without a login, or if W&B cannot be
-    reached, the run is kept offline. `UserError` if online was asked for by name and the login is missing or refused.
+    A continued run goes on in the same W&B run, with every row once: those that a kill kept from W&B are sent now, and
+    those that a resume does again are not sent again (metrics.jsonl has them as they were done last).
+
+    Raises:
+        UserError: online was asked for by name and the login is missing or refused.
+    """
+    sweep = sweep_name(run_dir)
+    run = start_run(
+        config,
+        run_dir,
+        run_config,
+        group=sweep or recipe,
+        job_type="sweep member" if sweep else "+".join(stages),
+        name=run_dir.name if sweep else f"{recipe}-{run_dir.name}",
+    )
+    if run is None:
+        return NullTracker()
+    path = run_dir / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return WandbTracker(run, rows, run.starting_step)
+
+
+def sweep_name(run_dir: Path) -> str | None:
+    """The name of the sweep that the run is a member of, by what Hydra leaves; so also of one that goes on alone."""
+    parent = run_dir.absolute().parent
+    hydra = run_dir / ".hydra" / "hydra.yaml"  # other sweepers than Hydra's own write no multirun.yaml
+    is_member = (parent / "multirun.yaml").exists() or (hydra.exists() and "mode: MULTIRUN" in hydra.read_text())
+    return parent.name if is_member else None
+
+
+def start_run(
+    config: TrackingConfig | None,
+    folder: Path,
+    run_config: Mapping[str, Any],
+    *,
+    group: str,
+    job_type: str,
+    name: str,
+    notes: str | None = None,
+) -> wandb.Run | None:
+    """Start the W&B run of a folder, or go on with it; None where nothing is tracked. Never asks anything.
+
+    Without a login, or if W&B cannot be reached, the run is kept offline. A part of a run that is kept offline stands
+    for the whole: it takes the place of all that was sent before it, and earlier parts are not sent any more.
+
+    Args:
+        group: and `name`: unless the configuration has others.
+
+    Raises:
+        UserError: online was asked for by name and the login is missing or refused.
     """
     mode = _mode(config)
     if config is None or mode == "disabled":
-        return NullTracker()
+        return None
     import wandb
 
-    id_file = run_dir / "wandb_run_id"
-    resume_id = id_file.read_text().strip() if id_file.exists() else None
-    run_dir.mkdir(parents=True, exist_ok=True)
-    # Hydra's file in the folder of a sweep; so a member that is continued on its own stays a member.
-    sweep = run_dir.parent.name if (run_dir.parent / "multirun.yaml").exists() else None
+    id_file = folder / _ID_FILE
+    begun_id = id_file.read_text().strip() if id_file.exists() else None
+    earlier = list(folder.glob("wandb/offline-run-*/*.wandb"))
+    folder.mkdir(parents=True, exist_ok=True)
 
-    def start(mode: str) -> wandb.Run:
+    def start(mode: Literal["online", "offline"]) -> wandb.Run:
         return wandb.init(
             project=config.project,
             entity=config.entity,
-            group=config.group or sweep or recipe,
-            job_type="+".join(stages) if sweep is None else "sweep member",
-            name=config.name or (f"{recipe}-{run_dir.name}" if sweep is None else run_dir.name),
+            group=config.group or group,
+            job_type=job_type,
+            name=config.name or name,
+            notes=notes,
             tags=list(config.tags),
-            config=_sendable(run_config),
-            dir=run_dir,
-            id=resume_id,
-            # Also for offline runs: it is what makes `wandb sync` append a resumed part instead of starting over.
-            resume="allow" if resume_id else None,
+            config=sendable(run_config),
+            dir=folder,
+            id=begun_id,
+            resume="allow" if begun_id and mode == "online" else None,
             reinit="create_new",
-            mode="online" if mode == "online" else "offline",
+            mode=mode,
             settings=wandb.Settings(
                 silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS
             ),
         )
 
-    why = ""
-    if mode != "offline":
-        why = _login_problem()
-        if why and mode == "online":
+    with _starting:
+        run, why = None, ""
+        if mode != "offline":
+            run, why = _start_online(lambda: start("online"), required=mode == "online")
+        if run is None:
+            run = start("offline")
+            logger.warning(
+                "W&B keeps this run offline%s; send it with: wandb sync %s",
+                f" because {why}" if why else "",
+                folder / "wandb" / "offline-run-*",
+            )
+        else:
+            logger.info("W&B: %s", run.url)
+    for path in earlier:
+        path.with_suffix(".wandb.synced").touch()  # as `wandb sync` marks what it need not send
+    atomic_write_text(id_file, f"{run.id}\n")
+    return run
+
+
+def _start_online(start: Callable[[], wandb.Run], required: bool) -> tuple[wandb.Run | None, str]:
+    """The run, or why there is none.
+
+    Raises:
+        UserError: the login is missing or refused, and `required` says that online was asked for by name.
+    """
+    import wandb
+
+    if _out_of_reach:
+        return None, _out_of_reach[0]
+    if why := _login_problem():
+        if required:
             raise UserError(
                 f"W&B cannot be used online because {why}; run 'wandb login', or set tracking.mode=offline."
             )
-    run = None
-    if mode != "offline" and not why:
-        try:
-            run = start("online")
-        except wandb.errors.AuthenticationError as error:
-            if mode == "online":
-                raise UserError(
-                    f"W&B refused the login ({error}); run 'wandb login', or set tracking.mode=offline."
-                ) from None
-            wandb.teardown()
-            why = f"the login was refused ({error})"
-        except wandb.errors.CommError as error:
-            wandb.teardown()  # else its service holds the id of the failed start as in use
-            why = f"W&B cannot be reached ({str(error).splitlines()[0]})"
-    if run is None:
-        run = start("offline")
-        logger.warning(
-            "W&B keeps this run offline%s; send it with: wandb sync %s",
-            f" because {why}" if why else "",
-            run_dir / "wandb" / "offline-run-*",
-        )
-    else:
-        logger.info("W&B: %s", run.url)
-    atomic_write_text(id_file, f"{run.id}\n")
-    return WandbTracker(run)
+        return None, why
+    try:
+        return start(), ""
+    except wandb.errors.AuthenticationError as error:
+        if required:
+            raise UserError(
+                f"W&B refused the login ({error}); run 'wandb login', or set tracking.mode=offline."
+            ) from None
+        why = f"the login was refused ({error})"
+    except wandb.errors.CommError as error:
+        why = f"W&B cannot be reached ({str(error).splitlines()[0]})"
+        _out_of_reach.append(why)
+    if wandb.setup().most_recent_active_run is None:
+        wandb.teardown()  # else its service holds the id of the failed start as in use
+    return None, why
 
 
-def _sendable(values: Mapping[str, Any]) -> dict[str, Any]:
+def sendable(values: Mapping[str, Any]) -> dict[str, Any]:
     """Masked, and in types that JSON has."""
     return json.loads(to_json(redact(values)))
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"comparison.ranking"},
     {"comparison.measures"},
     {"comparison.members", "comparison.statistics"},
-    {"cohort", "preference", "sft", "plots", "figures", "schedule", "stage_data"},
+    {"cohort", "sweep_tracking", "preference", "sft", "plots", "figures", "schedule", "stage_data"},
     {"objective"},
     {"stage_store", "training", "reference", "metrics", "steps", "tracking", "generate", "planning", "run_folder"},
     {"memory"},
@@ -81,7 +81,7 @@ LAYERS = [
 ONLY_IN = {
     "hydra": {"run", "compose"},
     "omegaconf": {"run", "compose", "sweep_cohorts"},
-    "wandb": {"tracking"},
+    "wandb": {"tracking", "sweep_tracking"},
     "trl": {"sft"},
     "matplotlib": {"plots", "figures"},
     "plotly": {"comparison.charts"},

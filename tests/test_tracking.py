@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import pytest
 from alignment import tracking
 from alignment.config import TrackingConfig
 from alignment.errors import UserError
-from alignment.tracking import NullTracker, WandbTracker, metric_row, open_tracker
+from alignment.records import RunRecord
+from alignment.sweep_tracking import SweepSummary, send_summary
+from alignment.tracking import NullTracker, WandbTracker, metric_row, open_tracker, sweep_name
+from tests.wandb_files import history, of_kind, read_wandb
 
 
 def config(**values: Any) -> TrackingConfig:
@@ -37,47 +40,22 @@ def start(settings: TrackingConfig | None, run_dir: Path) -> tracking.Tracker:
 def nobody_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     import wandb
 
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_RUN_ID", "WANDB_RESUME"):
+    for name in (
+        "WANDB_MODE",
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_RUN_ID",
+        "WANDB_RESUME",
+        "WANDB_SWEEP_ID",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "_out_of_reach", [])
     wandb.teardown()
     yield monkeypatch
     wandb.teardown()
-
-
-def read_wandb(folder: Path) -> list[Any]:
-    """Records of an offline run: a LevelDB log with a 7-byte file header, each record a protobuf message."""
-    import wandb
-    from wandb.proto import wandb_internal_pb2
-
-    wandb.teardown()  # as at the end of the process: the service writes the file out
-    (path,) = folder.glob("*.wandb")
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    position, parts, found = 7, b"", []
-    while position < len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            found.append(wandb_internal_pb2.Record.FromString(parts))
-            parts = b""
-    return found
-
-
-def history(records: list[Any]) -> list[dict[str, Any]]:
-    found = []
-    for record in records:
-        if record.HasField("history"):
-            row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            found.append({key: value for key, value in row.items() if key not in ("_timestamp", "_runtime", "_step")})
-    return found
 
 
 def test_members_of_a_sweep_are_one_group(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
@@ -90,6 +68,25 @@ def test_members_of_a_sweep_are_one_group(tmp_path: Path, nobody_logged_in: pyte
         [folder] = sweep.glob(f"{name}/wandb/offline-run-*")
         (run,) = (record.run for record in read_wandb(folder) if record.HasField("run"))
         assert (run.run_group, run.job_type, run.display_name) == ("betas", "sweep member", name)
+
+
+def test_a_member_is_known_by_what_other_sweepers_leave_too(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch
+) -> None:
+    """Optuna's writes no multirun.yaml."""
+    for name, mode in (("a/0", "MULTIRUN"), ("b/1", "RUN")):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra" / "hydra.yaml").write_text(f"hydra:\n  mode: {mode}\n")
+    assert [sweep_name(tmp_path / name) for name in ("a/0", "b/1", "c/2")] == ["a", None, None]
+
+
+def test_a_run_of_wandbs_own_agent_counts_for_its_sweep(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
+    for name, value in (("SWEEP_ID", "sweep1"), ("RUN_ID", "run1"), ("PROJECT", "of-the-sweep")):
+        nobody_logged_in.setenv(f"WANDB_{name}", value)
+    with start(config(), tmp_path / "r") as tracker:
+        assert tracker.run_id == "run1"
+    [run] = of_kind(read_wandb(*tmp_path.glob("r/wandb/offline-run-*")), "run")
+    assert (run.sweep_id, run.run_id, run.project) == ("sweep1", "run1", "of-the-sweep")
 
 
 def test_offline_run_holds_everything_and_continues_under_its_id(
@@ -110,7 +107,7 @@ def test_offline_run_holds_everything_and_continues_under_its_id(
     assert capfd.readouterr().out == "", "wandb itself prints nothing"
     assert continued.run_id == tracker.run_id == (run_dir / "wandb_run_id").read_text().strip()
 
-    first, second = sorted(run_dir.glob("wandb/offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    first, second = sorted(run_dir.glob("wandb/offline-run-*"))
     records = read_wandb(first)
     (run,) = (record.run for record in records if record.HasField("run"))
     values = {item.key: json.loads(item.value_json) for item in run.config.update}
@@ -239,3 +236,119 @@ def test_what_wandb_raises_ends_the_tracking_only(caplog: pytest.LogCaptureFixtu
     assert run.calls == 1
     assert len(caplog.messages) == 1
     assert "the service is gone" in caplog.text
+
+
+class ListingRun:
+    """What is sent to a run of which W&B has the first rows."""
+
+    id = "x"
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+def test_a_continued_run_gets_what_it_lacks_and_nothing_twice() -> None:
+    rows = [
+        {"stage": "preference", "split": split, "step": step, "time": "t", "wall_s": 1.0, "loss": float(step)}
+        for step, split in ((0, "eval"), (1, "train"), (2, "train"), (3, "train"))
+    ]
+    run = ListingRun()
+    tracker = WandbTracker(run, rows, 2)  # type: ignore[arg-type]
+    lacking = [{"train/loss": float(step), "preference/step": step, "stage": "preference"} for step in (2, 3)]
+    assert run.rows == lacking
+    # The resume does steps 2 and 3 again, then goes on.
+    for step in (2, 3, 4):
+        tracker.log("preference", step, "train", {"loss": -1.0})
+    tracker.log("preference", 3, "eval", {"loss": 7.0})
+    assert [(row["preference/step"], row.get("train/loss"), row.get("eval/loss")) for row in run.rows[2:]] == [
+        (4, -1.0, None),
+        (3, None, 7.0),
+    ]
+
+
+def test_offline_a_continued_part_holds_the_whole_history(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
+    record = RunRecord(tmp_path)
+    with start(config(), tmp_path) as tracker:
+        for step in (1, 2):
+            record.log("sft", step, "train", {"loss": 1.0 / step})
+            tracker.log("sft", step, "train", {"loss": 1.0 / step})
+    with start(config(), tmp_path) as tracker:
+        for step in (2, 3):
+            tracker.log("sft", step, "train", {"loss": 1.0 / step})
+    first, second = sorted(tmp_path.glob("wandb/offline-run-*"))
+    records = read_wandb(second)
+    assert [(row["sft/step"], row["sft/train/loss"]) for row in history(records)] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    [run] = of_kind(records, "run")
+    assert not run.resume, "it takes the place of what was sent before"
+    assert list(first.glob("*.wandb.synced")) and not list(second.glob("*.wandb.synced"))
+
+
+# The summary of a sweep
+
+
+def a_summary(folder: Path, best: float = 0.75) -> SweepSummary:
+    import plotly.graph_objects as go
+
+    folder.mkdir(exist_ok=True)
+    (folder / "comparison.csv").write_text(f"best,{best}\n")
+    return SweepSummary(
+        facts={"model": "tiny", "api_key": "s3cret"},
+        notes="- DPO is first",
+        values={"best": {"variant": "DPO", "value": best}},
+        header=["variant", "beta", "rank"],
+        rows=[["DPO", 0.1, 1.0], ["IPO", None, 2.0]],
+        figures={"curve": go.Figure().add_scatter(x=[1, 2], y=[3.0, 4.0])},
+        files=[folder / "comparison.csv"],
+    )
+
+
+def test_the_summary_of_a_sweep_is_one_run_however_often_it_ends(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nobody_logged_in.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    sweep = tmp_path / "betas"
+    ids = set()
+    for best in (0.75, 0.5):
+        send_summary(asdict(config(name="mine", tags=["lab"])), sweep, a_summary(sweep, best))
+        ids.add((sweep / "wandb_run_id").read_text())
+    assert len(ids) == 1
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("alignment")]
+    assert len(said) == 2 and all("keeps this run offline" in line for line in said)
+    for folder, best in zip(sorted(sweep.glob("wandb/offline-run-*")), (0.75, 0.5), strict=True):
+        records = read_wandb(folder)
+        [run] = of_kind(records, "run")
+        assert {f"{run.run_id}\n"} == ids
+        assert (run.project, run.run_group, run.job_type, run.display_name) == ("p", "betas", "sweep summary", "betas")
+        assert (run.notes, list(run.tags)) == ("- DPO is first", ["lab"])
+        facts = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert (facts["model"], facts["api_key"]) == ("tiny", "***")
+        [row] = history(records)
+        table = json.loads((folder / "files" / row["comparison/variants/path"]).read_text())
+        assert (table["columns"], table["data"]) == (["variant", "beta", "rank"], [["DPO", 0.1, 1], ["IPO", None, 2]])
+        figure = json.loads((folder / "files" / row["comparison/curve/path"]).read_text())
+        assert figure["data"][0]["y"] == [3.0, 4.0]
+        kept = {artifact.type: artifact for artifact in of_kind(records, "artifact")}["comparison"]
+        [entry] = kept.manifest.contents
+        assert entry.path == "comparison.csv"
+        assert Path(entry.local_path).read_text() == f"best,{best}\n"
+        values = {item.key: item.value_json for summary in of_kind(records, "summary") for item in summary.update}
+        assert json.loads(values["best"]) == {"variant": "DPO", "value": best}
+        assert [end.exit_code for end in of_kind(records, "exit")] == [0]
+
+
+def test_no_summary_where_nothing_is_tracked_or_something_is_wrong(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = a_summary(tmp_path)
+    send_summary({"project": "p", "from": "another version"}, tmp_path, summary)
+    assert "no summary of the sweep" in caplog.text
+    nobody_logged_in.setenv("WANDB_MODE", "disabled")
+    send_summary(asdict(config(mode="online")), tmp_path, summary)
+    assert len(caplog.messages) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.csv"]
