@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from alignment import stage_store
-from alignment.compose import asset_dir, load, register, sweep_members
+from alignment.compose import asset_dir, compose_node, load, register, sweep_members
 from alignment.errors import UserError
 from alignment.run import _accuracy, _checked_arguments
 from tests.commands import command, write_project
@@ -112,8 +112,10 @@ def test_what_is_refused_before_a_sweep(arguments, said, project, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_what_an_agent_of_wandb_runs_composes():
+def test_what_an_agent_of_wandb_runs_composes(monkeypatch):
     """Its parameters are settings of the run, and both ends of their ranges are accepted."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "the-sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "the-run")
     search = yaml.safe_load((asset_dir("conf") / "wandb_sweep.yaml").read_text())
     _, _, _, program, *settings, arguments = search["command"]
     assert (program, search["program"], arguments) == ("${program}", "alignment.run", "${args_no_hyphens}")
@@ -122,6 +124,7 @@ def test_what_an_agent_of_wandb_runs_composes():
         assert config.loss.beta == search["parameters"]["loss.beta"][end]
         assert config.optim.lr == search["parameters"]["optim.lr"][end]
         assert config.tracking.mode == "online"
+    assert compose_node(settings, with_hydra=True).hydra.run.dir == "outputs/sweeps/the-sweep/the-run"
 
 
 # The runs
