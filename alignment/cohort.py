@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from alignment.allocator import share_freed_memory
 from alignment.attention import SharedRow, enable_shared_prompts
 from alignment.head import row_numbers
 from alignment.layout import MicroBatch
@@ -236,6 +237,7 @@ class Cohort:
         self._active = set(places)
         self._waiting = deque(range(len(places), len(trainings)))
         num_threads = torch.get_num_threads()
+        share_freed_memory()
 
         def work(place: int) -> None:
             torch.set_num_threads(num_threads)  # a thread's own setting, on which rounding depends
