@@ -195,7 +195,7 @@ def start_run(
     name: str,
     notes: str | None = None,
 ) -> wandb.Run | None:
-    """Start the W&B run of a folder, or go on with it; None where nothing is tracked. Never asks anything.
+    """Start the W&B run of a folder, or go on with it; None where nothing is tracked or W&B fails. Never asks anything.
 
     Without a login, or if W&B cannot be reached, the run is kept offline. A part of a run that is kept offline stands
     for the whole: it takes the place of all that was sent before it, and earlier parts are not sent any more.
@@ -241,12 +241,14 @@ def start_run(
         if mode != "offline":
             run, why = _start_online(lambda: start("online"), required=mode == "online")
         if run is None:
-            run = start("offline")
-            logger.warning(
-                "W&B keeps this run offline%s; send it with: wandb sync %s",
-                f" because {why}" if why else "",
-                folder / "wandb" / "offline-run-*",
-            )
+            reason = f" because {why}" if why else ""
+            try:
+                run = start("offline")
+            except Exception as error:
+                logger.warning("W&B failed and gets nothing of this run, which goes on without it: %s", error)
+                return None
+            parts = folder / "wandb" / "offline-run-*"
+            logger.warning("W&B keeps this run offline%s; send it with: wandb sync %s", reason, parts)
         else:
             logger.info("W&B: %s", run.url)
     for path in earlier:
@@ -283,7 +285,7 @@ def _start_online(start: Callable[[], wandb.Run], required: bool) -> tuple[wandb
         why = f"W&B cannot be reached ({str(error).splitlines()[0]})"
         _out_of_reach.append(why)
     if wandb.setup().most_recent_active_run is None:
-        wandb.teardown()  # else its service holds the id of the failed start as in use
+        wandb.teardown()  # else its service holds the id of the failed start as in use; it would end other runs too
     return None, why
 
 

@@ -238,6 +238,20 @@ def test_what_wandb_raises_ends_the_tracking_only(caplog: pytest.LogCaptureFixtu
     assert "the service is gone" in caplog.text
 
 
+def test_a_run_goes_on_where_wandb_cannot_even_start(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(**_: object) -> None:
+        raise OSError("the disk is full")
+
+    nobody_logged_in.setattr("wandb.init", fail)
+    assert isinstance(start(config(), tmp_path), NullTracker)
+    assert [record.getMessage() for record in caplog.records if record.name == "alignment.tracking"] == [
+        "W&B failed and gets nothing of this run, which goes on without it: the disk is full"
+    ]
+    assert not (tmp_path / "wandb_run_id").exists()
+
+
 class ListingRun:
     """What is sent to a run of which W&B has the first rows."""
 
