@@ -22,6 +22,7 @@ from alignment.run_folder import (
     NONE,
     SAMPLES,
     Run,
+    cut,
     eval_pairs,
     get,
     is_number,
@@ -36,7 +37,6 @@ from alignment.run_folder import (
     wilson_interval,
 )
 
-_SAMPLE_CHARACTERS = 700
 _STAGE_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "nats/margins", "ranking/accuracies")
 _ZERO = 1e-4
 
@@ -210,17 +210,12 @@ def _reference_line(reference: Any) -> str | None:
     return escape_markdown(", ".join(parts))
 
 
-def _cut(value: Any) -> str:
-    text = str(value) if value is not None else NONE
-    return text if len(text) <= _SAMPLE_CHARACTERS else text[:_SAMPLE_CHARACTERS] + " ..."
-
-
 def _sample_table(samples: Sequence[dict[str, Any]]) -> str:
     columns = [("prompt", "prompt")] + [
         (key, title) for key, title in MODELS.items() if any(sample.get(key) is not None for sample in samples)
     ]
     picked = [samples[i * len(samples) // min(SAMPLES, len(samples))] for i in range(min(SAMPLES, len(samples)))]
-    rows = [[_cut(sample.get(key)) for key, _ in columns] for sample in picked]
+    rows = [[cut(sample.get(key)) for key, _ in columns] for sample in picked]
     return markdown_table([title for _, title in columns], rows)
 
 

@@ -18,6 +18,9 @@ from alignment.records import STAGES, escape_markdown, read_metrics
 SAMPLES = 8
 """How many samples a report shows."""
 
+_CHARACTERS = 700
+"""Of a sample that a report shows."""
+
 RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
 
 _DEEPEST = 50
@@ -61,8 +64,11 @@ def _check_depth(value: Any, left: int) -> None:
         _check_depth(inner, left - 1)
 
 
-def read_rows(run: Run, name: str) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; lines that are none are left out and named in `run.problems`."""
+def read_rows(run: Run, name: str, numbers: Callable[[dict[str, Any]], Sequence[Any]]) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line.
+
+    Lines that are none are left out, and `run.problems` says so, as it does of rows whose `numbers` are none.
+    """
     try:
         lines = (run.folder / name).read_bytes().splitlines()
     except OSError as error:
@@ -81,7 +87,14 @@ def read_rows(run: Run, name: str) -> list[dict[str, Any]]:
         )
     elif not rows:
         run.problems.append(f"{name} is empty.")
+    odd = sum(not all(map(is_number, numbers(row))) for row in rows)
+    if odd:
+        run.problems.append(f"{name} holds something else than finite numbers in {odd} of {len(rows)} rows.")
     return rows
+
+
+def _scores(sample: dict[str, Any]) -> list[Any]:
+    return [get(verdict, "score") for verdict in section(sample, "verdicts").values()]
 
 
 def read_run(folder: Path) -> Run:
@@ -107,12 +120,14 @@ def read_run(folder: Path) -> Run:
             run.problems.append(f"{name} cannot be read: {' '.join(str(error).split())}.")
         return empty
 
-    run.config = read("config.yaml", lambda path: _mapping(yaml.safe_load(path.read_text("utf-8"))), {})
+    run.config = read("config.yaml", _config, {})
     run.summary = read("summary.json", lambda path: _mapping(json.loads(path.read_text("utf-8"))), {})
     run.metrics = read("metrics.jsonl", _metrics, [])
+    if run.metrics and not (folder / "metrics.jsonl").read_bytes().endswith(b"\n"):
+        run.problems.append("metrics.jsonl ends in the middle of a line: what came after is lost.")
     prompts = get(run.summary, "evaluation", "prompts")
     if (folder / "samples.jsonl").exists() or prompts:
-        run.samples = read("samples.jsonl", lambda path: read_rows(run, path.name), [])
+        run.samples = read("samples.jsonl", lambda path: read_rows(run, path.name, _scores), [])
     odd = [".".join(keys) for keys in _NUMBERS for keys in _no_numbers(get(run.summary, *keys), keys)]
     if odd:
         which = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
@@ -120,10 +135,19 @@ def read_run(folder: Path) -> Run:
     return run
 
 
+def _config(path: Path) -> dict[str, Any]:
+    text = path.read_text("utf-8")
+    if not text.endswith("\n"):  # half of a YAML file is a YAML file
+        raise ValueError("it is cut off")
+    return _mapping(yaml.safe_load(text))
+
+
 def _metrics(path: Path) -> list[dict[str, Any]]:
     rows = read_metrics(path)
     if not rows:
         raise ValueError("it is empty")
+    if any(isinstance(value, int) and abs(value) > sys.float_info.max for row in rows for value in row.values()):
+        raise ValueError("it holds numbers that are too large")
     return rows
 
 
@@ -166,6 +190,12 @@ def shown(value: Any) -> str:
     if isinstance(value, dict):
         return f"({', '.join(f'{key} {shown(inner)}' for key, inner in value.items())})"
     return str(value)
+
+
+def cut(value: Any) -> str:
+    """As much of a text of a model as a report shows."""
+    text = str(value) if value is not None else NONE
+    return text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + " ..."
 
 
 def percent(value: Any) -> str:

@@ -16,7 +16,7 @@ LAYERS = [
     {"comparison.page"},
     {"comparison.charts"},
     {"comparison.tables", "comparison.answers"},
-    {"comparison.sentences"},
+    {"comparison.sentences", "comparison.head_to_head"},
     {"comparison.ranking"},
     {"comparison.measures"},
     {"comparison.members", "comparison.statistics"},

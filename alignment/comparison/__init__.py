@@ -28,5 +28,6 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     title = f"Comparison: {out.resolve().name}"
     pages = {"md": to_markdown(found, title), "csv": to_csv(found), "html": to_html(found, title)}
     for kind, text in pages.items():
-        atomic_write_text(out / f"comparison.{kind}", text)
+        # Half an emoji, of an answer that was cut, is no UTF-8.
+        atomic_write_text(out / f"comparison.{kind}", text.encode("utf-8", "replace").decode())
     return out / "comparison.html"

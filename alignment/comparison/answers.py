@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.comparison.measures import baseline
-from alignment.comparison.members import Member
+from alignment.comparison.head_to_head import MOST
+from alignment.comparison.measures import baseline, verdict
+from alignment.comparison.members import numbered
 from alignment.comparison.ranking import Comparison
-from alignment.run_folder import MODELS, NONE, SAMPLES, get, shown
+from alignment.judge import Verdict
+from alignment.run_folder import MODELS, NONE, SAMPLES, cut, shown
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one model said to a prompt, and what the judge thought of it."""
+    """What one model said to a prompt, or several said alike, and what the judge thought of it."""
 
     model: str
     text: str
@@ -23,45 +25,80 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A held-out prompt with the answers of all members."""
+    """A held-out prompt with the answers of the best of each loss, and below them those of all other members."""
 
     prompt: str
     answers: list[Answer]
+    others: list[Answer]
 
 
-def questions(found: Comparison) -> list[Question]:
-    """Prompts that most members answered, spread over all of them, with the answers side by side."""
-    answered = [member for member in found.members if member.run.samples]
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Some of the prompts, and which."""
+
+    shown: list[Question]
+    note: str
+
+
+def questions(found: Comparison) -> Questions:
+    """Prompts that most members answered, first those on which the judge does not think the same of all."""
     by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
-    for member in answered:
-        for sample in member.run.samples:
-            by_prompt.setdefault(str(sample.get("prompt")), {}).setdefault(member.name, sample)
+    for member in found.members:
+        for prompt, sample in numbered(member.run.samples, "prompt").items():
+            by_prompt.setdefault(prompt, {})[member.name] = sample
     most = max((len(samples) for samples in by_prompt.values()), default=0)
-    prompts = [prompt for prompt, samples in by_prompt.items() if len(samples) == most]
-    count = min(SAMPLES, len(prompts))
-    picked = [prompts[i * len(prompts) // count] for i in range(count)]
-    labels = {member.name: v.label for v in found.variants for member in v.members}
-    return [Question(prompt, _answers(answered, by_prompt[prompt], labels)) for prompt in picked]
+    asked = {prompt: samples for prompt, samples in by_prompt.items() if len(samples) == most}
+    split = [prompt for prompt, samples in asked.items() if _is_split(samples)]
+    alike = [prompt for prompt in asked if prompt not in split]
+    picked = _spread(split, SAMPLES)
+    picked += _spread(alike, SAMPLES - len(picked))
+    note = f"{len(picked)} of {len(asked)} prompts"
+    if split:
+        note += (
+            f"; on {len(split)} of them the judge does not give all members the same score, and of these are the first "
+            f"{min(len(split), SAMPLES)} below. How often who is better is in the tables, not here"
+        )
+    return Questions([_question(found, asked[prompt]) for prompt in picked], f"{note}.")
 
 
-def _answers(members: Sequence[Member], samples: dict[str, dict[str, Any]], labels: dict[str, str]) -> list[Answer]:
-    said: list[Answer] = []
-    for member in members:
-        if (sample := samples.get(member.name)) is None:
-            continue
-        before = baseline(member)
-        if sample.get(before) is not None:  # members of one start all say the same
-            first = Answer(MODELS[before], str(sample[before]), _verdict(get(sample, "verdicts", before)))
-            if first not in said:
-                said.append(first)
-        name = f"{labels.get(member.name, member.loss or member.name)}, seed {shown(member.seed)}"
-        said.append(Answer(name, str(sample.get("final", NONE)), _verdict(get(sample, "verdicts", "final"))))
-    return sorted(said, key=lambda answer: answer.model not in MODELS.values())
+def _is_split(samples: dict[str, dict[str, Any]]) -> bool:
+    return len({found.score for sample in samples.values() if (found := verdict(sample, "final"))}) > 1
 
 
-def _verdict(verdict: Any) -> str:
-    if not isinstance(verdict, dict):
+def _spread(prompts: Sequence[str], most: int) -> list[str]:
+    count = min(most, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def _question(found: Comparison, samples: dict[str, dict[str, Any]]) -> Question:
+    titles = found.titles
+    best = [next((m for m in variant.members if m.name in samples), None) for variant in found.best[:MOST]]
+    first = [member for member in best if member is not None]
+    named = {member.name for member in first}
+    rest = [member for member in found.members if member.name in samples and member.name not in named]
+    before: dict[Answer, None] = {}  # members of one start all say the same
+    for member in (*first, *rest):
+        sample, name = samples[member.name], baseline(member)
+        if sample.get(name) is not None:
+            before[_answer(MODELS[name], sample, name)] = None
+    answers = [_answer(titles[member.name], samples[member.name], "final") for member in first]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for member in rest:
+        answer = _answer(titles[member.name], samples[member.name], "final")
+        alike.setdefault((answer.text, answer.verdict), []).append(answer.model)
+    others = [Answer("\n".join(models), *said) for said, models in alike.items()]
+    return Question(_prompt(samples), [*before, *answers], others)
+
+
+def _prompt(samples: dict[str, dict[str, Any]]) -> str:
+    return cut(next(iter(samples.values())).get("prompt"))
+
+
+def _answer(model: str, sample: dict[str, Any], name: str) -> Answer:
+    return Answer(model, cut(sample.get(name)), _said(verdict(sample, name)))
+
+
+def _said(found: Verdict | None) -> str:
+    if found is None:
         return NONE
-    parts = ["right" if verdict.get("correct") is True else "wrong", f"score {shown(verdict.get('score'))}"]
-    reasons = verdict.get("reasons")
-    return ", ".join([*parts, *(map(str, reasons) if isinstance(reasons, list) else [])])
+    return ", ".join(["right" if found.correct else "wrong", f"score {shown(found.score)}", *found.reasons])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +12,24 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from alignment.comparison.measures import KLS, Measure, kl, kl_error
+from alignment.comparison.measures import ACCURACY, KLS, Measure, kl, kl_error
 from alignment.comparison.members import Member, Variant
 from alignment.comparison.ranking import Comparison, interval
-from alignment.run_folder import is_number, series, shown
+from alignment.run_folder import get, is_number, series, shown
 
 COLOURS = ("#3b82d6", "#d2622a", "#2f9e6e", "#b35fc4", "#a8820f", "#d6457f", "#4f93a6", "#8577d8")
 """Of losses, or of variants where there is one loss: each has a contrast of 3 or more to white and to the dark page."""
 
+CURVES = "Curves"
+"""The charts of this name share a legend."""
+_FEW = 6
+"""As many variants are told apart at a glance."""
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_STROKES = ("", "8 5", "2 4", "8 4 2 4", "14 5", "14 4 2 4")
+"""The same dashes in SVG."""
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
-CURVES = (
+_METRICS = (
     ("Margin against the reference", "log-ratio, chosen - rejected (nats)", "nats/margins"),
     ("Reward accuracy, by the log-ratio to the reference", "share of pairs ranked rightly", "nats/accuracies"),
     ("Accuracy of the loss's own reward", "share of pairs ranked rightly", "rewards/accuracies"),
@@ -48,6 +55,26 @@ class Chart:
         return sum(trace.get("showlegend", True) for trace in self.figure["data"])
 
 
+def charts(found: Comparison) -> dict[str, list[Chart]]:
+    """All that can be drawn, by what it is about."""
+    groups = {
+        "Won, for how much distance": frontiers(found),
+        "Sensitivity to settings": sensitivity(found),
+        CURVES: [*curves(found), *lengths(found)],
+    }
+    return {title: drawn for title, drawn in groups.items() if drawn}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A variant in the legend that charts share, with which it is shown in them or not."""
+
+    label: str
+    colour: str
+    dashes: str
+    is_shown: bool
+
+
 def library() -> str:
     """The JavaScript that draws the figures."""
     return str(get_plotlyjs())
@@ -57,7 +84,8 @@ def _style(found: Comparison, variant: Variant) -> tuple[str, int]:
     """Its colour, and which of the variants with that colour it is."""
     losses = list(dict.fromkeys(v.loss for v in found.variants))
     if len(losses) == 1:
-        return COLOURS[found.variants.index(variant) % len(COLOURS)], 0
+        place = found.variants.index(variant)
+        return COLOURS[place % len(COLOURS)], place // len(COLOURS)
     same = [v for v in found.variants if v.loss == variant.loss]
     return COLOURS[losses.index(variant.loss) % len(COLOURS)], same.index(variant)
 
@@ -77,80 +105,108 @@ def _chart(name: str, title: str, note: str, figure: go.Figure, x: str, y: str) 
 
 def _safe(text: str) -> str:
     """Plotly reads a few tags in its texts."""
-    return html.escape(text, quote=False)
+    return html.escape(text.encode("utf-8", "replace").decode(), quote=False)
 
 
-def _line(found: Comparison, variant: Variant, member: Member, first: bool, size: int, hover: str) -> dict[str, Any]:
-    """How a member's line looks and what it says where it is pointed at; the first of a variant has the legend."""
+def choices(found: Comparison) -> list[Choice]:
+    """The legend of the curves; where there are many variants, the best of each loss are shown at first."""
+    few = found.variants if len(found.variants) <= _FEW or not found.best else found.best[:_FEW]
+    known = []
+    for variant in found.variants:
+        colour, number = _style(found, variant)
+        known.append(Choice(variant.label, colour, _STROKES[number % len(_STROKES)], variant in few))
+    return known
+
+
+def _line(found: Comparison, variant: Variant, member: Member, size: int, hover: str) -> dict[str, Any]:
+    """How a member's line looks, and what it says where it is pointed at."""
     colour, number = _style(found, variant)
     return {
         "mode": "lines+markers",
         "name": _safe(variant.label),
+        "meta": found.variants.index(variant),  # its place in the legend that charts share
         "legendgroup": _safe(variant.label),
-        "showlegend": first,
         "line": {"color": colour, "dash": _DASHES[number % len(_DASHES)], "width": 2},
         "marker": {"size": size, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
         "hovertemplate": f"<b>{_safe(variant.label)}</b>, seed {_safe(shown(member.seed))}{hover}<extra></extra>",
     }
 
 
+def _name_once(figure: go.Figure) -> None:
+    """One entry of the legend for the lines of a variant."""
+    named: set[str] = set()
+    for line in figure.data:
+        line.showlegend = line.name not in named
+        named.add(line.name)
+
+
 def curves(found: Comparison) -> list[Chart]:
-    """A chart per metric with a line per member, held-out values where there are several, else those of training."""
+    """A chart per metric with a line per member."""
     drawn = []
-    for title, axis, metric in CURVES:
-        figure, splits = go.Figure(), set()
+    for title, axis, metric in _METRICS:
+        figure, split = go.Figure(), _split(found, metric)
+        where = "held-out pairs" if split == "eval" else "the pairs of each training step"
         for variant in found.variants:
-            first = True
             for member in variant.members:
-                held_out = series(member.run.metrics, "preference", "eval", metric)
-                trained = series(member.run.metrics, "preference", "train", metric)
-                split, (steps, values) = ("held-out", held_out) if len(held_out[0]) > 1 else ("training", trained)
-                if not steps:
-                    continue
-                splits.add(split)
-                look = _line(found, variant, member, first, 5, f", {split}<br>step %{{x}}: %{{y:.4g}}")
-                figure.add_scatter(x=steps, y=values, **look)
-                first = False
-        if splits:
-            note = f"Over {' and '.join(sorted(splits))} pairs. A line is a member; seeds of a variant look alike."
+                steps, values = series(member.run.metrics, "preference", split, metric)
+                if steps:
+                    look = _line(found, variant, member, 5, f", {where}<br>step %{{x}}: %{{y:.3g}}")
+                    figure.add_scatter(x=steps, y=values, **look)
+        _name_once(figure)
+        if figure.data:
+            note = f"Over {where}. A line is a member; seeds of a variant look alike."
+            if split == "train":
+                note += " The held-out ones were looked at before and after training only: see the tables."
             x = "optimizer step of the preference stage"
             drawn.append(_chart(metric.replace("/", "-"), title, note, figure, x, axis))
     return drawn
 
 
-def lengths(found: Comparison) -> Chart | None:
+def _split(found: Comparison, metric: str) -> str:
+    """Held-out values, unless they are no curve and those of training are."""
+    points = {
+        split: max(
+            (len(series(member.run.metrics, "preference", split, metric)[0]) for member in found.members), default=0
+        )
+        for split in ("eval", "train")
+    }
+    return "eval" if points["eval"] > 2 or points["eval"] >= points["train"] else "train"
+
+
+def lengths(found: Comparison) -> list[Chart]:
     """Mean lengths of answers before, between and after the stages."""
     figure = go.Figure()
     moments = {"start": "before training", "sft": "after SFT", "final": "final"}
     for variant in found.variants:
-        first = True
         for member in variant.members:
-            answers = member.run.summary.get("evaluation") or {}
-            answers = answers.get("answers") if isinstance(answers, dict) else None
-            values = {
-                title: entry["words"]
-                for moment, title in moments.items()
-                if isinstance(answers, dict)
-                and isinstance(entry := answers.get(moment), dict)
-                and is_number(entry.get("words"))
+            words = {
+                title: get(member.run.summary, "evaluation", "answers", m, "words") for m, title in moments.items()
             }
-            if not values:
-                continue
-            look = _line(found, variant, member, first, 7, "<br>%{x}: %{y:.4g} words")
-            figure.add_scatter(x=list(values), y=list(values.values()), **look)
-            first = False
+            values = {title: value for title, value in words.items() if is_number(value)}
+            if values:
+                look = _line(found, variant, member, 7, "<br>%{x}: %{y:.3g} words")
+                figure.add_scatter(x=list(values), y=list(values.values()), **look)
+    _name_once(figure)
     if not figure.data:
-        return None
+        return []
     note = "A judge may favour long answers, or short ones: part of a win may be nothing else."
-    return _chart("lengths", "Length of answers", note, figure, "", "words per answer (mean)")
+    return [_chart("lengths", "Length of answers", note, figure, "", "words per answer (mean)")]
 
 
-def frontier(found: Comparison) -> Chart | None:
-    """What was won for how much distance from the reference: a point per member."""
-    measure, distance = found.rank_by, kl(found.members)
-    if measure is None or distance is None:
-        return None
+def frontiers(found: Comparison) -> list[Chart]:
+    """What was won for how much distance from the reference, by what is ranked by and by reward accuracy."""
+    measures = [found.rank_by, ACCURACY] if found.rank_by not in (None, ACCURACY) else [found.rank_by]
+    distance = kl(found.members)
+    drawn = [
+        _frontier(found, measure, distance) for measure in measures if measure is not None and distance is not None
+    ]
+    return [chart for chart in drawn if chart is not None]
+
+
+def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart | None:
+    """A point per variant with the intervals of both values, and a faint one per seed."""
     figure = go.Figure()
+    has_error = distance is KLS[0]
     for variant in found.variants:
         colour, number = _style(found, variant)
         known = [
@@ -160,30 +216,46 @@ def frontier(found: Comparison) -> Chart | None:
         ]
         if not known:
             continue
-        bounds = [interval(measure, Variant(variant.loss, {}, [member])) or (y, y) for member, _, y in known]
-        errors = [1.96 * kl_error(member) for member, _, _ in known]
-        across = [(x - error, x + error) for (_, x, _), error in zip(known, errors, strict=True)]
+        whole = Variant(variant.loss, variant.settings, [member for member, _, _ in known])
+        x, y = (sum(values) / len(known) for values in zip(*((x, y) for _, x, y in known), strict=True))
+        error = 1.96 * sum(kl_error(member) for member, _, _ in known) / len(known)
+        look = {"symbol": _SYMBOLS[number % len(_SYMBOLS)], "color": colour}
+        if len(known) > 1:
+            figure.add_scatter(
+                x=[x for _, x, _ in known],
+                y=[y for _, _, y in known],
+                mode="markers",
+                name=_safe(variant.label),
+                legendgroup=_safe(variant.label),
+                showlegend=False,
+                marker=look | {"size": 7, "opacity": 0.45},
+                text=[_safe(f"{variant.label}, seed {shown(member.seed)}") for member, _, _ in known],
+                hovertemplate="<b>%{text}</b><br>%{y:.1%} at %{x:.3g} nats<extra></extra>",
+            )
         figure.add_scatter(
-            x=[x for _, x, _ in known],
-            y=[y for _, _, y in known],
-            error_x=_bars([x for _, x, _ in known], across, colour) | {"visible": distance is KLS[0]},
-            error_y=_bars([y for _, _, y in known], bounds, colour),
+            x=[x],
+            y=[y],
+            error_x=_bars([x], [(x - error, x + error)], colour) | {"visible": has_error},
+            error_y=_bars([y], [interval(measure, whole) or (y, y)], colour),
             mode="markers",
             name=_safe(variant.label),
-            marker={"size": 11, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "color": colour},
-            text=[_safe(f"{variant.label}, seed {shown(member.seed)}") for member, _, _ in known],
-            hovertemplate="<b>%{text}</b><br>%{y:.1%} at %{x:.3g} nats<extra></extra>",
+            legendgroup=_safe(variant.label),
+            showlegend=True,
+            marker=look | {"size": 11},
+            hovertemplate=f"<b>{_safe(variant.label)}</b><br>%{{y:.1%}} at %{{x:.3g}} nats<extra></extra>",
         )
     if not figure.data:
         return None
     figure.update_yaxes(tickformat=".0%")
-    note = (
-        f"Each point is a member, its bars the 95% intervals. Across: {distance.axis}. Better is higher, and as near "
-        "to the reference as can be."
-    )
-    return _chart(
-        "frontier", f"{measure.name.capitalize()} against distance", note, figure, distance.name, measure.name
-    )
+    note = f"A large point is a variant, {'its bars the' if has_error else 'its bar the'} 95% interval"
+    note += f"{'s' if has_error else ''}; small ones are its seeds. Across: {distance.axis}. Better is higher, and as "
+    note += "near to the reference as can be. A click on the legend hides a variant, two show it alone."
+    title = f"{measure.name.capitalize()} against distance"
+    return _chart(f"frontier-{_slug(measure.name)}", title, note, figure, distance.name, measure.name)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name).strip("-")
 
 
 def _bars(values: Sequence[float], bounds: Sequence[tuple[float, float]], colour: str) -> dict[str, Any]:
@@ -199,60 +271,70 @@ def _bars(values: Sequence[float], bounds: Sequence[tuple[float, float]], colour
 
 
 def sensitivity(found: Comparison) -> list[Chart]:
-    """What was ranked by over each number that differs between variants of one loss."""
-    if found.rank_by is None:
+    """What was ranked by over each number that differs between variants of one loss; all with the same heights."""
+    measure = found.rank_by
+    if measure is None:
         return []
+    losses = list(dict.fromkeys(variant.loss for variant in found.ranked))
+    asked = [(loss, key) for key in found.differing for loss in losses]
+    figures = {places: figure for places in asked if (figure := _over(found, measure, *places)).data}
+    heights = [y for v in found.ranked for y in (*measure.values(v), *(interval(measure, v) or ()))]
     drawn = []
-    for key in found.differing:
-        figure = _over(found, found.rank_by, key)
-        if figure.data:
-            name = key.removeprefix("loss.")
-            numbers = [x for trace in figure.data for x in trace.x]
-            if min(numbers) > 0 and max(numbers) / min(numbers) >= 4:
-                figure.update_xaxes(
-                    type="log", tickvals=sorted(set(numbers)), ticktext=[shown(x) for x in sorted(set(numbers))]
-                )
-            figure.update_yaxes(tickformat=".0%")
-            note = (
-                "Means over seeds with their 95% intervals. A loss whose line lies flat within the bars does not mind."
-            )
-            drawn.append(
-                _chart(
-                    f"over-{key.replace('.', '-')}", f"Sensitivity to {name}", note, figure, name, found.rank_by.name
-                )
-            )
+    for (loss, key), figure in figures.items():
+        numbers = sorted({x for line in figure.data for x in line.x})
+        ticks = {"tickvals": numbers, "ticktext": [shown(x) for x in numbers]}
+        figure.update_xaxes(ticks | ({"type": "log"} if numbers[0] > 0 and numbers[-1] / numbers[0] >= 4 else {}))
+        figure.update_yaxes(tickformat=".0%", range=[min(heights) - 0.02, max(heights) + 0.02])
+        name = key.removeprefix("loss.")
+        note = "The line joins means over seeds, with their 95% intervals; small points are seeds."
+        title = f"{loss.upper()}: {name}"
+        drawn.append(_chart(f"over-{_slug(f'{loss} {key}')}", title, note, figure, name, measure.name))
     return drawn
 
 
-def _over(found: Comparison, measure: Measure, key: str) -> go.Figure:
-    """A line for each group of variants that differ in this setting alone."""
+def _over(found: Comparison, measure: Measure, loss: str, key: str) -> go.Figure:
+    """A line for each group of variants of a loss that differ in this setting alone."""
     figure = go.Figure()
     lines: dict[tuple[Any, ...], list[Variant]] = {}
     for variant in found.variants:
-        value = variant.settings.get(key)
-        if is_number(value) and measure.values(variant):
+        if variant.loss == loss and is_number(variant.settings.get(key)) and measure.values(variant):
             others = {k: v for k, v in variant.settings.items() if k != key}
-            lines.setdefault((variant.loss, *others.items()), []).append(variant)
-    for number, ((loss, *_), group) in enumerate(lines.items()):
-        if len(group) < 2:
-            continue
+            lines.setdefault(tuple(others.items()), []).append(variant)
+    groups = [group for group in lines.values() if len(group) > 1]
+    for number, group in enumerate(groups):
         others = {k: v for k, v in group[0].settings.items() if k != key}
-        label = Variant(loss, others, []).label
+        label = _safe(Variant(loss, others, []).label)
+        colour = COLOURS[number % len(COLOURS)] if len(groups) > 1 else _style(found, group[0])[0]
+        name = _safe(key.removeprefix("loss."))
+        seeds = [
+            (v.settings[key], value, m.seed)
+            for v in group
+            for m in v.members
+            if (value := measure.value(m)) is not None
+        ]
+        figure.add_scatter(
+            x=[x for x, _, _ in seeds],
+            y=[y for _, y, _ in seeds],
+            mode="markers",
+            name=label,
+            legendgroup=label,
+            showlegend=False,
+            marker={"size": 7, "opacity": 0.45, "color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
+            text=[_safe(shown(seed)) for _, _, seed in seeds],
+            hovertemplate=f"<b>{label}</b>, seed %{{text}}<br>{name} %{{x}}: %{{y:.1%}}<extra></extra>",
+        )
         means = [measure.mean(variant) or 0.0 for variant in group]
         bounds = [interval(measure, variant) or (mean, mean) for variant, mean in zip(group, means, strict=True)]
-        losses = list(dict.fromkeys(v.loss for v in found.variants))
-        place = losses.index(loss) if len(losses) > 1 else number
-        colour = COLOURS[place % len(COLOURS)]
         figure.add_scatter(
             x=[variant.settings[key] for variant in group],
             y=means,
             error_y=_bars(means, bounds, colour),
             mode="lines+markers",
-            name=_safe(label),
-            showlegend=True,
+            name=label,
+            legendgroup=label,
+            showlegend=len(groups) > 1,
             line={"color": colour, "width": 2},
             marker={"size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
-            hovertemplate=f"<b>{_safe(label)}</b><br>{_safe(key.removeprefix('loss.'))} %{{x}}: "
-            "%{y:.1%}<extra></extra>",
+            hovertemplate=f"<b>{label}</b><br>{name} %{{x}}: %{{y:.1%}}<extra></extra>",
         )
     return figure

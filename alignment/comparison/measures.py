@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.comparison.members import Member, Variant, numbered
+from alignment.judge import Verdict, compare
 from alignment.run_folder import change, count, eval_pairs, get, is_number, section
 
 
@@ -19,6 +20,7 @@ class Measure:
         value: of a member; None where it is not known.
         share: it is a share of items, of which `count` says how many, so that it has an interval.
         items: the same by item, of which it is the mean; empty where those are not known.
+        unit: what an item is, in the plural.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Measure:
     share: bool = False
     count: Callable[[Member], int] = lambda member: 0
     items: Callable[[Member], Mapping[str, float]] = lambda member: {}
+    unit: str = "items"
 
     def mean(self, variant: Variant) -> float | None:
         """Over the members that have it."""
@@ -50,6 +53,11 @@ class Measure:
 
 def _number_of(value: Any) -> float | None:
     return float(value) if is_number(value) else None
+
+
+def _share(value: Callable[[Member], float | None]) -> Callable[[Member], float | None]:
+    """The same, where it is a share at all."""
+    return lambda member: found if (found := value(member)) is not None and 0 <= found <= 1 else None
 
 
 def evaluated(name: str) -> Callable[[Member], float | None]:
@@ -82,23 +90,33 @@ def _win_rate(member: Member) -> float | None:
     return _number_of(get(member.run.summary, "evaluation", "win_rate", f"final_vs_{baseline(member)}", "rate"))
 
 
+def verdict(sample: Mapping[str, Any], model: str) -> Verdict | None:
+    """What the judge thought of a model's answer; None where that was not kept whole."""
+    kept = section(sample, "verdicts", model)
+    score, reasons = _number_of(kept.get("score")), kept.get("reasons")
+    if score is None:
+        return None
+    why = tuple(map(str, reasons)) if isinstance(reasons, list) else ()
+    return Verdict(score, kept.get("correct") is True, kept.get("direct") is True, count(kept.get("words")), why)
+
+
+def verdicts(member: Member, model: str = "final") -> dict[str, Verdict]:
+    """By prompt."""
+    samples = numbered(member.run.samples, "prompt").items()
+    return {prompt: found for prompt, sample in samples if (found := verdict(sample, model)) is not None}
+
+
+def wins(a: Mapping[str, Verdict], b: Mapping[str, Verdict]) -> dict[str, float]:
+    """1 for each prompt on which a's answer is the better one, one half for a tie, 0 else."""
+    return {prompt: 0.5 + compare(a[prompt], b[prompt]) / 2 for prompt in a if prompt in b}
+
+
 def _wins(member: Member) -> dict[str, float]:
-    """1, one half or 0 by prompt, as the judge's scores say."""
-    found = {}
-    for prompt, sample in numbered(member.run.samples, "prompt").items():
-        final, other = (get(sample, "verdicts", name, "score") for name in ("final", baseline(member)))
-        if is_number(final) and is_number(other):
-            found[prompt] = 0.5 + ((final > other) - (final < other)) / 2
-    return found
+    return wins(verdicts(member), verdicts(member, baseline(member)))
 
 
 def _correct(member: Member) -> dict[str, float]:
-    samples = numbered(member.run.samples, "prompt").items()
-    return {
-        prompt: float(right)
-        for prompt, sample in samples
-        if isinstance(right := get(sample, "verdicts", "final", "correct"), bool)
-    }
+    return {prompt: float(found.correct) for prompt, found in verdicts(member).items()}
 
 
 def chosen_drift(member: Member) -> float | None:
@@ -108,40 +126,58 @@ def chosen_drift(member: Member) -> float | None:
 
 
 WIN_RATE = Measure(
-    "win rate", "win rate against the model before the preference stage", _win_rate, True, _num_answers, _wins
+    "win rate",
+    "win rate against the model before the preference stage",
+    _share(_win_rate),
+    True,
+    _num_answers,
+    _wins,
+    "prompts",
 )
-CORRECT = Measure("correct answers", "share of correct answers", _answers("correct"), True, _num_answers, _correct)
+CORRECT = Measure(
+    "correct answers",
+    "share of correct answers",
+    _share(_answers("correct")),
+    True,
+    _num_answers,
+    _correct,
+    "prompts",
+)
 ACCURACY = Measure(
     "reward accuracy",
     "share of held-out pairs with the higher log-ratio on the chosen completion",
-    evaluated("nats/accuracies"),
+    _share(evaluated("nats/accuracies")),
     True,
     _num_pairs,
     _pair_items("nats/accuracies"),
+    "pairs",
 )
 OWN_ACCURACY = Measure(
     "accuracy of the loss's own reward",
     "share of held-out pairs with the higher reward of the loss on the chosen completion",
-    evaluated("rewards/accuracies"),
+    _share(evaluated("rewards/accuracies")),
     True,
     _num_pairs,
     _pair_items("rewards/accuracies"),
+    "pairs",
 )
 RANKING = Measure(
     "ranking accuracy",
     "share of held-out pairs with the higher log-prob on the chosen completion",
-    evaluated("ranking/accuracies"),
+    _share(evaluated("ranking/accuracies")),
     True,
     _num_pairs,
     _pair_items("ranking/accuracies"),
+    "pairs",
 )
 RANKING_PER_TOKEN = Measure(
     "ranking accuracy per token",
     "share of held-out pairs with the higher log-prob per token on the chosen completion",
-    evaluated("ranking/accuracies_per_token"),
+    _share(evaluated("ranking/accuracies_per_token")),
     True,
     _num_pairs,
     _pair_items("ranking/accuracies_per_token"),
+    "pairs",
 )
 MARGIN = Measure("margin, nats", "margin against the reference, nats", evaluated("nats/margins"))
 DRIFT = Measure("drift of chosen, nats", "change of the chosen completions' log-prob, nats", chosen_drift)

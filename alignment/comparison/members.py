@@ -71,7 +71,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
+    elif prefix:
         yield prefix, value
 
 
@@ -92,8 +92,12 @@ def _read_pairs(run: Run) -> dict[str, dict[str, Any]]:
         if section(run.summary, "stages", "preference") and eval_pairs(run.summary):
             run.problems.append(f"{name} is missing.")
         return {}
-    rows = [row for row in read_rows(run, name) if row.get("moment") == "final"]
-    return numbered(rows, "key")
+    rows = read_rows(run, name, lambda row: [value for key, value in row.items() if "/" in key])
+    final = [row for row in rows if row.get("moment") == "final"]
+    lacking = eval_pairs(run.summary) - len(final)
+    if lacking > 0 and not any(name in problem for problem in run.problems):
+        run.problems.append(f"{name} lacks {lacking} of {eval_pairs(run.summary)} pairs.")
+    return numbered(final, "key")
 
 
 def once(members: Sequence[Member]) -> tuple[list[Member], dict[str, str]]:

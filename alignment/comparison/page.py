@@ -12,10 +12,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.comparison.answers import questions
-from alignment.comparison.charts import Chart, curves, frontier, lengths, library, sensitivity
+from alignment.comparison.charts import CURVES, charts, choices, library
 from alignment.comparison.ranking import Comparison
-from alignment.comparison.sentences import cautions, headline, not_available
-from alignment.comparison.tables import Table, best_of_each, differences, member_table, results, what_ran
+from alignment.comparison.sentences import cautions, headline, not_available, overview
+from alignment.comparison.tables import Table, differences, head_to_head, member_table, on_pairs, results, what_ran
 from alignment.records import escape_markdown
 from alignment.run_folder import markdown_table
 
@@ -31,36 +31,33 @@ _TEMPLATES = Environment(
 )
 
 
-def _charts(found: Comparison) -> dict[str, list[Chart]]:
-    groups: dict[str, list[Chart | None]] = {
-        "What was won, for how much distance from the reference": [frontier(found)],
-        "Sensitivity to settings": [*sensitivity(found)],
-        "Curves": [*curves(found), lengths(found)],
-    }
-    whole = {title: [chart for chart in charts if chart is not None] for title, charts in groups.items()}
-    return {title: charts for title, charts in whole.items() if charts}
-
-
 def _tables(found: Comparison) -> list[Table]:
-    tables = [results(found), best_of_each(found), differences(found)]
+    tables = [differences(found), results(found), head_to_head(found), on_pairs(found)]
     return [table for table in tables if table is not None and table.rows]
 
 
 def to_html(found: Comparison, title: str) -> str:
     """The page; texts of models and of users are escaped in it, and nothing is loaded from anywhere."""
-    charts = _charts(found)
-    figures = {chart.name: chart.figure | {"entries": chart.num_entries} for part in charts.values() for chart in part}
+    drawn = charts(found)
+    figures = {
+        chart.name: chart.figure | {"entries": 0 if part == CURVES else chart.num_entries}
+        for part, several in drawn.items()
+        for chart in several
+    }
     # Nothing that a label holds can end the script element that the figures stand in.
     data = json.dumps(figures).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return _TEMPLATES.get_template("page.html.j2").render(
         title=title,
+        overview=overview(found),
         headline=headline(found),
         cautions=cautions(found),
         tables=_tables(found),
-        charts=charts,
+        charts=drawn,
+        shared_legend=CURVES,
+        choices=choices(found),
         figures=data,
         library=_packed_library() if figures else "",
-        questions=questions(found),
+        questions=asked if (asked := questions(found)).shown else None,
         facts=[what_ran(found), member_table(found)],
         missing=not_available(found),
     )
@@ -86,9 +83,13 @@ def to_markdown(found: Comparison, title: str) -> str:
     def table(content: Table) -> list[str]:
         header = [escape_markdown(cell) for cell in content.header]
         parts = [f"### {escape_markdown(content.caption)}", markdown_table(header, content.rows)]
-        return [*parts, escape_markdown(content.note)] if content.note else parts
+        if content.note:
+            parts.append(escape_markdown(content.note))
+        if content.columns:
+            parts.append(bullets([f"{name}: {what}." for name, what in content.columns.items()]))
+        return parts
 
-    parts = [f"# {escape_markdown(title)}", "## In short", bullets(headline(found))]
+    parts = [f"# {escape_markdown(title)}", escape_markdown(overview(found)), "## In short", bullets(headline(found))]
     if warned := cautions(found):
         parts += [
             "## Read this first",
@@ -100,12 +101,13 @@ def to_markdown(found: Comparison, title: str) -> str:
     parts.append(
         "The charts are in [comparison.html](comparison.html), plain numbers in [comparison.csv](comparison.csv)."
     )
-    if asked := questions(found):
-        parts.append("## Answers side by side")
-        for question in asked:
-            parts.append(f"**{escape_markdown(question.prompt)}**")
-            rows = [[answer.model, answer.text, answer.verdict] for answer in question.answers]
-            parts.append(markdown_table(["model", "answer", "judge"], rows))
+    asked = questions(found)
+    if asked.shown:
+        parts += ["## Answers side by side", escape_markdown(asked.note)]
+    for question in asked.shown:
+        parts.append(f"**{escape_markdown(question.prompt)}**")
+        rows = [[answer.model, answer.text, answer.verdict] for answer in (*question.answers, *question.others)]
+        parts.append(markdown_table(["model", "answer", "judge"], rows))
     parts.append("## What was run")
     for content in (what_ran(found), member_table(found)):
         parts += table(content)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from alignment.comparison.measures import Measure, criterion
+from alignment.comparison.measures import ACCURACY, Measure, criterion
 from alignment.comparison.members import Member, Variant, differing, once, variants
 from alignment.comparison.statistics import Difference, holm, paired_difference, unpaired_difference
-from alignment.run_folder import wilson_interval
+from alignment.run_folder import shown, wilson_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,53 +28,95 @@ class Against:
 
 
 @dataclass(slots=True)
+class Standing:
+    """The variants that have a measure, the best first; `against` is the best of all against each other of `best`."""
+
+    measure: Measure
+    ranked: list[Variant]
+    best: list[Variant]
+    against: list[Against]
+
+    @property
+    def first(self) -> list[Variant]:
+        """The best, and those that are level with it."""
+        return [variant for variant in self.ranked if self.measure.mean(variant) == self.measure.mean(self.ranked[0])]
+
+
+@dataclass(slots=True)
 class Comparison:
     """The members with what was found of them.
 
     Attributes:
         copies: what was left out since it is the same run as a member, with the member's name.
-        rank_by: what variants are ranked by; None where nothing of it is known.
-        ranked: the variants that have it, the best first.
-        best: of each loss, the best first; with one loss only, all its variants.
-        against: the best of all against each other of `best`.
+        standing: by the measure that most variants have; None where none is known.
     """
 
     members: list[Member]
     copies: dict[str, str]
     variants: list[Variant]
     differing: list[str]
-    rank_by: Measure | None = None
-    ranked: list[Variant] = field(default_factory=list)
-    best: list[Variant] = field(default_factory=list)
-    against: list[Against] = field(default_factory=list)
+    standing: Standing | None
+
+    @property
+    def rank_by(self) -> Measure | None:
+        """What variants are ranked by; None where nothing of it is known."""
+        return self.standing.measure if self.standing else None
+
+    @property
+    def ranked(self) -> list[Variant]:
+        """The variants that have it, the best first."""
+        return self.standing.ranked if self.standing else []
+
+    @property
+    def best(self) -> list[Variant]:
+        """Of each loss, the best first; with one loss only, all its variants."""
+        return self.standing.best if self.standing else []
+
+    @property
+    def against(self) -> list[Against]:
+        """The best of all against each other of `best`."""
+        return self.standing.against if self.standing else []
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What members are, by their names: the variant and the seed."""
+        found = {
+            member.name: f"{variant.label}, seed {shown(member.seed)}"
+            for variant in self.variants
+            for member in variant.members
+        }
+        often = Counter(found.values())
+        titles = {name: title if often[title] == 1 else f"{title} ({name})" for name, title in found.items()}
+        return {member.name: titles.get(member.name, member.name) for member in self.members}
 
 
 def compare(members: Sequence[Member]) -> Comparison:
     """Rank the variants, and ask of the differences between the best whether they are noise."""
     members, copies = once(members)
-    found = Comparison(members, copies, variants(members), differing([m for m in members if m.loss]))
-    found.rank_by = measure = criterion(found.variants)
-    if measure is None:
-        return found
-    means = {id(variant): measure.mean(variant) for variant in found.variants}
-    known = [variant for variant in found.variants if means[id(variant)] is not None]
-    found.ranked = sorted(known, key=lambda variant: -(means[id(variant)] or 0.0))
-    several = len({variant.loss for variant in found.ranked}) > 1
-    losses: set[str] = set()
-    for variant in found.ranked:
-        if not several or variant.loss not in losses:
-            found.best.append(variant)
-        losses.add(variant.loss)
-    top = found.best[0]
-    pairs = [(other, _difference(measure, top, other)) for other in found.best[1:]]
-    adjusted = iter(holm([d.p for _, d in pairs if d is not None and d.p is not None]))
+    several = variants(members)
+    measure = criterion(several)
+    settings = differing([member for member in members if member.loss])
+    return Comparison(members, copies, several, settings, stand(several, measure) if measure else None)
+
+
+def stand(found: Sequence[Variant], measure: Measure) -> Standing:
+    """Rank the variants that have it, of which there must be one; equal ones are in the order of reward accuracy."""
+
+    def order(variant: Variant) -> tuple[float, float]:
+        return -(measure.mean(variant) or 0.0), -(ACCURACY.mean(variant) or 0.0)
+
+    ranked = sorted((variant for variant in found if measure.values(variant)), key=order)
+    best = list({variant.loss: variant for variant in reversed(ranked)}.values())
+    best = sorted(best, key=order) if len(best) > 1 else ranked
+    top, *others = best
+    pairs = [(other, d) for other in others if (d := _difference(measure, top, other)) is not None]
+    adjusted = iter(holm([d.p for _, d in pairs if d.p is not None]))
     worst = min(measure.values(top))
-    found.against = [
+    against = [
         Against(other, d, None if d.p is None else next(adjusted), max(measure.values(other)) >= worst)
         for other, d in pairs
-        if d is not None
     ]
-    return found
+    return Standing(measure, ranked, best, against)
 
 
 def _difference(measure: Measure, a: Variant, b: Variant) -> Difference | None:

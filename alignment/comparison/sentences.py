@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from alignment.comparison.measures import ACCURACY, WIN_RATE, Measure
 from alignment.comparison.members import Member, Variant
-from alignment.comparison.ranking import Against, Comparison, interval
+from alignment.comparison.ranking import Against, Comparison, Standing, interval, stand
 from alignment.run_folder import get, percent, short, shown, warnings
+
+_SURE = "more than noise"
+
+_FEW = 4
+"""As many can be listed in a sentence, or be sentences of their own."""
 
 
 def points(value: float) -> str:
@@ -21,6 +27,35 @@ def _share(measure: Measure, variant: Variant) -> str:
     return percent(measure.mean(variant)) + (f" ({percent(found[0])} to {percent(found[1])})" if found else "")
 
 
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(["; ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def overview(found: Comparison) -> str:
+    """What is compared, in a sentence."""
+    losses = list(dict.fromkeys(variant.loss.upper() for variant in found.variants))
+    seeds = list(dict.fromkeys(shown(member.seed) for member in found.members))
+    said = [_counted(len(found.members), "run")]
+    if losses:
+        said.append(f"{_counted(len(found.variants), 'variant')} of {', '.join(losses)}")
+        said.append(f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}")
+
+    def only(name: str, *keys: str) -> None:
+        values = {shown(value) for member in found.members if (value := get(member.run.summary, *keys)) is not None}
+        if len(values) == 1:
+            said.append(name.format(values.pop()))
+
+    only("model {}", "model", "name")
+    only("trained on {} rows of preferences", "data", "preference", "train")
+    only("{} rows held out", "data", "preference", "eval")
+    only("{} prompts answered", "evaluation", "prompts")
+    return f"{', '.join(said)}."
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def judged(against: Against) -> str:
     """Whether a difference is noise, in words."""
     difference = against.difference
@@ -30,43 +65,83 @@ def judged(against: Against) -> str:
         return "not certain: the interval leaves out zero, the sign test over all comparisons does not"
     if against.seeds_overlap:
         return "more than noise of the items, but single seeds of the two overlap"
-    return "more than noise"
+    return _SURE
 
 
 def headline(found: Comparison) -> list[str]:
     """What the comparison says, in a few sentences."""
-    measure = found.rank_by
-    if measure is None or not found.ranked:
+    standing = found.standing
+    if standing is None:
         return ["No member has a result that variants could be ranked by."]
-    top = found.best[0]
-    first = [variant.label for variant in found.ranked if measure.mean(variant) == measure.mean(top)]
-    place = f"{first[0]} is first" if len(first) == 1 else f"{', '.join(first)} share the first place"
-    said = [
-        f"Ranked by {measure.axis}, {place} of {len(found.ranked)} variants with {_share(measure, top)} on "
-        f"{measure.num_items(top)} held-out items" + (", a mean over seeds." if len(top.members) > 1 else ".")
-    ]
-    for against in found.against:
-        difference = against.difference
-        behind = f"{points(difference.value)} points behind {'it' if len(first) == 1 else first[0]}"
-        said.append(
-            f"{against.other.label} is {behind} (95% interval of the difference {points(difference.low)} to "
-            f"{points(difference.high)}): {judged(against)}."
-        )
-    if found.against and all(a.difference.is_noise for a in found.against):
-        said.append(
-            "So none of these can be called the winner: with as many held-out items and seeds, chance explains the "
-            "order."
-        )
+    measure, top = standing.measure, standing.best[0]
+    said = [f"Ranked by {measure.axis}, {_place(standing)}.", *_verdict(standing)]
     if measure is WIN_RATE and (low_high := interval(measure, top)) and low_high[0] <= 0.5:
         said.append("Even the first cannot be told from a draw with the model that it started from.")
+    said += _behind(standing)
     if measure is not ACCURACY and all(ACCURACY.values(variant) for variant in found.ranked):
-        ablest = max(found.ranked, key=lambda variant: ACCURACY.mean(variant) or 0.0)
-        if first != [ablest.label]:
-            said.append(f"By {ACCURACY.name} the first is {ablest.label} with {_share(ACCURACY, ablest)}.")
+        other = stand(found.variants, ACCURACY)
+        if other.first != standing.first:
+            said.append(" ".join([f"By {ACCURACY.name}, {_place(other)}.", *_verdict(other, again=True)]))
     if len(found.ranked) > 2:
         said.append(
             "The best setting was picked by the same items that it is reported on, which flatters it a little: check "
             "it on fresh ones before building on it."
+        )
+    return said
+
+
+def _place(standing: Standing) -> str:
+    """Who is first, with what."""
+    measure, top, first = standing.measure, standing.best[0], [variant.label for variant in standing.first]
+    among = _counted(len(standing.ranked), "variant")
+    if len(standing.ranked) == 1:
+        who = f"{top.label} is alone,"
+    elif len(first) == 1:
+        who = f"{top.label} is first of {among}"
+    else:
+        who = f"{_listed(first)} share the first place of {among}"
+        if len(first) > _FEW:
+            who = f"{len(first)} of {among} share the first place,"
+    items = f"{measure.num_items(top)} held-out {measure.unit}"
+    seeds = f", a mean over {len(top.members)} seeds" if len(top.members) > 1 else ""
+    return f"{who} with {_share(measure, top)} on {items}{seeds}"
+
+
+def _verdict(standing: Standing, again: bool = False) -> list[str]:
+    """Whether the first is the winner."""
+    if not standing.against:
+        return []
+    behind = [a.other.label for a in standing.against if judged(a) == _SURE]
+    top = "It" if len(standing.first) == 1 else standing.best[0].label
+    others = "the other settings" if len({variant.loss for variant in standing.best}) == 1 else "the other losses' best"
+    if len(behind) == len(standing.against):
+        return [f"{top} is ahead of {others} by more than noise."]
+    if all(a.difference.is_noise for a in standing.against):
+        if again:
+            return ["Chance explains this order too."]
+        return [
+            f"So none of these can be called the winner: with as many held-out {standing.measure.unit} and seeds, "
+            "chance explains the order."
+        ]
+    if not behind:
+        return [f"{top} is not surely ahead of any of {others}."]
+    unsure = [a.other.label for a in standing.against if judged(a) != _SURE]
+    return [f"{top} is ahead of {_listed(behind)} by more than noise, and not surely ahead of {_listed(unsure)}."]
+
+
+def _behind(standing: Standing) -> list[str]:
+    """By how much, of as many as can be read in passing; the table has all."""
+    ahead = "it" if len(standing.first) == 1 else standing.best[0].label
+    told = standing.against if len(standing.against) <= _FEW else []
+    if told and all(against.difference.is_noise for against in told):
+        told = [max(told, key=lambda against: against.difference.value)]
+    said = []
+    for against in told:
+        d = against.difference
+        gap = f"{points(d.value)} points behind" if d.value else "level with"
+        said.append(
+            f"{against.other.label} is {gap} {ahead} (95% interval of the difference {points(d.low)} to "
+            f"{points(d.high)}): {judged(against)}."
         )
     return said
 
@@ -77,12 +152,12 @@ def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
     trained = [member for member in found.members if member.loss]
 
     def unequal(title: str, key: Any) -> None:
-        by_value: dict[str, list[str]] = {}
+        by_value: dict[str, list[Member]] = {}
         for member in trained:
             if (value := key(member)) is not None:
-                by_value.setdefault(str(value), []).append(member.name)
+                by_value.setdefault(str(value), []).append(member)
         if len(by_value) > 1:
-            said.append((title, [f"{short(value)}: {', '.join(names)}" for value, names in by_value.items()]))
+            said.append((title, [f"{short(value)}: {_who(found, about)}" for value, about in by_value.items()]))
 
     def of_summary(*keys: str) -> Any:
         return lambda member: get(member.run.summary, *keys)
@@ -98,21 +173,49 @@ def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
     unequal("Answers to different numbers of prompts", of_summary("evaluation", "prompts"))
     unequal("The code is not the same", of_summary("git_commit"))
     unequal("The versions of torch are not the same", of_summary("versions", "torch"))
-    counts = {len(set(variant.seeds)) for variant in found.ranked}
+    _seeds(found, said)
+    by_kind: dict[str, dict[str, list[str]]] = {}
+    for member in found.members:
+        for warned in warnings(member.run):
+            by_kind.setdefault(warned.kind, {}).setdefault(found.titles[member.name], []).append(warned.text)
+    return said + [
+        (kind, [f"{title}: {' '.join(texts)}" for title, texts in about.items()]) for kind, about in by_kind.items()
+    ]
+
+
+def _who(found: Comparison, members: Sequence[Member]) -> str:
+    """Their names; of a loss whose members all are among them, that of the loss."""
+    whole = [
+        loss
+        for loss in dict.fromkeys(member.loss for member in members)
+        if sum(m.loss == loss for m in members) == sum(m.loss == loss for m in found.members) > 1
+    ]
+    said = [f"all of {loss.upper()}" for loss in whole]
+    return ", ".join([*said, *(member.name for member in members if member.loss not in whole)])
+
+
+def _seeds(found: Comparison, said: list[tuple[str, list[str]]]) -> None:
+    measure = found.rank_by
+    if measure is None:
+        return
+    seeds = {
+        variant.label: {shown(member.seed) for member in variant.members if measure.value(member) is not None}
+        for variant in found.ranked
+    }
+    counts = {len(of_variant) for of_variant in seeds.values()}
     if counts == {1}:
         said.append(("One seed per variant: how much the result moves with the seed is not known", []))
     elif len(counts) > 1:
-        said.append(
-            (
-                "The variants have different numbers of seeds",
-                [f"{variant.label}: {len(set(variant.seeds))}" for variant in found.ranked],
-            )
-        )
-    by_kind: dict[str, list[str]] = {}
-    for member in found.members:
-        for warned in warnings(member.run):
-            by_kind.setdefault(warned.kind, []).append(f"{member.name}: {warned.text}")
-    return said + list(by_kind.items())
+        details = [f"{label}: {', '.join(sorted(of_variant))}" for label, of_variant in seeds.items()]
+        said.append(("The variants have results of different numbers of seeds", details))
+    again = [
+        ", ".join(member.name for member in variant.members if member.seed == seed)
+        for variant in found.variants
+        for seed, times in Counter(variant.seeds).items()
+        if times > 1
+    ]
+    if again:
+        said.append(("Members with the same settings and seed ended with different policies, and count as two", again))
 
 
 def _unequal_starts(trained: Sequence[Member], said: list[tuple[str, list[str]]]) -> None:

@@ -5,68 +5,114 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from alignment.comparison.head_to_head import Duel, duels, entrants
 from alignment.comparison.measures import (
     ACCURACY,
     CORRECT,
     CRITERIA,
     DRIFT,
+    KLS,
     MARGIN,
+    OWN_ACCURACY,
+    RANKING,
     RANKING_PER_TOKEN,
+    WIN_RATE,
     WORDS,
     Measure,
     kl,
+    kl_error,
 )
-from alignment.comparison.members import Variant
+from alignment.comparison.members import Member, Variant
 from alignment.comparison.ranking import Comparison, interval
 from alignment.comparison.sentences import judged, points
 from alignment.comparison.statistics import ranks
-from alignment.run_folder import NONE, get, percent, section, short, shown
+from alignment.run_folder import NONE, count, get, is_number, percent, section, short, shown
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells are plain text; the first of a row is its heading."""
+    """Cells are plain text; the first of a row is its heading.
+
+    Attributes:
+        columns: what the columns are, where their headings do not say it all.
+        shades: of the cells behind the heading, from 0 to 1; None for a cell without.
+    """
 
     caption: str
     header: list[str]
     rows: list[list[str]]
     note: str = ""
     is_numbers: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
+    shades: list[list[float | None]] = field(default_factory=list)
 
 
 def results(found: Comparison) -> Table:
-    """A row per variant: losses times settings."""
-    shown_measures = [m for m in (*CRITERIA, RANKING_PER_TOKEN) if any(m.values(v) for v in found.variants)]
-    plain = [m for m in (MARGIN, DRIFT, WORDS, kl(found.members)) if m and any(m.values(v) for v in found.variants)]
-    header = ["variant", "seeds", "rank", "rank by seed"]
-    header += [measure.name for measure in (*shown_measures, *plain)]
-    places = _places(found)
-    by_seed = _ranks_by_seed(found)
+    """A row per variant, losses times settings: what its answers were worth, and how far it went."""
+    measures = [m for m in (WIN_RATE, CORRECT, ACCURACY, found.rank_by) if m and _is_known(m, found)]
+    measures = list(dict.fromkeys(sorted(measures, key=lambda measure: measure is not found.rank_by)))
+    others = [m for m in (WORDS, kl(found.members)) if m and _is_known(m, found)]
+    places, by_seed = _places(found), _ranks_by_seed(found)
+    columns = {"rank": f"by {found.rank_by.axis}; equal ones share the mean of their ranks"} if found.rank_by else {}
+    columns |= _defined([*measures, *others])
+    header = ["variant", "seeds", "rank"]
+    if by_seed:
+        header.append("rank by seed")
+        columns["rank by seed"] = "mean and range of the ranks among the members of the same seed"
     rows = []
-    for variant in [*found.ranked, *(v for v in found.variants if v not in found.ranked)]:
-        row = [variant.label, ", ".join(shown(seed) for seed in variant.seeds)]
-        row += [shown(places.get(id(variant))), by_seed.get(id(variant), NONE)]
-        for measure in shown_measures:
-            row.append(_cell(measure, variant))
-        for measure in plain:
-            row.append(_spread(measure, variant))
-        rows.append(row)
+    for variant in _in_order(found):
+        row = [variant.label, ", ".join(shown(seed) for seed in variant.seeds), shown(places.get(id(variant)))]
+        if by_seed:
+            row.append(by_seed.get(id(variant), NONE))
+        rows.append([*row, *(_cell(m, variant) for m in measures), *(_spread(m, variant) for m in others)])
     return Table(
         "Losses and settings, the best first" if found.ranked else "Losses and settings",
-        header,
+        [*header, *(m.name for m in (*measures, *others))],
         rows,
-        "Values are means over seeds; in parentheses the 95% interval, and below it what the single seeds gave. The "
-        "interval is Wilson's for as many items as were asked; seeds ask the same, so they make it no narrower. "
-        + " ".join(f"{m.name.capitalize()}: {m.axis}." for m in (*shown_measures, *plain)),
+        _OF_VALUES,
         is_numbers=True,
+        columns=columns,
     )
 
 
+_OF_VALUES = (
+    "Values are means over seeds; in parentheses the 95% interval, and below it what the single seeds gave. The "
+    "interval is Wilson's for as many items as were asked; seeds ask the same, so they make it no narrower."
+)
+
+
+def on_pairs(found: Comparison) -> Table | None:
+    """A row per variant: what it makes of the held-out pairs."""
+    shares = [m for m in (ACCURACY, OWN_ACCURACY, RANKING, RANKING_PER_TOKEN) if _is_known(m, found)]
+    others = [m for m in (MARGIN, DRIFT) if _is_known(m, found)]
+    if not shares and not others:
+        return None
+    rows = [
+        [variant.label, *(_cell(m, variant) for m in shares), *(_spread(m, variant) for m in others)]
+        for variant in _in_order(found)
+    ]
+    header = ["variant", *(m.name for m in (*shares, *others))]
+    note = "Means, intervals and seeds as above."
+    return Table("On held-out pairs", header, rows, note, is_numbers=True, columns=_defined([*shares, *others]))
+
+
+def _is_known(measure: Measure, found: Comparison) -> bool:
+    return any(measure.values(variant) for variant in found.variants)
+
+
+def _defined(measures: Sequence[Measure]) -> dict[str, str]:
+    return {measure.name: measure.axis for measure in measures}
+
+
+def _in_order(found: Comparison) -> list[Variant]:
+    """The best first, then those that could not be ranked."""
+    return [*found.ranked, *(variant for variant in found.variants if variant not in found.ranked)]
+
+
 def _places(found: Comparison) -> dict[int, float]:
-    assert found.rank_by is not None or not found.ranked
     values = [found.rank_by.mean(variant) or 0.0 for variant in found.ranked] if found.rank_by else []
     return {id(variant): place for variant, place in zip(found.ranked, ranks(values), strict=True)}
 
@@ -105,7 +151,14 @@ def _spread(measure: Measure, variant: Variant) -> str:
     values = measure.values(variant)
     if not values:
         return NONE
-    return shown(sum(values) / len(values)) + _by_seeds(values, shown)
+    mean = sum(values) / len(values)
+    error = 1.96 * sum(map(kl_error, variant.members)) / len(variant.members) if measure is KLS[0] else 0.0
+    bounds = f"\n({_digits(mean - error)} to {_digits(mean + error)})" if error else ""
+    return _digits(mean) + bounds + _by_seeds(values, _digits)
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _by_seeds(values: Sequence[float], show: Callable[[float], str]) -> str:
@@ -116,48 +169,85 @@ def _by_seeds(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 
 def differences(found: Comparison) -> Table | None:
-    """The best against the others."""
-    if not found.against:
+    """The best of each loss, or each setting of one loss, against the best of all."""
+    standing = found.standing
+    if standing is None or not standing.against:
         return None
-    rows = []
-    for against in found.against:
+    measure, top = standing.measure, standing.best[0]
+    rows = [[top.label, _cell(measure, top), NONE, NONE, NONE, "the first"]]
+    for against in standing.against:
         d = against.difference
-        how = f"paired, {d.count} items: better on {d.better}, worse on {d.worse}" if d.p is not None else "not paired"
         rows.append(
             [
                 against.other.label,
-                f"{points(d.value)} points ({points(d.low)} to {points(d.high)})",
-                how,
+                _cell(measure, against.other),
+                f"{points(d.value)} points\n({points(d.low)} to {points(d.high)})",
+                NONE if d.p is None else f"{d.better} to {d.worse}\nof {d.count}",
                 _p(against.p),
                 judged(against),
             ]
         )
+    one_loss = len({variant.loss for variant in standing.best}) == 1
     return Table(
-        f"{found.best[0].label} against the others",
-        ["other", "ahead by (95% interval)", "items", "p", "in words"],
+        f"{'Every setting' if one_loss else 'The best setting of each loss'}, and how far it is behind",
+        ["variant", measure.name, "behind the first", "better to worse", "p", "in words"],
         rows,
-        "Paired: the bootstrap over the items that both were asked, seeds averaged by item first; p is the exact sign "
-        "test's (McNemar's with one seed), adjusted after Holm for as many comparisons as there are rows. Not paired: "
-        "Newcombe's interval of two shares. Both say what other items would change; what other seeds would, only "
-        "the spread over seeds shows.",
+        "In parentheses 95% intervals. They and p say what other held-out items would change; what other seeds would, "
+        "only the spread over seeds shows.",
+        columns={
+            "behind the first": "bootstrap over the items that both were asked, seeds averaged by item first; without "
+            "such items, Newcombe's interval of the difference of two shares",
+            "better to worse": f"on how many {measure.unit} the first did better than this one, and on how many worse; "
+            "on all others they are level",
+            "p": "exact sign test of these two numbers (McNemar's with one seed), adjusted after Holm for as many "
+            "comparisons as there are rows below the first",
+        },
     )
+
+
+def head_to_head(found: Comparison) -> Table | None:
+    """Win rates of each variant's answers against each other's."""
+    variants = entrants(found)
+    met = duels(variants)
+    if not met:
+        return None
+    rows: list[list[str]] = []
+    shades: list[list[float | None]] = []
+    for i, variant in enumerate(variants):
+        row, shade = [variant.label], []
+        for j in range(len(variants)):
+            duel, turned = met.get((min(i, j), max(i, j))), i > j
+            row.append(_duel(duel, turned) if duel else NONE)
+            shade.append((1 - duel.rate if turned else duel.rate) if duel else None)
+        rows.append(row)
+        shades.append(shade)
+    return Table(
+        "Answers against answers: how often the row's was better than the column's",
+        ["variant", *(variant.label for variant in variants)],
+        rows,
+        "Share of prompts, ties as one half, with its 95% interval by the bootstrap over prompts; below, prompts won, "
+        "tied and lost. Every seed of the one meets every seed of the other; seeds answer the same prompts and add "
+        "no new ones. More than noise: the interval leaves out 50%, and p of the exact sign test, adjusted after Holm "
+        f"for {len(met)} comparisons, is below 0.05"
+        + ("; none of them is." if all(duel.is_noise for duel in met.values()) else "."),
+        is_numbers=True,
+        shades=shades,
+    )
+
+
+def _duel(duel: Duel, turned: bool) -> str:
+    low, high = duel.bounds
+    won, lost = duel.ahead.better, duel.ahead.worse
+    rate = duel.rate
+    if turned:
+        rate, low, high, won, lost = 1 - rate, 1 - high, 1 - low, lost, won
+    tied = duel.ahead.count - (won or 0) - (lost or 0)
+    said = f"{percent(rate)}\n({points(low)} to {points(high)})\n{won} / {tied} / {lost}"
+    return said if duel.is_noise else f"{said}\nmore than noise"
 
 
 def _p(p: float | None) -> str:
     return NONE if p is None else "below 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def best_of_each(found: Comparison) -> Table | None:
-    """Of each loss its best setting, with what it did there."""
-    measure = found.rank_by
-    if measure is None or len({variant.loss for variant in found.ranked}) < 2:
-        return None
-    rows = [
-        [v.loss.upper(), v.label, _cell(measure, v), _spread(MARGIN, v), _spread(DRIFT, v), _spread(WORDS, v)]
-        for v in found.best
-    ]
-    header = ["loss", "its best setting", measure.name, *(m.name for m in (MARGIN, DRIFT, WORDS))]
-    return Table("The best setting of each loss", header, rows, is_numbers=True)
 
 
 def what_ran(found: Comparison) -> Table:
@@ -200,10 +290,10 @@ def _or_none(show: Any, value: Any) -> Any:
 
 
 def member_table(found: Comparison) -> Table:
-    """A row per member, with the settings that differ."""
-    keys = found.differing
-    header = ["member", "loss", *(key.removeprefix("loss.") for key in keys), "seed", "status", "steps"]
-    header += ["seconds", "tokens/s", "peak memory, MiB"]
+    """A row per member, with what it took."""
+    labels = _labels(found)
+    together = any(_together(member) > 1 for member in found.members)
+    header = ["member", "variant", "seed", "status", "steps", "seconds", "tokens/s", "peak memory, MiB"]
     rows = []
     for member in found.members:
         stage = section(member.run.summary, "stages", "preference")
@@ -211,26 +301,41 @@ def member_table(found: Comparison) -> Table:
         rows.append(
             [
                 member.name,
-                member.loss or NONE,
-                *(shown(member.settings[key]) if key in member.settings else NONE for key in keys),
+                labels.get(member.name, member.loss.upper() or NONE),
                 shown(member.seed),
                 shown(member.run.summary.get("status", "unfinished")),
                 shown(stage.get("steps")),
-                shown(stage.get("seconds")),
-                shown(stage.get("tokens_per_second")),
-                f"{memory / 2**20:,.0f}" if isinstance(memory, (int, float)) else NONE,
+                *(_digits(stage[k]) if is_number(stage.get(k)) else NONE for k in ("seconds", "tokens_per_second")),
+                f"{memory / 2**20:,.0f}" if is_number(memory) else NONE,
+                *([shown(_together(member))] if together else []),
             ]
         )
-    return Table("Members", header, rows, "Time and memory are those of the preference stage.")
+    note = "Time, throughput and memory are those of the preference stage."
+    if together:
+        header.append("trained together")
+        note += (
+            " Of members that trained together, in one process, they are those of all of them: they say nothing of one "
+            "member alone, and are not to be added up."
+        )
+    return Table("Members", header, rows, note)
+
+
+def _labels(found: Comparison) -> dict[str, str]:
+    return {member.name: variant.label for variant in found.variants for member in variant.members}
+
+
+def _together(member: Member) -> int:
+    """How many members shared its process, itself among them."""
+    return count(get(member.run.summary, "cohort", "size")) or 1
 
 
 def to_csv(found: Comparison) -> str:
     """A row per member with plain numbers, for spreadsheets and scripts."""
     measures = (*CRITERIA, RANKING_PER_TOKEN, MARGIN, DRIFT, WORDS)
-    labels = {id(member): variant.label for variant in found.variants for member in variant.members}
+    labels = _labels(found)
     header = ["member", "variant", "loss", *found.differing, "seed", "status", "n_pairs", "n_answers"]
     header += [f"{m.name}{suffix}" for m in measures for suffix in (["", " low", " high"] if m.share else [""])]
-    header += ["kl", "kl is", "seconds", "tokens_per_second", "peak_memory_bytes"]
+    header += ["kl", "kl is", "seconds", "tokens_per_second", "peak_memory_bytes", "trained_together"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
@@ -238,7 +343,7 @@ def to_csv(found: Comparison) -> str:
     for member in found.members:
         stage = section(member.run.summary, "stages", "preference")
         alone = Variant(member.loss, {}, [member])
-        row: list[Any] = [member.name, labels.get(id(member)), member.loss]
+        row: list[Any] = [member.name, labels.get(member.name), member.loss]
         row += [member.settings.get(key) for key in found.differing]
         row += [member.seed, member.run.summary.get("status"), ACCURACY.count(member), CORRECT.count(member)]
         for measure in measures:
@@ -247,5 +352,6 @@ def to_csv(found: Comparison) -> str:
                 row += interval(measure, alone) or (None, None)
         row += [drawn.value(member) if drawn else None, drawn.name if drawn else None]
         row += [stage.get("seconds"), stage.get("tokens_per_second"), get(stage, "memory", "measured")]
+        row.append(_together(member))
         writer.writerow(row)
     return out.getvalue()

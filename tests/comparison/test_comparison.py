@@ -9,12 +9,12 @@ import pytest
 from alignment import report
 from alignment.comparison import write_comparison
 from alignment.comparison.answers import questions
-from alignment.comparison.charts import COLOURS, curves, frontier, lengths, sensitivity
+from alignment.comparison.charts import COLOURS, choices, curves, frontiers, lengths, sensitivity
 from alignment.comparison.measures import KLS, WIN_RATE, kl
 from alignment.comparison.members import read_member, run_folders, variants
 from alignment.comparison.ranking import compare
-from alignment.comparison.sentences import cautions, headline
-from alignment.comparison.tables import best_of_each, results, what_ran
+from alignment.comparison.sentences import cautions, headline, judged
+from alignment.comparison.tables import differences, member_table, on_pairs, results, what_ran
 from alignment.errors import UserError
 from tests.comparison.folders import change_json, make_run
 
@@ -64,8 +64,9 @@ def test_means_intervals_and_ranks(sweep):
     # (16 + 18) / 2 of 20: Wilson at 0.85, n = 20 (two seeds ask the same 20) is 0.6396 to 0.9476.
     assert best["reward accuracy"] == "85.0% of 20\n(64.0 to 94.8)\nseeds 80.0 to 90.0"
     assert best["rank"] == "1"
-    assert best["margin, nats"] == "8.5\nseeds 8 to 9"
-    assert best["drift of chosen, nats"] == "-0.5\nseeds alike"
+    pairs = row_of(on_pairs(found), "DPO, beta 0.1")
+    assert pairs["margin, nats"] == "8.5\nseeds 8 to 9"
+    assert pairs["drift of chosen, nats"] == "-0.5\nseeds alike"
     # Seed 0: 16, 15, 12, 11; seed 1: 18, 13, 11, 10. So DPO with 0.5 is 3rd, then 4th.
     ranked = {row[0]: row[3] for row in results(found).rows}
     assert ranked == {
@@ -74,7 +75,6 @@ def test_means_intervals_and_ranks(sweep):
         "DPO, beta 0.5": "3.5\nseeds 3 to 4",
         "SIMPO, beta 8": "3.5\nseeds 3 to 4",
     }
-    assert [row[:2] for row in best_of_each(found).rows] == [["DPO", "DPO, beta 0.1"], ["SIMPO", "SIMPO, beta 2"]]
 
 
 def test_the_best_of_each_loss_are_compared_by_pairs(sweep):
@@ -87,9 +87,12 @@ def test_the_best_of_each_loss_are_compared_by_pairs(sweep):
     assert difference.value == pytest.approx(0.85 - 0.70)
     assert against.p == pytest.approx(2 / 32)
     said = headline(found)
-    assert "DPO, beta 0.1 is first of 4 variants with 85.0% (64.0% to 94.8%) on 20 held-out items" in said[0]
-    assert "15.0 points behind" in said[1]
-    assert "not certain" in said[1], "the interval leaves out zero, 5 of 5 do not: p is 0.0625"
+    assert "DPO, beta 0.1 is first of 4 variants with 85.0% (64.0% to 94.8%) on 20 held-out pairs" in said[0]
+    assert "none of these can be called the winner" in said[1], "5 of 5 are not enough: p is 0.0625"
+    assert "15.0 points behind" in said[2] and "within noise" in said[2]
+    rows = differences(found).rows
+    assert [row[0] for row in rows] == ["DPO, beta 0.1", "SIMPO, beta 2"], "the best of each loss, the first on top"
+    assert rows[1][3:5] == ["5 to 0\nof 20", "0.062"]
 
 
 def test_one_loss_compares_its_settings_and_says_noise(tmp_path):
@@ -99,6 +102,20 @@ def test_one_loss_compares_its_settings_and_says_noise(tmp_path):
     assert "DPO, beta 0.5 is 5.0 points behind" in said
     assert "within noise" in said
     assert "none of these can be called the winner" in said
+
+
+def test_who_compares_with_several_needs_more_to_be_sure(tmp_path):
+    """Better on 8 of 40 and worse on 1: p is 2 (1 + 9) / 2^9 = 0.039, and after Holm twice that with two others."""
+    best = right(30, 40)
+    other = [wins and i >= 8 for i, wins in enumerate(best[:-1])] + [True]
+    folders = [make_run(tmp_path / "a", right=best), make_run(tmp_path / "b", settings={"beta": 0.5}, right=other)]
+    [alone] = compared(*folders).against
+    assert (alone.difference.better, alone.difference.worse) == (8, 1)
+    assert judged(alone) == "more than noise" and alone.p == pytest.approx(20 / 512)
+    found = compared(*folders, make_run(tmp_path / "c", settings={"beta": 0.9}, right=other))
+    assert [against.p for against in found.against] == [pytest.approx(40 / 512)] * 2
+    assert all(judged(against).startswith("not certain") for against in found.against)
+    assert headline(found)[1] == "It is not surely ahead of any of the other settings."
 
 
 def test_without_pairs_the_difference_is_of_two_shares(tmp_path):
@@ -123,7 +140,8 @@ def test_a_win_rate_goes_before_accuracy_and_is_that_of_its_questions(tmp_path):
     assert (found.against[0].difference.better, found.against[0].difference.worse) == (3, 0)
     said = " ".join(headline(found))
     assert "cannot be told from a draw with the model" in said
-    assert "By reward accuracy the first is DPO, beta 0.5 with 100.0%" in said
+    assert "By reward accuracy, DPO, beta 0.5 is first of 2 variants with 100.0%" in said
+    assert said.endswith("It is ahead of the other settings by more than noise.")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +173,7 @@ def test_unequal_steps_and_falling_log_probs_are_warned_of(tmp_path):
     (a / "metrics.jsonl").write_text(text.replace('"logps/chosen": -40.5', '"logps/chosen": -47.5'))
     found = dict(cautions(compared(a, b)))
     [said] = found["The log-prob of chosen completions fell"]
-    assert said.startswith("a: ") and "fell by 7.5 nats" in said
+    assert said.startswith("DPO, beta 0.1, seed 0: ") and "fell by 7.5 nats" in said
 
 
 def test_each_seed_may_start_from_its_own_policy(tmp_path):
@@ -176,7 +194,8 @@ def test_the_distance_is_the_sampled_kl_only_where_all_have_it(tmp_path):
         members = [read_member(each, each.name) for each in (a, b)]
         assert kl(members) is (KLS[0] if folder == b else KLS[1])
     assert [KLS[0].value(member) for member in members] == [2.5, 4.0]
-    points = frontier(compare(members)).figure["data"]
+    [chart] = frontiers(compare(members))
+    points = chart.figure["data"]
     assert [list(point["x"]) for point in points] == [[2.5], [4.0]]
     assert [list(point["error_x"]["array"]) for point in points] == [[pytest.approx(0.196)]] * 2
 
@@ -186,14 +205,20 @@ def test_charts_hold_the_values(sweep):
     margins = next(chart for chart in curves(found) if chart.name == "nats-margins")
     assert len(margins.figure["data"]) == 8
     assert margins.num_entries == 4, "seeds of a variant share an entry of the legend"
+    assert [line["meta"] for line in margins.figure["data"]] == [0, 0, 1, 1, 2, 2, 3, 3], "places in the legend of all"
+    assert [choice.label for choice in choices(found)] == [variant.label for variant in found.variants]
     assert list(margins.figure["data"][0]["y"]) == [0.0, 2.0, 4.0, 6.0, 8.0]
-    [chart] = sensitivity(found)
-    lines = {line["name"]: (list(line["x"]), list(line["y"])) for line in chart.figure["data"]}
-    assert lines["DPO"] == ([0.1, 0.5], [pytest.approx(0.85), pytest.approx(0.55)])
-    assert lines["SIMPO"] == ([2.0, 8.0], [pytest.approx(0.7), pytest.approx(0.55)])
-    assert lengths(found) is None, "nothing was answered"
-    assert chart.figure["layout"]["xaxis"]["type"] == "log", "values that lie many times apart"
-    bars = chart.figure["data"][0]["error_y"]  # Wilson at 0.85, n = 20: 0.6396 to 0.9476
+    dpo, simpo = sensitivity(found)
+    assert [chart.title for chart in (dpo, simpo)] == ["DPO: beta", "SIMPO: beta"]
+    seeds, means = dpo.figure["data"]
+    assert (list(seeds["x"]), list(seeds["y"])) == ([0.1, 0.1, 0.5, 0.5], [0.8, 0.9, 0.6, 0.5])
+    assert (list(means["x"]), list(means["y"])) == ([0.1, 0.5], [pytest.approx(0.85), pytest.approx(0.55)])
+    assert list(simpo.figure["data"][1]["y"]) == [pytest.approx(0.7), pytest.approx(0.55)]
+    heights = [chart.figure["layout"]["yaxis"]["range"] for chart in (dpo, simpo)]
+    assert heights[0] == heights[1], "so that losses can be laid beside each other"
+    assert lengths(found) == [], "nothing was answered"
+    assert dpo.figure["layout"]["xaxis"]["type"] == "log", "values that lie many times apart"
+    bars = means["error_y"]  # Wilson at 0.85, n = 20: 0.6396 to 0.9476
     assert (bars["arrayminus"][0], bars["array"][0]) == (
         pytest.approx(0.85 - 0.6396, abs=5e-5),
         pytest.approx(0.9476 - 0.85, abs=5e-5),
@@ -237,23 +262,6 @@ def test_the_same_files_give_the_same_page(sweep):
     assert write_comparison([sweep], sweep).read_bytes() == first
     assert b"http-equiv" in first
     assert b"src=" not in first.split(b"<script>")[0], "nothing is loaded"
-
-
-@pytest.mark.parametrize("damage", ["remove", "empty", "binary", "list", "deep"])
-@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "metrics.jsonl", "samples.jsonl", "held_out.jsonl"])
-def test_a_broken_file_is_named_and_the_rest_is_there(tmp_path, name, damage):
-    make_run(tmp_path / "0-a", scores=[1.0] * 4)
-    broken = make_run(tmp_path / "1-b", settings={"beta": 0.5}, scores=[1.0] * 4) / name
-    if damage == "remove":
-        broken.unlink()
-    else:
-        content = {"empty": b"", "binary": b"\xff\xfe{\x00\n", "list": b"[1, 2]\n", "deep": b"[" * 100_000 + b"\n"}
-        broken.write_bytes(content[damage])
-    write_comparison([tmp_path], tmp_path)
-    text = (tmp_path / "comparison.md").read_text()
-    assert f"1-b: {name}" in text or f"{broken}" in text
-    assert "| 0-a | dpo |" in text
-    assert "| 1-b |" in text
 
 
 def test_members_that_failed_or_were_cut_off_are_named(tmp_path):
@@ -311,7 +319,7 @@ def test_the_command(tmp_path, capsys):
     a, b = make_run(tmp_path / "dpo" / "now"), make_run(tmp_path / "kto" / "now", "kto")
     assert report.main([str(a), str(b)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'comparison.html'}\n"
-    assert "| dpo/now | dpo |" in (tmp_path / "comparison.md").read_text()
+    assert "| dpo/now | DPO |" in (tmp_path / "comparison.md").read_text()
     assert report.main([str(tmp_path / "kto")]) == 0
     assert (tmp_path / "kto" / "comparison.html").is_file()
     assert report.main([str(a)]) == 0
@@ -327,7 +335,8 @@ def test_a_shared_first_place_is_said_to_be_shared(tmp_path):
     b = make_run(tmp_path / "b", settings={"beta": 0.5}, right=list(reversed(right(15))))
     found = compared(a, b)
     said = headline(found)
-    assert "DPO, beta 0.1, DPO, beta 0.5 share the first place of 2 variants with 75.0%" in said[0]
+    assert "DPO, beta 0.1 and DPO, beta 0.5 share the first place of 2 variants with 75.0%" in said[0]
+    assert any("level with DPO, beta 0.1" in line for line in said)
     assert (found.against[0].difference.better, found.against[0].difference.worse) == (5, 5)
     assert [row[2] for row in results(found).rows] == ["1.5", "1.5"]
 
@@ -358,11 +367,28 @@ def test_markdown_names_a_few_of_the_members_that_a_warning_is_about(tmp_path):
 def test_answers_stand_side_by_side_to_the_prompts_that_most_members_answered(tmp_path):
     a = make_run(tmp_path / "a", scores=[1.0, 0.0, 1.0], seed=0)
     b = make_run(tmp_path / "b", "kto", {"beta": 0.1}, scores=[0.0, 1.0])
-    asked = questions(compared(a, b))
+    asked = questions(compared(a, b)).shown
     assert [question.prompt for question in asked] == ["Question 0?", "Question 1?"]
     assert [answer.model for answer in asked[0].answers] == ["after SFT", "DPO, seed 0", "KTO, seed 0"], "SFT once"
     assert [answer.text for answer in asked[1].answers] == ["It is 1.", "1 from dpo", "1 from kto"]
     assert [answer.verdict.split(",")[0] for answer in asked[1].answers] == ["right", "wrong", "right"]
+
+
+def test_what_the_best_answered_comes_first_and_equal_answers_of_the_others_once(tmp_path):
+    """On prompt 2 the judge is not of one mind: it goes before the others. The others of a loss are folded below it."""
+    scores = {"a": [1.0, 1.0, 1.0], "b": [1.0, 1.0, 0.0], "c": [1.0, 1.0, 0.0], "d": [1.0, 1.0, 1.0]}
+    settings = {"a": {"beta": 0.1}, "b": {"beta": 0.5}, "c": {"beta": 0.5}, "d": {"tau": 0.1}}
+    for name, given in scores.items():
+        make_run(tmp_path / name, "ipo" if name == "d" else "dpo", settings[name], int(name == "c"), scores=given)
+    found = compared(*(tmp_path / name for name in scores))
+    asked = questions(found)
+    assert [question.prompt for question in asked.shown] == ["Question 2?", "Question 0?", "Question 1?"]
+    assert asked.note.startswith("3 of 3 prompts; on 1 of them")
+    first = asked.shown[0]
+    assert [answer.model for answer in first.answers] == ["after SFT", "DPO, beta 0.1, seed 0", "IPO, seed 0"]
+    [others] = first.others
+    assert others.model == "DPO, beta 0.5, seed 0\nDPO, beta 0.5, seed 1"
+    assert (others.text, others.verdict.split(",")[0]) == ("2 from dpo", "wrong")
 
 
 def test_runs_without_a_preference_stage_are_listed_and_not_ranked(tmp_path):
@@ -385,7 +411,7 @@ def test_what_seeds_do_is_said_beside_what_items_do(tmp_path):
             make_run(tmp_path / name / f"b{i}", settings={"beta": 0.5}, right=right(c, 100), seed=i)
             for i, c in enumerate(counts)
         ]
-        assert said in headline(compared(*folders))[1]
+        assert said in headline(compared(*folders))[2]
 
 
 def test_without_the_offline_metric_it_is_the_mean_of_both_sides(tmp_path):
@@ -401,3 +427,91 @@ def test_members_of_a_sweep_are_in_the_order_of_their_numbers(tmp_path):
     for name in ("10-a", "2-a", "last"):
         make_run(tmp_path / name)
     assert [folder.name for folder in run_folders([tmp_path])] == ["2-a", "10-a", "last"]
+
+
+def test_a_copy_of_a_run_is_no_second_seed(tmp_path):
+    """The same configuration, seed and final policy, under another name; another policy of that seed counts."""
+    a = make_run(tmp_path / "a", summary={"model": {"final_identity": "0" * 64}})
+    shutil.copytree(a, tmp_path / "b")
+    c = make_run(tmp_path / "c", summary={"model": {"final_identity": "1" * 64}})
+    d = make_run(tmp_path / "d", settings={"beta": 0.5}, summary={"model": {"final_identity": "0" * 64}})
+    found = compared(a, tmp_path / "b", c, d)
+    assert [member.name for member in found.members] == ["a", "c", "d"]
+    warned = dict(cautions(found))
+    assert warned["A run that is there twice is counted once"] == ["b: the same run as a"]
+    assert warned["Members with the same settings and seed ended with different policies, and count as two"] == ["a, c"]
+
+
+def test_one_variant_is_first_of_nothing(tmp_path):
+    [said] = [line for line in headline(compared(make_run(tmp_path / "a"))) if "DPO" in line]
+    assert "DPO is alone, with 75.0%" in said and "first" not in said
+
+
+def test_many_that_are_level_are_counted_and_not_listed(tmp_path):
+    folders = [make_run(tmp_path / str(i), settings={"beta": 0.1 * (i + 1)}, right=right(15)) for i in range(6)]
+    said = headline(compared(*folders))
+    assert "6 of 6 variants share the first place, with 75.0%" in said[0]
+    assert not any("points behind" in line for line in said)
+
+
+def test_what_is_ahead_of_some_alone_is_said_so(tmp_path):
+    """Of 20 pairs DPO is better than KTO on 15 and than IPO on 1, and worse on none."""
+    folders = [
+        make_run(tmp_path / loss, loss, right=right(count)) for loss, count in (("dpo", 19), ("kto", 4), ("ipo", 18))
+    ]
+    said = headline(compared(*folders))
+    assert said[1] == "It is ahead of KTO by more than noise, and not surely ahead of IPO."
+    sure = headline(compared(*folders[:2]))
+    assert sure[1] == "It is ahead of the other losses' best by more than noise."
+
+
+def test_equal_ones_are_in_the_order_of_reward_accuracy(tmp_path):
+    a = make_run(tmp_path / "a", scores=[1.0, 0.0], right=right(10))
+    b = make_run(tmp_path / "b", settings={"beta": 0.5}, scores=[0.0, 1.0], right=right(12))
+    found = compared(a, b)
+    assert [variant.label for variant in found.ranked] == ["DPO, beta 0.5", "DPO, beta 0.1"]
+    assert [row[2] for row in results(found).rows] == ["1.5", "1.5"]
+
+
+def test_members_that_trained_together_share_their_time_and_memory(tmp_path):
+    a = make_run(tmp_path / "a", summary={"cohort": {"size": 2}})
+    b = make_run(tmp_path / "b", settings={"beta": 0.5}, summary={"cohort": {"size": 2}})
+    alone = make_run(tmp_path / "c", settings={"beta": 0.9})
+    table = member_table(compared(a, b, alone))
+    assert [row[-1] for row in table.rows] == ["2", "2", "1"]
+    assert table.header[-1] == "trained together" and "all of them" in table.note
+    assert "trained together" not in member_table(compared(alone)).header
+    write_comparison([tmp_path], tmp_path)
+    rows = csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines())
+    assert [row["trained_together"] for row in rows] == ["2", "2", "1"]
+
+
+def test_the_kl_has_its_interval(tmp_path):
+    """Two seeds with errors of 0.1 and 0.3, which were asked the same: 3 with 1.96 times 0.2 to either side."""
+    for seed, (mean, error) in enumerate(((2.0, 0.1), (4.0, 0.3))):
+        folder = make_run(tmp_path / str(seed), seed=seed)
+        change_json(folder / "summary.json", evaluation={"kl/sampled": {"n": 8, "mean": mean, "se": error}})
+    found = compared(tmp_path / "0", tmp_path / "1")
+    [row] = results(found).rows
+    assert row[-1] == "3\n(2.61 to 3.39)\nseeds 2 to 4"
+    large = frontiers(found)[0].figure["data"][-1]
+    assert list(large["x"]) == [3.0] and list(large["error_x"]["array"]) == [pytest.approx(0.392)]
+
+
+def test_curves_are_of_training_where_the_held_out_pairs_were_looked_at_twice_only(tmp_path):
+    folder = make_run(tmp_path / "a", steps=4)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    ends = [row for row in rows if row["step"] in (0, 4)]
+    trained = [row | {"split": "train", "nats/margins": 100.0 + row["step"]} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ends + trained))
+    charts = {chart.name: chart for chart in curves(compared(folder))}
+    assert list(charts["nats-margins"].figure["data"][0]["y"]) == [100.0, 101.0, 102.0, 103.0, 104.0]
+    assert "each training step" in charts["nats-margins"].note
+
+
+def test_of_many_variants_the_best_of_each_loss_are_drawn_first(tmp_path):
+    for i in range(8):
+        loss = ("dpo", "kto")[i % 2]
+        make_run(tmp_path / str(i), loss, {"beta": 0.1 * (i + 1)}, right=right(10 + i))
+    shown = [choice.label for choice in choices(compared(*sorted(tmp_path.iterdir()))) if choice.is_shown]
+    assert shown == ["DPO, beta 0.7", "KTO, beta 0.8"]

@@ -18,6 +18,7 @@ addEventListener("error", (event) => errors.push(event.message));
 addEventListener("unhandledrejection", (event) => errors.push(String(event.reason)));
 addEventListener("securitypolicyviolation", (event) => errors.push(event.violatedDirective + " " + event.blockedURI));
 console.error = (...said) => errors.push(said.join(" "));
+const lines = () => document.querySelectorAll("#chart-nats-margins .scatterlayer .trace").length;
 addEventListener("load", () => setTimeout(() => {
   const charts = [...document.querySelectorAll(".chart")].map((node) => ({
     name: node.dataset.chart,
@@ -28,11 +29,17 @@ addEventListener("load", () => setTimeout(() => {
   const found = { errors, charts, wide: document.documentElement.scrollWidth, window: innerWidth };
   found.undrawn = !document.getElementById("undrawn").hidden;
   found.page = getComputedStyle(document.body).backgroundColor;
+  const boxes = [...document.querySelectorAll(".legend input")];
+  found.lines = [lines()];
+  boxes.slice(0, 1).forEach((box) => box.click());
+  setTimeout(() => report({ ...found, boxes: boxes.length, lines: [...found.lines, lines()] }), 500);
+}, 1500));
+function report(found) {
   const out = document.createElement("pre");
   out.id = "found";
   out.textContent = JSON.stringify(found);
   document.body.append(out);
-}, 1500));
+}
 </script>
 """
 
@@ -84,10 +91,12 @@ def test_every_chart_is_drawn_and_nothing_complains(page, tmp_path, size):
     found = look(page, tmp_path, size)
     assert found["errors"] == [] and not found["undrawn"]
     names = [chart["name"] for chart in found["charts"]]
-    assert {"frontier", "over-loss-beta", "nats-margins", "logps-chosen", "kl-offline", "lengths"} <= set(names)
+    assert {"frontier-win-rate", "frontier-reward-accuracy", "over-dpo-loss-beta", "over-simpo-loss-beta"} <= set(names)
+    assert {"nats-margins", "logps-chosen", "kl-offline", "lengths"} <= set(names)
     for chart in found["charts"]:
-        assert chart["drawn"] >= (2 if chart["name"] == "over-loss-beta" else 4), chart
-        assert chart["legend"] == (2 if chart["name"] == "over-loss-beta" else 4), chart
+        assert chart["drawn"] >= (2 if chart["name"].startswith("over-") else 4), chart
+        assert chart["legend"] == (4 if chart["name"].startswith("frontier-") else 0), chart
+    assert (found["boxes"], found["lines"]) == (4, [8, 6]), "the box of a variant hides its two members"
     assert found["wide"] <= found["window"], "tables scroll on their own, the page does not"
 
 
