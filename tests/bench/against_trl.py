@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import tempfile
@@ -21,15 +20,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import tables
+from tests.bench import sweeps, tables
 from tests.bench.floor import Shape
-from tests.bench.job import PAIRS_OF_RUNS, QWEN3_SIZES, Case, Job, PeakRate, Preparation, Task
+from tests.bench.job import PAIRS_OF_RUNS, QWEN3_SIZES, ROOT, Case, Job, PeakRate, Preparation, Task, environment
 from tests.bench.summary import judge_goals, summarise
 from tests.bench.turns import Command, take_turns
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).parent / "results"
 REAL_DATA = ROOT.parent / "shared" / "data"
 BUNDLED = "bundled:quickstart"
 _LONG, _SHORT = "llamafactory_demo/pairs_en.jsonl", "pandalm_human/pairs.jsonl"
@@ -41,9 +38,12 @@ CASES = (
     Case(name="prompts", source=_LONG, steps=4, pairs_per_step=2, cut=(768, 128)),
     Case(name="nf4", source=_SHORT, steps=4, nf4=True),
 )
-QUICK = ["short"]
+SWEEP = Case(name="sweep", source=_SHORT, steps=5, warm_up=0)
+QUICK = ["short", SWEEP.name]
 QUICK_STEPS = 3
+SWEEP_TOKENS_PER_BATCH = 1024
 
+BETA = 0.1
 LEARNING_RATE = 1e-4
 
 
@@ -54,14 +54,17 @@ def choose_cases(cases: Sequence[Case], data: Path) -> tuple[Case, ...]:
     """
     chosen: dict[str, Case] = {}
     for case in cases:
-        if (data / case.source).is_file():
-            here = replace(case, source=str(data / case.source))
-        elif case.cut is None and not case.nf4:
-            here = replace(case, source=BUNDLED, name="quickstart")
-        else:
-            here = replace(case, source=BUNDLED)
+        here = on_real_data(case, data)
+        if here.source == BUNDLED and case.cut is None and not case.nf4:
+            here = replace(here, name="quickstart")
         chosen.setdefault(here.name, here)
     return tuple(chosen.values())
+
+
+def on_real_data(case: Case, data: Path) -> Case:
+    """The case on its real data, or on the bundled ones where they are absent."""
+    source = data / case.source
+    return replace(case, source=str(source) if source.is_file() else BUNDLED)
 
 
 class Bench:
@@ -80,18 +83,10 @@ class Bench:
             stem.with_suffix(".json").write_text(json.dumps(asdict(task)))
             results.append(stem.with_suffix(".result"))
             words = (sys.executable, "-m", "tests.bench.one_run", f"{stem}.json", f"{stem}.result")
-            commands.append(Command(words, stem.with_suffix(".log"), ROOT, self._environment()))
+            commands.append(Command(words, stem.with_suffix(".log"), ROOT, environment()))
         for together in [commands] if at_once else [[command] for command in commands]:
             take_turns(together)
         return [json.loads(result.read_text()) for result in results]
-
-    @staticmethod
-    def _environment() -> dict[str, str]:
-        return os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
 
 
 def measure(preparation: Preparation, tokens_per_batch: int | None, lr: float, profile: bool) -> dict[str, Any]:
@@ -117,6 +112,7 @@ def measure(preparation: Preparation, tokens_per_batch: int | None, lr: float, p
                     pairs_per_step=case.pairs_per_step,
                     nf4=case.nf4,
                     cache=str(cache),
+                    beta=BETA,
                     lr=lr,
                     tokens_per_batch=tokens_per_batch,
                     profile=profile and name == "ours_warm",
@@ -134,11 +130,7 @@ def measure(preparation: Preparation, tokens_per_batch: int | None, lr: float, p
             results, lengths, case.pairs_per_step, Shape(**prepared["shape"]), arithmetic
         )
         runs[case.name] = results | {"lengths": lengths}
-    return {
-        "date": date.today().isoformat(),
-        "machine": prepared["machine"],
-        "versions": prepared["versions"],
-        "model": Path(prepared["model"]).name,
+    return environment_of(prepared) | {
         "shape": prepared["shape"],
         "minutes": (time.monotonic() - started) / 60,
         "cases": cases,
@@ -148,26 +140,68 @@ def measure(preparation: Preparation, tokens_per_batch: int | None, lr: float, p
     }
 
 
+def measure_sweep(
+    preparation: Preparation, betas: Sequence[float], tokens_per_batch: int, lr: float, out: Path | None, quick: bool
+) -> tuple[dict[str, Any], Path]:
+    """Run the sweep, the only case of the preparation; everything measured, and the folder for it.
+
+    What has ended stands in that folder as it ends, in `sweep-unfinished.json`.
+    """
+    started = time.monotonic()
+    work = Path(preparation.folder)
+    (prepared,) = Bench(work)(preparation)
+    on_gpu = prepared["machine"]["device"] == "cuda"
+    case = replace(preparation.cases[0], nf4=on_gpu)
+    summary = environment_of(prepared) | {
+        "source": source_name(case),
+        "steps": case.steps,
+        "pairs_per_step": case.pairs_per_step,
+        "quick": quick,
+    }
+    out = out or results_folder(summary)
+    unfinished = out / "sweep-unfinished.json"
+
+    def keep(found: list[sweeps.Ended]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(summary | {"runs": [asdict(ended) for ended in found]}, indent=1) + "\n")
+
+    found = sweeps.measure(
+        sweeps.Sweep(case, prepared, betas, lr, tokens_per_batch, work), with_memory=not quick, keep=keep
+    )
+    summary |= sweeps.summarise(found, "rounded" if on_gpu else "exact", on_gpu)
+    summary |= {"minutes": (time.monotonic() - started) / 60, "runs": [asdict(ended) for ended in found]}
+    unfinished.unlink()
+    return summary, out
+
+
+def environment_of(prepared: dict[str, Any]) -> dict[str, Any]:
+    """When, where and with what a comparison was made."""
+    return {
+        "date": date.today().isoformat(),
+        "machine": prepared["machine"],
+        "versions": prepared["versions"],
+        "model": Path(prepared["model"]).name,
+    }
+
+
 def source_name(case: Case) -> str:
     """What the table calls the data."""
     name = case.source if case.source.startswith("bundled:") else Path(case.source).parent.name
     return name + (f", text cut to {case.cut[0]}/{case.cut[1]}" if case.cut else "") + (", NF4" if case.nf4 else "")
 
 
-def write(summary: dict[str, Any], out: Path) -> None:
+def write(name: str, page: str, found: Sequence[tables.Table], summary: dict[str, Any], out: Path) -> None:
     """Print the tables, and write them as Markdown with everything measured as JSON."""
     console = Console(width=150)
-    for title, (header, *rows) in tables.tables(summary):
+    for title, (header, *rows) in found:
         table = Table(*header, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
         console.print(table)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.md").write_text(tables.results_markdown(summary))
-    (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
-    if summary["profiles"]:
-        (out / "profile.md").write_text(tables.profile_markdown(summary["profiles"]))
-    console.print(tables.describe(summary))
+    (out / f"{name}.md").write_text(page)
+    (out / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    console.print(page.splitlines()[2])
     console.print(f"Written to {out}.")
 
 
@@ -188,9 +222,10 @@ def results_folder(summary: dict[str, Any]) -> Path:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.against_trl", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="`--cases short --steps 3`")
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="some of the data only")
-    parser.add_argument("--steps", type=int, help="counted optimizer steps of every run")
+    parser.add_argument("--quick", action="store_true", help="`--cases short sweep --steps 3`, and a smaller sweep")
+    names = [case.name for case in (*CASES, SWEEP)]
+    parser.add_argument("--cases", nargs="+", choices=names, help="some of the data only, or the sweep")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every run that are counted")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="folder of another base model")
     model.add_argument("--random-qwen3", choices=list(QWEN3_SIZES), help="a Qwen3 of this size with random weights")
@@ -201,27 +236,51 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def preparation_of(arguments: argparse.Namespace, folder: str, cases: tuple[Case, ...]) -> Preparation:
+    """What has to be made in the folder before these cases run."""
+    return Preparation(folder=folder, model=arguments.model, random_qwen3=arguments.random_qwen3, cases=cases)
+
+
+def run_cases(arguments: argparse.Namespace, cases: Sequence[Case], quick: bool) -> None:
+    """Measure and write the rows of single runs."""
+    with tempfile.TemporaryDirectory(prefix="against-trl-") as folder:
+        preparation = preparation_of(arguments, folder, choose_cases(cases, REAL_DATA))
+        summary = measure(preparation, arguments.tokens_per_batch, LEARNING_RATE, arguments.profile)
+    summary["quick"] = quick
+    out = arguments.out or results_folder(summary)
+    write("results", tables.results_markdown(summary), tables.tables(summary), summary, out)
+    if summary["profiles"]:
+        (out / "profile.md").write_text(tables.profile_markdown(summary["profiles"]))
+
+
+def run_sweep(arguments: argparse.Namespace, case: Case, quick: bool) -> None:
+    """Measure and write the sweep."""
+    with tempfile.TemporaryDirectory(prefix="against-trl-") as folder:
+        preparation = preparation_of(arguments, folder, (on_real_data(case, REAL_DATA),))
+        betas = sweeps.QUICK_BETAS if arguments.quick else sweeps.BETAS
+        tokens_per_batch = arguments.tokens_per_batch or SWEEP_TOKENS_PER_BATCH
+        summary, out = measure_sweep(preparation, betas, tokens_per_batch, LEARNING_RATE, arguments.out, quick)
+    write("sweep", tables.sweep_markdown(summary), tables.sweep_tables(summary), summary, out)
+
+
 def main() -> None:
     """Measure and write, or only rewrite the README."""
     arguments = parse()
     if arguments.readme:
         update_readme()
         return
-    names = arguments.cases or (QUICK if arguments.quick else [case.name for case in CASES])
+    names = arguments.cases or (QUICK if arguments.quick else [case.name for case in (*CASES, SWEEP)])
     steps = arguments.steps or (QUICK_STEPS if arguments.quick else None)
-    cases = [replace(case, steps=steps or case.steps) for case in CASES if case.name in names]
-    with tempfile.TemporaryDirectory(prefix="against-trl-") as folder:
-        preparation = Preparation(
-            folder=folder,
-            model=arguments.model,
-            random_qwen3=arguments.random_qwen3,
-            cases=choose_cases(cases, REAL_DATA),
-        )
-        summary = measure(preparation, arguments.tokens_per_batch, LEARNING_RATE, arguments.profile)
-    whole = not (arguments.quick or arguments.cases or arguments.steps)
-    summary["quick"] = not whole
-    write(summary, arguments.out or results_folder(summary))
-    if whole:
+    cases, sweep = (
+        [replace(case, steps=steps or case.steps) for case in known if case.name in names]
+        for known in (CASES, (SWEEP,))
+    )
+    partial = bool(arguments.quick or arguments.steps)
+    if cases:
+        run_cases(arguments, cases, quick=partial or bool(arguments.cases))
+    for case in sweep:
+        run_sweep(arguments, case, quick=partial)
+    if not partial and (sweep or not arguments.cases):
         print("`python -m tests.bench.against_trl --readme` puts the newest numbers into the README.")
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+ROOT = Path(__file__).parents[2]
+SEED = 0
+MAX_LENGTH, MAX_PROMPT_LENGTH = 512, 384
+"""Tokens of a sequence, and of its prompt; what is longer is cut."""
+
 
 PAIRS_OF_RUNS = (("ours_cold", "trl_default"), ("ours_warm", "trl_precomputed"))
 """Runs that take turns, ours first. TRL is never in memory twice, and the cold run fills the store of the warm one."""
@@ -28,10 +35,11 @@ class Case:
     Attributes:
         name: what the tables call it.
         source: preference data, as `data.source` names it.
-        steps: optimizer steps that count; a warm-up step goes before them.
+        steps: optimizer steps that count.
         pairs_per_step: pairs of one optimizer step, which TRL passes at once.
         cut: (prompt, answer) tokens that every pair is cut to from the running text of the data; None keeps its pairs.
         nf4: whether the base model is quantised.
+        warm_up: steps that go before them.
     """
 
     name: str
@@ -40,11 +48,12 @@ class Case:
     pairs_per_step: int = 4
     cut: tuple[int, int] | None = None
     nf4: bool = False
+    warm_up: int = 1
 
     @property
     def num_pairs(self) -> int:
         """Pairs that a run of all steps sees."""
-        return (1 + self.steps) * self.pairs_per_step
+        return (self.warm_up + self.steps) * self.pairs_per_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +89,14 @@ class Job:
     """One measured run.
 
     Attributes:
-        run: one of `PAIRS_OF_RUNS`.
+        run: one of `PAIRS_OF_RUNS`, or another name for a run of TRL's by itself.
         model: folder of the base model.
         adapter: folder of the adapter that every run starts from.
         pairs: JSON file, [[prompt ids, chosen ids, rejected ids], ...] in the order of training, whole steps only.
         pairs_per_step: pairs of one optimizer step.
         nf4: whether the base model is quantised.
-        cache: folder for the reference store.
+        cache: folder for the reference store and what the run leaves.
+        beta: of DPO.
         lr: learning rate, constant.
         tokens_per_batch: positions of one of our forward passes; None for the default of the device.
         profile: take one more step of ours under the profiler.
@@ -99,6 +109,7 @@ class Job:
     pairs_per_step: int
     nf4: bool
     cache: str
+    beta: float
     lr: float
     tokens_per_batch: int | None
     profile: bool
@@ -109,3 +120,12 @@ class Job:
 
 
 Task = Preparation | PeakRate | Job
+
+
+def environment() -> dict[str, str]:
+    """Of every process: nothing is looked for in the network."""
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }

@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from alignment.allocator import keep_freed_memory
 from alignment.config import (
@@ -39,6 +39,7 @@ from alignment.config import (
     QuantizationConfig,
     TrainerConfig,
 )
+from alignment.data.rows import Row
 from alignment.data.sources import load_rows
 from alignment.data.tokens import tokenize_groups
 from alignment.gate import check_start
@@ -63,13 +64,22 @@ from alignment.steps import StepSampler
 from alignment.training import training_arguments
 from alignment.wheel_model import wheel_model_folder
 from tests.bench.floor import Shape
-from tests.bench.job import QWEN3_SIZES, Case, Job, PeakRate, Preparation, Task
+from tests.bench.job import (
+    MAX_LENGTH,
+    MAX_PROMPT_LENGTH,
+    QWEN3_SIZES,
+    SEED,
+    Case,
+    Job,
+    PeakRate,
+    Preparation,
+    Task,
+)
 from tests.bench.profiling import profile_step
 from tests.bench.turns import pass_on
 
-MAX_LENGTH = 512
-BETA = 0.1
-SEED = 0
+T = TypeVar("T")
+
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 """Positions of one of our forward passes, as the recipes for these devices have it."""
 
@@ -93,7 +103,7 @@ def data_config(source: str) -> DataConfig:
         columns={},
         system=None,
         max_length=MAX_LENGTH,
-        max_prompt_length=MAX_LENGTH - 128,
+        max_prompt_length=MAX_PROMPT_LENGTH,
         truncate_prompt=Keep.end,
         max_bad_rows=None,
         limit=None,
@@ -171,14 +181,28 @@ def cut_pairs(groups: Sequence[Group], prompt: int, answer: int, num_pairs: int)
     ]
 
 
-def draw_pairs(case: Case, tokenizer: Any) -> list[list[np.ndarray]]:
-    """The case's pairs in the order of training: drawn at random, or cut from text in random order."""
+def draw_pairs(case: Case, tokenizer: Any) -> tuple[list[list[np.ndarray]], list[Row]]:
+    """The case's pairs in the order of training, and their rows: drawn at random, or cut from text in random order."""
     config = data_config(case.source)
-    groups = tokenize_groups(load_rows(config, kind="preference").train, tokenizer, config).groups
-    if case.cut is None:
-        drawn = random.Random(SEED).sample(groups, case.num_pairs)
-        return [[group.prompt, *group.completions] for group in drawn]
-    return cut_pairs(random.Random(SEED).sample(groups, len(groups)), *case.cut, case.num_pairs)
+    data = tokenize_groups(load_rows(config, kind="preference").train, tokenizer, config)
+    num_drawn = case.num_pairs if case.cut is None else len(data.groups)
+    drawn = random.Random(SEED).sample(range(len(data.groups)), num_drawn)
+    groups = [data.groups[i] for i in drawn]
+    if case.cut is not None:
+        return cut_pairs(groups, *case.cut, case.num_pairs), []
+    return [[group.prompt, *group.completions] for group in groups], [data.rows[i] for i in drawn]
+
+
+def before_shuffle(items: Sequence[T], per_step: int) -> list[T]:
+    """The order from which our own shuffle makes this one."""
+    placed = dict(zip(chain.from_iterable(StepSampler(len(items), per_step, SEED).steps(0)), items, strict=True))
+    return [placed[index] for index in range(len(items))]
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Pairs of text as JSON Lines."""
+    columns = ({"prompt": row.prompt, "chosen": row.completions[0], "rejected": row.completions[1]} for row in rows)
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in columns))
 
 
 def prepare(task: Preparation) -> dict[str, Any]:
@@ -198,9 +222,12 @@ def prepare(task: Preparation) -> dict[str, Any]:
         return policy
 
     shape = model_shape(base, adapted)
-    pairs, lengths = {}, {}
+    pairs, rows, lengths = {}, {}, {}
     for case in task.cases:
-        ids = [[part.tolist() for part in pair] for pair in draw_pairs(case, tokenizer)]
+        drawn, texts = draw_pairs(case, tokenizer)
+        ids = [[part.tolist() for part in pair] for pair in drawn]
+        rows[case.name] = str(folder / f"{case.name}.jsonl")
+        write_rows(before_shuffle(texts, case.pairs_per_step), Path(rows[case.name]))
         pairs[case.name] = str(folder / f"{case.name}.json")
         Path(pairs[case.name]).write_text(json.dumps(ids))
         lengths[case.name] = [[len(part) for part in pair] for pair in ids]
@@ -208,6 +235,7 @@ def prepare(task: Preparation) -> dict[str, Any]:
         "model": model,
         "adapter": str(folder / "adapter"),
         "pairs": pairs,
+        "rows": rows,
         "lengths": lengths,
         "shape": asdict(shape),
         "machine": machine() | {"device": device.type, "threads": torch.get_num_threads()},
@@ -330,10 +358,8 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
     model = load_adapter(base, Path(job.adapter))
     disable_dropout(model)
     pairs = [Group(p, (c, r)) for p, c, r in job.read_pairs(np.int32)]
-    sampler = StepSampler(len(pairs), job.pairs_per_step, SEED)
-    groups = [pairs[0]] * len(pairs)
-    for pair, index in zip(pairs, chain.from_iterable(sampler.steps(0)), strict=True):
-        groups[index] = pair  # so that the sampler's own shuffle gives the order of the file
+    groups = before_shuffle(pairs, job.pairs_per_step)
+    sampler = StepSampler(len(groups), job.pairs_per_step, SEED)
     layout = choose_layout(model, device)
     store = ReferenceStore(Path(job.cache) / "reference.sqlite")
     reference = CachedReference(store, model, layout, tokens_per_batch, device, spot_checks=4)
@@ -366,7 +392,7 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
         ),
         groups=groups,
         eval_groups=(),
-        loss=DPO(beta=BETA, label_smoothing=0.0),
+        loss=DPO(beta=job.beta, label_smoothing=0.0),
         reference=reference,
         layout=layout,
         tokens_per_batch=tokens_per_batch,
@@ -385,18 +411,12 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
 
 def run_trl(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
     """TRL's DPOTrainer on the same tokens, with its reference of the adapter switched off, live or precomputed."""
-    from datasets import Dataset
-    from peft import LoraConfig, set_peft_model_state_dict
-    from safetensors.torch import load_file
-    from trl import DPOConfig, DPOTrainer
+    from tests.bench.trl_side import TokenisedDPOTrainer, dpo_trainer
 
     watch, turns = Clock(), StepTurns(give_up)
 
-    class TokenisedDPOTrainer(DPOTrainer):
-        """Takes the data set as it is: its texts have been tokenised. Also times the precomputation."""
-
-        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-            return dataset
+    class TimedDPOTrainer(TokenisedDPOTrainer):
+        """Also times the precomputation."""
 
         def _precompute_ref_logps(self, *args: Any) -> Any:
             watch.start()
@@ -404,45 +424,11 @@ def run_trl(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
             watch.stop()
             return dataset
 
-    device = resolve_device(Device.auto)
-    base = load(job, device)
+    base = load(job, resolve_device(Device.auto))
     del base.forward  # ours, which scores: TRL wraps the model's own
     started = time.perf_counter()
-    pairs = job.read_pairs(np.int64)
-    columns = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), zip(*pairs, strict=True), strict=True))
-    adapter = LoraConfig.from_pretrained(job.adapter)
-    adapter.inference_mode = False  # what `save_pretrained` wrote
-    trainer = TokenisedDPOTrainer(
-        model=base,
-        args=DPOConfig(
-            output_dir=str(Path(job.cache) / job.run),
-            per_device_train_batch_size=job.pairs_per_step,
-            max_steps=len(pairs) // job.pairs_per_step,
-            max_length=None,  # nothing is left to cut
-            beta=BETA,
-            precompute_ref_log_probs=job.run == "trl_precomputed",
-            gradient_checkpointing=False,
-            train_sampling_strategy="sequential",
-            optim="adamw_torch",
-            learning_rate=job.lr,
-            lr_scheduler_type="constant",
-            max_grad_norm=1.0,
-            bf16=resolve_dtype(Dtype.auto, device) is torch.bfloat16,
-            use_cpu=device.type == "cpu",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=SEED,
-        ),
-        train_dataset=Dataset.from_dict({name: [ids.tolist() for ids in column] for name, column in columns.items()}),
-        processing_class=AutoTokenizer.from_pretrained(job.model),
-        peft_config=adapter,
-        callbacks=[turns],
-    )
-    # TRL takes a fresh adapter only as a configuration; a finished PeftModel would get a second one as its reference.
-    set_peft_model_state_dict(trainer.model, load_file(str(Path(job.adapter) / "adapter_model.safetensors")))
-    check_tokens(next(iter(trainer.get_train_dataloader())), pairs[: job.pairs_per_step])
+    trainer: Any = dpo_trainer(job, base, TimedDPOTrainer, [turns])
+    check_tokens(next(iter(trainer.get_train_dataloader())), job.read_pairs(np.int64)[: job.pairs_per_step])
     return measured(trainer, turns, watch, started)
 
 

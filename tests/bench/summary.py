@@ -35,6 +35,10 @@ COMPARISONS = (
 _BESIDE = {trl: ours for ours, trl in PAIRS_OF_RUNS}
 
 
+AT_MOST = ("memory", "loss_difference")
+"""Quantities that are to be small."""
+
+
 @dataclass(frozen=True, slots=True)
 class Goal:
     """A number to reach.
@@ -42,30 +46,30 @@ class Goal:
     Attributes:
         case: row of the comparison.
         ours: row of ours.
-        trl: row of TRL's that it is held against; None for a number of ours alone.
-        quantity: "times_faster" (at least), "memory" (at most, ours / TRL), "of_peak" (at least).
+        against: row that it is held against; None for a number of ours alone.
+        quantity: "times_faster", "of_peak", or one of `AT_MOST`: "memory" (ours / the other's), "loss_difference".
         value: the goal.
     """
 
     case: str
     ours: str
-    trl: str | None
+    against: str | None
     quantity: str
     value: float
 
     def judge(self, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """The goal with what was found and whether it is met."""
         case = cases[self.case]
-        numbers = case["rows"][self.ours] if self.trl is None else case["ratios"][f"{self.ours} : {self.trl}"]
+        numbers = case["rows"][self.ours] if self.against is None else case["ratios"][f"{self.ours} : {self.against}"]
         found = numbers[self.quantity]
         return {
             "case": self.case,
             "ours": self.ours,
-            "trl": self.trl,
+            "against": self.against,
             "quantity": self.quantity,
             "goal": self.value,
             "found": found,
-            "met": found <= self.value if self.quantity == "memory" else found >= self.value,
+            "met": found <= self.value if self.quantity in AT_MOST else found >= self.value,
         }
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.bench.summary import AT_MOST
+
 Table = tuple[str, list[list[str]]]
 """Title, and header and rows as text."""
 
@@ -29,9 +31,19 @@ RATIO_COLUMNS = {
     "less CPU time": ("times_less_cpu", ".2f", "x"),
     "memory": ("memory", ".2f", "x"),
 }
+SWEEP_COLUMNS = {
+    "seconds": ("seconds", ".1f"),
+    "a member": ("seconds_per_member", ".1f"),
+    "user s": ("user_seconds", ".1f"),
+    "kernel s": ("kernel_seconds", ".1f"),
+    "peak GiB": ("peak_gib", ".2f"),
+}
+SWEEP_RATIO_COLUMNS = RATIO_COLUMNS | {"largest difference between losses": ("loss_difference", ".1e", "")}
+SWEEP_BASELINE = "TRL, a run each"
 QUANTITIES = {
     "times_faster": ("times faster", ".2f"),
     "memory": ("of its memory", ".2f"),
+    "loss_difference": ("largest difference between losses", ".1e"),
     "of_peak": ("of the rate of torch's products", ".0%"),
 }
 README_ROWS = ("TRL, default", "TRL, precomputed", "ours, cold", "ours, warm")
@@ -58,22 +70,43 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     """Every table of a run."""
     found = []
     for name, case in summary["cases"].items():
-        cells = [
-            [row, *(format(values[key], spec) for key, spec in COLUMNS.values())]
-            for row, values in case["rows"].items()
-        ]
-        found.append((_title(name, case), [["", *COLUMNS], *cells]))
-        cells = [
-            [
-                pair.replace(" : ", " against "),
-                *(f"{values[k]:{spec}}{unit}" for k, spec, unit in RATIO_COLUMNS.values()),
-            ]
-            for pair, values in case["ratios"].items()
-        ]
-        found.append((f"{name}: ours against TRL", [["", *RATIO_COLUMNS], *cells]))
+        found.append((_title(name, case), _row_table(case["rows"], COLUMNS)))
+        found.append((f"{name}: ours against TRL", _ratio_table(case["ratios"], RATIO_COLUMNS)))
     if summary["goals"]:
         found.append(("Goals", goal_table(summary["goals"])))
     return found
+
+
+def sweep_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Every table of a sweep."""
+    betas = ", ".join(map(str, summary["betas"]))
+    title = (
+        f"sweep: {summary['source']}; beta {betas}; {summary['steps']} steps of {summary['pairs_per_step']} pairs a "
+        f"member; all that the commands do is counted"
+    )
+    checkpointed = {name: row for name, row in summary["rows"].items() if name.endswith("checkpointed")}
+    timed = {name: row for name, row in summary["rows"].items() if name not in checkpointed}
+    found = [(title, _row_table(timed, SWEEP_COLUMNS))]
+    if checkpointed:
+        title = "sweep: two steps with every layer checkpointed, as many positions in a pass of either"
+        found.append((title, _row_table(checkpointed, SWEEP_COLUMNS)))
+    found.append(("sweep: one against the other", _ratio_table(summary["ratios"], SWEEP_RATIO_COLUMNS)))
+    return [*found, ("Goals", goal_table(summary["goals"]))]
+
+
+def _row_table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> list[list[str]]:
+    cells = [[row, *(format(values[key], spec) for key, spec in columns.values())] for row, values in rows.items()]
+    return [["", *columns], *cells]
+
+
+def _ratio_table(
+    ratios: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, str, str]]
+) -> list[list[str]]:
+    cells = [
+        [pair.replace(" : ", " against "), *(f"{values[k]:{spec}}{unit}" for k, spec, unit in columns.values())]
+        for pair, values in ratios.items()
+    ]
+    return [["", *columns], *cells]
 
 
 def goal_table(goals: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -81,8 +114,8 @@ def goal_table(goals: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows = [["data", "what", "goal", "found", "met"]]
     for goal in goals:
         words, spec = QUANTITIES[goal["quantity"]]
-        bound = "at most" if goal["quantity"] == "memory" else "at least"
-        against = f", against {goal['trl']}" if goal["trl"] else ""
+        bound = "at most" if goal["quantity"] in AT_MOST else "at least"
+        against = f", against {goal['against']}" if goal["against"] else ""
         rows.append(
             [
                 goal["case"],
@@ -97,14 +130,22 @@ def goal_table(goals: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def describe(summary: Mapping[str, Any]) -> str:
     """Where and with what it ran."""
+    return _described(summary, "one warm-up step before the counted ones, no gradient checkpointing in either")
+
+
+def describe_sweep(summary: Mapping[str, Any]) -> str:
+    """The same of a sweep."""
+    return _described(summary, f"{summary['steps']} steps a member, no gradient checkpointing")
+
+
+def _described(summary: Mapping[str, Any], how: str) -> str:
     machine, versions = summary["machine"], summary["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "trl"))
     where = machine["gpu"] if machine["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
     dtype = "bfloat16" if machine["device"] == "cuda" else "float32"
     return (
         f"{summary['date']}, {where}, {machine['system']}; {named}; {summary['model']}, {dtype}, LoRA r 16 on all "
-        f"linear layers, one warm-up step before the counted ones, no gradient checkpointing in either. "
-        f"{summary['minutes']:.0f} minutes."
+        f"linear layers, {how}. {summary['minutes']:.0f} minutes."
     )
 
 
@@ -117,8 +158,17 @@ def markdown_table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 def results_markdown(summary: Mapping[str, Any]) -> str:
     """All of results.md."""
-    lines = ["# Ours against TRL", "", describe(summary)]
-    for title, rows in tables(summary):
+    return _page("Ours against TRL", describe(summary), tables(summary))
+
+
+def sweep_markdown(summary: Mapping[str, Any]) -> str:
+    """All of sweep.md."""
+    return _page("A sweep: ours against TRL", describe_sweep(summary), sweep_tables(summary))
+
+
+def _page(heading: str, description: str, found: Sequence[Table]) -> str:
+    lines = [f"# {heading}", "", description]
+    for title, rows in found:
         lines += ["", f"**{title}**", "", *markdown_table(rows, left=2 if title == "Goals" else 1)]
     return "\n".join(lines) + "\n"
 
@@ -139,24 +189,24 @@ def profile_markdown(profiles: Mapping[str, Mapping[str, Any]]) -> str:
 # README
 
 
-def newest_results(results: Path) -> list[Path]:
-    """The newest folder of whole runs for every machine, newest machine first: `<date>-<machine>/results.json`."""
+def newest_results(results: Path, name: str) -> list[Path]:
+    """The newest folder of whole runs for every machine, newest machine first: `<date>-<machine>/<name>`."""
     newest: dict[str, Path] = {}
-    for path in sorted(results.glob("*/results.json")):
+    for path in sorted(results.glob(f"*/{name}")):
         if not json.loads(path.read_text())["quick"]:
             newest[path.parent.name[len("2026-11-23-") :]] = path.parent
     return sorted(newest.values(), key=lambda folder: folder.name, reverse=True)
 
 
 def readme_block(results: Path, root: Path) -> str:
-    """What stands between the README's markers: for every machine its newest numbers.
+    """What stands between the README's markers: for every machine its newest numbers, then those of sweeps.
 
     Args:
         results: folder of the results.
         root: folder of the README, for links.
     """
     lines = []
-    for folder in newest_results(results):
+    for folder in newest_results(results, "results.json"):
         summary = json.loads((folder / "results.json").read_text())
         cells = [["seconds a pair, peak memory", *README_ROWS]]
         for name, case in summary["cases"].items():
@@ -168,7 +218,26 @@ def readme_block(results: Path, root: Path) -> str:
             ratios.append([name, *(f"{r['times_faster']:.1f}, {r['memory']:.2f} of its memory" for r in found)])
         lines += ["", *markdown_table(ratios), "", *markdown_table(cells), "", describe(summary)]
         lines += [f"[All numbers.]({folder.relative_to(root)}/results.md)"]
+    for folder in newest_results(results, "sweep.json"):
+        lines += ["", *_readme_sweep(json.loads((folder / "sweep.json").read_text()))]
+        lines += [f"[All numbers.]({folder.relative_to(root)}/sweep.md)"]
     return "\n".join([*lines, "", ""])
+
+
+def _readme_sweep(summary: Mapping[str, Any]) -> list[str]:
+    """A sweep's lines in the README."""
+    cells = [["a whole sweep, from its start to its end", "seconds", "times faster", "peak memory"]]
+    for name, row in summary["rows"].items():
+        if not name.endswith("checkpointed"):
+            ratio = summary["ratios"].get(f"{name} : {SWEEP_BASELINE}")
+            faster = "" if ratio is None else f"{ratio['times_faster']:.1f}"
+            cells.append([name, f"{row['seconds']:.0f}", faster, f"{row['peak_gib']:.1f} GiB"])
+    betas = ", ".join(map(str, summary["betas"]))
+    text = (
+        f"The same for a sweep over beta {betas}, by `python -m alignment.run -m`, one member after the other and as a "
+        f"cohort, and by as many runs of TRL's."
+    )
+    return [text, "", *markdown_table(cells), "", describe_sweep(summary)]
 
 
 def with_block(readme: str, block: str) -> str:

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from alignment.config import AdapterConfig, Device
+from alignment.data.rows import Row
 from alignment.groups import Group
 from alignment.policy import attach_adapter, load_base, load_tokenizer, resolve_device
+from alignment.steps import StepSampler
 from tests.bench import against_trl, one_run
 from tests.bench.floor import Shape
-from tests.bench.job import PAIRS_OF_RUNS, Case, Job, PeakRate, Preparation
+from tests.bench.job import PAIRS_OF_RUNS, SEED, Case, Job, PeakRate, Preparation
 from tests.bench.profiling import kind_of, profile_step
 from tests.bench.summary import check_losses
 from tests.conftest import random_groups
@@ -40,6 +42,7 @@ def job(tiny_model_folder, tmp_path):
         pairs_per_step=4,
         nf4=False,
         cache=str(tmp_path),
+        beta=0.1,
         lr=3e-2,
         tokens_per_batch=64,
         profile=False,
@@ -121,6 +124,14 @@ def test_pairs_cut_from_running_text():
         one_run.cut_pairs(groups, 4, 2, 3)
 
 
+def test_rows_stand_where_the_shuffle_of_a_run_puts_them_right():
+    rows = [Row(f"{i}?", (f"{i}!", "no")) for i in range(9)]
+    placed = one_run.before_shuffle(rows, 4)
+    assert placed != rows and len(set(map(id, placed))) == 9
+    assert [placed[i] for step in StepSampler(9, 4, SEED).steps(0) for i in step] == rows
+    assert one_run.before_shuffle([], 4) == []
+
+
 def test_absent_real_data_become_one_bundled_case(tmp_path):
     cases = {case.name: case for case in against_trl.choose_cases(against_trl.CASES, tmp_path)}
     assert list(cases) == ["quickstart", "prompts", "nf4"]
@@ -142,7 +153,7 @@ def test_bundled_text_is_enough_for_long_prompts(tiny_model_folder):
     """The tiny tokenizer makes a token of every byte: a real one makes a quarter of them."""
     tokenizer = load_tokenizer(one_run.model_config(str(tiny_model_folder)), str(tiny_model_folder))
     case = Case(name="prompts", source="bundled:quickstart", steps=4, pairs_per_step=2, cut=(4 * 768, 4 * 128))
-    pairs = one_run.draw_pairs(case, tokenizer)
+    pairs, _ = one_run.draw_pairs(case, tokenizer)
     assert [[len(part) for part in pair] for pair in pairs] == [[3072, 512, 512]] * 10
     assert len({pair[0].tobytes() for pair in pairs}) == 10
 

@@ -81,12 +81,12 @@ def test_goals(summary):
     """At its bound a goal is met; more memory misses one, more speed does not."""
     cases = {"long": summary}
 
-    def met(quantity, value, ours="ours, warm", trl="TRL, default"):
-        return Goal("long", ours, trl, quantity, value).judge(cases)["met"]
+    def met(quantity, value, ours="ours, warm", against="TRL, default"):
+        return Goal("long", ours, against, quantity, value).judge(cases)["met"]
 
     assert met("times_faster", 4.0) and not met("times_faster", 4.01)
     assert met("memory", 0.25) and not met("memory", 0.24)
-    assert met("of_peak", 6.66, trl=None) and not met("of_peak", 6.67, trl=None)
+    assert met("of_peak", 6.66, against=None) and not met("of_peak", 6.67, against=None)
     judged = judge_goals(cases)
     assert {goal["case"] for goal in judged} == {"long"}
     assert [(g["goal"], g["met"]) for g in judged] == [

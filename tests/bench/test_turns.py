@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.bench.against_trl import ROOT
+from tests.bench.job import ROOT
 from tests.bench.turns import Command, take_turns
 
 WORKER = textwrap.dedent(

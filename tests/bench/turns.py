@@ -98,8 +98,9 @@ def _await(worker: _Worker, waiting: deque[_Worker]) -> None:
         return
     worker.close()
     if worker.process.returncode:
-        raise RuntimeError(f"{worker.log} ends with status {worker.process.returncode}:\n{_tail(worker.log)}")
+        raise RuntimeError(f"{worker.log} ends with status {worker.process.returncode}:\n{tail(worker.log)}")
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """The end of a log."""
     return log.read_text(errors="replace")[-4000:]
