@@ -196,7 +196,7 @@ def test_a_comparison_is_made_and_read(lab, monkeypatch):
         assert row["n_pairs"] == 32
     assert {row[0] for row in rows} == {"DPO", "SIMPO", "IPO"}
     assert all(len(row) == len(header) for row in rows)
-    assert len(noise) == 2, "the first against each other one"
+    assert len(noise) == 3, "the first, and each other one behind it"
     assert rows[0][0] in said[0] and "3 variants" in said[0]
     # Four answers of a random model: nobody can win.
     assert any("none of these can be called the winner" in line for line in said)
