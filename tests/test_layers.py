@@ -13,7 +13,7 @@ LAYERS = [
     {"stages", "cache"},
     {"evaluation", "export", "gate", "kl", "preflight", "report", "sft_result"},
     {"comparison"},
-    {"comparison.page"},
+    {"comparison.page", "comparison.tracked"},
     {"comparison.charts"},
     {"comparison.tables", "comparison.answers"},
     {"comparison.sentences", "comparison.head_to_head"},
@@ -84,7 +84,7 @@ ONLY_IN = {
     "wandb": {"tracking", "sweep_tracking"},
     "trl": {"sft"},
     "matplotlib": {"plots", "figures"},
-    "plotly": {"comparison.charts"},
+    "plotly": {"comparison.charts", "comparison.tracked"},
     "sqlite3": {"reference_store", "cache"},
     "bitsandbytes": {"policy", "export", "lean.linear"},
 }

@@ -123,6 +123,7 @@ def test_offline_run_holds_everything_and_continues_under_its_id(
         "train/*": "preference/step",
         "eval/*": "preference/step",
     }
+    assert [m.metric.name for m in records if m.metric.options.hidden] == ["sft/step", "preference/step"]
     sft, evaluation = history(records)
     assert sft == {"sft/train/loss": 1.5, "sft/step": 3, "stage": "sft"}
     assert math.isnan(evaluation.pop("eval/rewards/margins"))
@@ -158,6 +159,9 @@ def test_an_unreachable_server_leaves_an_offline_run(
     (folder,) = tmp_path.glob("wandb/offline-run-*")
 
     assert [row["sft/train/loss"] for row in history(read_wandb(folder))] == [1.0]
+
+    nobody_logged_in.setattr(tracking, "_login_problem", lambda: pytest.fail("it was known to be out of reach"))
+    start(config(), tmp_path / "next").finish()
 
 
 @pytest.mark.parametrize(

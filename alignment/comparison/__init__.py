@@ -9,13 +9,18 @@ from alignment.comparison.members import is_run, names, read_member, run_folders
 from alignment.comparison.page import to_html, to_markdown
 from alignment.comparison.ranking import compare
 from alignment.comparison.tables import to_csv
+from alignment.comparison.tracked import sweep_summary
 from alignment.records import atomic_write_text
+from alignment.sweep_tracking import send_summary
 
 __all__ = ["is_run", "write_comparison"]
 
 
-def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False) -> Path:
     """Write comparison.html, .md and .csv of run folders, or of sweeps' folders, into `out`.
+
+    Args:
+        track: send it as the run of the sweep in `out` to where the first member was tracked, if it was.
 
     Returns:
         The page.
@@ -30,4 +35,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     for kind, text in pages.items():
         # Half an emoji, of an answer that was cut, is no UTF-8.
         atomic_write_text(out / f"comparison.{kind}", text.encode("utf-8", "replace").decode())
+    tracking = found.members[0].run.config.get("tracking")
+    if track and isinstance(tracking, dict):
+        send_summary(tracking, out, sweep_summary(found, [out / f"comparison.{kind}" for kind in pages]))
     return out / "comparison.html"

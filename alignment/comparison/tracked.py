@@ -1,0 +1,81 @@
+"""What a comparison sends to a tracker: its table in plain numbers, its charts and its sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from alignment.comparison.charts import Chart, charts
+from alignment.comparison.measures import CRITERIA, DRIFT, MARGIN, RANKING_PER_TOKEN, WORDS, kl
+from alignment.comparison.members import Variant
+from alignment.comparison.ranking import Comparison, interval
+from alignment.comparison.sentences import cautions, headline
+from alignment.comparison.statistics import ranks
+from alignment.comparison.tables import what_ran
+from alignment.records import escape_markdown
+from alignment.run_folder import shown
+from alignment.sweep_tracking import SweepSummary
+
+
+def sweep_summary(found: Comparison, files: Sequence[Path]) -> SweepSummary:
+    """The comparison for a tracker, with the files that it was written to."""
+    header, rows = _table(found)
+    return SweepSummary(
+        facts={name: value for name, value, *_ in what_ran(found).rows},
+        notes="\n".join(
+            f"- {escape_markdown(said)}" for said in [*headline(found), *(kind for kind, _ in cautions(found))]
+        ),
+        values=_values(found),
+        header=header,
+        rows=rows,
+        figures={chart.name: _figure(chart) for several in charts(found).values() for chart in several},
+        files=files,
+    )
+
+
+def _table(found: Comparison) -> tuple[list[str], list[list[Any]]]:
+    """A row per variant, the best first."""
+    known = (*CRITERIA, RANKING_PER_TOKEN, MARGIN, DRIFT, WORDS, kl(found.members))
+    measures = [m for m in known if m is not None and any(m.values(variant) for variant in found.variants)]
+    header = ["variant", "loss", *(key.removeprefix("loss.").replace(".", " ") for key in found.differing)]
+    header += ["seeds", "rank"]
+    for measure in measures:
+        header += [measure.name, *(f"{measure.name}, {part}" for part in ("low", "high", "items") if measure.share)]
+    places = ranks([found.rank_by.mean(v) or 0.0 for v in found.ranked]) if found.rank_by is not None else []
+    rows = []
+    for i, variant in enumerate([*found.ranked, *(v for v in found.variants if v not in found.ranked)]):
+        row: list[Any] = [variant.label, variant.loss, *(variant.settings.get(key) for key in found.differing)]
+        row += [", ".join(map(shown, variant.seeds)), places[i] if i < len(places) else None]
+        for measure in measures:
+            row.append(measure.mean(variant))
+            if measure.share:
+                row += [*(interval(measure, variant) or (None, None)), measure.num_items(variant) or None]
+        rows.append(row)
+    return header, rows
+
+
+def _values(found: Comparison) -> dict[str, Any]:
+    """The best of all and of each loss, and of how many members."""
+    measure = found.rank_by
+    if measure is None:
+        return {"members": len(found.members), "members_with_result": 0}
+    ended = sum(len(measure.values(variant)) for variant in found.ranked)
+    values: dict[str, Any] = {"members": len(found.members), "members_with_result": ended, "ranked_by": measure.axis}
+    own: dict[str, list[Variant]] = {"best": found.ranked}
+    for variant in found.ranked:
+        own.setdefault(f"best_{variant.loss}", []).append(variant)
+    for name, (top, *others) in own.items():
+        share = measure.mean(top)
+        low, high = interval(measure, top) or (None, None)
+        first = [top.label, *(other.label for other in others if measure.mean(other) == share)]
+        values[name] = {"variant": "; ".join(first), "value": share, "low": low, "high": high}
+    return values
+
+
+def _figure(chart: Chart) -> go.Figure:
+    """The chart on its own: with its title, and the legend beside it, for which no page makes space below."""
+    beside = {"orientation": "v", "xref": "paper", "x": 1.02, "yref": "paper", "y": 1, "yanchor": "top"}
+    return go.Figure(chart.figure).update_layout(title={"text": chart.title, "x": 0.01}, margin_t=48, legend=beside)
