@@ -60,16 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m alignment.cache",
-        description="Inspect the stored reference log-probs and SFT stages.",
+        description="Inspect the stored reference log-probs, SFT stages and answers to held-out prompts.",
     )
     common = _Parser(add_help=False)
     common.add_argument(
         "--path", metavar="FOLDER", help="cache folder (default: $ALIGNMENT_CACHE or ~/.cache/alignment)"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|verify|prune")
-    commands.add_parser("list", parents=[common], help="the policies whose log-probs are stored, and the stages")
+    commands.add_parser(
+        "list", parents=[common], help="the policies whose log-probs are stored, the stages and the answers"
+    )
     commands.add_parser("verify", parents=[common], help="check all; drop what is damaged and exit with 1")
-    prune = commands.add_parser("prune", parents=[common], help="remove some policies and stages, or all")
+    prune = commands.add_parser("prune", parents=[common], help="remove some of what is stored, or all")
     which = prune.add_mutually_exclusive_group(required=True)
     which.add_argument("--older-than", metavar="DAYS", type=_days, help="not used for so long, e.g. 30d")
     which.add_argument("--identity", metavar="PREFIX", help="the one whose id begins so")
@@ -160,9 +162,9 @@ def _verify(store: ReferenceStore) -> int:
 def _verify_stages(stages: StageStore) -> int:
     sound, damaged = stages.verify()
     for key in damaged:
-        _say(f"The stage {key[:12]} was damaged and is dropped; it will be trained again when it is needed.")
+        _say(f"The result {key[:12]} was damaged and is dropped; it will be computed again when it is needed.")
     if sound or damaged:
-        _say(f"{sound:,} stages are sound in {stages.folder}.")
+        _say(f"{sound:,} results of stages are sound in {stages.folder}.")
     return 1 if damaged else 0
 
 
@@ -177,7 +179,7 @@ def _prune(store: ReferenceStore, stages: StageStore, arguments: argparse.Namesp
     for stage in removed:
         with stages.locked(stage.key):
             stages.drop(stage.key)
-        _say(f"Removed the stage {stage.key[:12]}: {_mb(stage.bytes)} MB.")
+        _say(f"Removed the result {stage.key[:12]}: {_mb(stage.bytes)} MB.")
     freed = pruned.freed
     if arguments.all:
         for file in damaged_files(store.path):

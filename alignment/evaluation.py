@@ -15,10 +15,11 @@ from torch import nn
 from alignment.config import EvaluationConfig, Judge
 from alignment.data.rows import Row
 from alignment.errors import UserError
-from alignment.generate import answer, stop_tokens
+from alignment.generate import as_text, presets, sample, stop_tokens
 from alignment.groups import Group
 from alignment.judge import Verdict, compare, judge, win_rate
 from alignment.records import RunRecord, atomic_write_bytes, to_json
+from alignment.stage_store import StageStore, answers_key
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class HeldOutAnswers:
         groups, rows: the held-out part, token groups and their rows aligned; the prompts are spread over all of it.
         train: training groups, whose completions show which token ends an answer.
         folder: where the answers are kept, so that an interrupted run does not lose them.
+        store: where they are kept for all runs, so that no policy is asked the same twice.
 
     Attributes:
         stops: the tokens that end an answer.
@@ -46,6 +48,7 @@ class HeldOutAnswers:
         train: Sequence[Group],
         tokenizer: Any,
         folder: Path,
+        store: StageStore,
         device: torch.device,
         seed: int,
     ) -> None:
@@ -65,6 +68,7 @@ class HeldOutAnswers:
         whole = [] if any(row.steps is not None for row in rows) else train
         self.stops = stop_tokens(tokenizer, whole)
         self._folder = folder
+        self._store = store
         self._device = device
         self._seed = seed
         self.answers: dict[str, list[str]] = {}
@@ -77,12 +81,31 @@ class HeldOutAnswers:
         if path.exists():
             self.answers[name] = json.loads(path.read_text())
             return
-        log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
-        self.answers[name] = answer(
-            model, self._tokenizer, self._prompts, self._config, self.stops, self._device, self._seed
-        )
+        self.answers[name] = [as_text(self._tokenizer, tokens, self.stops) for tokens in self._answered(name, model)]
         self._folder.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(path, to_json(self.answers[name]))
+
+    def _answered(self, name: str, model: Any) -> list[list[int]]:
+        """The tokens of every answer, taken over where this policy was asked before."""
+        settings: dict[str, Any] = {
+            "temperature": self._config.temperature,
+            "max_new_tokens": self._config.max_new_tokens,
+            "batch_size": self._config.batch_size,
+        }
+        drawn = {"seed": self._seed} if self._config.temperature > 0 else {}
+        others = {"stops": self.stops, "presets": presets(model), **drawn}
+        key = answers_key(model, self._prompts, settings | others)
+        with self._store.locked(key):
+            kept = self._store.take(key)
+            if kept is not None:
+                log.info("The held-out prompts (%s) were answered before (%s).", name, key[:12])
+                return kept["answers"]
+            log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
+            sampled = sample(model, self._prompts, self.stops, **settings, device=self._device, seed=self._seed)
+            answers = [tokens.tolist() for tokens in sampled]
+            described = {"stage": "answers", "model": model.config.name_or_path}
+            self._store.put(key, None, {"description": described, "answers": answers})
+        return answers
 
     def judged(self, record: RunRecord) -> dict[str, Any]:
         """Lengths and, with the judge, scores and win rates of the last policy; writes the samples."""

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from alignment.config import EvaluationConfig
 from alignment.groups import Group
 from alignment.policy import is_adapted
 
@@ -75,30 +74,18 @@ def sample(
     return [answers[i] for i in range(len(prompts))]
 
 
-def answer(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[np.ndarray],
-    config: EvaluationConfig,
-    stops: Sequence[int],
-    device: torch.device,
-    seed: int,
-) -> list[str]:
-    """One answer per tokenised prompt, in order, as text."""
-    answers = sample(
-        model,
-        prompts,
-        stops,
-        temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        device=device,
-        seed=seed,
-    )
-    return [
-        tokenizer.decode([token for token in tokens.tolist() if token not in stops], skip_special_tokens=True).strip()
-        for tokens in answers
-    ]
+def as_text(tokenizer: Any, answer: Sequence[int], stops: Sequence[int]) -> str:
+    """An answer without what ends it."""
+    return tokenizer.decode([token for token in answer if token not in stops], skip_special_tokens=True).strip()
+
+
+def presets(model: nn.Module) -> str:
+    """The model's own generation settings, such as a penalty for repetitions, but for the tokens `sample` is given."""
+    return _inner(model).generation_config.to_json_string(keys_to_pop=["bos_token_id", "eos_token_id", "pad_token_id"])
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if is_adapted(model) else model
 
 
 @contextmanager
@@ -107,10 +94,10 @@ def without_presets(model: nn.Module) -> Iterator[None]:
 
     Temperature, top_k and top_p are given anyway.
     """
-    inner: Any = model.get_base_model() if is_adapted(model) else model
-    presets = inner.generation_config
+    inner = _inner(model)
+    own = inner.generation_config
     inner.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        inner.generation_config = presets
+        inner.generation_config = own

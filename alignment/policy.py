@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from alignment.config import AdapterConfig, Device, Dtype, ModelConfig, QuantizationConfig
 from alignment.errors import UserError
@@ -203,15 +204,10 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def policy_identity(model: nn.Module, base: str | None = None) -> tuple[str, dict[str, Any]]:
+def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
     """Fingerprint of what the model computes: base weights, quantisation, compute dtype and effective adapters.
 
     An adapter whose update is zero (every fresh LoRA) leaves no trace, so its rank, scaling and seed do not matter.
-
-    Args:
-        model: the policy.
-        base: `base` of an earlier description, where only the adapter has changed since: reading the whole base again
-            takes seconds.
 
     Returns:
         (64 hex digits, a description for people).
@@ -226,7 +222,7 @@ def policy_identity(model: nn.Module, base: str | None = None) -> tuple[str, dic
         for weight in weights:
             _update(adapter, weight)
     digests = {
-        "base": base or _base_digest(model, config, quantization),
+        "base": _base_digest(model, config, quantization),
         "adapter": adapter.hexdigest() if num_adapted else None,
     }
     identity = hashlib.blake2b(_canonical(digests), digest_size=32).hexdigest()
@@ -240,13 +236,30 @@ def policy_identity(model: nn.Module, base: str | None = None) -> tuple[str, dic
     return identity, description
 
 
+_last_read: tuple[Any, str] | None = None
+
+
 def _base_digest(model: nn.Module, config: dict[str, Any], quantization: Any) -> str:
-    digest = hashlib.blake2b(digest_size=32)
-    digest.update(_canonical(_lasting(config)))
-    digest.update(_canonical(quantization))
-    for name, tensor in _base_tensors(model):
+    """Digest of the base. A frozen one takes seconds to read and is read once: until somebody writes to its tensors."""
+    global _last_read
+    tensors = list(_base_tensors(model))
+    described = _canonical(_lasting(config)) + _canonical(quantization)
+    # Optimizers with kernels of their own write past torch's count of writes: what trains is always read.
+    is_frozen = not any(tensor.requires_grad for _, tensor in tensors)
+    state = described, [(name, WeakIdRef(t), t.data_ptr(), t._version) for name, t in tensors]
+    if is_frozen and _last_read is not None and _last_read[0] == state:
+        return _last_read[1]
+    digest = hashlib.blake2b(described, digest_size=32)
+    for name, tensor in tensors:
         digest.update(name.encode())
         _update(digest, tensor)
+        quantized = getattr(tensor, "quant_state", None)
+        if quantized is not None:
+            for key, value in sorted(quantized.as_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                _update(digest, value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode())))
+    if is_frozen:
+        _last_read = state, digest.hexdigest()
     return digest.hexdigest()
 
 
@@ -277,7 +290,7 @@ def _updates(model: nn.Module) -> Iterator[tuple[str, float, Tensor, Tensor]]:
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights without the adapter's, under the names they have without peft, tied ones once, with quantiser states.
+    """Weights without the adapter's, under the names they have without peft, tied ones once.
 
     Buffers that are saved with a model (a router's correction bias) are weights too.
     """
@@ -287,12 +300,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if ".lora_" in name or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        yield plain, tensor
-        state = getattr(tensor, "quant_state", None)
-        if state is not None:
-            for key, value in sorted(state.as_dict().items()):
-                yield f"{plain}.{key}", value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode()))
+        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
     saved = model.state_dict().keys()
     for name, tensor in model.named_buffers():
         if name in saved:

@@ -24,7 +24,7 @@ from alignment.head import OtherModel
 from alignment.layout import BatchLayout, MicroBatch
 from alignment.logps import hidden_states, in_passes, join_scores, score_groups, score_tokens
 from alignment.losses.base import Quantity
-from alignment.policy import FrozenStart, is_adapted, policy_identity
+from alignment.policy import FrozenStart, policy_identity
 from alignment.ragged import RaggedLogps
 from alignment.reference_store import ReferenceStore
 
@@ -61,8 +61,6 @@ class Reference(ABC):
         self._model = model
         self.identity, self._description = policy_identity(model)
         self._start = self.identity
-        # A base without its adapter does not train.
-        self._base = self._description["base"] if is_adapted(model) else None
         self.refreshes: list[dict[str, Any]] = []
 
     @abstractmethod
@@ -94,7 +92,7 @@ class Reference(ABC):
         """Take back what `_tensors` gave."""
 
     def _note_refresh(self, step: int, model: nn.Module) -> None:
-        self.identity, self._description = policy_identity(model, self._base)
+        self.identity, self._description = policy_identity(model)
         self.refreshes.append({"step": step, "identity": self.identity})
         log.info("Reference after step %d: %s.", step, self.identity[:12])
 

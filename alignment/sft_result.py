@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from alignment.config import RunConfig
@@ -23,7 +22,7 @@ from alignment.training import LogFunction
 log = logging.getLogger(__name__)
 
 
-def sft_key(model: nn.Module, config: RunConfig, data: SFTData, template: str | None, device: torch.device) -> str:
+def sft_key(model: nn.Module, config: RunConfig, data: SFTData, template: str | None) -> str:
     """Name of the result that the SFT stage of a run would have; `template` is the tokenizer's."""
     assert config.sft is not None
     settings = {
@@ -31,7 +30,6 @@ def sft_key(model: nn.Module, config: RunConfig, data: SFTData, template: str | 
         "optim": asdict(config.sft.optim),
         "trainer": asdict(config.sft.trainer),
         "seed": config.sft.seed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "template": template,
     }
     return stage_key(model, (data.train, data.eval), settings)

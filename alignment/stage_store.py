@@ -1,8 +1,9 @@
 """Results of stages that are done, kept under all that they depend on: runs that would repeat a stage take them over.
 
 A result is a folder `<cache>/stages/<key>` with the policy and `entry.json`, which holds what else the stage left and a
-digest of every file. The key is a hash of the policy that the stage starts from, its tokens, its settings, the versions
-of the libraries and the code of this package: what could change the result changes the key.
+digest of every file. Answers of a policy are a result too, one without a policy of its own. The key is a hash of the
+policy that the stage starts from, its tokens, its settings, the device, the versions of the libraries and the code of
+this package: what could change the result changes the key.
 """
 
 from __future__ import annotations
@@ -57,11 +58,9 @@ def stage_key(
         model: the policy that the stage starts from. A fresh adapter has no effect, and so no trace in the policy's
             identity, but training goes on from what was drawn for it: its tensors count by themselves.
         sequences: the tokens of the training and of the held-out examples.
-        settings: whatever else decides the result: optimizer, loop, seed, device.
+        settings: whatever else decides the result: optimizer, loop, seed.
     """
-    digest = hashlib.blake2b(digest_size=_KEY_DIGITS // 2)
-    identity, description = policy_identity(model)
-    digest.update(to_json([identity, description, settings, versions(), _code()]))
+    digest = _begun_key(model, settings)
     for name, parameter in model.named_parameters() if is_adapted(model) else ():
         if parameter.requires_grad:
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
@@ -73,6 +72,22 @@ def stage_key(
                 digest.update(f"{name}{len(tokens)}".encode())
                 digest.update(np.asarray(tokens, dtype=np.int32).data)
     return digest.hexdigest()
+
+
+def answers_key(model: nn.Module, prompts: Sequence[np.ndarray], settings: Mapping[str, Any]) -> str:
+    """Name of what a policy answers to tokenised prompts; `settings` are whatever else decides it."""
+    return _begun_key(model, {"prompts": [prompt.tolist() for prompt in prompts], **settings}).hexdigest()
+
+
+def _begun_key(model: Any, settings: Mapping[str, Any]) -> Any:
+    """Digest of what the model computes, of settings, and of how, where and with which code it runs."""
+    digest = hashlib.blake2b(digest_size=_KEY_DIGITS // 2)
+    identity, description = policy_identity(model)
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    attention = model.config._attn_implementation
+    digest.update(to_json([identity, description, attention, settings, name, versions(), _code()]))
+    return digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,37 +121,33 @@ class StageStore:
         finally:
             lock.release()
 
-    def take(self, key: str, policy: Path) -> dict[str, Any] | None:
-        """Copy a policy to a folder that does not exist yet; returns what was kept with it.
+    def take(self, key: str, policy: Path | None = None) -> dict[str, Any] | None:
+        """What was kept, its policy copied to a folder that does not exist yet.
 
         None where there is no such result. One that is damaged is removed, and said to be.
         """
         entry = self.folder / key
         if not entry.is_dir():
             return None
-        partial = policy.with_name(f"{policy.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         try:
             content = _checked(entry)
-            shutil.copytree(entry / "policy", partial)
-            if _digests(partial) != content["files"]:
-                raise ValueError("its copy differs from it")
+            if policy is not None:
+                _copy(entry / "policy", policy, content["files"])
+            os.utime(entry / _ENTRY)
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("The kept result %s is damaged (%s): it is dropped and computed again.", key[:12], error)
-            shutil.rmtree(partial, ignore_errors=True)
             self.drop(key)
             return None
-        os.utime(entry / _ENTRY)
-        partial.rename(policy)
         return content
 
-    def put(self, key: str, policy: Path, content: Mapping[str, Any]) -> None:
-        """Keep a policy and what belongs to it; a crash at any moment leaves nothing or all of it."""
+    def put(self, key: str, policy: Path | None, content: Mapping[str, Any]) -> None:
+        """Keep a policy, if there is one, and what belongs to it; a crash at any moment leaves nothing or all of it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{key}-"))
         try:
-            shutil.copytree(policy, partial / "policy")
-            text = to_json({**content, "files": _digests(policy)})
+            if policy is not None:
+                shutil.copytree(policy, partial / "policy")
+            text = to_json({**content, "files": _digests(policy) if policy is not None else {}})
             atomic_write_bytes(partial / _ENTRY, to_json({"digest": _digest(text), "content": text.decode()}))
             os.replace(partial, self.folder / key)
         finally:
@@ -183,6 +194,19 @@ def _digests(folder: Path) -> dict[str, str]:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
             found[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return found
+
+
+def _copy(policy: Path, target: Path, digests: Mapping[str, str]) -> None:
+    """Copy a policy whole or not at all."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(policy, partial)
+        if _digests(partial) != digests:
+            raise ValueError("its copy differs from it")
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _content(entry: Path) -> dict[str, Any]:

@@ -201,6 +201,7 @@ class Run:
             data.train,
             self.tokenizer,
             self.run_dir / "stages",
+            self.stage_store,
             self.device,
             self.config.seed,
         )
@@ -277,7 +278,7 @@ class Run:
         if (folder / "done.json").exists():
             self._stage("sft", model, tracker, self._sft)
             return model
-        key = sft_key(model, self.config, data, self.tokenizer.chat_template, self.device)
+        key = sft_key(model, self.config, data, self.tokenizer.chat_template)
         log_metrics = partial(self._log, tracker, "sft")
         with self.stage_store.locked(key):
             taken = take_sft(self.stage_store, key, folder, self._load_trained, self.record, log_metrics)

@@ -46,17 +46,18 @@ def left(folder: Path) -> set[str]:
         return {info.identity for info in store.identities()}
 
 
-STAGE, OLD_STAGE = "0c" * 16, "0d" * 16
+STAGE, OLD_STAGE, ANSWERS = "0c" * 16, "0d" * 16, "0e" * 16
 
 
 def put_stages(folder: Path) -> StageStore:
-    """Two results of 5 bytes and what is said of them; OLD_STAGE was not used for 40 days."""
+    """Two results of 5 bytes and what is said of them, and answers; OLD_STAGE was not used for 40 days."""
     (folder / "policy").mkdir()
     (folder / "policy" / "weights").write_bytes(b"12345")
     stages = StageStore(folder / STAGES_FOLDER)
     for key in (STAGE, OLD_STAGE):
         content = {"description": {"stage": "sft", "model": "lab/new[bold]"}, "result": {"steps": 77}}
         stages.put(key, folder / "policy", content)
+    stages.put(ANSWERS, None, {"description": {"stage": "answers", "model": "lab/new[bold]"}, "answers": [[1]]})
     long_ago = time.time() - 40 * 86400
     os.utime(stages.folder / OLD_STAGE / "entry.json", (long_ago, long_ago))
     return stages
@@ -71,6 +72,8 @@ def test_list_shows_the_stages(folder: Path, capsys: pytest.CaptureFixture[str])
     for shown in ("sft", "lab/new[bold]", " 77 "):
         assert shown in new and shown in old
     assert lines.index(new) < lines.index(old)
+    [answers] = (line for line in lines if ANSWERS[:12] in line)
+    assert "answers" in answers and "lab/new[bold]" in answers
     assert str(stages.folder) in lines[-1]
 
 
@@ -79,19 +82,21 @@ def test_verify_drops_a_damaged_stage(folder: Path, capsys: pytest.CaptureFixtur
     (stages.folder / STAGE / "policy" / "weights").write_bytes(b"12346")
     assert main(["verify"]) == 1
     out = capsys.readouterr().out
-    assert f"The stage {STAGE[:12]} was damaged" in out and "1 stages are sound" in out and "4 sequences" in out
+    assert f"The result {STAGE[:12]} was damaged" in out and "2 results of stages are sound" in out
+    assert "4 sequences" in out
     assert main(["verify"]) == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "kept", "policies"),
     [
-        (["--older-than", "30d"], {STAGE}, {NEW}),
-        (["--older-than", "50d"], {STAGE, OLD_STAGE}, {OLD, NEW}),
-        (["--identity", STAGE[:4]], {OLD_STAGE}, {OLD, NEW}),
-        (["--identity", NEW], {STAGE, OLD_STAGE}, {OLD}),
+        (["--older-than", "30d"], {STAGE, ANSWERS}, {NEW}),
+        (["--older-than", "50d"], {STAGE, OLD_STAGE, ANSWERS}, {OLD, NEW}),
+        (["--identity", STAGE[:4]], {OLD_STAGE, ANSWERS}, {OLD, NEW}),
+        (["--identity", ANSWERS[:4]], {STAGE, OLD_STAGE}, {OLD, NEW}),
+        (["--identity", NEW], {STAGE, OLD_STAGE, ANSWERS}, {OLD}),
         (["--max-mb", "0"], set(), set()),
-        (["--max-mb", "1"], {STAGE, OLD_STAGE}, {OLD, NEW}),
+        (["--max-mb", "1"], {STAGE, OLD_STAGE, ANSWERS}, {OLD, NEW}),
         (["--all"], set(), set()),
     ],
 )

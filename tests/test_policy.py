@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from alignment import policy
+from alignment.cohort import share
 from alignment.config import AdapterConfig, Dtype, ModelConfig, QuantizationConfig
 from alignment.errors import UserError
 from alignment.layout import FlatLayout
@@ -133,6 +135,44 @@ def test_description_names_what_was_scored(tiny_model_folder):
     assert plain["adapter"] is None
     _, adapted = policy_identity(train_adapter(attach_adapter(load(tiny_model_folder, NF4), adapter(), 0)))
     assert adapted["quantization"] == "nf4" and adapted["adapter"] is not None
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["full", "nf4"])
+def test_a_frozen_base_is_read_once_until_something_is_written_to_it(quantization, tiny_model_folder, monkeypatch):
+    """Also by a model of other modules on the same tensors; what trains is read every time."""
+    read: list[int] = []
+
+    def updated(digest, tensor, update=policy._update):
+        read.append(id(tensor))
+        update(digest, tensor)
+
+    monkeypatch.setattr(policy, "_update", updated)
+
+    def times(model):
+        read.clear()
+        return identity(model), read.count(id(embedding))
+
+    base = load(tiny_model_folder, quantization)
+    embedding = base.get_input_embeddings().weight
+    other = share(base)
+    model = attach_adapter(base, adapter(), 0)
+    expected, count = times(model)
+    assert count == 1
+    train_adapter(model)
+    trained, count = times(model)
+    assert count == 0 and trained != expected
+    assert times(other) == times(attach_adapter(share(other), adapter(r=2), 1)) == (expected, 0)
+    with torch.no_grad():
+        embedding[0, 0] += 1
+    changed, count = times(other)
+    assert count == 1 and changed != expected
+    embedding.data = embedding.detach().clone()
+    assert times(other) == (changed, 1)
+    assert times(load(tiny_model_folder, quantization))[0] == expected
+    other.config.rope_parameters = {**other.config.rope_parameters, "rope_theta": 5e5}
+    assert times(other)[0] not in (expected, changed)
+    embedding.requires_grad_()
+    assert times(other)[1] == times(other)[1] == 1
 
 
 # The frozen start

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from alignment import policy
 from alignment.compose import load
 from alignment.config import ReferenceMode
 from alignment.errors import UserError
@@ -256,15 +257,23 @@ def test_a_cached_hard_refresh_equals_a_live_one(tmp_path):
 
 
 def test_both_references_know_a_refreshed_policy_by_its_identity(tmp_path, monkeypatch):
-    """The base is read once, at the start: in a refresh that would take seconds to find what cannot have changed."""
+    """No refresh reads the base, which would take seconds, and cannot have changed."""
     model = tiny_policy(torch.float32)
     references = [cached(model, tmp_path), LiveReference(model, FlatLayout(), 10_000, CPU)]
     soft = LiveReference(model, FlatLayout(), 10_000, CPU, 0.6)
     moved(model)
+    read: list[torch.Tensor] = []
+
+    def updated(digest, tensor, update=policy._update):
+        read.append(tensor)
+        update(digest, tensor)
+
     with monkeypatch.context() as patch:
-        patch.setattr("alignment.policy._base_digest", None)
+        patch.setattr("alignment.policy._update", updated)
         for reference in (*references, soft):
             reference.refresh(3, GROUPS)
+    base = {id(parameter) for name, parameter in model.named_parameters() if "lora_" not in name}
+    assert read and not base & {id(tensor) for tensor in read}
     identity = policy_identity(model)[0]
     assert [r.identity for r in references] == [identity] * 2 != [soft.identity] * 2
     for reference in references:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alignment import stage_store
-from alignment.stage_store import StageStore, stage_key
+from alignment.stage_store import StageStore, StoredStage, stage_key
 from tests.commands import command, write_project
 from tests.conftest import tiny_policy
 from tests.test_resume import at_row, metric_rows
@@ -143,6 +143,10 @@ def run(project: Path, cwd: Path, cache: Path, *arguments: str, patch=same_code)
     return ended, cwd / "out"
 
 
+def results(cache: Path, stage: str) -> list[StoredStage]:
+    return [kept for kept in StageStore(cache / "stages").stored() if kept.content["description"]["stage"] == stage]
+
+
 def assert_same(found: Path, expected: Path) -> None:
     assert metric_rows(found) == metric_rows(expected)
     files = [path.relative_to(expected) for path in expected.rglob("*.safetensors")]
@@ -161,12 +165,16 @@ def test_sft_is_done_once_and_the_runs_are_the_same(settings, project, tmp_path)
     assert "SFT was done before" not in ended.out
     ended, second = run(project, tmp_path / "second", cache, *settings, "loss.beta=0.3")
     assert ended.code == 0, ended.err
-    [stored] = StageStore(cache / "stages").stored()
+    [stored] = results(cache, "sft")
     assert f"SFT was done before ({stored.key[:12]})." in ended.out
     assert_same(second, expected)
-    result = json.loads((second / "summary.json").read_text())["stages"]["sft"]
-    wanted = json.loads((first / "summary.json").read_text())["stages"]["sft"]
-    assert result == wanted | {"taken_over": stored.key}
+    for name in ("start", "sft"):
+        assert f"The held-out prompts ({name}) were answered before" in ended.out
+    assert "Answering 2 held-out prompts (final)" in ended.out
+    assert len(results(cache, "answers")) == 4
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (second, expected, first)]
+    assert summaries[0]["evaluation"] == summaries[1]["evaluation"]
+    assert summaries[0]["stages"]["sft"] == summaries[2]["stages"]["sft"] | {"taken_over": stored.key}
     assert metric_rows(first) != metric_rows(second), "beta is another one"
 
 
@@ -184,7 +192,7 @@ def test_what_changes_sft_is_trained_and_what_does_not_is_not(project, tmp_path)
     ):
         ended, _ = run(project, tmp_path / str(number), cache, *arguments)
         assert ended.code == 0, ended.err
-        assert len(StageStore(cache / "stages").stored()) == count, arguments
+        assert len(results(cache, "sft")) == count, arguments
 
 
 def test_a_damaged_result_is_trained_again(project, tmp_path):
