@@ -1,4 +1,4 @@
-"""A sweep in W&B, offline: the runs of its members, one of them killed and continued, and that of the sweep."""
+"""A sweep in W&B, offline: the runs of its members, one of them killed twice, and that of the sweep."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tests.commands import command, write_project
 from tests.wandb_files import history, of_kind, read_wandb
 
 
-def offline(home: Path, killed: bool) -> None:
-    """Nothing of the user's own W&B; the second member may be killed in the middle."""
+def offline(home: Path, killed_at: int | None) -> None:
+    """Nothing of the user's own W&B; the second member may be killed at a step of its preference stage."""
     names = ("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_RESUME")
     os.environ.update({"WANDB_MODE": "offline", **dict.fromkeys(names, "")})
     for kind in ("DATA", "CACHE", "CONFIG"):
         os.environ[f"WANDB_{kind}_DIR"] = str(home / kind)
     for name in names:
         del os.environ[name]
-    if not killed:
+    if killed_at is None:
         return
     from alignment.records import RunRecord
 
     log = RunRecord.log
 
     def patched(self, stage, step, split, metrics):
-        if self.run_dir.name == "1-tiny" and (stage, step, split) == ("preference", 3, "train"):
+        if self.run_dir.name == "1-tiny" and (stage, step, split) == ("preference", killed_at, "train"):
             os.kill(os.getpid(), signal.SIGKILL)
         log(self, stage, step, split, metrics)
 
@@ -53,14 +53,11 @@ def sweep(tmp_path_factory, tiny_model_folder) -> Path:
     project = write_project(folder / "project", tiny_model_folder)
     arguments = ["--config-dir", str(project), "-m", "recipe=tiny", "tracking=wandb", "loss.beta=0.1,0.2"]
     arguments += ["trainer.max_steps=4", "trainer.log_every=1", "sft.trainer.epochs=1", "evaluation.prompts=0"]
-    for killed in (True, False):
-        ended = command(
-            *(*arguments, "hydra.sweep.dir=sweep"),
-            cwd=folder,
-            cache=folder / "cache",
-            patch=partial(offline, folder / "home", killed),
-        )
-        assert ended.code == (-signal.SIGKILL if killed else 0), ended.err
+    whole, alone = [*arguments, "hydra.sweep.dir=sweep"], [*arguments[:2], "resume=sweep/1-tiny"]
+    for words, killed_at in ((whole, 3), (alone, 4), (whole, None)):
+        patch = partial(offline, folder / "home", killed_at)
+        ended = command(*words, cwd=folder, cache=folder / "cache", patch=patch)
+        assert ended.code == (0 if killed_at is None else -signal.SIGKILL), ended.err
     return folder / "sweep"
 
 
@@ -69,9 +66,11 @@ def parts(folder: Path) -> list[Path]:
 
 
 def test_members_are_runs_of_one_group_and_the_killed_one_has_its_whole_history(sweep):
-    [finished], [_, continued] = parts(sweep / "0-tiny"), parts(sweep / "1-tiny")
-    for name, folder in (("0-tiny", finished), ("1-tiny", continued)):
-        records = read_wandb(folder)
+    assert (len(parts(sweep / "0-tiny")), len(parts(sweep / "1-tiny"))) == (1, 3)
+    for name in ("0-tiny", "1-tiny"):
+        *earlier, last = parts(sweep / name)
+        assert all(list(part.glob("*.wandb.synced")) for part in earlier)
+        records = read_wandb(last)
         [run] = of_kind(records, "run")
         assert (run.run_group, run.job_type, run.display_name) == ("sweep", "sweep member", name)
         assert run.run_id == (sweep / name / "wandb_run_id").read_text().strip()
