@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_MOMENT = 1e-3
+"""Seconds, for another thread to take the turn."""
+
 
 def share(base: nn.Module) -> nn.Module:
     """A second model, with modules of its own, on the tensors of a base model that has learnt to score."""
@@ -174,6 +177,7 @@ class Member(Passes):
     def __init__(self, cohort: Cohort, index: int) -> None:
         self._cohort = cohort
         self._index = index
+        self._is_apart = False
 
     @property
     def width(self) -> int:
@@ -203,6 +207,12 @@ class Member(Passes):
     def finish(self) -> None:
         """Wait until the gradients of the step have arrived."""
         self._cohort.finish(self._index)
+
+    def separate(self) -> bool:
+        """Let all members run passes of their own from now on, where the memory does not suffice for joint ones."""
+        was_apart, self._is_apart = self._is_apart, True
+        self._cohort.separate()
+        return not was_apart
 
 
 class Cohort:
@@ -297,9 +307,10 @@ class Cohort:
         """See `Member.score`."""
         if self._pass is not None:
             self._pass.open.discard(index)
-        if index in self._active:
+        if index in self._active and not self._is_apart:
             self._requests[index] = _Request(batch, quantities)
-            self._wait(index, lambda: index in self._granted or index not in self._active)
+            self._wait(index, lambda: index in self._granted or index not in self._active or self._is_apart)
+            self._requests.pop(index, None)
         granted = self._granted.pop(index, None)
         return score_tokens(model, batch, quantities) if granted is None else granted
 
@@ -308,10 +319,25 @@ class Cohort:
         if self._pass is not None and index in self._pass.values:
             self._pass.open.discard(index)
             self._wait(index, lambda: self._pass is None)
+        elif self._is_apart:  # members take turns: the next step may be another's
+            self._turn.notify_all()
+            self._turn.wait(_MOMENT)
+            self._resume(index)
+
+    def separate(self) -> None:
+        """See `Member.separate`."""
+        if not self._is_apart:
+            log.warning("The members of the cohort take turns from here on, each with passes of its own.")
+        self._is_apart = True
+        self._turn.notify_all()
 
     def _wait(self, index: int, done: Callable[[], bool]) -> None:
         self._advance()
         self._turn.wait_for(lambda: self._stopped or index in self._errors or done())
+        self._resume(index)
+
+    def _resume(self, index: int) -> None:
+        """Called where a thread has the turn again."""
         self._holder = threading.get_ident()
         if self._stopped:
             raise Stopped
@@ -342,7 +368,7 @@ class Cohort:
         if self._pass is not None and not self._pass.open:
             members = list(self._pass.values)
             self._attempt(members, self._backward)
-        while self._pass is None and self._active and self._active <= self._requests.keys():
+        while self._pass is None and not self._is_apart and self._active and self._active <= self._requests.keys():
             self._attempt(sorted(self._active), self._forward)
         self._turn.notify_all()
 
@@ -360,30 +386,25 @@ class Cohort:
     def _forward(self) -> None:
         members = sorted(self._active)
         requests = [self._requests[member] for member in members]
-        values = self._together(members, requests) if len(members) > 1 else None
-        if values is None:
-            self._granted |= {m: r.alone(self._policies[m]) for m, r in zip(members, requests, strict=True)}
-        elif not _finite(values) and self._expel():
+        if len(members) == 1:
+            self._granted[members[0]] = requests[0].alone(self._policies[members[0]])
+            self._requests.clear()
             return
-        else:
-            leaves = {m: v.detach().requires_grad_() for m, v in zip(members, values, strict=True)}
-            self._granted |= leaves
-            self._pass = _Pass(dict(zip(members, values, strict=True)), leaves, set(members))
-        self._requests.clear()
-
-    def _together(self, members: Sequence[int], requests: Sequence[_Request]) -> list[Tensor] | None:
-        """The values of a joint pass; None where the model's layers do not allow one."""
-        if self._is_apart:
-            return None
         if self._joint is None:
             assert self._base is not None
             self._joint = JointModel(self._base, dict(self._policies))
         try:
-            return self._joint.score(members, [r.batch for r in requests], [r.quantities for r in requests])
+            values = self._joint.score(members, [r.batch for r in requests], [r.quantities for r in requests])
         except NotImplementedError as error:
-            log.warning("The members of the cohort take turns instead of sharing their passes: %s.", error)
-            self._is_apart = True
-            return None
+            log.warning("The members of the cohort cannot share their passes: %s.", error)
+            self.separate()
+            return
+        if not _finite(values) and self._expel():
+            return
+        leaves = {m: v.detach().requires_grad_() for m, v in zip(members, values, strict=True)}
+        self._granted |= leaves
+        self._pass = _Pass(dict(zip(members, values, strict=True)), leaves, set(members))
+        self._requests.clear()
 
     @torch.no_grad()
     def _expel(self) -> bool:

@@ -104,6 +104,10 @@ class Passes:
     def finish(self) -> None:
         """Called when a step has done all of its backward calls and wants the gradients."""
 
+    def separate(self) -> bool:
+        """Called where the memory does not suffice: whether passes were shared until now, and are no more."""
+        return False
+
 
 class Objective:
     """What a loss needs, computed for groups.

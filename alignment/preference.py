@@ -221,6 +221,8 @@ class PreferenceTrainer(Trainer):
         torch.cuda.empty_cache()
         if (smaller := smaller_budget(self.layout, groups, self.tokens_per_batch)) is not None:
             self.tokens_per_batch = smaller
+        elif self.objective.passes.separate():
+            pass
         elif decoder_layers(model) and checkpoint_layers(model, 1):
             log.warning("The GPU's memory does not suffice for a single group: going on with every layer checkpointed.")
         else:

@@ -23,6 +23,7 @@ from alignment.lean import base as lean_base
 from alignment.lean import make_lean
 from alignment.logps import enable_scoring, score_tokens
 from alignment.losses import Quantity
+from alignment.memory import decoder_layers
 from alignment.policy import save_policy
 from alignment.preference import PreferenceTrainer
 from alignment.reference import LiveReference
@@ -319,20 +320,21 @@ def test_passes_with_gradient_are_joint(tmp_path, monkeypatch):
 def test_a_place_that_is_free_goes_to_the_next_member(tmp_path, monkeypatch):
     """Five members of 4, 4, 4, 3 and 5 steps in two places, which are never empty but at the end."""
     passes = []
-    own = Cohort._together
+    own = JointModel.score
 
-    def noted(self, members, requests):
+    def noted(self, members, *args):
         passes.append(list(members))
-        return own(self, members, requests)
+        return own(self, members, *args)
 
-    monkeypatch.setattr(Cohort, "_together", noted)
+    monkeypatch.setattr(JointModel, "score", noted)
     base = frozen_base()
     trainings = [replace(t, groups_per_step=4, steps=n) for t, n in zip(FIVE, (4, 4, 4, 3, 5), strict=True)]
     members = [trainer_of(base, t, tmp_path / f"member{i}") for i, t in enumerate(trainings)]
     assert together(base, members, width=2) == members
     for i, (member, training) in enumerate(zip(members, trainings, strict=True)):
         assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")))
-    assert passes and all(members == [0, 1] for members in passes)
+    # 20 steps of 4 groups in all, 5 of them the last member's own
+    assert set(map(tuple, passes)) == {(0, 1)} and len(passes) >= 12
 
 
 def test_layers_without_a_joint_form_take_turns(tmp_path, monkeypatch, caplog):
@@ -346,6 +348,30 @@ def test_layers_without_a_joint_form_take_turns(tmp_path, monkeypatch, caplog):
     for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
         assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")))
     assert caplog.text.count("take turns") == 1
+
+
+@pytest.mark.parametrize("phase", ["_forward", "_backward"])
+def test_where_single_groups_do_not_fit_together_members_take_turns(phase, tmp_path, monkeypatch):
+    base = frozen_base()
+    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
+    own = getattr(Cohort, phase)
+
+    def never_fits(self):
+        if phase == "_backward":
+            own(self)  # and the gradients of this pass are there
+        if len(self._active) > 1:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        own(self)
+
+    monkeypatch.setattr(Cohort, phase, never_fits)
+    for trainer in trainers:
+        trainer.tokens_per_batch = 1
+    assert together(base, trainers) == trainers
+    for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
+        assert not any(layer.gradient_checkpointing for layer in decoder_layers(member.model))
+        alone = trainer_of(frozen_base(), training, tmp_path / f"alone{i}")
+        alone.tokens_per_batch = 1
+        assert_same(member, train(alone))
 
 
 def test_a_member_that_fails_leaves_the_others_alone(tmp_path):
