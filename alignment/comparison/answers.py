@@ -52,13 +52,14 @@ def questions(found: Comparison) -> Questions:
     alike = [prompt for prompt in asked if prompt not in split]
     picked = _spread(split, SAMPLES)
     picked += _spread(alike, SAMPLES - len(picked))
-    note = f"{len(picked)} of {len(asked)} prompts"
+    note = f"{len(picked)} of {len(asked)} prompts."
     if split:
+        which = "these come first" if len(split) <= len(picked) else "these are some of them"
         note += (
-            f"; on {len(split)} of them the judge does not give all members the same score, and of these are the first "
-            f"{min(len(split), SAMPLES)} below. How often who is better is in the tables, not here"
+            f" On {len(split)} of the {len(asked)} the judge does not give all members the same score; {which}. So how "
+            "often who is better is in the tables and not here."
         )
-    return Questions([_question(found, asked[prompt]) for prompt in picked], f"{note}.")
+    return Questions([_question(found, asked[prompt]) for prompt in picked], note)
 
 
 def _is_split(samples: dict[str, dict[str, Any]]) -> bool:

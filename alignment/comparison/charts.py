@@ -12,16 +12,20 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from alignment.comparison.measures import ACCURACY, KLS, Measure, kl, kl_error
+from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl, kl_error
 from alignment.comparison.members import Member, Variant
-from alignment.comparison.ranking import Comparison, interval
+from alignment.comparison.ranking import Comparison, interval, stand
 from alignment.run_folder import get, is_number, series, shown
 
 COLOURS = ("#3b82d6", "#d2622a", "#2f9e6e", "#b35fc4", "#a8820f", "#d6457f", "#4f93a6", "#8577d8")
 """Of losses, or of variants where there is one loss: each has a contrast of 3 or more to white and to the dark page."""
 
+GLANCE = "At a glance"
+"""The charts that the page begins with."""
 CURVES = "Curves"
 """The charts of this name share a legend."""
+_STEPS = 5
+"""Training steps that a point of a curve is the mean of: a step alone has few pairs."""
 _FEW = 6
 """As many variants are told apart at a glance."""
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -58,6 +62,7 @@ class Chart:
 def charts(found: Comparison) -> dict[str, list[Chart]]:
     """All that can be drawn, by what it is about."""
     groups = {
+        GLANCE: glances(found),
         "Won, for how much distance": frontiers(found),
         "Sensitivity to settings": sensitivity(found),
         CURVES: [*curves(found), *lengths(found)],
@@ -145,21 +150,30 @@ def curves(found: Comparison) -> list[Chart]:
     drawn = []
     for title, axis, metric in _METRICS:
         figure, split = go.Figure(), _split(found, metric)
-        where = "held-out pairs" if split == "eval" else "the pairs of each training step"
+        where = "held-out pairs" if split == "eval" else f"training pairs, mean of the last {_STEPS} steps"
         for variant in found.variants:
             for member in variant.members:
                 steps, values = series(member.run.metrics, "preference", split, metric)
+                if split == "train":
+                    values = _trailing(values)
                 if steps:
                     look = _line(found, variant, member, 5, f", {where}<br>step %{{x}}: %{{y:.3g}}")
                     figure.add_scatter(x=steps, y=values, **look)
         _name_once(figure)
         if figure.data:
-            note = f"Over {where}. A line is a member; seeds of a variant look alike."
-            if split == "train":
-                note += " The held-out ones were looked at before and after training only: see the tables."
+            note = f"A line is a member; seeds of a variant look alike. Over {where}"
+            note += ", since held-out ones were looked at too seldom for a curve." if split == "train" else "."
+            if metric.endswith("accuracies"):
+                figure.update_yaxes(tickformat=".0%")
             x = "optimizer step of the preference stage"
             drawn.append(_chart(metric.replace("/", "-"), title, note, figure, x, axis))
     return drawn
+
+
+def _trailing(values: Sequence[float]) -> list[float]:
+    """The mean of each value with those before it, up to `_STEPS` of them."""
+    windows = [values[max(0, i - _STEPS + 1) : i + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _split(found: Comparison, metric: str) -> str:
@@ -193,13 +207,57 @@ def lengths(found: Comparison) -> list[Chart]:
     return [_chart("lengths", "Length of answers", note, figure, "", "words per answer (mean)")]
 
 
+def _ranked_by(found: Comparison) -> list[Measure]:
+    """What variants are ranked by, and reward accuracy, where they are known."""
+    measures = [measure for measure in (found.rank_by, ACCURACY) if measure is not None]
+    return [m for m in dict.fromkeys(measures) if any(m.values(variant) for variant in found.variants)]
+
+
+def glances(found: Comparison) -> list[Chart]:
+    """Every variant with its interval and its seeds, a row for each, the best on top."""
+    drawn = []
+    for measure in _ranked_by(found):
+        figure = go.Figure()
+        for variant in stand(found.variants, measure).ranked:
+            colour, label = _style(found, variant)[0], _safe(variant.label)
+            seeds = [(member, y) for member in variant.members if (y := measure.value(member)) is not None]
+            if len(seeds) > 1:
+                figure.add_scatter(
+                    x=[value for _, value in seeds],
+                    y=[label] * len(seeds),
+                    mode="markers",
+                    marker={"size": 7, "opacity": 0.45, "color": colour},
+                    text=[_safe(shown(member.seed)) for member, _ in seeds],
+                    hovertemplate=f"<b>{label}</b>, seed %{{text}}<br>%{{x:.1%}}<extra></extra>",
+                )
+            mean = measure.mean(variant) or 0.0
+            figure.add_scatter(
+                x=[mean],
+                y=[label],
+                error_x=_bars([mean], [interval(measure, variant) or (mean, mean)], colour),
+                mode="markers",
+                marker={"size": 11, "color": colour},
+                hovertemplate=f"<b>{label}</b><br>%{{x:.1%}}<extra></extra>",
+            )
+        if measure is WIN_RATE:
+            figure.add_vline(x=0.5, line={"dash": "dot", "width": 1, "color": "#8a939c"})
+        figure.update_xaxes(tickformat=".0%")
+        figure.update_yaxes(autorange="reversed", type="category")
+        figure.update_traces(showlegend=False)
+        figure.update_layout(height=110 + 28 * len({line.y[0] for line in figure.data}))
+        note = (
+            f"Large points are means over seeds, with their 95% intervals; small ones are seeds. Across: {measure.axis}"
+        )
+        note += "; the dotted line is a draw." if measure is WIN_RATE else "."
+        title = measure.name.capitalize()
+        drawn.append(_chart(f"glance-{_slug(measure.name)}", title, note, figure, measure.name, ""))
+    return drawn
+
+
 def frontiers(found: Comparison) -> list[Chart]:
     """What was won for how much distance from the reference, by what is ranked by and by reward accuracy."""
-    measures = [found.rank_by, ACCURACY] if found.rank_by not in (None, ACCURACY) else [found.rank_by]
     distance = kl(found.members)
-    drawn = [
-        _frontier(found, measure, distance) for measure in measures if measure is not None and distance is not None
-    ]
+    drawn = [_frontier(found, measure, distance) for measure in _ranked_by(found)] if distance else []
     return [chart for chart in drawn if chart is not None]
 
 
@@ -285,6 +343,7 @@ def sensitivity(found: Comparison) -> list[Chart]:
         ticks = {"tickvals": numbers, "ticktext": [shown(x) for x in numbers]}
         figure.update_xaxes(ticks | ({"type": "log"} if numbers[0] > 0 and numbers[-1] / numbers[0] >= 4 else {}))
         figure.update_yaxes(tickformat=".0%", range=[min(heights) - 0.02, max(heights) + 0.02])
+        figure.update_layout(height=280 if all(line.showlegend is False for line in figure.data) else None)
         name = key.removeprefix("loss.")
         note = "The line joins means over seeds, with their 95% intervals; small points are seeds."
         title = f"{loss.upper()}: {name}"

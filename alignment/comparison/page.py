@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.comparison.answers import questions
-from alignment.comparison.charts import CURVES, charts, choices, library
+from alignment.comparison.charts import CURVES, GLANCE, charts, choices, library
 from alignment.comparison.ranking import Comparison
 from alignment.comparison.sentences import cautions, headline, not_available, overview
 from alignment.comparison.tables import Table, differences, head_to_head, member_table, on_pairs, results, what_ran
@@ -40,7 +40,8 @@ def to_html(found: Comparison, title: str) -> str:
     """The page; texts of models and of users are escaped in it, and nothing is loaded from anywhere."""
     drawn = charts(found)
     figures = {
-        chart.name: chart.figure | {"entries": 0 if part == CURVES else chart.num_entries}
+        chart.name: chart.figure
+        | {"entries": 0 if part == CURVES else chart.num_entries, "height": chart.figure["layout"].get("height")}
         for part, several in drawn.items()
         for chart in several
     }
@@ -53,6 +54,8 @@ def to_html(found: Comparison, title: str) -> str:
         cautions=cautions(found),
         tables=_tables(found),
         charts=drawn,
+        slugs={part: number for number, part in enumerate(drawn)},
+        first=GLANCE,
         shared_legend=CURVES,
         choices=choices(found),
         figures=data,

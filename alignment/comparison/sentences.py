@@ -62,7 +62,7 @@ def judged(against: Against) -> str:
     if difference.is_noise:
         return "within noise"
     if against.p is not None and against.p > 0.05:
-        return "not certain: the interval leaves out zero, the sign test over all comparisons does not"
+        return "not certain: the interval leaves out zero, p is above 0.05"
     if against.seeds_overlap:
         return "more than noise of the items, but single seeds of the two overlap"
     return _SURE

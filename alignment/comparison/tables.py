@@ -58,19 +58,19 @@ def results(found: Comparison) -> Table:
     places, by_seed = _places(found), _ranks_by_seed(found)
     columns = {"rank": f"by {found.rank_by.axis}; equal ones share the mean of their ranks"} if found.rank_by else {}
     columns |= _defined([*measures, *others])
-    header = ["variant", "seeds", "rank"]
-    if by_seed:
-        header.append("rank by seed")
-        columns["rank by seed"] = "mean and range of the ranks among the members of the same seed"
     rows = []
     for variant in _in_order(found):
-        row = [variant.label, ", ".join(shown(seed) for seed in variant.seeds), shown(places.get(id(variant)))]
-        if by_seed:
-            row.append(by_seed.get(id(variant), NONE))
-        rows.append([*row, *(_cell(m, variant) for m in measures), *(_spread(m, variant) for m in others)])
+        row = [variant.label, shown(places.get(id(variant)))]
+        row += [*(_cell(m, variant, found) for m in measures), *(_spread(m, variant) for m in others)]
+        row += [by_seed.get(id(variant), NONE)] if by_seed else []
+        rows.append([*row, ", ".join(shown(seed) for seed in variant.seeds)])
+    header = ["variant", "rank", *(_heading(m, found) for m in measures), *(m.name for m in others)]
+    if by_seed:
+        header.append("rank by seed")
+        columns["rank by seed"] = "mean rank among the members of the same seed, and the single ones"
     return Table(
         "Losses and settings, the best first" if found.ranked else "Losses and settings",
-        [*header, *(m.name for m in (*measures, *others))],
+        [*header, "seeds"],
         rows,
         _OF_VALUES,
         is_numbers=True,
@@ -78,9 +78,12 @@ def results(found: Comparison) -> Table:
     )
 
 
+_FEW = 3
+"""As many seeds have their values in a cell."""
+
 _OF_VALUES = (
-    "Values are means over seeds; in parentheses the 95% interval, and below it what the single seeds gave. The "
-    "interval is Wilson's for as many items as were asked; seeds ask the same, so they make it no narrower."
+    "Means over seeds; in parentheses the 95% interval, and below it what the single seeds gave. The interval is "
+    "Wilson's for as many items (n) as were asked; seeds ask the same, so they make it no narrower."
 )
 
 
@@ -91,12 +94,18 @@ def on_pairs(found: Comparison) -> Table | None:
     if not shares and not others:
         return None
     rows = [
-        [variant.label, *(_cell(m, variant) for m in shares), *(_spread(m, variant) for m in others)]
+        [variant.label, *(_cell(m, variant, found) for m in shares), *(_spread(m, variant) for m in others)]
         for variant in _in_order(found)
     ]
-    header = ["variant", *(m.name for m in (*shares, *others))]
+    header = ["variant", *(_heading(m, found) for m in shares), *(m.name for m in others)]
     note = "Means, intervals and seeds as above."
     return Table("On held-out pairs", header, rows, note, is_numbers=True, columns=_defined([*shares, *others]))
+
+
+def _heading(measure: Measure, found: Comparison) -> str:
+    """Its name, with the number of items; where that differs, every cell says its own."""
+    counts = {measure.num_items(variant) for variant in found.variants if measure.values(variant)}
+    return f"{measure.name} (n\u00a0{counts.pop()})" if len(counts) == 1 else measure.name
 
 
 def _is_known(measure: Measure, found: Comparison) -> bool:
@@ -137,13 +146,14 @@ def _ranks_by_seed(found: Comparison) -> dict[int, str]:
     return said
 
 
-def _cell(measure: Measure, variant: Variant) -> str:
+def _cell(measure: Measure, variant: Variant, found: Comparison) -> str:
     values = measure.values(variant)
     if not values:
         return NONE
-    found = interval(measure, variant)
-    text = f"{percent(measure.mean(variant))} of {measure.num_items(variant)}"
-    text += f"\n({points(found[0])} to {points(found[1])})" if found else ""
+    bounds = interval(measure, variant)
+    text = percent(measure.mean(variant))
+    text += f" of {measure.num_items(variant)}" if _heading(measure, found) == measure.name else ""
+    text += f"\n({points(bounds[0])} to {points(bounds[1])})" if bounds else ""
     return text + _by_seeds(values, points)
 
 
@@ -164,8 +174,10 @@ def _digits(value: float) -> str:
 def _by_seeds(values: Sequence[float], show: Callable[[float], str]) -> str:
     if len(values) == 1:
         return ""
-    low, high = show(min(values)), show(max(values))
-    return "\nseeds alike" if low == high else f"\nseeds {low} to {high}"
+    said = [show(value) for value in values]
+    if len(set(said)) == 1:
+        return "\nseeds alike"
+    return f"\nseeds {', '.join(said)}" if len(said) <= _FEW else f"\nseeds {show(min(values))} to {show(max(values))}"
 
 
 def differences(found: Comparison) -> Table | None:
@@ -174,26 +186,27 @@ def differences(found: Comparison) -> Table | None:
     if standing is None or not standing.against:
         return None
     measure, top = standing.measure, standing.best[0]
-    rows = [[top.label, _cell(measure, top), NONE, NONE, NONE, "the first"]]
+    rows = [[top.label, _cell(measure, top, found), NONE, "the first", NONE, NONE]]
     for against in standing.against:
         d = against.difference
         rows.append(
             [
                 against.other.label,
-                _cell(measure, against.other),
+                _cell(measure, against.other, found),
                 f"{points(d.value)} points\n({points(d.low)} to {points(d.high)})",
+                judged(against),
                 NONE if d.p is None else f"{d.better} to {d.worse}\nof {d.count}",
                 _p(against.p),
-                judged(against),
             ]
         )
     one_loss = len({variant.loss for variant in standing.best}) == 1
     return Table(
         f"{'Every setting' if one_loss else 'The best setting of each loss'}, and how far it is behind",
-        ["variant", measure.name, "behind the first", "better to worse", "p", "in words"],
+        ["variant", _heading(measure, found), "behind the first", "in words", "better to worse", "p"],
         rows,
         "In parentheses 95% intervals. They and p say what other held-out items would change; what other seeds would, "
         "only the spread over seeds shows.",
+        is_numbers=True,
         columns={
             "behind the first": "bootstrap over the items that both were asked, seeds averaged by item first; without "
             "such items, Newcombe's interval of the difference of two shares",
@@ -282,7 +295,7 @@ def what_ran(found: Comparison) -> Table:
             add(f"settings of {variant.loss.upper()} that do not differ", said or None)
     facts["what differs between members"] = [", ".join(found.differing) or "nothing but the loss or the seed"]
     rows = [[name, "; ".join(values)] for name, values in facts.items() if values]
-    return Table("What was run", ["", ""], rows)
+    return Table("Settings and data", ["", ""], rows)
 
 
 def _or_none(show: Any, value: Any) -> Any:

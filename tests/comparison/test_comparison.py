@@ -9,7 +9,7 @@ import pytest
 from alignment import report
 from alignment.comparison import write_comparison
 from alignment.comparison.answers import questions
-from alignment.comparison.charts import COLOURS, choices, curves, frontiers, lengths, sensitivity
+from alignment.comparison.charts import COLOURS, choices, curves, frontiers, glances, lengths, sensitivity
 from alignment.comparison.measures import KLS, WIN_RATE, kl
 from alignment.comparison.members import read_member, run_folders, variants
 from alignment.comparison.ranking import compare
@@ -62,18 +62,18 @@ def test_means_intervals_and_ranks(sweep):
     assert found.rank_by.name == "reward accuracy"
     best = row_of(results(found), "DPO, beta 0.1")
     # (16 + 18) / 2 of 20: Wilson at 0.85, n = 20 (two seeds ask the same 20) is 0.6396 to 0.9476.
-    assert best["reward accuracy"] == "85.0% of 20\n(64.0 to 94.8)\nseeds 80.0 to 90.0"
+    assert best["reward accuracy (n\u00a020)"] == "85.0%\n(64.0 to 94.8)\nseeds 80.0, 90.0"
     assert best["rank"] == "1"
     pairs = row_of(on_pairs(found), "DPO, beta 0.1")
-    assert pairs["margin, nats"] == "8.5\nseeds 8 to 9"
+    assert pairs["margin, nats"] == "8.5\nseeds 8, 9"
     assert pairs["drift of chosen, nats"] == "-0.5\nseeds alike"
     # Seed 0: 16, 15, 12, 11; seed 1: 18, 13, 11, 10. So DPO with 0.5 is 3rd, then 4th.
-    ranked = {row[0]: row[3] for row in results(found).rows}
+    ranked = {row[0]: row_of(results(found), row[0])["rank by seed"] for row in results(found).rows}
     assert ranked == {
         "DPO, beta 0.1": "1\nseeds alike",
         "SIMPO, beta 2": "2\nseeds alike",
-        "DPO, beta 0.5": "3.5\nseeds 3 to 4",
-        "SIMPO, beta 8": "3.5\nseeds 3 to 4",
+        "DPO, beta 0.5": "3.5\nseeds 3, 4",
+        "SIMPO, beta 8": "3.5\nseeds 4, 3",
     }
 
 
@@ -92,7 +92,7 @@ def test_the_best_of_each_loss_are_compared_by_pairs(sweep):
     assert "15.0 points behind" in said[2] and "within noise" in said[2]
     rows = differences(found).rows
     assert [row[0] for row in rows] == ["DPO, beta 0.1", "SIMPO, beta 2"], "the best of each loss, the first on top"
-    assert rows[1][3:5] == ["5 to 0\nof 20", "0.062"]
+    assert rows[1][3:] == ["within noise", "5 to 0\nof 20", "0.062"]
 
 
 def test_one_loss_compares_its_settings_and_says_noise(tmp_path):
@@ -225,6 +225,20 @@ def test_charts_hold_the_values(sweep):
     )
 
 
+def test_a_row_for_every_variant_at_a_glance(sweep):
+    [chart] = glances(compared(*run_folders([sweep])))
+    means = [trace for trace in chart.figure["data"] if "error_x" in trace]
+    assert [trace["y"][0] for trace in means] == ["DPO, beta 0.1", "SIMPO, beta 2", "DPO, beta 0.5", "SIMPO, beta 8"]
+    assert [round(trace["x"][0], 3) for trace in means] == [0.85, 0.7, 0.55, 0.55]
+    bars = means[0]["error_x"]  # Wilson at 0.85, n = 20: 0.6396 to 0.9476
+    assert (bars["arrayminus"][0], bars["array"][0]) == (
+        pytest.approx(0.85 - 0.6396, abs=5e-5),
+        pytest.approx(0.9476 - 0.85, abs=5e-5),
+    )
+    seeds = [trace for trace in chart.figure["data"] if "error_x" not in trace]
+    assert [list(trace["x"]) for trace in seeds][:2] == [[0.8, 0.9], [0.75, 0.65]]
+
+
 def luminance(colour):
     def linear(value):
         return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
@@ -277,7 +291,7 @@ def test_members_that_failed_or_were_cut_off_are_named(tmp_path):
     text = (tmp_path / "comparison.md").read_text()
     assert "1-b: summary.json is missing." in text
     assert "2-c: it failed: The data are gone." in text
-    assert "| DPO, beta 0.5 | 0 | - |" in text, "a run without results keeps its place, and no rank"
+    assert "| DPO, beta 0.5 | - |" in text, "a run without results keeps its place, and no rank"
     assert "notes" not in text
 
 
@@ -338,7 +352,7 @@ def test_a_shared_first_place_is_said_to_be_shared(tmp_path):
     assert "DPO, beta 0.1 and DPO, beta 0.5 share the first place of 2 variants with 75.0%" in said[0]
     assert any("level with DPO, beta 0.1" in line for line in said)
     assert (found.against[0].difference.better, found.against[0].difference.worse) == (5, 5)
-    assert [row[2] for row in results(found).rows] == ["1.5", "1.5"]
+    assert [row[1] for row in results(found).rows] == ["1.5", "1.5"]
 
 
 def test_a_setting_that_varies_in_one_loss_alone_is_no_part_of_another_loss(tmp_path):
@@ -383,7 +397,7 @@ def test_what_the_best_answered_comes_first_and_equal_answers_of_the_others_once
     found = compared(*(tmp_path / name for name in scores))
     asked = questions(found)
     assert [question.prompt for question in asked.shown] == ["Question 2?", "Question 0?", "Question 1?"]
-    assert asked.note.startswith("3 of 3 prompts; on 1 of them")
+    assert asked.note.startswith("3 of 3 prompts. On 1 of the 3 the judge")
     first = asked.shown[0]
     assert [answer.model for answer in first.answers] == ["after SFT", "DPO, beta 0.1, seed 0", "IPO, seed 0"]
     [others] = first.others
@@ -470,7 +484,7 @@ def test_equal_ones_are_in_the_order_of_reward_accuracy(tmp_path):
     b = make_run(tmp_path / "b", settings={"beta": 0.5}, scores=[0.0, 1.0], right=right(12))
     found = compared(a, b)
     assert [variant.label for variant in found.ranked] == ["DPO, beta 0.5", "DPO, beta 0.1"]
-    assert [row[2] for row in results(found).rows] == ["1.5", "1.5"]
+    assert [row[1] for row in results(found).rows] == ["1.5", "1.5"]
 
 
 def test_members_that_trained_together_share_their_time_and_memory(tmp_path):
@@ -493,7 +507,7 @@ def test_the_kl_has_its_interval(tmp_path):
         change_json(folder / "summary.json", evaluation={"kl/sampled": {"n": 8, "mean": mean, "se": error}})
     found = compared(tmp_path / "0", tmp_path / "1")
     [row] = results(found).rows
-    assert row[-1] == "3\n(2.61 to 3.39)\nseeds 2 to 4"
+    assert "3\n(2.61 to 3.39)\nseeds 2, 4" in row
     large = frontiers(found)[0].figure["data"][-1]
     assert list(large["x"]) == [3.0] and list(large["error_x"]["array"]) == [pytest.approx(0.392)]
 
@@ -503,10 +517,12 @@ def test_curves_are_of_training_where_the_held_out_pairs_were_looked_at_twice_on
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ends = [row for row in rows if row["step"] in (0, 4)]
     trained = [row | {"split": "train", "nats/margins": 100.0 + row["step"]} for row in rows]
+    trained.append(trained[-1] | {"step": 5, "nats/margins": 105.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ends + trained))
     charts = {chart.name: chart for chart in curves(compared(folder))}
-    assert list(charts["nats-margins"].figure["data"][0]["y"]) == [100.0, 101.0, 102.0, 103.0, 104.0]
-    assert "each training step" in charts["nats-margins"].note
+    trailing = [100.0, 100.5, 101.0, 101.5, 102.0, 103.0]  # means of up to the last five
+    assert list(charts["nats-margins"].figure["data"][0]["y"]) == trailing
+    assert "mean of the last 5 steps" in charts["nats-margins"].note
 
 
 def test_of_many_variants_the_best_of_each_loss_are_drawn_first(tmp_path):

@@ -93,6 +93,7 @@ def test_every_chart_is_drawn_and_nothing_complains(page, tmp_path, size):
     names = [chart["name"] for chart in found["charts"]]
     assert {"frontier-win-rate", "frontier-reward-accuracy", "over-dpo-loss-beta", "over-simpo-loss-beta"} <= set(names)
     assert {"nats-margins", "logps-chosen", "kl-offline", "lengths"} <= set(names)
+    assert names[:2] == ["glance-win-rate", "glance-reward-accuracy"], "what a reader looks for comes first"
     for chart in found["charts"]:
         assert chart["drawn"] >= (2 if chart["name"].startswith("over-") else 4), chart
         assert chart["legend"] == (4 if chart["name"].startswith("frontier-") else 0), chart
