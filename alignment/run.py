@@ -381,7 +381,7 @@ def _end_sweep(sweep: Sweep) -> None:
     if begun:
         from alignment.comparison import write_comparison
 
-        log.info("All members side by side: %s", write_comparison(begun, sweep.folder, track=True))
+        write_comparison(begun, sweep.folder, track=True)
     problems = []
     for folder in folders:
         if (folder / FAILED).exists():

@@ -58,6 +58,8 @@ def sweep(tmp_path_factory, tiny_model_folder) -> Path:
         patch = partial(offline, folder / "home", killed_at)
         ended = command(*words, cwd=folder, cache=folder / "cache", patch=patch)
         assert ended.code == (0 if killed_at is None else -signal.SIGKILL), ended.err
+    page = ended.out.index("All members side by side: sweep/comparison.html")
+    assert page < ended.out.rindex("wandb sync sweep/wandb/"), "nobody waits for W&B to see the page"
     return folder / "sweep"
 
 

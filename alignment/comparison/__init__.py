@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from alignment.records import atomic_write_text
 from alignment.sweep_tracking import send_summary
 
 __all__ = ["is_run", "write_comparison"]
+
+logger = logging.getLogger(__name__)
 
 
 def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False) -> Path:
@@ -35,6 +38,7 @@ def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False)
     for kind, text in pages.items():
         # Half an emoji, of an answer that was cut, is no UTF-8.
         atomic_write_text(out / f"comparison.{kind}", text.encode("utf-8", "replace").decode())
+    logger.info("All members side by side: %s", out / "comparison.html")
     tracking = found.members[0].run.config.get("tracking")
     if track and isinstance(tracking, dict):
         send_summary(tracking, out, sweep_summary(found, [out / f"comparison.{kind}" for kind in pages]))
