@@ -345,8 +345,7 @@ class Run:
         layout = choose_layout(model, self.device)
         schedule = self.schedule
         place = self._joined(model)
-        width, largest = 1 if place is None else place.width, largest_group(layout, data.train)
-        plan = self._plan("preference", model, config, width * largest)
+        plan, tokens_per_batch = self._preference_plan(model, largest_group(layout, data.train), place)
         checkpoint_layers(model, plan.checkpoint_every)
         reference = self._reference(model, layout, plan)
         groups = data.train
@@ -378,8 +377,7 @@ class Run:
             loss=loss,
             reference=reference,
             layout=layout,
-            # The plan is that of a pass of all members.
-            tokens_per_batch=max(plan.tokens_per_batch // width, min(largest, plan.tokens_per_batch)),
+            tokens_per_batch=tokens_per_batch,
             sampler=schedule.sampler,
             callbacks=callbacks,
         )
@@ -412,7 +410,7 @@ class Run:
             "steps": len(schedule.steps),
             "num_tokens": trainer.num_tokens,
             "kl": None,
-            "cohort": None if place is None else {"size": width},
+            "cohort": None if place is None else {"size": place.width},
             "train_seconds": trainer.train_seconds,
             "memory": memory_result(plan, self.device, trainer.tokens_per_batch),
             "start": start | {"identity": identity},
@@ -446,6 +444,18 @@ class Run:
                 log.warning("This member trains while the others wait: %s.", error)
                 return None
         return self.place
+
+    def _preference_plan(self, model: nn.Module, largest: int, place: Member | None) -> tuple[Plan, int]:
+        """The plan of the preference stage, and the positions of one pass of this run's own."""
+        if place is None:
+            plan = self._plan("preference", model, self.config, largest)
+            return plan, plan.tokens_per_batch
+        plan = self._plan("preference", model, self.config, place.width * largest)
+        if plan.fits:
+            return plan, max(plan.tokens_per_batch // place.width, min(largest, plan.tokens_per_batch))
+        (self._stage_dir("preference") / "plan.json").unlink()
+        place.separate()
+        return self._preference_plan(model, largest, None)
 
     def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenStart | None:
         """The policy as it is now, to compare with after training; None where nothing asks for it or keeps it."""

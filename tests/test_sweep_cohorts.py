@@ -252,3 +252,25 @@ def test_a_failed_member_ends_no_other(project, one_by_one, tmp_path):
     )
     assert ended.code == 0, ended.err
     assert_close(sweep / "1-tiny", one_by_one / "1-tiny")
+
+
+def too_small_for_three():
+    from dataclasses import replace
+
+    from alignment.stages import Run
+
+    same_code()
+    plan = Run._plan
+
+    def patched(self, stage, model, part, longest):
+        found = plan(self, stage, model, part, longest)
+        return replace(found, fits=False) if longest % 3 == 0 and stage == "preference" else found
+
+    Run._plan = patched
+
+
+def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_path):
+    ended = sweep_in(tmp_path, project, "trainer.cohort=3", patch=too_small_for_three)
+    assert ended.out.count("The members of the cohort take turns from here on") == 1
+    for number in range(5):
+        assert_close(tmp_path / "sweep" / f"{number}-tiny", one_by_one / f"{number}-tiny")
