@@ -41,6 +41,7 @@ _SCHEMAS = {
     "trainer": schema.TrainerConfig,
     "reference": schema.ReferenceConfig,
     "evaluation": schema.EvaluationConfig,
+    "stopping": schema.StoppingConfig,
     "tracking": schema.TrackingConfig,
     "export": schema.ExportConfig,
 }
@@ -320,7 +321,7 @@ def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictC
     return node
 
 
-_WITH_NONE = ("quantization", "adapter", "sft", "loss", "tracking")
+_WITH_NONE = ("quantization", "adapter", "sft", "loss", "stopping", "tracking")
 """Groups whose option `none` sets the whole group to null."""
 
 

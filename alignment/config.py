@@ -310,6 +310,37 @@ class EvaluationConfig:
             require(getattr(self, key) >= 1, f"evaluation.{key} must be at least 1, not {getattr(self, key)}.")
 
 
+STOPPING_METRICS = (
+    "nats/accuracies",
+    "nats/margins",
+    "nats_per_token/accuracies",
+    "nats_per_token/margins",
+    "ranking/accuracies",
+    "ranking/accuracies_per_token",
+    "rewards/accuracies",
+)
+"""Those of the held-out evaluation that are the larger the better, and the same for every setting of a loss."""
+
+
+@dataclass(kw_only=True)
+class StoppingConfig:
+    """Which members of a sweep end early; the group's option `none` sets the whole node to null.
+
+    After 1/`eta`^`rungs`, ..., 1/`eta` of the steps a member goes on if it is among the best 1/`eta` of all that have
+    come there.
+    """
+
+    metric: str
+    eta: int
+    rungs: int
+
+    def __post_init__(self) -> None:
+        known = ", ".join(STOPPING_METRICS)
+        require(self.metric in STOPPING_METRICS, f"stopping.metric must be one of {known}, not '{self.metric}'.")
+        require(self.eta >= 2, f"stopping.eta must be at least 2, not {self.eta}.")
+        require(self.rungs >= 1, f"stopping.rungs must be at least 1, not {self.rungs}.")
+
+
 @dataclass(kw_only=True)
 class TrackingConfig:
     """Weights & Biases; `tracking=none` sets the whole node to null. `mode` auto: online if logged in, else offline."""
@@ -350,6 +381,7 @@ class RunConfig:
     trainer: TrainerConfig
     reference: ReferenceConfig
     evaluation: EvaluationConfig
+    stopping: StoppingConfig | None
     tracking: TrackingConfig | None
     export: ExportConfig
     resume: str | None
@@ -364,6 +396,10 @@ class RunConfig:
         require(
             not self.export.merge or self.adapter is not None,
             "export.merge=true has nothing to merge without an adapter: the whole model is saved anyway.",
+        )
+        require(
+            self.stopping is None or self.loss is not None,
+            "stopping ends preference stages early, and with loss=none there is none: set stopping=none.",
         )
         require(
             not self.reference.follows or (self.loss is not None and self.loss.requirements().reference),

@@ -33,6 +33,7 @@ from alignment.run_folder import (
     section,
     short,
     shown,
+    status,
     warnings,
     wilson_interval,
 )
@@ -146,7 +147,7 @@ def _what_ran(run: Run) -> list[tuple[str, str]]:
     settings = loss if isinstance(loss, dict) else section(stages, "preference", "settings")
     facts: list[tuple[str, Any]] = [
         ("recipe", summary.get("recipe")),
-        ("status", summary.get("status", "unfinished, or its summary is lost")),
+        ("status", status(summary) or "unfinished, or its summary is lost"),
         ("model", get(config, "model", "name") or get(summary, "model", "name")),
         ("quantisation", "none" if config and config.get("quantization") is None else "NF4" if config else None),
         (

@@ -88,7 +88,7 @@ def _accuracy(summary: Path) -> float | None:
     if not summary.exists():
         return None
     stages = json.loads(summary.read_bytes())["stages"]
-    return stages.get("preference", {}).get("metrics", {}).get("eval/rewards/accuracies")
+    return stages.get("preference", {}).get("metrics", {}).get("eval/nats/accuracies")
 
 
 def _single(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
@@ -320,6 +320,8 @@ def _checked_arguments(arguments: list[str]) -> tuple[list[str], Sweep | None]:
     if _resumes(config):
         assert config.resume is not None
         return _resumed_overrides(overrides, config.resume, recipe), None
+    if config.stopping is not None:
+        raise UserError("stopping compares the members of a sweep, which -m starts: for a run alone set stopping=none.")
     if is_sweep(recipe):
         raise UserError(f"Recipe {recipe} is a sweep of {len(sweep_members(overrides))} runs: start it with -m.")
     _require_new(run_dir)

@@ -64,6 +64,7 @@ from alignment.sft_result import keep_sft, sft_key, take_sft
 from alignment.shared import choose_layout
 from alignment.stage_data import PreferenceData, SFTData, fit_preferences, load_conversations, read_preferences
 from alignment.stage_store import STAGES_FOLDER, StageStore
+from alignment.stopping import StopEarly
 from alignment.tracking import Tracker, open_tracker
 from alignment.training import (
     check_names,
@@ -133,6 +134,10 @@ class Run:
             self.preferences, rows = fit_preferences(read, config.data, config.loss)
             self.schedule = Schedule.of(config, self.preferences.train)
             self.bad += rows
+        self.stopping: StopEarly | None = None
+        if self.preferences is not None and config.stopping is not None:
+            num_steps, num_held_out = len(self.schedule.steps), len(self.preferences.eval)
+            self.stopping = StopEarly(config.stopping, run_dir, num_steps, num_held_out)
         self.answers = self._held_out_answers()
         self.record = RunRecord(run_dir)
         self.kl: dict[str, Any] | None = None
@@ -160,7 +165,8 @@ class Run:
                     self._answer("sft", model)
             if self.preferences is not None:
                 self._stage("preference", model, tracker, self._preference)
-            self._answer("final", model)
+            if self.summary["status"] == "finished":
+                self._answer("final", model)
             self._finish(model, tracker)
         return self.summary
 
@@ -301,6 +307,8 @@ class Run:
             self.kl = result.pop("kl")
             if (cohort := result.pop("cohort", None)) is not None:
                 self.summary["cohort"] = cohort
+            if "stopped" in result:
+                self.summary["status"] = "stopped"
 
     def _policy_dir(self) -> Path:
         return self.run_dir / ("adapter" if self.config.adapter is not None else "model")
@@ -353,6 +361,8 @@ class Run:
             groups = with_density_weights(groups, model, plan.reference_tokens, self.device)
         title = loss.name.upper() if place is None else f"{self.run_dir.name} {loss.name.upper()}"
         callbacks = stage_callbacks(title, log_metrics, loop, bool(data.eval))
+        if self.stopping is not None:
+            callbacks.insert(0, self.stopping)  # before those that ask what is done at the last step
         if reference is not None:
             asked = partial(groups_to_reference, loss, data.train, eval_groups=data.eval)
             reference.prepare(asked(schedule.until_refresh(0)))
@@ -407,7 +417,7 @@ class Run:
         result = {
             "loss": loss.name,
             "settings": asdict(loss),
-            "steps": len(schedule.steps),
+            "steps": trainer.state.global_step,
             "num_tokens": trainer.num_tokens,
             "kl": None,
             "cohort": None if place is None else {"size": place.width},
@@ -417,7 +427,9 @@ class Run:
             "metrics": metrics,
             "reference": reference.summary() if reference is not None else {"mode": "none"},
         }
-        if frozen is not None:
+        if self.stopping is not None and self.stopping.stopped is not None:
+            result["stopped"] = self.stopping.stopped
+        elif frozen is not None:
             assert self.answers is not None
             picked = spread_prompts(data.eval, config.evaluation.kl_prompts)
             result["kl"] = sampled_kl(
@@ -522,7 +534,8 @@ class Run:
             save_policy(model, self.tokenizer, self._policy_dir())
         identity, description = policy_identity(model)
         self.summary["model"] = {"name": config.model.name, "final_identity": identity, **description}
-        samples = self.answers.judged(self.record) if self.answers is not None else {}
+        ended = self.summary["status"] == "finished"
+        samples = self.answers.judged(self.record) if self.answers is not None and ended else {}
         self.summary["evaluation"] = samples | ({"kl/sampled": self.kl} if self.kl is not None else {})
         self.summary["data"] = self._data()
         if config.export.merge:

@@ -194,10 +194,10 @@ class Rhythm(TrainerCallback):
         self._eval_every = eval_every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called after the Trainer's own callback has set its flags."""
-        last = state.global_step >= state.max_steps
-        if self._eval_every is not None:
-            control.should_evaluate = last or bool(self._eval_every and state.global_step % self._eval_every == 0)
+        """Called after the Trainer's own callback, and whatever ends the stage early, have set their flags."""
+        last = control.should_training_stop
+        if self._eval_every is not None and (last or (self._eval_every and state.global_step % self._eval_every == 0)):
+            control.should_evaluate = True
         control.should_save = control.should_save and not last
         control.should_log = control.should_log or control.should_save or last
 

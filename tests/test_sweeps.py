@@ -160,7 +160,7 @@ def uninterrupted(project, tmp_path_factory) -> Path:
     assert ended.out.count("SFT was done before") == 2
     assert (cwd / "sweep" / "comparison.html").exists()
     summary = json.loads((cwd / "sweep" / "0-tiny" / "summary.json").read_text())
-    wanted = summary["stages"]["preference"]["metrics"]["eval/rewards/accuracies"]
+    wanted = summary["stages"]["preference"]["metrics"]["eval/nats/accuracies"]
     assert _accuracy(cwd / "sweep" / "0-tiny" / "summary.json") == wanted
     return cwd / "sweep"
 

@@ -152,7 +152,7 @@ def curves(found: Comparison) -> list[Chart]:
         figure, split = go.Figure(), _split(found, metric)
         where = "held-out pairs" if split == "eval" else f"training pairs, mean of the last {_STEPS} steps"
         for variant in found.variants:
-            for member in variant.members:
+            for member in variant.begun:
                 steps, values = series(member.run.metrics, "preference", split, metric)
                 if split == "train":
                     values = _trailing(values)
@@ -165,6 +165,8 @@ def curves(found: Comparison) -> list[Chart]:
             note += ", since held-out ones were looked at too seldom for a curve." if split == "train" else "."
             if metric.endswith("accuracies"):
                 figure.update_yaxes(tickformat=".0%")
+            if any(variant.stopped for variant in found.variants):
+                note += " A line that ends before the others is that of a member that was stopped early."
             x = "optimizer step of the preference stage"
             drawn.append(_chart(metric.replace("/", "-"), title, note, figure, x, axis))
     return drawn

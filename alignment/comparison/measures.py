@@ -225,5 +225,6 @@ def kl_error(member: Member) -> float:
 
 def kl(members: Sequence[Member]) -> Measure | None:
     """How far policies are from their reference, by the best estimate that all have which have any."""
-    asked = [member for member in members if any(measure.value(member) is not None for measure in KLS)]
+    whole = [member for member in members if not member.is_stopped]
+    asked = [member for member in whole if any(measure.value(member) is not None for measure in KLS)]
     return next((measure for measure in KLS if asked and all(measure.value(m) is not None for m in asked)), None)

@@ -46,20 +46,31 @@ class Member:
     loss: str = ""
     pairs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def is_stopped(self) -> bool:
+        """It was stopped early, so that nothing of it can be compared with what others reached at their end."""
+        return self.run.summary.get("status") == "stopped"
+
 
 @dataclass(slots=True)
 class Variant:
-    """The members that differ by their seed alone."""
+    """The members that differ by their seed alone; those that were stopped early, apart from the others."""
 
     loss: str
     settings: dict[str, Any]
     members: list[Member]
+    stopped: list[Member] = field(default_factory=list)
 
     @property
     def label(self) -> str:
         """The loss with the settings that tell it from the others."""
         parts = [f"{key.removeprefix('loss.')} {shown(value)}" for key, value in self.settings.items()]
         return ", ".join([self.loss.upper(), *parts])
+
+    @property
+    def begun(self) -> list[Member]:
+        """Those that trained to the end, and those that were stopped."""
+        return [*self.members, *self.stopped]
 
     @property
     def seeds(self) -> list[Any]:
@@ -123,7 +134,7 @@ def read_member(folder: Path, name: str) -> Member:
         UserError: it is no run folder.
     """
     run = read_run(folder) if any((folder / file).is_file() for file in RUN_FILES) else Run(folder)
-    if run.summary and run.summary.get("status") != "finished":
+    if run.summary and run.summary.get("status") not in ("finished", "stopped"):
         run.problems.append(f"it is not finished: its status is {shown(run.summary.get('status'))}.")
     failed = folder / "failed.json"
     if failed.exists():
@@ -229,7 +240,7 @@ def variants(members: Sequence[Member]) -> list[Variant]:
     for member in trained:
         settings = {key: member.settings[key] for key in keys if key in member.settings.keys() & varying[member.loss]}
         variant = found.setdefault((member.loss, *settings.items()), Variant(member.loss, settings, []))
-        variant.members.append(member)
+        (variant.stopped if member.is_stopped else variant.members).append(member)
     order = list(dict.fromkeys(variant.loss for variant in found.values()))
 
     def place(variant: Variant) -> tuple[Any, ...]:

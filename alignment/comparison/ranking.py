@@ -83,7 +83,7 @@ class Comparison:
         found = {
             member.name: f"{variant.label}, seed {shown(member.seed)}"
             for variant in self.variants
-            for member in variant.members
+            for member in variant.begun
         }
         often = Counter(found.values())
         titles = {name: title if often[title] == 1 else f"{title} ({name})" for name, title in found.items()}

@@ -82,6 +82,8 @@ def headline(found: Comparison) -> list[str]:
         other = stand(found.variants, ACCURACY)
         if other.first != standing.first:
             said.append(" ".join([f"By {ACCURACY.name}, {_place(other)}.", *_verdict(other, again=True)]))
+    if stopped := sum(member.is_stopped for member in found.members):
+        said.append(f"{stopped} of {len(found.members)} members were stopped early and are not ranked.")
     if len(found.ranked) > 2:
         said.append(
             "The best setting was picked by the same items that it is reported on, which flatters it a little: check "
@@ -162,12 +164,15 @@ def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
     def of_summary(*keys: str) -> Any:
         return lambda member: get(member.run.summary, *keys)
 
+    def steps(member: Member) -> Any:
+        return None if member.is_stopped else get(member.run.summary, "stages", "preference", "steps")
+
     if found.copies:
         copies = [f"{copy}: the same run as {name}" for copy, name in found.copies.items()]
         said.append(("A run that is there twice is counted once", copies))
     unequal("The preference data are not the same", of_summary("data", "preference", "fingerprint"))
     unequal("The numbers of held-out pairs are not the same", of_summary("data", "preference", "eval"))
-    unequal("The numbers of steps are not the same", of_summary("stages", "preference", "steps"))
+    unequal("The numbers of steps are not the same", steps)
     unequal("References of different kinds", of_summary("reference", "mode"))
     _unequal_starts(trained, said)
     unequal("Answers to different numbers of prompts", of_summary("evaluation", "prompts"))
@@ -176,7 +181,7 @@ def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
     _seeds(found, said)
     by_kind: dict[str, dict[str, list[str]]] = {}
     for member in found.members:
-        for warned in warnings(member.run):
+        for warned in () if member.is_stopped else warnings(member.run):
             by_kind.setdefault(warned.kind, {}).setdefault(found.titles[member.name], []).append(warned.text)
     return said + [
         (kind, [f"{title}: {' '.join(texts)}" for title, texts in about.items()]) for kind, about in by_kind.items()
@@ -208,6 +213,9 @@ def _seeds(found: Comparison, said: list[tuple[str, list[str]]]) -> None:
     elif len(counts) > 1:
         details = [f"{label}: {', '.join(sorted(of_variant))}" for label, of_variant in seeds.items()]
         said.append(("The variants have results of different numbers of seeds", details))
+    if parted := [variant for variant in found.ranked if variant.stopped]:
+        title = "Of some variants only the better seeds trained to the end, which flatters their means"
+        said.append((title, [f"{v.label}: {len(v.stopped)} of {len(v.begun)} stopped" for v in parted]))
     again = [
         ", ".join(member.name for member in variant.members if member.seed == seed)
         for variant in found.variants

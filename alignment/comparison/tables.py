@@ -29,7 +29,7 @@ from alignment.comparison.members import Member, Variant
 from alignment.comparison.ranking import Comparison, interval
 from alignment.comparison.sentences import judged, points
 from alignment.comparison.statistics import ranks
-from alignment.run_folder import NONE, count, get, is_number, percent, section, short, shown
+from alignment.run_folder import NONE, count, get, is_number, percent, section, short, shown, status
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def results(found: Comparison) -> Table:
         row = [variant.label, shown(places.get(id(variant)))]
         row += [*(_cell(m, variant, found) for m in measures), *(_spread(m, variant) for m in others)]
         row += [by_seed.get(id(variant), NONE)] if by_seed else []
-        rows.append([*row, ", ".join(shown(seed) for seed in variant.seeds)])
+        rows.append([*row, _seeds(variant)])
     header = ["variant", "rank", *(_heading(m, found) for m in measures), *(m.name for m in others)]
     if by_seed:
         header.append("rank by seed")
@@ -76,6 +76,12 @@ def results(found: Comparison) -> Table:
         is_numbers=True,
         columns=columns,
     )
+
+
+def _seeds(variant: Variant) -> str:
+    """Those that the values are of, and those that were stopped early."""
+    stopped = [f"{shown(member.seed)} stopped early" for member in variant.stopped]
+    return "\n".join([", ".join(shown(seed) for seed in variant.seeds), *stopped]).strip()
 
 
 _FEW = 3
@@ -283,13 +289,14 @@ def what_ran(found: Comparison) -> Table:
                 source = shown(member.settings.get(f"{prefix}.source"))
                 add(title, f"{source}: {shown(info.get('train'))} to train on, {shown(info.get('eval'))} held out")
         add("fingerprint of the preference data", _or_none(short, get(summary, "data", "preference", "fingerprint")))
-        add("steps of the preference stage", get(summary, "stages", "preference", "steps"))
+        if not member.is_stopped:
+            add("steps of the preference stage", get(summary, "stages", "preference", "steps"))
         add("seeds", member.seed)
         add("commit", summary.get("git_commit"))
         add("machine", get(summary, "machine", "gpu") or get(summary, "machine", "cpu"))
         add("torch", get(summary, "versions", "torch"))
     for variant in found.variants:
-        for member in variant.members:
+        for member in variant.begun:
             fixed = {k: v for k, v in member.settings.items() if k.startswith("loss.") and k not in variant.settings}
             said = ", ".join(f"{key.removeprefix('loss.')} {shown(value)}" for key, value in fixed.items())
             add(f"settings of {variant.loss.upper()} that do not differ", said or None)
@@ -316,7 +323,7 @@ def member_table(found: Comparison) -> Table:
                 member.name,
                 labels.get(member.name, member.loss.upper() or NONE),
                 shown(member.seed),
-                shown(member.run.summary.get("status", "unfinished")),
+                status(member.run.summary) or "unfinished",
                 shown(stage.get("steps")),
                 *(_digits(stage[k]) if is_number(stage.get(k)) else NONE for k in ("seconds", "tokens_per_second")),
                 f"{memory / 2**20:,.0f}" if is_number(memory) else NONE,
@@ -334,7 +341,7 @@ def member_table(found: Comparison) -> Table:
 
 
 def _labels(found: Comparison) -> dict[str, str]:
-    return {member.name: variant.label for variant in found.variants for member in variant.members}
+    return {member.name: variant.label for variant in found.variants for member in variant.begun}
 
 
 def _together(member: Member) -> int:
