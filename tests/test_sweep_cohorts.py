@@ -21,6 +21,7 @@ from alignment.sweep_cohorts import SweepMember, cohorts
 from tests.commands import command, write_project
 from tests.test_resume import metric_rows
 from tests.test_sweeps import same_code
+from tests.wandb_files import history, read_wandb
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +275,16 @@ def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_pa
     assert ended.out.count("The members of the cohort take turns from here on") == 1
     for number in range(5):
         assert_close(tmp_path / "sweep" / f"{number}-tiny", one_by_one / f"{number}-tiny")
+
+
+def test_members_of_a_cohort_are_runs_of_their_own_in_wandb(project, tmp_path):
+    offline = ("tracking=wandb", "tracking.mode=offline", "trainer.cohort=3", "loss=dpo,simpo,kto")
+    sweep_in(tmp_path, project, *offline)
+    for number in range(3):
+        run = tmp_path / "sweep" / f"{number}-tiny"
+        [folder] = (run / "wandb").glob("offline-run-*")
+        rows = [row for row in history(read_wandb(folder)) if row.get("stage") == "preference"]
+        sent = {row["preference/step"]: row["train/loss"] for row in rows if "train/loss" in row}
+        kept = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses = {r["step"]: r["loss"] for r in kept if (r["stage"], r["split"]) == ("preference", "train")}
+        assert sent == pytest.approx(losses) and len(sent) >= 4
