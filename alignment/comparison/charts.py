@@ -163,6 +163,9 @@ def curves(found: Comparison) -> list[Chart]:
         if figure.data:
             note = f"A line is a member; seeds of a variant look alike. Over {where}"
             note += ", since held-out ones were looked at too seldom for a curve." if split == "train" else "."
+            there = {line.meta for line in figure.data}
+            absent = {v.loss.upper(): None for place, v in enumerate(found.variants) if place not in there}
+            note += f" Not measured of {', '.join(absent)}." if absent else ""
             if metric.endswith("accuracies"):
                 figure.update_yaxes(tickformat=".0%")
             if any(variant.stopped for variant in found.variants):

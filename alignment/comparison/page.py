@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.comparison.answers import questions
-from alignment.comparison.charts import CURVES, GLANCE, charts, choices, library
+from alignment.comparison.charts import CURVES, GLANCE, Chart, charts, choices, library
 from alignment.comparison.ranking import Comparison
 from alignment.comparison.sentences import cautions, headline, not_available, overview
 from alignment.comparison.tables import Table, differences, head_to_head, member_table, on_pairs, results, what_ran
@@ -29,6 +30,12 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+
+
+def _shared_note(several: Sequence[Chart]) -> str:
+    """What is said of most charts of a part, and is then said once."""
+    note, times = Counter(chart.note for chart in several).most_common(1)[0]
+    return note if times > 1 else ""
 
 
 def _tables(found: Comparison) -> list[Table]:
@@ -55,6 +62,7 @@ def to_html(found: Comparison, title: str) -> str:
         tables=_tables(found),
         charts=drawn,
         slugs={part: number for number, part in enumerate(drawn)},
+        shared_notes={part: _shared_note(several) for part, several in drawn.items()},
         first=GLANCE,
         shared_legend=CURVES,
         choices=choices(found),

@@ -449,8 +449,9 @@ def test_a_copy_of_a_run_is_no_second_seed(tmp_path):
     shutil.copytree(a, tmp_path / "b")
     c = make_run(tmp_path / "c", summary={"model": {"final_identity": "1" * 64}})
     d = make_run(tmp_path / "d", settings={"beta": 0.5}, summary={"model": {"final_identity": "0" * 64}})
-    found = compared(a, tmp_path / "b", c, d)
-    assert [member.name for member in found.members] == ["a", "c", "d"]
+    e = make_run(tmp_path / "e", seed=1, summary={"model": {"final_identity": "0" * 64}})
+    found = compared(a, tmp_path / "b", c, d, e)
+    assert [member.name for member in found.members] == ["a", "c", "d", "e"]
     warned = dict(cautions(found))
     assert warned["A run that is there twice is counted once"] == ["b: the same run as a"]
     assert warned["Members with the same settings and seed ended with different policies, and count as two"] == ["a, c"]
@@ -523,6 +524,14 @@ def test_curves_are_of_training_where_the_held_out_pairs_were_looked_at_twice_on
     trailing = [100.0, 100.5, 101.0, 101.5, 102.0, 103.0]  # means of up to the last five
     assert list(charts["nats-margins"].figure["data"][0]["y"]) == trailing
     assert "mean of the last 5 steps" in charts["nats-margins"].note
+
+
+def test_a_chart_says_whose_line_is_not_in_it(tmp_path):
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", "kto")
+    (b / "metrics.jsonl").write_text((b / "metrics.jsonl").read_text().replace("nats/accuracies", "other"))
+    notes = {chart.name: chart.note for chart in curves(compared(a, b))}
+    assert notes["nats-accuracies"].endswith("Not measured of KTO.")
+    assert "Not measured" not in notes["nats-margins"]
 
 
 def test_of_many_variants_the_best_of_each_loss_are_drawn_first(tmp_path):
