@@ -260,6 +260,7 @@ class ListingRun:
     """What is sent to a run of which W&B has the first rows."""
 
     id = "x"
+    starting_step = 0
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -288,6 +289,17 @@ def test_a_continued_run_gets_what_it_lacks_and_nothing_twice() -> None:
         (4, -1.0, None),
         (3, None, 7.0),
     ]
+
+
+def test_what_wandb_has_of_a_run_is_where_its_rows_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are the rows that it was sent."""
+    record, run = RunRecord(tmp_path), ListingRun()
+    for step in (1, 2, 3):
+        record.log("sft", step, "train", {"loss": 1.0})
+    run.starting_step = 2
+    monkeypatch.setattr(tracking, "start_run", lambda *_, **__: run)
+    start(config(), tmp_path)
+    assert [row["sft/step"] for row in run.rows] == [3]
 
 
 def test_offline_a_continued_part_holds_the_whole_history(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
