@@ -58,6 +58,7 @@ from alignment.records import (
 from alignment.reference import CachedReference, LiveReference, Reference
 from alignment.reference_store import ReferenceStore, cache_dir
 from alignment.report import print_summary, write_report
+from alignment.run_folder import status
 from alignment.schedule import FollowPolicy, Schedule
 from alignment.sft import run_sft
 from alignment.sft_result import keep_sft, sft_key, take_sft
@@ -309,6 +310,7 @@ class Run:
                 self.summary["cohort"] = cohort
             if "stopped" in result:
                 self.summary["status"] = "stopped"
+                log.info("This member was %s.", status(self.summary))
 
     def _policy_dir(self) -> Path:
         return self.run_dir / ("adapter" if self.config.adapter is not None else "model")

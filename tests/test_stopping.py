@@ -403,6 +403,7 @@ def test_what_reports_say_of_it(sweep):
     said = "stopped at step 3 of 8: at step 2 number 2 of 2 members by nats/margins"
     own = (sweep / "1-tiny" / "report.md").read_text()
     assert said in own and "Not available" not in own
+    assert f"This member was {said}" in (sweep / "1-tiny" / "run.log").read_text()
     page = (sweep / "comparison.md").read_text()
     assert said in page and (said in (sweep / "comparison.html").read_text())
     assert "1 of 2 members were stopped early and are not ranked." in page
