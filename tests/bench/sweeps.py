@@ -29,6 +29,10 @@ QUICK_BETAS = (0.05, 0.5)
 
 TRL, MULTIRUN, COHORT = SWEEP_BASELINE, "ours, multirun", "ours, cohort"
 ONE_CHECKPOINTED, COHORT_CHECKPOINTED = "ours, one run, checkpointed", "ours, cohort, checkpointed"
+COHORT_TOLERANCE = {"exact": 1e-4, "rounded": 3e-2}
+"""Between the losses of a member in a cohort and by itself. Sums of log-probs are some hundreds of nats, of which
+float32 keeps a few 1e-5; Adam makes more of that where a gradient is almost nothing."""
+
 COMPARISONS = ((MULTIRUN, TRL), (COHORT, TRL), (COHORT, MULTIRUN), (COHORT_CHECKPOINTED, ONE_CHECKPOINTED))
 
 
@@ -57,7 +61,7 @@ class Sweep:
         prepared: what `one_run.prepare` returned for this case.
         betas: of the members.
         lr: learning rate.
-        tokens_per_batch: positions of one of our forward passes.
+        tokens_per_batch: positions of one of our forward passes, those of all members of a cohort together.
         folder: for all that the runs write.
     """
 
@@ -92,20 +96,18 @@ class Sweep:
         return self._run(sides, math.inf if self._on_gpu else SECONDS)
 
     def run_checkpointed(self) -> Iterator[Ended]:
-        """Two steps, of half the pairs each, of one run and of a cohort with as many positions in a pass.
+        """Two steps, of half the pairs each, of one run and of a cohort, every layer checkpointed.
 
-        Every layer is checkpointed. The cohort's passes hold for each member the largest pair, or smaller ones instead;
-        those of the one run as much as all members' together.
+        In a pass of either there is room for as many of the largest pair as there are members.
         """
         lengths = self._prepared["lengths"][self._case.name]
-        largest, members = max(sum(pair) for pair in lengths), len(self.betas)
-        common = ("trainer.checkpoint_every=1", f"trainer.groups_per_step={len(lengths) // 2}")
-        for name, betas, positions in (
-            (ONE_CHECKPOINTED, self.betas[:1], members * largest),
-            (COHORT_CHECKPOINTED, self.betas, largest),
-        ):
-            settings = (f"trainer.cohort={len(betas)}", f"trainer.tokens_per_batch={positions}", *common)
-            yield from self._run([self._ours(name, betas, *settings)], math.inf)
+        settings = (
+            "trainer.checkpoint_every=1",
+            f"trainer.groups_per_step={len(lengths) // 2}",
+            f"trainer.tokens_per_batch={len(self.betas) * max(sum(pair) for pair in lengths)}",
+        )
+        for name, betas in ((ONE_CHECKPOINTED, self.betas[:1]), (COHORT_CHECKPOINTED, self.betas)):
+            yield from self._run([self._ours(name, betas, f"trainer.cohort={len(betas)}", *settings)], math.inf)
 
     def _run(self, sides: Sequence[Side], seconds: float) -> Iterator[Ended]:
         for name, number, spent in run_sides(sides, seconds):
@@ -243,7 +245,7 @@ def summarise(found: Sequence[Ended], arithmetic: str, on_gpu: bool) -> dict[str
     goals = [
         Goal("sweep", MULTIRUN, TRL, "times_faster", 3.5),
         Goal("sweep", COHORT, MULTIRUN, "times_faster", 1.5 if on_gpu else 1.0),
-        Goal("sweep", COHORT, MULTIRUN, "loss_difference", 1e-5 if arithmetic == "exact" else 3e-2),
+        Goal("sweep", COHORT, MULTIRUN, "loss_difference", COHORT_TOLERANCE[arithmetic]),
     ]
     if COHORT_CHECKPOINTED in rows:
         goals.append(Goal("sweep", COHORT_CHECKPOINTED, ONE_CHECKPOINTED, "memory", 1.3))

@@ -65,7 +65,7 @@ def test_goals_of_a_sweep(found, summary):
     assert [(g["quantity"], g["goal"], g["met"]) for g in summary["goals"]] == [
         ("times_faster", 3.5, True),
         ("times_faster", 1.0, True),
-        ("loss_difference", 1e-5, True),
+        ("loss_difference", 1e-4, True),
         ("memory", 1.3, False),
     ]
     slower = [replace(e, spent=replace(e.spent, seconds=30)) if e.side in (MULTIRUN, COHORT) else e for e in found]
@@ -110,7 +110,7 @@ def test_tables_of_a_sweep(whole):
     assert "| ours, multirun | 25.0 | 12.5 | 50.0 | 12.5 | 2.00 |" in text
     assert "| ours, multirun against TRL, a run each | 4.00x | 4.00x | 0.20x | 2.4e-04 |" in text
     assert (
-        "| sweep | ours, cohort, against ours, multirun: largest difference between losses | at most 1.0e-05 |" in text
+        "| sweep | ours, cohort, against ours, multirun: largest difference between losses | at most 1.0e-04 |" in text
     )
     assert "| ours, cohort, checkpointed, against ours, one run, checkpointed: of its memory | at most 1.30 |" in text
 
@@ -198,6 +198,7 @@ def test_sides_differ_in_nothing_but_how_they_run(sweep, monkeypatch):
     assert (loops[COHORT].checkpoint_every, loops[COHORT].groups_per_step) == (0, 4)
     one, cohort = loops[ONE_CHECKPOINTED], loops[COHORT_CHECKPOINTED]
     assert (one.cohort, cohort.cohort, cohort.checkpoint_every, cohort.groups_per_step) == (1, 2, 1, 4)
-    assert replace(one, cohort=2, tokens_per_batch=one.tokens_per_batch // 2) == cohort
+    assert replace(one, cohort=2) == cohort
+    assert one.tokens_per_batch == 2 * max(map(sum, sweep._prepared["lengths"]["sweep"]))
     stores = {config.reference.path for members in configs.values() for config in members}
     assert len(stores) == 4 and not any(Path(store).exists() for store in stores)
