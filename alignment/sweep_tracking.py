@@ -63,7 +63,8 @@ def send_summary(config: Mapping[str, Any], folder: Path, summary: SweepSummary)
         import wandb
 
         with run:
-            table = wandb.Table(columns=list(summary.header), data=[list(row) for row in summary.rows])
+            rows = [list(row) for row in summary.rows]
+            table = wandb.Table(columns=list(summary.header), data=rows, allow_mixed_types=True)
             figures = {f"{_SECTION}/{name}": wandb.Plotly(figure) for name, figure in summary.figures.items()}
             run.log({f"{_SECTION}/variants": table} | figures)
             artifact = wandb.Artifact(f"{_SECTION}-{run.id}", type=_SECTION)

@@ -201,7 +201,7 @@ def start_run(
     for the whole: it takes the place of all that was sent before it, and earlier parts are not sent any more.
 
     Args:
-        group: and `name`: unless the configuration has others.
+        group, name: where the configuration has none.
 
     Raises:
         UserError: online was asked for by name and the login is missing or refused.

@@ -332,7 +332,7 @@ def a_summary(folder: Path, best: float = 0.75) -> SweepSummary:
         notes="- DPO is first",
         values={"best": {"variant": "DPO", "value": best}},
         header=["variant", "beta", "rank"],
-        rows=[["DPO", 0.1, 1.0], ["IPO", None, 2.0]],
+        rows=[["DPO", 0.1, 1.0], ["IPO", None, 2.0], ["KTO", "auto", 3.0]],
         figures={"curve": go.Figure().add_scatter(x=[1, 2], y=[3.0, 4.0])},
         files=[folder / "comparison.csv"],
     )
@@ -360,7 +360,8 @@ def test_the_summary_of_a_sweep_is_one_run_however_often_it_ends(
         assert (facts["model"], facts["api_key"]) == ("tiny", "***")
         [row] = history(records)
         table = json.loads((folder / "files" / row["comparison/variants/path"]).read_text())
-        assert (table["columns"], table["data"]) == (["variant", "beta", "rank"], [["DPO", 0.1, 1], ["IPO", None, 2]])
+        assert table["columns"] == ["variant", "beta", "rank"]
+        assert table["data"] == [["DPO", 0.1, 1], ["IPO", None, 2], ["KTO", "auto", 3]]
         figure = json.loads((folder / "files" / row["comparison/curve/path"]).read_text())
         assert figure["data"][0]["y"] == [3.0, 4.0]
         kept = {artifact.type: artifact for artifact in of_kind(records, "artifact")}["comparison"]
