@@ -237,17 +237,21 @@ def loss_name(summary: dict[str, Any]) -> str:
     return str(get(summary, "stages", "preference", "loss") or "preference")
 
 
+def stopped_at(summary: dict[str, Any]) -> str:
+    """Where a run was stopped early."""
+    step, of_steps = (shown(get(summary, "stages", "preference", "stopped", key)) for key in ("step", "of_steps"))
+    return f"stopped at step {step} of {of_steps}"
+
+
 def status(summary: dict[str, Any]) -> str | None:
     """Whether the run is finished; of one that was stopped early also where and why. None where that is not known."""
     found, why = summary.get("status"), section(summary, "stages", "preference", "stopped")
     if found != "stopped" or not why:
         return None if found is None else shown(found)
-    step, of_steps, rung, place, of_members = (
-        shown(why.get(key)) for key in ("step", "of_steps", "rung", "place", "of_members")
-    )
+    rung, place, of_members = (shown(why.get(key)) for key in ("rung", "place", "of_members"))
     return (
-        f"stopped at step {step} of {of_steps}: at step {rung} number {place} of {of_members} members by "
-        f"{shown(why.get('metric'))} ({shown(why.get('value'))})"
+        f"{stopped_at(summary)}: at step {rung} number {place} of {of_members} members by {shown(why.get('metric'))} "
+        f"({shown(why.get('value'))})"
     )
 
 

@@ -265,13 +265,13 @@ def test_stopped_members_are_in_the_comparison_but_not_in_its_ranks(tmp_path):
     assert found.rank_by.name == "win rate", "all that trained to the end have it"
     table = results(found)
     rows = {row[0]: set(row[1:]) for row in table.rows}
-    assert "0\n1 stopped early" in rows["DPO, beta 0.2"]
+    assert "0\n1 stopped at step 7 of 24" in rows["DPO, beta 0.2"]
     assert any(cell.startswith("60.0%") for cell in rows["DPO, beta 0.2"]), "12 of 20, and not the 20 of seed 1"
-    assert rows["DPO, beta 0.5"] == {"0 stopped early", "-"}
+    assert rows["DPO, beta 0.5"] == {"stopped", "0 stopped at step 7 of 24", "-"}
     said = "stopped at step 7 of 24: at step 6 number 3 of 4 members by nats/accuracies (0.5)"
     status = member_table(found).header.index("status")
     assert [row[status] for row in member_table(found).rows] == ["finished", "finished", said, said]
-    assert "2 of 4 members were stopped early and are not ranked." in headline(found)
+    assert "Stopped early, and so not ranked: 2 of 4 members." in headline(found)
     assert not_available(found) == []
     warned = dict(cautions(found))
     assert warned["Of some variants only the better seeds trained to the end, which flatters their means"] == [
@@ -406,12 +406,12 @@ def test_what_reports_say_of_it(sweep):
     assert f"This member was {said}" in (sweep / "1-tiny" / "run.log").read_text()
     page = (sweep / "comparison.md").read_text()
     assert said in page and (said in (sweep / "comparison.html").read_text())
-    assert "1 of 2 members were stopped early and are not ranked." in page
+    assert "Stopped early, and so not ranked: 1 of 2 members." in page
     for absent in ("Not available", "The numbers of steps", "different numbers of prompts", "1-tiny failed"):
         assert absent not in page
-    [line] = (line for line in page.splitlines() if "0 stopped early" in line)
+    [line] = (line for line in page.splitlines() if "0 stopped at step 3 of 8" in line)
     variant, *cells = line.strip("| ").split(" | ")
-    assert variant == "DPO, optim.lr 1e-09" and set(cells) == {"0 stopped early", "-"}
+    assert variant == "DPO, optim.lr 1e-09" and set(cells) == {"stopped", "0 stopped at step 3 of 8", "-"}
 
 
 def killed_in_the_second(when: str):

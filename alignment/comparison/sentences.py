@@ -83,7 +83,7 @@ def headline(found: Comparison) -> list[str]:
         if other.first != standing.first:
             said.append(" ".join([f"By {ACCURACY.name}, {_place(other)}.", *_verdict(other, again=True)]))
     if stopped := sum(member.is_stopped for member in found.members):
-        said.append(f"{stopped} of {len(found.members)} members were stopped early and are not ranked.")
+        said.append(f"Stopped early, and so not ranked: {stopped} of {_counted(len(found.members), 'member')}.")
     if len(found.ranked) > 2:
         said.append(
             "The best setting was picked by the same items that it is reported on, which flatters it a little: check "

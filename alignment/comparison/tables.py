@@ -29,7 +29,7 @@ from alignment.comparison.members import Member, Variant
 from alignment.comparison.ranking import Comparison, interval
 from alignment.comparison.sentences import judged, points
 from alignment.comparison.statistics import ranks
-from alignment.run_folder import NONE, count, get, is_number, percent, section, short, shown, status
+from alignment.run_folder import NONE, count, get, is_number, percent, section, short, shown, status, stopped_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def results(found: Comparison) -> Table:
     columns |= _defined([*measures, *others])
     rows = []
     for variant in _in_order(found):
-        row = [variant.label, shown(places.get(id(variant)))]
+        row = [variant.label, "stopped" if not variant.members else shown(places.get(id(variant)))]
         row += [*(_cell(m, variant, found) for m in measures), *(_spread(m, variant) for m in others)]
         row += [by_seed.get(id(variant), NONE)] if by_seed else []
         rows.append([*row, _seeds(variant)])
@@ -80,7 +80,7 @@ def results(found: Comparison) -> Table:
 
 def _seeds(variant: Variant) -> str:
     """Those that the values are of, and those that were stopped early."""
-    stopped = [f"{shown(member.seed)} stopped early" for member in variant.stopped]
+    stopped = [f"{shown(member.seed)} {stopped_at(member.run.summary)}" for member in variant.stopped]
     return "\n".join([", ".join(shown(seed) for seed in variant.seeds), *stopped]).strip()
 
 
