@@ -20,7 +20,7 @@ from alignment.run import _changes, _checked_arguments
 from alignment.sweep_cohorts import SweepMember, cohorts
 from tests.commands import command, write_project
 from tests.test_resume import metric_rows
-from tests.test_sweeps import same_code
+from tests.test_sweeps import failing_second, same_code
 from tests.wandb_files import history, read_wandb
 
 
@@ -223,20 +223,6 @@ def test_a_cohort_goes_on_where_it_stopped(how, project, one_by_one, tmp_path):
         assert ended.out.count("The preference stage continues from step") == 4
     for number in range(5):
         assert_close(sweep / f"{number}-tiny", one_by_one / f"{number}-tiny")
-
-
-def failing_second():
-    from alignment.stages import Run
-
-    same_code()
-    preference = Run._preference
-
-    def patched(self, *arguments):
-        if self.run_dir.name == "1-tiny":
-            raise RuntimeError("out of\nmemory")
-        return preference(self, *arguments)
-
-    Run._preference = patched
 
 
 def test_a_failed_member_ends_no_other(project, one_by_one, tmp_path):
