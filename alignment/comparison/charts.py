@@ -63,7 +63,7 @@ def charts(found: Comparison) -> dict[str, list[Chart]]:
     """All that can be drawn, by what it is about."""
     groups = {
         GLANCE: glances(found),
-        "Won, for how much distance": frontiers(found),
+        "Gain and distance from the reference": frontiers(found),
         "Sensitivity to settings": sensitivity(found),
         CURVES: [*curves(found), *lengths(found)],
     }

@@ -66,7 +66,11 @@ def evaluated(name: str) -> Callable[[Member], float | None]:
 
 
 def _pair_items(name: str) -> Callable[[Member], dict[str, float]]:
-    return lambda member: {key: float(row[name]) for key, row in member.pairs.items() if is_number(row.get(name))}
+    def shares(member: Member) -> dict[str, float]:
+        values = {key: _number_of(row.get(name)) for key, row in member.pairs.items()}
+        return {key: value for key, value in values.items() if value is not None and 0 <= value <= 1}
+
+    return shares
 
 
 def _answers(key: str) -> Callable[[Member], float | None]:
