@@ -406,6 +406,12 @@ class RunConfig:
             "reference.sync_every and reference.stages need a loss with a reference, which could follow the policy.",
         )
         if self.loss is not None:
+            metric = self.stopping.metric if self.stopping is not None else ""
+            require(
+                not metric.startswith("nats") or self.loss.requirements().reference or self.reference.for_metrics,
+                f"stopping.metric={metric} needs a reference: loss {self.loss.name} has none, and "
+                f"reference.for_metrics=false asks for none.",
+            )
             least = self.loss.requirements().min_items
             require(
                 self.trainer.groups_per_step >= least,

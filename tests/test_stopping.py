@@ -321,6 +321,10 @@ def test_the_objective_of_searches_is_the_metric_of_early_stopping(tmp_path):
         (["-m", "recipe=tiny", "seed=0,1", "stopping=asha", "stopping.eta=1"], "stopping.eta must be at least 2"),
         (["-m", "recipe=tiny", "seed=0,1", "stopping=asha", "stopping.rungs=0"], "stopping.rungs must be at least 1"),
         (["-m", "recipe=tiny", "seed=0,1", "stopping=asha", "stopping.metric=loss"], "nats/accuracies"),
+        (
+            ["-m", "recipe=tiny", "loss=dpo,simpo", "stopping=asha", "reference.for_metrics=false"],
+            "stopping.metric=nats/accuracies needs a reference: loss simpo has none",
+        ),
     ],
 )
 def test_what_is_refused(arguments, said, project, tmp_path, monkeypatch):
