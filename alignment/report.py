@@ -22,6 +22,7 @@ from alignment.run_folder import (
     NONE,
     SAMPLES,
     Run,
+    count,
     cut,
     eval_pairs,
     get,
@@ -238,6 +239,11 @@ def write_report(run_dir: Path) -> Path:
     header, rows = _stage_table(run.summary)
     if rows:
         parts += ["## Stages", markdown_table(header, rows)]
+    if (together := count(get(run.summary, "cohort", "size"))) > 1:
+        parts.append(
+            f"Up to {together} members of a sweep trained together in one process: in the seconds of the preference "
+            "stage the others trained too, and tokens/s are this run's share of what the process did."
+        )
     reference = _reference_line(run.summary.get("reference"))
     if reference:
         parts.append(f"Reference log-probs: {reference}.")

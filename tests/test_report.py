@@ -256,6 +256,12 @@ def test_a_reference_that_followed_the_policy_is_said_to_have_done_so(run_dir: P
     assert "refreshed from the policy 2 times" in write_report(run_dir).read_text("utf-8")
 
 
+def test_a_run_that_shared_its_process_says_whose_the_time_was(run_dir: Path, no_plots: None) -> None:
+    assert "trained together" not in write_report(run_dir).read_text("utf-8")
+    RunRecord(run_dir).write_summary(SUMMARY | {"cohort": {"size": 4}})
+    assert "Up to 4 members of a sweep trained together" in write_report(run_dir).read_text("utf-8")
+
+
 def test_an_interrupted_run_has_a_report(tmp_path: Path) -> None:
     RunRecord(tmp_path).log("sft", 1, "train", {"loss": 2.0})
     text = write_report(tmp_path).read_text("utf-8")

@@ -28,6 +28,8 @@ _STEPS = 5
 """Training steps that a point of a curve is the mean of: a step alone has few pairs."""
 _FEW = 6
 """As many variants are told apart at a glance."""
+_MOST = 12
+"""As many fit into a legend."""
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _STROKES = ("", "8 5", "2 4", "8 4 2 4", "14 5", "14 4 2 4")
 """The same dashes in SVG."""
@@ -303,7 +305,7 @@ def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart |
             mode="markers",
             name=_safe(variant.label),
             legendgroup=_safe(variant.label),
-            showlegend=True,
+            showlegend=len(found.variants) <= _MOST,
             marker=look | {"size": 11},
             hovertemplate=f"<b>{_safe(variant.label)}</b><br>%{{y:.1%}} at %{{x:.3g}} nats<extra></extra>",
         )
@@ -312,7 +314,11 @@ def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart |
     figure.update_yaxes(tickformat=".0%")
     note = f"A large point is a variant, {'its bars the' if has_error else 'its bar the'} 95% interval"
     note += f"{'s' if has_error else ''}; small ones are its seeds. Across: {distance.axis}. Better is higher, and as "
-    note += "near to the reference as can be. A click on the legend hides a variant, two show it alone."
+    note += "near to the reference as can be. "
+    if len(found.variants) <= _MOST:
+        note += "A click on the legend hides a variant, two show it alone."
+    else:
+        note += "Who a point is, it says where it is pointed at."
     title = f"{measure.name.capitalize()} against distance"
     return _chart(f"frontier-{_slug(measure.name)}", title, note, figure, distance.name, measure.name)
 

@@ -28,6 +28,8 @@ def _share(measure: Measure, variant: Variant) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
+    if len(names) > _FEW:
+        return f"{len(names)} others"
     return " and ".join(["; ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 

@@ -334,8 +334,8 @@ def member_table(found: Comparison) -> Table:
     if together:
         header.append("trained together")
         note += (
-            " Of members that trained together, in one process, they are those of all of them: they say nothing of one "
-            "member alone, and are not to be added up."
+            " Members that trained together shared a process: its memory is that of all of them, and in their seconds "
+            "the others trained too, so that tokens/s are a member's share of what the process did."
         )
     return Table("Members", header, rows, note)
 

@@ -476,6 +476,10 @@ def test_what_is_ahead_of_some_alone_is_said_so(tmp_path):
     ]
     said = headline(compared(*folders))
     assert said[1] == "It is ahead of KTO by more than noise, and not surely ahead of IPO."
+    more = [make_run(tmp_path / str(i), f"loss{i}", right=right(18)) for i in range(4)]
+    assert headline(compared(*folders, *more))[1] == (
+        "It is ahead of KTO by more than noise, and not surely ahead of 5 others."
+    )
     sure = headline(compared(*folders[:2]))
     assert sure[1] == "It is ahead of the other losses' best by more than noise."
 
