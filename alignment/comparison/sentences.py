@@ -9,6 +9,7 @@ from typing import Any
 from alignment.comparison.measures import ACCURACY, WIN_RATE, Measure
 from alignment.comparison.members import Member, Variant
 from alignment.comparison.ranking import Against, Comparison, Standing, interval, stand
+from alignment.comparison.statistics import paired_difference
 from alignment.run_folder import get, percent, short, shown, warnings
 
 _SURE = "more than noise"
@@ -77,8 +78,8 @@ def headline(found: Comparison) -> list[str]:
         return ["No member has a result that variants could be ranked by."]
     measure, top = standing.measure, standing.best[0]
     said = [f"Ranked by {measure.axis}, {_place(standing)}.", *_verdict(standing)]
-    if measure is WIN_RATE and (low_high := interval(measure, top)) and low_high[0] <= 0.5:
-        said.append("Even the first cannot be told from a draw with the model that it started from.")
+    if measure is WIN_RATE:
+        said += _against_start(top)
     said += _behind(standing)
     if measure is not ACCURACY and all(ACCURACY.values(variant) for variant in found.ranked):
         other = stand(found.variants, ACCURACY)
@@ -131,6 +132,21 @@ def _verdict(standing: Standing, again: bool = False) -> list[str]:
         return [f"{top} is not surely ahead of any of {others}."]
     unsure = [a.other.label for a in standing.against if judged(a) != _SURE]
     return [f"{top} is ahead of {_listed(behind)} by more than noise, and not surely ahead of {_listed(unsure)}."]
+
+
+def _against_start(variant: Variant) -> list[str]:
+    """Whether the first is better than what it began as, by its single wins where they are known."""
+    won = WIN_RATE.by_item(variant)
+    found = paired_difference(won, {prompt: 1 - share for prompt, share in won.items()})
+    if found is None:
+        bounds = interval(WIN_RATE, variant)
+        is_draw, counts = bounds is None or bounds[0] <= 0.5, ""
+    else:
+        is_draw = found.value <= 0 or found.is_noise or (found.p or 0.0) > 0.05
+        counts = f": better on {found.better} of {found.count} prompts, worse on {found.worse}"
+    if is_draw:
+        return [f"Even the first cannot be told from a draw with the model that it started from{counts}."]
+    return [f"The first beats the model that it started from by more than noise{counts}."]
 
 
 def _behind(standing: Standing) -> list[str]:

@@ -139,7 +139,9 @@ def test_a_win_rate_goes_before_accuracy_and_is_that_of_its_questions(tmp_path):
         assert sum(items.values()) / len(items) == pytest.approx(rate)
     assert (found.against[0].difference.better, found.against[0].difference.worse) == (3, 0)
     said = " ".join(headline(found))
-    assert "cannot be told from a draw with the model" in said
+    assert (
+        "cannot be told from a draw with the model that it started from: better on 5 of 10 prompts, worse on 3" in said
+    )
     assert "By reward accuracy, DPO, beta 0.5 is first of 2 variants with 100.0%" in said
     assert said.endswith("It is ahead of the other settings by more than noise.")
 
@@ -482,6 +484,16 @@ def test_what_is_ahead_of_some_alone_is_said_so(tmp_path):
     )
     sure = headline(compared(*folders[:2]))
     assert sure[1] == "It is ahead of the other losses' best by more than noise."
+
+
+def test_single_wins_tell_what_a_rate_with_many_ties_does_not(tmp_path):
+    """Better on 8 of 40 and worse on none is certain: p is 2 / 2^8. As 60% of 40 it is not: Wilson begins at 45%."""
+    folder = make_run(tmp_path / "a", scores=[1.0] * 8 + [0.5] * 32)
+    said = headline(compared(folder))
+    assert "60.0% (44.6% to 73.7%)" in said[0]
+    assert any(line.endswith("by more than noise: better on 8 of 40 prompts, worse on 0.") for line in said)
+    (folder / "samples.jsonl").unlink()
+    assert any("cannot be told from a draw" in line for line in headline(compared(folder)))
 
 
 def test_equal_ones_are_in_the_order_of_reward_accuracy(tmp_path):
