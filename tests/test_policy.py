@@ -169,6 +169,7 @@ def test_a_frozen_base_is_read_once_until_something_is_written_to_it(quantizatio
     embedding.data = embedding.detach().clone()
     assert times(other) == (changed, 1)
     assert times(load(tiny_model_folder, quantization))[0] == expected
+    assert times(other) == (changed, 1)
     other.config.rope_parameters = {**other.config.rope_parameters, "rope_theta": 5e5}
     assert times(other)[0] not in (expected, changed)
     embedding.requires_grad_()
