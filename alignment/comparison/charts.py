@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl, kl_error
 from alignment.comparison.members import Member, Variant
-from alignment.comparison.ranking import Comparison, interval, stand
+from alignment.comparison.ranking import Comparison, interval, ranked_by
 from alignment.run_folder import get, is_number, series, shown
 
 COLOURS = ("#3b82d6", "#d2622a", "#2f9e6e", "#b35fc4", "#a8820f", "#d6457f", "#4f93a6", "#8577d8")
@@ -225,7 +225,7 @@ def glances(found: Comparison) -> list[Chart]:
     drawn = []
     for measure in _ranked_by(found):
         figure = go.Figure()
-        for variant in stand(found.variants, measure).ranked:
+        for variant in ranked_by(found.variants, measure):
             colour, label = _style(found, variant)[0], _safe(variant.label)
             seeds = [(member, y) for member in variant.members if (y := measure.value(member)) is not None]
             if len(seeds) > 1:

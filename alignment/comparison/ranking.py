@@ -99,15 +99,18 @@ def compare(members: Sequence[Member]) -> Comparison:
     return Comparison(members, copies, several, settings, stand(several, measure) if measure else None)
 
 
+def ranked_by(found: Sequence[Variant], measure: Measure) -> list[Variant]:
+    """Those that have it, the best first; equal ones are in the order of reward accuracy."""
+    known = [variant for variant in found if measure.values(variant)]
+    return sorted(known, key=lambda variant: (-(measure.mean(variant) or 0.0), -(ACCURACY.mean(variant) or 0.0)))
+
+
 def stand(found: Sequence[Variant], measure: Measure) -> Standing:
-    """Rank the variants that have it, of which there must be one; equal ones are in the order of reward accuracy."""
-
-    def order(variant: Variant) -> tuple[float, float]:
-        return -(measure.mean(variant) or 0.0), -(ACCURACY.mean(variant) or 0.0)
-
-    ranked = sorted((variant for variant in found if measure.values(variant)), key=order)
-    best = list({variant.loss: variant for variant in reversed(ranked)}.values())
-    best = sorted(best, key=order) if len(best) > 1 else ranked
+    """Rank the variants that have it, of which there must be one, and compare the best of each loss."""
+    ranked = ranked_by(found, measure)
+    losses = dict.fromkeys(variant.loss for variant in ranked)
+    best = [next(variant for variant in ranked if variant.loss == loss) for loss in losses]
+    best = best if len(best) > 1 else ranked
     top, *others = best
     pairs = [(other, d) for other in others if (d := _difference(measure, top, other)) is not None]
     adjusted = iter(holm([d.p for _, d in pairs if d.p is not None]))
