@@ -76,10 +76,10 @@ def headline(found: Comparison) -> list[str]:
     standing = found.standing
     if standing is None:
         return ["No member has a result that variants could be ranked by."]
-    measure, top = standing.measure, standing.best[0]
-    said = [f"Ranked by {measure.axis}, {_place(standing)}.", *_verdict(standing)]
+    measure, top, several = standing.measure, standing.best[0], len(standing.ranked) > 1
+    said = [f"{'Ranked by' if several else 'By'} {measure.axis}, {_place(standing)}.", *_verdict(standing)]
     if measure is WIN_RATE:
-        said += _against_start(top)
+        said.append(_against_start(top, several))
     said += _behind(standing)
     if measure is not ACCURACY and all(ACCURACY.values(variant) for variant in found.ranked):
         other = stand(found.variants, ACCURACY)
@@ -134,7 +134,7 @@ def _verdict(standing: Standing, again: bool = False) -> list[str]:
     return [f"{top} is ahead of {_listed(behind)} by more than noise, and not surely ahead of {_listed(unsure)}."]
 
 
-def _against_start(variant: Variant) -> list[str]:
+def _against_start(variant: Variant, is_first: bool) -> str:
     """Whether the first is better than what it began as, by its single wins where they are known."""
     won = WIN_RATE.by_item(variant)
     found = paired_difference(won, {prompt: 1 - share for prompt, share in won.items()})
@@ -145,8 +145,9 @@ def _against_start(variant: Variant) -> list[str]:
         is_draw = found.value <= 0 or found.is_noise or (found.p or 0.0) > 0.05
         counts = f": better on {found.better} of {found.count} prompts, worse on {found.worse}"
     if is_draw:
-        return [f"Even the first cannot be told from a draw with the model that it started from{counts}."]
-    return [f"The first beats the model that it started from by more than noise{counts}."]
+        who = "Even the first" if is_first else "It"
+        return f"{who} cannot be told from a draw with the model that it started from{counts}."
+    return f"{'The first' if is_first else 'It'} beats the model that it started from by more than noise{counts}."
 
 
 def _behind(standing: Standing) -> list[str]:
