@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,19 @@ from torch.autograd.function import once_differentiable
 from alignment.lean.base import rows_of, shaped, subclass, without_autocast
 from alignment.lean.norm import NormOutput, keep, norm_output, recall
 from alignment.products import add_matmul, matmul, transposed_matmul
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Rows of a call, and the ranks of a joined adapter that are for them."""
+
+    rows: slice
+    ranks: slice
+
+    def at(self, rows: slice) -> Share | None:
+        """What of it falls into some of the rows, counted from the first of these; None if nothing does."""
+        start, stop = max(self.rows.start, rows.start), min(self.rows.stop, rows.stop)
+        return Share(slice(start - rows.start, stop - rows.start), self.ranks) if start < stop else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +41,7 @@ class Projection:
         state: bitsandbytes' QuantState.
         merged: form `weight + scaling * b @ a` for the call. It costs about r / rows of the product itself and spares
             two passes over the activations, but in 16 bits it would round the update away.
-        mask: (rows, r), which ranks of the adapter a row is for, where several adapters are joined; None for all.
+        shares: which ranks of the adapter which rows are for, where several adapters are joined; None: all for all.
     """
 
     weight: Tensor
@@ -38,7 +51,7 @@ class Projection:
     scaling: float
     state: Any
     merged: bool
-    mask: Tensor | None = None
+    shares: tuple[Share, ...] | None = None
 
     @property
     def num_out(self) -> int:
@@ -53,11 +66,16 @@ class Projection:
 
     def at(self, rows: slice) -> Projection:
         """For some of the rows."""
-        return self if self.mask is None else replace(self, mask=self.mask[rows])
+        if self.shares is None:
+            return self
+        return replace(self, shares=tuple(part for share in self.shares if (part := share.at(rows)) is not None))
 
-    def _own(self, products: Tensor) -> Tensor:
-        """(rows, r) products with the adapter, those with ranks that a row is not for put to 0, also NaN."""
-        return products if self.mask is None else products.masked_fill_(~self.mask, 0)
+    def _adapters(self, num_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Ranges of rows, each with the (r, in) and (out, r) that are for them."""
+        if self.a is None or self.b is None or self.merged:
+            return
+        for share in self.shares if self.shares is not None else (Share(slice(0, num_rows), slice(None)),):
+            yield share.rows, self.a[share.ranks], self.b[:, share.ranks]
 
     def without_tensors(self) -> Projection:
         """What may stay on an autograd node: its tensors are saved, so that hooks see them."""
@@ -86,22 +104,30 @@ class Projection:
             y = matmul_4bit(x, self.weight, quant_state=self.state, bias=self.bias)
         else:
             y = matmul(x, matrix.t(), self.bias)
-        if self.a is not None and self.b is not None and not self.merged:
-            y.addmm_(self._own(matmul(x, self.a.t())), self.b.t(), alpha=self.scaling)
+        for rows, a, b in self._adapters(len(x)):
+            y[rows].addmm_(matmul(x[rows], a.t()), b.t(), alpha=self.scaling)
         return y
 
     def backward(self, gradient: Tensor, matrix: Tensor) -> Tensor:
         """(rows, out) to (rows, in)."""
         result = matmul(gradient, matrix)
-        if self.a is not None and self.b is not None and not self.merged:
-            result.addmm_(self._own(matmul(gradient, self.b)), self.a, alpha=self.scaling)
+        for rows, a, b in self._adapters(len(gradient)):
+            result[rows].addmm_(matmul(gradient[rows], b), a, alpha=self.scaling)
         return result
 
     def adapter_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `a` and of the transposed `b` from these rows, without the factor `scaling`."""
         assert self.a is not None and self.b is not None
-        down, up = self._own(matmul(gradient, self.b)), self._own(matmul(x, self.a.t()))
-        return transposed_matmul(down, x), transposed_matmul(up, gradient)
+        if self.shares is None:
+            down, up = matmul(gradient, self.b), matmul(x, self.a.t())
+            return transposed_matmul(down, x), transposed_matmul(up, gradient)
+        grad_a, grad_b = torch.zeros_like(self.a), self.b.new_zeros(self.b.shape[::-1])
+        for share in self.shares:
+            rows, ranks = share.rows, share.ranks
+            down, up = matmul(gradient[rows], self.b[:, ranks]), matmul(x[rows], self.a[ranks].t())
+            grad_a[ranks] = transposed_matmul(down, x[rows])
+            grad_b[ranks] = transposed_matmul(up, gradient[rows])
+        return grad_a, grad_b
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -137,23 +163,29 @@ class Segments:
 
     def __init__(self) -> None:
         self._parts: tuple[tuple[int, int], ...] = ()
-        self._masks: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def members(self) -> list[int]:
         """Those who take part, in the order of their rows."""
         return [member for member, _ in self._parts]
 
+    @property
+    def num_rows(self) -> int:
+        """Of the pass."""
+        return sum(rows for _, rows in self._parts)
+
     def set(self, parts: Iterable[tuple[int, int]]) -> None:
         """Of the next pass, and of whatever its backward pass computes again."""
-        self._parts, self._masks = tuple(parts), {}
+        self._parts = tuple(parts)
 
-    def mask(self, ranks: tuple[int, ...], device: torch.device) -> Tensor:
-        """(rows, sum of the ranks): which of the members' ranks, side by side, are of the row's own member."""
-        if ranks not in self._masks:
-            blocks = (torch.ones(rows, r, dtype=torch.bool) for (_, rows), r in zip(self._parts, ranks, strict=True))
-            self._masks[ranks] = torch.block_diag(*blocks).bool().to(device)
-        return self._masks[ranks]
+    def shares(self, ranks: Sequence[int]) -> tuple[Share, ...]:
+        """Which of the members' ranks, side by side, are for which rows."""
+        found, row, rank = [], 0, 0
+        for (_, rows), own in zip(self._parts, ranks, strict=True):
+            if own:
+                found.append(Share(slice(row, row + rows), slice(rank, rank + own)))
+            row, rank = row + rows, rank + own
+        return tuple(found)
 
 
 class JointLinear(nn.Module):
@@ -183,8 +215,8 @@ class JointLinear(nn.Module):
             raise NotImplementedError("an adapted layer has no joint form")
         return self.base_layer(x)
 
-    def adapter(self, x: Tensor) -> tuple[_Adapter, Tensor | None] | None:
-        """The members' active adapters side by side, and which of their ranks each row is for.
+    def adapter(self, x: Tensor) -> tuple[_Adapter, tuple[Share, ...]] | None:
+        """The members' active adapters side by side, and which of their ranks are for which rows.
 
         In the dtype of x, so that what is kept for the backward pass is no larger than it has to be.
         """
@@ -192,14 +224,16 @@ class JointLinear(nn.Module):
             _active_adapter(self._layers[member]) if member in self._layers else (None, None, 0.0)
             for member in self._segments.members
         ]
+        if x.numel() // x.shape[-1] != self._segments.num_rows:
+            return None
         if not all(adapter is not None and _adapter_computes_in(x, adapter[0]) for adapter in found):
             return None
+        shares = self._segments.shares([0 if a is None else len(a) for a, _, _ in found])  # type: ignore[misc]
         pairs = [(a, scaling * b) for a, b, scaling in found if a is not None and b is not None]  # type: ignore[misc]
         if not pairs:
-            return (None, None, 0.0), None
-        mask = self._segments.mask(tuple(0 if a is None else len(a) for a, _, _ in found), x.device)  # type: ignore[misc]
+            return (None, None, 0.0), shares
         a, b = torch.cat([a.to(x.dtype) for a, _ in pairs]), torch.cat([b.to(x.dtype) for _, b in pairs], 1)
-        return (a, b, 1.0), mask
+        return (a, b, 1.0), shares
 
 
 def _active_adapter(layer: Any) -> _Adapter | None:
@@ -220,13 +254,13 @@ def _active_adapter(layer: Any) -> _Adapter | None:
 
 def projection_of(layer: Any, x: Tensor) -> Projection | None:
     """What the layer computes for this input; None where only its own forward will do."""
-    adapted, mask = is_adapted(layer), None
+    adapted, shares = is_adapted(layer), None
     adapter: _Adapter | None = (None, None, 0.0)
     base = layer
     if isinstance(layer, JointLinear):
         adapted, base = True, layer.base_layer
         joint = layer.adapter(x)
-        adapter, mask = (None, None) if joint is None else joint
+        adapter, shares = (None, None) if joint is None else joint
     elif adapted:
         adapter, base = _active_adapter(layer), layer.base_layer
     if adapter is None or (adapted and hooked(base)):
@@ -242,12 +276,12 @@ def projection_of(layer: Any, x: Tensor) -> Projection | None:
         settled = getattr(base, "compute_type_is_set", False) and not getattr(state, "packing_format_for_cpu", False)
         known = settled and base.compute_dtype is x.dtype and state.dtype is x.dtype
     rows = x.numel() // x.shape[-1]
-    if not known or rows == 0 or not _adapter_computes_in(x, a) or (mask is not None and len(mask) != rows):
+    if not known or rows == 0 or not _adapter_computes_in(x, a):
         return None
     exact = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     num_out, num_in = (weight if state is None else state).shape
-    merged = a is not None and mask is None and exact and rows * (num_in + num_out) >= num_in * num_out
-    return Projection(weight, bias, a, b, scaling, state, merged, mask)
+    merged = a is not None and shares is None and exact and rows * (num_in + num_out) >= num_in * num_out
+    return Projection(weight, bias, a, b, scaling, state, merged, shares)
 
 
 def _adapter_computes_in(x: Tensor, a: Tensor | None) -> bool:
