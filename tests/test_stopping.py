@@ -277,8 +277,11 @@ def test_stopped_members_are_in_the_comparison_but_not_in_its_ranks(tmp_path):
     assert warned["Of some variants only the better seeds trained to the end, which flatters their means"] == [
         "DPO, beta 0.2: 1 of 2 stopped"
     ]
+    [told] = (details for kind, details in warned.items() if kind.startswith("Stopped early is what was behind"))
+    assert told == [f"DPO, beta 0.2, seed 1: {said}", f"DPO, beta 0.5, seed 0: {said}"]
     assert not [kind for kind in warned if "steps" in kind or "prompts" in kind or "numbers of seeds" in kind]
-    assert not [detail for details in warned.values() for detail in details if "beta 0.5" in detail]
+    others = [detail for details in warned.values() if details is not told for detail in details]
+    assert not [detail for detail in others if "beta 0.5" in detail], "what it is warned of where a training ended"
     assert len(curves(found)[0].figure["data"]) == 4
     assert "stopped early" in curves(found)[0].note
     assert len(frontiers(found)[0].figure["data"]) == 2

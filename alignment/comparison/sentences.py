@@ -10,7 +10,7 @@ from alignment.comparison.measures import ACCURACY, WIN_RATE, Measure
 from alignment.comparison.members import Member, Variant
 from alignment.comparison.ranking import Against, Comparison, Standing, interval, stand
 from alignment.comparison.statistics import paired_difference
-from alignment.run_folder import get, percent, short, shown, warnings
+from alignment.run_folder import get, percent, short, shown, status, warnings
 
 _SURE = "more than noise"
 
@@ -197,6 +197,9 @@ def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
     unequal("Answers to different numbers of prompts", of_summary("evaluation", "prompts"))
     unequal("The code is not the same", of_summary("git_commit"))
     unequal("The versions of torch are not the same", of_summary("versions", "torch"))
+    if stopped := [member for member in trained if member.is_stopped]:
+        title = "Stopped early is what was behind on the way, perhaps by chance: it might have been ahead at the end"
+        said.append((title, [f"{found.titles[member.name]}: {status(member.run.summary)}" for member in stopped]))
     _seeds(found, said)
     by_kind: dict[str, dict[str, list[str]]] = {}
     for member in found.members:
