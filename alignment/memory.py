@@ -471,6 +471,7 @@ def make_plan(
     step_tokens: int,
     tokens_per_batch: int | None,
     checkpoint_every: int | None,
+    members: int = 1,
 ) -> Plan:
     """The fastest way to run a step in the room that there is.
 
@@ -481,10 +482,12 @@ def make_plan(
         step_tokens: positions of a whole step, beyond which a larger budget changes nothing.
         tokens_per_batch: given, or None to choose it.
         checkpoint_every: given, or None to choose it.
+        members: of a cohort that share a pass. On a CPU the narrow products with the adapter of each want as many rows
+            as in a pass of its own.
     """
     count = len(sizes.layers)
     options = [checkpoint_every] if checkpoint_every is not None else [0, *range(count, 0, -1)]
-    useful = max(USEFUL_TOKENS[room.device], longest)
+    useful = max(USEFUL_TOKENS[room.device] * (members if room.device == "cpu" else 1), longest)
     best: tuple[float, int, int] | None = None
     for every in options:
         tokens = tokens_per_batch or fitting_tokens(sizes, every, room, useful)

@@ -76,6 +76,7 @@ def plan_stage(
     adapter: AdapterConfig | None,
     supervised: bool,
     copies: bool = False,
+    members: int = 1,
 ) -> Plan:
     """How a stage runs its steps on this machine as it is now; a resumed stage keeps the plan that it began with.
 
@@ -85,10 +86,11 @@ def plan_stage(
         optimizer: name, as transformers has it.
         folder: of the stage; plan.json is written there, or read if it exists.
         device: where the policy is.
-        longest: positions of the largest group of the data, or of the longest conversation.
+        longest: positions of the largest group of the data for each of the members, or of the longest conversation.
         adapter: the policy's adapter, if it has one.
         supervised: the SFT stage instead of a preference stage.
         copies: whether a frozen copy of a whole model will be made for the reference.
+        members: of a cohort that share a pass, whose groups are one then.
     """
     path = folder / "plan.json"
     if device.type == "cuda":
@@ -114,10 +116,11 @@ def plan_stage(
     plan = make_plan(
         sizes,
         room,
-        longest=longest,
-        step_tokens=trainer.groups_per_step * longest,
+        longest=members * longest,
+        step_tokens=trainer.groups_per_step * members * longest,
         tokens_per_batch=trainer.tokens_per_batch,
         checkpoint_every=trainer.checkpoint_every,
+        members=members,
     )
     log.info("Plan: %s.", _sentence(plan))
     if plan.estimate:
@@ -126,7 +129,7 @@ def plan_stage(
         log.warning(
             "By the plan this stage may run out of memory: its largest group has %d positions, and such a pass with %s "
             "needs %.1f GiB where %.1f GiB are usable.",
-            longest,
+            members * longest,
             describe_checkpointing(plan.checkpoint_every),
             plan.needs.total / GIB,
             plan.limit / GIB,

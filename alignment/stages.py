@@ -333,7 +333,7 @@ class Run:
         )
         return result | {"memory": memory_result(plan, self.device, plan.tokens_per_batch)}
 
-    def _plan(self, stage: str, model: nn.Module, part: RunConfig | SFTConfig, longest: int) -> Plan:
+    def _plan(self, stage: str, model: nn.Module, part: RunConfig | SFTConfig, longest: int, members: int = 1) -> Plan:
         live = stage == "preference" and self.config.reference.mode is ReferenceMode.live
         return plan_stage(
             model,
@@ -345,6 +345,7 @@ class Run:
             adapter=self.config.adapter,
             supervised=stage == "sft",
             copies=live and self.config.adapter is None,
+            members=members,
         )
 
     def _preference(self, model: nn.Module, checkpoints: Path, log_metrics: Any) -> dict[str, Any]:
@@ -464,7 +465,7 @@ class Run:
         if place is None:
             plan = self._plan("preference", model, self.config, largest)
             return plan, plan.tokens_per_batch
-        plan = self._plan("preference", model, self.config, place.width * largest)
+        plan = self._plan("preference", model, self.config, largest, place.width)
         if plan.fits:
             return plan, max(plan.tokens_per_batch // place.width, min(largest, plan.tokens_per_batch))
         (self._stage_dir("preference") / "plan.json").unlink()

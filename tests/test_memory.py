@@ -294,6 +294,15 @@ def plan(limit, **settings):
     return make_plan(SIZES, Room("cpu", limit, 400), **given)
 
 
+def test_a_pass_of_a_cohort_may_be_larger_on_a_cpu():
+    assert plan(10**9).tokens_per_batch == 1024
+    assert plan(10**9, members=4).tokens_per_batch == 4096
+    assert plan(10**9, members=4, tokens_per_batch=500).tokens_per_batch == 500
+    settings = {"longest": 128, "step_tokens": 10**9, "tokens_per_batch": None, "checkpoint_every": None}
+    tokens = {make_plan(SIZES, Room("cuda", 10**9, 400), **settings, members=n).tokens_per_batch for n in (1, 4)}
+    assert tokens == {16384}
+
+
 def test_needs_by_hand():
     needs = step_needs(SIZES, 0, 128, 400)
     assert needs.activations == 128 * (4 * 10 + 4 + 2)

@@ -249,9 +249,9 @@ def too_small_for_three():
     same_code()
     plan = Run._plan
 
-    def patched(self, stage, model, part, longest):
-        found = plan(self, stage, model, part, longest)
-        return replace(found, fits=False) if longest % 3 == 0 and stage == "preference" else found
+    def patched(self, stage, model, part, longest, members=1):
+        found = plan(self, stage, model, part, longest, members)
+        return replace(found, fits=False) if members == 3 else found
 
     Run._plan = patched
 

@@ -74,8 +74,15 @@ class Projection:
         """Ranges of rows, each with the (r, in) and (out, r) that are for them."""
         if self.a is None or self.b is None or self.merged:
             return
-        for share in self.shares if self.shares is not None else (Share(slice(0, num_rows), slice(None)),):
+        if self.shares is None:
+            yield slice(0, num_rows), self.a, self.b
+            return
+        for share in self.shares:
             yield share.rows, self.a[share.ranks], self.b[:, share.ranks]
+
+    def _narrow(self, rows: Tensor, right: Tensor) -> Tensor:
+        """A product with few columns: for a part of the rows, padding it for oneDNN would cost more than that gains."""
+        return matmul(rows, right) if self.shares is None else rows @ right
 
     def without_tensors(self) -> Projection:
         """What may stay on an autograd node: its tensors are saved, so that hooks see them."""
@@ -105,14 +112,14 @@ class Projection:
         else:
             y = matmul(x, matrix.t(), self.bias)
         for rows, a, b in self._adapters(len(x)):
-            y[rows].addmm_(matmul(x[rows], a.t()), b.t(), alpha=self.scaling)
+            y[rows].addmm_(self._narrow(x[rows], a.t()), b.t(), alpha=self.scaling)
         return y
 
     def backward(self, gradient: Tensor, matrix: Tensor) -> Tensor:
         """(rows, out) to (rows, in)."""
         result = matmul(gradient, matrix)
         for rows, a, b in self._adapters(len(gradient)):
-            result[rows].addmm_(matmul(gradient[rows], b), a, alpha=self.scaling)
+            result[rows].addmm_(self._narrow(gradient[rows], b), a, alpha=self.scaling)
         return result
 
     def adapter_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,11 +129,9 @@ class Projection:
             down, up = matmul(gradient, self.b), matmul(x, self.a.t())
             return transposed_matmul(down, x), transposed_matmul(up, gradient)
         grad_a, grad_b = torch.zeros_like(self.a), self.b.new_zeros(self.b.shape[::-1])
-        for share in self.shares:
-            rows, ranks = share.rows, share.ranks
-            down, up = matmul(gradient[rows], self.b[:, ranks]), matmul(x[rows], self.a[ranks].t())
-            grad_a[ranks] = transposed_matmul(down, x[rows])
-            grad_b[ranks] = transposed_matmul(up, gradient[rows])
+        for share, (rows, a, b) in zip(self.shares, self._adapters(len(x)), strict=True):
+            grad_a[share.ranks] = (gradient[rows] @ b).t() @ x[rows]
+            grad_b[share.ranks] = (x[rows] @ a.t()).t() @ gradient[rows]
         return grad_a, grad_b
 
 
@@ -229,11 +234,12 @@ class JointLinear(nn.Module):
         if not all(adapter is not None and _adapter_computes_in(x, adapter[0]) for adapter in found):
             return None
         shares = self._segments.shares([0 if a is None else len(a) for a, _, _ in found])  # type: ignore[misc]
-        pairs = [(a, scaling * b) for a, b, scaling in found if a is not None and b is not None]  # type: ignore[misc]
+        # Transposed, so that the part of a member is one piece: oneDNN has no fast code for rows that lie apart.
+        pairs = [(a, scaling * b.t()) for a, b, scaling in found if a is not None and b is not None]  # type: ignore[misc]
         if not pairs:
             return (None, None, 0.0), shares
-        a, b = torch.cat([a.to(x.dtype) for a, _ in pairs]), torch.cat([b.to(x.dtype) for _, b in pairs], 1)
-        return (a, b, 1.0), shares
+        a, b = torch.cat([a.to(x.dtype) for a, _ in pairs]), torch.cat([b.to(x.dtype) for _, b in pairs])
+        return (a, b.t(), 1.0), shares
 
 
 def _active_adapter(layer: Any) -> _Adapter | None:
