@@ -1,7 +1,7 @@
 """Cohorts: several preference trainings in one process, whose passes with gradient are one pass on one frozen base.
 
 Every member keeps its own policy (modules and adapter of its own on the shared base tensors), trainer, optimizer and
-files, and trains in a thread of its own, of which one computes at a time. Where a member scores a micro-batch with
+files, and trains in a greenlet of its own, of which one runs at a time. Where a member scores a micro-batch with
 gradient, it waits for the others; the last to come runs the base on all micro-batches at once, each member's adapter
 on the rows of its own. Every member goes on with its slice of the result. When all of them have their loss derived by
 their slice, one backward pass takes the derivatives to all adapters. What a member computes does not depend on who
@@ -11,19 +11,18 @@ else takes part, up to rounding.
 from __future__ import annotations
 
 import copy
-import ctypes
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alignment.allocator import share_freed_memory
 from alignment.attention import SharedRow, enable_shared_prompts
 from alignment.head import row_numbers
 from alignment.layout import MicroBatch
@@ -38,9 +37,6 @@ from alignment.policy import disable_dropout
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_MOMENT = 1e-3
-"""Seconds, for another thread to take the turn."""
 
 
 def share(base: nn.Module) -> nn.Module:
@@ -167,10 +163,6 @@ class _Pass:
     open: set[int]
 
 
-class Stopped(BaseException):
-    """Ends the thread of a member where the whole cohort is to end."""
-
-
 class Member(Passes):
     """A place in a cohort, as the training that has it sees it."""
 
@@ -228,16 +220,13 @@ class Cohort:
         self._base: nn.Module | None = None
         self._policies: dict[int, nn.Module] = {}
         self._joint: JointModel | None = None
-        # Held by whoever computes; waiting gives it to the next.
-        self._turn = threading.Condition()
-        self._holder: int | None = None
         self._active: set[int] = set()
-        self._waiting: deque[int] = deque()
+        self._queue: deque[int] = deque()
+        self._until: dict[int, Callable[[], bool]] = {}
         self._requests: dict[int, _Request] = {}
         self._granted: dict[int, Tensor] = {}
         self._errors: dict[int, BaseException] = {}
         self._pass: _Pass | None = None
-        self._stopped = False
         self._is_apart = False
 
     def run(self, trainings: Sequence[Callable[[Member], T]]) -> list[T | Exception]:
@@ -245,46 +234,32 @@ class Cohort:
         results: list[Any] = [None] * len(trainings)
         places = range(min(self.width, len(trainings)))
         self._active = set(places)
-        self._waiting = deque(range(len(places), len(trainings)))
-        num_threads = torch.get_num_threads()
-        share_freed_memory()
+        self._queue = deque(range(len(places), len(trainings)))
+        self._until = dict.fromkeys(places, lambda: True)
 
         def work(place: int) -> None:
-            torch.set_num_threads(num_threads)  # a thread's own setting, on which rounding depends
             index: int | None = place
-            with self._turn:
-                while index is not None and not self._stopped:
-                    self._holder = threading.get_ident()
-                    try:
-                        results[index] = trainings[index](Member(self, place))
-                    except (Exception, Stopped) as error:
-                        results[index] = error
-                    finally:
-                        index = self._next(place)
+            while index is not None:
+                try:
+                    results[index] = trainings[index](Member(self, place))
+                except Exception as error:
+                    results[index] = error
+                index = self._next(place)
 
-        threads = [
-            threading.Thread(target=work, args=(place,), name=f"member {place}", daemon=True) for place in places
-        ]
-        for thread in threads:
-            thread.start()
+        # In one thread: the teams of OpenMP threads that several would have keep each other from the cores.
+        running = {place: greenlet(partial(work, place)) for place in places}
+        turns = list(places)
         try:
-            for thread in threads:
-                thread.join()
-        except BaseException:
-            self._stop(threads)
-            raise
+            while turns:
+                place = next(place for place in turns if self._until[place]())
+                running[place].switch()
+                turns.remove(place)
+                if not running[place].dead:
+                    turns.append(place)
+        finally:
+            for member in filter(None, running.values()):  # those that an interrupt has left in the middle
+                member.throw()
         return results
-
-    def _stop(self, threads: Sequence[threading.Thread]) -> None:
-        """End all trainings: those that wait where they wait, and the one that computes where it is."""
-        self._stopped = True
-        if self._holder is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._holder), ctypes.py_object(Stopped))
-        while any(thread.is_alive() for thread in threads):
-            with self._turn:
-                self._turn.notify_all()
-            for thread in threads:
-                thread.join(timeout=0.1)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """See `Member.once`."""
@@ -319,30 +294,26 @@ class Cohort:
         if self._pass is not None and index in self._pass.values:
             self._pass.open.discard(index)
             self._wait(index, lambda: self._pass is None)
-        elif self._is_apart:  # members take turns: the next step may be another's
-            self._turn.notify_all()
-            self._turn.wait(_MOMENT)
-            self._resume(index)
+        elif self._is_apart:  # members take turns: the next step is another's
+            self._switch(index, lambda: True)
 
     def separate(self) -> None:
         """See `Member.separate`."""
         if not self._is_apart:
             log.warning("The members of the cohort take turns from here on, each with passes of its own.")
         self._is_apart = True
-        self._turn.notify_all()
 
     def _wait(self, index: int, done: Callable[[], bool]) -> None:
         self._advance()
-        self._turn.wait_for(lambda: self._stopped or index in self._errors or done())
-        self._resume(index)
-
-    def _resume(self, index: int) -> None:
-        """Called where a thread has the turn again."""
-        self._holder = threading.get_ident()
-        if self._stopped:
-            raise Stopped
+        if not (index in self._errors or done()):
+            self._switch(index, lambda: index in self._errors or done())
         if (error := self._errors.pop(index, None)) is not None:
             raise error
+
+    def _switch(self, index: int, until: Callable[[], bool]) -> None:
+        """Let others run, at least until then."""
+        self._until[index] = until
+        getcurrent().parent.switch()
 
     def _next(self, place: int) -> int | None:
         """Forget the training that had this place; the one that gets it, or None."""
@@ -352,7 +323,7 @@ class Cohort:
         if self._pass is not None:
             self._pass.open.discard(place)
             self._pass.leaves.pop(place, None)
-        index = self._waiting.popleft() if self._waiting else None
+        index = self._queue.popleft() if self._queue else None
         if index is None:
             self._active.discard(place)
         else:
@@ -362,15 +333,11 @@ class Cohort:
 
     def _advance(self) -> None:
         """Run what nobody has to be waited for any more."""
-        if self._stopped:
-            self._turn.notify_all()
-            return
         if self._pass is not None and not self._pass.open:
             members = list(self._pass.values)
             self._attempt(members, self._backward)
         while self._pass is None and not self._is_apart and self._active and self._active <= self._requests.keys():
             self._attempt(sorted(self._active), self._forward)
-        self._turn.notify_all()
 
     def _attempt(self, members: Sequence[int], run: Callable[[], None]) -> None:
         """Run it; an error is that of every member of the pass."""

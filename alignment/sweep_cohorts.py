@@ -56,7 +56,7 @@ class Together:
     has_run: bool = False
 
     def run(self, run: Callable[[SweepMember, Member], None]) -> None:
-        """Run all of them; `run` is called in a thread of its own, and keeps a member's failure to itself.
+        """Run all of them; `run` is called in a greenlet of its own, and keeps a member's failure to itself.
 
         The first member is the one whose job this process is in, so its folder is made and its log is open.
         """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,8 +29,6 @@ _ENVIRONMENT_MODES = {
 _ID_FILE = "wandb_run_id"
 _INIT_SECONDS = 30.0
 _FINISH_SECONDS = 120.0
-_starting = threading.Lock()
-"""Runs that share a process start one after the other."""
 _out_of_reach: list[str] = []
 """Why W&B could not be reached, once that was found: no other run of this process waits for it again."""
 
@@ -236,21 +233,20 @@ def start_run(
             ),
         )
 
-    with _starting:
-        run, why = None, ""
-        if mode != "offline":
-            run, why = _start_online(lambda: start("online"), required=mode == "online")
-        if run is None:
-            reason = f" because {why}" if why else ""
-            try:
-                run = start("offline")
-            except Exception as error:
-                logger.warning("W&B failed and gets nothing of this run, which goes on without it: %s", error)
-                return None
-            parts = folder / "wandb" / "offline-run-*"
-            logger.warning("W&B keeps this run offline%s; send it with: wandb sync %s", reason, parts)
-        else:
-            logger.info("W&B: %s", run.url)
+    run, why = None, ""
+    if mode != "offline":
+        run, why = _start_online(lambda: start("online"), required=mode == "online")
+    if run is None:
+        reason = f" because {why}" if why else ""
+        try:
+            run = start("offline")
+        except Exception as error:
+            logger.warning("W&B failed and gets nothing of this run, which goes on without it: %s", error)
+            return None
+        parts = folder / "wandb" / "offline-run-*"
+        logger.warning("W&B keeps this run offline%s; send it with: wandb sync %s", reason, parts)
+    else:
+        logger.info("W&B: %s", run.url)
     for path in earlier:
         path.with_suffix(".wandb.synced").touch()  # as `wandb sync` marks what it need not send
     atomic_write_text(id_file, f"{run.id}\n")

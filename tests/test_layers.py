@@ -97,6 +97,7 @@ ONLY_IN = {
     "matplotlib": {"plots", "figures"},
     "plotly": {"comparison.charts", "comparison.tracked"},
     "sqlite3": {"reference_store", "cache"},
+    "greenlet": {"cohort"},
     "bitsandbytes": {"policy", "export", "lean.linear"},
 }
 
