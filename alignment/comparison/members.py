@@ -236,7 +236,8 @@ def variants(members: Sequence[Member]) -> list[Variant]:
     trained = [member for member in members if member.loss]
     keys = differing(trained)
     found: dict[tuple[Any, ...], Variant] = {}
-    varying = {loss: _varying(trained, loss) for loss in {member.loss for member in trained}}
+    # What is the same for all with a loss goes with the loss, and is not said in each name.
+    varying = {loss: _varying([m for m in trained if m.loss == loss], loss) for loss in {m.loss for m in trained}}
     for member in trained:
         settings = {key: member.settings[key] for key in keys if key in member.settings.keys() & varying[member.loss]}
         variant = found.setdefault((member.loss, *settings.items()), Variant(member.loss, settings, []))
