@@ -293,17 +293,23 @@ class Tokenizer:
         """Save nothing."""
 
 
-def test_passes_with_gradient_are_joint(tmp_path, monkeypatch):
-    """Two members with two micro-batches a step: no more passes than one of them has, until it has ended."""
-    before = set(threading.enumerate())
-    passes = []
+@pytest.fixture
+def passes(monkeypatch):
+    """The members of every joint pass, in their order."""
+    found = []
     own = JointModel.score
 
     def noted(self, members, *args):
-        passes.append(list(members))
+        found.append(list(members))
         return own(self, members, *args)
 
     monkeypatch.setattr(JointModel, "score", noted)
+    return found
+
+
+def test_passes_with_gradient_are_joint(tmp_path, passes):
+    """Two members with two micro-batches a step: no more passes than one of them has, until it has ended."""
+    before = set(threading.enumerate())
     base = frozen_base()
     trainers = [trainer_of(base, Training("simpo", steps=2 + i, seed=i), tmp_path / str(i)) for i in range(3)]
     counts = []
@@ -317,16 +323,8 @@ def test_passes_with_gradient_are_joint(tmp_path, monkeypatch):
     assert set(threading.enumerate()) <= before
 
 
-def test_a_place_that_is_free_goes_to_the_next_member(tmp_path, monkeypatch):
+def test_a_place_that_is_free_goes_to_the_next_member(tmp_path, passes):
     """Five members of 4, 4, 4, 3 and 5 steps in two places, which are never empty but at the end."""
-    passes = []
-    own = JointModel.score
-
-    def noted(self, members, *args):
-        passes.append(list(members))
-        return own(self, members, *args)
-
-    monkeypatch.setattr(JointModel, "score", noted)
     base = frozen_base()
     trainings = [replace(t, groups_per_step=4, steps=n) for t, n in zip(FIVE, (4, 4, 4, 3, 5), strict=True)]
     members = [trainer_of(base, t, tmp_path / f"member{i}") for i, t in enumerate(trainings)]
