@@ -121,7 +121,7 @@ def escape_markdown(text: str) -> str:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """All whole rows of a metrics file as they stand, and whether the file must be rewritten before appending."""
+    """All whole rows of a metrics file, and whether the file must be rewritten before appending."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -130,22 +130,23 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
     lines = data.split(b"\n")
     tail = lines.pop()
     for number, line in enumerate(lines, 1):
-        row = _parse_line(line)
+        row = metrics_row(line)
         if row is None:
             raise UserError(
                 f"Line {number} of {path} is no metrics row: expected one JSON object with "
                 '"stage", "split", "step" and numbers.'
             )
         rows.append(row)
-    if tail and (last := _parse_line(tail)) is not None:
+    if tail and (last := metrics_row(tail)) is not None:
         rows.append(last)
     return rows, bool(tail)
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | None:
+def metrics_row(line: bytes) -> dict[str, Any] | None:
+    """A row of a metrics.jsonl, non-finite numbers as floats; None for a line that is none."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict):
         return None
@@ -155,19 +156,15 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
         for key, value in row.items()
         if key not in ("stage", "split", "time")
     )
-    return row if known and numbers else None
+    if not (known and numbers):
+        return None
+    return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, non-finite numbers as floats; a last line cut off by a kill is left out."""
     rows, _ = _read_lines(path)
-    return [
-        {
-            key: _NON_FINITE[value] if isinstance(value, str) and value in _NON_FINITE else value
-            for key, value in row.items()
-        }
-        for row in rows
-    ]
+    return rows
 
 
 class RunRecord:

@@ -16,7 +16,7 @@ from rich.text import Text
 from alignment.comparison import is_run, write_comparison
 from alignment.errors import UserError
 from alignment.plots import write_plots
-from alignment.records import STAGES, atomic_write_text, escape_markdown
+from alignment.records import STAGES, escape_markdown
 from alignment.run_folder import (
     MODELS,
     NONE,
@@ -37,6 +37,7 @@ from alignment.run_folder import (
     status,
     warnings,
     wilson_interval,
+    write_page,
 )
 
 _STAGE_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "nats/margins", "ranking/accuracies")
@@ -221,11 +222,19 @@ def _sample_table(samples: Sequence[dict[str, Any]]) -> str:
     return markdown_table([title for _, title in columns], rows)
 
 
+def _plots(run: Run) -> list[Path]:
+    try:
+        return write_plots(run.metrics, run.folder / "plots")
+    except OSError as error:
+        run.problems.append(f"plots cannot be written: {error.strerror}.")
+        return []
+
+
 def write_report(run_dir: Path) -> Path:
     """Write report.md, and the plots anew, from the files of a run folder; what is missing is named in the report.
 
     Raises:
-        UserError: a folder without any file of a run.
+        UserError: a folder without any file of a run, or one in which the report cannot be written.
     """
     run = read_run(run_dir)
     title = escape_markdown(str(run.summary.get("recipe") or run_dir.resolve().parent.name))
@@ -248,7 +257,7 @@ def write_report(run_dir: Path) -> Path:
     if reference:
         parts.append(f"Reference log-probs: {reference}.")
     parts += ["## What ran", markdown_table(["", ""], _what_ran(run))]
-    if plots := write_plots(run.metrics, run_dir / "plots"):
+    if plots := _plots(run):
         links = [f"![{path.stem.replace('_', ' ')}](plots/{path.name})" for path in plots]
         parts += ["## Plots", "\n\n".join(links)]
     if run.samples:
@@ -258,7 +267,7 @@ def write_report(run_dir: Path) -> Path:
     if run.problems:
         parts += ["## Not available", "\n".join(f"- {escape_markdown(problem)}" for problem in run.problems)]
     path = run_dir / "report.md"
-    atomic_write_text(path, "\n\n".join(parts) + "\n")
+    write_page(path, "\n\n".join(parts) + "\n")
     return path
 
 
@@ -296,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folders: list[Path] = parser.parse_args(arguments).folders
     try:
         if len(folders) > 1:
-            beside = Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+            beside = Path(os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders]))
             path = write_comparison(folders, beside)
         elif is_run(folders[0]):
             path = write_report(folders[0])

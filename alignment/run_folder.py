@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from alignment.errors import UserError
-from alignment.records import STAGES, escape_markdown, read_metrics
+from alignment.records import STAGES, atomic_write_text, escape_markdown, metrics_row
 
 SAMPLES = 8
 """How many samples a report shows."""
@@ -25,6 +25,9 @@ RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
 
 _DEEPEST = 50
 """Levels within each other of a file: no run writes as many, and far more end the interpreter."""
+_FEW = 3
+"""Broken lines of a file that are named."""
+
 _NUMBERS = (
     *(("stages", stage, "metrics") for stage in STAGES),
     *(("evaluation", part) for part in ("answers", "win_rate", "kl/sampled")),
@@ -40,7 +43,11 @@ NONE = "-"
 
 @dataclass(slots=True)
 class Run:
-    """What could be read of a run folder; `problems` has a sentence for everything else."""
+    """What could be read of a run folder; `problems` has a sentence for everything else.
+
+    Attributes:
+        has_gaps: lines of `metrics` are lost, and with them perhaps the first or last point of a curve.
+    """
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +55,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    has_gaps: bool = False
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -69,28 +77,78 @@ def read_rows(run: Run, name: str, numbers: Callable[[dict[str, Any]], Sequence[
 
     Lines that are none are left out, and `run.problems` says so, as it does of rows whose `numbers` are none.
     """
-    try:
-        lines = (run.folder / name).read_bytes().splitlines()
-    except OSError as error:
-        run.problems.append(f"{name} cannot be read: {error.strerror}.")
-        return []
-    rows, bad = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(_mapping(json.loads(line)))
-        except (ValueError, RecursionError):
-            bad.append(number)
-    if bad:
-        run.problems.append(
-            f"{name} cannot be read whole: {len(bad)} of its {len(lines)} lines, line {bad[0]} first, hold no JSON "
-            "object."
-        )
-    elif not rows:
-        run.problems.append(f"{name} is empty.")
+    rows, _ = _parsed_lines(run, name, _json_object)
     odd = sum(not all(map(is_number, numbers(row))) for row in rows)
     if odd:
         run.problems.append(f"{name} holds something else than finite numbers in {odd} of {len(rows)} rows.")
     return rows
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        return _mapping(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _metrics(line: bytes) -> dict[str, Any] | None:
+    row = metrics_row(line)
+    too_large = row and any(isinstance(value, int) and abs(value) > sys.float_info.max for value in row.values())
+    return None if too_large else row
+
+
+def _parsed_lines(
+    run: Run, name: str, parse: Callable[[bytes], dict[str, Any] | None]
+) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a file, and whether all lines are among them; `run.problems` says which are not."""
+    try:
+        data = (run.folder / name).read_bytes()
+    except OSError as error:
+        run.problems.append(f"{name} cannot be read: {error.strerror}.")
+        return [], False
+    parsed = [parse(line) for line in data.splitlines()]
+    rows = [row for row in parsed if row is not None]
+    bad = [number for number, row in enumerate(parsed, 1) if row is None]
+    whole = not bad and bool(rows)
+    if not parsed:
+        run.problems.append(f"{name} is empty.")
+    elif not data.endswith(b"\n"):
+        last = len(parsed)
+        left_out = " That line is left out." if bad[-1:] == [last] else ""
+        run.problems.append(f"{name} was cut off in its last line, {last}, as happens when a run is killed.{left_out}")
+        bad = [number for number in bad if number != last]
+    if bad:
+        which = ", ".join(map(str, bad[:_FEW])) + (f" and {len(bad) - _FEW} more" if len(bad) > _FEW else "")
+        run.problems.append(
+            f"{name} cannot be read whole: of its {len(parsed)} lines {len(bad)} {'is' if len(bad) == 1 else 'are'} "
+            f"broken and left out, line {which}."
+        )
+    return rows, whole
+
+
+def holds_any(folder: Path, names: Sequence[str]) -> bool:
+    """Whether one of the files is in the folder.
+
+    Raises:
+        UserError: nobody can say, since the folder cannot be looked into.
+    """
+    try:
+        return any((folder / name).is_file() for name in names)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be looked into: {error.strerror}.") from None
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a report of what was read.
+
+    Raises:
+        UserError: it cannot be written; what was there before still is.
+    """
+    try:
+        # Half an emoji, of an answer that was cut, is no UTF-8.
+        atomic_write_text(path, text.encode("utf-8", "replace").decode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _scores(sample: dict[str, Any]) -> list[Any]:
@@ -101,9 +159,9 @@ def read_run(folder: Path) -> Run:
     """Read what is there.
 
     Raises:
-        UserError: a folder without any file of a run.
+        UserError: a folder without any file of a run, or one that cannot be looked into.
     """
-    if not any((folder / name).is_file() for name in RUN_FILES):
+    if not holds_any(folder, RUN_FILES):
         raise UserError(f"{folder} is no run folder: it holds none of {', '.join(RUN_FILES)}.")
     run = Run(folder)
 
@@ -114,17 +172,16 @@ def read_run(folder: Path) -> Run:
             return empty
         try:
             return parse(path)
-        except UserError as error:
-            run.problems.append(str(error))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        except OSError as error:
+            run.problems.append(f"{name} cannot be read: {error.strerror}.")
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             run.problems.append(f"{name} cannot be read: {' '.join(str(error).split())}.")
         return empty
 
     run.config = read("config.yaml", _config, {})
     run.summary = read("summary.json", lambda path: _mapping(json.loads(path.read_text("utf-8"))), {})
-    run.metrics = read("metrics.jsonl", _metrics, [])
-    if run.metrics and not (folder / "metrics.jsonl").read_bytes().endswith(b"\n"):
-        run.problems.append("metrics.jsonl ends in the middle of a line: what came after is lost.")
+    run.metrics, whole = read("metrics.jsonl", lambda path: _parsed_lines(run, path.name, _metrics), ([], False))
+    run.has_gaps = not whole
     prompts = get(run.summary, "evaluation", "prompts")
     if (folder / "samples.jsonl").exists() or prompts:
         run.samples = read("samples.jsonl", lambda path: read_rows(run, path.name, _scores), [])
@@ -140,15 +197,6 @@ def _config(path: Path) -> dict[str, Any]:
     if not text.endswith("\n"):  # half of a YAML file is a YAML file
         raise ValueError("it is cut off")
     return _mapping(yaml.safe_load(text))
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    rows = read_metrics(path)
-    if not rows:
-        raise ValueError("it is empty")
-    if any(isinstance(value, int) and abs(value) > sys.float_info.max for row in rows for value in row.values()):
-        raise ValueError("it holds numbers that are too large")
-    return rows
 
 
 def _no_numbers(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -266,12 +314,19 @@ def series(metrics: Sequence[dict[str, Any]], stage: str, split: str, name: str)
 
 
 def change(run: Run, name: str) -> tuple[float, float, str] | None:
-    """First and last value of a preference metric, of the evaluation if it has two points, else of training."""
+    """First and last value of a preference metric, of the evaluation if it has two points, else of training.
+
+    Where lines are lost it is known of an evaluation alone that was made at the start and at the end.
+    """
     for split in ("eval", "train"):
-        _, values = series(run.metrics, "preference", split, name)
-        if len(values) >= 2:
+        steps, values = series(run.metrics, "preference", split, name)
+        if len(values) >= 2 and (not run.has_gaps or (steps[0] == 0 and _is_end(run, "preference", steps[-1]))):
             return values[0], values[-1], split
     return None
+
+
+def _is_end(run: Run, stage: str, step: int) -> bool:
+    return bool(step == get(run.summary, "stages", stage, "steps"))
 
 
 class Warned(NamedTuple):
@@ -306,6 +361,8 @@ def warnings(run: Run) -> list[Warned]:
     for stage in STAGES:
         steps, values = series(run.metrics, stage, "eval", "loss")
         best = min(values, default=0.0)
+        if run.has_gaps and not (steps and _is_end(run, stage, steps[-1])):
+            continue
         if values and values[-1] - best > 0.02 * abs(best):
             at = steps[values.index(best)]
             warn(

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import math
+import os
 import re
 import subprocess
 import sys
@@ -301,3 +303,40 @@ def test_print_summary() -> None:
     text = out.getvalue()
     for part in ("75.0% (63.0% to 84.0%), 44 / 8 / 12", "DPO", "1210", "66.0%", "outputs/[bold]x/samples.md"):
         assert part in text
+
+
+def write_without_space(path: Path, data: bytes) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_report_that_cannot_be_written_is_one_sentence(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_dir / "report.md"
+    path.mkdir()
+    assert report.main([str(run_dir)]) == 1
+    assert capsys.readouterr().err == f"Error: {path} cannot be written: Is a directory.\n"
+    path.rmdir()
+    report.main([str(run_dir)])
+    before, files = path.read_bytes(), sorted(run_dir.iterdir())
+    monkeypatch.setattr("alignment.records.atomic_write_bytes", write_without_space)
+    assert report.main([str(run_dir)]) == 1
+    assert capsys.readouterr().err == f"Error: {path} cannot be written: No space left on device.\n"
+    assert (path.read_bytes(), sorted(run_dir.iterdir())) == (before, files)
+
+
+def test_without_its_plots_a_report_names_them(run_dir: Path) -> None:
+    (run_dir / "plots").touch()
+    text = write_report(run_dir).read_text("utf-8")
+    assert "75.0% (63.0% to 84.0%)" in text
+    assert "- plots cannot be written: File exists." in text.split("## Not available")[1]
+    assert "](plots/" not in text
+
+
+def test_a_folder_that_cannot_be_looked_into_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / ("a" * 300)  # a name that no file system takes stands in for a folder without rights
+    assert report.main([str(folder)]) == 1
+    assert capsys.readouterr().err == f"Error: {folder} cannot be looked into: File name too long.\n"

@@ -11,7 +11,8 @@ from alignment.comparison.page import to_html, to_markdown
 from alignment.comparison.ranking import compare
 from alignment.comparison.tables import to_csv
 from alignment.comparison.tracked import sweep_summary
-from alignment.records import atomic_write_text
+from alignment.errors import UserError
+from alignment.run_folder import write_page
 from alignment.sweep_tracking import send_summary
 
 __all__ = ["is_run", "write_comparison"]
@@ -29,15 +30,20 @@ def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False)
         The page.
 
     Raises:
-        UserError: one of the folders neither is nor holds a run folder.
+        UserError: one of the folders neither is nor holds a run folder, or a file cannot be written; the others are.
     """
     runs = run_folders(folders)
     found = compare([read_member(run, name) for run, name in zip(runs, names(runs), strict=True)])
     title = f"Comparison: {out.resolve().name}"
     pages = {"md": to_markdown(found, title), "csv": to_csv(found), "html": to_html(found, title)}
+    failed = []
     for kind, text in pages.items():
-        # Half an emoji, of an answer that was cut, is no UTF-8.
-        atomic_write_text(out / f"comparison.{kind}", text.encode("utf-8", "replace").decode())
+        try:
+            write_page(out / f"comparison.{kind}", text)
+        except UserError as error:
+            failed.append(str(error))
+    if failed:
+        raise UserError(" ".join(failed))
     logger.info("All members side by side: %s", out / "comparison.html")
     tracking = found.members[0].run.config.get("tracking")
     if track and isinstance(tracking, dict):

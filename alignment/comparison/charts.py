@@ -168,6 +168,8 @@ def curves(found: Comparison) -> list[Chart]:
             there = {line.meta for line in figure.data}
             absent = {v.loss.upper(): None for place, v in enumerate(found.variants) if place not in there}
             note += f" Not measured of {', '.join(absent)}." if absent else ""
+            if any(member.run.has_gaps and member.run.metrics for member in found.members):
+                note += " A line with lost metrics lacks points; they are named at the end of the page."
             if metric.endswith("accuracies"):
                 figure.update_yaxes(tickformat=".0%")
             if any(variant.stopped for variant in found.variants):

@@ -18,6 +18,7 @@ from alignment.run_folder import (
     Run,
     eval_pairs,
     get,
+    holds_any,
     is_number,
     loss_name,
     read_rows,
@@ -99,15 +100,17 @@ def numbered(rows: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, An
 
 def _read_pairs(run: Run) -> dict[str, dict[str, Any]]:
     name = "held_out.jsonl"
-    if not (run.folder / name).exists():
+    if not os.path.exists(run.folder / name):
         if section(run.summary, "stages", "preference") and eval_pairs(run.summary):
             run.problems.append(f"{name} is missing.")
         return {}
     rows = read_rows(run, name, lambda row: [value for key, value in row.items() if "/" in key])
     final = [row for row in rows if row.get("moment") == "final"]
     lacking = eval_pairs(run.summary) - len(final)
-    if lacking > 0 and not any(name in problem for problem in run.problems):
-        run.problems.append(f"{name} lacks {lacking} of {eval_pairs(run.summary)} pairs.")
+    if rows and lacking > 0:
+        run.problems.append(
+            f"{name} lacks {lacking} of {eval_pairs(run.summary)} pairs: differences are over the others."
+        )
     return numbered(final, "key")
 
 
@@ -128,16 +131,15 @@ def once(members: Sequence[Member]) -> tuple[list[Member], dict[str, str]]:
 
 
 def read_member(folder: Path, name: str) -> Member:
-    """Read a run folder; what is missing or broken is named in `run.problems`.
-
-    Raises:
-        UserError: it is no run folder.
-    """
-    run = read_run(folder) if any((folder / file).is_file() for file in RUN_FILES) else Run(folder)
+    """Read a run folder; what is missing or broken, if it is all of it, is named in `run.problems`."""
+    failed = folder / "failed.json"
+    try:
+        run = read_run(folder)
+    except UserError as error:
+        run = Run(folder, problems=[] if os.path.isfile(failed) else [str(error)])
     if run.summary and run.summary.get("status") not in ("finished", "stopped"):
         run.problems.append(f"it is not finished: its status is {shown(run.summary.get('status'))}.")
-    failed = folder / "failed.json"
-    if failed.exists():
+    if os.path.exists(failed):
         try:
             run.problems.append(f"it failed: {_sentence(json.loads(failed.read_text('utf-8')))}")
         except (OSError, ValueError, RecursionError):
@@ -161,7 +163,7 @@ def _loss(run: Run) -> str:
         return ""
     try:  # a run that did not end: what was asked for
         asked = yaml.safe_load((run.folder / ".hydra" / "hydra.yaml").read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         asked = None
     return str(get(asked, "hydra", "runtime", "choices", "loss") or "unknown loss")
 
@@ -177,13 +179,13 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
     """The run folders among and directly inside of the given ones, sweeps in the order of their members' numbers.
 
     Raises:
-        UserError: one of them neither is nor holds a run folder.
+        UserError: one of them neither is nor holds a run folder, or cannot be looked into.
     """
     found: list[Path] = []
     for folder in folders:
         inside = [folder]
         if not is_run(folder):
-            inside = sorted((path for path in _folders(folder) if is_run(path)), key=_number)
+            inside = sorted((path for path in _folders(folder) if _may_be_run(path)), key=_number)
         if not inside:
             raise UserError(f"{folder} is no run folder and holds none: in neither is any of {', '.join(RUN_FILES)}.")
         found += inside
@@ -191,12 +193,26 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """It holds a file of a run, if only the one that says why it failed."""
-    return any((folder / name).is_file() for name in (*RUN_FILES, "failed.json"))
+    """It holds a file of a run, if only the one that says why it failed.
+
+    Raises:
+        UserError: it cannot be looked into.
+    """
+    return holds_any(folder, (*RUN_FILES, "failed.json"))
+
+
+def _may_be_run(folder: Path) -> bool:
+    try:
+        return is_run(folder)
+    except UserError:
+        return True  # a member of which nothing can be read is named
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    try:
+        return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be looked into: {error.strerror}.") from None
 
 
 def _number(folder: Path) -> tuple[bool, int, str]:

@@ -160,8 +160,10 @@ def _behind(standing: Standing) -> list[str]:
     for against in told:
         d = against.difference
         gap = f"{points(d.value)} points behind" if d.value else "level with"
+        items = standing.measure.num_items(standing.best[0])
+        known = f", on the {d.count} of {items} {standing.measure.unit} that are kept" if d.count < items else ""
         said.append(
-            f"{against.other.label} is {gap} {ahead} (95% interval of the difference {points(d.low)} to "
+            f"{against.other.label} is {gap} {ahead}{known} (95% interval of the difference {points(d.low)} to "
             f"{points(d.high)}): {judged(against)}."
         )
     return said

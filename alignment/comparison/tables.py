@@ -200,7 +200,8 @@ def differences(found: Comparison) -> Table | None:
             [
                 against.other.label,
                 _cell(measure, against.other, found),
-                f"{points(d.value)} points\n({points(d.low)} to {points(d.high)})",
+                f"{points(d.value)} points\n({points(d.low)} to {points(d.high)})"
+                + (f"\non {d.count} of {measure.num_items(top)}" if d.count < measure.num_items(top) else ""),
                 judged(against),
                 NONE if d.p is None else f"{d.better} to {d.worse}\nof {d.count}",
                 _p(against.p),

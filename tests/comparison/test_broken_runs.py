@@ -1,14 +1,21 @@
 """Runs whose files are missing, broken or half-written: what is there is compared, and the rest is named."""
 
+import errno
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
 from alignment import report
 from alignment.comparison import write_comparison
+from alignment.comparison.charts import curves
+from alignment.comparison.measures import chosen_drift
 from alignment.comparison.members import read_member
 from alignment.comparison.ranking import compare
+from alignment.records import RunRecord
+from alignment.run_folder import series, warnings
 from tests.comparison.folders import change_json, make_run
 
 FILES = ("config.yaml", "summary.json", "metrics.jsonl", "samples.jsonl", "held_out.jsonl")
@@ -68,8 +75,81 @@ def test_of_a_half_written_file_whole_lines_are_used(tmp_path, name):
     member = read_member(folder, "a")
     assert len(member.run.samples) == 4 - (name == "samples.jsonl")
     assert len(member.pairs) == 4 - (name == "held_out.jsonl")
-    [problem] = member.run.problems
-    assert problem.startswith(f"{name} cannot be read whole: 1 of its {len(lines)} lines, line {len(lines)} first")
+    problem, *lacking = member.run.problems
+    assert problem == (
+        f"{name} was cut off in its last line, {len(lines)}, as happens when a run is killed. That line is left out."
+    )
+    lacks = [f"{name} lacks 1 of 4 pairs: differences are over the others."]
+    assert lacking == (lacks if name == "held_out.jsonl" else [])
+
+
+def curve(member):
+    return series(member.run.metrics, "preference", "eval", "logps/chosen")
+
+
+@pytest.mark.parametrize(
+    "broken", [b"\x00\x00", b"[1]", b"{}", b'{"stage": "preference", "split": "eval", "ste', b"[" * 99999]
+)
+def test_one_broken_line_loses_one_point_of_the_curves(tmp_path, broken):
+    folder = make_run(tmp_path / "a")
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], broken, *lines[3:], b""]))
+    member = read_member(folder, "a")
+    assert curve(member) == ([0, 6, 18, 24], [-40, -40.125, -40.375, -40.5])
+    assert member.run.problems == [
+        "metrics.jsonl cannot be read whole: of its 5 lines 1 is broken and left out, line 3."
+    ]
+    assert chosen_drift(member) == -0.5, "the first and the last point are there"
+    notes = [chart.note for chart in curves(compare([member]))]
+    assert notes and all("A line with lost metrics lacks points" in note for note in notes)
+
+
+def test_several_broken_lines_are_counted_and_the_first_named(tmp_path):
+    path = make_run(tmp_path / "a", steps=40) / "metrics.jsonl"
+    path.write_bytes(b"?\n" * 5 + path.read_bytes() + b'{"stage": ')
+    assert read_member(tmp_path / "a", "a").run.problems == [
+        "metrics.jsonl was cut off in its last line, 11, as happens when a run is killed. That line is left out.",
+        "metrics.jsonl cannot be read whole: of its 11 lines 5 are broken and left out, line 1, 2, 3 and 2 more.",
+    ]
+
+
+@pytest.mark.parametrize("lost", [0, 4])
+def test_a_change_is_not_said_where_its_first_or_last_value_is_lost(tmp_path, lost):
+    """By what is left the log-prob of chosen completions would have fallen by 0.375 and not by 0.5."""
+    path = make_run(tmp_path / "a") / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[lost] = b"{"
+    path.write_bytes(b"\n".join([*lines, b""]))
+    assert chosen_drift(read_member(tmp_path / "a", "a")) is None
+
+
+def test_the_loss_is_said_to_have_risen_only_where_its_end_is_known(tmp_path):
+    record = RunRecord(make_run(tmp_path / "a"))
+    record.log("preference", 12, "eval", {"loss": 0.9})  # as if the end came after, and is lost
+    assert any("ended at 0.9" in warned.text for warned in warnings(read_member(tmp_path / "a", "a").run))
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write("{")
+    assert not warnings(read_member(tmp_path / "a", "a").run)
+
+
+def test_a_difference_over_fewer_items_than_the_means_says_so(tmp_path):
+    """Of pair k2, which b ranks wrongly, b's row is lost: the means stay those of all four pairs."""
+    make_run(tmp_path / "a", right=[True, True, True, True])
+    make_run(tmp_path / "b", settings={"beta": 0.5}, right=[True, False, False, True])
+    write_comparison([tmp_path], tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "50.0 points behind it (95%" in text
+    assert " of 4 pairs that are kept" not in text
+    path = tmp_path / "b" / "held_out.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:6] + lines[7:]))
+    write_comparison([tmp_path], tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "33.3 points behind it, on the 3 of 4 pairs that are kept (95%" in text
+    assert "<br>on 3 of 4 |" in text
+    assert "b: held_out.jsonl lacks 1 of 4 pairs: differences are over the others." in text
+    assert "50.0% (15.0 to 85.0)" in text.replace("<br>", " ")
 
 
 def test_without_its_configuration_a_member_keeps_its_place_beside_the_other_seeds(tmp_path):
@@ -102,3 +182,41 @@ def test_half_of_an_emoji_ends_no_report(tmp_path):
     (folder / "samples.jsonl").write_text(text.replace("0 from dpo", "cut \\ud83d"))
     make_run(tmp_path / "b", settings={"beta": 0.5}, scores=[1.0])
     assert "cut ?" in write_comparison([tmp_path], tmp_path).read_text()
+
+
+def test_a_page_that_cannot_be_written_is_named_and_the_others_are_there(tmp_path, capsys):
+    make_run(tmp_path / "a")
+    (tmp_path / "comparison.csv").mkdir()
+    (tmp_path / "comparison.md").symlink_to("nowhere")
+    assert report.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"Error: {tmp_path / 'comparison.csv'} cannot be written: Is a directory.\n"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["comparison.html", "comparison.md"]
+
+
+def test_a_member_that_cannot_be_looked_into_is_named_and_the_others_are_compared(tmp_path, monkeypatch):
+    make_run(tmp_path / "0-a")
+    make_run(tmp_path / "1-b", settings={"beta": 0.5})
+    is_file = Path.is_file
+
+    def refuse(path):
+        if path.parent.name == "1-b":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    assert report.main([str(tmp_path)]) == 0
+    said = (tmp_path / "comparison.md").read_text()
+    assert f"1-b: {tmp_path / '1-b'} cannot be looked into: Permission denied." in said
+    assert "0-a" not in said.split("## Not available")[1]
+
+
+def test_everything_of_a_run_may_be_folders(tmp_path):
+    make_run(tmp_path / "0-a", scores=[1.0])
+    odd = make_run(tmp_path / "1-b", scores=[1.0])
+    for name in FILES[1:]:
+        (odd / name).unlink()
+        (odd / name).mkdir()
+    assert report.main([str(tmp_path)]) == 0
+    said = [line for line in (tmp_path / "comparison.md").read_text().splitlines() if line.startswith("- 1-b: ")]
+    assert all(any(f"{name} cannot be read: Is a directory." in line for line in said) for name in FILES[1:])
+    assert report.main([str(odd)]) == 0
