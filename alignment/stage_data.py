@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from alignment.config import DataConfig
@@ -16,6 +18,7 @@ from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.lists import are_lists, as_pairs
 from alignment.objective import as_rows
+from alignment.records import atomic_write_bytes, to_json
 
 log = logging.getLogger(__name__)
 
@@ -139,3 +142,21 @@ def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, lis
     _log_data("SFT data", info)
     info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
     return SFTData(train.sequences, held_out.sequences, info), [*loaded.bad, *drops]
+
+
+def require_same_data(path: Path, infos: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep in a file what the data of each stage are; where it exists, a resumed run must have the same.
+
+    Raises:
+        UserError: the data have changed since the run began.
+    """
+    prints = {name: info["fingerprint"] for name, info in infos.items()}
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, to_json(prints))
+    elif (before := json.loads(path.read_text())) != prints:
+        changed = " and the ".join(f"{name} data" for name in prints if before.get(name) != prints[name])
+        raise UserError(
+            f"A resumed run keeps its data, and the {changed} are not those that {path.parents[1]} began with: bring "
+            f"them back, or start a new run."
+        )

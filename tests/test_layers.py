@@ -11,6 +11,7 @@ LAYERS = [
     {"run", "plan", "lab", "losses.__main__"},
     {"compose", "sweep_cohorts"},
     {"stages", "cache"},
+    {"preference_stage"},
     {"evaluation", "export", "gate", "kl", "preflight", "report", "sft_result"},
     {"comparison"},
     {"comparison.page", "comparison.tracked"},

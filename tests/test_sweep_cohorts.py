@@ -244,16 +244,16 @@ def test_a_failed_member_ends_no_other(project, one_by_one, tmp_path):
 def too_small_for_three():
     from dataclasses import replace
 
-    from alignment.stages import Run
+    from alignment import preference_stage
 
     same_code()
-    plan = Run._plan
+    plan = preference_stage.plan_stage
 
-    def patched(self, stage, model, part, longest, members=1):
-        found = plan(self, stage, model, part, longest, members)
+    def patched(*arguments, members, **settings):
+        found = plan(*arguments, members=members, **settings)
         return replace(found, fits=False) if members == 3 else found
 
-    Run._plan = patched
+    preference_stage.plan_stage = patched
 
 
 def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_path):

@@ -209,17 +209,17 @@ def test_another_sweep_in_the_same_folder_is_refused(project, uninterrupted, tmp
 
 
 def failing_second():
-    from alignment.stages import Run
+    from alignment.preference_stage import PreferenceStage
 
     same_code()
-    preference = Run._preference
+    run = PreferenceStage.run
 
     def patched(self, *arguments):
-        if self.run_dir.name == "1-tiny":
+        if self._run_dir.name == "1-tiny":
             raise RuntimeError("out of\nmemory")
-        return preference(self, *arguments)
+        return run(self, *arguments)
 
-    Run._preference = patched
+    PreferenceStage.run = patched
 
 
 def test_a_failed_member_ends_no_other(project, uninterrupted, tmp_path):

@@ -348,7 +348,7 @@ def load(job: Job, device: torch.device) -> nn.Module:
 
 
 def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
-    """The preference stage as `alignment/stages.py` drives it."""
+    """The preference stage as `alignment/preference_stage.py` drives it."""
     device = resolve_device(Device.auto)
     if device.type == "cpu":
         keep_freed_memory()
