@@ -5,7 +5,8 @@ import math
 import pytest
 
 from alignment.errors import UserError
-from alignment.judge import WinRate, compare, judge, win_rate
+from alignment.judge import WinRate, compare, judge, win_interval, win_rate
+from alignment.run_folder import wilson_interval
 
 PARIS, TWELVE = ["Paris"], ["12"]
 
@@ -177,10 +178,70 @@ def test_win_rate_by_hand():
     good, bad = judge("Paris.", PARIS), judge("Rome.", PARIS)
     result = win_rate([(good, bad)] * 6 + [(good, good)] * 2 + [(bad, good)] * 2)
     assert (result.wins, result.ties, result.losses, result.rate) == (6, 2, 2, 0.7)
-    # Wilson's bounds solve (p - 0.7)^2 = z^2 p (1 - p) / 10.
     for p in (result.low, result.high):
-        assert (p - 0.7) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / 10)
+        assert (p - 0.7) ** 2 == pytest.approx(1.959964**2 * least_variance(6, 2, 2, p) / 10, rel=1e-4)
     assert result.low < 0.7 < result.high
+
+
+def least_variance(wins, ties, losses, rate):
+    """Of one pair's score, for the most likely share of ties among those with this win rate, sought on a grid."""
+
+    def log_likelihood(tied):
+        return sum(
+            count * math.log(share)
+            for count, share in ((wins, rate - tied / 2), (ties, tied), (losses, 1 - rate - tied / 2))
+        )
+
+    most = 2 * min(rate, 1 - rate)
+    tied = max((most * i / 20_000 for i in range(1, 20_000)), key=log_likelihood)
+    return rate - tied / 4 - rate**2
+
+
+def test_win_interval_of_a_published_table():
+    """1 better, 7 worse, 13 alike (Bentur et al. 2009): -0.517 to -0.026 (Fagerland, Lydersen and Laake 2014)."""
+    low, high = win_interval((1 + 13 / 2) / 21, 13 / 21, 21)
+    assert (2 * low - 1, 2 * high - 1) == pytest.approx((-0.517, -0.026), abs=5e-4)
+
+
+@pytest.mark.parametrize("count", [1, 12, 400])
+def test_win_interval_where_nothing_varies(count):
+    z2 = 1.959964**2
+    # All ties: at a rate a < 1/2 the ties are at most 2a, so that n (1/2 - a)^2 = z^2 a (1/2 - a).
+    low = count / 2 / (count + z2)
+    assert win_interval(0.5, 1.0, count) == pytest.approx((low, 1 - low))
+    # All wins, where n (1 - p)^2 = z^2 p (1 - p); and no ties is Wilson's.
+    assert win_interval(1.0, 0.0, count) == pytest.approx((count / (count + z2), 1.0))
+    assert win_interval(0.0, 0.0, count) == pytest.approx((0.0, z2 / (count + z2)))
+    for rate in (0.25, 0.5):
+        assert win_interval(rate, 0.0, count) == pytest.approx(wilson_interval(rate, count))
+
+
+@pytest.mark.parametrize(("count", "least", "mean"), [(12, 0.948, 0.972), (25, 0.923, 0.961)])
+def test_coverage_of_the_win_interval(count, least, mean):
+    """Exactly, over all outcomes: the probability that the interval holds the true rate."""
+    bounds = {
+        (wins, ties): win_interval((wins + ties / 2) / count, ties / count, count)
+        for wins in range(count + 1)
+        for ties in range(count + 1 - wins)
+    }
+    covered = []
+    for tied in (0.0, 0.3, 0.7, 0.95):
+        for share in (0.5, 0.7, 0.95):
+            won = (1 - tied) * share
+            lost, rate = 1 - tied - won, won + tied / 2
+            covered.append(
+                sum(
+                    math.comb(count, wins)
+                    * math.comb(count - wins, ties)
+                    * won**wins
+                    * tied**ties
+                    * lost ** (count - wins - ties)
+                    for (wins, ties), (low, high) in bounds.items()
+                    if low <= rate <= high
+                )
+            )
+    assert min(covered) == pytest.approx(least, abs=1e-3)
+    assert sum(covered) / len(covered) == pytest.approx(mean, abs=5e-3)
 
 
 def test_win_rate_of_the_swapped_pairs_is_the_complement():
@@ -195,6 +256,6 @@ def test_win_rate_of_the_swapped_pairs_is_the_complement():
 def test_win_rate_at_the_edges():
     good, bad = judge("Paris.", PARIS), judge("Rome.", PARIS)
     assert win_rate([(good, bad)] * 4).high == pytest.approx(1.0)
-    assert win_rate([(good, good)]) == WinRate(0, 1, 0, 0.5, *(pytest.approx(x, abs=1e-4) for x in (0.0546, 0.9454)))
+    assert win_rate([(good, good)]) == WinRate(0, 1, 0, 0.5, *(pytest.approx(x, abs=1e-4) for x in (0.1033, 0.8967)))
     with pytest.raises(UserError, match="at least one pair"):
         win_rate([])

@@ -21,6 +21,7 @@ class Measure:
         share: it is a share of items, of which `count` says how many, so that it has an interval.
         items: the same by item, of which it is the mean; empty where those are not known.
         unit: what an item is, in the plural.
+        tied: share of items of a member that count one half.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Measure:
     count: Callable[[Member], int] = lambda member: 0
     items: Callable[[Member], Mapping[str, float]] = lambda member: {}
     unit: str = "items"
+    tied: Callable[[Member], float] = lambda member: 0.0
 
     def mean(self, variant: Variant) -> float | None:
         """Over the members that have it."""
@@ -90,8 +92,19 @@ def baseline(member: Member) -> str:
     return "sft" if section(member.run.summary, "stages", "sft") else "start"
 
 
+def _won(member: Member, key: str) -> float | None:
+    return _number_of(get(member.run.summary, "evaluation", "win_rate", f"final_vs_{baseline(member)}", key))
+
+
 def _win_rate(member: Member) -> float | None:
-    return _number_of(get(member.run.summary, "evaluation", "win_rate", f"final_vs_{baseline(member)}", "rate"))
+    return _won(member, "rate")
+
+
+def _tied(member: Member) -> float:
+    """Where it is not known, none, with which an interval is the widest."""
+    rate, ties, count = _win_rate(member), _won(member, "ties"), _num_answers(member)
+    known = rate is not None and ties is not None and count > 0 and 0 <= ties <= 2 * count * min(rate, 1 - rate)
+    return ties / count if known and ties else 0.0
 
 
 def verdict(sample: Mapping[str, Any], model: str) -> Verdict | None:
@@ -137,6 +150,7 @@ WIN_RATE = Measure(
     _num_answers,
     _wins,
     "prompts",
+    _tied,
 )
 CORRECT = Measure(
     "correct answers",

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from alignment.comparison.measures import ACCURACY, Measure, criterion
 from alignment.comparison.members import Member, Variant, differing, once, variants
 from alignment.comparison.statistics import Difference, holm, paired_difference, unpaired_difference
-from alignment.run_folder import shown, wilson_interval
+from alignment.judge import win_interval
+from alignment.run_folder import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +125,20 @@ def stand(found: Sequence[Variant], measure: Measure) -> Standing:
 
 def _difference(measure: Measure, a: Variant, b: Variant) -> Difference | None:
     paired = paired_difference(measure.by_item(a), measure.by_item(b))
-    num_a, num_b = measure.num_items(a), measure.num_items(b)
     mean_a, mean_b = measure.mean(a), measure.mean(b)
-    if paired is not None or mean_a is None or mean_b is None or not (num_a and num_b):
+    bounds_a, bounds_b = interval(measure, a), interval(measure, b)
+    if paired is not None or mean_a is None or mean_b is None or bounds_a is None or bounds_b is None:
         return paired
-    return unpaired_difference(mean_a, num_a, mean_b, num_b)
+    return unpaired_difference(mean_a, bounds_a, mean_b, bounds_b, min(measure.num_items(a), measure.num_items(b)))
 
 
 def interval(measure: Measure, variant: Variant) -> tuple[float, float] | None:
-    """95% of a share, among as many items as were asked: another seed asks the same ones."""
+    """95% of a share, among as many items as were asked: another seed asks the same ones.
+
+    Wilson's, or where items are tied, as many as in the mean of the members, the judge's own for win rates.
+    """
     mean, count = measure.mean(variant), measure.num_items(variant)
-    return wilson_interval(mean, count) if mean is not None and 0 <= mean <= 1 and count else None
+    if mean is None or not 0 <= mean <= 1 or not count:
+        return None
+    tied = [measure.tied(member) for member in variant.members if measure.value(member) is not None]
+    return win_interval(mean, sum(tied) / len(tied), count)

@@ -138,14 +138,17 @@ def _against_start(variant: Variant, is_first: bool) -> str:
     """Whether the first is better than what it began as, by its single wins where they are known."""
     won = WIN_RATE.by_item(variant)
     found = paired_difference(won, {prompt: 1 - share for prompt, share in won.items()})
-    if found is None:
-        bounds = interval(WIN_RATE, variant)
-        is_draw, counts = bounds is None or bounds[0] <= 0.5, ""
-    else:
-        is_draw = found.value <= 0 or found.is_noise or (found.p or 0.0) > 0.05
+    bounds = interval(WIN_RATE, variant)
+    is_draw, counts = bounds is None or bounds[0] <= 0.5, ""
+    if found is not None:
+        is_draw = is_draw or found.value <= 0 or found.is_noise or (found.p or 0.0) > 0.05
         counts = f": better on {found.better} of {found.count} prompts, worse on {found.worse}"
     if is_draw:
         who = "Even the first" if is_first else "It"
+        if bounds is not None and bounds[0] > 0.5:
+            return (
+                f"{who} is not surely better than the model that it started from{counts}; the interval alone says so."
+            )
         return f"{who} cannot be told from a draw with the model that it started from{counts}."
     return f"{'The first' if is_first else 'It'} beats the model that it started from by more than noise{counts}."
 

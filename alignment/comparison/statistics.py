@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignment.run_folder import wilson_interval
-
 RESAMPLES = 10_000
 _CHUNK = 500
 
@@ -71,13 +69,14 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> Differe
     )
 
 
-def unpaired_difference(a: float, num_a: int, b: float, num_b: int) -> Difference:
-    """Of two shares of different items; the interval is Newcombe's (1998), from those of Wilson."""
-    low_a, high_a = wilson_interval(a, num_a)
-    low_b, high_b = wilson_interval(b, num_b)
+def unpaired_difference(
+    a: float, bounds_a: tuple[float, float], b: float, bounds_b: tuple[float, float], count: int
+) -> Difference:
+    """Of two shares of different items; the interval is Newcombe's (1998), from those of the two."""
+    (low_a, high_a), (low_b, high_b) = bounds_a, bounds_b
     low = a - b - math.hypot(a - low_a, high_b - b)
     high = a - b + math.hypot(high_a - a, b - low_b)
-    return Difference(a - b, low, high, None, None, None, min(num_a, num_b))
+    return Difference(a - b, low, high, None, None, None, count)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

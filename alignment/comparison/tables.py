@@ -89,8 +89,8 @@ _FEW = 3
 
 _OF_VALUES = (
     "Means over seeds; in parentheses the 95% interval, and below it what the single seeds gave. The interval is "
-    "Wilson's for as many items (n) as were asked; seeds ask the same, so they make it no narrower. Of a win rate with "
-    "many ties it is rather too wide."
+    "Wilson's for as many items (n) as were asked, Tango's for a win rate with ties; seeds ask the same items, so they "
+    "make it no narrower."
 )
 
 

@@ -78,7 +78,16 @@ def make_run(
                 name: {"n": len(given), "words": words, "correct": sum(s > 0 for s in given) / len(given)}
                 for name, given, words in (("sft", before, 8.0), ("final", scores, 7.0))
             },
-            "win_rate": {"final_vs_sft": {"rate": sum(won) / len(won), "low": 0.51, "high": 0.9}},
+            "win_rate": {
+                "final_vs_sft": {
+                    "wins": won.count(1.0),
+                    "ties": won.count(0.5),
+                    "losses": won.count(0.0),
+                    "rate": sum(won) / len(won),
+                    "low": 0.51,
+                    "high": 0.9,
+                }
+            },
         }
         record.write_samples(
             [

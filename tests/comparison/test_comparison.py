@@ -12,10 +12,11 @@ from alignment.comparison.answers import questions
 from alignment.comparison.charts import COLOURS, choices, curves, frontiers, glances, lengths, sensitivity
 from alignment.comparison.measures import KLS, WIN_RATE, kl
 from alignment.comparison.members import read_member, run_folders, variants
-from alignment.comparison.ranking import compare
+from alignment.comparison.ranking import compare, interval
 from alignment.comparison.sentences import cautions, headline, judged
 from alignment.comparison.tables import differences, member_table, on_pairs, results, what_ran
 from alignment.errors import UserError
+from alignment.judge import win_interval
 from tests.comparison.folders import change_json, make_run
 
 
@@ -486,14 +487,38 @@ def test_what_is_ahead_of_some_alone_is_said_so(tmp_path):
     assert sure[1] == "It is ahead of the other losses' best by more than noise."
 
 
-def test_single_wins_tell_what_a_rate_with_many_ties_does_not(tmp_path):
+def test_a_win_rate_with_many_ties_is_no_share_of_as_many_wins(tmp_path):
     """Better on 8 of 40 and worse on none is certain: p is 2 / 2^8. As 60% of 40 it is not: Wilson begins at 45%."""
     folder = make_run(tmp_path / "a", scores=[1.0] * 8 + [0.5] * 32)
     said = headline(compared(folder))
-    assert "60.0% (44.6% to 73.7%)" in said[0]
+    assert "60.0% (54.7% to 67.4%)" in said[0]
     assert any(line.endswith("by more than noise: better on 8 of 40 prompts, worse on 0.") for line in said)
     (folder / "samples.jsonl").unlink()
-    assert any("cannot be told from a draw" in line for line in headline(compared(folder)))
+    assert any(line.endswith("started from by more than noise.") for line in headline(compared(folder)))
+    summary = json.loads((folder / "summary.json").read_text())
+    for ties in (None, "many", -1, 33):  # with 60% of 40 no more than 32 can be ties
+        summary["evaluation"]["win_rate"]["final_vs_sft"]["ties"] = ties
+        change_json(folder / "summary.json", evaluation=summary["evaluation"])
+        said = headline(compared(folder))
+        assert "60.0% (44.6% to 73.7%)" in said[0]
+        assert any("cannot be told from a draw" in line for line in said)
+
+
+def test_of_several_seeds_the_ties_are_their_mean(tmp_path):
+    a = make_run(tmp_path / "a", scores=[1.0] * 8 + [0.5] * 32)
+    b = make_run(tmp_path / "b", seed=1, scores=[1.0] * 12 + [0.5] * 20 + [0.0] * 8)
+    [variant] = compared(a, b).variants
+    assert interval(WIN_RATE, variant) == win_interval((24 + 22) / 80, (32 + 20) / 80, 40)
+
+
+def test_an_interval_and_a_test_that_disagree_are_both_said(tmp_path):
+    """Better on 5 of 40 and worse on none: the interval leaves out 50%, the exact test has p = 2 / 2^5."""
+    found = compared(make_run(tmp_path / "a", scores=[1.0] * 5 + [0.5] * 35))
+    assert interval(WIN_RATE, found.ranked[0])[0] > 0.5
+    assert headline(found)[-1] == (
+        "It is not surely better than the model that it started from: better on 5 of 40 prompts, worse on 0; the "
+        "interval alone says so."
+    )
 
 
 def test_equal_ones_are_in_the_order_of_reward_accuracy(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 
 from alignment.comparison import write_comparison
 from alignment.comparison.measures import ACCURACY, WIN_RATE, kl
-from alignment.comparison.members import read_member, run_folders
-from alignment.comparison.ranking import compare
+from alignment.comparison.members import Variant, read_member, run_folders
+from alignment.comparison.ranking import compare, interval
 from tests.commands import command, write_project
 
 
@@ -40,7 +40,9 @@ def test_members_and_measures_are_those_of_the_runs(sweep):
             items = measure.items(member)
             assert len(items) == measure.count(member)
             assert sum(items.values()) / len(items) == pytest.approx(measure.value(member))
-        assert WIN_RATE.value(member) == summary["evaluation"]["win_rate"]["final_vs_sft"]["rate"]
+        won = summary["evaluation"]["win_rate"]["final_vs_sft"]
+        assert WIN_RATE.value(member) == won["rate"]
+        assert interval(WIN_RATE, Variant(member.loss, {}, [member])) == (won["low"], won["high"])
     assert set(ACCURACY.items(members[0])) == set(ACCURACY.items(members[-1])), "pairs have the same key in every run"
     assert kl(members) is not None
 

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from alignment.comparison.statistics import holm, paired_difference, ranks, sign_test, unpaired_difference
+from alignment.run_folder import wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -64,12 +65,14 @@ def test_pairing_sees_what_two_intervals_do_not():
     found = paired_difference(a, b)
     assert (found.value, found.better, found.worse) == (pytest.approx(0.3), 12, 0)
     assert not found.is_noise
-    assert unpaired_difference(22 / 40, 40, 16 / 40, 40).is_noise
+    assert unpaired_difference(
+        22 / 40, wilson_interval(22 / 40, 40), 16 / 40, wilson_interval(16 / 40, 40), 40
+    ).is_noise
 
 
 def test_newcombe():
     """The example of Newcombe (1998), 56/70 against 48/80: method 10 gives 0.0524 to 0.3339."""
-    found = unpaired_difference(56 / 70, 70, 48 / 80, 80)
+    found = unpaired_difference(56 / 70, wilson_interval(56 / 70, 70), 48 / 80, wilson_interval(48 / 80, 80), 70)
     assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
     assert found.p is None
 
