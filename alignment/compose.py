@@ -443,7 +443,7 @@ def sweep_members(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every member of a sweep, its folder among them; the same for the same overrides.
 
     A recipe's own members come in the order of its `sweep:` block; what the command line gives goes over them. Empty
-    where a range is given to an optimising sweeper, whose values are known only as it goes.
+    for an optimising sweeper, and where a range is given: such values are known only as the sweep goes.
 
     Raises:
         UserError: what is no setting, or names the members' folders.
@@ -452,7 +452,8 @@ def sweep_members(overrides: Sequence[str]) -> list[list[str]]:
     given = {override.key_or_group for override in parsed}
     if "hydra.sweep.subdir" in given:
         raise UserError("hydra.sweep.subdir cannot be chosen: a sweep names its members' folders, to find them again.")
-    if any(override.is_sweep_override() and not override.is_discrete_sweep() for override in parsed):
+    searched = any(o.key_or_group == "hydra/sweeper" and o.value() != "basic" for o in parsed)
+    if searched or any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed):
         return []
     members: list[list[str]] = []
     for member in _combinations(parsed):

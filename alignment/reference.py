@@ -161,16 +161,17 @@ class CachedReference(Reference):
         for group in groups:
             for key, completion in zip(group.keys(), group.completions, strict=True):
                 wanted.setdefault(key, Group(group.prompt, (completion,)))
-        self._values = self._stored(wanted)
-        if self._values and not self._agrees(wanted):
-            for identity in self._identities():
-                self._store.forget(identity)
-            self._values = {}
-        missing = {key: group for key, group in wanted.items() if key not in self._values}
-        self._summary["hits"] += len(wanted) - len(missing)
-        self._summary["misses"] += len(missing)
-        log.info("Reference %s: %d of %d completions stored.", self.identity[:12], len(self._values), len(wanted))
-        self._compute(missing)
+        with self._store.alone(self.identity):
+            self._values = self._stored(wanted)
+            if self._values and not self._agrees(wanted):
+                for identity in self._identities():
+                    self._store.forget(identity)
+                self._values = {}
+            missing = {key: group for key, group in wanted.items() if key not in self._values}
+            self._summary["hits"] += len(wanted) - len(missing)
+            self._summary["misses"] += len(missing)
+            log.info("Reference %s: %d of %d completions stored.", self.identity[:12], len(self._values), len(wanted))
+            self._compute(missing)
         self._summary["seconds"] += time.monotonic() - started
 
     def refresh(self, step: int, groups: Iterable[Group]) -> None:

@@ -215,6 +215,23 @@ class ReferenceStore:
 
         return self._run(write)
 
+    @contextmanager
+    def alone(self, identity: str) -> Iterator[None]:
+        """Look up and compute for an identity alone: a process that lacks the same values waits, and finds them."""
+        lock = FileLock(f"{self.path}.{identity[:16]}.lock")
+        try:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                _log.info("Another run is computing this reference (%s); waiting for it ...", identity[:12])
+                lock.acquire()
+        except OSError as error:
+            raise self._unusable(error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def identities(self) -> list[IdentityInfo]:
         """Every identity in the store, most recently used first."""
 

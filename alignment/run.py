@@ -10,13 +10,16 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -49,6 +52,7 @@ log = logging.getLogger(__name__)
 _SWITCHES = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-r", "--resolve", "-m", "--multirun")
 _SHOWN = ("job", "hydra", "all")
 _SWEEP_DIR = "hydra.sweep.dir="
+_PLUGGED = ("hydra/launcher", "hydra/sweeper")
 
 FAILED = "failed.json"
 """In the folder of a member of a sweep: why it has no result."""
@@ -56,10 +60,14 @@ FAILED = "failed.json"
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A sweep's folder, its members (none where only the sweeper knows them), and how to go on with it."""
+    """A sweep's folder, its members (none where only the sweeper knows them), and how to go on with it.
+
+    `plugin` is the setting that chose what starts the members, where that is not Hydra's own loop over them.
+    """
 
     folder: Path
     members: list[SweepMember]
+    plugin: str | None
     command: str
 
 
@@ -122,7 +130,27 @@ def _member(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path) -> None:
         together.run(lambda member, place: _attempt(member.node, member.choices, member.folder, place))
 
 
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Have a member's folder alone: jobs may outlive the command that started them, and that may start them again."""
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("Another process runs %s; waiting for its end ...", run_dir.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _attempt(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, place: Member | None = None) -> None:
+    with _alone(run_dir):
+        _attempt_alone(cfg, choices, run_dir, place)
+
+
+def _attempt_alone(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, place: Member | None) -> None:
     failed = run_dir / FAILED
     failed.unlink(missing_ok=True)
     if (run_dir / "summary.json").exists():
@@ -341,13 +369,15 @@ def _checked_sweep(overrides: list[str], typed: list[str]) -> Sweep:
         UserError: a member that cannot run, or a folder that holds another run.
     """
     members = sweep_members(overrides)
-    nodes = [compose_node(member, with_hydra=True) for member in members or [single_values(overrides)]]
+    tried = members or [single_values(overrides)]
+    nodes = [compose_node(member, with_hydra=True) for member in tried]
     HydraConfig.instance().set_config(nodes[0])
-    folder = Path(nodes[0].hydra.sweep.dir)
-    if not members and any(folder.glob("*/config.yaml")):
-        raise UserError(f"{folder} holds a sweep already, and one over ranges cannot go on: choose another folder.")
+    folder, choices = Path(nodes[0].hydra.sweep.dir), nodes[0].hydra.runtime.choices
+    plugin = next((f"{group}={choices[group]}" for group in _PLUGGED if choices[group] != "basic"), None)
+    if not members:
+        _check_search(nodes[0].hydra, folder)
     found = []
-    for member, node in zip(members, nodes, strict=False):
+    for member, node in zip(tried, nodes, strict=True):
         hydra_config = node.hydra
         run_dir = folder / hydra_config.sweep.subdir
         with open_dict(node):
@@ -359,11 +389,10 @@ def _checked_sweep(overrides: list[str], typed: list[str]) -> Sweep:
                 "-m ... hydra.sweep.dir=FOLDER."
             )
         refuse_without_effect(member, config)
-        launcher = hydra_config.runtime.choices["hydra/launcher"]
-        if launcher != "basic" and config.trainer.cohort not in ("auto", 1):
+        if plugin is not None and config.trainer.cohort not in ("auto", 1):
             raise UserError(
-                f"trainer.cohort={config.trainer.cohort} trains members in one process, and hydra/launcher={launcher} "
-                f"gives each one of its own: choose one of them."
+                f"trainer.cohort={config.trainer.cohort} trains members in one process, and {plugin} starts each one "
+                f"by itself: choose one of them."
             )
         if (run_dir / "config.yaml").exists() and (changed := _changes(run_dir, node)):
             raise UserError(
@@ -371,14 +400,37 @@ def _checked_sweep(overrides: list[str], typed: list[str]) -> Sweep:
             )
         found.append(SweepMember(run_dir, node, hydra_config, config))
     words = [word for word in typed if not word.startswith(_SWEEP_DIR)]
-    return Sweep(folder, found, shlex.join(["python", "-m", "alignment.run", *words, f"{_SWEEP_DIR}{folder}"]))
+    command = shlex.join(["python", "-m", "alignment.run", *words, f"{_SWEEP_DIR}{folder}"])
+    return Sweep(folder, found if members else [], plugin, command)
 
 
-def _end_sweep(sweep: Sweep) -> None:
-    """Compare the members, and say which of them have no result."""
-    folders = [member.folder for member in sweep.members] or sorted(
-        path.parent for path in sweep.folder.glob("*/config.yaml")
-    )
+def _check_search(hydra_config: DictConfig, folder: Path) -> None:
+    """Refuse a search, whose members its sweeper chooses as it goes, where it would not find what it is for.
+
+    Raises:
+        UserError: what is wrong, and what to do.
+    """
+    recipe, sweeper = (hydra_config.runtime.choices[group] for group in ("recipe", "hydra/sweeper"))
+    if sweeper == "basic":
+        raise UserError("Ranges are searched by a sweeper that chooses values in them: add hydra/sweeper=optuna.")
+    if is_sweep(recipe):
+        raise UserError(f"Recipe {recipe} has members of its own, and hydra/sweeper={sweeper} would leave them out.")
+    direction = hydra_config.sweeper.get("direction")
+    if getattr(direction, "name", direction) != "maximize":
+        raise UserError(
+            "A run of a search returns the accuracy on the held-out pairs: set hydra.sweeper.direction=maximize."
+        )
+    if any(folder.glob("*/config.yaml")):
+        raise UserError(f"{folder} holds a sweep already, and a search cannot go on: choose another folder.")
+
+
+def _end_sweep(sweep: Sweep, gave_up: str | None) -> None:
+    """Compare the members, and say which of them have no result, and why what started them gave up, if it did."""
+    folders = [m.folder for m in sweep.members] or sorted(path.parent for path in sweep.folder.glob("*/.hydra"))
+    for folder in folders:
+        if folder.exists():
+            with _alone(folder):
+                pass  # a launcher that gives up for one job may leave others running
     begun = [folder for folder in folders if (folder / "config.yaml").exists()]
     if begun:
         from alignment.comparison import write_comparison
@@ -390,10 +442,12 @@ def _end_sweep(sweep: Sweep) -> None:
             problems.append(f"{folder.name} failed: {json.loads((folder / FAILED).read_bytes())['error']}")
         elif not (folder / "summary.json").exists():
             problems.append(f"{folder.name} did not end.")
+    lines = [f"Error: {problem}" for problem in ([gave_up] if gave_up is not None else []) + problems]
     if problems:
-        lines = [f"Error: {problem}" for problem in problems]
-        count = f"{len(problems)} of {len(folders)} members have no result; try them again with:"
-        sys.exit("\n".join([*lines, f"{count} {sweep.command}"]))
+        again = f"; try them again with: {sweep.command}" if sweep.members else "."
+        lines.append(f"{len(problems)} of {len(folders)} members have no result{again}")
+    if lines:
+        sys.exit("\n".join(lines))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -405,9 +459,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.argv = [sys.argv[0], *checked]
         for together in cohorts(sweep.members) if sweep is not None else ():
             _together.update((member.folder.resolve(), together) for member in together.members)
-        _job()
+        gave_up = None
+        try:
+            _job()
+        except Exception as error:
+            if sweep is None or sweep.plugin is None:
+                raise
+            # What a member raises ends there, so this is a job that was killed, or that could not be started.
+            gave_up = textwrap.shorten(f"{sweep.plugin} gave up: {type(error).__name__}: {error}", 300)
         if sweep is not None:
-            _end_sweep(sweep)
+            _end_sweep(sweep, gave_up)
     except UserError as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
