@@ -178,9 +178,12 @@ def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) ->
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Put a saved adapter on the base model, trainable."""
+    """Put a saved adapter on the base model, trainable; one of the same form that it has takes on the weights."""
     from peft import PeftModel
 
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), model.active_adapter, is_trainable=True, torch_device=str(model.device))
+        return model
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     make_lean(adapted)
     return adapted

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from alignment.config import RunConfig
-from alignment.policy import policy_identity
+from alignment.policy import is_adapted, load_adapter, policy_identity
 from alignment.records import RunRecord, atomic_write_bytes, read_metrics, to_json
 from alignment.stage_data import SFTData
 from alignment.stage_store import StageStore, stage_key
@@ -53,21 +53,31 @@ def take_sft(
     store: StageStore,
     key: str,
     folder: Path,
+    model: nn.Module,
     load: Callable[[Path], nn.Module],
     record: RunRecord,
     log_metrics: LogFunction,
 ) -> tuple[nn.Module, dict[str, Any]] | None:
     """The policy of the SFT stage that was done before and its result, with all that the stage leaves in its folder.
 
-    None where there is no such result, or none that is sound.
+    Args:
+        model: the policy that the stage starts from. It becomes the one that is returned if it has an adapter; a whole
+            model is left as it is.
+        load: gives a whole model that was saved.
+
+    Returns:
+        None where there is no such result, or none that is sound; `model` is as it was then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "policy", ignore_errors=True)
     content = store.take(key, folder / "policy")
     if content is None:
         return None
-    model = load(folder / "policy")
-    if policy_identity(model)[0] != content["identity"]:
+    adapted = is_adapted(model)
+    fresh = {name: p.detach().clone() for name, p in model.named_parameters() if adapted and p.requires_grad}
+    policy = load_adapter(model, folder / "policy") if adapted else load(folder / "policy")
+    if policy_identity(policy)[0] != content["identity"]:
+        model.load_state_dict(fresh, strict=False)
         log.warning("The kept result %s is not the policy that it was: SFT is done again.", key[:12])
         store.drop(key)
         return None
@@ -80,4 +90,4 @@ def take_sft(
     result = content["result"] | {"taken_over": key}
     atomic_write_bytes(folder / "done.json", to_json(result, indent=2))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return model, result
+    return policy, result

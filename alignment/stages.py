@@ -236,7 +236,7 @@ class Run:
         key = sft_key(model, self.config, data, self.tokenizer.chat_template)
         log_metrics = partial(self._log, tracker, "sft")
         with self.stage_store.locked(key):
-            taken = take_sft(self.stage_store, key, folder, self._load_trained, self.record, log_metrics)
+            taken = take_sft(self.stage_store, key, folder, model, self._load_trained, self.record, log_metrics)
             if taken is not None:
                 taken_model, self.summary["stages"]["sft"] = taken
                 return taken_model

@@ -116,6 +116,8 @@ def test_identity_survives_saving_and_another_process(tiny_model_folder, tmp_pat
     model = train_adapter(attach_adapter(load(tiny_model_folder), adapter(target_modules=[target]), 0))
     model.save_pretrained(str(tmp_path / "adapter"))
     assert identity(load_adapter(load(tiny_model_folder), tmp_path / "adapter")) == identity(model)
+    other = train_adapter(attach_adapter(load(tiny_model_folder), adapter(target_modules=[target]), 1), seed=3)
+    assert identity(load_adapter(other, tmp_path / "adapter")) == identity(model)
     if target == "all-linear":
         code = (
             "import sys; from pathlib import Path; from tests.test_policy import *;"

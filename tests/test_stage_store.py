@@ -136,6 +136,19 @@ def same_code():
     stage_store._code = lambda: "code"
 
 
+def counting_loads():
+    from alignment import stages
+
+    same_code()
+    load = stages.load_base
+
+    def patched(*arguments):
+        print("A base model is read.")
+        return load(*arguments)
+
+    stages.load_base = patched
+
+
 def run(project: Path, cwd: Path, cache: Path, *arguments: str, patch=same_code):
     cwd.mkdir(exist_ok=True)
     config = ("--config-dir", str(project), "recipe=tiny", "evaluation.prompts=2")
@@ -163,8 +176,10 @@ def test_sft_is_done_once_and_the_runs_are_the_same(settings, project, tmp_path)
     ended, first = run(project, tmp_path / "first", cache, *settings)
     assert (alone.code, ended.code) == (0, 0), alone.err + ended.err
     assert "SFT was done before" not in ended.out
-    ended, second = run(project, tmp_path / "second", cache, *settings, "loss.beta=0.3")
+    ended, second = run(project, tmp_path / "second", cache, *settings, "loss.beta=0.3", patch=counting_loads)
     assert ended.code == 0, ended.err
+    loads = 2 if settings else 1  # an adapter's weights are put into the model that is there
+    assert ended.out.count("A base model is read.") == loads
     [stored] = results(cache, "sft")
     assert f"SFT was done before ({stored.key[:12]})." in ended.out
     assert_same(second, expected)
@@ -209,6 +224,19 @@ def test_a_damaged_result_is_trained_again(project, tmp_path):
     ended, third = run(project, tmp_path / "third", cache)
     assert "SFT was done before" in ended.out
     assert_same(third, first)
+
+
+def test_a_policy_that_is_not_the_one_that_was_kept_is_trained_again(project, tmp_path):
+    """From the adapter that was drawn for it, although another's weights were put in its place."""
+    cache = tmp_path / "cache"
+    _, first = run(project, tmp_path / "first", cache)
+    [kept], store = results(cache, "sft"), StageStore(cache / "stages")
+    store.drop(kept.key)
+    store.put(kept.key, first / "stages" / "sft" / "policy", kept.content | {"identity": "0" * 64})
+    ended, second = run(project, tmp_path / "second", cache)
+    assert ended.code == 0, ended.err
+    assert "is not the policy that it was: SFT is done again" in ended.out
+    assert_same(second, first)
 
 
 def test_a_run_killed_in_sft_takes_over_what_another_has_done_since(project, tmp_path):
