@@ -155,10 +155,12 @@ def _against_start(variant: Variant, is_first: bool) -> str:
 
 def _behind(standing: Standing) -> list[str]:
     """By how much, of as many as can be read in passing; the table has all."""
-    ahead = "it" if len(standing.first) == 1 else standing.best[0].label
+    ahead = "the first" if len(standing.first) == 1 else standing.best[0].label
     told = standing.against if len(standing.against) <= _FEW else []
     if told and all(against.difference.is_noise for against in told):
         told = [max(told, key=lambda against: against.difference.value)]
+    furthest = len(told) < len(standing.against) and any(against.difference.value for against in told)
+    which = "Of the others the furthest behind: " if furthest else ""
     said = []
     for against in told:
         d = against.difference
@@ -166,7 +168,7 @@ def _behind(standing: Standing) -> list[str]:
         items = standing.measure.num_items(standing.best[0])
         known = f", on the {d.count} of {items} {standing.measure.unit} that are kept" if d.count < items else ""
         said.append(
-            f"{against.other.label} is {gap} {ahead}{known} (95% interval of the difference {points(d.low)} to "
+            f"{which}{against.other.label} is {gap} {ahead}{known} (95% interval of the difference {points(d.low)} to "
             f"{points(d.high)}): {judged(against)}."
         )
     return said

@@ -139,14 +139,14 @@ def test_a_difference_over_fewer_items_than_the_means_says_so(tmp_path):
     make_run(tmp_path / "b", settings={"beta": 0.5}, right=[True, False, False, True])
     write_comparison([tmp_path], tmp_path)
     text = (tmp_path / "comparison.md").read_text()
-    assert "50.0 points behind it (95%" in text
+    assert "50.0 points behind the first (95%" in text
     assert " of 4 pairs that are kept" not in text
     path = tmp_path / "b" / "held_out.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:6] + lines[7:]))
     write_comparison([tmp_path], tmp_path)
     text = (tmp_path / "comparison.md").read_text()
-    assert "33.3 points behind it, on the 3 of 4 pairs that are kept (95%" in text
+    assert "33.3 points behind the first, on the 3 of 4 pairs that are kept (95%" in text
     assert "<br>on 3 of 4 |" in text
     assert "b: held_out.jsonl lacks 1 of 4 pairs: differences are over the others." in text
     assert "50.0% (15.0 to 85.0)" in text.replace("<br>", " ")

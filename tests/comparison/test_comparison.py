@@ -417,6 +417,17 @@ def test_runs_without_a_preference_stage_are_listed_and_not_ranked(tmp_path):
     assert "| a | - |" in (tmp_path / "comparison.md").read_text()
 
 
+def test_of_several_that_noise_parts_the_furthest_behind_is_told(tmp_path):
+    folders = [
+        make_run(tmp_path / str(wins), settings={"beta": beta}, right=right(wins))
+        for beta, wins in ((0.1, 12), (0.5, 11), (0.9, 10))
+    ]
+    [told] = [line for line in headline(compared(*folders)) if "points behind" in line]
+    assert told.startswith("Of the others the furthest behind: DPO, beta 0.9 is 10.0 points behind the first (95%")
+    alike = [make_run(tmp_path / f"alike-{beta}", settings={"beta": beta}, right=right(12)) for beta in (0.1, 0.5, 0.9)]
+    assert any(line.startswith("DPO, beta 0.5 is level with DPO, beta 0.1 ") for line in headline(compared(*alike)))
+
+
 def test_what_seeds_do_is_said_beside_what_items_do(tmp_path):
     """Far apart in the mean, which is certain over items, whether or not the seeds overlap."""
     for name, counts, said in (
