@@ -224,6 +224,8 @@ def _sentence(error: Exception) -> str:
         message += f"; available are {', '.join(name for name in options.split()[1:] if '@' not in name)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
         message += f"; accepted are {', '.join(field.name for field in fields(cause.object_type))}"
+    if re.search(r"'hydra/(launcher|sweeper)/", message):
+        message += "; others come with the extras sweep-joblib, sweep-slurm and sweep-optuna of this package"
     if place and place[1] != "config":
         message = f"{_file_of(place[1])}: {message}"
     return message + "."

@@ -333,7 +333,7 @@ def _checked_arguments(arguments: list[str]) -> tuple[list[str], Sweep | None]:
         if set(options) - {"-m", "--multirun"}:
             return [*options, *overrides], None
         sweep = _checked_sweep(overrides, typed)
-        return [*options, *_into(overrides, sweep.folder)], sweep
+        return [*options, *_into(overrides, sweep)], sweep
     node = compose_node(overrides, with_hydra=True)
     if options:
         return [*options, *overrides], None
@@ -356,10 +356,12 @@ def _checked_arguments(arguments: list[str]) -> tuple[list[str], Sweep | None]:
     return overrides, None
 
 
-def _into(overrides: list[str], folder: Path) -> list[str]:
+def _into(overrides: list[str], sweep: Sweep) -> list[str]:
     """The overrides with the folder of their sweep, which so is the same wherever it is asked for."""
-    quoted = str(folder).replace("'", "\\'")
-    return [*(o for o in overrides if not o.startswith(_SWEEP_DIR)), f"{_SWEEP_DIR}'{quoted}'"]
+    quoted = str(sweep.folder).replace("'", "\\'")
+    # The members of a search have no names: their folders would lie deeper where a recipe's name has a slash.
+    subdir = [] if sweep.members else ["hydra.sweep.subdir=${hydra:job.num}-run"]
+    return [*(o for o in overrides if not o.startswith(_SWEEP_DIR)), f"{_SWEEP_DIR}'{quoted}'", *subdir]
 
 
 def _checked_sweep(overrides: list[str], typed: list[str]) -> Sweep:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,20 @@ def test_every_float32_round_trips_to_the_bit(path: Path) -> None:
         found = store.get(A, [key])[key]
     assert found.tobytes() == values.tobytes()
     assert found.flags.writeable
+
+
+def test_an_identity_is_computed_by_one_at_a_time(path: Path) -> None:
+    with ReferenceStore(path) as first, ReferenceStore(path) as second, ThreadPoolExecutor(1) as other:
+
+        def enter(identity: str) -> None:
+            with second.alone(identity):
+                pass
+
+        with first.alone(A):
+            other.submit(enter, B).result(timeout=10)
+            waiting = other.submit(enter, A)
+            assert wait([waiting], timeout=0.2).not_done
+        waiting.result(timeout=10)
 
 
 def test_identities_never_mix(path: Path) -> None:
