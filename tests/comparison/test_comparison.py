@@ -294,6 +294,7 @@ def test_members_that_failed_or_were_cut_off_are_named(tmp_path):
     text = (tmp_path / "comparison.md").read_text()
     assert "1-b: summary.json is missing." in text
     assert "2-c: it failed: The data are gone." in text
+    assert "is no run folder" not in text
     assert "| DPO, beta 0.5 | - |" in text, "a run without results keeps its place, and no rank"
     assert "notes" not in text
 
