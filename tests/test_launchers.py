@@ -6,21 +6,23 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from alignment.compose import register, sweep_members
 from alignment.errors import UserError
-from alignment.run import _checked_arguments
+from alignment.run import Sweep, _alone, _checked_arguments, _end_sweep
 from tests.commands import command, write_project
 
 LOSS = '''\
-"""A loss whose run is killed, as by a system without memory, or is slow."""
+"""A loss whose run is killed, as by a system without memory."""
 
 import os
 import signal
-import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,7 +38,6 @@ class Hazard(DPO):
     def __call__(self, *arguments):
         if self.fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.5 if self.fault == "slow" else 0)
         return DPO.__call__(self, *arguments)
 '''
 
@@ -93,7 +94,7 @@ def test_a_job_that_is_killed_ends_no_other(tiny_model_folder, tmp_path):
     (project / "loss").mkdir()
     (project / "loss" / "hazard.yaml").write_text("_target_: hazard.Hazard\nbeta: 0.1\nlabel_smoothing: 0\n")
     (tmp_path / "hazard.py").write_text(LOSS)
-    ended = sweep(project, tmp_path, "loss=hazard", "loss.fault=killed,slow", "hydra/launcher=submitit_local")
+    ended = sweep(project, tmp_path, "loss=hazard", "loss.fault=killed,none", "hydra/launcher=submitit_local")
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     gave_up, failed, again = ended.stderr.splitlines()[-3:]
     assert gave_up.startswith("Error: hydra/launcher=submitit_local gave up: UncompletedJobError: ")
@@ -101,6 +102,26 @@ def test_a_job_that_is_killed_ends_no_other(tiny_model_folder, tmp_path):
     assert again.startswith("1 of 2 members have no result; try them again with: python -m alignment.run --config-dir ")
     assert summary(tmp_path / "sweep" / "1-tiny")["stages"]["preference"]["steps"] == 4
     assert "1-tiny" in (tmp_path / "sweep" / "comparison.csv").read_text()
+
+
+def test_members_that_still_run_are_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("alignment.comparison.write_comparison", lambda *arguments, **named: None)
+    for number in range(2):
+        (tmp_path / f"{number}-tiny" / ".hydra").mkdir(parents=True)
+        (tmp_path / f"{number}-tiny" / "config.yaml").touch()
+    (tmp_path / "0-tiny" / "summary.json").touch()
+
+    def end() -> None:
+        time.sleep(0.3)
+        (tmp_path / "1-tiny" / "summary.json").touch()
+        held.close()
+
+    with ExitStack() as stack, ThreadPoolExecutor(1) as other:
+        other.submit(stack.enter_context, _alone(tmp_path / "1-tiny")).result()
+        held = stack.pop_all()
+        ended = other.submit(end)
+        _end_sweep(Sweep(tmp_path, [], "hydra/launcher=submitit_slurm", "again"), None)
+        ended.result()
 
 
 def test_a_search(project, tmp_path, monkeypatch):
