@@ -5,7 +5,8 @@ files, and trains in a greenlet of its own, of which one runs at a time. Where a
 gradient, it waits for the others; the last to come runs the base on all micro-batches at once, each member's adapter
 on the rows of its own. Every member goes on with its slice of the result. When all of them have their loss derived by
 their slice, one backward pass takes the derivatives to all adapters. What a member computes does not depend on who
-else takes part, up to rounding.
+else takes part, up to rounding. Where a joint pass gains nothing or does not fit, the members take turns, a step each,
+with passes of their own.
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ def share(base: nn.Module) -> nn.Module:
     del other.forward  # bound to the first model: the second needs its own
     enable_scoring(other)
     return other
+
+
+def joint_passes_gain(base: nn.Module) -> bool:
+    """Whether one pass of the base for all members costs less than a pass for each.
+
+    A CPU takes the same time for a row whatever stands beside it, and needs memory for every row of the pass; but each
+    weight of a quantised base is unpacked once a pass.
+    """
+    return any(p.device.type != "cpu" or getattr(p, "quant_state", None) is not None for p in base.parameters())
 
 
 def join(batches: Sequence[MicroBatch]) -> tuple[MicroBatch, list[int]]:
@@ -176,13 +186,20 @@ class Member(Passes):
         """How many train at once, at most."""
         return self._cohort.width
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether the passes of this member are those of others too; known once it has its base."""
+        return not self._cohort.is_apart
+
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What is the same for all members, made by the first that asks for it."""
         return self._cohort.once(name, make)
 
     def base(self, load: Callable[[], nn.Module]) -> nn.Module:
         """A model of its own on the tensors of the cohort's base, which the first member to ask loads."""
-        return self._cohort.base(load)
+        model = self._cohort.base(load)
+        self._is_apart = self._cohort.is_apart
+        return model
 
     def attach(self, policy: nn.Module) -> None:
         """Say whose adapter the passes are to run with.
@@ -212,6 +229,7 @@ class Cohort:
 
     Attributes:
         width: how many train at once; where one ends, the next takes its place.
+        is_apart: whether they take turns.
     """
 
     def __init__(self, width: int) -> None:
@@ -227,7 +245,7 @@ class Cohort:
         self._granted: dict[int, Tensor] = {}
         self._errors: dict[int, BaseException] = {}
         self._pass: _Pass | None = None
-        self._is_apart = False
+        self.is_apart = False
 
     def run(self, trainings: Sequence[Callable[[Member], T]]) -> list[T | Exception]:
         """What each training returns, or the error that ended it; the others go on."""
@@ -269,7 +287,11 @@ class Cohort:
 
     def base(self, load: Callable[[], nn.Module]) -> nn.Module:
         """See `Member.base`."""
-        self._base = self.once("base", load)
+        if self._base is None:
+            self._base = load()
+            if not joint_passes_gain(self._base):
+                log.info("The members of the cohort take turns: on a CPU a joint pass gains nothing with this base.")
+                self.is_apart = True
         return share(self._base)
 
     def attach(self, index: int, policy: nn.Module) -> None:
@@ -282,9 +304,9 @@ class Cohort:
         """See `Member.score`."""
         if self._pass is not None:
             self._pass.open.discard(index)
-        if index in self._active and not self._is_apart:
+        if index in self._active and not self.is_apart:
             self._requests[index] = _Request(batch, quantities)
-            self._wait(index, lambda: index in self._granted or index not in self._active or self._is_apart)
+            self._wait(index, lambda: index in self._granted or index not in self._active or self.is_apart)
             self._requests.pop(index, None)
         granted = self._granted.pop(index, None)
         return score_tokens(model, batch, quantities) if granted is None else granted
@@ -294,14 +316,14 @@ class Cohort:
         if self._pass is not None and index in self._pass.values:
             self._pass.open.discard(index)
             self._wait(index, lambda: self._pass is None)
-        elif self._is_apart:  # members take turns: the next step is another's
+        elif self.is_apart:  # members take turns: the next step is another's
             self._switch(index, lambda: True)
 
     def separate(self) -> None:
         """See `Member.separate`."""
-        if not self._is_apart:
+        if not self.is_apart:
             log.warning("The members of the cohort take turns from here on, each with passes of its own.")
-        self._is_apart = True
+        self.is_apart = True
 
     def _wait(self, index: int, done: Callable[[], bool]) -> None:
         self._advance()
@@ -336,7 +358,7 @@ class Cohort:
         if self._pass is not None and not self._pass.open:
             members = list(self._pass.values)
             self._attempt(members, self._backward)
-        while self._pass is None and not self._is_apart and self._active and self._active <= self._requests.keys():
+        while self._pass is None and not self.is_apart and self._active and self._active <= self._requests.keys():
             self._attempt(sorted(self._active), self._forward)
 
     def _attempt(self, members: Sequence[int], run: Callable[[], None]) -> None:

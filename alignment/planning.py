@@ -7,6 +7,7 @@ import logging
 import re
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def plan_stage(
     supervised: bool,
     copies: bool = False,
     members: int = 1,
+    is_joint: bool = False,
 ) -> Plan:
     """How a stage runs its steps on this machine as it is now; a resumed stage keeps the plan that it began with.
 
@@ -90,7 +92,8 @@ def plan_stage(
         adapter: the policy's adapter, if it has one.
         supervised: the SFT stage instead of a preference stage.
         copies: whether a frozen copy of a whole model will be made for the reference.
-        members: of a cohort that share a pass, whose groups are one then.
+        members: of a cohort that train at once, each with gradients and optimizer states of its own.
+        is_joint: whether they share a pass, whose groups are one then.
     """
     path = folder / "plan.json"
     if device.type == "cuda":
@@ -110,17 +113,19 @@ def plan_stage(
         dropout=supervised and adapter is not None and adapter.dropout > 0,
         supervised=supervised,
     )
+    sizes = replace(sizes, gradients=members * sizes.gradients, optimizer=members * sizes.optimizer)
+    passing = members if is_joint else 1
     taken = _taken(device)
     other = max(0, taken - weights.base - weights.adapter) + (weights.base if copies else 0)
     room = Room(device.type, taken + round(USABLE_SHARE[device.type] * _free(device)), other)
     plan = make_plan(
         sizes,
         room,
-        longest=members * longest,
-        step_tokens=trainer.groups_per_step * members * longest,
+        longest=passing * longest,
+        step_tokens=trainer.groups_per_step * passing * longest,
         tokens_per_batch=trainer.tokens_per_batch,
         checkpoint_every=trainer.checkpoint_every,
-        members=members,
+        members=passing,
     )
     log.info("Plan: %s.", _sentence(plan))
     if plan.estimate:
@@ -129,7 +134,7 @@ def plan_stage(
         log.warning(
             "By the plan this stage may run out of memory: its largest group has %d positions, and such a pass with %s "
             "needs %.1f GiB where %.1f GiB are usable.",
-            members * longest,
+            passing * longest,
             describe_checkpointing(plan.checkpoint_every),
             plan.needs.total / GIB,
             plan.limit / GIB,

@@ -230,7 +230,7 @@ class PreferenceStage:
     def _planned(self, model: nn.Module, largest: int, place: Member | None) -> tuple[Plan, int]:
         """The plan of the stage, and the positions of one pass of this run's own."""
         config = self._config
-        members = 1 if place is None else place.width
+        is_joint = place is not None and place.is_joint
         plan = plan_stage(
             model,
             config.trainer,
@@ -241,15 +241,16 @@ class PreferenceStage:
             adapter=config.adapter,
             supervised=False,
             copies=config.reference.mode is ReferenceMode.live and config.adapter is None,
-            members=members,
+            members=1 if place is None else place.width,
+            is_joint=is_joint,
         )
-        if place is None:
+        if place is None or not is_joint:
             return plan, plan.tokens_per_batch
         if plan.fits:
-            return plan, max(plan.tokens_per_batch // members, min(largest, plan.tokens_per_batch))
+            return plan, max(plan.tokens_per_batch // place.width, min(largest, plan.tokens_per_batch))
         (self._folder / "plan.json").unlink()
         place.separate()
-        return self._planned(model, largest, None)
+        return self._planned(model, largest, place)
 
     def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenStart | None:
         """The policy as it is now, to compare with after training; None where nothing asks for it or keeps it."""

@@ -24,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from alignment.allocator import begin_tensors_on_pages
 from alignment.compose import (
     VERSION_BASE,
     as_plain,
@@ -455,6 +456,7 @@ def _end_sweep(sweep: Sweep, gave_up: str | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; leaves the process with status 1 and one sentence where the user can mend something."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handlers below as they are
+    begin_tensors_on_pages()
     sweep = None
     try:
         checked, sweep = _checked_arguments(list(sys.argv[1:] if arguments is None else arguments))

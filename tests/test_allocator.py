@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: a second round of the same work makes the kernel clear next to no pages."""
+"""How memory is asked for and kept."""
 
 import platform
 import subprocess
@@ -28,6 +28,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="NOT GLIBC: another C library is left as it is")
 def test_memory_is_cleared_once():
+    """Freed memory stays with the process: a second round of the same work takes next to no new pages."""
     faults = {}
     for keep in (True, False):
         done = subprocess.run(
@@ -36,3 +37,26 @@ def test_memory_is_cleared_once():
         faults[keep] = int(done.stdout)
     assert faults[False] > 10_000  # 5 rounds of 96 MiB in pages of 4 KiB are 122 880
     assert faults[True] < 0.02 * faults[False]
+
+
+COMMAND = """
+from alignment.run import main
+try:
+    main(["recipe=nowhere"])
+except SystemExit:
+    pass
+import mmap
+import torch
+print([torch.empty(3 * 2**18 + i).data_ptr() % mmap.PAGESIZE for i in range(4)])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="NOT LINUX: torch has the setting there alone")
+@pytest.mark.parametrize(("given", "on_pages"), [(None, True), ("0", False)])
+def test_the_command_begins_large_tensors_on_pages(given, on_pages, monkeypatch):
+    if given is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    else:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given)
+    done = subprocess.run([sys.executable, "-c", COMMAND], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip() == "[0, 0, 0, 0]") == on_pages

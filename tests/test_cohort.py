@@ -14,8 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
+from alignment import cohort
 from alignment.attention import enable_shared_prompts
-from alignment.cohort import Cohort, JointModel, adapted_layers, join, share
+from alignment.cohort import Cohort, JointModel, adapted_layers, join, joint_passes_gain, share
 from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import FlatLayout, SharedLayout
@@ -34,6 +35,14 @@ from tests.conftest import random_groups, recommended_loss, tiny_config
 from tests.test_split_steps import groups_for
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def joint(monkeypatch):
+    """Members share their passes, also where a CPU gains nothing by that."""
+    monkeypatch.setattr(cohort, "joint_passes_gain", lambda base: True)
+
+
 LAYOUTS = {"shared": SharedLayout, "flat": FlatLayout}
 
 
@@ -346,6 +355,42 @@ def test_layers_without_a_joint_form_take_turns(tmp_path, monkeypatch, caplog):
     for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
         assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")))
     assert caplog.text.count("take turns") == 1
+
+
+def test_members_take_turns_where_a_joint_pass_gains_nothing(tmp_path, monkeypatch, passes, caplog):
+    """Each ends with the very bits that it has by itself, and each has had its first step before one has its second."""
+    monkeypatch.setattr(cohort, "joint_passes_gain", joint_passes_gain)
+    caplog.set_level("INFO")
+    base = frozen_base()
+    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
+    steps = []
+    for i, trainer in enumerate(trainers):
+        trainer.add_callback(Steps(i, steps))
+    assert together(base, trainers) == trainers
+    assert steps[: 2 * len(FEW)] == [(i, step) for step in (1, 2) for i in range(len(FEW))]
+    for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
+        assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")), tolerance=0)
+    assert passes == [] and caplog.text.count("The members of the cohort take turns") == 1
+
+
+@dataclass
+class Steps(TrainerCallback):
+    """Notes whose steps end when."""
+
+    member: int
+    ended: list
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Note it."""
+        self.ended.append((self.member, state.global_step))
+
+
+@pytest.mark.parametrize(
+    ("nf4", "device", "gains"), [(False, "cpu", False), (True, "cpu", True), (False, "meta", True)]
+)
+def test_where_joint_passes_gain(nf4, device, gains):
+    base = frozen_base(torch.float32, nf4)
+    assert joint_passes_gain(base if device == "cpu" else base.to(device)) is gains
 
 
 @pytest.mark.parametrize("phase", ["_forward", "_backward"])

@@ -121,7 +121,15 @@ SWEEP = (
 )
 
 
-def sweep_in(folder: Path, project: Path, *overrides: str, patch=same_code, code=0):
+def joint():
+    """Members share their passes, also where a CPU gains nothing by that; every member's code is the same."""
+    from alignment import cohort
+
+    same_code()
+    cohort.joint_passes_gain = lambda base: True
+
+
+def sweep_in(folder: Path, project: Path, *overrides: str, patch=joint, code=0):
     ended = command("--config-dir", str(project), *SWEEP, *overrides, cwd=folder, cache=folder / "cache", patch=patch)
     assert ended.code == code, ended.err
     return ended
@@ -181,7 +189,7 @@ def killed_at(step, how=signal.SIGKILL):
     """When the second member logs this step; the third is as far, and the first has logged it."""
     from alignment.records import RunRecord
 
-    same_code()
+    joint()
     log = RunRecord.log
 
     def patched(self, stage, at, split, metrics):
@@ -225,8 +233,13 @@ def test_a_cohort_goes_on_where_it_stopped(how, project, one_by_one, tmp_path):
         assert_close(sweep / f"{number}-tiny", one_by_one / f"{number}-tiny")
 
 
+def joint_failing_second():
+    joint()
+    failing_second()
+
+
 def test_a_failed_member_ends_no_other(project, one_by_one, tmp_path):
-    ended = sweep_in(tmp_path, project, "trainer.cohort=3", patch=failing_second, code=1)
+    ended = sweep_in(tmp_path, project, "trainer.cohort=3", patch=joint_failing_second, code=1)
     *_, error, last = ended.err.splitlines()
     assert error == "Error: 1-tiny failed: RuntimeError: out of memory"
     sweep = tmp_path / "sweep"
@@ -246,12 +259,12 @@ def too_small_for_three():
 
     from alignment import preference_stage
 
-    same_code()
+    joint()
     plan = preference_stage.plan_stage
 
-    def patched(*arguments, members, **settings):
-        found = plan(*arguments, members=members, **settings)
-        return replace(found, fits=False) if members == 3 else found
+    def patched(*arguments, is_joint, **settings):
+        found = plan(*arguments, is_joint=is_joint, **settings)
+        return replace(found, fits=False) if is_joint else found
 
     preference_stage.plan_stage = patched
 
@@ -261,6 +274,16 @@ def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_pa
     assert ended.out.count("The members of the cohort take turns from here on") == 1
     for number in range(5):
         assert_close(tmp_path / "sweep" / f"{number}-tiny", one_by_one / f"{number}-tiny")
+
+
+def test_on_an_unquantised_cpu_members_take_turns(project, one_by_one, tmp_path):
+    ended = sweep_in(tmp_path, project, "trainer.cohort=3", patch=same_code)
+    assert ended.out.count("The members of the cohort take turns") == 1
+    for number in range(5):
+        member, alone = (folder / f"{number}-tiny" for folder in (tmp_path / "sweep", one_by_one))
+        assert_close(member, alone)
+        weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (member, alone)]
+        assert all((value == weights[1][name]).all() for name, value in weights[0].items())
 
 
 def test_members_of_a_cohort_are_runs_of_their_own_in_wandb(project, tmp_path):
