@@ -41,7 +41,6 @@ CASES = (
 SWEEP = Case(name="sweep", source=_SHORT, steps=5, warm_up=0)
 QUICK = ["short", SWEEP.name]
 QUICK_STEPS = 3
-SWEEP_TOKENS_PER_BATCH = 1024
 
 BETA = 0.1
 LEARNING_RATE = 1e-4
@@ -141,7 +140,12 @@ def measure(preparation: Preparation, tokens_per_batch: int | None, lr: float, p
 
 
 def measure_sweep(
-    preparation: Preparation, betas: Sequence[float], tokens_per_batch: int, lr: float, out: Path | None, quick: bool
+    preparation: Preparation,
+    betas: Sequence[float],
+    tokens_per_batch: int | None,
+    lr: float,
+    out: Path | None,
+    quick: bool,
 ) -> tuple[dict[str, Any], Path]:
     """Run the sweep, the only case of the preparation; everything measured, and the folder for it.
 
@@ -165,9 +169,7 @@ def measure_sweep(
         out.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(summary | {"runs": [asdict(ended) for ended in found]}, indent=1) + "\n")
 
-    found = sweeps.measure(
-        sweeps.Sweep(case, prepared, betas, lr, tokens_per_batch, work), with_memory=not quick, keep=keep
-    )
+    found = sweeps.measure(sweeps.Sweep(case, prepared, betas, lr, tokens_per_batch, work), quick=quick, keep=keep)
     summary |= sweeps.summarise(found, "rounded" if on_gpu else "exact", on_gpu)
     summary |= {"minutes": (time.monotonic() - started) / 60, "runs": [asdict(ended) for ended in found]}
     unfinished.unlink()
@@ -258,8 +260,9 @@ def run_sweep(arguments: argparse.Namespace, case: Case, quick: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="against-trl-") as folder:
         preparation = preparation_of(arguments, folder, (on_real_data(case, REAL_DATA),))
         betas = sweeps.QUICK_BETAS if arguments.quick else sweeps.BETAS
-        tokens_per_batch = arguments.tokens_per_batch or SWEEP_TOKENS_PER_BATCH
-        summary, out = measure_sweep(preparation, betas, tokens_per_batch, LEARNING_RATE, arguments.out, quick)
+        summary, out = measure_sweep(
+            preparation, betas, arguments.tokens_per_batch, LEARNING_RATE, arguments.out, quick
+        )
     write("sweep", tables.sweep_markdown(summary), tables.sweep_tables(summary), summary, out)
 
 

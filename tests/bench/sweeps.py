@@ -28,12 +28,19 @@ BETAS = (0.01, 0.05, 0.1, 0.5)
 QUICK_BETAS = (0.05, 0.5)
 
 TRL, MULTIRUN, COHORT = SWEEP_BASELINE, "ours, multirun", "ours, cohort"
+MULTIRUN_NF4, COHORT_NF4 = f"{MULTIRUN}, NF4", f"{COHORT}, NF4"
 ONE_CHECKPOINTED, COHORT_CHECKPOINTED = "ours, one run, checkpointed", "ours, cohort, checkpointed"
 COHORT_TOLERANCE = {"exact": 1e-4, "rounded": 3e-2}
 """Between the losses of a member in a cohort and by itself. Sums of log-probs are some hundreds of nats, of which
 float32 keeps a few 1e-5; Adam makes more of that where a gradient is almost nothing."""
 
-COMPARISONS = ((MULTIRUN, TRL), (COHORT, TRL), (COHORT, MULTIRUN), (COHORT_CHECKPOINTED, ONE_CHECKPOINTED))
+COMPARISONS = (
+    (MULTIRUN, TRL),
+    (COHORT, TRL),
+    (COHORT, MULTIRUN),
+    (COHORT_NF4, MULTIRUN_NF4),
+    (COHORT_CHECKPOINTED, ONE_CHECKPOINTED),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,8 @@ class Sweep:
         prepared: what `one_run.prepare` returned for this case.
         betas: of the members.
         lr: learning rate.
-        tokens_per_batch: positions of one of our forward passes, those of all members of a cohort together.
+        tokens_per_batch: positions of one of our forward passes, those of all members of a cohort together; None for
+            what the command plans by itself.
         folder: for all that the runs write.
     """
 
@@ -71,14 +79,14 @@ class Sweep:
         prepared: Mapping[str, Any],
         betas: Sequence[float],
         lr: float,
-        tokens_per_batch: int,
+        tokens_per_batch: int | None,
         folder: Path,
     ) -> None:
         self.betas = betas
         self._case = case
         self._prepared = prepared
         self._lr = lr
-        self._tokens_per_batch = tokens_per_batch
+        self._tokens_per_batch = "null" if tokens_per_batch is None else tokens_per_batch
         self._folder = folder
         self._on_gpu = prepared["machine"]["device"] == "cuda"
 
@@ -94,6 +102,14 @@ class Sweep:
             self._ours(COHORT, self.betas, f"trainer.cohort={len(self.betas)}"),
         ]
         return self._run(sides, math.inf if self._on_gpu else SECONDS)
+
+    def run_quantised(self) -> Iterator[Ended]:
+        """Ours on a CPU with an NF4 base, each weight of which a cohort unpacks once a pass for all of its members."""
+        sides = [
+            self._ours(name, self.betas, f"trainer.cohort={width}", "quantization=nf4")
+            for name, width in ((MULTIRUN_NF4, 1), (COHORT_NF4, len(self.betas)))
+        ]
+        return iter(()) if self._case.nf4 else self._run(sides, SECONDS)
 
     def run_checkpointed(self) -> Iterator[Ended]:
         """Two steps, of half the pairs each, of one run and of a cohort, every layer checkpointed.
@@ -175,14 +191,14 @@ class Sweep:
         return losses, max(get(run.summary, "stages", "preference", "memory", "measured") for run in runs)
 
 
-def measure(sweep: Sweep, with_memory: bool, keep: Callable[[list[Ended]], None]) -> list[Ended]:
+def measure(sweep: Sweep, quick: bool, keep: Callable[[list[Ended]], None]) -> list[Ended]:
     """Run everything; `keep` gets what there is whenever a process has ended.
 
     Args:
-        with_memory: also run what shows a cohort's memory, first, since it fails first where something is wrong.
+        quick: leave out what shows a cohort's memory, which runs first since it fails first, and a quantised base.
     """
     found: list[Ended] = []
-    for run in ([sweep.run_checkpointed] if with_memory else []) + [sweep.run]:
+    for run in [sweep.run] if quick else [sweep.run_checkpointed, sweep.run, sweep.run_quantised]:
         for ended in run():
             found.append(ended)
             keep(found)
@@ -216,6 +232,8 @@ def summarise(found: Sequence[Ended], arithmetic: str, on_gpu: bool) -> dict[str
             raise AssertionError(f"{side} has trained beta {', '.join(losses[side])} and not {', '.join(members)}")
     for beta in members:
         check_losses({side: losses[side][beta] for side in (TRL, MULTIRUN, COHORT)}, arithmetic)
+        if COHORT_NF4 in losses:
+            check_losses({side: losses[side][beta] for side in (MULTIRUN_NF4, COHORT_NF4)}, arithmetic)
     rows = {
         side: {
             "seconds": sum(e.spent.seconds for e in ended),
@@ -247,6 +265,8 @@ def summarise(found: Sequence[Ended], arithmetic: str, on_gpu: bool) -> dict[str
         Goal("sweep", COHORT, MULTIRUN, "times_faster", 1.5 if on_gpu else 1.0),
         Goal("sweep", COHORT, MULTIRUN, "loss_difference", COHORT_TOLERANCE[arithmetic]),
     ]
+    if COHORT_NF4 in rows:
+        goals.append(Goal("sweep", COHORT_NF4, MULTIRUN_NF4, "times_faster", 1.0))
     if COHORT_CHECKPOINTED in rows:
         goals.append(Goal("sweep", COHORT_CHECKPOINTED, ONE_CHECKPOINTED, "memory", 1.3))
     return case | {"goals": [goal.judge({"sweep": case}) for goal in goals], "betas": [float(b) for b in members]}

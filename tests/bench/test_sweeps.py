@@ -12,7 +12,16 @@ from alignment.compose import compose_node, register, sweep_members, to_run_conf
 from tests.bench import against_trl, one_run, sweeps, tables, trl_side
 from tests.bench.job import Case, Preparation
 from tests.bench.slices import Spent
-from tests.bench.sweeps import COHORT, COHORT_CHECKPOINTED, MULTIRUN, ONE_CHECKPOINTED, TRL, Ended
+from tests.bench.sweeps import (
+    COHORT,
+    COHORT_CHECKPOINTED,
+    COHORT_NF4,
+    MULTIRUN,
+    MULTIRUN_NF4,
+    ONE_CHECKPOINTED,
+    TRL,
+    Ended,
+)
 from tests.commands import command
 
 GIB = 2**30
@@ -32,6 +41,8 @@ def found():
         ended(MULTIRUN, 25, 2, 0.5 + 2**-12),
         ended(TRL, 40, 10, 0.5, betas=("0.5",)),
         ended(COHORT, 20, 4, 0.5 + 2**-12 + 2**-20),
+        ended(MULTIRUN_NF4, 36, 1, 0.625),
+        ended(COHORT_NF4, 24, 2, 0.625),
     ]
 
 
@@ -47,6 +58,8 @@ def test_numbers_of_a_sweep(summary):
         TRL: (100, 10),
         MULTIRUN: (25, 2),
         COHORT: (20, 4),
+        MULTIRUN_NF4: (36, 1),
+        COHORT_NF4: (24, 2),
         ONE_CHECKPOINTED: (5, 2),
         COHORT_CHECKPOINTED: (8, 3),
     }
@@ -57,6 +70,7 @@ def test_numbers_of_a_sweep(summary):
         f"{MULTIRUN} : {TRL}": (4, 0.2, 2**-12),
         f"{COHORT} : {TRL}": (5, 0.4, 2**-12 + 2**-20),
         f"{COHORT} : {MULTIRUN}": (1.25, 2, 2**-20),
+        f"{COHORT_NF4} : {MULTIRUN_NF4}": (1.5, 2, 0),
         f"{COHORT_CHECKPOINTED} : {ONE_CHECKPOINTED}": (5 / 8, 1.5, 0),
     }
 
@@ -66,25 +80,44 @@ def test_goals_of_a_sweep(found, summary):
         ("times_faster", 3.5, True),
         ("times_faster", 1.0, True),
         ("loss_difference", 1e-4, True),
+        ("times_faster", 1.0, True),
         ("memory", 1.3, False),
     ]
     slower = [replace(e, spent=replace(e.spent, seconds=30)) if e.side in (MULTIRUN, COHORT) else e for e in found]
-    assert [g["met"] for g in sweeps.summarise(slower, "exact", on_gpu=False)["goals"]] == [False, True, True, False]
-    assert [g["met"] for g in sweeps.summarise(found, "exact", on_gpu=True)["goals"]] == [True, False, True, False]
+    assert [g["met"] for g in sweeps.summarise(slower, "exact", on_gpu=False)["goals"]] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert [g["met"] for g in sweeps.summarise(found, "exact", on_gpu=True)["goals"]] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
     rounded = [replace(e, losses={b: [math.log(2), 0.502] for b in e.losses}) if e.side == COHORT else e for e in found]
     with pytest.raises(AssertionError, match=r"differ by up to 0\.0020"):
         sweeps.summarise(rounded, "exact", on_gpu=False)
-    assert [g["met"] for g in sweeps.summarise(rounded, "rounded", on_gpu=True)["goals"]] == [True, False, True, False]
+    assert [g["met"] for g in sweeps.summarise(rounded, "rounded", on_gpu=True)["goals"]] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_quick_sweep_has_no_memory_goal(found):
-    summary = sweeps.summarise(found[2:], "exact", on_gpu=False)
+    summary = sweeps.summarise(found[2:6], "exact", on_gpu=False)
     assert {goal["quantity"] for goal in summary["goals"]} == {"times_faster", "loss_difference"}
     assert len(summary["ratios"]) == 3
 
 
 def test_a_side_without_a_member_is_refused(found):
-    found[-1] = ended(COHORT, 20, 4, 0.5, betas=("0.1",))
+    found[5] = ended(COHORT, 20, 4, 0.5, betas=("0.1",))
     with pytest.raises(AssertionError, match=r"ours, cohort has trained beta 0\.1 and not 0\.1, 0\.5"):
         sweeps.summarise(found, "exact", on_gpu=False)
 
@@ -132,7 +165,7 @@ def sweep(tiny_model_folder, tmp_path):
     """Two members, two steps, at a learning rate that moves the loss at once."""
     case = Case(name="sweep", source=against_trl.BUNDLED, steps=2, pairs_per_step=4, warm_up=0)
     preparation = Preparation(folder=str(tmp_path), model=str(tiny_model_folder), random_qwen3=None, cases=(case,))
-    return sweeps.Sweep(case, one_run.prepare(preparation), (0.1, 0.5), 3e-2, 1024, tmp_path)
+    return sweeps.Sweep(case, one_run.prepare(preparation), (0.1, 0.5), 3e-2, None, tmp_path)
 
 
 def test_our_command_and_trl_train_the_same_members(sweep, tmp_path, monkeypatch):
@@ -154,7 +187,7 @@ def test_our_command_and_trl_train_the_same_members(sweep, tmp_path, monkeypatch
 
     monkeypatch.setattr(sweeps, "run_sides", run_sides)
     kept = []
-    found = sweeps.measure(sweep, with_memory=True, keep=lambda ended: kept.append(len(ended)))
+    found = sweeps.measure(sweep, quick=False, keep=lambda ended: kept.append(len(ended)))
     assert kept == [1, 2, 3] and [e.side for e in found] == [TRL, TRL, MULTIRUN]
     ours = found[2].losses
     assert [found[0].losses, found[1].losses] == [
@@ -179,26 +212,33 @@ def test_sides_differ_in_nothing_but_how_they_run(sweep, monkeypatch):
         yield from ()
 
     monkeypatch.setattr(sweeps, "run_sides", run_sides)
-    sweeps.measure(sweep, with_memory=True, keep=lambda ended: None)
+    sweeps.measure(sweep, quick=False, keep=lambda ended: None)
     assert slices == {
         ONE_CHECKPOINTED: (math.inf, 1),
         COHORT_CHECKPOINTED: (math.inf, 1),
         TRL: (sweeps.SECONDS, 2),
         MULTIRUN: (sweeps.SECONDS, 1),
         COHORT: (sweeps.SECONDS, 1),
+        MULTIRUN_NF4: (sweeps.SECONDS, 1),
+        COHORT_NF4: (sweeps.SECONDS, 1),
     }
     assert {side: [config.loss.beta for config in members] for side, members in configs.items()} == {
         ONE_CHECKPOINTED: [0.1],
         COHORT_CHECKPOINTED: [0.1, 0.5],
         MULTIRUN: [0.1, 0.5],
         COHORT: [0.1, 0.5],
+        MULTIRUN_NF4: [0.1, 0.5],
+        COHORT_NF4: [0.1, 0.5],
     }
     loops = {side: members[0].trainer for side, members in configs.items()}
     assert replace(loops[MULTIRUN], cohort=2) == loops[COHORT]
     assert (loops[COHORT].checkpoint_every, loops[COHORT].groups_per_step) == (0, 4)
+    assert (loops[MULTIRUN_NF4], loops[COHORT_NF4]) == (loops[MULTIRUN], loops[COHORT])
+    quantised = {side for side, members in configs.items() if all(m.quantization is not None for m in members)}
+    assert quantised == {MULTIRUN_NF4, COHORT_NF4}
     one, cohort = loops[ONE_CHECKPOINTED], loops[COHORT_CHECKPOINTED]
     assert (one.cohort, cohort.cohort, cohort.checkpoint_every, cohort.groups_per_step) == (1, 2, 1, 4)
     assert replace(one, cohort=2) == cohort
     assert one.tokens_per_batch == 2 * max(map(sum, sweep._prepared["lengths"]["sweep"]))
     stores = {config.reference.path for members in configs.values() for config in members}
-    assert len(stores) == 4 and not any(Path(store).exists() for store in stores)
+    assert len(stores) == 6 and not any(Path(store).exists() for store in stores)
