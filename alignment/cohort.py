@@ -50,15 +50,6 @@ def share(base: nn.Module) -> nn.Module:
     return other
 
 
-def joint_passes_gain(base: nn.Module) -> bool:
-    """Whether one pass of the base for all members costs less than a pass for each.
-
-    A CPU takes the same time for a row whatever stands beside it, and needs memory for every row of the pass; but each
-    weight of a quantised base is unpacked once a pass.
-    """
-    return any(p.device.type != "cpu" or getattr(p, "quant_state", None) is not None for p in base.parameters())
-
-
 def join(batches: Sequence[MicroBatch]) -> tuple[MicroBatch, list[int]]:
     """Micro-batches of one layout as one pass, for its per-token results; their rows of hidden states, in order.
 
@@ -230,10 +221,17 @@ class Cohort:
     Attributes:
         width: how many train at once; where one ends, the next takes its place.
         is_apart: whether they take turns.
+
+    Args:
+        width: that.
+        joint_passes: whether passes are joint where they fit; None: where the base is not on a CPU, which takes the
+            same time for a row whatever stands beside it, needs memory for every row of a pass, and multiplies a
+            member's rows fastest with a weight that has its adapter added.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, joint_passes: bool | None = None) -> None:
         self.width = width
+        self._joint_passes = joint_passes
         self._made: dict[str, Any] = {}
         self._base: nn.Module | None = None
         self._policies: dict[int, nn.Module] = {}
@@ -289,9 +287,10 @@ class Cohort:
         """See `Member.base`."""
         if self._base is None:
             self._base = load()
-            if not joint_passes_gain(self._base):
-                log.info("The members of the cohort take turns: on a CPU a joint pass gains nothing with this base.")
-                self.is_apart = True
+            on_cpu = next(self._base.parameters()).device.type == "cpu"
+            self.is_apart = on_cpu if self._joint_passes is None else not self._joint_passes
+            if self.is_apart:
+                log.info("The members of the cohort take turns, each with passes of its own.")
         return share(self._base)
 
     def attach(self, index: int, policy: nn.Module) -> None:

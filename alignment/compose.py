@@ -419,7 +419,7 @@ def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
     stage = config.sft if section.startswith("sft.") else config
     if name == "epochs" and section.endswith("trainer") and stage is not None and stage.trainer.max_steps is not None:
         return f"{section}.max_steps={stage.trainer.max_steps} decides; set it to null to train for epochs"
-    if key == "sft.trainer.cohort":
+    if key in ("sft.trainer.cohort", "sft.trainer.joint_passes"):
         return "the SFT stage is done once for all members of a sweep that have the same"
     if key == "evaluation.kl_prompts" and config.loss is None:
         return "with loss=none there is no preference stage"

@@ -192,7 +192,8 @@ class TrainerConfig:
     `max_steps` null means `epochs` decide. `eval_every`, `save_every` count optimizer steps; 0 means at the end only.
 
     `cohort` is how many members of a sweep train at once in one process, on one base model in memory: a number, or
-    "auto". It is no matter of the result either.
+    "auto". `joint_passes` says whether the passes of these members are one pass, or each has its own and they take
+    turns; null leaves it to the device. Neither is a matter of the result.
     """
 
     epochs: float
@@ -206,6 +207,7 @@ class TrainerConfig:
     save_every: int
     keep_checkpoints: int
     cohort: Any  # an int or "auto": unions of types break where configurations are merged
+    joint_passes: bool | None
 
     def __post_init__(self) -> None:
         require(0 < self.epochs < math.inf, f"trainer.epochs must be a finite number above 0, not {self.epochs}.")

@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 _SWITCHES = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-r", "--resolve", "-m", "--multirun")
 _SHOWN = ("job", "hydra", "all")
 _SWEEP_DIR = "hydra.sweep.dir="
+_TOGETHER = ("trainer.cohort", "trainer.joint_passes")
 _PLUGGED = ("hydra/launcher", "hydra/sweeper")
 
 FAILED = "failed.json"
@@ -272,8 +273,8 @@ def _changes(folder: Path, node: DictConfig) -> str:
     before, now = (
         _flat(c) for c in (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), redact(as_plain(node)))
     )
-    for key in ("resume", "trainer.cohort"):  # no matter of the result
-        before[key] = now[key]
+    for key in ("resume", *_TOGETHER):  # no matter of the result
+        before[key] = now.get(key)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in changed[:3])
 
@@ -344,8 +345,9 @@ def _checked_arguments(arguments: list[str]) -> tuple[list[str], Sweep | None]:
         del node["hydra"]
     config = to_run_config(node)
     refuse_without_effect(overrides, config)
-    if any(override.startswith("trainer.cohort=") for override in overrides):
-        raise UserError("trainer.cohort has no effect: it is for the members of a sweep, which is started with -m.")
+    for key in _TOGETHER:
+        if any(override.startswith(f"{key}=") for override in overrides):
+            raise UserError(f"{key} has no effect: it is for the members of a sweep, which is started with -m.")
     if _resumes(config):
         assert config.resume is not None
         return _resumed_overrides(overrides, config.resume, recipe), None

@@ -28,7 +28,7 @@ AUTO_WIDTH = 4
 
 _OWN = ("seed", "loss", "optim", "adapter", "tracking", "resume")
 """Sections in which the members of a cohort may differ."""
-_SHARED_LOOP = ("cohort", "plan", "tokens_per_batch", "checkpoint_every")
+_SHARED_LOOP = ("cohort", "joint_passes", "plan", "tokens_per_batch", "checkpoint_every")
 """Settings of the loop in which they may not: they are those of the passes."""
 
 
@@ -72,7 +72,8 @@ class Together:
             run(member, place)
 
         with _own_logs(self.members):
-            results = Cohort(self.width).run([partial(named, member=member) for member in self.members])
+            cohort = Cohort(self.width, self.members[0].config.trainer.joint_passes)
+            results = cohort.run([partial(named, member=member) for member in self.members])
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -110,9 +111,8 @@ def _shared_settings(config: RunConfig) -> bytes:
 def _width(config: RunConfig) -> int:
     if isinstance(config.trainer.cohort, int):
         return config.trainer.cohort
-    # On a CPU the products are as fast apart, but each weight of a quantised base is unpacked once for all.
-    on_gpu = config.device is not Device.cpu and torch.cuda.is_available()
-    return AUTO_WIDTH if on_gpu or config.quantization is not None else 1
+    # On a CPU members take turns, which saves no more than a base to load.
+    return AUTO_WIDTH if config.device is not Device.cpu and torch.cuda.is_available() else 1
 
 
 def _make_folder(member: SweepMember) -> None:

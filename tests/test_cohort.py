@@ -14,9 +14,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from alignment import cohort
 from alignment.attention import enable_shared_prompts
-from alignment.cohort import Cohort, JointModel, adapted_layers, join, joint_passes_gain, share
+from alignment.cohort import Cohort, JointModel, adapted_layers, join, share
 from alignment.errors import UserError
 from alignment.groups import Group
 from alignment.layout import FlatLayout, SharedLayout
@@ -35,14 +34,6 @@ from tests.conftest import random_groups, recommended_loss, tiny_config
 from tests.test_split_steps import groups_for
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def joint(monkeypatch):
-    """Members share their passes, also where a CPU gains nothing by that."""
-    monkeypatch.setattr(cohort, "joint_passes_gain", lambda base: True)
-
-
 LAYOUTS = {"shared": SharedLayout, "flat": FlatLayout}
 
 
@@ -224,14 +215,15 @@ def train(trainer, resume=False):
     return trainer
 
 
-def together(base, trainers, resume=False, width=None):
+def together(base, trainers, resume=False, width=None, joint_passes=True):
     def training(member, trainer):
         member.base(lambda: base)
         member.attach(trainer.model)
         trainer.objective.passes = member
         return train(trainer, resume)
 
-    return Cohort(width or len(trainers)).run([partial(training, trainer=trainer) for trainer in trainers])
+    cohort = Cohort(width or len(trainers), joint_passes)
+    return cohort.run([partial(training, trainer=trainer) for trainer in trainers])
 
 
 def weights(trainer):
@@ -357,16 +349,15 @@ def test_layers_without_a_joint_form_take_turns(tmp_path, monkeypatch, caplog):
     assert caplog.text.count("take turns") == 1
 
 
-def test_members_take_turns_where_a_joint_pass_gains_nothing(tmp_path, monkeypatch, passes, caplog):
+def test_on_a_cpu_members_take_turns(tmp_path, passes, caplog):
     """Each ends with the very bits that it has by itself, and each has had its first step before one has its second."""
-    monkeypatch.setattr(cohort, "joint_passes_gain", joint_passes_gain)
     caplog.set_level("INFO")
     base = frozen_base()
     trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
     steps = []
     for i, trainer in enumerate(trainers):
         trainer.add_callback(Steps(i, steps))
-    assert together(base, trainers) == trainers
+    assert together(base, trainers, joint_passes=None) == trainers
     assert steps[: 2 * len(FEW)] == [(i, step) for step in (1, 2) for i in range(len(FEW))]
     for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
         assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")), tolerance=0)
@@ -383,14 +374,6 @@ class Steps(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Note it."""
         self.ended.append((self.member, state.global_step))
-
-
-@pytest.mark.parametrize(
-    ("nf4", "device", "gains"), [(False, "cpu", False), (True, "cpu", True), (False, "meta", True)]
-)
-def test_where_joint_passes_gain(nf4, device, gains):
-    base = frozen_base(torch.float32, nf4)
-    assert joint_passes_gain(base if device == "cpu" else base.to(device)) is gains
 
 
 @pytest.mark.parametrize("phase", ["_forward", "_backward"])

@@ -49,7 +49,9 @@ def grouped(folder: Path, *overrides: str, launcher: str = "basic") -> list[tupl
         (["loss.beta=0.1,0.2", "trainer.cohort=4"], [([0, 1], 2)]),
         (["loss.beta=0.1,0.2", "trainer.cohort=1"], []),
         (["loss.beta=0.1,0.2"], []),
-        (["loss.beta=0.1,0.2,0.3,0.4,0.5", "quantization=nf4"], [([0, 1, 2, 3, 4], 4)]),
+        (["loss.beta=0.1,0.2,0.3,0.4,0.5", "quantization=nf4"], []),
+        (["loss.beta=0.1,0.2,0.3", "quantization=nf4", "trainer.cohort=2"], [([0, 1, 2], 2)]),
+        (["loss.beta=0.1,0.2", "trainer.joint_passes=true,false", "trainer.cohort=2"], [([0, 2], 2), ([1, 3], 2)]),
         (["loss=dpo,ipo,simpo,kto,orpo", "seed=0,1", "trainer.cohort=8"], [(list(range(10)), 8)]),
         (["optim.lr=1e-3,1e-4", "adapter.r=2,4", "trainer.cohort=4"], [([0, 1, 2, 3], 4)]),
         (["trainer.groups_per_step=2,4", "trainer.max_steps=3,4", "trainer.cohort=4"], [([0, 1, 2, 3], 4)]),
@@ -90,6 +92,8 @@ def test_finished_members_and_other_launchers_are_left_out(project, tmp_path):
     ("arguments", "said"),
     [
         (["recipe=tiny", "sft.trainer.cohort=2"], "sft.trainer.cohort has no effect: the SFT stage is done once"),
+        (["recipe=tiny", "sft.trainer.joint_passes=true"], "sft.trainer.joint_passes has no effect: the SFT stage"),
+        (["recipe=tiny", "trainer.joint_passes=true"], "trainer.joint_passes has no effect: it is for the members of"),
         (["recipe=tiny", "trainer.cohort=2"], "trainer.cohort has no effect: it is for the members of a sweep"),
         (["-m", "recipe=tiny", "seed=0,1", "trainer.cohort=0"], "trainer.cohort must be auto or at least 1, not 0."),
         (["-m", "recipe=tiny", "seed=0,1", "trainer.cohort=all"], "trainer.cohort must be auto or at least 1, not all"),
@@ -108,7 +112,7 @@ def test_how_many_train_together_may_change(project, tmp_path):
     """Of a sweep that goes on, since it is no matter of the result."""
     register(project)
     load("recipe=tiny")
-    node = compose_node(["recipe=tiny", "trainer.cohort=3"])
+    node = compose_node(["recipe=tiny", "trainer.cohort=3", "trainer.joint_passes=true"])
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(compose_node(["recipe=tiny"]), resolve=True))
     assert _changes(tmp_path, node) == ""
 
@@ -121,15 +125,10 @@ SWEEP = (
 )
 
 
-def joint():
-    """Members share their passes, also where a CPU gains nothing by that; every member's code is the same."""
-    from alignment import cohort
-
-    same_code()
-    cohort.joint_passes_gain = lambda base: True
+JOINT = ("trainer.cohort=3", "trainer.joint_passes=true")
 
 
-def sweep_in(folder: Path, project: Path, *overrides: str, patch=joint, code=0):
+def sweep_in(folder: Path, project: Path, *overrides: str, patch=same_code, code=0):
     ended = command("--config-dir", str(project), *SWEEP, *overrides, cwd=folder, cache=folder / "cache", patch=patch)
     assert ended.code == code, ended.err
     return ended
@@ -168,7 +167,7 @@ NAMES = ("dpo", "ipo", "simpo", "kto", "orpo")
 
 def test_a_cohort_is_its_members_one_by_one(project, one_by_one, tmp_path):
     """The five losses of one sweep, three at a time: two begin where others have ended."""
-    ended = sweep_in(tmp_path, project, "trainer.cohort=3")
+    ended = sweep_in(tmp_path, project, *JOINT)
     assert "5 members train together, 3 at a time." in ended.out
     assert ended.out.count("SFT was done before") == 4
     for number, name in enumerate(NAMES):
@@ -189,7 +188,7 @@ def killed_at(step, how=signal.SIGKILL):
     """When the second member logs this step; the third is as far, and the first has logged it."""
     from alignment.records import RunRecord
 
-    joint()
+    same_code()
     log = RunRecord.log
 
     def patched(self, stage, at, split, metrics):
@@ -202,9 +201,8 @@ def killed_at(step, how=signal.SIGKILL):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
 def test_a_cohort_goes_on_where_it_stopped(how, project, one_by_one, tmp_path):
-    ended = sweep_in(
-        tmp_path, project, "trainer.cohort=4", patch=partial(killed_at, 6, how), code=1 if how is signal.SIGINT else -9
-    )
+    four = ("trainer.cohort=4", "trainer.joint_passes=true")
+    ended = sweep_in(tmp_path, project, *four, patch=partial(killed_at, 6, how), code=1 if how is signal.SIGINT else -9)
     assert "Traceback" not in ended.err
     sweep = tmp_path / "sweep"
     assert not list(sweep.glob("*/summary.json")) and not list(sweep.glob("*/failed.json"))
@@ -227,19 +225,14 @@ def test_a_cohort_goes_on_where_it_stopped(how, project, one_by_one, tmp_path):
         ended = sweep_in(tmp_path, project, "trainer.cohort=2")
         assert "4 members train together, 2 at a time." in ended.out
     else:
-        ended = sweep_in(tmp_path, project, "trainer.cohort=4")
+        ended = sweep_in(tmp_path, project, *four)
         assert ended.out.count("The preference stage continues from step") == 4
     for number in range(5):
         assert_close(sweep / f"{number}-tiny", one_by_one / f"{number}-tiny")
 
 
-def joint_failing_second():
-    joint()
-    failing_second()
-
-
 def test_a_failed_member_ends_no_other(project, one_by_one, tmp_path):
-    ended = sweep_in(tmp_path, project, "trainer.cohort=3", patch=joint_failing_second, code=1)
+    ended = sweep_in(tmp_path, project, *JOINT, patch=failing_second, code=1)
     *_, error, last = ended.err.splitlines()
     assert error == "Error: 1-tiny failed: RuntimeError: out of memory"
     sweep = tmp_path / "sweep"
@@ -259,7 +252,7 @@ def too_small_for_three():
 
     from alignment import preference_stage
 
-    joint()
+    same_code()
     plan = preference_stage.plan_stage
 
     def patched(*arguments, is_joint, **settings):
@@ -270,14 +263,14 @@ def too_small_for_three():
 
 
 def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_path):
-    ended = sweep_in(tmp_path, project, "trainer.cohort=3", patch=too_small_for_three)
+    ended = sweep_in(tmp_path, project, *JOINT, patch=too_small_for_three)
     assert ended.out.count("The members of the cohort take turns from here on") == 1
     for number in range(5):
         assert_close(tmp_path / "sweep" / f"{number}-tiny", one_by_one / f"{number}-tiny")
 
 
-def test_on_an_unquantised_cpu_members_take_turns(project, one_by_one, tmp_path):
-    ended = sweep_in(tmp_path, project, "trainer.cohort=3", patch=same_code)
+def test_on_a_cpu_members_take_turns(project, one_by_one, tmp_path):
+    ended = sweep_in(tmp_path, project, "trainer.cohort=3")
     assert ended.out.count("The members of the cohort take turns") == 1
     for number in range(5):
         member, alone = (folder / f"{number}-tiny" for folder in (tmp_path / "sweep", one_by_one))
@@ -287,7 +280,7 @@ def test_on_an_unquantised_cpu_members_take_turns(project, one_by_one, tmp_path)
 
 
 def test_members_of_a_cohort_are_runs_of_their_own_in_wandb(project, tmp_path):
-    offline = ("tracking=wandb", "tracking.mode=offline", "trainer.cohort=3", "loss=dpo,simpo,kto")
+    offline = ("tracking=wandb", "tracking.mode=offline", *JOINT, "loss=dpo,simpo,kto")
     sweep_in(tmp_path, project, *offline)
     for number in range(3):
         run = tmp_path / "sweep" / f"{number}-tiny"
