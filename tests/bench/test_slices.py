@@ -63,9 +63,10 @@ def test_a_share_is_so_many_slices_in_a_row(command, tmp_path):
 def outside(code, folder):
     """A small process that runs the code; what is larger would count in the peaks of those that it starts."""
     head = f"""
-    import os, pathlib, sys
+    import os, pathlib, signal, sys
     from tests.bench.slices import Side, run_sides
     from tests.bench.turns import Command
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, has it ignored
     def side(name, *codes):
         folder = pathlib.Path({str(folder)!r})
         words = [(sys.executable, "-S", "-c", code, name) for code in codes]
