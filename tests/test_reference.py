@@ -1,6 +1,7 @@
 """The reference: cached and live agree, it is the policy at the start, and every sequence is computed once."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import numpy as np
 import pytest
@@ -64,6 +65,26 @@ def books(model, groups):
     """Per-token log-probs by the book, one sequence at a time."""
     with torch.no_grad():
         return torch.cat([sequence_logp(model, g.prompt, c) for g in groups for c in g.completions])
+
+
+def test_who_wants_what_another_computes_waits_and_finds_it(tmp_path, monkeypatch):
+    """The second asks while the first, who has found nothing stored either, is about to compute."""
+    model = tiny_policy()
+    compute, asked = CachedReference._compute, []
+    with ThreadPoolExecutor(1) as other:
+
+        def patched(self, missing):
+            if not asked:
+                asked.append(other.submit(prepared, model, tmp_path))
+                with pytest.raises(TimeoutError):
+                    asked[0].result(timeout=1)
+            compute(self, missing)
+
+        monkeypatch.setattr(CachedReference, "_compute", patched)
+        _, first = prepared(model, tmp_path)
+        _, second = asked[0].result(timeout=30)
+    count = first["misses"]
+    assert count > 0 and (first["hits"], second["hits"], second["misses"]) == (0, count, 0)
 
 
 # Cached and live are the policy at the start
