@@ -27,9 +27,10 @@ test: $(DEV_STAMP) ## Run the whole test suite: make test ARGS="-k kto"
 
 check: lint types test ## Lint, check types, test
 
-lint: $(DEV_STAMP) ## Check style and formatting
+lint: $(DEV_STAMP) ## Check style, formatting and the order of imports
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 
 format: $(DEV_STAMP) ## Format the code and mend what ruff can mend
 	$(VENV)/bin/ruff check --fix .

@@ -17,14 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from alignment.errors import UserError
-from alignment.reference_store import (
-    REFERENCE_FILE,
-    IdentityInfo,
-    ReferenceStore,
-    cache_dir,
-    damaged_files,
-)
-from alignment.stage_store import STAGES_FOLDER, StageStore, StoredStage
+from alignment.files import cache_dir
+from alignment.reference.store import REFERENCE_FILE, IdentityInfo, ReferenceStore, damaged_files
+from alignment.stages.store import STAGES_FOLDER, StageStore, StoredStage
 
 _WIDE = 160
 

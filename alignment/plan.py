@@ -21,26 +21,15 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alignment.compose import asset_dir, load
-from alignment.config import Device, ReferenceMode, RunConfig, SFTConfig
+from alignment.config.compose import load
+from alignment.config.preflight import model_problem
+from alignment.config.schema import Device, ReferenceMode, RunConfig, SFTConfig
 from alignment.errors import UserError
-from alignment.memory import (
-    CONTEXT,
-    GIB,
-    USABLE_SHARE,
-    Plan,
-    Room,
-    describe_checkpointing,
-    make_plan,
-    plan_weights,
-    relative_time,
-    sizes_of,
-)
-from alignment.planning import available_memory
-from alignment.policy import model_source, resolve_dtype
-from alignment.preflight import model_problem
-from alignment.records import atomic_write_text
-from alignment.reference_store import cache_dir
+from alignment.files import asset_dir, atomic_write_text, cache_dir
+from alignment.policy.load import model_source, resolve_dtype
+from alignment.training.budget import Plan, Room, describe_checkpointing, make_plan, relative_time
+from alignment.training.memory import CONTEXT, GIB, USABLE_SHARE, plan_weights, sizes_of
+from alignment.training.planning import available_memory
 
 QWEN3: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
@@ -154,7 +143,7 @@ def plan_stages(config: RunConfig, model: nn.Module, machine: Machine, length: i
         length: tokens of the longest prompt with its answer; None: as `data.max_length` has it.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would report what it lacks on a CPU
-    from alignment.training import check_names  # after that, since it imports the Trainer and all that belongs to it
+    from alignment.training.callbacks import check_names
 
     stages: dict[str, StagePlan] = {}
     if config.sft is not None:

@@ -24,11 +24,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from alignment.allocator import begin_tensors_on_pages
-from alignment.compose import (
+from alignment.config.compose import (
     VERSION_BASE,
     as_plain,
-    asset_dir,
     compose_node,
     is_sweep,
     refuse_without_effect,
@@ -38,14 +36,15 @@ from alignment.compose import (
     sweep_members,
     to_run_config,
 )
-from alignment.config import RunConfig
+from alignment.config.preflight import check_machine
+from alignment.config.schema import RunConfig
 from alignment.errors import UserError
-from alignment.preflight import check_machine
-from alignment.records import atomic_write_bytes, atomic_write_text, redact, to_json
-from alignment.sweep_cohorts import SweepMember, Together, cohorts
+from alignment.files import asset_dir, atomic_write_bytes, atomic_write_text, redact, to_json
+from alignment.kernels.allocator import begin_tensors_on_pages
+from alignment.stages.cohorts import SweepCohort, SweepMember, cohorts
 
 if TYPE_CHECKING:
-    from alignment.cohort import Member
+    from alignment.training.cohort import Member
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class Sweep:
     command: str
 
 
-_together: dict[Path, Together] = {}
+_together: dict[Path, SweepCohort] = {}
 """By the folder of a member of the sweep that this process runs, those it trains with."""
 
 
@@ -178,7 +177,7 @@ def _run(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, place: Memb
     config = to_run_config(cfg)
     check_machine(config)
     _quieten_libraries()
-    from alignment.stages import Run  # after all that can be refused: this imports transformers, for seconds
+    from alignment.stages.chain import Run
 
     resolved = redact(as_plain(cfg))
     run = Run(config, run_dir, choices["recipe"], resolved, place)
@@ -335,7 +334,7 @@ def _checked_arguments(arguments: list[str]) -> tuple[list[str], Sweep | None]:
         if set(options) - {"-m", "--multirun"}:
             return [*options, *overrides], None
         sweep = _checked_sweep(overrides, typed)
-        return [*options, *_into(overrides, sweep)], sweep
+        return [*options, *_pin_folder(overrides, sweep)], sweep
     node = compose_node(overrides, with_hydra=True)
     if options:
         return [*options, *overrides], None
@@ -359,7 +358,7 @@ def _checked_arguments(arguments: list[str]) -> tuple[list[str], Sweep | None]:
     return overrides, None
 
 
-def _into(overrides: list[str], sweep: Sweep) -> list[str]:
+def _pin_folder(overrides: list[str], sweep: Sweep) -> list[str]:
     """The overrides with the folder of their sweep, which so is the same wherever it is asked for."""
     quoted = str(sweep.folder).replace("'", "\\'")
     # The members of a search have no names: their folders would lie deeper where a recipe's name has a slash.

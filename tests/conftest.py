@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.groups import Group
+from alignment.types import Group
 
 torch.set_num_threads(2)
 
@@ -36,7 +36,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 @functools.cache
 def recommended_loss(name: str, *settings: str):
     """The loss as `loss=<name> loss.<setting>` gives it to a run; losses are pure, so tests may share one."""
-    from alignment.compose import load
+    from alignment.config.compose import load
 
     return load("recipe=quickstart", f"loss={name}", *(f"loss.{setting}" for setting in settings)).loss
 
@@ -63,7 +63,7 @@ def tiny_policy(dtype: torch.dtype = torch.float64, r: int | None = 4, seed: int
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from alignment.logps import enable_scoring
+    from alignment.scoring.logps import enable_scoring
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config()).to(dtype)
@@ -93,7 +93,7 @@ def random_groups(num: int, k: int = 2, seed: int = 0, vocab: int = 97) -> list[
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory) -> Path:
     """A saved tiny Qwen3 with a byte-level tokenizer and a ChatML template."""
-    from alignment.tiny_model import write_tiny_model
+    from alignment.policy.tiny_model import write_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny_qwen3")
     write_tiny_model(folder)

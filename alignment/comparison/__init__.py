@@ -12,8 +12,8 @@ from alignment.comparison.ranking import compare
 from alignment.comparison.tables import to_csv
 from alignment.comparison.tracked import sweep_summary
 from alignment.errors import UserError
-from alignment.run_folder import write_page
-from alignment.sweep_tracking import send_summary
+from alignment.runs.folder import write_page
+from alignment.runs.sweep_tracking import send_summary
 
 __all__ = ["is_run", "write_comparison"]
 

@@ -10,8 +10,9 @@ from alignment.comparison.head_to_head import MOST
 from alignment.comparison.measures import baseline, verdict
 from alignment.comparison.members import numbered
 from alignment.comparison.ranking import Comparison
-from alignment.judge import Verdict
-from alignment.run_folder import MODELS, NONE, SAMPLES, cut, shown
+from alignment.evaluation.judge import Verdict
+from alignment.runs.folder import MODELS
+from alignment.runs.text import NONE, SAMPLES, cut, shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from plotly.offline import get_plotlyjs
 from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl, kl_error
 from alignment.comparison.members import Member, Variant
 from alignment.comparison.ranking import Comparison, interval, ranked_by
-from alignment.run_folder import get, is_number, series, shown
+from alignment.runs.folder import get, series
+from alignment.runs.text import is_number, shown
 
 COLOURS = ("#3b82d6", "#d2622a", "#2f9e6e", "#b35fc4", "#a8820f", "#d6457f", "#4f93a6", "#8577d8")
 """Of losses, or of variants where there is one loss: each has a contrast of 3 or more to white and to the dark page."""

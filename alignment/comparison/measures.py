@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.comparison.members import Member, Variant, numbered
-from alignment.judge import Verdict, compare
-from alignment.run_folder import change, count, eval_pairs, get, is_number, section
+from alignment.evaluation.judge import Verdict, compare
+from alignment.runs.folder import change, count, eval_pairs, get, section
+from alignment.runs.text import is_number
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,19 +13,8 @@ from typing import Any
 import yaml
 
 from alignment.errors import UserError
-from alignment.run_folder import (
-    RUN_FILES,
-    Run,
-    eval_pairs,
-    get,
-    holds_any,
-    is_number,
-    loss_name,
-    read_rows,
-    read_run,
-    section,
-    shown,
-)
+from alignment.runs.folder import RUN_FILES, Run, eval_pairs, get, holds_any, loss_name, read_rows, read_run, section
+from alignment.runs.text import is_number, shown
 
 _SILENT = ("tracking", "resume")
 """Settings that change where a run reports to, and nothing of its result."""

@@ -17,8 +17,7 @@ from alignment.comparison.charts import CURVES, GLANCE, Chart, charts, choices, 
 from alignment.comparison.ranking import Comparison
 from alignment.comparison.sentences import cautions, headline, not_available, overview
 from alignment.comparison.tables import Table, differences, head_to_head, member_table, on_pairs, results, what_ran
-from alignment.records import escape_markdown
-from alignment.run_folder import markdown_table
+from alignment.runs.text import escape_markdown, markdown_table
 
 _FEW = 3
 """How many of the members that a warning is about are named in Markdown, where nothing folds."""

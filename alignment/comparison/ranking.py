@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from alignment.comparison.measures import ACCURACY, Measure, criterion
 from alignment.comparison.members import Member, Variant, differing, once, variants
 from alignment.comparison.statistics import Difference, holm, paired_difference, unpaired_difference
-from alignment.judge import win_interval
-from alignment.run_folder import shown
+from alignment.evaluation.intervals import win_interval
+from alignment.runs.text import shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ from alignment.comparison.measures import ACCURACY, WIN_RATE, Measure
 from alignment.comparison.members import Member, Variant
 from alignment.comparison.ranking import Against, Comparison, Standing, interval, stand
 from alignment.comparison.statistics import paired_difference
-from alignment.run_folder import get, percent, short, shown, status, warnings
+from alignment.runs.cautions import warnings
+from alignment.runs.folder import get, status
+from alignment.runs.text import percent, short, shown
 
 _SURE = "more than noise"
 

@@ -29,7 +29,8 @@ from alignment.comparison.members import Member, Variant
 from alignment.comparison.ranking import Comparison, interval
 from alignment.comparison.sentences import judged, points
 from alignment.comparison.statistics import ranks
-from alignment.run_folder import NONE, count, get, is_number, percent, section, short, shown, status, stopped_at
+from alignment.runs.folder import count, get, section, status, stopped_at
+from alignment.runs.text import NONE, is_number, percent, short, shown
 
 
 @dataclass(frozen=True, slots=True)

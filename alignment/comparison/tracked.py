@@ -15,9 +15,8 @@ from alignment.comparison.ranking import Comparison, interval
 from alignment.comparison.sentences import cautions, headline
 from alignment.comparison.statistics import ranks
 from alignment.comparison.tables import what_ran
-from alignment.records import escape_markdown
-from alignment.run_folder import shown
-from alignment.sweep_tracking import SweepSummary
+from alignment.runs.sweep_tracking import SweepSummary
+from alignment.runs.text import escape_markdown, shown
 
 
 def sweep_summary(found: Comparison, files: Sequence[Path]) -> SweepSummary:

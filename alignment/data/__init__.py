@@ -1,1 +1,1 @@
-"""From files and hub sets to validated rows, and from rows to token groups."""
+"""From files to groups of tokens."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignment.config import DataConfig
+from alignment.config.schema import DataConfig
 from alignment.data.layouts import Kind, Layout, recognise, to_row
 from alignment.data.rows import BadRow, Row, count_reasons, fingerprint
 from alignment.errors import UserError

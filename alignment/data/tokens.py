@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from jinja2 import TemplateError
 
-from alignment.config import DataConfig, Keep
+from alignment.config.schema import DataConfig, Keep
 from alignment.data.rows import BadRow, Message, Rejected, Row
 from alignment.errors import UserError
-from alignment.groups import Group
+from alignment.types import Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

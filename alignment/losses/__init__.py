@@ -5,7 +5,7 @@ from alignment.losses.alpha_dpo import AlphaDPO
 from alignment.losses.alphapo import AlphaPO
 from alignment.losses.aot import AOT, AOTUnpaired
 from alignment.losses.apo import APODown, APOZero
-from alignment.losses.base import Loss, LossInputs, LossOutput, Quantity, Requirements, StepTotals
+from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements, StepTotals
 from alignment.losses.bco import BCO
 from alignment.losses.bco_pair import BCOPair
 from alignment.losses.beta_dpo import BetaDPO
@@ -41,6 +41,7 @@ from alignment.losses.sppo import SPPO, SPPOSoft
 from alignment.losses.tdpo import TDPO1, TDPO2
 from alignment.losses.tpo import TPO, TPOL
 from alignment.losses.wpo import WPO
+from alignment.types import Quantity
 
 _ALL: tuple[type[Loss], ...] = (
     DPO,

@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from alignment.compose import asset_dir
+from alignment.files import asset_dir
 from alignment.losses import LDDPO, LOSSES, Loss, Mixture, Quantity, SamPO
 from alignment.losses.parity import CHECKS, Check, value_here
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
+from alignment.errors import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
 from alignment.losses.running import NO_MOMENTS, moving_moments, standardised

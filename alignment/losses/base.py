@@ -6,27 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from alignment.config import require
-from alignment.ragged import RaggedLogps
-
-
-class Quantity(Enum):
-    """What a loss can ask for at every completion token beyond its log-prob, computed where the logits exist."""
-
-    collision = "collision"
-    """log sum_v p_v^2 of the policy's next-token distribution p, without gradient."""
-
-    entropy = "entropy"
-    """Entropy of the reference's next-token distribution over the logarithm of the vocabulary's size: 0 to 1."""
-
-    divergence = "divergence"
-    """KL(reference || policy) of the next-token distributions in nats, differentiable; needs a live reference."""
+from alignment.errors import require
+from alignment.types import Quantity, RaggedLogps
 
 
 @dataclass(frozen=True, slots=True)

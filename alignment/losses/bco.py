@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
+from alignment.errors import require
 from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements
 from alignment.losses.dpo import log_ratios
 from alignment.losses.running import in_order
@@ -26,8 +26,8 @@ class BCO(Loss):
 
     w is 1, or, with `density_weights`, an estimate of p(x | desirable) / p(x | undesirable) for the row's prompt x,
     clipped to [0.5, 10]: undesirable rows count as if their prompts were spread like those of the desirable ones. It
-    comes from a classifier of the prompts (`alignment.density`) that is fitted once, before the first step, and is a
-    factor of the row's loss in training, not in evaluation.
+    comes from a classifier of the prompts (`alignment.training.prompt_density`) that is fitted once, before the first
+    step, and is a factor of the row's loss in training, not in evaluation.
 
     Paper: Jung et al. 2024, arXiv:2404.04656, Eqs. 7 and 8 of its second version; the weights are in the first version
     only ("underlying distribution matching").

@@ -9,9 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
+from alignment.errors import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
-from alignment.ragged import RaggedLogps
+from alignment.types import RaggedLogps
 
 
 def log_ratios(inputs: LossInputs) -> RaggedLogps:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
+from alignment.errors import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
+from alignment.types import RaggedLogps
 
 
 def _beyond_the_shorter(pairs: RaggedLogps) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
+from alignment.errors import require
 from alignment.losses.base import LossInputs, LossOutput
 from alignment.losses.lists import BetaListLoss, better_pairs, lowest, members, scores_of, sizes_of, table
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from alignment.config import require
+from alignment.errors import require
 from alignment.losses.base import Loss, LossInputs
 from alignment.losses.dpo import log_ratios
 

@@ -9,9 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
-from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, Quantity, per_pair
+from alignment.errors import require
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
+from alignment.types import Quantity
 
 _LEAST = 1e-6
 """Smallest entropy whose logarithm is taken: a completion of which every token is certain still has a finite weight."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alignment.config import require
+from alignment.errors import require
 from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements
 from alignment.losses.nll import NLL
 

@@ -62,7 +62,7 @@ from alignment.losses.f_dpo import Divergence
 from alignment.losses.gpo import Shape
 from alignment.losses.ipo import Reduction
 from alignment.losses.nll import NLLReduction, NLLScope
-from alignment.ragged import RaggedLogps
+from alignment.types import RaggedLogps
 
 POLICY = ((-0.5, -1.0, -0.25, -0.75), (-1.0, -0.5, -1.5, -0.25, -0.75, -1.0))
 REFERENCE = ((-0.75, -1.25, -0.5, -0.5), (-0.5, -0.5, -1.0, -0.5, -0.75, -0.95))

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
+from alignment.errors import require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
 from alignment.losses.nll import Anchored, NLLReduction, NLLScope

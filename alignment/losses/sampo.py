@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
+from alignment.types import RaggedLogps
 
 
 def _draw(inputs: LossInputs) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.config import require
-from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, Quantity, per_pair
+from alignment.errors import require
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
+from alignment.types import Quantity
 
 
 @dataclass(kw_only=True)

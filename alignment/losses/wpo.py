@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, Quantity
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
-from alignment.ragged import RaggedLogps
+from alignment.types import Quantity, RaggedLogps
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment.lean import make_lean
+from alignment.kernels.patch import patch_layers
 
 SHAPE = {
     "hidden_size": 576,
@@ -120,7 +120,7 @@ def compare(num_tokens: int, repetitions: int, nf4: bool) -> dict[str, dict[str,
     """Milliseconds, fastest and median, and KiB kept per token, of "peft" and of "lean"."""
     model = adapted_model("llama", SHAPE, torch.float32, nf4)
     lean = copy.deepcopy(model)
-    make_lean(lean)
+    patch_layers(lean)
     layers = {"peft": Layer(model, num_tokens), "lean": Layer(lean, num_tokens)}
     kept = {}
     for (name, layer), whole in zip(layers.items(), (model, lean), strict=True):

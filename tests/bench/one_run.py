@@ -25,8 +25,7 @@ import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from alignment.allocator import keep_freed_memory
-from alignment.config import (
+from alignment.config.schema import (
     AdapterConfig,
     DataConfig,
     Device,
@@ -42,27 +41,23 @@ from alignment.config import (
 from alignment.data.rows import Row
 from alignment.data.sources import load_rows
 from alignment.data.tokens import tokenize_groups
-from alignment.gate import check_start
-from alignment.groups import Group
+from alignment.files import cache_dir
+from alignment.kernels.allocator import keep_freed_memory
+from alignment.kernels.matmul import matmul
 from alignment.losses import DPO
-from alignment.policy import (
-    attach_adapter,
-    disable_dropout,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
-from alignment.preference import PreferenceTrainer
-from alignment.products import matmul
-from alignment.records import machine, versions
-from alignment.reference import CachedReference
-from alignment.reference_store import ReferenceStore, cache_dir
-from alignment.shared import choose_layout
-from alignment.steps import StepSampler
-from alignment.training import training_arguments
-from alignment.wheel_model import wheel_model_folder
+from alignment.policy.adapter import attach_adapter, load_adapter
+from alignment.policy.layers import disable_dropout
+from alignment.policy.load import load_base, load_tokenizer, resolve_device, resolve_dtype
+from alignment.policy.wheel_model import wheel_model_folder
+from alignment.reference.cached import CachedReference
+from alignment.reference.store import ReferenceStore
+from alignment.runs.record import machine, versions
+from alignment.scoring.prompt_sharing import choose_layout
+from alignment.training.callbacks import training_arguments
+from alignment.training.sampler import StepSampler
+from alignment.training.start_check import check_start
+from alignment.training.trainer import PreferenceTrainer
+from alignment.types import Group
 from tests.bench.floor import Shape
 from tests.bench.job import (
     MAX_LENGTH,

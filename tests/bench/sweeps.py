@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.run_folder import get, read_run, series
+from alignment.runs.folder import get, read_run, series
 from tests.bench.job import MAX_LENGTH, MAX_PROMPT_LENGTH, ROOT, Case, Job, environment
 from tests.bench.slices import SECONDS, Side, Spent, run_sides
 from tests.bench.summary import Goal, check_losses

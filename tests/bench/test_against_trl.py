@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from alignment.config import AdapterConfig, Device
+from alignment.config.schema import AdapterConfig, Device
 from alignment.data.rows import Row
-from alignment.groups import Group
-from alignment.policy import attach_adapter, load_base, load_tokenizer, resolve_device
-from alignment.steps import StepSampler
+from alignment.policy.adapter import attach_adapter
+from alignment.policy.load import load_base, load_tokenizer, resolve_device
+from alignment.training.sampler import StepSampler
+from alignment.types import Group
 from tests.bench import against_trl, one_run
 from tests.bench.floor import Shape
 from tests.bench.job import PAIRS_OF_RUNS, SEED, Case, Job, PeakRate, Preparation

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.compose import compose_node, register, sweep_members, to_run_config
+from alignment.config.compose import compose_node, register, sweep_members, to_run_config
 from tests.bench import against_trl, one_run, sweeps, tables, trl_side
 from tests.bench.job import Case, Preparation
 from tests.bench.slices import Spent
@@ -22,7 +22,7 @@ from tests.bench.sweeps import (
     TRL,
     Ended,
 )
-from tests.commands import command
+from tests.helpers.commands import command
 
 GIB = 2**30
 

@@ -14,9 +14,10 @@ from alignment.comparison.charts import curves
 from alignment.comparison.measures import chosen_drift
 from alignment.comparison.members import read_member
 from alignment.comparison.ranking import compare
-from alignment.records import RunRecord
-from alignment.run_folder import series, warnings
-from tests.comparison.folders import change_json, make_run
+from alignment.runs.cautions import warnings
+from alignment.runs.folder import series
+from alignment.runs.record import RunRecord
+from tests.helpers.run_folders import change_json, make_run
 
 FILES = ("config.yaml", "summary.json", "metrics.jsonl", "samples.jsonl", "held_out.jsonl")
 

@@ -16,8 +16,8 @@ from alignment.comparison.ranking import compare, interval
 from alignment.comparison.sentences import cautions, headline, judged
 from alignment.comparison.tables import differences, member_table, on_pairs, results, what_ran
 from alignment.errors import UserError
-from alignment.judge import win_interval
-from tests.comparison.folders import change_json, make_run
+from alignment.evaluation.intervals import win_interval
+from tests.helpers.run_folders import change_json, make_run
 
 
 def right(count, of=20):

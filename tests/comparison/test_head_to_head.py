@@ -8,7 +8,7 @@ from alignment.comparison.head_to_head import MOST, duels, entrants
 from alignment.comparison.members import read_member
 from alignment.comparison.ranking import compare
 from alignment.comparison.tables import head_to_head
-from tests.comparison.folders import change_json, make_run
+from tests.helpers.run_folders import change_json, make_run
 
 
 def compared(*folders):

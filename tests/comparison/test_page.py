@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from alignment.comparison import write_comparison
-from tests.comparison.folders import make_run
+from tests.helpers.run_folders import make_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROBE = """<script>

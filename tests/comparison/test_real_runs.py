@@ -10,7 +10,7 @@ from alignment.comparison import write_comparison
 from alignment.comparison.measures import ACCURACY, WIN_RATE, kl
 from alignment.comparison.members import Variant, read_member, run_folders
 from alignment.comparison.ranking import compare, interval
-from tests.commands import command, write_project
+from tests.helpers.commands import command, write_project
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from alignment.comparison.statistics import holm, paired_difference, ranks, sign_test, unpaired_difference
-from alignment.run_folder import wilson_interval
+from alignment.evaluation.intervals import wilson_interval
 
 
 @pytest.mark.parametrize(

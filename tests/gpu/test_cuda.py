@@ -7,22 +7,26 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from alignment.compose import as_plain, compose_node, register, to_run_config
-from alignment.config import Dtype, ModelConfig, QuantizationConfig
-from alignment.gate import check_start
-from alignment.layout import FlatLayout, SharedLayout
-from alignment.lean import make_lean
-from alignment.logps import join_scores, score
-from alignment.objective import as_rows
-from alignment.policy import attach_adapter, load_base, policy_identity
-from alignment.preference import PreferenceTrainer
-from alignment.reference import CachedReference, LiveReference, comparison_tolerance
-from alignment.reference_store import ReferenceStore
-from alignment.shared import choose_layout
-from alignment.steps import StepSampler
+from alignment.config.compose import as_plain, compose_node, register, to_run_config
+from alignment.config.schema import Dtype, ModelConfig, QuantizationConfig
+from alignment.data.units import as_rows
+from alignment.kernels.patch import patch_layers
+from alignment.policy.adapter import attach_adapter
+from alignment.policy.identity import policy_identity
+from alignment.policy.load import load_base
+from alignment.reference.base import comparison_tolerance
+from alignment.reference.cached import CachedReference
+from alignment.reference.live import LiveReference
+from alignment.reference.store import ReferenceStore
+from alignment.scoring.layout import FlatLayout, SharedLayout
+from alignment.scoring.logps import join_scores, score
+from alignment.scoring.prompt_sharing import choose_layout
+from alignment.training.sampler import StepSampler
+from alignment.training.start_check import check_start
+from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import random_groups, tiny_policy
-from tests.test_gradients import SETTINGS, make_loss, moved, plain_loss, step_gradient
-from tests.test_policy import adapter, train_adapter
+from tests.policy.test_policy import adapter, train_adapter
+from tests.training.test_gradients import SETTINGS, make_loss, moved, plain_loss, step_gradient
 
 DEVICE = torch.device("cuda")
 
@@ -129,7 +133,7 @@ def test_shared_prompts(dtype, lean):
     """The same log-probs and gradient as one row per completion: by masks in fp32, by flash attention in bfloat16."""
     model = policy_on(DEVICE, dtype).train()
     if lean:
-        make_lean(model)
+        patch_layers(model)
     groups = random_groups(8, k=3, seed=6)
 
     def scores_and_gradient(layout, tokens_per_batch):
@@ -182,7 +186,7 @@ def test_a_quantised_policy_has_one_identity_and_one_gradient(compute, tiny_mode
 
 def test_the_quantised_chain(tiny_model_folder, tmp_path):
     """SFT, then DPO, on an NF4 base; a second run over the same SFT policy finds its whole reference."""
-    from alignment.stages import Run
+    from alignment.stages.chain import Run
 
     def run(folder, *overrides):
         register()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignment.losses import LossInputs
-from alignment.ragged import RaggedLogps
+from alignment.types import RaggedLogps
 
 
 def make_ragged(sequences, dtype=torch.float64, requires_grad=False):

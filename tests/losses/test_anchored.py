@@ -9,7 +9,7 @@ import torch
 from alignment.errors import UserError
 from alignment.losses import CPO, NLL, ORPO, RPO, TPO, TPOL, CPOSimPO, SimPO
 from alignment.losses.nll import NLLReduction, NLLScope
-from tests.losses.examples import SEQUENCES, TOKENS, WITH_PROMPTS
+from tests.helpers.loss_examples import SEQUENCES, TOKENS, WITH_PROMPTS
 
 SUMS = {"nll_reduction": NLLReduction.sequence_sum, "nll_scope": NLLScope.response}
 PROMPT_MEANS = {"nll_reduction": NLLReduction.sequence_mean, "nll_scope": NLLScope.prompt_and_response}

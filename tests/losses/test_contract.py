@@ -11,8 +11,8 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, ValidationEr
 
 from alignment.errors import UserError
 from alignment.losses import LOSSES, LossInputs, Quantity
-from alignment.ragged import RaggedLogps
-from tests.losses.examples import ENUMS, EXAMPLES
+from alignment.types import RaggedLogps
+from tests.helpers.loss_examples import ENUMS, EXAMPLES
 
 CONF = Path(__file__).parents[2] / "conf" / "loss"
 

@@ -7,9 +7,9 @@ from math import exp, log
 import pytest
 import torch
 
-from alignment.compose import load
+from alignment.config.compose import load
+from alignment.data.units import as_rows
 from alignment.errors import UserError
-from alignment.groups import Group
 from alignment.losses import (
     BCO,
     DPO,
@@ -27,11 +27,11 @@ from alignment.losses import (
 )
 from alignment.losses.ipo import Reduction
 from alignment.losses.nll import NLL, NLLReduction, NLLScope
-from alignment.objective import as_rows, companion_groups
-from alignment.ragged import RaggedLogps
+from alignment.training.objective import companion_groups
+from alignment.types import Group, RaggedLogps
+from tests.commands.test_run import project, tiny
 from tests.conftest import random_groups
 from tests.losses.test_contract import make_step
-from tests.test_cli import project, tiny
 
 __all__ = ["project", "tiny"]
 

@@ -8,7 +8,7 @@ import torch
 from alignment.errors import UserError
 from alignment.losses import ORPO
 from alignment.losses.orpo import log_odds
-from tests.losses.examples import SEQUENCES
+from tests.helpers.loss_examples import SEQUENCES
 
 
 @pytest.mark.parametrize(

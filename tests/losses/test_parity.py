@@ -12,8 +12,8 @@ import torch
 
 from alignment.losses import DPO, KTO, LossInputs
 from alignment.losses.parity import ABSENT, CHECKS, GOLD, POLICY, step_of_the_pair
-from alignment.ragged import RaggedLogps
-from tests.losses.trl_stubs import PreparedLogits, side_by_side, trl_cpo, trl_dpo, trl_kto, trl_orpo, trl_tpo
+from alignment.types import RaggedLogps
+from tests.helpers.trl_stubs import PreparedLogits, side_by_side, trl_cpo, trl_dpo, trl_kto, trl_orpo, trl_tpo
 
 STEP = step_of_the_pair(DPO(beta=0.1, label_smoothing=0.0))
 

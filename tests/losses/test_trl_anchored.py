@@ -5,9 +5,9 @@ import torch
 
 from alignment.losses import CPO, DPO, NLL, ORPO, RPO, TPO, TPOL, CPOSimPO, LossInputs
 from alignment.losses.nll import NLLReduction
-from alignment.ragged import RaggedLogps
-from tests.losses.examples import SEQUENCES, TOKENS, WITH_PROMPTS
-from tests.losses.trl_stubs import (
+from alignment.types import RaggedLogps
+from tests.helpers.loss_examples import SEQUENCES, TOKENS, WITH_PROMPTS
+from tests.helpers.trl_stubs import (
     POLICY,
     REFERENCE,
     assert_same_loss_and_gradient,

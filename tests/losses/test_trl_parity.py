@@ -30,8 +30,8 @@ from alignment.losses import (
 )
 from alignment.losses.f_dpo import Divergence
 from alignment.losses.ipo import Reduction
-from tests.losses.examples import SEQUENCES
-from tests.losses.trl_stubs import (
+from tests.helpers.loss_examples import SEQUENCES
+from tests.helpers.trl_stubs import (
     POLICY,
     REFERENCE,
     assert_same_loss_and_gradient,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignment.losses import AOT, DPO, LDDPO, WPO, AOTUnpaired, Quantity
-from tests.losses.trl_stubs import POLICY, REFERENCE, assert_same_loss_and_gradient, trl_dpo
+from tests.helpers.trl_stubs import POLICY, REFERENCE, assert_same_loss_and_gradient, trl_dpo
 
 COLLISIONS = [
     [-0.9, -1.5, -0.45, -1.2],

@@ -1,0 +1,98 @@
+"""What a run needs of the machine, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+from alignment.config.schema import WHEEL_PREFIX, DataConfig, Device, RunConfig
+from alignment.errors import UserError
+
+_LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_UNREACHABLE = "not in the local cache, and the hub cannot be reached"
+_TIMEOUT = 5  # seconds
+
+
+def check_machine(config: RunConfig) -> None:
+    """Refuse to start a run that would fail later for want of a GPU, a package, a model or a data set.
+
+    Raises:
+        UserError: everything that is missing, in one sentence, and what to do.
+    """
+    import torch
+
+    missing = []
+    if config.device is Device.cuda and not torch.cuda.is_available():
+        missing.append("a CUDA GPU (torch sees none)")
+    if config.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        missing.append("the package bitsandbytes (pip install bitsandbytes)")
+    sources: dict[str, str] = {} if _is_local_model(config.model.name) else {config.model.name: "model"}
+    for data in (config.sft.data if config.sft else None, config.data if config.loss is not None else None):
+        if data is not None:
+            sources.update(dict.fromkeys(_hub_sources(data), "data set"))
+    absent: dict[str, list[str]] = {}
+    for name, kind in sources.items():
+        reason = _hub_problem(name, kind, ask=_UNREACHABLE not in absent)  # a dead network is waited for once
+        if reason:
+            absent.setdefault(reason, []).append(f"the {kind} {name}")
+    missing += [f"{' and '.join(names)} ({reason})" for reason, names in absent.items()]
+    if missing:
+        raise UserError(
+            f"This run lacks {', and '.join(missing)}: provide that, point model.name or data.source to local copies, "
+            f"or try recipe=quickstart, which needs only a CPU and no network."
+        )
+
+
+def model_problem(name: str) -> str | None:
+    """Why a model cannot be read, found out within seconds; None where nothing stands in the way."""
+    return None if _is_local_model(name) else _hub_problem(name, "model", ask=True)
+
+
+def _hub_sources(data: DataConfig) -> list[str]:
+    sources = [source for source in (data.source, data.eval_source) if source is not None]
+    return [
+        source
+        for source in sources
+        if not source.startswith(("bundled:", ".", "/", "~"))
+        and not source.endswith(_LOCAL_SUFFIXES)
+        and not Path(source).exists()
+    ]
+
+
+def _is_local_model(name: str) -> bool:
+    return name.startswith((WHEEL_PREFIX, ".", "/", "~")) or Path(name).is_dir()
+
+
+def _hub_problem(name: str, kind: str, *, ask: bool) -> str | None:
+    """What stands in the way of a hub model or data set; None if it is cached or the hub answers for it.
+
+    Without `ask` the hub counts as unreachable.
+    """
+    if kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
+    if kind == "data set" and _dataset_is_cached(name):
+        return None
+    if HF_HUB_OFFLINE:
+        return "not in the local cache, and HF_HUB_OFFLINE is set"
+    if not ask:
+        return _UNREACHABLE
+    try:
+        api = HfApi()
+        (api.model_info if kind == "model" else api.dataset_info)(name, timeout=_TIMEOUT)
+    except RepositoryNotFoundError:
+        return "the hub does not know it, or it is private and you are not logged in"
+    except HfHubHTTPError as error:
+        return f"the hub answered {error.response.status_code}"
+    except Exception:  # whatever the HTTP library calls a dead network
+        return _UNREACHABLE
+    return None
+
+
+def _dataset_is_cached(name: str) -> bool:
+    from datasets.config import HF_DATASETS_CACHE
+
+    return (Path(HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()

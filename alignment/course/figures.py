@@ -1,0 +1,94 @@
+"""Figures for notebooks: how values are spread, curves over each other, and the plane of a loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alignment.course.landscape import Landscape
+from alignment.runs.folder import Run, series
+
+# The palette of Okabe and Ito, then the same once more in dashes: told apart by every common kind of colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", ":")
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def spread(values: Mapping[str, Sequence[float]], title: str, x: str) -> Figure:
+    """Outlines of histograms over each other, with the same bins; of whole numbers, as many to a bin."""
+    figure, axes = _axes(title, x, "number")
+    everything = np.array([v for some in values.values() for v in some])
+    bins = np.histogram_bin_edges(everything, bins=30)
+    if everything.dtype.kind == "i":
+        width = math.ceil((np.ptp(everything) + 1) / 30)
+        bins = np.arange(everything.min(), everything.max() + width + 1, width) - 0.5
+    for index, (name, some) in enumerate(values.items()):
+        axes.hist(some, bins=bins.tolist(), histtype="step", linewidth=1.6, color=_COLOURS[index % 7], label=name)
+    axes.legend(frameon=False)
+    return figure
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x: str, y: str, level: float | None = None
+) -> Figure:
+    """Lines by name, each of its x and y values, and where it helps a level to compare with."""
+    figure, axes = _axes(title, x, y)
+    for index, (name, (xs, ys)) in enumerate(lines.items()):
+        axes.plot(xs, ys, color=_COLOURS[index % 7], linestyle=_STYLES[index // 7 % 3], linewidth=1.6, label=name)
+    if level is not None:
+        axes.axhline(level, color="0.5", linewidth=1, linestyle="--", zorder=1)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def metric(runs: Mapping[str, Run], name: str, y: str, level: float | None = None) -> Figure:
+    """One metric of the preference stage of several runs: in training as lines, on the held-out pairs as points."""
+    lines = {label: series(run.metrics, "preference", "train", name) for label, run in runs.items()}
+    figure = curves(lines, f"{name} (held-out pairs: points)", "optimizer step", y, level)
+    [axes] = figure.axes
+    for index, run in enumerate(runs.values()):
+        steps, values = series(run.metrics, "preference", "eval", name)
+        axes.plot(steps, values, linestyle="", marker="o", markeredgecolor="white", color=_COLOURS[index % 7], zorder=3)
+    return figure
+
+
+def planes(landscapes: Mapping[str, Landscape]) -> Figure:
+    """Each loss over a plane of log-ratios as colour, and as arrows where a step pushes the two answers."""
+    columns = min(3, len(landscapes))
+    rows = math.ceil(len(landscapes) / columns)
+    figure = Figure(figsize=(4 * columns, 3.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for (name, found), axes in zip(landscapes.items(), grid, strict=False):
+        u, v, height, up, down = (
+            values.numpy() for values in (found.chosen, found.rejected, found.losses, found.push_up, found.push_down)
+        )
+        shape = len(np.unique(v)), len(np.unique(u))
+        shade = axes.pcolormesh(u.reshape(shape), v.reshape(shape), height.reshape(shape), cmap="cividis")
+        figure.colorbar(shade, ax=axes)
+        every = np.zeros(shape, dtype=bool)
+        every[:: max(1, shape[0] // 8), :: max(1, shape[1] // 8)] = True
+        arrows = every.ravel()
+        axes.quiver(u[arrows], v[arrows], up[arrows], -down[arrows], color="white", width=0.006)
+        axes.plot([v.min(), v.max()], [v.min(), v.max()], color="white", linestyle="--", linewidth=1)
+        axes.set_xlim(u.min(), u.max())
+        axes.set_ylim(v.min(), v.max())
+        axes.set_title(name, fontsize=11)
+        axes.set_xlabel("chosen: log-ratio (nats)")
+        axes.set_ylabel("rejected: log-ratio (nats)")
+    for axes in grid:
+        axes.set_visible(False)
+    return figure

@@ -1,0 +1,115 @@
+"""What the notebooks of the course call to train: the command itself, and its runs as tables.
+
+With ALIGNMENT_FAST=1 in the environment every run takes seconds: a tiny random model, a few rows, no SFT stage. What
+comes out then shows that the notebook works, and nothing about the losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignment.config.compose import sweep_members
+from alignment.errors import UserError
+from alignment.evaluation.intervals import wilson_interval
+from alignment.policy.tiny_model import write_tiny_model
+from alignment.runs.folder import Run, change, eval_pairs, get, read_run, section
+
+OUTPUTS = Path("outputs") / "lab"
+"""Where the runs of the notebooks are kept, below the folder that the notebook runs in."""
+
+_FAST = (
+    "sft=none",
+    "data.limit=64",
+    "data.eval_limit=32",
+    "optim.lr=1e-2",
+    "evaluation.prompts=4",
+    "evaluation.max_new_tokens=8",
+)
+
+
+def is_fast() -> bool:
+    """Whether ALIGNMENT_FAST asks for runs of seconds."""
+    return os.environ.get("ALIGNMENT_FAST", "0") not in ("", "0")
+
+
+def train(*overrides: str) -> dict[str, Run]:
+    """Run `python -m alignment.run -m` with these settings of the quickstart, unless that was done before.
+
+    Args:
+        overrides: as on the command line; values with commas between them are tried one after the other.
+
+    Returns:
+        The runs by the settings that tell them apart, in their order.
+
+    Raises:
+        UserError: the command failed; its last words.
+    """
+    settings = ["recipe=quickstart", "tracking=none", *(_tiny() if is_fast() else ()), *overrides]
+    members = list(sweep_members(settings))
+    names = [
+        ", ".join(choice for choice in member if choice not in settings and not choice.startswith("hydra.")) or "run"
+        for member in members
+    ]
+    folder = OUTPUTS / hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
+    folders = [folder / f"{number}-quickstart" for number in range(len(members))]
+    if not all((path / "summary.json").is_file() for path in folders):
+        _command("alignment.run", "-m", *settings, f"hydra.sweep.dir={folder}")
+    return dict(zip(names, map(read_run, folders), strict=True))
+
+
+def _tiny() -> tuple[str, ...]:
+    folder = OUTPUTS / "tiny_model"
+    if not folder.is_dir():
+        write_tiny_model(folder)
+    return f"model.name={folder.resolve()}", *_FAST
+
+
+def _command(module: str, *arguments: str) -> None:
+    """Run a command of this package and print what it prints, as it comes; its progress bars are left out."""
+    sys.stdout.write(f"python -m {module} {' '.join(arguments)}\n")
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            sys.stdout.write(line)
+        if process.wait():
+            errors.seek(0)
+            last = errors.read().strip().splitlines()[-1:] or ["it said nothing."]
+            raise UserError(f"The command ended with status {process.returncode}: {last[0]}")
+
+
+def table(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+    """One row per run: what was measured on the held-out pairs and answers, accuracies with 95% intervals."""
+    return [{"run": name, **_measures(run)} for name, run in runs.items()]
+
+
+def _measures(run: Run) -> dict[str, Any]:
+    metrics: dict[str, Any] = section(run.summary, "stages", "preference", "metrics")
+    accuracy, pairs = metrics.get("eval/nats/accuracies"), eval_pairs(run.summary)
+    low, high = wilson_interval(accuracy, pairs) if accuracy is not None and pairs else (None, None)
+    drift = change(run, "logps/chosen")
+    return {
+        "pairs": pairs,
+        "reward accuracy": accuracy,
+        "from": low,
+        "to": high,
+        "ranking accuracy": metrics.get("eval/ranking/accuracies"),
+        "margin (nats)": metrics.get("eval/nats/margins"),
+        "margin (own units)": metrics.get("eval/rewards/margins"),
+        "change of chosen (nats)": drift[1] - drift[0] if drift else None,
+        "words per answer": get(run.summary, "evaluation", "answers", "final", "words"),
+        "judge score": get(run.summary, "evaluation", "answers", "final", "judge_score"),
+    }

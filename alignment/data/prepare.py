@@ -1,0 +1,161 @@
+"""The data of a run: rows read from their source, checked for the stage that they are for, and tokenised."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.config.schema import DataConfig
+from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, require_scores
+from alignment.data.sources import LoadedData, load_rows
+from alignment.data.tokens import TokenizedData, tokenize_groups, tokenize_sft
+from alignment.data.units import are_lists, as_pairs, as_rows
+from alignment.errors import UserError
+from alignment.files import atomic_write_bytes, to_json
+from alignment.types import Group
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class PreferenceData:
+    """Tokenised preference data of a run."""
+
+    train: list[Group]
+    eval: list[Group]
+    eval_rows: list[Row]
+    info: dict[str, Any]
+
+
+@dataclass(slots=True)
+class SFTData:
+    """Tokenised conversations of a run."""
+
+    train: list[dict[str, list[int]]]
+    eval: list[dict[str, list[int]]]
+    info: dict[str, Any]
+
+
+def _data_info(loaded: LoadedData, drops: Sequence[BadRow], counts: dict[str, int]) -> dict[str, Any]:
+    return {
+        "source": loaded.description,
+        "layout": loaded.layout,
+        "fingerprint": loaded.fingerprint,
+        "bad_rows": count_reasons(loaded.bad),
+        "dropped": count_reasons(drops),
+        "tokens": {name: count for name, count in counts.items() if count},
+    }
+
+
+def _sum_counts(*parts: dict[str, int]) -> dict[str, int]:
+    return dict(sum((Counter(part) for part in parts), Counter()))
+
+
+def _log_data(title: str, info: dict[str, Any]) -> None:
+    log.info("%s: %s.", title, info["source"])
+    for name in ("bad_rows", "dropped", "tokens"):
+        if info[name]:
+            log.info("  %s: %s", name.replace("_", " "), ", ".join(f"{k} {v}" for k, v in info[name].items()))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPreferences:
+    """Preference data as they were read and tokenised, for whatever loss."""
+
+    loaded: LoadedData
+    train: TokenizedData
+    held_out: TokenizedData
+
+
+def read_preferences(config: DataConfig, tokenizer: Any) -> ReadPreferences:
+    """Read, check and tokenise the preference data.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    loaded = load_rows(config, kind="preference")
+    train, held_out = (tokenize_groups(rows, tokenizer, config) for rows in (loaded.train, loaded.eval))
+    return ReadPreferences(loaded, train, held_out)
+
+
+def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
+    """The data in the form in which the loss takes them.
+
+    A loss of rows gets pairs as two labelled rows each; a loss of pairs or rows gets ranked lists as pairs, and a loss
+    of lists pairs as lists of two.
+
+    Raises:
+        UserError: data that cannot be used, or nothing left to train on.
+    """
+    loaded, train, held_out = read.loaded, read.train, read.held_out
+    needs = loss.requirements()
+    if needs.unit != "row":
+        require_pairs([*loaded.train, *loaded.eval], loss.name)
+    if needs.scores:
+        require_scores([*loaded.train, *loaded.eval], loss.name)
+    drops = [*train.drops, *held_out.drops]
+    info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
+    _log_data("Preferences", info)
+    parts = {"training": train.groups, "held-out": held_out.groups}
+    if needs.unit != "list":
+        for part, groups in parts.items():
+            if are_lists(groups):
+                parts[part] = as_pairs(groups, config.list_pairs)
+                log.info("  %s: %d pairs of %d lists", part, len(parts[part]), len(groups))
+                if not parts[part]:
+                    raise UserError(f"{config.source}: no {part} list has two completions with different scores.")
+    rows = {row.source: row for row in held_out.rows}
+    eval_groups = parts["held-out"]
+    eval_rows = [rows[group.source] for group in eval_groups]
+    if needs.unit == "row":
+        parts = {part: as_rows(groups) for part, groups in parts.items()}
+    for part, items in parts.items():
+        if 0 < len(items) < needs.min_items:
+            raise UserError(
+                f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} {needs.unit}s, and "
+                f"{config.source} has {len(items)}."
+            )
+    for group in (*parts["training"], *eval_groups):
+        if (problem := loss.problem(len(group.completions), group.scores)) is not None:
+            raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
+    info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
+    return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
+
+
+def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, list[BadRow]]:
+    """Read, check and tokenise the SFT data.
+
+    Raises:
+        UserError: data that cannot be used, or nothing left to train on.
+    """
+    loaded = load_rows(config, kind="sft")
+    train = tokenize_sft(loaded.train, tokenizer, config)
+    held_out = tokenize_sft(loaded.eval, tokenizer, config)
+    drops = [*train.drops, *held_out.drops]
+    info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
+    _log_data("SFT data", info)
+    info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
+    return SFTData(train.sequences, held_out.sequences, info), [*loaded.bad, *drops]
+
+
+def require_same_data(path: Path, infos: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep in a file what the data of each stage are; where it exists, a resumed run must have the same.
+
+    Raises:
+        UserError: the data have changed since the run began.
+    """
+    prints = {name: info["fingerprint"] for name, info in infos.items()}
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, to_json(prints))
+    elif (before := json.loads(path.read_text())) != prints:
+        changed = " and the ".join(f"{name} data" for name in prints if before.get(name) != prints[name])
+        raise UserError(
+            f"A resumed run keeps its data, and the {changed} are not those that {path.parents[1]} began with: bring "
+            f"them back, or start a new run."
+        )

@@ -1,0 +1,103 @@
+"""Sampled answers to held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from alignment.policy.adapter import has_adapter
+from alignment.types import Group
+
+
+def stop_tokens(tokenizer: Any, groups: Sequence[Group]) -> list[int]:
+    """Tokens that end an answer: the tokenizer's EOS and the one that most training answers end with.
+
+    A base model's EOS often differs from the end-of-turn token of its chat template.
+    """
+    last = np.array([completion[-1] for group in groups for completion in group.completions])
+    stops = {int(np.bincount(last).argmax())} if len(last) else set()
+    return sorted(stops | {tokenizer.eos_token_id})
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    prompts: Sequence[np.ndarray],
+    stops: Sequence[int],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    device: torch.device,
+    seed: int,
+) -> list[np.ndarray]:
+    """The int32 tokens of one answer per tokenised prompt, in order, up to the first stop token and with it.
+
+    Greedy at temperature 0, else drawn from a seed of its own.
+    """
+    answers: dict[int, np.ndarray] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            members = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in members)
+            ids = torch.zeros((len(members), width), dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(members):
+                ids[row, width - len(prompts[index]) :] = torch.from_numpy(prompts[index].astype(np.int64))
+                mask[row, width - len(prompts[index]) :] = 1
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(stops),
+                pad_token_id=stops[0],  # what a row is filled up with behind its end is cut off below
+                **sampling,
+            )
+            for row, index in enumerate(members):
+                new = output[row, width:].to("cpu", torch.int32).numpy()
+                ends = np.flatnonzero(np.isin(new, stops))
+                answers[index] = new[: ends[0] + 1] if len(ends) else new
+    model.train(was_training)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def as_text(tokenizer: Any, answer: Sequence[int], stops: Sequence[int]) -> str:
+    """An answer without what ends it."""
+    return tokenizer.decode([token for token in answer if token not in stops], skip_special_tokens=True).strip()
+
+
+def presets(model: nn.Module) -> str:
+    """The model's own generation settings, such as a penalty for repetitions, but for the tokens `sample` is given."""
+    return _inner(model).generation_config.to_json_string(keys_to_pop=["bos_token_id", "eos_token_id", "pad_token_id"])
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if has_adapter(model) else model
+
+
+@contextmanager
+def without_presets(model: nn.Module) -> Iterator[None]:
+    """The model without its own generation settings, such as a penalty for repetitions: samples are its distribution's.
+
+    Temperature, top_k and top_p are given anyway.
+    """
+    inner = _inner(model)
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own

@@ -1,0 +1,93 @@
+"""Files and folders: atomic writes, JSON, where assets and caches lie, and what must never be written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+
+def asset_dir(name: str) -> Path:
+    """Folder `conf` or `recipes`: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).parent
+    beside = package.parent / name
+    return beside if beside.is_dir() else package / "_assets" / name
+
+
+_SECRET_WORDS = frozenset({"token", "key", "apikey", "password", "passwd", "secret", "credential", "credentials"})
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash at any moment, finds the old content or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write_bytes` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode())
+
+
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    """Strict JSON as UTF-8: non-finite floats become the strings NaN, Infinity, -Infinity; paths and enums, text."""
+    text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+    # A lone surrogate (half an emoji from a cut model answer) is no UTF-8; written as \udxxx it is valid JSON.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def to_json_lines(rows: Iterable[Any]) -> bytes:
+    """`to_json` of each, a line for each."""
+    return b"".join(to_json(row) + b"\n" for row in rows)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Path):
+        return str(value)
+    return value.name if isinstance(value, Enum) else value
+
+
+def redact(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy whose values under keys such as api_key, hf_token, password are '***', at any depth.
+
+    A key is split into words at case changes and at everything but letters and digits; `tokens_per_batch` has no
+    secret word in it. Null stays null: that nothing was set is no secret.
+    """
+    return {key: _redacted(str(key), value) for key, value in mapping.items()}
+
+
+def _redacted(key: str, value: Any) -> Any:
+    words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key).lower()
+    if value is not None and not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", words)):
+        return "***"
+    if isinstance(value, Mapping):
+        return redact(value)
+    if isinstance(value, (list, tuple)):
+        return [_redacted("", item) for item in value]
+    return value
+
+
+def cache_dir(path: str | None) -> Path:
+    """The cache folder: `path`, or else `$ALIGNMENT_CACHE`, or else `~/.cache/alignment`; not created here."""
+    return Path(path or os.environ.get("ALIGNMENT_CACHE") or "~/.cache/alignment").expanduser().absolute()

@@ -1,0 +1,328 @@
+"""Attention over a row in which every prompt stands once, with all of its completions behind it.
+
+A completion attends to its prompt and to itself, never to its siblings nor to another prompt of the row. No mask as
+wide as the row is ever made, so packing prompts into one row costs nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from alignment.kernels.block_attention import Part, block_attention
+
+_PREFIX = "shared_prompts_"
+_BLOCKS_FROM = 384
+"""Tokens of a sequence from which on large blocks are faster on a CPU than torch's kernel: by 1.4 there."""
+# What some models hand to their attention beside queries, keys and values; the routes below know nothing of it.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpan:
+    """One prompt and its completions, end to end in a row.
+
+    Attributes:
+        start: position of the prompt's first token in the row.
+        prompt: tokens of the prompt, at least 1.
+        completions: tokens of each completion that are run, 0 or more.
+    """
+
+    start: int
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def prompt_end(self) -> int:
+        """Position after the prompt."""
+        return self.start + self.prompt
+
+    @property
+    def end(self) -> int:
+        """Position after the last completion."""
+        return self.prompt_end + sum(self.completions)
+
+    def completion_ranges(self) -> list[tuple[int, int]]:
+        """First position and position after the last, for every completion."""
+        ranges = []
+        position = self.prompt_end
+        for length in self.completions:
+            ranges.append((position, position + length))
+            position += length
+        return ranges
+
+
+SharedRow = tuple[PromptSpan, ...]
+"""The spans of a row, in order and without gaps."""
+
+
+def position_ids(row: SharedRow) -> Tensor:
+    """(1, width) int64: every completion goes on counting where its prompt ends."""
+    parts = []
+    for span in row:
+        parts.append(torch.arange(span.prompt))
+        parts += [torch.arange(span.prompt, span.prompt + length) for length in span.completions]
+    return torch.cat(parts)[None]
+
+
+def longest_sequence(row: SharedRow) -> int:
+    """Tokens of the longest prompt with one completion."""
+    return max(span.prompt + max(span.completions) for span in row)
+
+
+def _sequences(row: SharedRow) -> list[tuple[PromptSpan, int, int]]:
+    """(span, start, end) of every prompt and every completion that is not empty, in the order of the row."""
+    found = []
+    for span in row:
+        ranges = [(span.start, span.prompt_end), *span.completion_ranges()]
+        found += [(span, start, end) for start, end in ranges if end > start]
+    return found
+
+
+def _parts_of(row: SharedRow) -> list[Part]:
+    """The row for attention in blocks: a prompt with its first completion, then the other completions."""
+    parts: list[Part] = []
+    for span in row:
+        (_, first_end), *others = span.completion_ranges()
+        parts.append((range(span.start, first_end), range(0)))
+        parts += [(range(start, end), range(span.start, span.prompt_end)) for start, end in others if end > start]
+    return parts
+
+
+class _CPUAttention(torch.autograd.Function):
+    """Queries (1, H, T, D), keys and values (1, H_kv, T, D) -> (1, T, H, D), by torch's flash kernel for CPUs.
+
+    A prompt and its first completion are one causal product. The other completions are attended to their prompt all
+    at once and to themselves one by one, and the two results are joined by their normalisers. The kernel's backward
+    takes the joined result and normaliser, so that each part gives its own share of the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float) -> Tensor:
+        out = q.new_empty(q.shape).transpose(1, 2).contiguous()
+        by_head = out.transpose(1, 2)
+        lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+        def attend(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, causal, scale=scale
+            )
+
+        for span in row:
+            (_, first_end), *others = span.completion_ranges()
+            prompt, joined, rest = _parts(span, first_end)
+            by_head[:, :, joined], lse[:, :, joined] = attend(joined, joined, True)
+            if rest.stop == rest.start:
+                continue
+            to_prompt, prompt_lse = attend(rest, prompt, False)
+            by_head[:, :, rest], lse[:, :, rest] = to_prompt, prompt_lse
+            for start, end in others:
+                if end == start:
+                    continue
+                own = slice(start, end)
+                to_own, own_lse = attend(own, own, True)
+                total = torch.logaddexp(lse[:, :, own], own_lse)
+                by_head[:, :, own] = by_head[:, :, own] * (lse[:, :, own] - total).exp_()[..., None] + (
+                    to_own * (own_lse - total).exp_()[..., None]
+                )
+                lse[:, :, own] = total
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.row, ctx.scale = row, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        by_head, gradient = out.transpose(1, 2), gradient.transpose(1, 2)
+        # Laid out as the projections are, so that what comes before gets contiguous gradients.
+        grads = [x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v)]
+
+        def attend(queries: slice, keys: slice, causal: bool) -> list[Tensor]:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gradient[:, :, queries],
+                q[:, :, queries],
+                k[:, :, keys],
+                v[:, :, keys],
+                by_head[:, :, queries],
+                lse[:, :, queries],
+                0.0,
+                causal,
+                scale=ctx.scale,
+            )
+
+        for span in ctx.row:
+            (_, first_end), *others = span.completion_ranges()
+            prompt, joined, rest = _parts(span, first_end)
+            for grad, part in zip(grads, attend(joined, joined, True), strict=True):
+                grad[:, :, joined] = part
+            if rest.stop == rest.start:
+                continue
+            dq, dk, dv = attend(rest, prompt, False)
+            grads[0][:, :, rest] = dq
+            grads[1][:, :, prompt] += dk
+            grads[2][:, :, prompt] += dv
+            for start, end in others:
+                if end == start:
+                    continue
+                own = slice(start, end)
+                dq, dk, dv = attend(own, own, True)
+                grads[0][:, :, own] += dq
+                grads[1][:, :, own] = dk
+                grads[2][:, :, own] = dv
+        return *grads, None, None
+
+
+def _parts(span: PromptSpan, first_end: int) -> tuple[slice, slice, slice]:
+    """The prompt, the prompt with the first completion, and the other completions."""
+    return slice(span.start, span.prompt_end), slice(span.start, first_end), slice(first_end, span.end)
+
+
+@functools.lru_cache(maxsize=4)
+def _variable_lengths(row: SharedRow, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """For kernels of variable length: key positions, ends of queries and of keys, most queries and most keys.
+
+    The queries of every prompt and completion stand in the row already; the keys of a completion are its prompt's
+    and its own, gathered, so that plain causal attention, aligned at the end, is what is wanted.
+    """
+    sequences = _sequences(row)
+    positions = [
+        torch.arange(start, end)
+        if start == span.start
+        else torch.cat([torch.arange(span.start, span.prompt_end), torch.arange(start, end)])
+        for span, start, end in sequences
+    ]
+    lengths = [end - start for _, start, end in sequences]
+    key_lengths = [len(p) for p in positions]
+
+    def ends(counts: list[int]) -> Tensor:
+        return torch.tensor([0, *counts]).cumsum(0).to(device, torch.int32)
+
+    return torch.cat(positions).to(device), ends(lengths), ends(key_lengths), max(lengths), max(key_lengths)
+
+
+def _variable_length_attention(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float) -> Tensor:
+    positions, query_ends, key_ends, most_queries, most_keys = _variable_lengths(row, q.device)
+    out = varlen_attn(
+        q[0].transpose(0, 1).contiguous(),
+        k[0].transpose(0, 1).index_select(0, positions),
+        v[0].transpose(0, 1).index_select(0, positions),
+        query_ends,
+        key_ends,
+        most_queries,
+        most_keys,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def _has_flash_kernel(q: Tensor) -> bool:
+    """Flash attention needs 16 bits, an Ampere GPU or newer, and heads of a width that it was compiled for."""
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window: int | None = None
+) -> Tensor:
+    """Any device, any dtype, with a sliding window if there is one: each prompt and completion with a mask of its own.
+
+    Joins and splits instead of slices: the backward pass of a slice fills a tensor as long as the row.
+    """
+    sequences = _sequences(row)
+    sizes = [end - start for _, start, end in sequences]
+    keys, values = k.split(sizes, dim=2), v.split(sizes, dim=2)
+    repeats = q.shape[1] // k.shape[1]
+    results = []
+    prompt = 0
+    for i, ((span, start, end), queries) in enumerate(zip(sequences, q.split(sizes, dim=2), strict=True)):
+        if start == span.start:
+            prompt = i
+        parts = [i] if i == prompt else [prompt, i]
+        seen_keys, seen_values = (
+            torch.cat([x[j] for j in parts], dim=2).repeat_interleave(repeats, dim=1) for x in (keys, values)
+        )
+        query_positions = torch.arange(seen_keys.shape[2] - (end - start), seen_keys.shape[2], device=q.device)[:, None]
+        distance = query_positions - torch.arange(seen_keys.shape[2], device=q.device)
+        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        results.append(F.scaled_dot_product_attention(queries, seen_keys, seen_values, attn_mask=mask, scale=scale))
+    return torch.cat(results, dim=2).transpose(1, 2).contiguous()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window: int | None = None) -> Tensor:
+    """Attention of a row with shared prompts.
+
+    Args:
+        q: (1, H, T, D) queries, after the positions were put in.
+        k, v: (1, H_kv, T, D) with H a multiple of H_kv.
+        row: spans that cover the T positions.
+        scale: factor of the products.
+        window: how many positions a token sees at most, itself included; None for all.
+
+    Returns:
+        (1, T, H, D), contiguous.
+    """
+    if window is not None and longest_sequence(row) > window:
+        return _masked_attention(q, k, v, row, scale, window)
+    if q.device.type == "cpu":
+        if longest_sequence(row) >= _BLOCKS_FROM:
+            return block_attention(q, k, v, _parts_of(row), scale)
+        return _CPUAttention.apply(q, k, v, row, scale)
+    if _has_flash_kernel(q):
+        return _variable_length_attention(q, k, v, row, scale)
+    return _masked_attention(q, k, v, row, scale)
+
+
+def enable_shared_prompts(model: Any) -> bool:
+    """Let the model's attention take a keyword `shared_row`; without it, it stays the attention that it was.
+
+    Returns:
+        False if this model's attention cannot be replaced.
+    """
+    name = model.config._attn_implementation
+    if name.startswith(_PREFIX):
+        return True
+    if name not in ALL_ATTENTION_FUNCTIONS or not model._can_set_attn_implementation():
+        return False
+    plain = ALL_ATTENTION_FUNCTIONS[name]
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        shared_row: SharedRow | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        if shared_row is None:
+            return plain(module, query, key, value, attention_mask, **kwargs)
+        if any(kwargs.get(key) is not None for key in _UNSUPPORTED) or kwargs.get("dropout"):
+            raise NotImplementedError("attention over shared prompts knows only scale and window")
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return attend(query, key, value, shared_row, scale, kwargs.get("sliding_window")), None
+
+    AttentionInterface.register(_PREFIX + name, attention)
+    if name in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    model.set_attn_implementation(_PREFIX + name)
+    return True
+
+
+def disable_shared_prompts(model: Any) -> None:
+    """Undo `enable_shared_prompts`."""
+    model.set_attn_implementation(model.config._attn_implementation.removeprefix(_PREFIX))

@@ -1,0 +1,360 @@
+"""Frozen linear layers and their adapters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from alignment.kernels.base import rows_of, shaped, subclass, without_autocast
+from alignment.kernels.matmul import add_matmul, matmul, transposed_matmul
+from alignment.kernels.norm import NormOutput, keep, norm_output, recall
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Rows of a call, and the ranks of a joined adapter that are for them."""
+
+    rows: slice
+    ranks: slice
+
+    def at(self, rows: slice) -> Share | None:
+        """What of it falls into some of the rows, counted from the first of these; None if nothing does."""
+        start, stop = max(self.rows.start, rows.start), min(self.rows.stop, rows.stop)
+        return Share(slice(start - rows.start, stop - rows.start), self.ranks) if start < stop else None
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A frozen linear layer as one call finds it, and its adapter.
+
+    Attributes:
+        weight: (out, in), or packed 4-bit values with `state`.
+        bias: (out,).
+        a, b: (r, in) and (out, r), the adapter; None without one.
+        scaling: the adapter's factor.
+        state: bitsandbytes' QuantState.
+        merged: form `weight + scaling * b @ a` for the call. It costs about r / rows of the product itself and spares
+            two passes over the activations, but in 16 bits it would round the update away.
+        shares: which ranks of the adapter which rows are for, where several adapters are joined; None: all for all.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    scaling: float
+    state: Any
+    merged: bool
+    shares: tuple[Share, ...] | None = None
+
+    @property
+    def num_out(self) -> int:
+        """Width of the output."""
+        return (self.weight if self.state is None else self.state).shape[0]
+
+    def cast(self, dtype: torch.dtype) -> Projection:
+        """With the adapter in the dtype of the activations."""
+        if self.a is None or self.b is None or self.a.dtype is dtype:
+            return self
+        return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))
+
+    def at(self, rows: slice) -> Projection:
+        """For some of the rows."""
+        if self.shares is None:
+            return self
+        return replace(self, shares=tuple(part for share in self.shares if (part := share.at(rows)) is not None))
+
+    def _adapters(self, num_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Ranges of rows, each with the (r, in) and (out, r) that are for them."""
+        if self.a is None or self.b is None or self.merged:
+            return
+        if self.shares is None:
+            yield slice(0, num_rows), self.a, self.b
+            return
+        for share in self.shares:
+            yield share.rows, self.a[share.ranks], self.b[:, share.ranks]
+
+    def _narrow(self, rows: Tensor, right: Tensor) -> Tensor:
+        """A product with few columns: for a part of the rows, padding it for oneDNN would cost more than that gains."""
+        return matmul(rows, right) if self.shares is None else rows @ right
+
+    def without_tensors(self) -> Projection:
+        """What may stay on an autograd node: its tensors are saved, so that hooks see them."""
+        return replace(self, weight=None, bias=None, a=None, b=None)  # type: ignore[arg-type]
+
+    def matrix(self) -> Tensor:
+        """(out, in), what a row is multiplied with."""
+        weight = self.weight
+        if self.state is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight, self.state)
+        if self.merged:
+            weight = add_matmul(weight, self.b * self.scaling, self.a)  # type: ignore[operator, arg-type]
+        return weight
+
+    def forward_matrix(self) -> Tensor | None:
+        """The same; None where bitsandbytes has a product of its own."""
+        return None if self.state is not None and not self.merged else self.matrix()
+
+    def forward(self, x: Tensor, matrix: Tensor | None) -> Tensor:
+        """(rows, in) to (rows, out)."""
+        if matrix is None:
+            from bitsandbytes import matmul_4bit
+
+            y = matmul_4bit(x, self.weight, quant_state=self.state, bias=self.bias)
+        else:
+            y = matmul(x, matrix.t(), self.bias)
+        for rows, a, b in self._adapters(len(x)):
+            y[rows].addmm_(self._narrow(x[rows], a.t()), b.t(), alpha=self.scaling)
+        return y
+
+    def backward(self, gradient: Tensor, matrix: Tensor) -> Tensor:
+        """(rows, out) to (rows, in)."""
+        result = matmul(gradient, matrix)
+        for rows, a, b in self._adapters(len(gradient)):
+            result[rows].addmm_(self._narrow(gradient[rows], b), a, alpha=self.scaling)
+        return result
+
+    def adapter_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of `a` and of the transposed `b` from these rows, without the factor `scaling`."""
+        assert self.a is not None and self.b is not None
+        if self.shares is None:
+            down, up = matmul(gradient, self.b), matmul(x, self.a.t())
+            return transposed_matmul(down, x), transposed_matmul(up, gradient)
+        grad_a, grad_b = torch.zeros_like(self.a), self.b.new_zeros(self.b.shape[::-1])
+        for share, (rows, a, b) in zip(self.shares, self._adapters(len(x)), strict=True):
+            grad_a[share.ranks] = (gradient[rows] @ b).t() @ x[rows]
+            grad_b[share.ranks] = (x[rows] @ a.t()).t() @ gradient[rows]
+        return grad_a, grad_b
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether the module is one of peft's LoRA layers."""
+    return "lora_A" in module._modules and "base_layer" in module._modules
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Linear layers with an adapter, and frozen ones without where another product is faster."""
+    if not is_lora_layer(module):
+        weight = getattr(module, "weight", None)
+        cpu = isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.dtype is torch.float32
+        return type(module) is nn.Linear and cpu and not any(p.requires_grad for p in module.parameters())
+    from peft.tuners import lora
+
+    kinds = {lora.Linear, getattr(lora, "Linear4bit", lora.Linear)}
+    return type(module) in kinds and not module.fan_in_fan_out
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether a call of one of these modules does more than its class's forward."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
+    )
+
+
+_Adapter = tuple[Tensor | None, Tensor | None, float]
+
+
+class Segments:
+    """Which rows of a pass are whose: (member, rows) from the first row on; empty outside a joint pass."""
+
+    def __init__(self) -> None:
+        self._parts: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def members(self) -> list[int]:
+        """Those who take part, in the order of their rows."""
+        return [member for member, _ in self._parts]
+
+    @property
+    def num_rows(self) -> int:
+        """Of the pass."""
+        return sum(rows for _, rows in self._parts)
+
+    def set(self, parts: Iterable[tuple[int, int]]) -> None:
+        """Of the next pass, and of whatever its backward pass computes again."""
+        self._parts = tuple(parts)
+
+    def shares(self, ranks: Sequence[int]) -> tuple[Share, ...]:
+        """Which of the members' ranks, side by side, are for which rows."""
+        found, row, rank = [], 0, 0
+        for (_, rows), own in zip(self._parts, ranks, strict=True):
+            if own:
+                found.append(Share(slice(row, row + rows), slice(rank, rank + own)))
+            row, rank = row + rows, rank + own
+        return tuple(found)
+
+
+class JointLinear(nn.Module):
+    """A frozen linear layer with the adapters of several members, each for the rows of its own.
+
+    The rows are multiplied with the base weight once, and with all adapters side by side. Outside a joint pass it is
+    its base layer.
+
+    Args:
+        base_layer: frozen.
+        layers: peft's layer on the same weight of each member that has one there.
+        segments: shared by all layers of a model.
+    """
+
+    def __init__(self, base_layer: nn.Module, layers: Mapping[int, Any], segments: Segments) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._layers = layers  # no module of this one, so that their parameters stay the members' own
+        self._segments = segments
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        projection = projection_of(self, x)
+        if projection is not None:
+            return _Linear.apply(x, projection.a, projection.b, projection.weight, projection, norm_output(x))
+        if self._segments.members:
+            raise NotImplementedError("an adapted layer has no joint form")
+        return self.base_layer(x)
+
+    def adapter(self, x: Tensor) -> tuple[_Adapter, tuple[Share, ...]] | None:
+        """The members' active adapters side by side, and which of their ranks are for which rows.
+
+        In the dtype of x, so that what is kept for the backward pass is no larger than it has to be.
+        """
+        found = [
+            _active_adapter(self._layers[member]) if member in self._layers else (None, None, 0.0)
+            for member in self._segments.members
+        ]
+        if x.numel() // x.shape[-1] != self._segments.num_rows:
+            return None
+        if not all(adapter is not None and _adapter_computes_in(x, adapter[0]) for adapter in found):
+            return None
+        shares = self._segments.shares([0 if a is None else len(a) for a, _, _ in found])  # type: ignore[misc]
+        # Transposed, so that the part of a member is one piece: oneDNN has no fast code for rows that lie apart.
+        pairs = [(a, scaling * b.t()) for a, b, scaling in found if a is not None and b is not None]  # type: ignore[misc]
+        if not pairs:
+            return (None, None, 0.0), shares
+        a, b = torch.cat([a.to(x.dtype) for a, _ in pairs]), torch.cat([b.to(x.dtype) for _, b in pairs])
+        return (a, b.t(), 1.0), shares
+
+
+def _active_adapter(layer: Any) -> _Adapter | None:
+    """(a, b, scaling) of the one active plain LoRA, (None, None, 0.0) if there is none, None for anything else."""
+    if layer.merged:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or not names:
+        return None, None, 0.0
+    name = names[0]
+    dropout, down, up = layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name]
+    drops = not isinstance(dropout, nn.Identity) and (dropout.p > 0 and dropout.training)
+    special = len(names) > 1 or name in layer.lora_variant or layer.lora_bias[name] or drops
+    if special or type(down) is not nn.Linear or type(up) is not nn.Linear or hooked(dropout, down, up):
+        return None
+    return down.weight, up.weight, layer.scaling[name]
+
+
+def projection_of(layer: Any, x: Tensor) -> Projection | None:
+    """What the layer computes for this input; None where only its own forward will do."""
+    adapted, shares = is_lora_layer(layer), None
+    adapter: _Adapter | None = (None, None, 0.0)
+    base = layer
+    if isinstance(layer, JointLinear):
+        adapted, base = True, layer.base_layer
+        joint = layer.adapter(x)
+        adapter, shares = (None, None) if joint is None else joint
+    elif adapted:
+        adapter, base = _active_adapter(layer), layer.base_layer
+    if adapter is None or (adapted and hooked(base)):
+        return None
+    weight, bias = base.weight, base.bias
+    a, b, scaling = adapter
+    if weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not x.dtype)):
+        return None
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        known = _original(base) is nn.Linear and weight.dtype is x.dtype
+    else:
+        settled = getattr(base, "compute_type_is_set", False) and not getattr(state, "packing_format_for_cpu", False)
+        known = settled and base.compute_dtype is x.dtype and state.dtype is x.dtype
+    rows = x.numel() // x.shape[-1]
+    if not known or rows == 0 or not _adapter_computes_in(x, a):
+        return None
+    exact = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    num_out, num_in = (weight if state is None else state).shape
+    merged = a is not None and shares is None and exact and rows * (num_in + num_out) >= num_in * num_out
+    return Projection(weight, bias, a, b, scaling, state, merged, shares)
+
+
+def _adapter_computes_in(x: Tensor, a: Tensor | None) -> bool:
+    """Whether peft would compute an adapter of this dtype in the dtype of x, as autocast makes it do."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type) is x.dtype
+    return a is None or a.dtype is x.dtype
+
+
+def _original(module: nn.Module) -> type:
+    return getattr(type(module), "_lean_of", type(module))
+
+
+class _Linear(torch.autograd.Function):
+    """A frozen linear layer with its adapter; keeps its input, and not even that without an adapter to train."""
+
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        weight: Tensor,
+        projection: Projection,
+        norm: NormOutput | None,
+    ) -> Tensor:
+        ctx.projection = projection.without_tensors()
+        ctx.form = None if norm is None else norm.shifted
+        ctx.save_for_backward(*keep(x if any(ctx.needs_input_grad[1:3]) else None, norm), a, b, weight)
+        projection = projection.cast(x.dtype)
+        return shaped(projection.forward(rows_of(x), projection.forward_matrix()), x)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, a, b, weight = ctx.saved_tensors
+        projection = replace(ctx.projection, weight=weight, a=a, b=b).cast(gradient.dtype)
+        rows = rows_of(gradient)
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = shaped(projection.backward(rows, projection.matrix()), gradient)
+        if kept[0] is not None:
+            sums = projection.adapter_gradients(recall(kept, ctx.form), rows)
+            grad_a, grad_b = adapter_leaves(sums, a, projection.scaling)
+        return grad_x, grad_a, grad_b, None, None, None
+
+
+def adapter_leaves(sums: tuple[Tensor, Tensor], a: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The adapter's own gradients, in its dtype."""
+    grad_a, grad_b = (part.to(a.dtype).mul_(scaling) for part in sums)
+    return grad_a, grad_b.t()
+
+
+def linear_class(module: nn.Module) -> type | None:
+    """The lean class of a linear layer, None for any other module."""
+    kind: Any = type(module)
+    return _class_of(kind) if _is_linear(module) else None
+
+
+@functools.cache
+def _class_of(kind: Any) -> type:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        projection = None if args or kwargs else projection_of(self, x)
+        if projection is None:
+            return kind.forward(self, x, *args, **kwargs)
+        return _Linear.apply(x, projection.a, projection.b, projection.weight, projection, norm_output(x))
+
+    return subclass(kind, forward)

@@ -1,0 +1,162 @@
+"""Gated MLPs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from alignment.kernels.base import blocks, rows_of, shaped, subclass, without_autocast
+from alignment.kernels.linear import Projection, adapter_leaves, hooked, projection_of
+from alignment.kernels.norm import NormOutput, keep, norm_output, recall
+
+
+@dataclass(frozen=True, slots=True)
+class _Activation:
+    """A function of one value and its derivative times an incoming gradient."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+_ACTIVATIONS = (
+    _Activation(F.silu, torch.ops.aten.silu_backward),
+    _Activation(
+        functools.partial(F.gelu, approximate="tanh"),
+        functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+)
+
+
+@torch.no_grad()
+def _activation_of(function: Any) -> _Activation | None:
+    """The activation that gives the same values over the range where they differ from each other."""
+    if not callable(function) or (isinstance(function, nn.Module) and list(function.parameters())):
+        return None
+    values = torch.linspace(-8, 8, 257)
+    found = function(values)
+    return next((a for a in _ACTIVATIONS if torch.allclose(a.forward(values), found, rtol=1e-6, atol=1e-6)), None)
+
+
+class _GatedMLP(torch.autograd.Function):
+    """`down(activation(gate(x)) * up(x))`; keeps x, gate(x) and up(x), and computes the rest again, block by block."""
+
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        activation: _Activation,
+        projections: tuple[Projection, ...],
+        norm: NormOutput | None,
+        *weights: Tensor | None,
+    ) -> Tensor:
+        # Tensors that autograd has to see come in by themselves too: a, b, weight of gate, up and down.
+        ctx.activation = activation
+        ctx.projections = [p.without_tensors() for p in projections]
+        ctx.form = None if norm is None else norm.shifted
+        gate, up, down = (p.cast(x.dtype) for p in projections)
+        matrices = [p.forward_matrix() for p in (gate, up, down)]
+        rows = rows_of(x)
+        keeps = any(ctx.needs_input_grad)
+        parts, gates, ups = [], [], []
+        for s in blocks(rows, gate.num_out):
+            gated, upped = gate.at(s).forward(rows[s], matrices[0]), up.at(s).forward(rows[s], matrices[1])
+            active = activation.forward(gated).mul_(upped)
+            parts.append(down.at(s).forward(active, matrices[2]))
+            if keeps:
+                gates.append(gated)
+                ups.append(upped)
+        first_adapters = any(ctx.needs_input_grad[i] for i in (4, 5, 7, 8))
+        ctx.save_for_backward(*keep(x if first_adapters else None, norm), *weights, *gates, *ups)
+        return shaped(torch.cat(parts), x)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: a checkpointed layer gives its tensors only once
+        kept, weights, blocked = saved[:3], saved[3:12], saved[12:]
+        gates, ups = blocked[: len(blocked) // 2], blocked[len(blocked) // 2 :]
+        projections = [
+            replace(p, a=weights[3 * i], b=weights[3 * i + 1], weight=weights[3 * i + 2]).cast(gradient.dtype)
+            for i, p in enumerate(ctx.projections)
+        ]
+        gate, up, down = projections
+        need_x = ctx.needs_input_grad[0]
+        trains = [ctx.needs_input_grad[4 + 3 * i] or ctx.needs_input_grad[5 + 3 * i] for i in range(3)]
+        matrices = [gate.matrix() if need_x else None, up.matrix() if need_x else None, down.matrix()]
+        rows = rows_of(gradient)
+        sums: list[list[Tensor] | None] = [None, None, None]
+        grad_x = []
+
+        def add(index: int, projection: Projection, block: Tensor, grad: Tensor) -> None:
+            if not trains[index]:
+                return
+            parts = projection.adapter_gradients(block, grad)
+            if sums[index] is None:
+                sums[index] = list(parts)
+            else:
+                for total, part in zip(sums[index], parts, strict=True):  # type: ignore[arg-type]
+                    total.add_(part)
+
+        for s, gated, upped in zip(blocks(rows, gate.num_out), gates, ups, strict=True):
+            grad = rows[s]
+            gate, up, down = (p.at(s) for p in projections)
+            active = ctx.activation.forward(gated)
+            grad_up = down.backward(grad, matrices[2])
+            add(2, down, active * upped, grad)
+            grad_gate = ctx.activation.backward(grad_up * upped, gated)
+            grad_up.mul_(active)
+            if kept[0] is not None:
+                block = recall(kept, ctx.form, s)
+                add(0, gate, block, grad_gate)
+                add(1, up, block, grad_up)
+            if need_x:
+                grad_x.append(gate.backward(grad_gate, matrices[0]).add_(up.backward(grad_up, matrices[1])))
+        leaves: list[Tensor | None] = []
+        for i, projection in enumerate(projections):
+            total = sums[i]
+            pair = (
+                (None, None)
+                if total is None
+                else adapter_leaves((total[0], total[1]), weights[3 * i], projection.scaling)
+            )
+            leaves += [*pair, None]
+        joined = shaped(torch.cat(grad_x), gradient) if need_x else None
+        return joined, None, None, None, *leaves
+
+
+def mlp_class(module: nn.Module) -> type | None:
+    """The lean class of a gated MLP, None for any other module."""
+    children = dict(module.named_children())
+    if not {"gate_proj", "up_proj", "down_proj"} <= set(children) <= {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+    kind: Any = type(module)
+    activation = _activation_of(getattr(module, "act_fn", None))
+    return None if activation is None or vars(module)["_parameters"] else _class_of(kind, activation)
+
+
+@functools.cache
+def _class_of(kind: Any, activation: _Activation) -> type:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        projections = []
+        if not args and not kwargs and not hooked(*layers):
+            for layer in layers:
+                projection = projection_of(layer, x)
+                if projection is None:
+                    break
+                projections.append(projection)
+        if len(projections) < 3:
+            return kind.forward(self, x, *args, **kwargs)
+        weights = [tensor for p in projections for tensor in (p.a, p.b, p.weight)]
+        return _GatedMLP.apply(x, activation, tuple(projections), norm_output(x), *weights)
+
+    return subclass(kind, forward)

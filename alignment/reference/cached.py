@@ -1,0 +1,208 @@
+"""A reference whose log-probs come from the store."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from alignment.errors import UserError
+from alignment.reference.base import Reference, comparison_tolerance
+from alignment.reference.store import ReferenceStore
+from alignment.scoring.layout import BatchLayout, MicroBatch
+from alignment.scoring.logps import in_passes, join_scores, score_tokens
+from alignment.types import Group, Quantity, RaggedLogps
+
+log = logging.getLogger(__name__)
+
+_SEQUENCES_PER_WRITE = 64
+
+
+def _entropy_identity(identity: str) -> str:
+    """Under which the store keeps the entropies of a policy's distributions."""
+    return hashlib.blake2b(f"entropy of {identity}".encode(), digest_size=32).hexdigest()
+
+
+class CachedReference(Reference):
+    """Reference log-probs from the content-addressed store; what it lacks is computed once and added.
+
+    With `with_entropies` the same passes give the entropies too, kept beside the log-probs.
+    """
+
+    def __init__(
+        self,
+        store: ReferenceStore,
+        model: nn.Module,
+        layout: BatchLayout,
+        tokens_per_batch: int,
+        device: torch.device,
+        spot_checks: int,
+        with_entropies: bool = False,
+    ) -> None:
+        super().__init__(model)
+        self._store = store
+        self._quantities = frozenset({Quantity.entropy} if with_entropies else ())
+        self._layout = layout
+        self._tokens_per_batch = tokens_per_batch
+        self._device = device
+        self._spot_checks = spot_checks
+        self._values: dict[bytes, np.ndarray] = {}  # (1 or 2, tokens): log-probs, entropies
+        self._register()
+        self._summary: dict[str, Any] = {
+            "mode": "cache",
+            "path": str(store.path),
+            "hits": 0,
+            "misses": 0,
+            "spot_checks": 0,
+            "spot_check_max_diff": 0.0,
+            "seconds": 0.0,
+        }
+
+    def prepare(self, groups: Iterable[Group]) -> None:
+        """Look everything up, recompute a few finds, compute and store the rest."""
+        started = time.monotonic()
+        wanted: dict[bytes, Group] = {}
+        for group in groups:
+            for key, completion in zip(group.keys(), group.completions, strict=True):
+                wanted.setdefault(key, Group(group.prompt, (completion,)))
+        with self._store.alone(self.identity):
+            self._values = self._stored(wanted)
+            if self._values and not self._agrees(wanted):
+                for identity in self._identities():
+                    self._store.forget(identity)
+                self._values = {}
+            missing = {key: group for key, group in wanted.items() if key not in self._values}
+            self._summary["hits"] += len(wanted) - len(missing)
+            self._summary["misses"] += len(missing)
+            log.info("Reference %s: %d of %d completions stored.", self.identity[:12], len(self._values), len(wanted))
+            self._compute(missing)
+        self._summary["seconds"] += time.monotonic() - started
+
+    def refresh(self, step: int, groups: Iterable[Group]) -> None:
+        """Become the policy as it is now, of which the store may know these groups already."""
+        self._note_refresh(step, self._model)
+        self._register()
+        self.prepare(groups)
+
+    def _identities(self) -> list[str]:
+        """Under which each row of the values is kept."""
+        return [self.identity, *(_entropy_identity(self.identity) for _ in self._quantities)]
+
+    def _register(self) -> None:
+        for identity, kept in zip(self._identities(), ("log-probs", "entropies"), strict=False):
+            self._store.register(identity, self._description | ({"values": kept} if kept == "entropies" else {}))
+
+    def _stored(self, wanted: dict[bytes, Group]) -> dict[bytes, np.ndarray]:
+        """What the store has in full of these completions."""
+        found = [self._store.get(identity, list(wanted)) for identity in self._identities()]
+        lengths = {key: len(group.completions[0]) for key, group in wanted.items()}
+        return {
+            key: np.stack([rows[key] for rows in found])
+            for key, length in lengths.items()
+            if all(key in rows and len(rows[key]) == length for rows in found)
+        }
+
+    def _agrees(self, wanted: dict[bytes, Group]) -> bool:
+        found = sorted(self._values)
+        picks = found[:: max(1, len(found) // max(1, self._spot_checks))][: self._spot_checks]
+        if not picks:
+            return True
+        groups = [wanted[key] for key in picks]
+        fresh = join_scores(groups, [(b, RaggedLogps(v[0], b.offsets)) for b, v in self._score(groups)])
+        stored = np.concatenate([self._values[key][0] for key in picks])
+        difference = np.abs(fresh.values.numpy() - stored)
+        self._summary["spot_checks"] += len(picks)
+        self._summary["spot_check_max_diff"] = float(difference.max())
+        # The mean over all of them: one token of a short completion may be off by more in 16 bit.
+        if not difference.mean() <= comparison_tolerance(self._model, len(difference)):
+            log.warning(
+                "Stored reference log-probs of %s differ from fresh ones by %.3g nats per token: they are dropped and "
+                "computed again.",
+                self.identity[:12],
+                difference.mean(),
+            )
+            return False
+        return True
+
+    def _score(self, groups: Sequence[Group]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        return in_passes(
+            lambda batch: score_tokens(self._model, batch, self._quantities),
+            groups,
+            self._layout,
+            self._tokens_per_batch,
+            self._device,
+        )
+
+    def _compute(self, missing: dict[bytes, Group]) -> None:
+        if not missing:
+            return
+        keys, groups = list(missing), list(missing.values())
+        pending: dict[bytes, np.ndarray] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            task = progress.add_task("Reference log-probs", total=len(groups))
+            for batch, values in self._score(groups):
+                if not values.isfinite().all():
+                    if self.refreshes:
+                        raise UserError(
+                            f"After step {self.refreshes[-1]['step']} the policy, which becomes the reference, gives "
+                            f"log-probs that are not finite: the training has diverged, try a lower optim.lr."
+                        )
+                    raise UserError(
+                        "The policy that this stage starts from gives log-probs that are not finite: its weights are "
+                        "damaged or overflow in this dtype (model.dtype, quantization.compute_dtype)."
+                    )
+                for part, index in zip(
+                    values.float().split(batch.offsets.diff().tolist(), 1), batch.indices, strict=True
+                ):
+                    pending[keys[index]] = part.numpy().copy()
+                progress.advance(task, len(batch.indices))
+                if len(pending) >= _SEQUENCES_PER_WRITE:
+                    self._flush(pending)
+                    pending = {}
+            self._flush(pending)
+
+    def _flush(self, pending: dict[bytes, np.ndarray]) -> None:
+        for row, identity in enumerate(self._identities()):
+            self._store.put(identity, {key: value[row] for key, value in pending.items()})
+        self._values.update(pending)
+
+    def logps(self, groups: Sequence[Group]) -> RaggedLogps:
+        """Stored values of all completions of the groups, which `prepare` or `refresh` has seen."""
+        return self._known(groups, 0)
+
+    def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
+        """Stored alike, of a reference that was made `with_entropies`."""
+        return self._known(groups, 1)
+
+    def _known(self, groups: Sequence[Group], row: int) -> RaggedLogps:
+        return RaggedLogps.from_sequences(
+            [torch.from_numpy(self._values[key][row]) for group in groups for key in group.keys()]  # noqa: SIM118
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        keys = np.frombuffer(b"".join(self._values), np.uint8).reshape(len(self._values), -1)
+        lengths = np.array([value.shape[1] for value in self._values.values()])
+        values = np.concatenate(list(self._values.values()), axis=1)
+        return {name: torch.tensor(array) for name, array in (("keys", keys), ("lengths", lengths), ("values", values))}
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        values = tensors["values"].split(tensors["lengths"].tolist(), 1)
+        keys = (key.tobytes() for key in tensors["keys"].numpy())
+        self._values = {key: value.numpy() for key, value in zip(keys, values, strict=True)}
+
+    def summary(self) -> dict[str, Any]:
+        """Identities, hits, misses and what the spot checks found."""
+        return {**self._summary, **super().summary()}
+
+    def close(self) -> None:
+        """Close the store."""
+        self._values = {}
+        self._store.close()

@@ -1,0 +1,118 @@
+"""The policy as it was, kept beside the one that trains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from alignment.policy.adapter import has_adapter, starts_at_base
+from alignment.scoring.logps import enable_scoring
+
+
+class FrozenPolicy:
+    """The policy as it is now, kept beside the one that trains: the live reference, which `mix` moves.
+
+    With a fresh LoRA that is the base with the adapter off; with a trained adapter frozen tensors that take the places
+    of the adapter's own while the reference is asked; without an adapter a copy of the whole model.
+
+    A mixed adapter is exact in weight space. Mixing A with A and B with B would mix their products wrongly, so that
+    updates are laid side by side instead: for the shares s_i of the updates B_i A_i that were met,
+    sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...]. The rank grows by the policy's with every mix, until
+    the oldest share is lost in rounding and its update is dropped: 17 times the rank for a mix of 0.6 in fp32.
+
+    Attributes:
+        kind: which of these it is, in words.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._copy: nn.Module | None = None
+        self._adapter: dict[str, nn.Parameter] = {}
+        self._shares: list[float] = []
+        if not has_adapter(model):
+            self.kind = "copy of the model"
+            self._copy = copy.deepcopy(model).requires_grad_(False)
+            del self._copy.forward  # bound to the original: the copy needs its own
+            enable_scoring(self._copy)
+        elif starts_at_base(model):
+            self.kind = "adapter switched off"
+        else:
+            self.kind = "frozen copy of the adapter"
+            self.mix(1.0)
+
+    @torch.no_grad()
+    def mix(self, share: float) -> None:
+        """Become `share` times the policy as it is now, and 1 - share times what this was."""
+        if self._copy is not None:
+            for parameter, trained in zip(self._copy.parameters(), self._model.parameters(), strict=True):
+                parameter.lerp_(trained, share)
+            return
+        own = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+        shares = [old * (1 - share) for old in self._shares]
+        least = torch.finfo(next(iter(own.values())).dtype).eps
+        lost = next((i for i, old in enumerate(shares) if old >= least), len(shares))
+        self._shares = [*shares[lost:], share]
+        for name, tensor in own.items():
+            is_up = ".lora_B." in name or ".lora_embedding_B." in name
+            parts = [share * tensor if is_up else tensor.clone()]
+            if len(self._shares) > 1:
+                axis = 1 if is_up else 0
+                gone = lost * tensor.shape[axis]
+                kept = self._adapter[name].narrow(axis, gone, self._adapter[name].shape[axis] - gone)
+                parts.insert(0, (1 - share) * kept if is_up else kept)
+            self._adapter[name] = nn.Parameter(torch.cat(parts, 1 if is_up else 0), requires_grad=False)
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The model to score the reference with."""
+        if self._copy is not None:
+            yield self._copy
+        elif not self._adapter:
+            with self._model.disable_adapter():
+                yield self._model
+        else:
+            own = self._put(self._adapter)
+            try:
+                yield self._model
+            finally:
+                self._put(own)
+
+    def _put(self, tensors: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Put tensors in their places in the model; returns those that were there."""
+        replaced = {}
+        for name, tensor in tensors.items():
+            place, _, key = name.rpartition(".")
+            module = self._model.get_submodule(place)
+            replaced[name] = module._parameters[key]
+            module._parameters[key] = tensor
+        return replaced  # type: ignore[return-value]
+
+    def state(self) -> dict[str, Tensor]:
+        """What `load_state` needs to make this again of a model with the same start."""
+        if self._copy is not None:
+            return {name: p.detach() for name, p in self._copy.named_parameters()}
+        return {**self._adapter, "shares": torch.tensor(self._shares, dtype=torch.float64)}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Become what `state` was taken from."""
+        if self._copy is not None:
+            for name, parameter in self._copy.named_parameters():
+                parameter.copy_(state[name])
+            return
+        self._shares = state["shares"].tolist()
+        device = next(self._model.parameters()).device
+        self._adapter = {
+            name: nn.Parameter(tensor.to(device), requires_grad=False)
+            for name, tensor in state.items()
+            if name != "shares"
+        }
+
+    def close(self) -> None:
+        """Drop the copy."""
+        self._copy = None
+        self._adapter = {}

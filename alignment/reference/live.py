@@ -1,0 +1,97 @@
+"""A reference that is computed beside the policy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignment.reference.base import Reference
+from alignment.reference.frozen import FrozenPolicy
+from alignment.scoring.head import OtherModel
+from alignment.scoring.layout import BatchLayout, MicroBatch
+from alignment.scoring.logps import hidden_states, in_passes, join_scores, score_groups, score_tokens
+from alignment.types import Group, Quantity, RaggedLogps
+
+log = logging.getLogger(__name__)
+
+
+def _head(model: Any) -> nn.Module:
+    return model.get_output_embeddings()
+
+
+class LiveReference(Reference):
+    """A frozen copy of the starting policy, run beside the training policy: the oracle, at the price of its passes.
+
+    A refresh makes it `mix` times the policy and 1 - `mix` times what it was.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: BatchLayout, tokens_per_batch: int, device: torch.device, mix: float = 1.0
+    ) -> None:
+        super().__init__(model)
+        self.frozen = FrozenPolicy(model)
+        log.info("Live reference: %s.", self.frozen.kind)
+        self._mix = mix
+        self._layout = layout
+        self._tokens_per_batch = tokens_per_batch
+        self._device = device
+
+    def prepare(self, groups: Iterable[Group]) -> None:
+        """Nothing to prepare."""
+
+    def refresh(self, step: int, groups: Iterable[Group]) -> None:
+        """Move towards the policy as it is now."""
+        del groups
+        self.frozen.mix(self._mix)
+        with self.frozen.active() as model:
+            self._note_refresh(step, model)
+
+    def logps(self, groups: Sequence[Group]) -> RaggedLogps:
+        """Score the groups with the frozen policy."""
+        with self.frozen.active() as model:
+            scored = list(score_groups(model, groups, self._layout, self._tokens_per_batch, self._device))
+        return join_scores(groups, scored)
+
+    def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
+        """From a pass of their own."""
+        with self.frozen.active() as model:
+            passes = in_passes(
+                lambda batch: score_tokens(model, batch, frozenset({Quantity.entropy})),
+                groups,
+                self._layout,
+                self._tokens_per_batch,
+                self._device,
+            )
+            scored = [(batch, RaggedLogps(values[1], batch.offsets)) for batch, values in passes]
+        return join_scores(groups, scored)
+
+    def other_model(self, batch: MicroBatch) -> OtherModel:
+        """The frozen policy's head and its hidden states that predict the scored tokens of a pass."""
+        with self.frozen.active() as model:
+            hidden = hidden_states(model, batch)
+            head = _head(model)
+        if any(parameter.requires_grad for parameter in head.parameters()):  # it trains: the frozen one is another
+            return OtherModel(self._run_head, hidden)
+        return OtherModel(head, hidden)
+
+    def _run_head(self, hidden: Tensor) -> Tensor:
+        with self.frozen.active() as model:
+            return _head(model)(hidden)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.frozen.state()
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        self.frozen.load_state(tensors)
+
+    def summary(self) -> dict[str, Any]:
+        """Identities only: nothing is stored."""
+        return {"mode": "live", **super().summary()}
+
+    def close(self) -> None:
+        """Drop the copy."""
+        self.frozen.close()

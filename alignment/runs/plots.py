@@ -1,0 +1,148 @@
+"""The curves of one run, one PNG per question."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from alignment.files import atomic_write_bytes
+from alignment.runs.folder import series
+from alignment.runs.record import STAGES
+
+# From the palette of Okabe and Ito, told apart by every common kind of colour vision and by brightness in grey.
+_BLUE, _ORANGE = "#0072B2", "#D55E00"
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """One figure: which metrics (with their legend), and what the vertical axis means."""
+
+    file: str
+    title: str
+    axis: str
+    metrics: dict[str, str]
+    level: float | None = None
+
+
+_LOSS = "loss"
+_PREFERENCE_PLOTS = (
+    _Plot(
+        "rewards_margins.png",
+        "Reward margin",
+        "chosen - rejected (the loss's own units)",
+        {"rewards/margins": "margin"},
+        0.0,
+    ),
+    _Plot(
+        "rewards_accuracies.png",
+        "Reward accuracy",
+        "share of pairs ranked rightly",
+        {"rewards/accuracies": "accuracy"},
+        0.5,
+    ),
+    _Plot(
+        "logps.png",
+        "Log-probability of the completions",
+        "log-prob per completion (nats)",
+        {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+    ),
+    _Plot(
+        "nats_margins.png",
+        "Margin against the reference, comparable between losses",
+        "log-ratio, chosen - rejected (nats)",
+        {"nats/margins": "margin"},
+        0.0,
+    ),
+    _Plot(
+        "lengths.png",
+        "Completion length in the data",
+        "tokens per completion",
+        {"lengths/chosen": "chosen", "lengths/rejected": "rejected"},
+    ),
+)
+
+
+def _draw(axes: Axes, metrics: Sequence[dict[str, Any]], stage: str, names: dict[str, str]) -> bool:
+    """Training as lines, evaluation as markers; one colour per metric, or per split where there is one metric only."""
+    drawn = False
+    for index, (name, label) in enumerate(names.items()):
+        for split in ("train", "eval"):
+            steps, values = series(metrics, stage, split, name)
+            if not steps:
+                continue
+            drawn = True
+            second = index == 1 if len(names) > 1 else split == "eval"
+            colour = _ORANGE if second else _BLUE
+            text = f"{label}, {split}" if len(names) > 1 else split
+            if split == "train":
+                marker = "v" if len(steps) < 3 else ""
+                axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, label=text, zorder=2)
+            else:
+                shape = "s" if index else "o"
+                axes.plot(
+                    steps,
+                    values,
+                    color=colour,
+                    linestyle="",
+                    marker=shape,
+                    markersize=7,
+                    markeredgecolor="white",
+                    label=text,
+                    zorder=3,
+                )
+    return drawn
+
+
+def _finish(axes: Axes, title: str, axis: str, stage: str, level: float | None) -> None:
+    axes.set_title(title, fontsize=11, pad=24)
+    axes.set_xlabel("optimizer step of the SFT stage" if stage == "sft" else "optimizer step of the preference stage")
+    axes.set_ylabel(axis)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if level is not None:
+        axes.axhline(level, color="0.5", linewidth=1, linestyle="--", zorder=1)
+    low, high = axes.get_xlim()
+    if high - low < 1:  # one step only: without this the ticks are fractions of a step
+        middle = round((low + high) / 2)
+        axes.set_xlim(middle - 1, middle + 1)
+    # Above the axes, where no curve can run through it.
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=9, frameon=False)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    atomic_write_bytes(path, buffer.getvalue())
+    return path
+
+
+def write_plots(metrics: Sequence[dict[str, Any]], out: Path) -> list[Path]:
+    """Draw what the rows of `read_metrics` hold into the folder `out`; returns the PNG files written."""
+    written = []
+    stages = [s for s in STAGES if any(series(metrics, s, split, _LOSS)[0] for split in ("train", "eval"))]
+    if stages:
+        figure = Figure(figsize=(1 + 5 * len(stages), 3.8), layout="constrained")
+        for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+            _draw(axes, metrics, stage, {_LOSS: _LOSS})
+            if stage == "sft":
+                _finish(axes, "SFT loss", "loss (nats per completion token)", stage, None)
+            else:
+                _finish(axes, "Preference loss", "loss (mean over pairs or rows)", stage, None)
+        written.append(_save(figure, out / "loss.png"))
+    for plot in _PREFERENCE_PLOTS:
+        figure = Figure(figsize=(6, 3.8), layout="constrained")
+        axes = figure.subplots()
+        if _draw(axes, metrics, "preference", plot.metrics):
+            _finish(axes, plot.title, plot.axis, "preference", plot.level)
+            written.append(_save(figure, out / plot.file))
+    return written

@@ -1,0 +1,202 @@
+"""What a run leaves behind: metrics, summary, samples and the facts of its environment, each written safely."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import alignment
+from alignment.errors import UserError
+from alignment.files import atomic_write_bytes, atomic_write_text, to_json, to_json_lines
+from alignment.runs.text import escape_markdown
+
+STAGES = ("sft", "preference")
+"""The stages of a run, in their order."""
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "hydra-core",
+    "wandb",
+)
+
+LINE_KEYS = ("stage", "split", "step", "time", "wall_s")
+"""What a row of metrics.jsonl holds beside its metrics."""
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """All whole rows of a metrics file, and whether the file must be rewritten before appending."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"The metrics file {path} cannot be read: {error.strerror}.") from None
+    rows: list[dict[str, Any]] = []
+    lines = data.split(b"\n")
+    tail = lines.pop()
+    for number, line in enumerate(lines, 1):
+        row = metrics_row(line)
+        if row is None:
+            raise UserError(
+                f"Line {number} of {path} is no metrics row: expected one JSON object with "
+                '"stage", "split", "step" and numbers.'
+            )
+        rows.append(row)
+    if tail and (last := metrics_row(tail)) is not None:
+        rows.append(last)
+    return rows, bool(tail)
+
+
+def metrics_row(line: bytes) -> dict[str, Any] | None:
+    """A row of a metrics.jsonl, non-finite numbers as floats; None for a line that is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    known = row.get("stage") in STAGES and row.get("split") in ("train", "eval") and isinstance(row.get("step"), int)
+    numbers = all(
+        isinstance(value, (int, float)) or (isinstance(value, str) and value in _NON_FINITE)
+        for key, value in row.items()
+        if key not in ("stage", "split", "time")
+    )
+    if not (known and numbers):
+        return None
+    return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, non-finite numbers as floats; a last line cut off by a kill is left out."""
+    rows, _ = _read_lines(path)
+    return rows
+
+
+class RunRecord:
+    """The files of one run folder that grow or are rewritten while it runs."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.metrics_path = run_dir / "metrics.jsonl"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._start = time.monotonic()
+        if self.metrics_path.exists():
+            rows, torn = _read_lines(self.metrics_path)
+            self._keep(rows, rewrite=torn)
+
+    def _keep(self, rows: Sequence[Mapping[str, Any]], rewrite: bool) -> None:
+        if rewrite:
+            atomic_write_bytes(self.metrics_path, to_json_lines(rows))
+        self._start = time.monotonic() - (rows[-1]["wall_s"] if rows else 0.0)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of running time up to now: those of the rows kept from before a resume, plus those since."""
+        return time.monotonic() - self._start
+
+    def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Append one row to metrics.jsonl; it is with the operating system when this returns."""
+        assert stage in STAGES, stage
+        assert split in ("train", "eval"), split
+        assert not set(LINE_KEYS) & set(metrics), f"{LINE_KEYS} are no metric names"
+        row = {
+            "stage": stage,
+            "split": split,
+            "step": int(step),
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "wall_s": round(self.wall_seconds, 3),
+            **{name: float(value) for name, value in metrics.items()},
+        }
+        with self.metrics_path.open("ab") as file:
+            file.write(to_json(row) + b"\n")
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what a resume from `step` of `stage` will do again: later steps of it, and all later stages."""
+        assert stage in STAGES, stage
+        if not self.metrics_path.exists():
+            return
+        rows, _ = _read_lines(self.metrics_path)
+        order = STAGES.index(stage)
+        kept = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (order, step)]
+        self._keep(kept, rewrite=True)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> Path:
+        """Write summary.json whole."""
+        path = self.run_dir / "summary.json"
+        atomic_write_bytes(path, to_json(summary, indent=2) + b"\n")
+        return path
+
+    def write_samples(self, samples: Sequence[Mapping[str, Any]]) -> list[Path]:
+        """Write samples.jsonl, and samples.md for reading: per prompt the answer of each model."""
+        paths = [self.run_dir / "samples.jsonl", self.run_dir / "samples.md"]
+        atomic_write_bytes(paths[0], to_json_lines(samples))
+        parts = ["# Samples\n"]
+        for number, sample in enumerate(samples, 1):
+            parts.append(f"## {number}\n\n**Prompt:** {escape_markdown(str(sample['prompt']))}\n")
+            for key, title in (("start", "Before training"), ("sft", "After SFT"), ("final", "Final")):
+                if sample.get(key) is not None:
+                    parts.append(f"**{title}:** {escape_markdown(str(sample[key]))}\n")
+            if sample.get("verdicts"):
+                verdicts = json.dumps(sample["verdicts"], ensure_ascii=False)
+                parts.append(f"**Verdicts:** {escape_markdown(verdicts)}\n")
+        atomic_write_text(paths[1], "\n".join(parts))
+        return paths
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, of this package and of those that decide results; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "alignment": alignment.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_commit(cwd: Path) -> str | None:
+    """Commit hash of the work tree around `cwd`, with -dirty if files differ from it; None outside of git."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, usable cores, GPU name (None without one) and system."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (model := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)):
+        cpu = model[1].strip()
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if platform.system() == "Linux" else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+    }

@@ -1,0 +1,72 @@
+"""Numbers and texts as reports write them."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def escape_markdown(text: str) -> str:
+    """Text of a model or a user as one inert piece of a Markdown line or table cell: no markup, HTML or line break."""
+    text = text.encode("utf-8", "replace").decode()
+    text = re.sub("\r\n|[\r\u2028\u2029]", "\n", html.escape(text.strip(), quote=False))
+    # Control characters and those that turn the direction of the text around them.
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
+    # Character references, unlike backslashes, are never read as structure, whatever stands around them.
+    # An underscore between letters or digits is plain text already, and names are easier to read with it.
+    text = re.sub(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])", lambda match: f"&#{ord(match[0])};", text)
+    return text.replace("\n", "<br>")
+
+
+SAMPLES = 8
+"""How many samples a report shows."""
+
+_CHARACTERS = 700
+"""Of a sample that a report shows."""
+
+
+NONE = "-"
+
+
+def is_number(value: Any) -> bool:
+    """A finite number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def shown(value: Any) -> str:
+    """A number to 4 digits, a mapping in brackets, anything else as it is, nothing as a dash."""
+    if value is None or value == "":
+        return NONE
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return f"({', '.join(f'{key} {shown(inner)}' for key, inner in value.items())})"
+    return str(value)
+
+
+def cut(value: Any) -> str:
+    """As much of a text of a model as a report shows."""
+    text = str(value) if value is not None else NONE
+    return text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + " ..."
+
+
+def percent(value: Any) -> str:
+    """A share in percent; anything else as `shown`."""
+    return f"{100 * value:.1f}%" if is_number(value) else shown(value)
+
+
+def short(digest: Any) -> str:
+    """Enough of a hash to tell it from others; the whole is in summary.json."""
+    return str(digest)[:16]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; every cell is escaped here and nowhere else."""
+    lines = [header, ["---"] * len(header), *[[escape_markdown(cell) for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,319 @@
+"""Weights & Biases: one run for all stages of a recipe, with the metric names that TRL's users have in their charts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+from alignment.config.schema import TrackingConfig
+from alignment.errors import UserError
+from alignment.files import atomic_write_text, redact, to_json
+from alignment.runs.record import LINE_KEYS, read_metrics
+
+if TYPE_CHECKING:
+    import wandb
+
+
+logger = logging.getLogger(__name__)
+
+_ENVIRONMENT_MODES = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+_ID_FILE = "wandb_run_id"
+_INIT_SECONDS = 30.0
+_FINISH_SECONDS = 120.0
+_out_of_reach: list[str] = []
+"""Why W&B could not be reached, once that was found: no other run of this process waits for it again."""
+
+
+class Tracker(Protocol):
+    """Where the numbers of a run are sent while it runs; the run folder has them all without it."""
+
+    @property
+    def run_id(self) -> str | None:
+        """Id under which a later process continues the same tracked run."""
+
+    def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Send one row; `split` is "train" or "eval", names as in metrics.jsonl."""
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set final values; secrets are masked."""
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run; 0 is success. A second call does nothing."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class NullTracker:
+    """Sends nothing."""
+
+    run_id: str | None = None
+
+    def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+def metric_row(stage: str, step: int, split: str, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """One row under its W&B names: `train/rewards/margins` of the preference stage, `sft/train/loss` of SFT."""
+    prefix = f"sft/{split}" if stage == "sft" else split
+    return {f"{prefix}/{name}": value for name, value in metrics.items()} | {f"{stage}/step": step, "stage": stage}
+
+
+class WandbTracker:
+    """One W&B run. Whatever W&B's own code raises is logged once and ends the tracking, never the training."""
+
+    def __init__(self, run: wandb.Run, rows: Sequence[Mapping[str, Any]] = (), num_there: int = 0) -> None:
+        """`rows` are those that metrics.jsonl has, `num_there` says how many of them the W&B run has as well."""
+        self._run: wandb.Run | None = run
+        self.run_id: str | None = run.id
+        self._sent: set[tuple[str, int, str]] = set()
+        self._guarded(_define_axes)
+        for row in rows[num_there:]:
+            metrics = {name: value for name, value in row.items() if name not in LINE_KEYS}
+            self.log(row["stage"], row["step"], row["split"], metrics)
+        self._sent.update((row["stage"], row["step"], row["split"]) for row in rows)
+
+    def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Send one row, unless a resume only does it again; the network is used in the background only."""
+        if (stage, step, split) in self._sent:
+            return
+        row = metric_row(stage, step, split, metrics)
+        self._guarded(lambda run: run.log(row))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set final values; secrets are masked."""
+        masked = sendable(values)
+        self._guarded(lambda run: run.summary.update(masked))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run; waits for the upload at most two minutes, what is left stays on disk for `wandb sync`."""
+        self._guarded(lambda run: run.finish(exit_code=exit_code))
+        self._run = None
+
+    def _guarded(self, action: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:
+            self._run = None
+            logger.warning("W&B failed and gets no more of this run, which goes on without it: %s", error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish(0 if kind is None else 1)
+
+
+def _define_axes(run: wandb.Run) -> None:
+    """Every metric over the steps of its stage. Summaries stay the last values: those of the policy that is saved."""
+    for stage, names in (("sft", ["sft/*"]), ("preference", ["train/*", "eval/*"])):
+        run.define_metric(f"{stage}/step", hidden=True)
+        for name in names:
+            run.define_metric(name, step_metric=f"{stage}/step")
+
+
+def open_tracker(
+    config: TrackingConfig | None,
+    *,
+    run_dir: Path,
+    recipe: str,
+    run_config: Mapping[str, Any],
+    stages: Sequence[str],
+) -> Tracker:
+    """Tracker of a run; its files are in `run_dir`/wandb and its id in `run_dir`/wandb_run_id.
+
+    A continued run goes on in the same W&B run, with every row once: those that a kill kept from W&B are sent now, and
+    those that a resume does again are not sent again (metrics.jsonl has them as they were done last).
+
+    Raises:
+        UserError: online was asked for by name and the login is missing or refused.
+    """
+    sweep = sweep_name(run_dir)
+    run = start_run(
+        config,
+        run_dir,
+        run_config,
+        group=sweep or recipe,
+        job_type="sweep member" if sweep else "+".join(stages),
+        name=run_dir.name if sweep else f"{recipe}-{run_dir.name}",
+    )
+    if run is None:
+        return NullTracker()
+    path = run_dir / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return WandbTracker(run, rows, run.starting_step)
+
+
+def sweep_name(run_dir: Path) -> str | None:
+    """The name of the sweep that the run is a member of, by what Hydra leaves; so also of one that goes on alone."""
+    parent = run_dir.absolute().parent
+    hydra = run_dir / ".hydra" / "hydra.yaml"  # other sweepers than Hydra's own write no multirun.yaml
+    is_member = (parent / "multirun.yaml").exists() or (hydra.exists() and "mode: MULTIRUN" in hydra.read_text())
+    return parent.name if is_member else None
+
+
+def start_run(
+    config: TrackingConfig | None,
+    folder: Path,
+    run_config: Mapping[str, Any],
+    *,
+    group: str,
+    job_type: str,
+    name: str,
+    notes: str | None = None,
+) -> wandb.Run | None:
+    """Start the W&B run of a folder, or go on with it; None where nothing is tracked or W&B fails. Never asks anything.
+
+    Without a login, or if W&B cannot be reached, the run is kept offline. A part of a run that is kept offline stands
+    for the whole: it takes the place of all that was sent before it, and earlier parts are not sent any more.
+
+    Args:
+        group, name: where the configuration has none.
+
+    Raises:
+        UserError: online was asked for by name and the login is missing or refused.
+    """
+    mode = _mode(config)
+    if config is None or mode == "disabled":
+        return None
+    import wandb
+
+    id_file = folder / _ID_FILE
+    begun_id = id_file.read_text().strip() if id_file.exists() else None
+    earlier = list(folder.glob("wandb/offline-run-*/*.wandb"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def start(mode: Literal["online", "offline"]) -> wandb.Run:
+        return wandb.init(
+            project=config.project,
+            entity=config.entity,
+            group=config.group or group,
+            job_type=job_type,
+            name=config.name or name,
+            notes=notes,
+            tags=list(config.tags),
+            config=sendable(run_config),
+            dir=folder,
+            id=begun_id,
+            resume="allow" if begun_id and mode == "online" else None,
+            reinit="create_new",
+            mode=mode,
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS
+            ),
+        )
+
+    run, why = None, ""
+    if mode != "offline":
+        run, why = _start_online(lambda: start("online"), required=mode == "online")
+    if run is None:
+        reason = f" because {why}" if why else ""
+        try:
+            run = start("offline")
+        except Exception as error:
+            logger.warning("W&B failed and gets nothing of this run, which goes on without it: %s", error)
+            return None
+        parts = folder / "wandb" / "offline-run-*"
+        logger.warning("W&B keeps this run offline%s; send it with: wandb sync %s", reason, parts)
+    else:
+        logger.info("W&B: %s", run.url)
+    for path in earlier:
+        path.with_suffix(".wandb.synced").touch()  # as `wandb sync` marks what it need not send
+    atomic_write_text(id_file, f"{run.id}\n")
+    return run
+
+
+def _start_online(start: Callable[[], wandb.Run], required: bool) -> tuple[wandb.Run | None, str]:
+    """The run, or why there is none.
+
+    Raises:
+        UserError: the login is missing or refused, and `required` says that online was asked for by name.
+    """
+    import wandb
+
+    if _out_of_reach:
+        return None, _out_of_reach[0]
+    if why := _login_problem():
+        if required:
+            raise UserError(
+                f"W&B cannot be used online because {why}; run 'wandb login', or set tracking.mode=offline."
+            )
+        return None, why
+    try:
+        return start(), ""
+    except wandb.errors.AuthenticationError as error:
+        if required:
+            raise UserError(
+                f"W&B refused the login ({error}); run 'wandb login', or set tracking.mode=offline."
+            ) from None
+        why = f"the login was refused ({error})"
+    except wandb.errors.CommError as error:
+        why = f"W&B cannot be reached ({str(error).splitlines()[0]})"
+        _out_of_reach.append(why)
+    if wandb.setup().most_recent_active_run is None:
+        wandb.teardown()  # else its service holds the id of the failed start as in use; it would end other runs too
+    return None, why
+
+
+def sendable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Masked, and in types that JSON has."""
+    return json.loads(to_json(redact(values)))
+
+
+def _mode(config: TrackingConfig | None) -> str:
+    """auto, online, offline or disabled; WANDB_MODE goes before the configuration."""
+    if config is None:
+        return "disabled"
+    wanted = os.environ.get("WANDB_MODE")
+    if not wanted:
+        return config.mode
+    if wanted not in _ENVIRONMENT_MODES:
+        accepted = ", ".join(_ENVIRONMENT_MODES)
+        raise UserError(f"The environment variable WANDB_MODE must be one of {accepted}, not '{wanted}'.")
+    return _ENVIRONMENT_MODES[wanted]
+
+
+def _login_problem() -> str:
+    """Why W&B would ask for a login, from the environment, netrc and settings files alone; empty if it would not."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    try:
+        login = wbauth.authenticate_session(
+            host=wandb.setup().settings.base_url, source="alignment", prompt=False, update_session=False
+        )
+    except wandb.errors.AuthenticationError as error:
+        return f"the login is no valid one ({error})"
+    return "" if login else "nobody is logged in"

@@ -1,0 +1,1 @@
+"""From a model and groups of tokens to the log-prob of every completion token."""

@@ -1,0 +1,209 @@
+"""From hidden states to the log-probs of target tokens: the LM head, in chunks, with nothing of its width kept."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from alignment.kernels.matmul import matmul
+from alignment.types import Quantity
+
+LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**26}
+"""Logits that exist at one time, by device: 32 or 256 MiB in fp32. Small enough on a CPU for memory that the process
+has to be reused, wide enough on a GPU for a matrix product that fills it."""
+
+# exp of less is a denormal number in fp32: no gradient, and a hundred times slower to compute with.
+_SMALLEST_LOG = -80.0
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What some architectures do to the head's output: logits * scale, or cap * tanh(logits / cap).
+
+    `logps.check_scoring` proves that nothing else happens.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitTransform:
+        """That of a model, by its configuration."""
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            return cls(cap=cap)
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            return cls(scale=1 / divisor)
+        if factor := getattr(config, "logit_scale", None):  # Cohere
+            return cls(scale=factor)
+        return cls()
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Differentiable; fp32 of 16-bit logits."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.cap is not None:
+            return self.cap * torch.tanh(logits / self.cap)
+        return logits * self.scale if self.scale != 1.0 else logits
+
+    def slope(self, transformed: Tensor) -> Tensor | float:
+        """Derivative of the transform, from its result."""
+        return 1 - (transformed / self.cap) ** 2 if self.cap is not None else self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class OtherModel:
+    """What a KL needs of the other model's pass over the same positions.
+
+    Attributes:
+        head: from (tokens, H) to (tokens, V), its head.
+        hidden: (tokens, H) its hidden states, without gradient.
+    """
+
+    head: Callable[[Tensor], Tensor]
+    hidden: Tensor
+
+
+def row_numbers(quantities: frozenset[Quantity]) -> dict[Quantity, int]:
+    """The row of each quantity in a result, behind the log-probs.
+
+    A divergence stands last and brings a second row along: the other model's log-probs of the targets, which come from
+    the same logits.
+    """
+    return {quantity: 1 + row for row, quantity in enumerate(q for q in Quantity if q in quantities)}
+
+
+def _rows(log_probs: Tensor, targets: Tensor, quantities: frozenset[Quantity], other: Tensor | None) -> Tensor:
+    """(rows, tokens): log-probs of the targets and the quantities, of (tokens, V) log-probs; `other` alike.
+
+    The collision and the entropy are without gradient.
+    """
+    rows = [log_probs.gather(1, targets[:, None]).squeeze(1)]
+    fixed = log_probs.detach()
+    if Quantity.collision in quantities:
+        rows.append(torch.logsumexp(2 * fixed, dim=-1))
+    if Quantity.entropy in quantities:
+        rows.append(-(fixed.exp() * fixed).sum(dim=-1) / math.log(fixed.shape[-1]))
+    if Quantity.divergence in quantities:
+        assert other is not None
+        rows.append((other.exp() * (other - log_probs)).sum(dim=-1))
+        rows.append(other.gather(1, targets[:, None]).squeeze(1))
+    return torch.stack(rows)
+
+
+class _ScoreOnce(torch.autograd.Function):
+    """Log-probs (and token quantities) and, from the same logits, their derivatives: the backward pass does not run
+    the head again.
+
+    A result depends on its own hidden state alone. For a log-prob, d logp / d h = W[y] - sum over v of p_v W[v]; for
+    a divergence KL(q || p), sum over v of (p_v - q_v) W[v]; both times the slope of the transform. So one row of H
+    numbers per position and result is all that is kept. The head's weights get no gradient: this is for a frozen head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: nn.Linear,
+        targets: Tensor,
+        transform: LogitTransform,
+        quantities: frozenset[Quantity],
+        other: OtherModel | None,
+    ) -> Tensor:
+        results = []
+        diverges = Quantity.divergence in quantities
+        derivatives = hidden.new_empty((1 + diverges, *hidden.shape), dtype=head.weight.dtype)
+        size = _chunk_size(head, hidden.device)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = transform(head(hidden[part]))
+            slope = transform.slope(logits)
+            log_probs = torch.log_softmax(logits, dim=-1)
+            del logits
+            y = targets[part]
+            others = _other_log_probs(other, part, transform)
+            results.append(_rows(log_probs, y, quantities, others))
+            weights = log_probs.clamp_(min=_SMALLEST_LOG).exp_().neg_()
+            if others is not None:
+                derivatives[1, part] = _through_head(-weights - others.exp_(), slope, head)
+            weights.scatter_add_(1, y[:, None], torch.ones_like(weights[:, :1]))
+            derivatives[0, part] = _through_head(weights, slope, head)
+        ctx.save_for_backward(derivatives)
+        ctx.row = row_numbers(quantities).get(Quantity.divergence)
+        return torch.cat(results, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (derivatives,) = ctx.saved_tensors
+        total = gradient[0, :, None] * derivatives[0]
+        if ctx.row is not None:
+            total = total + gradient[ctx.row, :, None] * derivatives[1]
+        return total.to(derivatives.dtype), None, None, None, None, None
+
+
+def _through_head(weights: Tensor, slope: Tensor | float, head: nn.Linear) -> Tensor:
+    """(tokens, H): derivatives with respect to hidden states, of those with respect to transformed logits."""
+    if isinstance(slope, Tensor) or slope != 1.0:
+        weights = weights.mul_(slope)
+    return matmul(weights.to(head.weight.dtype), head.weight)
+
+
+def _other_log_probs(other: OtherModel | None, part: slice, transform: LogitTransform) -> Tensor | None:
+    if other is None:
+        return None
+    with torch.no_grad():
+        return torch.log_softmax(transform(other.head(other.hidden[part])), dim=-1)
+
+
+def _chunk_size(head: Any, device: torch.device) -> int:
+    return max(1, LOGITS_PER_CHUNK[device.type] // head.out_features)
+
+
+def score_hidden(
+    head: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    quantities: frozenset[Quantity] = frozenset(),
+    other: OtherModel | None = None,
+) -> Tensor:
+    """Log-probs of target tokens, and quantities of the distributions that they were drawn from.
+
+    A frozen linear head is run once, with the derivatives taken from the same logits; any other head is run again in
+    the backward pass, which also serves where its own weights train.
+
+    Args:
+        head: module from (tokens, H) to (tokens, V), with `out_features`.
+        hidden: (tokens, H).
+        targets: (tokens,) int64.
+        transform: what the model does to the head's output.
+        quantities: what is wanted beside the log-probs.
+        other: the model that a divergence is from: KL(other || this).
+
+    Returns:
+        (1 + rows of the quantities, tokens) fp32 (fp64 for an fp64 head), natural logarithms; see `row_numbers`.
+    """
+
+    assert (other is not None) == (Quantity.divergence in quantities), "a divergence is one from another model"
+
+    def score_one(h: Tensor, y: Tensor, part: slice) -> Tensor:
+        logits = transform(head(h))
+        if not quantities:
+            return -F.cross_entropy(logits, y, reduction="none")[None]
+        return _rows(torch.log_softmax(logits, dim=-1), y, quantities, _other_log_probs(other, part, transform))
+
+    frozen = isinstance(head, nn.Linear) and head.weight.is_floating_point() and not head.weight.requires_grad
+    if torch.is_grad_enabled() and frozen:
+        return _ScoreOnce.apply(hidden, head, targets, transform, quantities, other)
+    score = functools.partial(checkpoint, score_one, use_reentrant=False) if torch.is_grad_enabled() else score_one
+    size = _chunk_size(head, hidden.device)
+    parts = [slice(start, start + size) for start in range(0, len(hidden), size)]
+    return torch.cat([score(hidden[part], targets[part], part) for part in parts], dim=1)

@@ -1,0 +1,209 @@
+"""How groups become model inputs.
+
+A layout turns groups into `MicroBatch`es: token ids for one forward pass, and for every completion token the flat
+position of the hidden state that scores it. Nothing downstream knows how the rows were laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignment.kernels.attention import PromptSpan, SharedRow, position_ids
+from alignment.types import Group
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The inputs of one forward pass.
+
+    Attributes:
+        indices: which of the given groups are in here, in the order of the ragged result.
+        input_ids: (rows, width) int64.
+        score_positions: (tokens,) int64, index into the flattened (rows * width) hidden states whose prediction each
+            completion token is: the position just before it.
+        targets: (tokens,) int64, the completion tokens.
+        offsets: (S + 1,) int64, where each sequence's tokens start; sequences in group order, completions within.
+            Where prompts are scored too, their tokens follow those of all completions, in group order.
+        num_tokens: tokens of all sequences, prompts counted with every completion and padding never: a measure of
+            what was scored, whatever the layout.
+        shared_row: the spans of the one row in which prompts are shared, or None for rows that stand alone.
+        position_ids: (1, width) int64 of a shared row, else None.
+    """
+
+    indices: tuple[int, ...]
+    input_ids: Tensor
+    score_positions: Tensor
+    targets: Tensor
+    offsets: Tensor
+    num_tokens: int
+    shared_row: SharedRow | None = None
+    position_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same batch with its tensors on that device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            score_positions=self.score_positions.to(device),
+            targets=self.targets.to(device),
+            offsets=self.offsets.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+        )
+
+
+class BatchLayout(Protocol):
+    """Interface of a layout."""
+
+    def batches(self, groups: Sequence[Group], tokens_per_batch: int, prompts: bool = False) -> Iterator[MicroBatch]:
+        """Every group in exactly one micro-batch of at most `tokens_per_batch` positions (or of that group alone).
+
+        With `prompts` the prompts' tokens are scored too, all but the first.
+        """
+        ...
+
+
+PASS_COST = {"cpu": 32, "cuda": 1024}
+"""Positions that a pass costs on top of its own, by device: next to nothing, or the launch of thousands of kernels."""
+
+
+class FlatLayout:
+    """One row per completion, its prompt repeated in front, padded on the right, rows of like length together.
+
+    No attention mask is needed: under causal attention (and in a recurrence) a token sees only what stands before it,
+    and padding stands after everything that is scored.
+
+    Args:
+        pass_cost: the most positions by which the groups of one batch are padded to the length of its longest one;
+            beyond it, a pass of their own is cheaper.
+    """
+
+    def __init__(self, pass_cost: int = PASS_COST["cpu"]) -> None:
+        self._pass_cost = pass_cost
+
+    def batches(self, groups: Sequence[Group], tokens_per_batch: int, prompts: bool = False) -> Iterator[MicroBatch]:
+        """Longest groups first, so that the step with the largest memory is the first one."""
+        widths = [len(g.prompt) + max(len(c) for c in g.completions) for g in groups]
+        order = sorted(range(len(groups)), key=lambda i: (-widths[i], i))
+        members: list[int] = []
+        num_rows = padding = 0
+        for index in order:
+            rows = len(groups[index].completions)
+            width = widths[members[0]] if members else widths[index]
+            padding += rows * (width - widths[index])
+            if (num_rows + rows) * width > tokens_per_batch or padding > self._pass_cost:
+                if members:
+                    yield self._build(groups, members, prompts)
+                members, num_rows, padding = [], 0, 0
+            members.append(index)
+            num_rows += rows
+        if members:
+            yield self._build(groups, members, prompts)
+
+    @staticmethod
+    def _build(groups: Sequence[Group], members: Sequence[int], prompts: bool) -> MicroBatch:
+        rows = [(groups[i].prompt, completion) for i in members for completion in groups[i].completions]
+        # The last token of a row predicts nothing that is scored, so it need not be run.
+        width = max(len(prompt) + len(completion) for prompt, completion in rows) - 1
+        input_ids = np.zeros((len(rows), width), dtype=np.int64)
+        positions = []
+        for row, (prompt, completion) in enumerate(rows):
+            start = len(prompt) - 1
+            input_ids[row, : len(prompt)] = prompt
+            input_ids[row, len(prompt) : start + len(completion)] = completion[:-1]
+            positions.append(np.arange(row * width + start, row * width + start + len(completion)))
+        lengths = [len(completion) for _, completion in rows]
+        targets = [completion for _, completion in rows]
+        if prompts:
+            row = 0
+            for prompt, num_rows in ((groups[i].prompt, len(groups[i].completions)) for i in members):
+                positions.append(np.arange(row * width, row * width + len(prompt) - 1))
+                targets.append(prompt[1:])
+                row += num_rows
+        return MicroBatch(
+            indices=tuple(members),
+            input_ids=torch.from_numpy(input_ids),
+            score_positions=torch.from_numpy(np.concatenate(positions)),
+            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+            offsets=torch.from_numpy(np.cumsum([0, *lengths])),
+            num_tokens=sum(len(prompt) + len(completion) for prompt, completion in rows),
+        )
+
+
+class SharedLayout:
+    """One row of many prompts, each followed by its completions: no prompt is run twice and nothing is padded.
+
+    Groups with equal prompts share one too. It needs a model that passed `shared.choose_layout`.
+    """
+
+    def batches(self, groups: Sequence[Group], tokens_per_batch: int, prompts: bool = False) -> Iterator[MicroBatch]:
+        """Rows filled first-fit, longest prompts first, so that the step with the largest memory is the first one."""
+        families = self._families(groups, tokens_per_batch)
+        rows: list[tuple[int, list[list[int]]]] = []
+        for length, family in sorted(families, key=lambda f: (-f[0], f[1][0])):
+            for i, (filled, members) in enumerate(rows):
+                if filled + length <= tokens_per_batch:
+                    rows[i] = (filled + length, [*members, family])
+                    break
+            else:
+                rows.append((length, [family]))
+        for _, members in rows:
+            yield self._build(groups, members, prompts)
+
+    @staticmethod
+    def _families(groups: Sequence[Group], tokens_per_batch: int) -> list[tuple[int, list[int]]]:
+        """(positions, groups) of groups with one prompt, split where they would not fit a batch together."""
+        families: list[tuple[int, list[int]]] = []
+        open_family: dict[bytes, int] = {}
+        for index, group in enumerate(groups):
+            own = sum(len(c) - 1 for c in group.completions)
+            prompt = group.prompt.tobytes()
+            slot = open_family.get(prompt)
+            if slot is not None and families[slot][0] + own <= tokens_per_batch:
+                length, members = families[slot]
+                families[slot] = (length + own, [*members, index])
+            else:
+                open_family[prompt] = len(families)
+                families.append((len(group.prompt) + own, [index]))
+        return families
+
+    @staticmethod
+    def _build(groups: Sequence[Group], families: Sequence[Sequence[int]], prompts: bool) -> MicroBatch:
+        ids: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        spans: list[PromptSpan] = []
+        start = num_tokens = 0
+        for family in families:
+            prompt = groups[family[0]].prompt
+            completions = [c for index in family for c in groups[index].completions]
+            # The last token of a completion predicts nothing that is scored, so it need not be run.
+            span = PromptSpan(start, len(prompt), tuple(len(c) - 1 for c in completions))
+            ids += [prompt, *(c[:-1] for c in completions)]
+            targets += completions
+            for first, end in span.completion_ranges():
+                positions += [np.array([span.prompt_end - 1]), np.arange(first, end)]
+            num_tokens += sum(len(prompt) + len(c) for c in completions)
+            spans.append(span)
+            start = span.end
+        row = tuple(spans)
+        offsets = np.cumsum([0, *(len(c) for c in targets)])
+        if prompts:
+            for family, span in zip(families, spans, strict=True):
+                positions += [np.arange(span.start, span.prompt_end - 1)] * len(family)
+                targets += [groups[family[0]].prompt[1:]] * len(family)
+        return MicroBatch(
+            indices=tuple(index for family in families for index in family),
+            input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+            score_positions=torch.from_numpy(np.concatenate(positions)),
+            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+            offsets=torch.from_numpy(offsets),
+            num_tokens=num_tokens,
+            shared_row=row,
+            position_ids=position_ids(row),
+        )

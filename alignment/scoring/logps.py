@@ -1,0 +1,212 @@
+"""From a model and a batch of groups to per-token log-probs of the completions, and of nothing else.
+
+Only positions that score a completion token reach the LM head.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignment.errors import UserError
+from alignment.kernels.attention import SharedRow
+from alignment.scoring.head import LogitTransform, OtherModel, score_hidden
+from alignment.scoring.layout import BatchLayout, MicroBatch
+from alignment.scoring.token_plan import TokenPlan
+from alignment.types import Group, Quantity, RaggedLogps
+
+log = logging.getLogger(__name__)
+
+
+def enable_scoring(model: nn.Module) -> None:
+    """Teach a causal LM's `forward` to score: with `score_positions` and `targets` it returns per-token results.
+
+    These are `head.score_hidden`'s (rows, tokens), or with `hidden_only` the (tokens, H) hidden states behind them. It
+    goes through `forward` so that wrappers around the model (peft, DDP, FSDP, autocast) see an ordinary call.
+    Without these two arguments the forward is the model's own.
+    """
+    transform = LogitTransform.of(model.config)
+    plain_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # keeps the signature that `generate` and the trainer read
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        score_positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        shared_row: SharedRow | None = None,
+        quantities: frozenset[Quantity] = frozenset(),
+        other: OtherModel | None = None,
+        hidden_only: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if score_positions is None or targets is None:
+            return plain_forward(*args, **kwargs)
+        if shared_row is not None:
+            # A mask of four dimensions is handed through as it is: none is made, and attention needs none.
+            kwargs |= {"shared_row": shared_row, "attention_mask": targets.new_zeros(1, 1, 1, 1)}
+        head = self.get_output_embeddings()  # looked up here, since an adapter may have replaced it
+        # The context is part of the scoring, so that policy and reference are always computed in the same precision.
+        with torch.autocast(targets.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
+            hidden = hidden.flatten(0, 1).index_select(0, score_positions)
+            return hidden if hidden_only else score_hidden(head, hidden, targets, transform, quantities, other)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _pass(model: nn.Module, batch: MicroBatch, **options: Any) -> Tensor:
+    if batch.shared_row is not None:
+        options |= {"shared_row": batch.shared_row, "position_ids": batch.position_ids}
+    return model(input_ids=batch.input_ids, score_positions=batch.score_positions, targets=batch.targets, **options)
+
+
+def score_tokens(
+    model: nn.Module,
+    batch: MicroBatch,
+    quantities: frozenset[Quantity] = frozenset(),
+    other: OtherModel | None = None,
+) -> Tensor:
+    """Log-probs of all scored tokens of a micro-batch and the quantities asked for, differentiable where enabled.
+
+    Args:
+        model: a causal LM after `enable_scoring`, possibly wrapped.
+        batch: on the model's device.
+        quantities: of the distributions at these tokens.
+        other: `hidden_states` of the model that a divergence is from, with its head.
+
+    Returns:
+        (1 + rows of the quantities, tokens) as `head.score_hidden`, in the order of `batch.indices`.
+    """
+    return _pass(model, batch, quantities=quantities, other=other)
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """(tokens, H) hidden states that predict the scored tokens of a micro-batch."""
+    return _pass(model, batch, hidden_only=True)
+
+
+def score(model: nn.Module, batch: MicroBatch) -> RaggedLogps:
+    """Log-probs of all completion tokens of a micro-batch, differentiable where gradients are enabled.
+
+    Args:
+        model: a causal LM after `enable_scoring`, possibly wrapped.
+        batch: on the model's device, of completions alone.
+
+    Returns:
+        RaggedLogps in the order of `batch.indices`; fp32 (fp64 for an fp64 model).
+    """
+    return RaggedLogps(score_tokens(model, batch)[0], batch.offsets)
+
+
+def score_groups(
+    model: nn.Module, groups: Sequence[Group], layout: BatchLayout, tokens_per_batch: int, device: torch.device
+) -> Iterator[tuple[MicroBatch, RaggedLogps]]:
+    """Score many groups without gradient, micro-batch by micro-batch, results on the CPU.
+
+    Raises:
+        UserError: not even one group at a time fits.
+    """
+    for batch, values in in_passes(lambda b: score_tokens(model, b), groups, layout, tokens_per_batch, device):
+        yield batch, RaggedLogps(values[0], batch.offsets)
+
+
+@torch.no_grad()
+def in_passes(
+    run: Callable[[MicroBatch], Tensor],
+    groups: Sequence[Group],
+    layout: BatchLayout,
+    tokens_per_batch: int,
+    device: torch.device,
+    prompts: bool = False,
+) -> Iterator[tuple[MicroBatch, Tensor]]:
+    """What `run` gives for every micro-batch of many groups, without gradient, on the CPU.
+
+    Where a GPU's memory does not suffice, what is left is run with half the budget.
+
+    Raises:
+        UserError: not even one group at a time fits.
+    """
+    left = list(range(len(groups)))
+    while left:
+        rest = [groups[index] for index in left]
+        done: set[int] = set()
+        for batch in layout.batches(rest, tokens_per_batch, prompts):
+            try:
+                values = run(batch.to(device)).to("cpu")
+            except torch.cuda.OutOfMemoryError:
+                break
+            indices = tuple(left[index] for index in batch.indices)
+            done.update(indices)
+            yield replace(batch, indices=indices), values
+        left = [index for index in left if index not in done]
+        if left:  # out of the handler, whose traceback holds the tensors of the pass
+            torch.cuda.empty_cache()
+            smaller = smaller_budget(layout, [groups[index] for index in left], tokens_per_batch)
+            if smaller is None:
+                raise UserError(
+                    "The GPU's memory does not suffice to score one group at a time: lower data.max_length, or choose "
+                    "a smaller model or quantization=nf4."
+                )
+            tokens_per_batch = smaller
+
+
+def positions(batch: MicroBatch) -> int:
+    """Positions that a pass runs, padding included."""
+    return batch.input_ids.numel()
+
+
+def largest_group(layout: BatchLayout, groups: Sequence[Group]) -> int:
+    """Positions of the largest of the groups in a pass of its own."""
+    return max(positions(batch) for group in groups for batch in layout.batches([group], 1))
+
+
+def smaller_budget(layout: BatchLayout, groups: Sequence[Group], tokens_per_batch: int) -> int | None:
+    """Half the budget that these groups use, but enough for the largest of them; None where they use no more already.
+
+    To be asked for when a GPU's memory did not suffice; it logs what comes next.
+    """
+    used = max(positions(batch) for batch in layout.batches(groups, tokens_per_batch))
+    least = largest_group(layout, groups)
+    if used <= least:
+        return None
+    smaller = max(least, used // 2)
+    log.warning("The GPU's memory does not suffice for %d positions a pass: going on with %d.", used, smaller)
+    return smaller
+
+
+def join_scores(groups: Sequence[Group], scored: Sequence[tuple[MicroBatch, RaggedLogps]]) -> RaggedLogps:
+    """Put the sequences of several micro-batches back into the order of the groups."""
+    plan = TokenPlan.of(groups)
+    values = scored[0][1].values.new_empty(plan.num_tokens) if scored else torch.zeros(0)
+    for batch, logps in scored:
+        values[plan.columns(batch.indices).to(values.device)] = logps.values
+    return plan.policy(values)
+
+
+@torch.no_grad()
+def check_scoring(model: nn.Module, vocabulary: int, device: torch.device) -> None:
+    """Compare the scoring route with the model's own full logits on eight tokens.
+
+    Raises:
+        UserError: an architecture whose logits are not `transform(head(hidden))`; training it would use wrong numbers.
+    """
+    ids = (torch.arange(9, device=device) * 7919 % vocabulary)[None]
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
+    expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+    found = model(input_ids=ids[:, :-1], score_positions=torch.arange(8, device=device), targets=ids[0, 1:])[0]
+    difference = (found.double() - expected).abs().max().item()
+    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 5e-2
+    if not difference <= tolerance:
+        raise UserError(
+            f"This model's logits cannot be recomputed from its hidden states and its LM head "
+            f"(log-probs differ by {difference:.3g}), so it cannot be trained here."
+        )

@@ -1,0 +1,139 @@
+"""Whether a model may share prompts: decided by comparing numbers, at the start of every stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from alignment.kernels.attention import disable_shared_prompts, enable_shared_prompts
+from alignment.scoring.layout import PASS_COST, BatchLayout, FlatLayout, SharedLayout
+from alignment.scoring.logps import join_scores, score
+from alignment.types import Group
+
+log = logging.getLogger(__name__)
+
+_SHORT_WINDOW = 6
+"""Stands in for a sliding window in the comparison, so that a few tokens reach beyond it."""
+
+
+def choose_layout(model: nn.Module, device: torch.device) -> BatchLayout:
+    """The shared layout if this model computes the same with it, else the flat one, with a line that says why.
+
+    A few random sequences are scored in both layouts, with gradients. State-space layers, attention that this package
+    does not know and positions that cannot restart all show as other numbers.
+    """
+    flat = FlatLayout(PASS_COST[device.type])
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    was_training = model.training
+    model.train()  # as in a step, since some layers compute otherwise in evaluation
+    try:
+        reason = _why_not(model, base, flat, device)
+    finally:
+        model.train(was_training)
+    if reason is None:
+        return SharedLayout()
+    disable_shared_prompts(base)
+    log.info("Prompts are not shared between completions: %s.", reason)
+    return flat
+
+
+def _why_not(model: nn.Module, base: Any, flat: FlatLayout, device: torch.device) -> str | None:
+    groups = _probe(base.get_input_embeddings().num_embeddings)
+    windows = [None, _SHORT_WINDOW] if isinstance(getattr(base.config, "sliding_window", None), int) else [None]
+    expected = []
+    for window in windows:
+        with _window(base, window):
+            expected.append(_scores_and_gradient(model, groups, flat, device))
+    if not enable_shared_prompts(base):
+        return f"its attention ({base.config._attn_implementation}) cannot be replaced"
+    for window, expected_values in zip(windows, expected, strict=True):
+        with _window(base, window):
+            try:
+                reason = _difference(model, groups, expected_values, base.dtype, device)
+            except (NotImplementedError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+                reason = f"its architecture cannot do it ({' '.join(str(error).split())[:200]})"
+        if reason is not None:
+            return reason
+    return None
+
+
+def _difference(
+    model: nn.Module,
+    groups: Sequence[Group],
+    expected: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    precise = dtype in (torch.float32, torch.float64)
+    values, gradient = expected
+    found, found_gradient = _scores_and_gradient(model, groups, SharedLayout(), device)
+    difference = (found - values).abs().mean().item()
+    relative = ((found_gradient - gradient).norm() / gradient.norm().clamp_min(1e-30)).item()
+    if not (difference <= (1e-5 if precise else 3e-2) and relative <= (1e-3 if precise else 0.1)):
+        return (
+            f"with shared prompts its log-probs differ by {difference:.2g} nats per token and its gradient by "
+            f"{relative:.2g} of its norm"
+        )
+    leak = _leak(model, groups, found, device)
+    if not leak <= (1e-6 if precise else 5e-3):
+        return f"its completions see each other (log-probs change by {leak:.2g} nats per token)"
+    return None
+
+
+def _probe(vocabulary: int) -> list[Group]:
+    rng = np.random.default_rng(0)
+
+    def tokens(length: int) -> np.ndarray:
+        return rng.integers(0, vocabulary, length).astype(np.int32)
+
+    return [Group(tokens(7), (tokens(6), tokens(9), tokens(1), tokens(4))), Group(tokens(3), (tokens(5), tokens(2)))]
+
+
+def _scores_and_gradient(
+    model: nn.Module, groups: Sequence[Group], layout: BatchLayout, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of all completions, and the gradient of a few trainable tensors close to the input."""
+    parameters = [p for p in model.parameters() if p.requires_grad][:4]
+    total = torch.zeros((), device=device)
+    scored = []
+    for batch in layout.batches(groups, 10_000):
+        logps = score(model, batch := batch.to(device))
+        # Weights that belong to the tokens, so that the order of the sequences does not matter.
+        total = total + (logps.values * torch.cos(batch.targets.to(logps.values))).sum()
+        scored.append((batch, logps.detach().to("cpu")))
+    gradients = torch.autograd.grad(total, parameters) if parameters else [torch.ones(1)]
+    return join_scores(groups, scored).values, torch.cat([g.float().flatten() for g in gradients])
+
+
+@torch.no_grad()
+def _leak(model: nn.Module, groups: Sequence[Group], values: Tensor, device: torch.device) -> float:
+    """How much the log-probs of the other sequences change when the first completion of every prompt is another one."""
+    changed = [Group(g.prompt, (g.completions[0][::-1].copy(), *g.completions[1:])) for g in groups]
+    (batch,) = SharedLayout().batches(changed, 10_000)
+    found = join_scores(changed, [(batch, score(model, batch.to(device)).to("cpu"))]).values
+    first = torch.cat([torch.full((len(c),), k == 0) for g in groups for k, c in enumerate(g.completions)])
+    return (found - values)[~first].abs().mean().item()
+
+
+@contextmanager
+def _window(base: Any, window: int | None) -> Iterator[None]:
+    """Every sliding window of the model shortened; None leaves them."""
+    if window is None:
+        yield
+        return
+    owners = [o for o in (base.config, *base.modules()) if isinstance(getattr(o, "sliding_window", None), int)]
+    before = [o.sliding_window for o in owners]
+    try:
+        for owner in owners:
+            owner.sliding_window = window
+        yield
+    finally:
+        for owner, value in zip(owners, before, strict=True):
+            owner.sliding_window = value

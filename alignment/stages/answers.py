@@ -1,0 +1,160 @@
+"""The evaluation that a person can see: held-out prompts answered before, between and after the stages, and judged."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignment.config.schema import EvaluationConfig, Judge
+from alignment.data.rows import Row
+from alignment.data.units import spread_prompts
+from alignment.errors import UserError
+from alignment.evaluation.generate import as_text, presets, sample, stop_tokens
+from alignment.evaluation.judge import Verdict, compare, judge, win_rate
+from alignment.files import atomic_write_bytes, to_json
+from alignment.runs.record import RunRecord
+from alignment.stages.store import StageStore, answers_key
+from alignment.types import Group
+
+log = logging.getLogger(__name__)
+
+
+class HeldOutAnswers:
+    """Answers of the policy at several moments to the same held-out prompts.
+
+    Args:
+        groups, rows: the held-out part, token groups and their rows aligned; the prompts are spread over all of it.
+        train: training groups, whose completions show which token ends an answer.
+        folder: where the answers are kept, so that an interrupted run does not lose them.
+        store: where they are kept for all runs, so that no policy is asked the same twice.
+
+    Attributes:
+        stops: the tokens that end an answer.
+
+    Raises:
+        UserError: the judge is asked for and a row has no accepted answers.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        groups: Sequence[Group],
+        rows: Sequence[Row],
+        train: Sequence[Group],
+        tokenizer: Any,
+        folder: Path,
+        store: StageStore,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        picked = spread_prompts(groups, config.prompts)
+        self.rows = [rows[i] for i in picked]
+        if config.judge is Judge.rules:
+            for row in self.rows:
+                if "answer" not in row.meta:
+                    raise UserError(
+                        f"evaluation.judge=rules needs a column `answer` with the accepted answers, and {row.source} "
+                        f"has none; add it or set evaluation.judge=none."
+                    )
+        self._prompts = [groups[i].prompt for i in picked]
+        self._config = config
+        self._tokenizer = tokenizer
+        # A step of a longer answer ends with no token of its own.
+        whole = [] if any(row.steps is not None for row in rows) else train
+        self.stops = stop_tokens(tokenizer, whole)
+        self._folder = folder
+        self._store = store
+        self._device = device
+        self._seed = seed
+        self.answers: dict[str, list[str]] = {}
+
+    def collect(self, name: str, model: nn.Module) -> None:
+        """Answer all prompts with the model as it is now, under a name: start, sft or final."""
+        if not self._prompts:
+            return
+        path = self._folder / f"answers_{name}.json"
+        if path.exists():
+            self.answers[name] = json.loads(path.read_text())
+            return
+        self.answers[name] = [as_text(self._tokenizer, tokens, self.stops) for tokens in self._answered(name, model)]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, to_json(self.answers[name]))
+
+    def _answered(self, name: str, model: Any) -> list[list[int]]:
+        """The tokens of every answer, taken over where this policy was asked before."""
+        settings: dict[str, Any] = {
+            "temperature": self._config.temperature,
+            "max_new_tokens": self._config.max_new_tokens,
+            "batch_size": self._config.batch_size,
+        }
+        drawn = {"seed": self._seed} if self._config.temperature > 0 else {}
+        others = {"stops": self.stops, "presets": presets(model), **drawn}
+        key = answers_key(model, self._prompts, settings | others)
+        with self._store.locked(key):
+            kept = self._store.take(key)
+            if kept is not None:
+                log.info("The held-out prompts (%s) were answered before (%s).", name, key[:12])
+                return kept["answers"]
+            log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
+            sampled = sample(model, self._prompts, self.stops, **settings, device=self._device, seed=self._seed)
+            answers = [tokens.tolist() for tokens in sampled]
+            described = {"stage": "answers", "model": model.config.name_or_path}
+            self._store.put(key, None, {"description": described, "answers": answers})
+        return answers
+
+    def judged(self, record: RunRecord) -> dict[str, Any]:
+        """Lengths and, with the judge, scores and win rates of the last policy; writes the samples."""
+        if not self._prompts:
+            return {}
+        verdicts: dict[str, list[Verdict]] = {}
+        if self._config.judge is Judge.rules:
+            accepted = [_accepted(row.meta["answer"]) for row in self.rows]
+            verdicts = {
+                name: [judge(text, right) for text, right in zip(texts, accepted, strict=True)]
+                for name, texts in self.answers.items()
+            }
+        record.write_samples([self._sample(i, verdicts) for i in range(len(self.rows))])
+        result: dict[str, Any] = {"prompts": len(self.rows), "answers": {}}
+        for name, texts in self.answers.items():
+            entry: dict[str, Any] = {"n": len(texts), "words": sum(len(text.split()) for text in texts) / len(texts)}
+            if verdicts:
+                entry["judge_score"] = sum(v.score for v in verdicts[name]) / len(texts)
+                entry["correct"] = sum(v.correct for v in verdicts[name]) / len(texts)
+                entry["direct"] = sum(v.direct for v in verdicts[name]) / len(texts)
+            result["answers"][name] = entry
+        if verdicts:
+            result["win_rate"] = {
+                f"final_vs_{other}": asdict(win_rate(zip(verdicts["final"], verdicts[other], strict=True)))
+                for other in verdicts
+                if other != "final"
+            }
+        return result
+
+    def _sample(self, index: int, verdicts: dict[str, list[Verdict]]) -> dict[str, Any]:
+        row = self.rows[index]
+        sample: dict[str, Any] = {"prompt": _prompt_text(row)}
+        sample |= {name: texts[index] for name, texts in self.answers.items()}
+        if "kind" in row.meta:
+            sample["kind"] = row.meta["kind"]
+        if verdicts:
+            sample["verdicts"] = {name: asdict(v[index]) for name, v in verdicts.items()}
+            order = compare(verdicts["final"][index], verdicts["start"][index])
+            sample["winner"] = {1: "final", 0: "tie", -1: "start"}[order]
+        return sample
+
+
+def _accepted(value: Any) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+
+
+def _prompt_text(row: Row) -> str:
+    if isinstance(row.prompt, str):
+        return row.prompt
+    return "\n".join(message["content"] for message in row.prompt if message["role"] != "system")

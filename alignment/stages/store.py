@@ -1,0 +1,226 @@
+"""Results of stages that are done, kept under all that they depend on: runs that would repeat a stage take them over.
+
+A result is a folder `<cache>/stages/<key>` with the policy and `entry.json`, which holds what else the stage left and a
+digest of every file. Answers of a policy are a result too, one without a policy of its own. The key is a hash of the
+policy that the stage starts from, its tokens, its settings, the device, the versions of the libraries and the code of
+this package: what could change the result changes the key.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+import alignment
+from alignment.files import atomic_write_bytes, to_json
+from alignment.policy.adapter import has_adapter
+from alignment.policy.identity import policy_identity
+from alignment.runs.record import versions
+
+log = logging.getLogger(__name__)
+
+STAGES_FOLDER = "stages"
+"""Where the results are in the cache folder."""
+
+_ENTRY = "entry.json"
+_KEY_DIGITS = 32
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of the package's sources: which of them a stage runs through is not known without running it."""
+    digest = hashlib.blake2b(digest_size=32)
+    package = Path(alignment.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def stage_key(
+    model: nn.Module, sequences: Sequence[Sequence[Mapping[str, Sequence[int]]]], settings: Mapping[str, Any]
+) -> str:
+    """Name of the result that a stage would have.
+
+    Args:
+        model: the policy that the stage starts from. A fresh adapter has no effect, and so no trace in the policy's
+            identity, but training goes on from what was drawn for it: its tensors count by themselves.
+        sequences: the tokens of the training and of the held-out examples.
+        settings: whatever else decides the result: optimizer, loop, seed.
+    """
+    digest = _begun_key(model, settings)
+    for name, parameter in model.named_parameters() if has_adapter(model) else ():
+        if parameter.requires_grad:
+            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            digest.update(parameter.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    for part in sequences:
+        digest.update(f"{len(part)}".encode())
+        for example in part:
+            for name, tokens in sorted(example.items()):
+                digest.update(f"{name}{len(tokens)}".encode())
+                digest.update(np.asarray(tokens, dtype=np.int32).data)
+    return digest.hexdigest()
+
+
+def answers_key(model: nn.Module, prompts: Sequence[np.ndarray], settings: Mapping[str, Any]) -> str:
+    """Name of what a policy answers to tokenised prompts; `settings` are whatever else decides it."""
+    return _begun_key(model, {"prompts": [prompt.tolist() for prompt in prompts], **settings}).hexdigest()
+
+
+def _begun_key(model: Any, settings: Mapping[str, Any]) -> Any:
+    """Digest of what the model computes, of settings, and of how, where and with which code it runs."""
+    digest = hashlib.blake2b(digest_size=_KEY_DIGITS // 2)
+    identity, description = policy_identity(model)
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    attention = model.config._attn_implementation
+    digest.update(to_json([identity, description, attention, settings, name, versions(), _code()]))
+    return digest
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStage:
+    """One result; `last_used` in seconds since 1970. `content` is empty where it cannot be read."""
+
+    key: str
+    content: dict[str, Any]
+    bytes: int
+    last_used: float
+
+
+class StageStore:
+    """The results in one folder; several processes may use it at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """Work on a key alone: another process that wants the same result waits, and finds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("Another run is doing this stage (%s); waiting for its result ...", key[:12])
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def take(self, key: str, policy: Path | None = None) -> dict[str, Any] | None:
+        """What was kept, its policy copied to a folder that does not exist yet.
+
+        None where there is no such result. One that is damaged is removed, and said to be.
+        """
+        entry = self.folder / key
+        if not entry.is_dir():
+            return None
+        try:
+            content = _checked(entry)
+            if policy is not None:
+                _copy(entry / "policy", policy, content["files"])
+            os.utime(entry / _ENTRY)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("The kept result %s is damaged (%s): it is dropped and computed again.", key[:12], error)
+            self.drop(key)
+            return None
+        return content
+
+    def put(self, key: str, policy: Path | None, content: Mapping[str, Any]) -> None:
+        """Keep a policy, if there is one, and what belongs to it; a crash at any moment leaves nothing or all of it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{key}-"))
+        try:
+            if policy is not None:
+                shutil.copytree(policy, partial / "policy")
+            text = to_json({**content, "files": _digests(policy) if policy is not None else {}})
+            atomic_write_bytes(partial / _ENTRY, to_json({"digest": _digest(text), "content": text.decode()}))
+            os.replace(partial, self.folder / key)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def drop(self, key: str) -> None:
+        """Remove a result."""
+        shutil.rmtree(self.folder / key, ignore_errors=True)
+
+    def stored(self) -> list[StoredStage]:
+        """All results, the last used first."""
+        found = []
+        for entry in self.folder.glob("[0-9a-f]" * _KEY_DIGITS):
+            try:
+                content, used = _content(entry), (entry / _ENTRY).stat().st_mtime
+            except (OSError, ValueError, KeyError, TypeError):
+                content, used = {}, 0.0
+            size = sum(path.stat().st_size for path in entry.rglob("*") if path.is_file())
+            found.append(StoredStage(entry.name, content, size, used))
+        return sorted(found, key=lambda stage: (-stage.last_used, stage.key))
+
+    def verify(self) -> tuple[int, list[str]]:
+        """Read every result; returns how many are sound, and the keys of those that were damaged and are removed."""
+        damaged = []
+        keys = [stage.key for stage in self.stored()]
+        for key in keys:
+            try:
+                _checked(self.folder / key)
+            except (OSError, ValueError, KeyError, TypeError):
+                self.drop(key)
+                damaged.append(key)
+        return len(keys) - len(damaged), damaged
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=32).hexdigest()
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Digest of every file below a folder, by its path in it."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
+            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
+
+
+def _copy(policy: Path, target: Path, digests: Mapping[str, str]) -> None:
+    """Copy a policy whole or not at all."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(policy, partial)
+        if _digests(partial) != digests:
+            raise ValueError("its copy differs from it")
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _content(entry: Path) -> dict[str, Any]:
+    written = json.loads((entry / _ENTRY).read_bytes())
+    if written["digest"] != _digest(written["content"].encode()):
+        raise ValueError(f"{_ENTRY} has changed")
+    return json.loads(written["content"])
+
+
+def _checked(entry: Path) -> dict[str, Any]:
+    content = _content(entry)
+    if _digests(entry / "policy") != content["files"]:
+        raise ValueError("its files have changed")
+    return content

@@ -1,0 +1,1 @@
+"""The preference loop: the trainer, its objective, its callbacks, its memory plan."""

@@ -1,0 +1,213 @@
+"""What both stages need of transformers' Trainer: arguments, progress, records, checkpoints that can be trusted."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
+
+from alignment.config.schema import OptimConfig, TrainerConfig
+from alignment.errors import UserError
+
+_COMPLETE = "complete"
+# TRL's count of tokens starts anew in every process, so that a resumed run would log other numbers.
+_NOT_METRICS = {"epoch", "total_flos", "num_input_tokens_seen", "num_tokens", "step"}
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Those of transformers' schedules that need no further settings."""
+_RUNTIME = ("runtime", "samples_per_second", "steps_per_second")
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+LogFunction = Callable[[int, str, Mapping[str, float]], None]
+"""Receives (step, "train" or "eval", metrics)."""
+
+
+def check_names(key: str, optim: OptimConfig) -> None:
+    """Refuse an optimizer or schedule that transformers does not know or that needs settings which we do not have.
+
+    Args:
+        key: where the settings stand, "optim" or "sft.optim".
+    """
+    for name, value, accepted in (
+        ("name", optim.name, [str(known.value) for known in OptimizerNames]),
+        ("schedule", optim.schedule, SCHEDULES),
+    ):
+        if value not in accepted:
+            raise UserError(f"{key}.{name} must be one of {', '.join(accepted)}, not '{value}'.")
+
+
+def training_arguments(
+    kind: type[Arguments],
+    *,
+    folder: Path,
+    optim: OptimConfig,
+    trainer: TrainerConfig,
+    num_steps: int,
+    seed: int,
+    device: torch.device,
+    **extra: Any,
+) -> Arguments:
+    """Arguments of one stage of exactly `num_steps` optimizer steps."""
+    return kind(
+        output_dir=str(folder),
+        max_steps=num_steps,
+        learning_rate=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        optim=optim.name,
+        lr_scheduler_type=optim.schedule,
+        warmup_steps=math.ceil(optim.warmup_ratio * num_steps),
+        max_grad_norm=optim.max_grad_norm,
+        logging_steps=trainer.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if trainer.save_every else "no",
+        save_steps=trainer.save_every or num_steps,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device.type == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        fp16=False,
+        **extra,
+    )
+
+
+class RecordCallback(TrainerCallback):
+    """PassRunner what the Trainer logs on to the run's record, without the Trainer's own bookkeeping."""
+
+    def __init__(self, log: LogFunction) -> None:
+        self._log = log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Split a log into its split and its metrics."""
+        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        split = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        named = {name.removeprefix("eval_"): value for name, value in logs.items()}
+        metrics = {
+            name: float(value)
+            for name, value in named.items()
+            if name not in _NOT_METRICS and not name.endswith(_RUNTIME) and isinstance(value, int | float)
+        }
+        if metrics:
+            self._log(state.global_step, split, metrics)
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for the stage, with the numbers that a person watches."""
+
+    _SHOWN = (("loss", "loss"), ("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"))
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar, at the step that a resumed stage starts from."""
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._title, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the newest training numbers."""
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix({short: f"{logs[name]:.3g}" for name, short in self._SHOWN if name in logs})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class Rhythm(TrainerCallback):
+    """When a stage logs, evaluates and saves, beyond what the Trainer does by itself.
+
+    Every checkpoint is preceded by a log, so that no sum over steps is lost where a run goes on from it, and the last
+    step is logged and evaluated. It needs no checkpoint: the policy itself is saved next, and the Trainer, asked to
+    continue after the last step of a stage that ends within an epoch, would take one step more.
+    """
+
+    def __init__(self, eval_every: int | None) -> None:
+        """`eval_every` as in the configuration (0: at the end only); None where nothing is held out."""
+        self._eval_every = eval_every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after the Trainer's own callback, and whatever ends the stage early, have set their flags."""
+        last = control.should_training_stop
+        if self._eval_every is not None and (last or (self._eval_every and state.global_step % self._eval_every == 0)):
+            control.should_evaluate = True
+        control.should_save = control.should_save and not last
+        control.should_log = control.should_log or control.should_save or last
+
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint once everything in it is written, and only then removes old ones.
+
+    So a kill at any moment leaves a whole checkpoint if there ever was one, and the newest that is marked is whole.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called when the checkpoint has been written."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            (folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            for path in sorted(folder.glob("checkpoint-*"), key=_step)[: -self._keep]:
+                shutil.rmtree(path)
+
+
+def stage_callbacks(title: str, log_metrics: LogFunction, trainer: TrainerConfig, evaluate: bool) -> list[Any]:
+    """The callbacks of a stage; `evaluate` says whether anything is held out."""
+    return [
+        RecordCallback(log_metrics),
+        Rhythm(trainer.eval_every if evaluate else None),
+        Checkpoints(trainer.keep_checkpoints),
+        ProgressBar(title),
+    ]
+
+
+def prepare_trainer(trainer: Trainer) -> None:
+    """Our progress bar in place of the Trainer's."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest whole checkpoint of a stage and its step; torn ones are removed."""
+    newest: tuple[Path | None, int] = (None, 0)
+    for path in folder.glob("checkpoint-*"):
+        if not (path / _COMPLETE).exists():
+            shutil.rmtree(path)
+        elif _step(path) > newest[1]:
+            newest = (path, _step(path))
+    return newest

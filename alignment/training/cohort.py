@@ -1,0 +1,425 @@
+"""Cohorts: several preference trainings in one process, whose passes with gradient are one pass on one frozen base.
+
+Every member keeps its own policy (modules and adapter of its own on the shared base tensors), trainer, optimizer and
+files, and trains in a greenlet of its own, of which one runs at a time. Where a member scores a micro-batch with
+gradient, it waits for the others; the last to come runs the base on all micro-batches at once, each member's adapter
+on the rows of its own. Every member goes on with its slice of the result. When all of them have their loss derived by
+their slice, one backward pass takes the derivatives to all adapters. What a member computes does not depend on who
+else takes part, up to rounding. Where a joint pass gains nothing or does not fit, the members take turns, a step each,
+with passes of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alignment.kernels.attention import SharedRow, enable_shared_prompts
+from alignment.kernels.linear import JointLinear, Segments, is_lora_layer
+from alignment.kernels.patch import patch_layers
+from alignment.losses import Quantity
+from alignment.policy.layers import decoder_layers, disable_dropout
+from alignment.scoring.head import row_numbers
+from alignment.scoring.layout import MicroBatch
+from alignment.scoring.logps import enable_scoring, score_tokens
+from alignment.training.objective import PassRunner
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def share(base: nn.Module) -> nn.Module:
+    """A second model, with modules of its own, on the tensors of a base model that has learnt to score."""
+    kept: list[Any] = [*base.parameters(), *base.buffers()]
+    kept += [state for p in base.parameters() if (state := getattr(p, "quant_state", None)) is not None]
+    other: Any = copy.deepcopy(base, {id(tensor): tensor for tensor in kept})
+    del other.forward  # bound to the first model: the second needs its own
+    enable_scoring(other)
+    return other
+
+
+def join(batches: Sequence[MicroBatch]) -> tuple[MicroBatch, list[int]]:
+    """Micro-batches of one layout as one pass, for its per-token results; their rows of hidden states, in order.
+
+    Shared rows stand end to end, so that nothing is padded; flat rows are padded to the longest of all.
+    """
+    tokens: list[Tensor] = []
+    scored: list[Tensor] = []
+    sizes: list[int] = []
+    spans: SharedRow = ()
+    width = max(batch.input_ids.shape[1] for batch in batches)
+    for batch in batches:
+        start, (rows, own) = sum(sizes), batch.input_ids.shape
+        if batch.shared_row is not None:
+            spans += tuple(replace(span, start=span.start + start) for span in batch.shared_row)
+            tokens.append(batch.input_ids)
+            scored.append(batch.score_positions + start)
+            sizes.append(own)
+        else:
+            tokens.append(F.pad(batch.input_ids, (0, width - own)))
+            scored.append(start + batch.score_positions // own * width + batch.score_positions % own)
+            sizes.append(rows * width)
+    joined = MicroBatch(
+        indices=(),
+        input_ids=torch.cat(tokens, dim=1 if spans else 0),
+        score_positions=torch.cat(scored),
+        targets=torch.cat([batch.targets for batch in batches]),
+        offsets=batches[0].offsets.new_zeros(0),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        shared_row=spans or None,
+        position_ids=torch.cat([b.position_ids for b in batches if b.position_ids is not None], 1) if spans else None,
+    )
+    return joined, sizes
+
+
+class JointModel:
+    """A base model that scores micro-batches of several policies in one pass, each with the policy's adapter.
+
+    Args:
+        base: frozen, as it was loaded, without an adapter; its tensors are shared.
+        policies: of each member, made of `share(base)`, with adapters on linear layers (`adapted_layers`).
+    """
+
+    def __init__(self, base: nn.Module, policies: Mapping[int, nn.Module]) -> None:
+        self._segments = Segments()
+        self._model = share(base).train()
+        self._policies = policies
+        disable_dropout(self._model)
+        layers = {member: adapted_layers(policy) for member, policy in policies.items()}
+        for name in sorted(set().union(*layers.values())):
+            base_layer = self._model.get_submodule(name)
+            found = {member: own[name] for member, own in layers.items() if name in own}
+            joint = JointLinear(base_layer, found, self._segments)
+            self._model.set_submodule(name, joint)
+        patch_layers(self._model)
+
+    def score(
+        self, members: Sequence[int], batches: Sequence[MicroBatch], quantities: Sequence[frozenset[Quantity]]
+    ) -> list[Tensor]:
+        """(rows, tokens) for each of these members' micro-batches, as `score_tokens` gives them for its policy."""
+        for layer, *theirs in zip(
+            decoder_layers(self._model), *(decoder_layers(self._policies[m]) for m in members), strict=True
+        ):
+            layer.gradient_checkpointing = any(own.gradient_checkpointing for own in theirs)
+            layer._gradient_checkpointing_func = getattr(theirs[0], "_gradient_checkpointing_func", None)
+        batch, sizes = join(batches)
+        if batch.shared_row is not None:
+            enable_shared_prompts(self._model)
+        self._segments.set(zip(members, sizes, strict=True))
+        wanted = frozenset[Quantity]().union(*quantities)
+        values = score_tokens(self._model, batch, wanted)
+        row = row_numbers(wanted)
+        parts = values.split([len(b.targets) for b in batches], dim=1)
+        return [
+            part if own == wanted else part[[0, *(row[quantity] for quantity in row_numbers(own))]]
+            for part, own in zip(parts, quantities, strict=True)
+        ]
+
+
+def adapted_layers(policy: Any) -> dict[str, nn.Module]:
+    """The layers with an adapter by the names that they have in the base.
+
+    Raises:
+        ValueError: an adapter on other than linear layers, or none.
+    """
+    layers = {name: module for name, module in policy.get_base_model().named_modules() if is_lora_layer(module)}
+    trained = {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
+    others = [name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in trained]
+    head = policy.get_output_embeddings()  # its rows are not those of the layers
+    foreign = others or [n for n, layer in layers.items() if layer is head or not hasattr(type(layer), "_lean_of")]
+    if foreign or not layers:
+        raise ValueError(
+            f"a cohort trains adapters on the layers' linear parts alone, not {foreign[0] if foreign else 'weights'}"
+        )
+    return layers
+
+
+@dataclass(slots=True)
+class _Request:
+    batch: MicroBatch
+    quantities: frozenset[Quantity]
+
+    def alone(self, policy: nn.Module) -> Tensor:
+        return score_tokens(policy, self.batch, self.quantities)
+
+
+@dataclass(slots=True)
+class _Pass:
+    """A joint pass whose backward pass is still to come: the members' slices, and the leaves that stand for them."""
+
+    values: dict[int, Tensor]
+    leaves: dict[int, Tensor]
+    open: set[int]
+
+
+class Member(PassRunner):
+    """A place in a cohort, as the training that has it sees it."""
+
+    def __init__(self, cohort: Cohort, index: int) -> None:
+        self._cohort = cohort
+        self._index = index
+        self._is_apart = False
+
+    @property
+    def width(self) -> int:
+        """How many train at once, at most."""
+        return self._cohort.width
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the passes of this member are those of others too; known once it has its base."""
+        return not self._cohort.is_apart
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What is the same for all members, made by the first that asks for it."""
+        return self._cohort.once(name, make)
+
+    def base(self, load: Callable[[], nn.Module]) -> nn.Module:
+        """A model of its own on the tensors of the cohort's base, which the first member to ask loads."""
+        model = self._cohort.base(load)
+        self._is_apart = self._cohort.is_apart
+        return model
+
+    def attach(self, policy: nn.Module) -> None:
+        """Say whose adapter the passes are to run with.
+
+        Raises:
+            ValueError: an adapter on other than linear layers.
+        """
+        self._cohort.attach(self._index, policy)
+
+    def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
+        """As a pass of its own, but a leaf, whose gradient is taken on when all members have theirs."""
+        return self._cohort.score(self._index, model, batch, quantities)
+
+    def finish(self) -> None:
+        """Wait until the gradients of the step have arrived."""
+        self._cohort.finish(self._index)
+
+    def separate(self) -> bool:
+        """Let all members run passes of their own from now on, where the memory does not suffice for joint ones."""
+        was_apart, self._is_apart = self._is_apart, True
+        self._cohort.separate()
+        return not was_apart
+
+
+class Cohort:
+    """Runs trainings of policies on one base, `width` at a time, their passes with gradient jointly.
+
+    Attributes:
+        width: how many train at once; where one ends, the next takes its place.
+        is_apart: whether they take turns.
+
+    Args:
+        width: that.
+        joint_passes: whether passes are joint where they fit; None: where the base is not on a CPU, which takes the
+            same time for a row whatever stands beside it, needs memory for every row of a pass, and multiplies a
+            member's rows fastest with a weight that has its adapter added.
+    """
+
+    def __init__(self, width: int, joint_passes: bool | None = None) -> None:
+        self.width = width
+        self._joint_passes = joint_passes
+        self._made: dict[str, Any] = {}
+        self._base: nn.Module | None = None
+        self._policies: dict[int, nn.Module] = {}
+        self._joint: JointModel | None = None
+        self._active: set[int] = set()
+        self._queue: deque[int] = deque()
+        self._until: dict[int, Callable[[], bool]] = {}
+        self._requests: dict[int, _Request] = {}
+        self._granted: dict[int, Tensor] = {}
+        self._errors: dict[int, BaseException] = {}
+        self._pass: _Pass | None = None
+        self.is_apart = False
+
+    def run(self, trainings: Sequence[Callable[[Member], T]]) -> list[T | Exception]:
+        """What each training returns, or the error that ended it; the others go on."""
+        results: list[Any] = [None] * len(trainings)
+        places = range(min(self.width, len(trainings)))
+        self._active = set(places)
+        self._queue = deque(range(len(places), len(trainings)))
+        self._until = dict.fromkeys(places, lambda: True)
+
+        def work(place: int) -> None:
+            index: int | None = place
+            while index is not None:
+                try:
+                    results[index] = trainings[index](Member(self, place))
+                except Exception as error:
+                    results[index] = error
+                index = self._next(place)
+
+        # In one thread: the teams of OpenMP threads that several would have keep each other from the cores.
+        running = {place: greenlet(partial(work, place)) for place in places}
+        turns = list(places)
+        try:
+            while turns:
+                place = next(place for place in turns if self._until[place]())
+                running[place].switch()
+                turns.remove(place)
+                if not running[place].dead:
+                    turns.append(place)
+        finally:
+            for member in filter(None, running.values()):  # those that an interrupt has left in the middle
+                member.throw()
+        return results
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """See `Member.once`."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def base(self, load: Callable[[], nn.Module]) -> nn.Module:
+        """See `Member.base`."""
+        if self._base is None:
+            self._base = load()
+            on_cpu = next(self._base.parameters()).device.type == "cpu"
+            self.is_apart = on_cpu if self._joint_passes is None else not self._joint_passes
+            if self.is_apart:
+                log.info("The members of the cohort take turns, each with passes of its own.")
+        return share(self._base)
+
+    def attach(self, index: int, policy: nn.Module) -> None:
+        """See `Member.attach`."""
+        adapted_layers(policy)
+        self._policies[index] = policy
+        self._joint = None
+
+    def score(self, index: int, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
+        """See `Member.score`."""
+        if self._pass is not None:
+            self._pass.open.discard(index)
+        if index in self._active and not self.is_apart:
+            self._requests[index] = _Request(batch, quantities)
+            self._wait(index, lambda: index in self._granted or index not in self._active or self.is_apart)
+            self._requests.pop(index, None)
+        granted = self._granted.pop(index, None)
+        return score_tokens(model, batch, quantities) if granted is None else granted
+
+    def finish(self, index: int) -> None:
+        """See `Member.finish`."""
+        if self._pass is not None and index in self._pass.values:
+            self._pass.open.discard(index)
+            self._wait(index, lambda: self._pass is None)
+        elif self.is_apart:  # members take turns: the next step is another's
+            self._switch(index, lambda: True)
+
+    def separate(self) -> None:
+        """See `Member.separate`."""
+        if not self.is_apart:
+            log.warning("The members of the cohort take turns from here on, each with passes of its own.")
+        self.is_apart = True
+
+    def _wait(self, index: int, done: Callable[[], bool]) -> None:
+        self._advance()
+        if not (index in self._errors or done()):
+            self._switch(index, lambda: index in self._errors or done())
+        if (error := self._errors.pop(index, None)) is not None:
+            raise error
+
+    def _switch(self, index: int, until: Callable[[], bool]) -> None:
+        """Let others run, at least until then."""
+        self._until[index] = until
+        getcurrent().parent.switch()
+
+    def _next(self, place: int) -> int | None:
+        """Forget the training that had this place; the one that gets it, or None."""
+        for kept in (self._policies, self._requests, self._granted, self._errors):
+            kept.pop(place, None)
+        self._joint = None
+        if self._pass is not None:
+            self._pass.open.discard(place)
+            self._pass.leaves.pop(place, None)
+        index = self._queue.popleft() if self._queue else None
+        if index is None:
+            self._active.discard(place)
+        else:
+            self._active.add(place)  # which a training without finite numbers has left
+        self._advance()
+        return index
+
+    def _advance(self) -> None:
+        """Run what nobody has to be waited for any more."""
+        if self._pass is not None and not self._pass.open:
+            members = list(self._pass.values)
+            self._attempt(members, self._backward)
+        while self._pass is None and not self.is_apart and self._active and self._active <= self._requests.keys():
+            self._attempt(sorted(self._active), self._forward)
+
+    def _attempt(self, members: Sequence[int], run: Callable[[], None]) -> None:
+        """Run it; an error is that of every member of the pass."""
+        try:
+            run()
+        except Exception as error:
+            self._pass = None
+            for member in members:
+                self._requests.pop(member, None)
+                # Without its traceback, which holds the tensors of the pass.
+                self._errors[member] = error.with_traceback(None)
+
+    def _forward(self) -> None:
+        members = sorted(self._active)
+        requests = [self._requests[member] for member in members]
+        if len(members) == 1:
+            self._granted[members[0]] = requests[0].alone(self._policies[members[0]])
+            self._requests.clear()
+            return
+        if self._joint is None:
+            assert self._base is not None
+            self._joint = JointModel(self._base, dict(self._policies))
+        try:
+            values = self._joint.score(members, [r.batch for r in requests], [r.quantities for r in requests])
+        except NotImplementedError as error:
+            log.warning("The members of the cohort cannot share their passes: %s.", error)
+            self.separate()
+            return
+        if not _finite(values) and self._expel():
+            return
+        leaves = {m: v.detach().requires_grad_() for m, v in zip(members, values, strict=True)}
+        self._granted |= leaves
+        self._pass = _Pass(dict(zip(members, values, strict=True)), leaves, set(members))
+        self._requests.clear()
+
+    @torch.no_grad()
+    def _expel(self) -> bool:
+        """Send those away whose own numbers are not finite: kernels read, and multiply with 0, what is not theirs."""
+        broken = [m for m in sorted(self._active) if not _finite([self._requests[m].alone(self._policies[m])])]
+        for member in broken:
+            log.warning("Member %d of the cohort has numbers that are not finite: it goes on alone.", member)
+            self._active.discard(member)
+            del self._requests[member]
+        return bool(broken)
+
+    def _backward(self) -> None:
+        finished, self._pass = self._pass, None
+        assert finished is not None
+        values, gradients = [], []
+        for member, leaf in finished.leaves.items():
+            if leaf.grad is None:
+                continue
+            if _finite([leaf.grad]):
+                values.append(finished.values[member])
+                gradients.append(leaf.grad)
+                continue
+            for parameter in self._policies[member].parameters():
+                if parameter.requires_grad:  # what it would get by itself, and the others must not
+                    parameter.grad = torch.full_like(parameter, torch.nan)
+        if values:
+            torch.autograd.backward(values, gradients)
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())

@@ -1,0 +1,330 @@
+"""What a training step needs of memory, by arithmetic, and the cheapest way to make it fit.
+
+A model may be on torch's meta device: only its modules and shapes are read. All sizes are bytes. The model of memory is
+good to about 15 %; a run that needs more than predicted halves its budget by itself (see `preference`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from alignment.config.schema import AdapterConfig, QuantizationConfig
+from alignment.policy.layers import decoder_layers
+from alignment.policy.load import NEVER_QUANTIZED
+from alignment.scoring.head import LOGITS_PER_CHUNK
+
+GIB = 2**30
+USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Positions of a pass, by device, beyond which larger passes gain nothing and only cost memory."""
+USABLE_SHARE = {"cpu": 0.5, "cuda": 0.9}
+"""Of the memory that is free: on a CPU others want some too, on a GPU the rest is the error of the prediction."""
+CONTEXT = {"cpu": int(0.7 * GIB), "cuda": int(0.6 * GIB)}
+"""What Python and its libraries take on a CPU, and the driver's context and its workspaces on a GPU."""
+RECOMPUTED = 0.5
+"""Share that one more forward pass of a frozen base adds to a step: forward and backward are two passes' worth each."""
+_ROUNDING = 64
+_WORKING_MLP, _WORKING_HIDDEN = 4, 3
+"""Tensors, as wide as the MLP and as the layer, that live at once in a layer's backward pass beside what it saved."""
+
+
+_END_TENSORS = 4
+_MASK = 1
+"""Bytes per dropped value: a GPU keeps a mask, a CPU the factors themselves."""
+_LOGIT, _TRAINED_LOGIT = 8, 12
+"""Bytes per logit: fp32 logits and their log-softmax; where the head trains, two gradients beside the log-softmax."""
+_TRL_ROWS, _TRL_WIDTH, _TRL_LOGIT = 4096, 32768, 36
+"""TRL's head works on tiles of so many positions and so wide; without Triton it takes nine fp32 copies of a tile."""
+
+
+def nf4_bytes_per_weight(double: bool) -> float:
+    """Half a byte, and a scale for 64 weights: fp32, or 8 bit with an fp32 scale of its own for 256 of them."""
+    return 0.5 + (1 / 64 + 4 / (64 * 256) if double else 4 / 64)
+
+
+def optimizer_bytes(name: str, bytes_per_weight: int) -> float:
+    """Bytes per trained weight of the optimizer's states.
+
+    Args:
+        name: as transformers has it. Names that are not known here count as Adam's two states.
+        bytes_per_weight: of the trained weights; torch keeps states in their dtype, bitsandbytes in fp32 or 8 bit.
+    """
+    tensors = 2
+    for part, count in (("ademamix", 3), ("sgd", 0), ("adafactor", 0), ("lion", 1), ("rmsprop", 1), ("adagrad", 1)):
+        if part in name:
+            tensors = count
+            break
+    if "8bit" in name:
+        return tensors * (1 + 4 / 256)
+    if "4bit" in name:
+        return tensors * (0.5 + 4 / 128)
+    is_bnb = "paged" in name or "bnb" in name or "lion" in name or "ademamix" in name
+    return tensors * (4 if is_bnb else bytes_per_weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Bytes of one decoder layer, per position.
+
+    Attributes:
+        entering: its input, all that is kept of a layer that is checkpointed.
+        saved: what its backward pass reads, its input included.
+        working: what lives beside that at the widest moment of its backward pass.
+        copies: not per position: copies of weights that its backward pass reads.
+    """
+
+    entering: int
+    saved: int
+    working: int
+    copies: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Everything about a policy that decides the memory of its step.
+
+    Attributes:
+        weights, adapter, gradients, optimizer: bytes.
+        layers: in order; empty for a model whose layers cannot be told apart.
+        ends: bytes per position that are kept outside of the layers: the last norm, the head's input, its derivatives.
+        head: bytes per position of the logits that exist at one time.
+        head_limit: the most bytes that they come to.
+        buffers: bytes of the largest weight while it is de-quantised or has its adapter added.
+        estimate: why the activations are a rough guess; empty where every tensor is counted.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    layers: tuple[Layer, ...]
+    ends: int
+    head: int
+    head_limit: int
+    buffers: int
+    estimate: str = ""
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, linear layer) of the base model's linear layers, also where an adapter wraps them."""
+    for name, child in module.named_modules():
+        parts = name.split(".")
+        if "base_layer" in parts or any(part.startswith("lora_") for part in parts):
+            continue
+        if isinstance(getattr(child, "in_features", None), int) and isinstance(
+            getattr(child, "out_features", None), int
+        ):
+            yield name, child
+
+
+def layer_of(layer: nn.Module, hidden: int, value: int, experts_per_token: int, adapted: bool, dropout: bool) -> Layer:
+    """Count the tensors that the backward pass of one decoder layer reads.
+
+    Per position, for the usual layer (attention with separate projections, gated MLP) under a LoRA without dropout,
+    which `lean` computes: the input of each norm; queries and keys before their own norms where there are such;
+    queries, keys, values and the output of attention; gate and up. With dropout each linear layer keeps its dropped
+    input and what was dropped too, and the MLP its activation. Where the base trains, the projections keep their
+    inputs, the norms what they multiply with their weight, and the MLP activation and product.
+
+    Args:
+        layer: maybe with an adapter on it, maybe on the meta device.
+        hidden: width of the model.
+        value: bytes per value of the activations.
+        experts_per_token: of a mixture of experts, else 0.
+        adapted: whether an adapter trains instead of the layer.
+        dropout: whether that adapter drops inputs.
+    """
+    linears = {name.rpartition(".")[2]: child for name, child in _linears(layer)}
+    names = {name.rpartition(".")[2] for name, _ in layer.named_modules()}
+    widths = {name: (child.in_features, child.out_features) for name, child in linears.items()}
+    normed = sum("norm" in name for name, _ in layer.named_children()) * hidden
+    saved = 0
+    wide = 0
+    if {"q_proj", "k_proj", "v_proj"} <= widths.keys():
+        query, keys = widths["q_proj"][1], widths["k_proj"][1]
+        saved += 2 * query + 2 * keys + (0 if adapted else hidden)
+        if {"q_norm", "k_norm"} <= names:
+            normed += query + keys
+    else:
+        saved += sum(a + b for name, (a, b) in widths.items() if name not in _MLP)
+    if {"gate_proj", "up_proj", "down_proj"} <= widths.keys():
+        wide = widths["gate_proj"][1]
+        if not adapted:
+            saved += hidden + 4 * wide
+        else:
+            saved += (3 if dropout else 2) * wide
+    copies = 0
+    for experts in _expert_weights(layer):
+        width = min(experts[-1][1:])
+        wide = max(wide, experts_per_token * width)
+        saved += hidden + experts_per_token * (5 * width + 2 * hidden)
+        # peft adds an adapter of stacked weights to a copy of them.
+        copies += sum(math.prod(shape) for shape in experts) * value if adapted else 0
+    if not wide:
+        saved += sum(a + b for name, (a, b) in widths.items() if name in _MLP)
+        wide = max((max(pair) for pair in widths.values()), default=hidden)
+    size = (saved + normed) * value
+    if dropout:
+        size += sum(a for a, _ in widths.values()) * (value + (_MASK if value < 4 else 4))
+    if not adapted:
+        size += normed * (value + (4 if value < 4 else 0))
+    return Layer(hidden * value, size, (_WORKING_MLP * wide + _WORKING_HIDDEN * hidden) * value, copies)
+
+
+def _expert_weights(module: nn.Module) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes (experts, outputs, inputs) of the stacked weights of every mixture of experts, the way back last."""
+    for child in module.modules():
+        weights = dict(child.named_parameters(recurse=False))
+        if {"gate_up_proj", "down_proj"} <= weights.keys() and weights["down_proj"].dim() == 3:
+            yield [tuple(weights[name].shape) for name in ("gate_up_proj", "down_proj")]
+
+
+_MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"}
+
+
+def is_counted(layer: nn.Module) -> bool:
+    """Whether the layer is of the usual form, whose tensors are all counted."""
+    names = {name.rpartition(".")[2] for name, _ in _linears(layer)}
+    return {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"} <= names
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of a policy's weights.
+
+    Attributes:
+        base: of the base model, embeddings and head included.
+        adapter: of its adapter.
+        trained: number of weights that are trained.
+        trained_value: bytes of each of them.
+        quantised: whether linear layers are packed.
+    """
+
+    base: int
+    adapter: int
+    trained: int
+    trained_value: int
+    quantised: bool
+
+
+def count_weights(model: nn.Module) -> Weights:
+    """The weights of a policy that is loaded; the scales of packed ones are not counted."""
+    base = adapter = trained = 0
+    trained_value = 4
+    quantised = False
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        if ".lora_" in name:
+            adapter += size
+        else:
+            base += size
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            trained_value = parameter.element_size()
+        quantised = quantised or hasattr(parameter, "quant_state")
+    return Weights(base, adapter, trained, trained_value, quantised)
+
+
+def plan_weights(
+    model: nn.Module, value: int, adapter: AdapterConfig | None, quantization: QuantizationConfig | None
+) -> Weights:
+    """The weights that a model on the meta device will have when it is loaded as configured.
+
+    Args:
+        model: a causal LM, not quantised, without adapter.
+        value: bytes per weight that is not quantised.
+        adapter: None trains the whole model.
+        quantization: None packs nothing.
+    """
+    causal: Any = model
+    head = causal.get_output_embeddings()
+    linears = [(name, layer) for name, layer in _linears(model) if layer is not head]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    packed = 0
+    if quantization is not None:
+        packed = sum(
+            layer.weight.numel()
+            for name, layer in linears
+            if isinstance(layer, nn.Linear) and not set(NEVER_QUANTIZED) & set(name.split("."))
+        )
+    base = (total - packed) * value
+    if quantization is not None:
+        base += round(packed * nf4_bytes_per_weight(quantization.double))
+    if adapter is None:
+        return Weights(base, 0, total, value, False)
+    targets = adapter.target_modules
+    count = sum(
+        adapter.r * (layer.in_features + layer.out_features)
+        for name, layer in linears
+        if targets == ["all-linear"] or any(name == t or name.endswith(f".{t}") for t in targets)
+    )
+    for both, back in _expert_weights(model):
+        # peft adapts each expert of its own; gate and up, in one weight, share an adapter of twice the rank.
+        if targets == ["all-linear"] or {"gate_up_proj", "gate_proj", "up_proj"} & set(targets):
+            count += 2 * adapter.r * both[0] * (both[1] + both[2])
+        if targets == ["all-linear"] or "down_proj" in targets:
+            count += adapter.r * back[0] * (back[1] + back[2])
+    return Weights(base, 4 * count, count, 4, quantization is not None)
+
+
+def sizes_of(
+    model: nn.Module,
+    weights: Weights,
+    *,
+    value: int,
+    optimizer: str,
+    device: str,
+    dropout: bool = False,
+    supervised: bool = False,
+) -> Sizes:
+    """What of a policy decides the memory of its step.
+
+    Args:
+        model: loaded, or on the meta device and without its adapter.
+        weights: its weights.
+        value: bytes per value of its activations.
+        optimizer: name, as transformers has it.
+        device: "cpu" or "cuda".
+        dropout: whether the adapter drops inputs in this stage.
+        supervised: the SFT stage, whose head is TRL's, instead of a preference stage.
+    """
+    causal: Any = model
+    config = causal.config.get_text_config()
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    adapted = weights.adapter > 0
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    modules = decoder_layers(model)
+    layers = tuple(layer_of(layer, hidden, value, experts, adapted, dropout) for layer in modules)
+    largest = max((layer.in_features * layer.out_features for m in modules for _, layer in _linears(m)), default=0)
+    if not modules:
+        estimate = f"the layers of {type(model).__name__} are not known"
+    elif not all(map(is_counted, modules)):
+        estimate = f"the layers of {type(model).__name__} have another form than the one that is counted"
+    else:
+        estimate = ""
+    if supervised:
+        width = min(vocabulary, _TRL_WIDTH)
+        head = width * (value if device == "cuda" else _TRL_LOGIT)
+        head_limit = _TRL_ROWS * head
+    else:
+        logit = _LOGIT if adapted else _TRAINED_LOGIT
+        head = vocabulary * logit
+        head_limit = LOGITS_PER_CHUNK[device] * logit
+    copies = (2 if weights.quantised else 1) if weights.adapter else 0
+    trained = weights.trained
+    return Sizes(
+        weights=weights.base,
+        adapter=weights.adapter,
+        gradients=trained * weights.trained_value,
+        optimizer=round(trained * optimizer_bytes(optimizer, weights.trained_value)),
+        layers=layers,
+        ends=_END_TENSORS * hidden * value,
+        head=head,
+        head_limit=head_limit,
+        buffers=copies * largest * value,
+        estimate=estimate,
+    )

@@ -1,0 +1,232 @@
+"""A loss with the policy and the reference that give it its inputs: from groups to `LossInputs`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignment.data.units import as_rows
+from alignment.losses import Loss, LossInputs, Quantity, StepTotals
+from alignment.reference.base import Reference
+from alignment.reference.live import LiveReference
+from alignment.scoring.head import row_numbers
+from alignment.scoring.layout import BatchLayout, MicroBatch
+from alignment.scoring.logps import in_passes, score_tokens
+from alignment.scoring.token_plan import TokenPlan
+from alignment.types import Group
+
+
+def companion_groups(loss: Loss, groups: Sequence[Group]) -> list[Group]:
+    """The extra sequences that the loss wants scored for a step of these groups."""
+    sequences = [(group.prompt, completion) for group in groups for completion in group.completions]
+    return [Group(sequences[i][0], (sequences[j][1],)) for i, j in loss.companions(len(groups))]
+
+
+def groups_to_reference(
+    loss: Loss, groups: Sequence[Group], steps: Sequence[Sequence[int]], eval_groups: Sequence[Group]
+) -> list[Group]:
+    """Every group that these steps and the evaluation will ask the reference for."""
+    used = {index for step in steps for index in step}
+    wanted = [groups[index] for index in sorted(used)] + list(eval_groups)
+    for step in steps:
+        wanted += companion_groups(loss, [groups[index] for index in step])
+    if eval_groups:
+        wanted += companion_groups(loss, evaluated(loss, eval_groups))
+    return wanted
+
+
+def evaluated(loss: Loss, groups: Sequence[Group]) -> list[Group]:
+    """Held-out groups in the form in which the loss takes them."""
+    return as_rows(groups) if loss.requirements().unit == "row" else list(groups)
+
+
+def step_totals(groups: Sequence[Group]) -> StepTotals:
+    """Counts over a whole step of groups, as `LossInputs.step_totals` makes them of its inputs."""
+    favoured = [group for group in groups if group.labels is None or group.labels[0]]
+    return StepTotals(
+        items=len(groups),
+        tokens=sum(len(group.completions[0]) for group in favoured),
+        prompt_tokens=sum(len(group.prompt) - 1 for group in favoured),
+    )
+
+
+def step_seeds(groups: Sequence[Group], seed: int, step: int) -> Tensor:
+    """(groups,) int64 of each group's content, the run's seed and the step's number, and of nothing else."""
+    numbers = []
+    for group in groups:
+        digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8)
+        for key in group.keys():  # noqa: SIM118
+            digest.update(key)
+        numbers.append(int.from_bytes(digest.digest(), "little") >> 1)
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """The processes that share a step: every one sees all of its groups and works on every `count`-th of them."""
+
+    accelerator: Any
+
+    def own(self, groups: Sequence[Group]) -> list[int]:
+        """Numbers of the groups that this process works on."""
+        return list(range(self.accelerator.process_index, len(groups), self.accelerator.num_processes))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on each of them."""
+        return values if self.accelerator.num_processes == 1 else self.accelerator.reduce(values, "sum")
+
+
+class PassRunner:
+    """How passes with gradient are run: each by itself."""
+
+    def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
+        """(rows, tokens) as `logps.score_tokens`, differentiable."""
+        return score_tokens(model, batch, quantities)
+
+    def finish(self) -> None:
+        """Called when a step has done all of its backward calls and wants the gradients."""
+
+    def separate(self) -> bool:
+        """Called where the memory does not suffice: whether passes were shared until now, and are no more."""
+        return False
+
+
+class Objective:
+    """What a loss needs, computed for groups.
+
+    Attributes:
+        needs: the loss's requirements.
+        passes: runs the passes of training steps, but not those with a second model beside the policy.
+        state: its running state after the last step.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        model: nn.Module,
+        reference: Reference | None,
+        layout: BatchLayout,
+        device: torch.device,
+        processes: Processes,
+    ) -> None:
+        self.loss = loss
+        self.needs = loss.requirements()
+        self.state = loss.initial_state()
+        self._model = model
+        self._reference = reference
+        self._layout = layout
+        self._device = device
+        self._processes = processes
+        self.passes = PassRunner()
+        self._quantities = self.needs.quantities - {Quantity.entropy}
+        self._row = row_numbers(self._quantities)
+
+    def plan(self, groups: Sequence[Group]) -> TokenPlan:
+        """Where the scored tokens of these groups stand."""
+        return TokenPlan.of(groups, self.needs.prompts)
+
+    def score(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """(rows, tokens) of one pass, differentiable where gradients are enabled."""
+        if Quantity.divergence in self._quantities:
+            assert isinstance(self._reference, LiveReference), "a divergence needs the reference itself"
+            return score_tokens(model, batch, self._quantities, self._reference.other_model(batch))
+        if torch.is_grad_enabled():
+            return self.passes.score(model, batch, self._quantities)
+        return score_tokens(model, batch, self._quantities)
+
+    def collect(self, groups: Sequence[Group], tokens_per_batch: int) -> Tensor:
+        """(rows, tokens) of all groups, without gradient; every process works on its own and gets all."""
+        return self._collect(groups, self.plan(groups), tokens_per_batch, lambda batch: self.score(self._model, batch))
+
+    def _collect(
+        self, groups: Sequence[Group], plan: TokenPlan, tokens_per_batch: int, run: Callable[[MicroBatch], Tensor]
+    ) -> Tensor:
+        own = self._processes.own(groups)
+        mine = [groups[i] for i in own]
+        prompts = plan.prompt_offsets is not None
+        values: Tensor | None = None
+        for batch, part in in_passes(run, mine, self._layout, tokens_per_batch, self._device, prompts):
+            if values is None:
+                values = torch.zeros(len(part), plan.num_tokens, dtype=part.dtype)
+            values[:, plan.columns([own[i] for i in batch.indices])] = part
+        assert values is not None, "every process has at least one group"
+        return self._processes.sum(values.to(self._device))
+
+    def reference_values(self, groups: Sequence[Group]) -> Tensor | None:
+        """What `collect` gives where the policy is its reference; None where that cannot be told without a pass."""
+        if self._reference is None or self._quantities or self.needs.prompts:
+            return None
+        return self._reference.logps(groups).values[None].to(self._device)
+
+    def inputs(
+        self,
+        groups: Sequence[Group],
+        values: Tensor,
+        *,
+        totals: StepTotals | None = None,
+        seeds: Tensor | None = None,
+    ) -> LossInputs:
+        """The loss's inputs for groups of which `score` or `collect` gave the (rows, tokens) values."""
+        plan = self.plan(groups)
+        device = values.device
+        reference, quantities = None, {}
+        if Quantity.divergence in self._row:
+            reference = plan.policy(values[self._row[Quantity.divergence] + 1].detach())
+        elif self._reference is not None:
+            reference = self._reference.logps(groups).to(device)
+        for quantity, row in self._row.items():
+            quantities[quantity] = plan.policy(values[row])
+        if Quantity.entropy in self.needs.quantities:
+            assert self._reference is not None
+            quantities[Quantity.entropy] = self._reference.entropies(groups).to(device)
+        return LossInputs(
+            policy=plan.policy(values[0]),
+            reference=reference,
+            labels=_labels(groups, device) if self.needs.unit == "row" else None,
+            sizes=_sizes(groups, device) if self.needs.unit == "list" else None,
+            scores=_scores(groups, device),
+            prompts=plan.prompts(values[0]),
+            quantities=quantities,
+            state=self.state,
+            totals=totals,
+            seeds=None if seeds is None else seeds.to(device),
+        )
+
+    def companions(self, groups: Sequence[Group], tokens_per_batch: int | None) -> LossInputs | None:
+        """The inputs of the loss's companions of a whole step; without a budget those of a policy at its reference."""
+        companions = companion_groups(self.loss, groups)
+        if not companions:
+            return None
+        assert self._reference is not None
+        plan = TokenPlan.of(companions)
+        reference = self._reference.logps(companions).to(self._device)
+        if tokens_per_batch is None:
+            return LossInputs(reference, reference)
+        values = self._collect(companions, plan, tokens_per_batch, lambda batch: score_tokens(self._model, batch))
+        return LossInputs(plan.policy(values[0]), reference)
+
+    def statistics(self, groups: Sequence[Group], tokens_per_batch: int | None) -> Tensor | None:
+        """The loss's sums over the companions of a whole step, as `companions`."""
+        companions = self.companions(groups, tokens_per_batch)
+        return None if companions is None else self.loss.statistics(companions)
+
+
+def _labels(groups: Sequence[Group], device: torch.device) -> Tensor:
+    return torch.tensor([label for group in groups for label in group.labels or ()], device=device)
+
+
+def _sizes(groups: Sequence[Group], device: torch.device) -> Tensor:
+    return torch.tensor([len(group.completions) for group in groups], device=device)
+
+
+def _scores(groups: Sequence[Group], device: torch.device) -> Tensor | None:
+    if all(group.scores is None for group in groups):
+        return None
+    scores = [s for group in groups for s in group.scores or (math.nan,) * len(group.completions)]
+    return torch.tensor(scores, dtype=torch.float64, device=device)

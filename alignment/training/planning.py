@@ -1,0 +1,163 @@
+"""The plan of a stage: made when its policy is loaded, kept in the run folder, compared with what it came to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import resource
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignment.config.schema import AdapterConfig, TrainerConfig
+from alignment.files import atomic_write_bytes, to_json
+from alignment.training.budget import Plan, Room, describe_checkpointing, make_plan
+from alignment.training.memory import GIB, USABLE_SHARE, count_weights, sizes_of
+
+log = logging.getLogger(__name__)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that a process may still take, a container's limit included."""
+    lines = Path("/proc/meminfo").read_text()
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", lines, re.MULTILINE)
+    assert found is not None
+    available = int(found[1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        # Files that the kernel has cached count as used and are given up when memory is asked for.
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        available = min(available, int(most) - int(used.read_text()) + int(cached[1] if cached else 0))
+    return max(0, available)
+
+
+def _taken(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return available_memory()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: on a GPU of torch's tensors since `plan_stage`, on a CPU of the process since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def plan_stage(
+    model: nn.Module,
+    trainer: TrainerConfig,
+    *,
+    optimizer: str,
+    folder: Path,
+    device: torch.device,
+    longest: int,
+    adapter: AdapterConfig | None,
+    supervised: bool,
+    copies: bool = False,
+    members: int = 1,
+    is_joint: bool = False,
+) -> Plan:
+    """How a stage runs its steps on this machine as it is now; a resumed stage keeps the plan that it began with.
+
+    Args:
+        model: the policy, loaded.
+        trainer: its numbers are kept, what is null is planned.
+        optimizer: name, as transformers has it.
+        folder: of the stage; plan.json is written there, or read if it exists.
+        device: where the policy is.
+        longest: positions of the largest group of the data for each of the members, or of the longest conversation.
+        adapter: the policy's adapter, if it has one.
+        supervised: the SFT stage instead of a preference stage.
+        copies: whether a frozen copy of a whole model will be made for the reference.
+        members: of a cohort that train at once, each with gradients and optimizer states of its own.
+        is_joint: whether they share a pass, whose groups are one then.
+    """
+    path = folder / "plan.json"
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if path.exists():
+        plan = Plan.from_dict(json.loads(path.read_text()))
+        log.info("Plan, as the stage began: %s.", _sentence(plan))
+        return plan
+    weights = count_weights(model)
+    policy: Any = model
+    sizes = sizes_of(
+        model,
+        weights,
+        value=policy.dtype.itemsize,
+        optimizer=optimizer,
+        device=device.type,
+        dropout=supervised and adapter is not None and adapter.dropout > 0,
+        supervised=supervised,
+    )
+    sizes = replace(sizes, gradients=members * sizes.gradients, optimizer=members * sizes.optimizer)
+    passing = members if is_joint else 1
+    taken = _taken(device)
+    other = max(0, taken - weights.base - weights.adapter) + (weights.base if copies else 0)
+    room = Room(device.type, taken + round(USABLE_SHARE[device.type] * _free(device)), other)
+    plan = make_plan(
+        sizes,
+        room,
+        longest=passing * longest,
+        step_tokens=trainer.groups_per_step * passing * longest,
+        tokens_per_batch=trainer.tokens_per_batch,
+        checkpoint_every=trainer.checkpoint_every,
+        members=passing,
+    )
+    log.info("Plan: %s.", _sentence(plan))
+    if plan.estimate:
+        log.info("The activations in it are a rough estimate: %s.", plan.estimate)
+    if not plan.fits:
+        log.warning(
+            "By the plan this stage may run out of memory: its largest group has %d positions, and such a pass with %s "
+            "needs %.1f GiB where %.1f GiB are usable.",
+            passing * longest,
+            describe_checkpointing(plan.checkpoint_every),
+            plan.needs.total / GIB,
+            plan.limit / GIB,
+        )
+    atomic_write_bytes(path, to_json(plan.to_dict(), indent=2))
+    return plan
+
+
+def _sentence(plan: Plan) -> str:
+    return (
+        f"{describe_checkpointing(plan.checkpoint_every)}, up to {plan.tokens_per_batch} positions a pass, "
+        f"{plan.needs.total / GIB:.1f} GiB at the peak"
+    )
+
+
+def memory_result(plan: Plan, device: torch.device, tokens_per_batch: int) -> dict[str, int]:
+    """What the record of a stage says of its memory; logs it too.
+
+    Args:
+        plan: of the stage.
+        device: where it ran.
+        tokens_per_batch: the budget that it ended with, which is less than planned if memory ran out.
+
+    Returns:
+        {"predicted", "measured": bytes at the peak, "tokens_per_batch", "checkpoint_every"}.
+    """
+    measured = peak_memory(device)
+    log.info("Peak memory: %.1f GiB, planned %.1f GiB.", measured / GIB, plan.needs.total / GIB)
+    return {
+        "predicted": plan.needs.total,
+        "measured": measured,
+        "tokens_per_batch": tokens_per_batch,
+        "checkpoint_every": plan.checkpoint_every,
+    }

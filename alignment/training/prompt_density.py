@@ -1,0 +1,157 @@
+"""Weights for undesirable rows whose prompts are unlike those of the desirable ones (BCO's distribution matching).
+
+A logistic regression on prompt embeddings tells desirable from undesirable prompts. With both labels of equal weight
+its odds p / (1 - p) estimate p(prompt | desirable) / p(prompt | undesirable), by which an undesirable row is weighted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alignment.errors import UserError
+from alignment.types import Group
+
+log = logging.getLogger(__name__)
+
+PROMPTS_PER_LABEL = 1024
+"""Prompts of each label that the classifier is fitted on (as in TRL's BCO trainer)."""
+
+LEAST_WEIGHT, GREATEST_WEIGHT = 0.5, 10.0
+"""Bounds of a weight (the same)."""
+
+
+@torch.no_grad()
+def _embedded(
+    model: Any, prompts: Sequence[np.ndarray], tokens_per_batch: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor]]:
+    """(numbers of the prompts, (n, H) float32 on the CPU) pass by pass, long prompts first.
+
+    Padding stands behind a prompt, where no token of it sees it, and is left out of the mean.
+    """
+    left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    while left:
+        width = len(prompts[left[0]])
+        members, left = left[: max(1, tokens_per_batch // width)], left[max(1, tokens_per_batch // width) :]
+        ids = np.zeros((len(members), width), dtype=np.int64)
+        for row, i in enumerate(members):
+            ids[row, : len(prompts[i])] = prompts[i]
+        lengths = torch.tensor([len(prompts[i]) for i in members], device=device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype is torch.bfloat16):
+            hidden = model.get_decoder()(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
+        real = torch.arange(width, device=device) < lengths[:, None]
+        yield members, (hidden.float().masked_fill(~real[..., None], 0).sum(1) / lengths[:, None]).cpu()
+
+
+def prompt_embeddings(
+    model: nn.Module, prompts: Sequence[np.ndarray], tokens_per_batch: int, device: torch.device
+) -> Tensor:
+    """(n, H) float32 on the CPU: the mean over a prompt's tokens of the decoder's last hidden states.
+
+    Args:
+        model: a causal LM as it is now, adapter included, without dropout.
+        prompts: n arrays of token ids.
+        tokens_per_batch: most positions of one pass, padding included, unless a single prompt has more.
+        device: of the model.
+    """
+    parts = list(_embedded(model, prompts, tokens_per_batch, device))
+    embeddings = torch.cat([embeddings for _, embeddings in parts])
+    return embeddings[torch.tensor([i for members, _ in parts for i in members]).argsort()]
+
+
+def fit_log_odds(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The classifier: (H,) coefficients w and a scalar b, float64, of log p / (1 - p) = w e + b.
+
+    It minimises |w|^2 / 2 + sum_i c_i log(1 + exp(-y_i (w e_i + b))), y = 1 for desirable and -1 for undesirable rows,
+    where c_i makes the labels count the same: n / 2 shared among the rows of either. That is scikit-learn's
+    `LogisticRegression(class_weight="balanced")`, solved to the end, and has one solution.
+
+    By Newton's method: a few dimensions of hidden states are hundreds of times larger than the others, where methods
+    that know the first derivatives alone stop far from the solution.
+
+    Args:
+        embeddings: (n, H).
+        labels: (n,) bool, some True and some False.
+    """
+    x, y = embeddings.double(), 2.0 * labels.double() - 1
+    shares = torch.where(labels, 0.5 / labels.double().mean(), 0.5 / (~labels).double().mean())
+    # w is a combination of the centred embeddings, b taking up their mean: no more unknowns than rows are needed.
+    mean = x.mean(0)
+    basis, coordinates = torch.linalg.qr((x - mean).T)
+    features = torch.cat([coordinates.T, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+    penalty = torch.ones(features.shape[1], dtype=torch.float64)
+    penalty[-1] = 0
+
+    def objective(parameters: Tensor) -> Tensor:
+        return (penalty * parameters.square()).sum() / 2 + (shares * F.softplus(-y * (features @ parameters))).sum()
+
+    parameters = torch.zeros_like(penalty)
+    decrement = torch.inf
+    while decrement > 1e-8:  # from there one full step squares the error
+        margins = y * (features @ parameters)
+        slopes = shares * torch.sigmoid(-margins)
+        gradient = penalty * parameters - features.T @ (y * slopes)
+        hessian = (features.T * (slopes * torch.sigmoid(margins))) @ features + penalty.diag()
+        step = torch.linalg.solve(hessian, gradient)
+        decrement = (gradient @ step).item()
+        while decrement > 1e-8 and not objective(parameters - step) < objective(parameters):
+            step = step / 2
+        parameters = parameters - step
+    w = basis @ parameters[:-1]
+    return w, parameters[-1] - w @ mean
+
+
+def density_weights(log_odds: Tensor, labels: Tensor) -> Tensor:
+    """(n,) factors of the rows' losses: p / (1 - p) within the bounds for undesirable rows, 1 for desirable ones."""
+    return torch.where(labels, 1.0, log_odds.exp().clamp(LEAST_WEIGHT, GREATEST_WEIGHT))
+
+
+def with_density_weights(
+    groups: Sequence[Group], model: nn.Module, tokens_per_batch: int, device: torch.device
+) -> list[Group]:
+    """The labelled rows with their weights multiplied by those of their prompts' density.
+
+    Computed with the policy that the stage starts from, and with nothing drawn: a resumed run computes the same again.
+    Which rows the classifier is fitted on is decided by hashes of their prompts, not by the rows' order.
+
+    Raises:
+        UserError: all rows have the same label, or the policy's hidden states are not finite.
+    """
+    labels = torch.tensor([group.labels == (True,) for group in groups])
+    if labels.all() or not labels.any():
+        raise UserError(
+            f"loss.density_weights compares the prompts of desirable and undesirable rows, and all {len(groups)} rows "
+            f"of data.source are {'desirable' if labels.all() else 'undesirable'}."
+        )
+    prompts = [group.prompt for group in groups]
+    hashes = [hashlib.blake2b(prompt.tobytes(), digest_size=16).digest() for prompt in prompts]
+    fitted = [
+        i
+        for label in (True, False)
+        for i in sorted((labels == label).nonzero().flatten().tolist(), key=hashes.__getitem__)[:PROMPTS_PER_LABEL]
+    ]
+    embeddings = prompt_embeddings(model, [prompts[i] for i in fitted], tokens_per_batch, device)
+    if not embeddings.isfinite().all():
+        raise UserError(
+            "The policy that this stage starts from has hidden states that are not finite: its weights are damaged or "
+            "overflow in this dtype (model.dtype, quantization.compute_dtype)."
+        )
+    w, b = fit_log_odds(embeddings, labels[fitted])
+    undesirable = (~labels).nonzero().flatten().tolist()
+    log_odds = torch.zeros(len(groups), dtype=torch.float64)
+    for members, part in _embedded(model, [prompts[i] for i in undesirable], tokens_per_batch, device):
+        log_odds[[undesirable[i] for i in members]] = part.double() @ w + b
+    weights = density_weights(log_odds, labels)
+    low, high = weights[~labels].min().item(), weights[~labels].max().item()
+    log.info(
+        "Weights of %d undesirable rows by the density of their prompts: %.3g to %.3g.", len(undesirable), low, high
+    )
+    return [replace(g, weight=g.weight * weight) for g, weight in zip(groups, weights.tolist(), strict=True)]

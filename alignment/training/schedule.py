@@ -1,0 +1,110 @@
+"""The steps of a preference stage, and after which of them its reference follows the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from alignment.config.schema import RunConfig
+from alignment.errors import UserError
+from alignment.reference.base import Reference
+from alignment.training.sampler import StepSampler
+from alignment.types import Group
+
+
+def consecutive_parts(groups: Sequence[Group], stages: int) -> list[list[int]]:
+    """Numbers of the groups of each of `stages` parts, consecutive in the data; groups of one row stay together."""
+    rows = {source: row for row, source in enumerate(dict.fromkeys(group.source for group in groups))}
+    parts: list[list[int]] = [[] for _ in range(stages)]
+    for number, group in enumerate(groups):
+        parts[rows[group.source] * stages // len(rows)].append(number)
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """All steps of a training, and when its reference is refreshed.
+
+    With `reference.sync_every` the reference moves towards the policy, or becomes it, after every so many steps: TR-DPO
+    (Gorbatovski et al. 2024, arXiv:2404.09656), for any loss with a reference. TRL 1.16 refreshes before it evaluates
+    the step, here that comes after: an evaluation at a hard refresh would find the policy equal to its reference.
+
+    With `reference.stages` consecutive parts of the data are trained on one after the other, and the reference becomes
+    the policy between them: sDPO (Kim et al. 2024, arXiv:2403.19270). Where that starts a training of its own for every
+    part, this is one training: the optimizer keeps its moments, and the learning rate one schedule over all steps.
+
+    Attributes:
+        sampler: gives the steps to the Trainer.
+        steps: the groups of every step.
+        refreshes: steps that are done at each refresh, ascending; none after the last step.
+    """
+
+    sampler: StepSampler
+    steps: list[list[int]]
+    refreshes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, groups: Sequence[Group]) -> Schedule:
+        """The schedule of a run on these groups, in the order of the data.
+
+        Raises:
+            UserError: the data or the steps are too few for it.
+        """
+        trainer, every, stages = config.trainer, config.reference.sync_every, config.reference.stages
+        least = config.loss.requirements().min_items
+        parts = consecutive_parts(groups, stages) if stages > 1 else None
+        if parts is not None and min(map(len, parts)) < least:
+            raise UserError(f"reference.stages={stages}: the training rows are too few for so many parts.")
+        sampler = StepSampler(
+            len(groups),
+            trainer.groups_per_step,
+            config.seed,
+            least,
+            parts=parts,
+            epochs=trainer.epochs,
+            max_steps=trainer.max_steps,
+        )
+        num_steps = sampler.num_steps
+        if every is not None and every >= num_steps:
+            raise UserError(f"reference.sync_every={every} is never reached: this training has {num_steps} steps.")
+        if len({0, *sampler.starts, num_steps}) < stages + 1:
+            raise UserError(f"reference.stages={stages}: too many parts for a training of {num_steps} steps.")
+        refreshes = sampler.starts if every is None else tuple(range(every, num_steps, every))
+        return cls(sampler, sampler.first_steps(num_steps), refreshes)
+
+    def until_refresh(self, step: int) -> list[list[int]]:
+        """The steps from number `step`, counted from 0, to the next refresh."""
+        return self.steps[step : next((end for end in self.refreshes if end > step), None)]
+
+
+class FollowPolicy(TrainerCallback):
+    """Refreshes the reference as scheduled, before the step that is the first to see it, and keeps it in checkpoints.
+
+    So whatever is logged, evaluated and saved after a step is that of the reference which the step was trained with.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        schedule: Schedule,
+        asked: Callable[[Sequence[Sequence[int]]], list[Group]],
+    ) -> None:
+        """`asked` gives all groups of which some steps, and evaluations between them, need the reference."""
+        self._reference = reference
+        self._schedule = schedule
+        self._asked = asked
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refresh."""
+        step = state.global_step
+        if step in self._schedule.refreshes:
+            self._reference.refresh(step, self._asked(self._schedule.until_refresh(step)))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the reference to the checkpoint."""
+        if state.is_world_process_zero:
+            self._reference.save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")

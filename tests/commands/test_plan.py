@@ -1,0 +1,164 @@
+"""The command `python -m alignment.plan`: what it prints, for which machine, and the table that it writes."""
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from alignment import plan as command
+from alignment.config.compose import load
+from alignment.files import asset_dir
+from alignment.plan import QWEN3, Machine, build_model, parse_memory, plan_stages, qwen3_table, with_table
+from alignment.training.memory import GIB
+from tests.conftest import tiny_config
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    folder = tmp_path / "model"
+    tiny_config().save_pretrained(folder)
+    return folder / "config.json"
+
+
+def run(capsys, *arguments) -> str:
+    command.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def refused(*arguments) -> str:
+    with pytest.raises(SystemExit) as caught:
+        command.main([str(argument) for argument in arguments])
+    message = str(caught.value)
+    assert message.startswith("Error: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def qwen3_small():
+    config = AutoConfig.for_model(
+        "qwen3", **QWEN3["Qwen3-1.7B"], num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True
+    )
+    return build_model(config)
+
+
+# What it says
+
+
+def test_json_and_the_printed_tables_agree(config_file, capsys):
+    arguments = ("recipe=dpo_qwen3", "--gpu-memory", "24GiB", "--config", config_file)
+    found = json.loads(run(capsys, *arguments, "--json"))
+    assert found["machine"] == {"name": "a GPU of 24GiB", "device": "cuda", "memory": 24 * GIB}
+    assert list(found["stages"]) == ["sft", "preference"]
+    stage = found["stages"]["preference"]
+    assert stage["total"] == sum(stage["needs"].values()) <= stage["limit"] == round(0.9 * 24 * GIB)
+    assert stage["longest"] == 4096
+    printed = run(capsys, *arguments)
+    for name in ("sft", "preference"):
+        values = found["stages"][name]
+        assert (
+            f"{name}: trainer.checkpoint_every={values['checkpoint_every']} "
+            f"trainer.tokens_per_batch={values['tokens_per_batch']}; the largest group has {values['longest']} "
+        ) in printed
+        assert f"{values['total'] / GIB:.2f}" in printed
+
+
+def test_overrides_length_and_given_numbers_count(config_file, capsys):
+    found = json.loads(
+        run(
+            capsys, "recipe=dpo_qwen3", "--json", "trainer.checkpoint_every=1", "--length", 300, "sft=none",
+            "--config", config_file, "trainer.tokens_per_batch=777",
+        )
+    )["stages"]  # fmt: skip
+    assert list(found) == ["preference"]
+    stage = found["preference"]
+    assert (stage["longest"], stage["checkpoint_every"], stage["tokens_per_batch"]) == (600, 1, 777)
+    rows = json.loads(run(capsys, "recipe=kto_qwen3", "--json", "--length", 300, "--config", config_file))["stages"]
+    assert (rows["sft"]["longest"], rows["preference"]["longest"]) == (300, 300)
+
+
+def test_without_a_gpu_it_plans_for_the_cpu_and_says_so(config_file, capsys, monkeypatch):
+    monkeypatch.setattr(command, "this_machine", lambda: Machine("this machine's CPU", "cpu", 8 * GIB))
+    printed = run(capsys, "recipe=dpo_qwen3", "--config", config_file)
+    assert "this machine's CPU: 8.0 GiB, of which 50% are planned with." in printed
+    assert "The recipe asks for a GPU, and none is here" in printed
+
+
+def test_what_does_not_fit_is_said(qwen3_small, capsys, monkeypatch, config_file):
+    monkeypatch.setattr(command, "build_model", lambda _: qwen3_small)
+    printed = run(capsys, "recipe=dpo_qwen3", "--gpu-memory", "3GiB", "--length", 8192, "--config", config_file)
+    assert printed.count("It may run out of memory: a pass of that group needs") == 2
+    assert "does not fit" in printed
+
+
+def test_an_unusual_model_is_said_to_be_estimated(tmp_path, capsys):
+    AutoConfig.for_model("gpt_neox", hidden_size=64, intermediate_size=128, num_hidden_layers=2).save_pretrained(
+        tmp_path
+    )
+    printed = run(capsys, "recipe=dpo_qwen3", "--config", tmp_path / "config.json", "adapter.target_modules=[dense]")
+    assert "Its activations are a rough estimate: the layers of GPTNeoXForCausalLM have another form" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["recipe=nope"], "Could not find 'recipe/nope'"),
+        (["recipe=dpo_qwen3", "--gpu-memory", "much"], "--gpu-memory must be a size such as 24GiB"),
+        (["recipe=dpo_qwen3", "--length", "1"], "--length must be at least 2, not 1"),
+        (["recipe=dpo_qwen3", "--length", "x"], "invalid int value: 'x'"),
+        (["recipe=dpo_qwen3", "--config", "/no/such.json"], "--config: /no/such.json does not exist"),
+        (["recipe=dpo_qwen3", "model.name=./nothing"], "the folder ./nothing does not exist"),
+        (["recipe=dpo_qwen3", "optim.lrr=1"], "Key 'lrr' not in 'OptimConfig'"),
+        (["--nope"], "unrecognized arguments: --nope"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, expected):
+    assert expected in refused(*arguments)
+
+
+def test_an_unreachable_hub_is_one_sentence_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    message = refused("recipe=dpo_qwen3", "model.name=nobody/knows-this-model")
+    assert "model.name=nobody/knows-this-model" in message
+    assert "--config FILE" in message
+
+
+def test_an_optimizer_that_does_not_exist_is_refused(config_file):
+    assert "optim.name must be one of" in refused("recipe=dpo_qwen3", "optim.name=nope", "--config", config_file)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("24576MiB", 24 * 2**30), ("24", 24 * 2**30), ("1.5g", 3 * 2**29)],
+)
+def test_sizes(text, expected):
+    assert parse_memory(text) == expected
+
+
+# The recipes and the table
+
+
+@pytest.mark.parametrize("memory", [6, 24])
+@pytest.mark.parametrize("recipe", ["sft_qwen3", "dpo_qwen3", "ipo_qwen3", "simpo_qwen3", "kto_qwen3", "orpo_qwen3"])
+def test_the_qwen3_recipes_fit_where_they_say(recipe, memory, qwen3_small):
+    """From the 6 GB that their headers name; on 24 GiB nothing is computed twice."""
+    stages = plan_stages(load(f"recipe={recipe}"), qwen3_small, Machine("", "cuda", memory * GIB), None)
+    assert all(stage.chosen.fits for stage in stages.values())
+    assert all("6 GB of memory or more" in path.read_text() for path in asset_dir("recipes").glob(f"{recipe}.yaml"))
+    if memory == 24:
+        assert all(stage.chosen.checkpoint_every == 0 for stage in stages.values())
+
+
+def test_the_table_in_the_readme_is_what_the_command_writes():
+    path = asset_dir("recipes") / "README.md"
+    text = path.read_text(encoding="utf-8")
+    table = qwen3_table()
+    assert with_table(text, table) == text, "run python -m alignment.plan --table"
+    assert len(table.splitlines()) == 2 + 16
+
+
+def test_the_table_goes_between_its_markers():
+    text = "a\n<!-- made by: python -m alignment.plan --table -->\nold\n<!-- end of the table -->\nb\n"
+    once = with_table(text, "| new |")
+    assert once == with_table(once, "| new |")
+    assert once.startswith("a\n<!--") and once.endswith("-->\nb\n") and "old" not in once and "| new |" in once

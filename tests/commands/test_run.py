@@ -1,0 +1,431 @@
+"""The command line: what is wrong is one sentence and leaves nothing behind; what is right runs to the end."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alignment.config.compose import load
+from alignment.errors import UserError
+from alignment.run import _checked_arguments
+from tests.helpers.commands import Ended, command, pair, write_lines, write_project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_model_folder) -> Path:
+    """The configuration folder with the recipe `tiny`."""
+    return write_project(tmp_path_factory.mktemp("project"), tiny_model_folder)
+
+
+@pytest.fixture
+def tiny(project, tmp_path, tmp_path_factory):
+    """Run the recipe `tiny` in an empty folder."""
+
+    def run(*arguments: str, patch=None) -> Ended:
+        arguments = ("--config-dir", str(project), "recipe=tiny", *arguments)
+        return command(*arguments, cwd=tmp_path, cache=tmp_path_factory.mktemp("cache"), patch=patch)
+
+    return run
+
+
+def assert_refused(ended: Ended, cwd: Path, *said: str) -> None:
+    assert ended.code == 1
+    [line] = ended.err.splitlines()
+    assert line.startswith("Error: ") and line.endswith(".")
+    assert all(part in line for part in said), line
+    assert "Traceback" not in ended.out
+    assert not list(cwd.iterdir())
+
+
+def read_summary(run_dir: Path) -> dict:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def only_run(cwd: Path) -> Path:
+    [folder] = (cwd / "outputs" / "tiny").iterdir()
+    return folder
+
+
+# Refused before Hydra starts: in this process, for speed.
+
+WRONG = [
+    # Keys and options that do not exist
+    (["loss.bta=1"], ["bta", "beta", "label_smoothing"]),
+    (["model.nme=x"], ["nme", "revision"]),
+    (["lr=1"], ["lr"]),
+    (["recipe=nope"], ["nope", "quickstart"]),
+    (["loss=nope"], ["nope", "simpo"]),
+    (["sft.loss=dpo"], ["loss"]),
+    (["hydra.foo=1"], ["foo"]),
+    # Wrong types
+    (["trainer.epochs=many"], ["many", "trainer.epochs"]),
+    (["data.limit=1.5"], ["1.5", "data.limit"]),
+    (["evaluation.judge=gpt"], ["gpt", "rules"]),
+    (["model.dtype=int8"], ["int8", "bfloat16"]),
+    (["adapter.target_modules=7"], ["int", "tuple, at key adapter.target_modules"]),
+    (["data.columns=[prompt]"], ["data.columns"]),
+    # Out of range, each section
+    (["adapter.r=0"], ["adapter.r", "0"]),
+    (["adapter.alpha=inf"], ["adapter.alpha"]),
+    (["adapter.dropout=1"], ["adapter.dropout"]),
+    (["adapter.target_modules=[]"], ["adapter.target_modules"]),
+    (["data.max_length=1"], ["data.max_length"]),
+    (["data.max_prompt_length=256"], ["data.max_prompt_length", "256"]),
+    (["data.max_bad_rows=-1"], ["data.max_bad_rows"]),
+    (["data.limit=0"], ["data.limit"]),
+    (["optim.lr=0"], ["optim.lr"]),
+    (["optim.lr=inf"], ["optim.lr", "inf"]),
+    (["optim.lr=nan"], ["optim.lr", "nan"]),
+    (["optim.warmup_ratio=1"], ["optim.warmup_ratio"]),
+    (["optim.beta2=1"], ["optim.beta2"]),
+    (["sft.optim.lr=-1"], ["sft.optim.lr", "-1"]),
+    (["sft.trainer.log_every=0"], ["sft.trainer.log_every"]),
+    (["trainer.epochs=inf"], ["trainer.epochs"]),
+    (["trainer.max_steps=0"], ["trainer.max_steps"]),
+    (["trainer.groups_per_step=0"], ["trainer.groups_per_step"]),
+    (["trainer.eval_every=-1"], ["trainer.eval_every"]),
+    (["reference.spot_checks=-1"], ["reference.spot_checks"]),
+    (["evaluation.temperature=-1"], ["evaluation.temperature"]),
+    (["evaluation.max_new_tokens=0"], ["evaluation.max_new_tokens"]),
+    (["tracking.mode=sometimes"], ["tracking.mode", "sometimes", "offline"]),
+    (["loss.beta=0"], ["loss.beta"]),
+    # What does not go together
+    (["loss=kto", "trainer.groups_per_step=1"], ["trainer.groups_per_step", "kto"]),
+    (["loss=none", "sft=none"], ["SFT stage", "loss"]),
+    (["quantization=nf4", "adapter=none"], ["quantised base"]),
+    (["adapter=none", "export.merge=true"], ["export.merge"]),
+    # What would have no effect
+    (["loss=orpo", "loss.beta=0.1"], ["loss.beta", "ORPO", "accepted are lam"]),
+    (["loss=simpo", "loss.gamma=1"], ["loss.gamma", "gamma_beta_ratio"]),
+    (["adapter=none", "adapter.r=8"], ["adapter.r", "adapter=none"]),
+    (["recipe=dpo_qwen3", "quantization=none", "quantization.double=true"], ["quantization.double", "no effect"]),
+    (["sft=none", "sft.optim.lr=1e-5"], ["sft.optim.lr", "sft=none"]),
+    (["loss=none", "loss.beta=1"], ["loss.beta", "loss=none"]),
+    (["tracking=none", "tracking.project=mine"], ["tracking.project", "tracking=none"]),
+    (["loss=none", "optim.lr=1e-5"], ["optim.lr", "no preference stage", "sft.optim.lr"]),
+    (["loss=none", "data.limit=5"], ["data.limit", "sft.data.limit"]),
+    (["loss=none", "reference=live"], ["reference has no effect", "no preference stage."]),
+    (["loss=orpo", "reference.for_metrics=false", "reference=live"], ["reference", "orpo", "for_metrics"]),
+    (["loss=orpo", "reference.for_metrics=false", "reference.mode=live"], ["reference.mode", "orpo", "for_metrics"]),
+    (["loss=orpo", "reference.for_metrics=false", "reference.spot_checks=9"], ["reference.spot_checks", "orpo"]),
+    (["reference=live", "reference.spot_checks=9"], ["reference.spot_checks", "live"]),
+    (["trainer.max_steps=5", "trainer.epochs=2"], ["trainer.epochs", "trainer.max_steps=5"]),
+    (["sft.trainer.max_steps=5", "sft.trainer.epochs=2"], ["sft.trainer.epochs", "sft.trainer.max_steps=5"]),
+    (["evaluation.prompts=0", "evaluation.temperature=1"], ["evaluation.temperature", "evaluation.prompts=0"]),
+    (["evaluation.prompts=0", "evaluation.max_new_tokens=9"], ["evaluation.max_new_tokens"]),
+    (["export.dtype=float32"], ["export.dtype", "export.merge"]),
+    (["-m", "trainer.max_steps=null,5", "trainer.epochs=2"], ["trainer.epochs", "trainer.max_steps=5"]),
+    # Settings that cannot be read
+    (["loss.beta"], ["'loss.beta'", "key=value"]),
+    (["=3"], ["'=3'", "key=value"]),
+    (["a b"], ["'a b'", "key=value"]),
+    ([""], ["''", "key=value"]),
+    (["loss.beta=[1"], ["'loss.beta=[1'"]),
+    (["loss.beta=???"], ["loss.beta"]),
+    (["loss.beta=0.1,0.2"], ["loss.beta", "--multirun"]),
+    # Options of the command
+    (["--multi-run"], ["--multi-run", "--multirun"]),
+    (["--config-name", "other"], ["--config-name"]),
+    (["--cfg"], ["--cfg", "job"]),
+    (["--cfg", "loss.beta=1"], ["--cfg", "job"]),
+    (["--cfg", "job", "loss.bta=1"], ["bta"]),
+    (["--config-dir"], ["--config-dir"]),
+    (["--config-dir", "absent"], ["--config-dir", "absent"]),
+    # A sweep is looked at as a whole
+    (["-m", "loss.beta=0.1,-0.1"], ["loss.beta", "-0.1"]),
+    (["-m", "loss=dpo,nope"], ["nope"]),
+    (["-m", "loss=dpo,kto", "trainer.groups_per_step=4,1"], ["trainer.groups_per_step", "kto"]),
+    (["-m", "loss.beta=0.1,0.2", "resume=true"], ["resume"]),
+    (["-m", "loss.beta"], ["'loss.beta'"]),
+    # Nothing to resume
+    (["resume=true"], ["resume=true", "quickstart"]),
+    (["recipe=quickstart", "resume=True"], ["resume=true", "quickstart"]),
+    (["resume=tru"], ["resume=tru", "config.yaml"]),
+    (["resume=."], ["resume=.", "config.yaml"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG, ids=[" ".join(arguments) or "nothing" for arguments, _ in WRONG])
+def test_wrong_settings(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        _checked_arguments(["recipe=quickstart", *arguments] if "-m" in arguments else arguments)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    assert all(part in message for part in said), message
+    assert not list(tmp_path.iterdir())
+
+
+WRONG_FILES = [
+    ("recipe/mine.yaml", b"# @package _global_\nloss_beta: 1\n", ["loss_beta"]),
+    ("recipe/mine.yaml", b"# @package _global_\ntrainer: {epoch: 1}\n", ["epoch", "epochs"]),
+    ("recipe/mine.yaml", b"# @package _global_\ntrainer: {epochs: many}\n", ["many", "trainer.epochs"]),
+    ("recipe/mine.yaml", b"# @package _global_\noptim: {lr: -1}\n", ["optim.lr", "-1"]),
+    ("model/mine.yaml", b"defaults: [/schema/model]\nname: x\n", ["No value", "model.attention", "model.revision"]),
+    ("recipe/mine.yaml", b"# @package _global_\nloss: {beta: 1}\n", ["mine.yaml", "override /loss"]),
+    ("recipe/mine.yaml", b"# @package _global_\ndefaults: [{override /loss: nope}]\n", ["nope"]),
+    ("recipe/mine.yaml", b"# @package _global_\ndefaults: [{override /losses: dpo}]\n", ["losses"]),
+    ("recipe/mine.yaml", b"a: [1\n", ["mine.yaml", "YAML"]),
+    ("recipe/mine.yaml", b"- 1\n", ["mine.yaml", "mapping"]),
+    ("recipe/mine.yaml", b"a: \xff\n", ["mine.yaml"]),
+    ("recipe/quickstart.yaml", b"# @package _global_\nseed: 1\n", ["quickstart.yaml", "shipped"]),
+    ("loss/dpo.yaml", b"beta: 1\n", ["dpo.yaml", "shipped"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), WRONG_FILES, ids=range(len(WRONG_FILES)))
+def test_wrong_files(name, content, said, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+    monkeypatch.chdir(tmp_path.parent)
+    before = sorted(Path.cwd().iterdir())
+    with pytest.raises(UserError) as caught:
+        _checked_arguments([f"--config-dir={tmp_path}", "model=mine" if "model/" in name else "recipe=mine"])
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    assert all(part in message for part in said), message
+    assert sorted(Path.cwd().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["loss=orpo", "reference=live", "reference.for_metrics=true"],
+        ["loss=orpo", "reference.for_metrics=false", "reference=cache", "reference.path=x"],
+        ["loss=tdpo1", "reference=live"],
+        ["reference.spot_checks=9", "trainer.epochs=2"],
+        ["trainer.max_steps=5", "sft.trainer.epochs=2"],
+        ["evaluation.prompts=0", "evaluation.judge=none"],
+        ["export.merge=true", "export.dtype=float32"],
+        ["loss=none", "sft.optim.lr=1e-5", "sft.trainer.epochs=2", "evaluation.prompts=0", "seed=3"],
+        ["adapter=none", "quantization=none", "tracking=none", "loss.beta=1"],
+    ],
+    ids=" ".join,
+)
+def test_what_has_an_effect_is_accepted(arguments):
+    load("recipe=quickstart", *arguments)
+
+
+def test_mappings_take_new_keys_without_a_plus():
+    config = load("data.columns={prompt: question}", "data.template_kwargs.enable_thinking=false")
+    assert (config.data.columns, config.data.template_kwargs) == ({"prompt": "question"}, {"enable_thinking": False})
+
+
+def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").touch()
+    with pytest.raises(UserError, match="holds a run already: continue it with resume=mine"):
+        _checked_arguments(["hydra.run.dir=mine"])
+
+
+# Refused by the run itself: in a process of its own, on the tiny model.
+
+
+def hide_gpus():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def broken_data(folder: Path, name: str) -> Path:
+    """One of the ways in which a data file can be wrong, in its second row where it is a matter of rows."""
+    path = folder / f"{name}.jsonl"
+    rows = [pair(number) for number in range(1, 7)]
+    if name == "no_file":
+        return path
+    if name == "empty_folder":
+        path = folder / name
+        path.mkdir()
+        return path
+    if name == "empty_answer":
+        rows[1]["chosen"] = [{"role": "assistant", "content": " "}]
+    if name == "unknown_layout":
+        rows = [{"question": "a", "better": "b", "worse": "c"}]
+    if name == "unpaired":
+        rows = [{"prompt": "a", "completion": f"b{i}", "label": i % 2 == 0} for i in range(4)]
+    if name == "no_answers":
+        rows = [{key: value for key, value in row.items() if key != "answer"} for row in rows]
+    write_lines(path, rows)
+    lines = path.read_bytes().splitlines()
+    if name == "broken_line":
+        lines[1] = lines[1][:-5]
+    if name == "not_utf8":
+        lines[1] = lines[1].replace(b"Add", b"\xe4")
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("broken_line", [], ["broken_line.jsonl", "row 2"]),
+        ("not_utf8", [], ["not_utf8.jsonl", "row 2"]),
+        ("empty_answer", [], ["empty_answer.jsonl", "row 2", "empty_answer"]),
+        ("no_file", [], ["no_file.jsonl"]),
+        ("empty_folder", [], ["empty_folder", ".jsonl"]),
+        ("unknown_layout", [], ["unknown_layout.jsonl", "question", "chosen", "data.columns"]),
+        ("unpaired", ["data.eval_source=null"], ["dpo", "unpaired.jsonl:1", "kto"]),
+        ("no_answers", ["evaluation.judge=rules", "data.eval_source=null", "data.eval_size=2"], ["judge", "answer"]),
+    ],
+)
+def test_wrong_data(name, arguments, said, tiny, tmp_path, tmp_path_factory):
+    source = broken_data(tmp_path_factory.mktemp("data"), name)
+    assert_refused(tiny(f"data.source='{source}'", *arguments), tmp_path, *said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model.name=./absent"], ["model.name", "./absent", "does not exist"]),
+        (["model.name='{data}'"], ["model.name", "config.json"]),
+        (["model.name='{no_weights}'"], ["model.name", "{no_weights}", "safetensors"]),
+        (["model.name=nobody/nothing"], ["nobody/nothing"]),
+        (["model.attention=fastest"], ["model.attention", "fastest"]),
+        (["model.chat_template=absent.jinja"], ["model.chat_template", "absent.jinja"]),
+        (["adapter.target_modules=[nope]"], ["adapter", "nope"]),
+        (["adapter.init=nope"], ["adapter", "nope"]),
+        (["optim.name=adam_torch"], ["optim.name", "adam_torch", "adamw_torch"]),
+        (["sft.optim.schedule=cosin"], ["sft.optim.schedule", "cosin", "cosine"]),
+        (["device=cuda"], ["CUDA"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_wrong_model_or_machine(arguments, said, tiny, project, tmp_path, tmp_path_factory, tiny_model_folder):
+    no_weights = tmp_path_factory.mktemp("model") / "no_weights"
+    shutil.copytree(tiny_model_folder, no_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    places = {"data": project.parent / "data", "no_weights": no_weights}
+    ended = tiny(*(argument.format(**places) for argument in arguments), patch=hide_gpus)
+    assert_refused(ended, tmp_path, *(part.format(**places) for part in said))
+
+
+def real_command(cwd: Path, *arguments: str) -> Ended:
+    """The command as a user types it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "alignment.run", *arguments]
+    ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["loss.bta=1"], "bta"), (["recipe=tiny", "data.source=absent.jsonl"], "absent.jsonl")]
+)
+def test_a_process_of_its_own_ends_with_status_1(arguments, said, project, tmp_path):
+    assert_refused(real_command(tmp_path, f"--config-dir={project}", *arguments), tmp_path, said)
+
+
+def test_help_and_configuration(tmp_path, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    shown = command("--help", cwd=tmp_path, cache=cache)
+    assert shown.code == 0 and not shown.err
+    assert all(f"\n{group}: " in shown.out for group in ("loss", "recipe", "quantization"))
+    assert "simpo" in shown.out and "quickstart" in shown.out
+    shown = command("--cfg", "job", "loss=ipo", cwd=tmp_path, cache=cache)
+    assert shown.code == 0 and not shown.err
+    assert "tau: 0.1" in shown.out and "beta:" not in shown.out
+    assert not list(tmp_path.iterdir())
+
+
+# Right, to the end.
+
+
+def assert_numbers(run_dir: Path) -> list[dict]:
+    """Every metric is a finite number; the rows."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, int | float)), row
+    return rows
+
+
+def load_policy(run_dir: Path, base):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, run_dir / "adapter").eval()
+
+
+def plain_base(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def logits_of(model, run_dir: Path) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "adapter")
+    ids = tokenizer("<|im_start|>user\nAdd 1 and 7!", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+SHORT = ("sft=none", "trainer.max_steps=2", "evaluation.prompts=0", "trainer.eval_every=0")
+
+
+def test_every_loss(tiny, tmp_path, tiny_model_folder):
+    """One sweep over the losses; pairs ask for one reference, which the first run computes for the others."""
+    losses = ("dpo", "ipo", "simpo", "orpo", "kto")
+    ended = tiny("-m", f"loss={','.join(losses)}", *SHORT)
+    assert ended.code == 0, ended.err
+    base = logits_of(plain_base(tiny_model_folder), next(tmp_path.glob("outputs/sweeps/*/0-tiny")))
+    for number, loss in enumerate(losses):
+        [run_dir] = tmp_path.glob(f"outputs/sweeps/*/{number}-tiny")
+        stage = read_summary(run_dir)["stages"]["preference"]
+        assert (stage["loss"], stage["steps"]) == (loss, 2)
+        rows = assert_numbers(run_dir)
+        assert [(row["split"], row["step"]) for row in rows] == [("eval", 0), ("train", 2), ("eval", 2)]
+        assert not logits_of(load_policy(run_dir, plain_base(tiny_model_folder)), run_dir).allclose(base)
+        reference = read_summary(run_dir)["reference"]
+        if loss not in ("dpo", "kto"):
+            assert (reference["misses"], reference["hits"]) == (0, 24)
+
+
+def test_a_sweep_over_values_computes_the_reference_once(tiny, tmp_path):
+    ended = tiny("-m", "loss.beta=0.1,0.2", *SHORT)
+    assert ended.code == 0, ended.err
+    first, second = (next(tmp_path.glob(f"outputs/sweeps/*/{number}-tiny")) for number in range(2))
+    summaries = [read_summary(run_dir) for run_dir in (first, second)]
+    assert [s["stages"]["preference"]["settings"]["beta"] for s in summaries] == [0.1, 0.2]
+    assert summaries[0]["reference"]["misses"] == 24 and summaries[0]["reference"]["hits"] == 0
+    assert summaries[1]["reference"]["misses"] == 0 and summaries[1]["reference"]["hits"] == 24
+    assert assert_numbers(first)[-1]["loss"] != assert_numbers(second)[-1]["loss"]
+
+
+def test_a_run_of_sft_alone(tiny, tmp_path, tiny_model_folder):
+    ended = tiny("loss=none")
+    assert ended.code == 0, ended.err
+    run_dir = only_run(tmp_path)
+    rows = assert_numbers(run_dir)
+    assert {row["stage"] for row in rows} == {"sft"} and rows[-2]["loss"] < rows[0]["loss"]
+    base = plain_base(tiny_model_folder)
+    before = logits_of(base, run_dir)
+    assert not logits_of(load_policy(run_dir, base), run_dir).allclose(before)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_merged_model_computes_what_the_policy_computes(quantization, tiny, tmp_path, tiny_model_folder):
+    ended = tiny(*SHORT, f"quantization={quantization}", "export.merge=true", "export.dtype=float32")
+    assert ended.code == 0, ended.err
+    run_dir = only_run(tmp_path)
+    if quantization == "none":
+        base = plain_base(tiny_model_folder)
+    else:
+        from alignment.config.compose import load
+        from alignment.policy.load import load_base
+
+        config = load("quantization=nf4", f"model.name='{tiny_model_folder}'")
+        base = load_base(config.model, config.quantization, str(tiny_model_folder), torch.device("cpu"))
+    policy = logits_of(load_policy(run_dir, base), run_dir)
+    merged = AutoModelForCausalLM.from_pretrained(run_dir / "merged")
+    assert merged.dtype == torch.float32
+    found = logits_of(merged, run_dir)
+    torch.testing.assert_close(found, policy, rtol=0, atol=1e-5)
+    # The comparison can fail: neither the base alone nor (under NF4) the adapter on the unquantised base pass it.
+    assert not logits_of(plain_base(tiny_model_folder), run_dir).allclose(found, atol=1e-3)
+    if quantization == "nf4":
+        unquantised = load_policy(run_dir, plain_base(tiny_model_folder))
+        assert not logits_of(unquantised, run_dir).allclose(found, atol=1e-3)
+    assert AutoTokenizer.from_pretrained(run_dir / "merged").chat_template
+    export = read_summary(run_dir)["export"]
+    assert export["generation_agrees"] and export["max_logp_difference"] < 1e-5

@@ -1,0 +1,261 @@
+"""The judge against hand-written answers, most of them meant to fool it."""
+
+import math
+
+import pytest
+
+from alignment.errors import UserError
+from alignment.evaluation.intervals import wilson_interval, win_interval
+from alignment.evaluation.judge import WinRate, compare, judge, win_rate
+
+PARIS, TWELVE = ["Paris"], ["12"]
+
+RIGHT = [
+    ("Paris.", PARIS),
+    ("PARIS!!!", PARIS),
+    ("**Paris**", PARIS),
+    ("Ｐａｒｉｓ", PARIS),
+    ("It’s Paris", PARIS),
+    ("1. Paris", PARIS),
+    ("Paris, the capital of France", PARIS),
+    ("Paris, France.", PARIS),
+    ("It is Paris, not London.", PARIS),
+    ("It is not London, it is Paris.", PARIS),
+    ("It is not London but Paris.", PARIS),
+    ("No, it is Paris.", PARIS),
+    ("London—no, Paris.", PARIS),
+    ("Is it London or Paris? It is Paris.", PARIS),
+    ("The capital is Paris. However, Paris is not the only city.", PARIS),
+    ("I'm not sure, but it could be Paris.", PARIS),
+    ("Great question! Backwards, the word is sub.", ["sub"]),
+    ("twelve", TWELVE),
+    ("12.0", TWELVE),
+    ("5 + 7 = 12", TWELVE),
+    ("12 = 5 + 7", TWELVE),
+    ("Work out 14 - 2 = 12.", TWELVE),
+    ("14 - 2 is 12.", TWELVE),
+    ("Of 4 and 12, 12 is larger.", TWELVE),
+    ("12 is larger than 4.", TWELVE),
+    ("We count both the number of items and their size.\n\nThe larger one is 12, which is 4 more.", TWELVE),
+    ("Twenty-one.", ["21"]),
+    ("three hundred and sixty-five days", ["365"]),
+    ("1,200", ["1200"]),
+    ("one thousand two hundred", ["1200"]),
+    ("3 5 9", ["3, 5, 9"]),
+    ("3, 5 and 9", ["3, 5, 9"]),
+    ("3 < 5 < 9", ["3, 5, 9"]),
+    ("árbol", ["arbol"]),
+    ("A queen.", ["the queen"]),
+    ("A.", ["A"]),
+    ("Cock-a-doodle-doo!", ["cock-a-doodle-doo"]),
+    ("A dog says woof and wags its tail.", ["woof"]),
+    ("The plural of mouse is mice, and the singular is mouse.", ["mice"]),
+    ("Yes, it is.", ["yes"]),
+    ("No, a whale is not a fish.", ["no"]),
+    ("The answer is no.", ["no"]),
+]
+
+WRONG = [
+    ("", PARIS, "empty"),
+    ("  \n\t", PARIS, "empty"),
+    ("🙂🙂", PARIS, "empty"),
+    ("London.", PARIS, "no accepted answer"),
+    ("Parisian comparison", PARIS, "no accepted answer"),
+    ("Not Paris.", PARIS, "negated"),
+    ("It isn’t Paris.", PARIS, "negated"),
+    ("I do not think that it is Paris.", PARIS, "negated"),
+    ("Anything but Paris.", PARIS, "negated"),
+    ("Rome rather than Paris.", PARIS, "negated"),
+    ("Neither Paris nor Rome.", PARIS, "negated"),
+    ("Paris is not the capital.", PARIS, "negated"),
+    ("Paris is wrong.", PARIS, "negated"),
+    ("It is Paris. It is not Paris.", PARIS, "negated"),
+    ("Paris or London.", PARIS, "one of several candidates"),
+    ("Either London or Paris", PARIS, "one of several candidates"),
+    ("It is Rome, Oslo or Paris.", PARIS, "one of several candidates"),
+    ("Paris and London.", PARIS, "one of several candidates"),
+    ("Paris/London", PARIS, "one of several candidates"),
+    ("Paris, London, Berlin, Madrid.", PARIS, "one of several candidates"),
+    ("London Paris Berlin Rome", PARIS, "one of several candidates"),
+    ("1. London\n2. Paris\n3. Rome", PARIS, "one of several candidates"),
+    ("London. Paris. Rome.", PARIS, "one of several candidates"),
+    ("Is it Paris?", PARIS, "asked, not said"),
+    ("word " * 70 + "Paris", PARIS, "too late"),
+    ("London. It is a city near Paris.", PARIS, "only mentioned"),
+    ("The capital is London. Paris is in France.", PARIS, "another answer is claimed"),
+    ("Paris. No, wait, London.", PARIS, "retracted"),
+    ("12. So the answer is 13.", TWELVE, "another answer is claimed"),
+    ("The answer is 13. 5 plus 7 is 12.", TWELVE, "another answer is claimed"),
+    ("4 is larger than 12.", TWELVE, "only mentioned"),
+    ("112", TWELVE, "no accepted answer"),
+    ("12.5", TWELVE, "no accepted answer"),
+    ("-12", TWELVE, "no accepted answer"),
+    ("12%", TWELVE, "no accepted answer"),
+    ("10, 11, 12, 13", TWELVE, "one of several candidates"),
+    ("12 13", TWELVE, "one of several candidates"),
+    ("The first one.", ["1"], "no accepted answer"),
+    ("1, 3, 5, 9", ["3, 5, 9"], "one of several candidates"),
+    ("3, 9, 5", ["3, 5, 9"], "no accepted answer"),
+    ("A dog.", ["A"], "no accepted answer"),
+    ("I have no idea.", ["no"], "no accepted answer"),
+    ("Yes and no.", ["yes"], "both yes and no"),
+    ("Not yes.", ["yes"], "no accepted answer"),
+]
+
+
+@pytest.mark.parametrize(("answer", "accepted"), RIGHT)
+def test_right(answer, accepted):
+    verdict = judge(answer, accepted)
+    assert verdict.correct
+    assert verdict.score >= 0.7
+    assert verdict.reasons[0].startswith("says ")
+
+
+@pytest.mark.parametrize(("answer", "accepted", "reason"), WRONG)
+def test_wrong(answer, accepted, reason):
+    verdict = judge(answer, accepted)
+    assert not verdict.correct
+    assert verdict.score == 0.0
+    assert verdict.reasons[0] == reason
+
+
+@pytest.mark.parametrize(
+    ("answer", "score", "direct"),
+    [
+        ("Paris.", 1.0, True),
+        ("We all know well the capital is Paris.", 1.0, True),  # 8 words
+        ("We all know very well the capital is Paris.", 0.9812, False),  # 9 words: 0.7 + 0.3 * 15/16 = 0.98125
+        ("It is Paris, which lies on a long river in the north of the land.", 0.8688, False),  # 15: 0.7 + 0.3 * 9/16
+        ("It is Paris" + "".join(f" w{i}" for i in range(30)), 0.7, False),  # 33 words
+        ("Maybe Paris.", 0.7, False),
+        ("Great question! It is Paris.", 0.7, False),
+        ("Paris Paris Paris", 0.7, False),
+        ("It is Paris. It is Paris.", 0.7, False),
+        ("Rome.", 0.0, True),
+        ("", 0.0, False),
+    ],
+)
+def test_score_and_directness(answer, score, direct):
+    verdict = judge(answer, PARIS)
+    assert verdict.score == pytest.approx(score, abs=1e-4)
+    assert verdict.direct is direct
+
+
+def test_words_are_counted_as_read():
+    assert judge("It's the twenty-first day, isn't it?", PARIS).words == 7
+    assert judge("Twenty-one.", ["21"]).words == 1
+
+
+@pytest.mark.parametrize("accepted", [[], [""], ["?!"]])
+def test_nothing_accepted_is_an_error(accepted):
+    with pytest.raises(UserError, match="at least one accepted answer"):
+        judge("Paris.", accepted)
+
+
+@pytest.mark.parametrize(
+    "text", ["\x00", "a" * 5000, "\n" * 99, "?!?", "’’", "𝟙𝟚", "-", "1,2,3,,4..5", "否", "\ud800x", "a'"]
+)
+def test_any_string_gets_a_verdict(text):
+    for accepted in (PARIS, TWELVE, ["yes"], ["A"], ["3, 5, 9"]):
+        assert 0 <= judge(text, accepted).score <= 1
+        assert 0 <= judge(f"{text} Paris {text} 12 {text}", accepted).score <= 1
+
+
+def test_compare_orders_and_is_symmetrical():
+    best, padded, wrong, rambling = (
+        judge(text, PARIS)
+        for text in ("Paris.", "Sure! It is Paris.", "Rome.", "Rome, I think, but it depends on many things.")
+    )
+    ranked = [best, padded, wrong]
+    for i, a in enumerate(ranked):
+        for j, b in enumerate(ranked):
+            assert compare(a, b) == (j > i) - (j < i) == -compare(b, a)
+    # Style alone wins nothing.
+    assert compare(wrong, rambling) == 0
+
+
+def test_win_rate_by_hand():
+    good, bad = judge("Paris.", PARIS), judge("Rome.", PARIS)
+    result = win_rate([(good, bad)] * 6 + [(good, good)] * 2 + [(bad, good)] * 2)
+    assert (result.wins, result.ties, result.losses, result.rate) == (6, 2, 2, 0.7)
+    for p in (result.low, result.high):
+        assert (p - 0.7) ** 2 == pytest.approx(1.959964**2 * least_variance(6, 2, 2, p) / 10, rel=1e-4)
+    assert result.low < 0.7 < result.high
+
+
+def least_variance(wins, ties, losses, rate):
+    """Of one pair's score, for the most likely share of ties among those with this win rate, sought on a grid."""
+
+    def log_likelihood(tied):
+        return sum(
+            count * math.log(share)
+            for count, share in ((wins, rate - tied / 2), (ties, tied), (losses, 1 - rate - tied / 2))
+        )
+
+    most = 2 * min(rate, 1 - rate)
+    tied = max((most * i / 20_000 for i in range(1, 20_000)), key=log_likelihood)
+    return rate - tied / 4 - rate**2
+
+
+def test_win_interval_of_a_published_table():
+    """1 better, 7 worse, 13 alike (Bentur et al. 2009): -0.517 to -0.026 (Fagerland, Lydersen and Laake 2014)."""
+    low, high = win_interval((1 + 13 / 2) / 21, 13 / 21, 21)
+    assert (2 * low - 1, 2 * high - 1) == pytest.approx((-0.517, -0.026), abs=5e-4)
+
+
+@pytest.mark.parametrize("count", [1, 12, 400])
+def test_win_interval_where_nothing_varies(count):
+    z2 = 1.959964**2
+    # All ties: at a rate a < 1/2 the ties are at most 2a, so that n (1/2 - a)^2 = z^2 a (1/2 - a).
+    low = count / 2 / (count + z2)
+    assert win_interval(0.5, 1.0, count) == pytest.approx((low, 1 - low))
+    # All wins, where n (1 - p)^2 = z^2 p (1 - p); and no ties is Wilson's.
+    assert win_interval(1.0, 0.0, count) == pytest.approx((count / (count + z2), 1.0))
+    assert win_interval(0.0, 0.0, count) == pytest.approx((0.0, z2 / (count + z2)))
+    for rate in (0.25, 0.5):
+        assert win_interval(rate, 0.0, count) == pytest.approx(wilson_interval(rate, count))
+
+
+@pytest.mark.parametrize(("count", "least", "mean"), [(12, 0.948, 0.972), (25, 0.923, 0.961)])
+def test_coverage_of_the_win_interval(count, least, mean):
+    """Exactly, over all outcomes: the probability that the interval holds the true rate."""
+    bounds = {
+        (wins, ties): win_interval((wins + ties / 2) / count, ties / count, count)
+        for wins in range(count + 1)
+        for ties in range(count + 1 - wins)
+    }
+    covered = []
+    for tied in (0.0, 0.3, 0.7, 0.95):
+        for share in (0.5, 0.7, 0.95):
+            won = (1 - tied) * share
+            lost, rate = 1 - tied - won, won + tied / 2
+            covered.append(
+                sum(
+                    math.comb(count, wins)
+                    * math.comb(count - wins, ties)
+                    * won**wins
+                    * tied**ties
+                    * lost ** (count - wins - ties)
+                    for (wins, ties), (low, high) in bounds.items()
+                    if low <= rate <= high
+                )
+            )
+    assert min(covered) == pytest.approx(least, abs=1e-3)
+    assert sum(covered) / len(covered) == pytest.approx(mean, abs=5e-3)
+
+
+def test_win_rate_of_the_swapped_pairs_is_the_complement():
+    good, bad = judge("Paris.", PARIS), judge("Rome.", PARIS)
+    pairs = [(good, bad)] * 5 + [(bad, bad)] * 3 + [(bad, good)]
+    ours, theirs = win_rate(pairs), win_rate([(b, a) for a, b in pairs])
+    assert (theirs.wins, theirs.losses) == (ours.losses, ours.wins)
+    for a, b in ((theirs.rate, ours.rate), (theirs.low, ours.high), (theirs.high, ours.low)):
+        assert math.isclose(a, 1 - b)
+
+
+def test_win_rate_at_the_edges():
+    good, bad = judge("Paris.", PARIS), judge("Rome.", PARIS)
+    assert win_rate([(good, bad)] * 4).high == pytest.approx(1.0)
+    assert win_rate([(good, good)]) == WinRate(0, 1, 0, 0.5, *(pytest.approx(x, abs=1e-4) for x in (0.1033, 0.8967)))
+    with pytest.raises(UserError, match="at least one pair"):
+        win_rate([])

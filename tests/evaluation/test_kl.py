@@ -1,0 +1,185 @@
+"""The KL from samples: of the tokens that were sampled, by hand, unbiased, and 0 where nothing was learnt."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from alignment.config.compose import load
+from alignment.config.schema import EvaluationConfig
+from alignment.data.units import spread_prompts
+from alignment.evaluation.generate import sample, without_presets
+from alignment.evaluation.kl import sampled_kl
+from alignment.reference.frozen import FrozenPolicy
+from alignment.scoring.layout import FlatLayout
+from alignment.types import Group
+from tests.conftest import random_groups, tiny_policy
+from tests.helpers.commands import command, write_project
+from tests.training.test_gradients import moved, sequence_logp
+
+CPU = torch.device("cpu")
+STOPS = [3, 5]
+
+
+def evaluation(**settings: int) -> EvaluationConfig:
+    config = load("recipe=quickstart").evaluation
+    for key, value in settings.items():
+        setattr(config, key, value)
+    return config
+
+
+def estimate(model, start, prompts, stops=STOPS, seed=0, **settings):
+    config = evaluation(**settings)
+    return sampled_kl(model, start, prompts, stops, config, FlatLayout(), 200, CPU, seed)
+
+
+def prompts_of(num: int) -> list[np.ndarray]:
+    return [group.prompt for group in random_groups(num, seed=7)]
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["from the base", "from an adapter"])
+def test_it_is_zero_at_the_start(trained):
+    model = tiny_policy(trained=trained)
+    found = estimate(model, FrozenPolicy(model), prompts_of(9), max_new_tokens=6, batch_size=4)
+    assert found["n"] == 9
+    for name in ("mean", "se", "per_token", "per_token_se"):
+        assert abs(found[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["from the base", "from an adapter"])
+def test_by_hand(trained):
+    """Log-ratios of the very tokens sampled, from full logits of two models, one prompt at a time."""
+    model, start = tiny_policy(trained=trained), tiny_policy(trained=trained)
+    frozen = FrozenPolicy(model)
+    moved(model)
+    model.train()
+    prompts = prompts_of(9)
+    found = estimate(model, frozen, prompts, max_new_tokens=30, batch_size=4)
+    assert model.training
+    answers = sample(model, prompts, STOPS, temperature=1.0, max_new_tokens=30, batch_size=4, device=CPU, seed=0)
+    with torch.no_grad():
+        ratios = [
+            (sequence_logp(model, prompt, tokens) - sequence_logp(start, prompt, tokens)).sum().item()
+            for prompt, tokens in zip(prompts, answers, strict=True)
+        ]
+    lengths = [len(tokens) for tokens in answers]
+    # Both kinds of end occur, and a stop token is one of the tokens.
+    ended = [tokens[-1] in STOPS for tokens in answers]
+    assert any(ended) and not all(ended)
+    assert all(length == 30 for length, end in zip(lengths, ended, strict=True) if not end)
+    assert not any(np.isin(tokens[:-1], STOPS).any() for tokens in answers)
+    assert found["ended"] == sum(ended) / 9 and found["tokens"] == sum(lengths)
+    assert math.isclose(found["mean"], sum(ratios) / 9, rel_tol=1e-9)
+    assert math.isclose(found["se"], np.std(ratios, ddof=1) / 3, rel_tol=1e-9)
+    per_token = sum(ratios) / sum(lengths)
+    assert math.isclose(found["per_token"], per_token, rel_tol=1e-9)
+    beside = [ratio - per_token * length for ratio, length in zip(ratios, lengths, strict=True)]
+    assert math.isclose(found["per_token_se"], np.std(beside, ddof=1) / 3 / np.mean(lengths), rel_tol=1e-9)
+
+
+def test_unbiased():
+    """Answers of one token, where the KL is a sum over the vocabulary: the estimate is as far off as it says it is."""
+    model, start = tiny_policy(), tiny_policy()
+    for each in (model, start):
+        each.get_output_embeddings().weight.data.mul_(10)  # else its distributions are all but uniform
+    frozen = FrozenPolicy(model)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.6)
+    four = prompts_of(4)
+    exact, variance = 0.0, 0.0
+    for prompt in four:
+        ids = torch.from_numpy(prompt.astype(np.int64))[None]
+        with torch.no_grad():
+            policy, reference = (m(input_ids=ids).logits[0, -1].log_softmax(-1) for m in (model, start))
+        exact += (policy.exp() * (policy - reference)).sum().item() / 4
+        variance += (policy.exp() * (policy - reference).square()).sum().item() / 4
+    variance -= exact**2
+    found = estimate(model, frozen, four * 1000, max_new_tokens=1, batch_size=1000)
+    assert exact > 0.05
+    assert math.isclose(found["se"], math.sqrt(variance / 4000), rel_tol=0.1)
+    assert abs(found["mean"] - exact) < 3 * found["se"] < exact
+    assert found["mean"] == found["per_token"]  # every answer has one token
+
+
+def test_presets_of_the_model_do_not_touch_the_samples():
+    model, preset = tiny_policy(), tiny_policy()
+    inner = preset.get_base_model()
+    inner.generation_config = GenerationConfig(repetition_penalty=5.0, min_p=0.9, top_k=2, temperature=0.1)
+    options = {"temperature": 1.0, "max_new_tokens": 20, "batch_size": 9, "device": CPU, "seed": 0}
+    expected = sample(model, prompts_of(9), STOPS, **options)
+    touched = sample(preset, prompts_of(9), STOPS, **options)
+    with without_presets(preset):
+        found = sample(preset, prompts_of(9), STOPS, **options)
+    assert [tokens.tolist() for tokens in touched] != [tokens.tolist() for tokens in expected]
+    assert [tokens.tolist() for tokens in found] == [tokens.tolist() for tokens in expected]
+    assert preset.generation_config.repetition_penalty == 5.0
+
+
+def test_one_answer_has_no_standard_error():
+    model = tiny_policy()
+    found = estimate(model, FrozenPolicy(model), prompts_of(1), max_new_tokens=2)
+    assert found["se"] is None and found["per_token_se"] is None
+
+
+def test_prompts_are_different_and_spread():
+    groups = random_groups(6)
+    twice = [Group(group.prompt, group.completions[::-1]) for group in groups]
+    mixed = [group for two in zip(groups, twice, strict=True) for group in two]
+    assert spread_prompts(mixed, 3) == [0, 4, 8]
+    assert spread_prompts(mixed, 100) == [0, 2, 4, 6, 8, 10]
+    assert spread_prompts(mixed, 0) == []
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_model_folder) -> Path:
+    return write_project(tmp_path_factory.mktemp("project"), tiny_model_folder)
+
+
+def finish(project: Path, cwd: Path, *overrides: str) -> tuple[dict, str]:
+    short = ("recipe=tiny", "trainer.max_steps=2")
+    ended = command("--config-dir", str(project), *short, *overrides, cwd=cwd, cache=cwd / "cache")
+    assert ended.code == 0, ended.err
+    [folder] = (cwd / "outputs" / "tiny").iterdir()
+    return json.loads((folder / "summary.json").read_text()), ended.out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "n"),
+    [
+        ([], 2),  # as many as evaluation.prompts
+        (["loss=simpo", "reference.for_metrics=false", "evaluation.prompts=0", "evaluation.kl_prompts=4"], 4),
+        (["adapter=none", "sft=none", "optim.lr=1e-3", "reference=live"], 2),
+    ],
+    ids=["adapter", "no reference, no other answers", "whole model"],
+)
+def test_the_command_estimates_it(project, tmp_path, overrides, n):
+    summary, _ = finish(project, tmp_path, *overrides)
+    found = summary["evaluation"]["kl/sampled"]
+    assert found["n"] == n and found["mean"] != 0 and 0 < found["tokens"] <= 4 * n
+    assert ("answers" in summary["evaluation"]) == ("samples" in summary["files"]) == (n == 2)
+    report = (tmp_path / summary["files"]["report"]).read_text()
+    [line] = re.findall(r"^\| KL to the start.*", report, re.MULTILINE)
+    mean, low, high = map(float, re.findall(r"-?\d[\d.e-]*", line))
+    half = 1.96 * found["se"]
+    assert [mean, low, high] == pytest.approx([found["mean"], found["mean"] - half, found["mean"] + half], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["evaluation.kl_prompts=0"], False),
+        (["adapter=none", "sft=none", "optim.lr=1e-3"], True),
+    ],
+    ids=["off", "whole model"],
+)
+def test_the_command_leaves_it_out(project, tmp_path, overrides, said):
+    summary, out = finish(project, tmp_path, *overrides)
+    assert "kl/sampled" not in summary["evaluation"] and "kl" not in summary["stages"]["preference"]
+    assert ("The KL from samples is left out" in out) == said

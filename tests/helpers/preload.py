@@ -1,0 +1,11 @@
+"""Imported by the fork server of `tests.helpers.commands`: everything that takes long to import."""
+
+import matplotlib.pyplot
+import peft
+import transformers.models.qwen3.modeling_qwen3
+import trl.trainer.sft_trainer
+
+import alignment.run
+import alignment.stages.chain
+
+__all__ = ["alignment", "matplotlib", "peft", "transformers", "trl"]

@@ -1,0 +1,71 @@
+"""Imports point one way: the contract in pyproject.toml holds, fails where it should, and heavy libraries stay home."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "alignment"
+
+ONLY_IN = {
+    "hydra": {"run", "config"},
+    "omegaconf": {"run", "config", "stages.cohorts"},
+    "wandb": {"runs.tracking", "runs.sweep_tracking"},
+    "trl": {"stages.sft"},
+    "matplotlib": {"runs.plots", "course.figures"},
+    "plotly": {"comparison.charts", "comparison.tracked"},
+    "sqlite3": {"reference.store", "cache"},
+    "greenlet": {"training.cohort"},
+    "bitsandbytes": {"policy", "kernels.linear"},
+}
+"""Wings and modules that may import a heavy library, so that replacing one touches little."""
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_heavy_libraries_stay_where_they_belong(path):
+    own = name_of(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        for name in names:
+            homes = ONLY_IN.get(name.split(".")[0])
+            assert homes is None or any(own == home or own.startswith(f"{home}.") for home in homes), f"{name} in {own}"
+
+
+def lint_imports(checkout: Path) -> subprocess.CompletedProcess:
+    tool = Path(sys.executable).with_name("lint-imports")
+    return subprocess.run([tool, "--no-cache"], cwd=checkout, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        (None, ""),
+        ("losses/dpo.py", "from alignment.training.trainer import PreferenceTrainer"),
+        ("kernels/matmul.py", "from alignment.scoring.head import score_hidden"),
+        ("stages/chain.py", "def late():\n    from alignment.comparison import write_comparison"),
+        ("attic/__init__.py", ""),
+    ],
+)
+def test_the_contract_fails_on_a_planted_upward_import(module, line, tmp_path):
+    """An import at the top, one inside a function, a wing without a place in the order; unplanted it holds."""
+    shutil.copytree(PACKAGE, tmp_path / "alignment", ignore=shutil.ignore_patterns("__pycache__", "bundled"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    if module is not None:
+        planted = tmp_path / "alignment" / module
+        planted.parent.mkdir(exist_ok=True)
+        with planted.open("a") as file:
+            file.write(f"\n{line}\n")
+    done = lint_imports(tmp_path)
+    assert (done.returncode == 0) == (module is None), done.stdout + done.stderr

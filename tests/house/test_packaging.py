@@ -1,0 +1,117 @@
+"""The wheel holds what a run reads, works away from the checkout, and declares and pins what the code imports."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+import alignment
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def canonical(requirement: str) -> str:
+    """The normalised name of a distribution from a requirement line."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (path,) = folder.iterdir()
+    assert path.name == f"alignment-{alignment.__version__}-py3-none-any.whl"
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_code_configuration_recipes_and_data(wheel):
+    """Every file under the package, `conf` and `recipes`, byte by byte, and no file of anything else."""
+    expected = {}
+    assets = "alignment/_assets/"
+    for folder, prefix in (("alignment", ""), ("conf", assets), ("recipes", assets)):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                expected[f"{prefix}{path.relative_to(ROOT).as_posix()}"] = path
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == set(expected)
+    assert all(wheel.read(name) == path.read_bytes() for name, path in expected.items())
+    for name in (
+        "alignment/_assets/conf/config.yaml",
+        "alignment/_assets/conf/loss/README.md",
+        "alignment/_assets/recipes/quickstart.yaml",
+        "alignment/data/bundled/quickstart_train.jsonl",
+    ):
+        assert name in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    """It composes from its own copies and reads its own bundled rows."""
+    wheel.extractall(tmp_path / "site")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = (
+        "import alignment.config.compose as c, alignment.data.sources as s, alignment.losses.__main__ as m\n"
+        "config = c.load()\n"
+        "print(c.asset_dir('conf'))\n"
+        "print(c.asset_dir('recipes'))\n"
+        "print(s.__file__)\n"
+        "print(c.load('recipe=dpo_qwen3').loss.beta)\n"
+        "print(len(s.load_rows(config.data, kind='preference').train) > 100)\n"
+        "print(m.page_path().read_text() == m.page())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    package = tmp_path / "site" / "alignment"
+    assert done.stdout.split() == [
+        str(package / "_assets" / "conf"),
+        str(package / "_assets" / "recipes"),
+        str(package / "data" / "sources.py"),
+        "0.01",
+        "True",
+        "True",
+    ]
+
+
+def test_every_imported_package_is_declared():
+    """A package that only came along with another one would be gone one day."""
+    declared = {canonical(line) for line in PROJECT["dependencies"]}
+    found = packages_distributions()
+    missing = set()
+    for path in (ROOT / "alignment").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            for top in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"alignment"}:
+                if not {canonical(name) for name in found.get(top, [top])} & declared:
+                    missing.add(f"{path.name}: {top}")
+    assert missing == set()
+
+
+def test_everything_declared_is_pinned_within_what_is_declared():
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+    )
+    pinned = {canonical(name): tuple(map(int, version.split("."))) for name, version in pins.items()}
+    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        assert canonical(line) in pinned, line
+        for operator, bound in re.findall(r"(>=|<)([\d.]+)", line):
+            within = pinned[canonical(line)] >= tuple(map(int, bound.split(".")))
+            assert within == (operator == ">="), line

@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.config.schema import TrackingConfig
+from alignment.errors import UserError
+from alignment.runs import tracking
+from alignment.runs.record import RunRecord
+from alignment.runs.sweep_tracking import SweepSummary, send_summary
+from alignment.runs.tracking import NullTracker, WandbTracker, metric_row, open_tracker, sweep_name
+from tests.helpers.wandb_files import history, of_kind, read_wandb
+
+
+def config(**values: Any) -> TrackingConfig:
+    defaults = {"project": "p", "entity": None, "mode": "auto", "group": None, "name": None, "tags": []}
+    return TrackingConfig(**(defaults | values))
+
+
+def start(settings: TrackingConfig | None, run_dir: Path) -> tracking.Tracker:
+    return open_tracker(
+        settings,
+        run_dir=run_dir,
+        recipe="quickstart",
+        run_config={"optim": {"lr": 1e-4}, "hf_token": "s3cret", "tokens_per_batch": 7},
+        stages=["sft", "preference"],
+    )
+
+
+@pytest.fixture
+def nobody_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    import wandb
+
+    for name in (
+        "WANDB_MODE",
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_RUN_ID",
+        "WANDB_RESUME",
+        "WANDB_SWEEP_ID",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "_out_of_reach", [])
+    wandb.teardown()
+    yield monkeypatch
+    wandb.teardown()
+
+
+def test_members_of_a_sweep_are_one_group(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
+    sweep = tmp_path / "betas"
+    for name in ("0-tiny", "1-tiny"):
+        (sweep / name).mkdir(parents=True)
+        (sweep / "multirun.yaml").touch()
+        start(config(), sweep / name).finish()
+    for name in ("0-tiny", "1-tiny"):
+        [folder] = sweep.glob(f"{name}/wandb/offline-run-*")
+        (run,) = (record.run for record in read_wandb(folder) if record.HasField("run"))
+        assert (run.run_group, run.job_type, run.display_name) == ("betas", "sweep member", name)
+
+
+def test_a_member_is_known_by_what_other_sweepers_leave_too(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch
+) -> None:
+    """Optuna's writes no multirun.yaml."""
+    for name, mode in (("a/0", "MULTIRUN"), ("b/1", "RUN")):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra" / "hydra.yaml").write_text(f"hydra:\n  mode: {mode}\n")
+    assert [sweep_name(tmp_path / name) for name in ("a/0", "b/1", "c/2")] == ["a", None, None]
+
+
+def test_a_run_of_wandbs_own_agent_counts_for_its_sweep(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
+    for name, value in (("SWEEP_ID", "sweep1"), ("RUN_ID", "run1"), ("PROJECT", "of-the-sweep")):
+        nobody_logged_in.setenv(f"WANDB_{name}", value)
+    with start(config(), tmp_path / "r") as tracker:
+        assert tracker.run_id == "run1"
+    [run] = of_kind(read_wandb(*tmp_path.glob("r/wandb/offline-run-*")), "run")
+    assert (run.sweep_id, run.run_id, run.project) == ("sweep1", "run1", "of-the-sweep")
+
+
+def test_offline_run_holds_everything_and_continues_under_its_id(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+) -> None:
+    run_dir = tmp_path / "outputs" / "quickstart" / "today"
+    with caplog.at_level(logging.INFO, "alignment"):
+        with start(config(tags=["baseline"]), run_dir) as tracker:
+            tracker.log("sft", 3, "train", {"loss": 1.5})
+            tracker.log("preference", 0, "eval", {"rewards/accuracies": 0.0, "rewards/margins": math.nan})
+        (line,) = (record.getMessage() for record in caplog.records if record.name == "alignment.runs.tracking")
+        continued = start(config(tags=["baseline"]), run_dir)
+        continued.log("preference", 1, "train", {"loss": 0.69})
+        continued.summary({"status": "finished", "api_key": "s3cret", "stages": {"sft": {"path": Path("a/b")}}})
+        continued.__exit__(ValueError, ValueError(), None)
+    assert "nobody is logged in" in line
+    assert f"wandb sync {run_dir}/wandb/offline-run-*" in line
+    assert capfd.readouterr().out == "", "wandb itself prints nothing"
+    assert continued.run_id == tracker.run_id == (run_dir / "wandb_run_id").read_text().strip()
+
+    first, second = sorted(run_dir.glob("wandb/offline-run-*"))
+    records = read_wandb(first)
+    (run,) = (record.run for record in records if record.HasField("run"))
+    values = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert values["optim"] == {"lr": 1e-4}
+    assert (values["hf_token"], values["tokens_per_batch"]) == ("***", 7)
+    assert (run.project, run.run_group, run.job_type) == ("p", "quickstart", "sft+preference")
+    assert (run.display_name, list(run.tags)) == ("quickstart-today", ["baseline"])
+    axes = {m.metric.glob_name or m.metric.name: m.metric.step_metric for m in records if m.HasField("metric")}
+    assert axes == {
+        "sft/step": "",
+        "sft/*": "sft/step",
+        "preference/step": "",
+        "train/*": "preference/step",
+        "eval/*": "preference/step",
+    }
+    assert [m.metric.name for m in records if m.metric.options.hidden] == ["sft/step", "preference/step"]
+    sft, evaluation = history(records)
+    assert sft == {"sft/train/loss": 1.5, "sft/step": 3, "stage": "sft"}
+    assert math.isnan(evaluation.pop("eval/rewards/margins"))
+    assert evaluation == {"eval/rewards/accuracies": 0.0, "preference/step": 0, "stage": "preference"}
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+
+    records = read_wandb(second)
+    (run,) = (record.run for record in records if record.HasField("run"))
+    assert run.run_id == tracker.run_id
+    assert history(records) == [{"train/loss": 0.69, "preference/step": 1, "stage": "preference"}]
+    text = next(second.glob("*.wandb")).read_bytes()
+    assert b"finished" in text
+    assert b"a/b" in text
+    assert b"s3cret" not in text
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1]
+
+
+def test_an_unreachable_server_leaves_an_offline_run(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UserError, match="nobody is logged in; run 'wandb login'"):
+        start(config(mode="online"), tmp_path)
+    nobody_logged_in.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(UserError, match="the login is no valid one"):
+        start(config(mode="online"), tmp_path)
+    nobody_logged_in.setenv("WANDB_API_KEY", "a" * 40)
+    nobody_logged_in.setattr(tracking, "_INIT_SECONDS", 1.0)
+    (tmp_path / "wandb_run_id").write_text("given-id")
+    with start(config(mode="online"), tmp_path) as tracker:
+        tracker.log("sft", 1, "train", {"loss": 1.0})
+    assert tracker.run_id == "given-id"
+    assert "cannot be reached" in caplog.text
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+
+    assert [row["sft/train/loss"] for row in history(read_wandb(folder))] == [1.0]
+
+    nobody_logged_in.setattr(tracking, "_login_problem", lambda: pytest.fail("it was known to be out of reach"))
+    start(config(), tmp_path / "next").finish()
+
+
+@pytest.mark.parametrize(
+    ("stage", "split", "name", "sent"),
+    [
+        ("preference", "train", "rewards/chosen", "train/rewards/chosen"),
+        ("preference", "train", "loss", "train/loss"),
+        ("preference", "eval", "rewards/margins", "eval/rewards/margins"),
+        ("sft", "train", "loss", "sft/train/loss"),
+        ("sft", "eval", "loss", "sft/eval/loss"),
+    ],
+)
+def test_metric_names(stage: str, split: str, name: str, sent: str) -> None:
+    assert metric_row(stage, 4, split, {name: 0.5}) == {sent: 0.5, f"{stage}/step": 4, "stage": stage}
+
+
+def test_without_tracking_wandb_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib\n"
+        "from alignment.runs.tracking import open_tracker\n"
+        "with open_tracker(None, run_dir=pathlib.Path(sys.argv[1]), recipe='r', run_config={}, stages=['sft']\n"
+        "                  ) as tracker:\n"
+        "    tracker.log('sft', 1, 'train', {'loss': 1.0})\n"
+        "    tracker.summary({})\n"
+        "assert tracker.run_id is None and not {'wandb', 'torch'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "setting", "mode"),
+    [
+        ("", "auto", "auto"),
+        ("", "online", "online"),
+        ("offline", "online", "offline"),
+        ("dryrun", "auto", "offline"),
+        ("online", "offline", "online"),
+    ],
+)
+def test_wandb_mode_goes_before_the_setting(
+    monkeypatch: pytest.MonkeyPatch, variable: str, setting: str, mode: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", variable)
+    assert tracking._mode(config(mode=setting)) == mode
+
+
+def test_wandb_mode_disabled_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert isinstance(start(config(mode="online"), tmp_path), NullTracker)
+    monkeypatch.setenv("WANDB_MODE", "sideways")
+    with pytest.raises(UserError, match=r"WANDB_MODE must be one of online, .*not 'sideways'"):
+        start(config(), tmp_path)
+
+
+class BrokenRun:
+    id = "x"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+    def log(self, _: object) -> None:
+        self.calls += 1
+        raise ConnectionResetError("the service is gone")
+
+
+def test_what_wandb_raises_ends_the_tracking_only(caplog: pytest.LogCaptureFixture) -> None:
+    run = BrokenRun()
+    with WandbTracker(run) as tracker:  # type: ignore[arg-type]
+        tracker.log("sft", 1, "train", {"loss": 1.0})
+        tracker.log("sft", 2, "train", {"loss": 1.0})
+        tracker.summary({"a": 1})
+    assert run.calls == 1
+    assert len(caplog.messages) == 1
+    assert "the service is gone" in caplog.text
+
+
+def test_a_run_goes_on_where_wandb_cannot_even_start(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(**_: object) -> None:
+        raise OSError("the disk is full")
+
+    nobody_logged_in.setattr("wandb.init", fail)
+    assert isinstance(start(config(), tmp_path), NullTracker)
+    assert [record.getMessage() for record in caplog.records if record.name == "alignment.runs.tracking"] == [
+        "W&B failed and gets nothing of this run, which goes on without it: the disk is full"
+    ]
+    assert not (tmp_path / "wandb_run_id").exists()
+
+
+class ListingRun:
+    """What is sent to a run of which W&B has the first rows."""
+
+    id = "x"
+    starting_step = 0
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+def test_a_continued_run_gets_what_it_lacks_and_nothing_twice() -> None:
+    rows = [
+        {"stage": "preference", "split": split, "step": step, "time": "t", "wall_s": 1.0, "loss": float(step)}
+        for step, split in ((0, "eval"), (1, "train"), (2, "train"), (3, "train"))
+    ]
+    run = ListingRun()
+    tracker = WandbTracker(run, rows, 2)  # type: ignore[arg-type]
+    lacking = [{"train/loss": float(step), "preference/step": step, "stage": "preference"} for step in (2, 3)]
+    assert run.rows == lacking
+    # The resume does steps 2 and 3 again, then goes on.
+    for step in (2, 3, 4):
+        tracker.log("preference", step, "train", {"loss": -1.0})
+    tracker.log("preference", 3, "eval", {"loss": 7.0})
+    assert [(row["preference/step"], row.get("train/loss"), row.get("eval/loss")) for row in run.rows[2:]] == [
+        (4, -1.0, None),
+        (3, None, 7.0),
+    ]
+
+
+def test_what_wandb_has_of_a_run_is_where_its_rows_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are the rows that it was sent."""
+    record, run = RunRecord(tmp_path), ListingRun()
+    for step in (1, 2, 3):
+        record.log("sft", step, "train", {"loss": 1.0})
+    run.starting_step = 2
+    monkeypatch.setattr(tracking, "start_run", lambda *_, **__: run)
+    start(config(), tmp_path)
+    assert [row["sft/step"] for row in run.rows] == [3]
+
+
+def test_offline_a_continued_part_holds_the_whole_history(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
+    record = RunRecord(tmp_path)
+    with start(config(), tmp_path) as tracker:
+        for step in (1, 2):
+            record.log("sft", step, "train", {"loss": 1.0 / step})
+            tracker.log("sft", step, "train", {"loss": 1.0 / step})
+    with start(config(), tmp_path) as tracker:
+        for step in (2, 3):
+            tracker.log("sft", step, "train", {"loss": 1.0 / step})
+    first, second = sorted(tmp_path.glob("wandb/offline-run-*"))
+    records = read_wandb(second)
+    assert [(row["sft/step"], row["sft/train/loss"]) for row in history(records)] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    [run] = of_kind(records, "run")
+    assert not run.resume, "it takes the place of what was sent before"
+    assert list(first.glob("*.wandb.synced")) and not list(second.glob("*.wandb.synced"))
+
+
+# The summary of a sweep
+
+
+def a_summary(folder: Path, best: float = 0.75) -> SweepSummary:
+    import plotly.graph_objects as go
+
+    folder.mkdir(exist_ok=True)
+    (folder / "comparison.csv").write_text(f"best,{best}\n")
+    return SweepSummary(
+        facts={"model": "tiny", "api_key": "s3cret"},
+        notes="- DPO is first",
+        values={"best": {"variant": "DPO", "value": best}},
+        header=["variant", "beta", "rank"],
+        rows=[["DPO", 0.1, 1.0], ["IPO", None, 2.0], ["KTO", "auto", 3.0]],
+        figures={"curve": go.Figure().add_scatter(x=[1, 2], y=[3.0, 4.0])},
+        files=[folder / "comparison.csv"],
+    )
+
+
+def test_the_summary_of_a_sweep_is_one_run_however_often_it_ends(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nobody_logged_in.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    sweep = tmp_path / "betas"
+    ids = set()
+    for best in (0.75, 0.5):
+        send_summary(asdict(config(name="mine", tags=["lab"])), sweep, a_summary(sweep, best))
+        ids.add((sweep / "wandb_run_id").read_text())
+    assert len(ids) == 1
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("alignment")]
+    assert len(said) == 2 and all("keeps this run offline" in line for line in said)
+    for folder, best in zip(sorted(sweep.glob("wandb/offline-run-*")), (0.75, 0.5), strict=True):
+        records = read_wandb(folder)
+        [run] = of_kind(records, "run")
+        assert {f"{run.run_id}\n"} == ids
+        assert (run.project, run.run_group, run.job_type, run.display_name) == ("p", "betas", "sweep summary", "betas")
+        assert (run.notes, list(run.tags)) == ("- DPO is first", ["lab"])
+        facts = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert (facts["model"], facts["api_key"]) == ("tiny", "***")
+        [row] = history(records)
+        table = json.loads((folder / "files" / row["comparison/variants/path"]).read_text())
+        assert table["columns"] == ["variant", "beta", "rank"]
+        assert table["data"] == [["DPO", 0.1, 1], ["IPO", None, 2], ["KTO", "auto", 3]]
+        figure = json.loads((folder / "files" / row["comparison/curve/path"]).read_text())
+        assert figure["data"][0]["y"] == [3.0, 4.0]
+        kept = {artifact.type: artifact for artifact in of_kind(records, "artifact")}["comparison"]
+        [entry] = kept.manifest.contents
+        assert entry.path == "comparison.csv"
+        assert Path(entry.local_path).read_text() == f"best,{best}\n"
+        values = {item.key: item.value_json for summary in of_kind(records, "summary") for item in summary.update}
+        assert json.loads(values["best"]) == {"variant": "DPO", "value": best}
+        assert [end.exit_code for end in of_kind(records, "exit")] == [0]
+
+
+def test_no_summary_where_nothing_is_tracked_or_something_is_wrong(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = a_summary(tmp_path)
+    send_summary({"project": "p", "from": "another version"}, tmp_path, summary)
+    assert "no summary of the sweep" in caplog.text
+    nobody_logged_in.setenv("WANDB_MODE", "disabled")
+    send_summary(asdict(config(mode="online")), tmp_path, summary)
+    assert len(caplog.messages) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.csv"]

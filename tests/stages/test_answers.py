@@ -1,0 +1,196 @@
+"""What a policy answers to held-out prompts is kept, and taken over by whoever would ask it the very same."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from alignment.config.schema import EvaluationConfig, Judge
+from alignment.evaluation.generate import sample
+from alignment.stages import answers as evaluation
+from alignment.stages import store as stage_store
+from alignment.stages.answers import HeldOutAnswers
+from alignment.stages.store import StageStore
+from alignment.types import Group
+from tests.conftest import random_groups, tiny_policy
+
+GROUPS = random_groups(5, seed=3)
+CONFIG = EvaluationConfig(
+    prompts=3, kl_prompts=0, max_new_tokens=4, temperature=0.0, batch_size=2, judge=Judge.none
+)  # fmt: skip
+
+
+class Tokenizer:
+    eos_token_id = 96
+
+    def __init__(self, separator: str = " ") -> None:
+        self.separator = separator
+
+    def decode(self, tokens, skip_special_tokens):
+        return self.separator.join(map(str, tokens))
+
+
+class Asker:
+    """Asks policies as runs do, each in a folder of its own; `asked` counts how often one had to answer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = StageStore(folder / "stages")
+        self.asked = 0
+        self._runs = 0
+
+    def __call__(self, model=None, groups=GROUPS, train=GROUPS, seed=0, separator=" ", **settings) -> list[str]:
+        self._runs += 1
+        rows = [SimpleNamespace(steps=None, meta={}, source="")] * len(groups)
+        answers = HeldOutAnswers(
+            replace(CONFIG, **settings),
+            groups,
+            rows,
+            train,
+            Tokenizer(separator),
+            self.folder / f"run {self._runs}",
+            self.store,
+            torch.device("cpu"),
+            seed,
+        )
+        answers.collect("start", model or tiny_policy())
+        return answers.answers["start"]
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch) -> Asker:
+    asker = Asker(tmp_path)
+
+    def counted(*arguments, **settings):
+        asker.asked += 1
+        return sample(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "sample", counted)
+    return asker
+
+
+def penalised():
+    model = tiny_policy()
+    model.get_base_model().generation_config.repetition_penalty = 3.0
+    return model
+
+
+def with_end_tokens():
+    """As the trainers leave it."""
+    model = tiny_policy()
+    model.get_base_model().generation_config.eos_token_id = [1, 2]
+    model.get_base_model().generation_config.pad_token_id = 1
+    return model.train()
+
+
+def eager():
+    model = tiny_policy()
+    model.set_attn_implementation("eager")
+    return model
+
+
+ENDING_IN_7 = [Group(g.prompt, tuple(np.append(c, np.int32(7)) for c in g.completions)) for g in GROUPS]
+ORDERED_ANEW = [GROUPS[i] for i in (1, 0, 2, 3, 4)]
+
+SAME = {
+    "a fresh adapter of another rank": lambda: {"model": tiny_policy(r=2)},
+    "no adapter": lambda: {"model": tiny_policy(r=None)},
+    "another seed of greedy answers": lambda: {"seed": 1},
+    "what has no part in it": lambda: {"kl_prompts": 9},
+    "tokens that are given anyway": lambda: {"model": with_end_tokens()},
+}
+OTHER = {
+    "trained": lambda: {"model": tiny_policy(trained=True)},
+    "other weights": lambda: {"model": tiny_policy(seed=1)},
+    "dtype": lambda: {"model": tiny_policy(torch.float32)},
+    "attention": lambda: {"model": eager()},
+    "presets": lambda: {"model": penalised()},
+    "prompts": lambda: {"groups": random_groups(5, seed=4)},
+    "fewer prompts": lambda: {"prompts": 2},
+    "order": lambda: {"groups": ORDERED_ANEW},
+    "stops": lambda: {"train": ENDING_IN_7},
+    "max_new_tokens": lambda: {"max_new_tokens": 5},
+    "batch_size": lambda: {"batch_size": 1},
+    "temperature": lambda: {"temperature": 1.0},
+    "seed of drawn answers": lambda: {"temperature": 1.0, "seed": 1},
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_who_would_answer_the_same_is_not_asked(name, ask):
+    expected = ask()
+    assert len(expected) == 3 and len(set(expected)) > 1
+    assert ask(**SAME[name]()) == expected
+    assert ask.asked == 1
+
+
+def test_whatever_could_change_an_answer_is_asked_anew(ask):
+    plain = ask()
+    expected = {name: ask(**change()) for name, change in OTHER.items()}
+    assert ask.asked == len(ask.store.stored()) == 1 + len(OTHER)
+    assert {name: ask(**change()) for name, change in OTHER.items()} == expected
+    assert ask.asked == 1 + len(OTHER)
+    assert expected["temperature"] != expected["seed of drawn answers"]
+    assert expected["trained"] != plain
+    for name in ("_code", "versions"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage_store, name, lambda: "another")
+            asked = ask.asked
+            ask()
+            assert ask.asked == asked + 1
+
+
+def test_the_text_is_that_of_the_tokenizer(ask):
+    """Tokens are kept: another tokenizer reads the same ones."""
+    expected = ask(max_new_tokens=9)
+    assert [text.replace("-", " ") for text in ask(max_new_tokens=9, separator="-")] == expected
+    assert ask.asked == 1 and any(" " in text for text in expected)
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut"])
+def test_damaged_answers_are_asked_for_again(damage, ask, caplog):
+    expected = ask()
+    [entry] = ask.store.folder.glob("*/entry.json")
+    text = entry.read_text()
+    [token, *_] = json.loads(json.loads(text)["content"])["answers"][0]
+    entry.write_text(text[:-9] if damage == "cut" else text.replace(f"[[{token}", f"[[{token + 1}"))
+    assert entry.read_text() != text
+    with caplog.at_level(logging.WARNING):
+        assert ask() == expected
+    assert ask.asked == 2 and "computed again" in caplog.text
+    assert ask() == expected
+    assert ask.asked == 2
+
+
+def test_two_at_once_ask_once(ask, monkeypatch, caplog):
+    counted, found = evaluation.sample, []
+
+    def slow(*arguments, **settings):
+        second.start()
+        while second.is_alive() and "waiting" not in caplog.text:
+            second.join(0.01)
+        return counted(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "sample", slow)
+    second = threading.Thread(target=lambda: found.append(ask(seed=1)))
+    with caplog.at_level(logging.INFO):
+        expected = ask()
+    second.join(30)
+    assert found == [expected] and ask.asked == 1
+
+
+def test_answers_of_a_run_outlive_the_store(ask):
+    """A resumed run reads its own."""
+    expected = ask()
+    for entry in ask.store.stored():
+        ask.store.drop(entry.key)
+    ask._runs -= 1
+    assert ask() == expected and ask.asked == 1

@@ -1,0 +1,348 @@
+"""A run that is killed anywhere and resumed ends as if nothing had happened."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.helpers.commands import command, write_project
+
+TINY = ("recipe=tiny",)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_model_folder):
+    """The configuration folder with the recipe `tiny`."""
+    return write_project(tmp_path_factory.mktemp("project"), tiny_model_folder)
+
+
+def run(project: Path, cwd: Path, *arguments: str, patch=None):
+    cwd.mkdir(exist_ok=True)
+    return command("--config-dir", str(project), *arguments, cwd=cwd, cache=cwd / "cache", patch=patch)
+
+
+def only_run(cwd: Path) -> Path:
+    [folder] = (cwd / "outputs" / "tiny").iterdir()
+    return folder
+
+
+def finish(project: Path, cwd: Path, *arguments: str) -> Path:
+    ended = run(project, cwd, *arguments)
+    assert ended.code == 0, ended.err
+    return only_run(cwd)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(project, tmp_path_factory) -> Path:
+    return finish(project, tmp_path_factory.mktemp("uninterrupted"), *TINY)
+
+
+# What happens in the process that is to be interrupted. Each is called in it before the command starts.
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_row(stage, step, how=signal.SIGKILL):
+    """At the training row of this step, half of which is written if the process is killed."""
+    from alignment.runs.record import RunRecord
+
+    log = RunRecord.log
+
+    def patched(self, at_stage, at_step, split, metrics):
+        if (at_stage, at_step, split) == (stage, step, "train"):
+            if how is signal.SIGKILL:
+                with self.metrics_path.open("ab") as file:
+                    file.write(b'{"stage": "' + stage.encode())
+            os.kill(os.getpid(), how)
+        log(self, at_stage, at_step, split, metrics)
+
+    RunRecord.log = patched
+
+
+def in_checkpoint(step):
+    """When the weights are written, the optimizer's state by half, and all else is not."""
+    from transformers import Trainer
+
+    save = Trainer._save_optimizer_and_scheduler
+
+    def patched(self, output_dir):
+        if output_dir.endswith(f"checkpoint-{step}"):
+            (Path(output_dir) / "optimizer.pt").write_bytes(b"PK")
+            die()
+        save(self, output_dir)
+
+    Trainer._save_optimizer_and_scheduler = patched
+
+
+def in_rotation(step):
+    """When the first file of the old checkpoint is removed and the others are not."""
+    import alignment.training.callbacks
+
+    def patched(path):
+        if (path.parent / f"checkpoint-{step}").exists():
+            next(path.glob("*.safetensors")).unlink()
+            die()
+        shutil.rmtree(path)
+
+    alignment.training.callbacks.shutil = SimpleNamespace(rmtree=patched)
+
+
+def in_reference():
+    """When a few reference log-probs are stored and the others are not."""
+    from alignment.reference import base as reference
+    from alignment.reference.cached import CachedReference
+
+    flush = CachedReference._flush
+    compute = CachedReference._compute
+
+    def patched_compute(self, missing):
+        self._tokens_per_batch = 400
+        compute(self, missing)
+
+    def patched(self, pending):
+        flush(self, pending)
+        die()
+
+    reference._SEQUENCES_PER_WRITE = 1
+    CachedReference._compute, CachedReference._flush = patched_compute, patched
+
+
+def before_done(stage):
+    from alignment.stages import chain as stages
+
+    write = stages.atomic_write_bytes
+
+    def patched(path, data):
+        if path.parts[-2:] == (stage, "done.json"):
+            die()
+        write(path, data)
+
+    stages.atomic_write_bytes = patched
+
+
+def in_final_policy():
+    """When the weights of the final policy are written by half."""
+    from alignment.stages import chain as stages
+
+    save = stages.save_policy
+
+    def patched(model, tokenizer, folder):
+        save(model, tokenizer, folder)
+        if folder.name == "adapter":
+            weights = folder / "adapter_model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:1000])
+            die()
+
+    stages.save_policy = patched
+
+
+def before_answers(name):
+    from alignment.stages.answers import HeldOutAnswers
+
+    collect = HeldOutAnswers.collect
+
+    def patched(self, at_name, model):
+        if at_name == name:
+            die()
+        collect(self, at_name, model)
+
+    HeldOutAnswers.collect = patched
+
+
+def before_summary():
+    from alignment.runs.record import RunRecord
+
+    RunRecord.write_summary = lambda self, summary: die()
+
+
+# What is compared.
+
+
+def metric_rows(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("time", "wall_s")} for row in rows]
+
+
+def summary(folder: Path) -> dict:
+    """The summary without what depends on time and memory, on where the run stands, on what the store had already."""
+    found = json.loads((folder / "summary.json").read_text())
+    for stage in found["stages"].values():
+        del stage["seconds"], stage["tokens_per_second"], stage["memory"]["predicted"], stage["memory"]["measured"]
+    found["reference"] = {key: found["reference"].get(key) for key in ("mode", "identity")}
+    return {key: value for key, value in found.items() if key not in ("seconds", "files", "git_commit")}
+
+
+def weights(folder: Path) -> dict:
+    [file] = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
+    return load_file(file)
+
+
+def assert_whole(folder: Path) -> None:
+    """Every file can be read, and nothing is left of what was under way."""
+    for path in folder.rglob("*"):
+        assert not path.name.startswith("checkpoint") and path.suffix not in (".tmp", ".partial"), path
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            assert all(json.loads(line) for line in path.read_text().splitlines())
+        elif path.suffix == ".safetensors":
+            load_file(path)
+    assert (folder / "report.md").is_file()
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    """Bit for bit: a resumed run has done the very same arithmetic."""
+    assert metric_rows(folder) == metric_rows(expected)
+    assert summary(folder) == summary(expected)
+    for name in ("samples.jsonl", "held_out.jsonl"):
+        assert (folder / name).read_text() == (expected / name).read_text()
+    found, wanted = weights(folder), weights(expected)
+    assert found.keys() == wanted.keys()
+    assert all(found[name].equal(wanted[name]) for name in wanted)
+    assert_whole(folder)
+
+
+CHAIN = [
+    # Where the process is killed, and what the next one says of where it goes on. The rows of SFT, 8 steps in 2 epochs,
+    # are at the steps 2, 3, 4, 6, 8, its checkpoints at 3, 6; those of DPO, 8 steps in 3 epochs, are at 2, 3, 4, 6, 8,
+    # its checkpoints at 2, 4, 6, of which one is kept.
+    (partial(at_row, "sft", 2), "Loading"),
+    (partial(in_checkpoint, 6), "SFT continues from step 3."),
+    (partial(before_done, "sft"), "SFT continues from step 6."),
+    (partial(before_answers, "sft"), "Stage sft is done already."),
+    (in_reference, "of 28 completions stored"),
+    (partial(at_row, "preference", 3), "The preference stage continues from step 2."),
+    (partial(in_rotation, 6), "The preference stage continues from step 6."),
+    (in_final_policy, "The preference stage continues from step 6."),
+    (partial(before_answers, "final"), "Stage preference is done already."),
+    (before_summary, "Stage preference is done already."),
+]
+
+
+def test_a_run_killed_everywhere_ends_like_one_that_was_not(project, uninterrupted, tmp_path):
+    arguments, expected = TINY, "Answering 2 held-out prompts (start)"
+    output = ""
+    for patch, then in CHAIN:
+        ended = run(project, tmp_path, *arguments, patch=patch)
+        assert ended.code == -signal.SIGKILL, ended.err
+        assert expected in ended.out, (patch, ended.out)
+        output += ended.out
+        # Both ways to ask for it, by turns.
+        arguments = ("recipe=tiny", "resume=true") if then.startswith("SFT") else (f"resume={only_run(tmp_path)}",)
+        expected = then
+    ended = run(project, tmp_path, *arguments)
+    assert ended.code == 0, ended.err
+    assert expected in ended.out
+    assert_same(only_run(tmp_path), uninterrupted)
+    # The killed computation of the reference had stored a part, which the next process found.
+    stored = [int(n) for n in re.findall(r"Reference \w+: (\d+) of 28 completions stored", output)]
+    assert stored[0] == 0 and 0 < stored[1] < 28 and set(stored[2:]) == {28}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kills"),
+    [
+        (["adapter=none"], [partial(before_answers, "sft"), partial(at_row, "preference", 6)]),
+        (["reference=live"], [partial(at_row, "preference", 6)]),
+        (["loss=kto", "sft=none", "quantization=nf4"], [partial(at_row, "preference", 8)]),
+        (["loss=beta_dpo", "sft=none"], [partial(at_row, "preference", 6)]),
+        (
+            ["loss=bco", "loss.density_weights=true"],
+            [partial(at_row, "preference", 3), partial(at_row, "preference", 8)],
+        ),
+    ],
+    ids=["full fine-tuning", "live reference", "kto on nf4 without sft", "running state and draws", "prompt weights"],
+)
+def test_other_kinds_of_runs(settings, kills, project, tmp_path):
+    expected = finish(project, tmp_path / "expected", *TINY, *settings)
+    cwd, arguments = tmp_path / "killed", (*TINY, *settings)
+    for patch in kills:
+        ended = run(project, cwd, *arguments, patch=patch)
+        assert ended.code == -signal.SIGKILL, ended.err
+        arguments = (f"resume={only_run(cwd)}",)
+    assert_same(finish(project, cwd, *arguments), expected)
+
+
+def test_a_member_of_a_sweep_is_resumed_on_its_own(project, uninterrupted, tmp_path):
+    ended = run(project, tmp_path, *TINY, "-m", "loss.beta=0.1,0.2", patch=partial(at_row, "preference", 6))
+    assert ended.code == -signal.SIGKILL, ended.err
+    [member] = tmp_path.glob("outputs/sweeps/*/0-tiny")
+    ended = run(project, tmp_path, f"resume={member}")
+    assert ended.code == 0, ended.err
+    assert_same(member, uninterrupted)
+
+
+def test_ctrl_c_says_how_to_go_on(project, uninterrupted, tmp_path):
+    """A process as a user starts it, interrupted wherever it is once it trains."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ALIGNMENT_CACHE": str(tmp_path / "cache")}
+    arguments = [sys.executable, "-m", "alignment.run", "--config-dir", str(project), *TINY]
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=out, stderr=err)
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in tmp_path.glob("outputs/tiny/*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "err").read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 1
+    said = (tmp_path / "err").read_text()
+    assert "Traceback" not in said
+    *_, last = said.splitlines()
+    assert last.startswith("Interrupted; continue with: python -m alignment.run --config-dir ")
+    ended = command(*shlex.split(last)[6:], cwd=tmp_path, cache=tmp_path / "cache")
+    assert ended.code == 0, ended.err
+    assert_same(only_run(tmp_path), uninterrupted)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_cannot_be_resumed_is_left_as_it_is(project, uninterrupted, tmp_path):
+    unfinished = tmp_path / "outputs" / "tiny" / "2026-01-01_00-00-00"
+    shutil.copytree(uninterrupted, unfinished)
+    (unfinished / "summary.json").unlink()
+    for arguments, said in (
+        ([f"resume={unfinished}", "optim.lr=0.5"], ["optim.lr", "0.01 then", "0.5 now"]),
+        ([*TINY, "resume=true", "seed=1"], ["seed", "0 then", "1 now"]),
+        ([f"resume={unfinished}", "loss=ipo"], ["loss", "differs"]),
+        ([f"resume={uninterrupted}"], ["finished", "summary.json"]),
+        ([f"resume={unfinished}/stages"], ["no run folder"]),
+        (["recipe=quickstart", "resume=true"], ["no unfinished run", "quickstart"]),
+    ):
+        before = contents(tmp_path / "outputs"), contents(uninterrupted)
+        ended = run(project, tmp_path, *arguments)
+        assert ended.code == 1
+        [line] = ended.err.splitlines()
+        assert line.startswith("Error: ") and line.endswith(".") and all(part in line for part in said), line
+        assert (contents(tmp_path / "outputs"), contents(uninterrupted)) == before
+    # The same settings once more are no change.
+    ended = run(project, tmp_path, *TINY, f"resume={unfinished}", "optim.lr=0.01")
+    assert ended.code == 0, ended.err
+    assert_same(unfinished, uninterrupted)
+
+
+def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, tiny_model_folder):
+    project = write_project(tmp_path / "project", tiny_model_folder)
+    cwd = tmp_path / "run"
+    assert run(project, cwd, *TINY, "sft=none", patch=partial(at_row, "preference", 3)).code == -signal.SIGKILL
+    pairs = tmp_path / "project" / "data" / "pairs.jsonl"
+    lines = pairs.read_text(encoding="utf-8")
+    pairs.write_text(lines.replace("Perhaps", "Possibly", 1), encoding="utf-8")
+    ended = run(project, cwd, f"resume={only_run(cwd)}")
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1].startswith("Error: A resumed run keeps its data, and the preference data are not")
+    pairs.write_text(lines, encoding="utf-8")
+    assert run(project, cwd, f"resume={only_run(cwd)}").code == 0

@@ -1,0 +1,535 @@
+"""Cohorts: members that train together are compared with the same trainings, each by itself."""
+
+import signal
+import threading
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from alignment.errors import UserError
+from alignment.kernels import base as lean_base
+from alignment.kernels.attention import enable_shared_prompts
+from alignment.kernels.patch import patch_layers
+from alignment.losses import Quantity
+from alignment.policy.layers import checkpoint_layers, decoder_layers
+from alignment.policy.load import save_policy
+from alignment.reference.live import LiveReference
+from alignment.scoring.layout import FlatLayout, SharedLayout
+from alignment.scoring.logps import enable_scoring, score_tokens
+from alignment.training.callbacks import Checkpoints, Rhythm, last_checkpoint, prepare_trainer
+from alignment.training.cohort import Cohort, JointModel, adapted_layers, join, share
+from alignment.training.sampler import StepSampler
+from alignment.training.trainer import PreferenceTrainer
+from alignment.types import Group
+from tests.bench.layers import quantise
+from tests.conftest import random_groups, recommended_loss, tiny_config
+from tests.training.test_split_steps import groups_for
+
+CPU = torch.device("cpu")
+LAYOUTS = {"shared": SharedLayout, "flat": FlatLayout}
+
+
+def frozen_base(dtype=torch.float64, nf4=False, kind="qwen3"):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(tiny_config(model_type=kind)).to(dtype).requires_grad_(False)
+    if nf4:
+        quantise(base, dtype)
+    enable_scoring(base)
+    return base
+
+
+def policy_on(base, r=4, alpha=8, seed=1, targets="all-linear", shared=True, lean=True):
+    """A policy on the base's tensors whose adapter has an effect; `seed` decides the adapter."""
+    torch.manual_seed(seed)
+    model = get_peft_model(share(base), LoraConfig(r=r, lora_alpha=alpha, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(base.dtype)
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.2)
+    if lean:
+        patch_layers(model)
+    if shared:
+        assert enable_shared_prompts(model.get_base_model())
+    return model.train()
+
+
+SIZES = ({"r": 4, "alpha": 8, "seed": 1}, {"r": 2, "alpha": 6, "seed": 2}, {"r": 8, "alpha": 4, "seed": 3})
+ASKED = (frozenset(), frozenset({Quantity.entropy}), frozenset({Quantity.collision, Quantity.entropy}))
+
+
+def gradients(policy):
+    return {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def micro_batches(layout, number, seed):
+    return next(iter(LAYOUTS[layout]().batches(random_groups(number, seed=seed), 10_000)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "every"),
+    [
+        ("qwen3", "shared", 0),
+        ("qwen3", "shared", 1),
+        ("qwen3", "flat", 0),
+        ("llama", "flat", 1),
+        ("gpt_neox", "shared", 0),
+    ],
+)
+def test_a_joint_pass_is_every_member_s_own(layout, kind, every, monkeypatch):
+    """Values and gradients, against peft's own layers on flat and shared rows, with other tokens for each member."""
+    monkeypatch.setattr(lean_base, "_MIN_BLOCK_ROWS", 16)  # blocks in which rows of two members meet
+    monkeypatch.setattr(lean_base, "_BLOCK_VALUES", 1)
+    base = frozen_base(kind=kind)
+    policies = [policy_on(base, **sizes) for sizes in SIZES]
+    for policy in policies:
+        checkpoint_layers(policy, every)
+    joint = JointModel(base, dict(enumerate(policies)))
+    members = [2, 0, 1]
+    batches = {m: micro_batches(layout, 3 + m, seed=m) for m in members}
+    found = joint.score(members, [batches[m] for m in members], [ASKED[m] for m in members])
+    weights = {m: torch.randn(values.shape, dtype=values.dtype) for m, values in zip(members, found, strict=True)}
+    sum((weights[m] * values).sum() for m, values in zip(members, found, strict=True)).backward()
+    for m, values in zip(members, found, strict=True):
+        alone = policy_on(base, **SIZES[m], lean=False)
+        expected = score_tokens(alone, batches[m], ASKED[m])
+        (weights[m] * expected).sum().backward()
+        torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
+        for name, gradient in gradients(alone).items():
+            torch.testing.assert_close(gradients(policies[m])[name], gradient, rtol=1e-9, atol=1e-11)
+
+
+def test_members_with_other_targets_and_on_a_quantised_base():
+    base = frozen_base(torch.float32, nf4=True)
+    policies = [policy_on(base, targets=targets, seed=i) for i, targets in enumerate((["q_proj", "up_proj"], ["q_proj", "down_proj"]))]  # fmt: skip # noqa: E501
+    batches = [micro_batches("shared", 3, seed=5), micro_batches("shared", 4, seed=6)]
+    found = JointModel(base, dict(enumerate(policies))).score([0, 1], batches, [frozenset()] * 2)
+    torch.cat(found, 1).sin().sum().backward()
+    for policy, batch, values in zip(policies, batches, found, strict=True):
+        joint = gradients(policy)
+        policy.zero_grad()
+        expected = score_tokens(policy, batch)
+        expected.sin().sum().backward()
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+        for name, gradient in gradients(policy).items():
+            assert (joint[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_a_second_model_takes_no_memory_for_weights():
+    for nf4 in (False, True):
+        base = frozen_base(torch.float32, nf4)
+        other = share(base)
+        assert [p.data_ptr() for p in other.parameters()] == [p.data_ptr() for p in base.parameters()]
+        batch = micro_batches("flat", 2, seed=0)
+        torch.testing.assert_close(score_tokens(other, batch), score_tokens(base, batch), rtol=0, atol=0)
+        policy_on(base)
+        assert not any("lora" in name for name, _ in base.named_modules())
+        assert all(module not in set(base.modules()) for module in other.modules())
+
+
+def test_rows_of_several_micro_batches():
+    """Prompts of 2 and 3 tokens with two completions each, in both layouts, by hand."""
+    first, second = (
+        Group(np.arange(n, dtype=np.int32), tuple(np.arange(m, dtype=np.int32) for m in lengths))
+        for n, lengths in ((2, (2, 1)), (3, (2, 3)))
+    )
+    for layout, sizes, positions in (
+        ("shared", [3, 6], [1, 2, 1, 5, 6, 5, 7, 8]),
+        # rows of 5 each: the first member's have only 3 of their own
+        ("flat", [10, 10], [1, 2, 6, 12, 13, 17, 18, 19]),
+    ):
+        joined, found = join([next(iter(LAYOUTS[layout]().batches([g], 100))) for g in (first, second)])
+        assert found == sizes
+        assert joined.score_positions.tolist() == positions
+        assert joined.targets.tolist() == [0, 1, 0, 0, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"]])
+def test_other_adapters_have_no_joint_form(targets):
+    base = frozen_base()
+    policy = policy_on(base, targets=[*targets, "q_proj"])
+    with pytest.raises(ValueError, match=targets[0]):
+        adapted_layers(policy)
+
+
+# Trainings
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a cohort."""
+
+    loss: str
+    lr: float = 1e-2
+    r: int = 4
+    seed: int = 0
+    steps: int = 3
+    groups_per_step: int = 4
+    clip: float = 1.0
+
+
+FIVE = (
+    Training("dpo", steps=4),
+    Training("ipo", lr=3e-3, r=2, seed=1),
+    Training("simpo", lr=2e-2, r=8, seed=2, groups_per_step=7),
+    Training("kto", seed=3, clip=0.1),
+    Training("orpo", lr=5e-3, r=3, seed=4, groups_per_step=2, steps=5),
+)
+COUPLED = (Training("beta_dpo"), Training("wpo", seed=1), Training("aot", seed=2, steps=2), Training("dpo", seed=3))
+
+
+def trainer_of(base, training, folder, *, layout="shared", every=0, max_steps=None):
+    loss = recommended_loss(training.loss)
+    groups = groups_for(loss, num=10)
+    policy = policy_on(base, r=training.r, seed=training.seed, shared=layout == "shared")
+    checkpoint_layers(policy, every)
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=max_steps or training.steps, use_cpu=True, report_to="none",
+        disable_tqdm=True, remove_unused_columns=False, learning_rate=training.lr, save_strategy="steps", save_steps=2,
+        logging_steps=1, lr_scheduler_type="constant", seed=training.seed, max_grad_norm=training.clip,
+    )  # fmt: skip
+    rows = LAYOUTS[layout]()
+    trainer = PreferenceTrainer(
+        model=policy, args=arguments, groups=groups, eval_groups=groups[:3], loss=loss,
+        reference=LiveReference(policy, rows, 1000, CPU) if loss.requirements().reference else None, layout=rows,
+        tokens_per_batch=60, sampler=StepSampler(len(groups), training.groups_per_step, training.seed, 2),
+        callbacks=[Rhythm(2), Checkpoints(5)],
+    )  # fmt: skip
+    prepare_trainer(trainer)
+    return trainer
+
+
+def train(trainer, resume=False):
+    checkpoint, _ = last_checkpoint(Path(trainer.args.output_dir)) if resume else (None, 0)
+    if checkpoint is not None:
+        trainer.load_state(checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+def together(base, trainers, resume=False, width=None, joint_passes=True):
+    def training(member, trainer):
+        member.base(lambda: base)
+        member.attach(trainer.model)
+        trainer.objective.passes = member
+        return train(trainer, resume)
+
+    cohort = Cohort(width or len(trainers), joint_passes)
+    return cohort.run([partial(training, trainer=trainer) for trainer in trainers])
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def history(trainer):
+    """What was logged, but for sums since the process began, and for signs of differences that are 0."""
+    kept = []
+    for row in trainer.state.log_history:
+        left_out = ("runtime", "_per_second", "train_loss", *(("accuracies", "ties") if row["step"] == 1 else ()))
+        kept.append({name: value for name, value in row.items() if not name.endswith(left_out)})
+    return kept
+
+
+def assert_same(found, expected, tolerance=1e-10):
+    for name, value in weights(expected).items():
+        torch.testing.assert_close(weights(found)[name], value, rtol=tolerance, atol=tolerance)
+    assert len(history(found)) == len(history(expected))
+    for row, other in zip(history(found), history(expected), strict=True):
+        assert row == pytest.approx(other, rel=max(tolerance, 1e-5), abs=1e-6)
+    assert found.objective.state == pytest.approx(expected.objective.state)
+
+
+@pytest.mark.parametrize(
+    ("trainings", "layout", "every"), [(FIVE, "shared", 0), (FIVE, "flat", 1), (COUPLED, "shared", 0)]
+)
+def test_members_end_as_each_would_by_itself(trainings, every, layout, tmp_path):
+    """Losses, learning rates, ranks, seeds, clipping, sizes and numbers of steps all differ."""
+    base = frozen_base()
+    members = [
+        trainer_of(base, training, tmp_path / f"member{i}", layout=layout, every=every)
+        for i, training in enumerate(trainings)
+    ]
+    assert together(base, members) == members
+    for i, (member, training) in enumerate(zip(members, trainings, strict=True)):
+        alone = train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}", layout=layout))
+        assert_same(member, alone)
+
+
+FEW = (Training("dpo"), Training("kto", lr=3e-3, r=2, seed=1, steps=4))
+
+
+def test_members_are_resumed_and_saved_as_their_own_runs(tmp_path):
+    base = frozen_base()
+    cut = [trainer_of(base, t, tmp_path / f"member{i}", max_steps=3) for i, t in enumerate(FEW)]
+    assert together(base, cut) == cut  # the checkpoints are those of step 2
+    resumed = [trainer_of(base, t, tmp_path / f"member{i}") for i, t in enumerate(FEW)]
+    assert together(base, resumed, resume=True) == resumed
+    assert [history(trainer)[0]["step"] for trainer in resumed] == [1, 1]  # of the checkpoint
+    for i, (member, training) in enumerate(zip(resumed, FEW, strict=True)):
+        alone = train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}"))
+        assert_same(member, alone)
+        saved = []
+        for trainer, folder in ((member, tmp_path / "together"), (alone, tmp_path / "alone")):
+            save_policy(trainer.model, Tokenizer(), folder)
+            saved.append(load_file(folder / "adapter_model.safetensors"))
+        assert saved[0].keys() == saved[1].keys() and len(saved[0]) == 28
+        assert saved[0]["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"].shape == (training.r, 32)
+        for name, tensor in saved[0].items():
+            torch.testing.assert_close(tensor, saved[1][name], rtol=1e-10, atol=1e-10)
+
+
+class Tokenizer:
+    """Has no files."""
+
+    def save_pretrained(self, folder):
+        """Save nothing."""
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The members of every joint pass, in their order."""
+    found = []
+    own = JointModel.score
+
+    def noted(self, members, *args):
+        found.append(list(members))
+        return own(self, members, *args)
+
+    monkeypatch.setattr(JointModel, "score", noted)
+    return found
+
+
+def test_passes_with_gradient_are_joint(tmp_path, passes):
+    """Two members with two micro-batches a step: no more passes than one of them has, until it has ended."""
+    before = set(threading.enumerate())
+    base = frozen_base()
+    trainers = [trainer_of(base, Training("simpo", steps=2 + i, seed=i), tmp_path / str(i)) for i in range(3)]
+    counts = []
+    for trainer in trainers:
+        trainer.tokens_per_batch = 1  # a pass for each of the 4 groups of a step
+        counts.append([len(step) for step in trainer.sampler.first_steps(trainer.args.max_steps)])
+    assert together(base, trainers) == trainers
+    # The last member ends by passes of its own.
+    shortest, middle, _ = sorted(sum(count) for count in counts)
+    assert passes == [[0, 1, 2]] * shortest + [[1, 2]] * (middle - shortest)
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_place_that_is_free_goes_to_the_next_member(tmp_path, passes):
+    """Five members of 4, 4, 4, 3 and 5 steps in two places, which are never empty but at the end."""
+    base = frozen_base()
+    trainings = [replace(t, groups_per_step=4, steps=n) for t, n in zip(FIVE, (4, 4, 4, 3, 5), strict=True)]
+    members = [trainer_of(base, t, tmp_path / f"member{i}") for i, t in enumerate(trainings)]
+    assert together(base, members, width=2) == members
+    for i, (member, training) in enumerate(zip(members, trainings, strict=True)):
+        assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")))
+    # 20 steps of 4 groups in all, 5 of them the last member's own
+    assert set(map(tuple, passes)) == {(0, 1)} and len(passes) >= 12
+
+
+def test_layers_without_a_joint_form_take_turns(tmp_path, monkeypatch, caplog):
+    def refuse(self, *args):
+        raise NotImplementedError("no joint form")
+
+    monkeypatch.setattr(JointModel, "score", refuse)
+    base = frozen_base()
+    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
+    assert together(base, trainers) == trainers
+    for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
+        assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")))
+    assert caplog.text.count("take turns") == 1
+
+
+def test_on_a_cpu_members_take_turns(tmp_path, passes, caplog):
+    """Each ends with the very bits that it has by itself, and each has had its first step before one has its second."""
+    caplog.set_level("INFO")
+    base = frozen_base()
+    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
+    steps = []
+    for i, trainer in enumerate(trainers):
+        trainer.add_callback(Steps(i, steps))
+    assert together(base, trainers, joint_passes=None) == trainers
+    assert steps[: 2 * len(FEW)] == [(i, step) for step in (1, 2) for i in range(len(FEW))]
+    for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
+        assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")), tolerance=0)
+    assert passes == [] and caplog.text.count("The members of the cohort take turns") == 1
+
+
+@dataclass
+class Steps(TrainerCallback):
+    """Notes whose steps end when."""
+
+    member: int
+    ended: list
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Note it."""
+        self.ended.append((self.member, state.global_step))
+
+
+@pytest.mark.parametrize("phase", ["_forward", "_backward"])
+def test_where_single_groups_do_not_fit_together_members_take_turns(phase, tmp_path, monkeypatch):
+    base = frozen_base()
+    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
+    own = getattr(Cohort, phase)
+
+    def never_fits(self):
+        if phase == "_backward":
+            own(self)  # and the gradients of this pass are there
+        if len(self._active) > 1:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        own(self)
+
+    monkeypatch.setattr(Cohort, phase, never_fits)
+    for trainer in trainers:
+        trainer.tokens_per_batch = 1
+    assert together(base, trainers) == trainers
+    for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
+        assert not any(layer.gradient_checkpointing for layer in decoder_layers(member.model))
+        alone = trainer_of(frozen_base(), training, tmp_path / f"alone{i}")
+        alone.tokens_per_batch = 1
+        assert_same(member, train(alone))
+
+
+def test_a_member_that_fails_leaves_the_others_alone(tmp_path):
+    base = frozen_base()
+    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
+    failing = trainer_of(base, Training("ipo"), tmp_path / "failing")
+    failing.add_callback(FailAt(2))
+    error, *others = together(base, [failing, *trainers])
+    assert isinstance(error, UserError) and str(error) == "enough"
+    assert others == trainers
+    for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
+        assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")))
+
+
+class FailAt(TrainerCallback):
+    """Fails in the middle of a training, as a bad disk would."""
+
+    def __init__(self, step, error=UserError):
+        self._step, self._error = step, error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Fail."""
+        if state.global_step == self._step:
+            raise self._error("enough")
+
+
+@pytest.mark.parametrize("where", ["weights", "gradient"])
+def test_a_member_without_finite_numbers_does_not_spoil_the_others(where, tmp_path, monkeypatch):
+    base = frozen_base()
+    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
+    broken = trainer_of(base, Training("simpo", steps=4), tmp_path / "broken")
+    if where == "weights":
+        broken.add_callback(BreakAt(2))
+    else:
+        monkeypatch.setattr(broken, "loss", BrokenLoss(broken.loss))
+    found = together(base, [trainers[0], broken, trainers[1]])
+    assert found == [trainers[0], broken, trainers[1]]
+    assert all(value.isnan().all() for value in weights(broken).values())
+    for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
+        assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")))
+
+
+class BreakAt(TrainerCallback):
+    """Puts infinite weights into a policy."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Break it."""
+        if state.global_step == self._step:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.fill_(torch.inf)
+
+
+class BrokenLoss:
+    """A loss whose values are no numbers."""
+
+    def __init__(self, loss):
+        self._loss = loss
+
+    def __getattr__(self, name):
+        return getattr(self._loss, name)
+
+    def __call__(self, inputs, statistics):
+        """NaN."""
+        output = self._loss(inputs, statistics)
+        return replace(output, losses=output.losses * torch.nan)
+
+
+@pytest.mark.parametrize("phase", ["_forward", "_backward"])
+def test_a_pass_that_does_not_fit_is_tried_again_in_smaller_ones(phase, tmp_path, monkeypatch):
+    base = frozen_base()
+    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
+    own, calls = getattr(Cohort, phase), []
+
+    def fails_once(self):
+        calls.append(phase)
+        if phase == "_backward":
+            own(self)  # and the gradients of this pass are there
+        if len(calls) == 3:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        if phase == "_forward":
+            own(self)
+
+    monkeypatch.setattr(Cohort, phase, fails_once)
+    for trainer in trainers:
+        trainer.tokens_per_batch = 10_000
+    assert together(base, trainers) == trainers
+    for i, (member, training) in enumerate(zip(trainers, FEW, strict=True)):
+        assert member.tokens_per_batch < 10_000
+        assert_same(member, train(trainer_of(frozen_base(), training, tmp_path / f"alone{i}")))
+
+
+def test_an_interrupt_ends_all_members(tmp_path):
+    before = set(threading.enumerate())
+    base = frozen_base()
+    trainers = [trainer_of(base, replace(t, steps=40), tmp_path / str(i)) for i, t in enumerate(FEW)]
+    trainers[0].add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        together(base, trainers)
+    assert set(threading.enumerate()) <= before
+    assert all(0 < trainer.state.global_step < 40 for trainer in trainers)
+
+
+class Interrupt(TrainerCallback):
+    """Presses Ctrl-C after two steps."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Send the signal."""
+        if state.global_step == 2:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def test_an_interrupt_reaches_a_member_that_computes():
+    """Wherever it is, and not only where it waits for the others."""
+    ended = []
+
+    def forever(member):
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.append(member)
+
+    def interrupt():
+        time.sleep(0.3)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        Cohort(2).run([forever] * 3)
+    assert len(ended) == 1  # the others never began

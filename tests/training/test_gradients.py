@@ -1,0 +1,223 @@
+"""One whole training step against a plain computation from full logits that shares no code with it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from alignment.data.units import as_rows
+from alignment.reference.live import LiveReference
+from alignment.scoring.layout import FlatLayout
+from alignment.training.sampler import StepSampler
+from alignment.training.trainer import PreferenceTrainer
+from alignment.types import Group
+from tests.conftest import random_groups, recommended_loss, tiny_policy
+
+SETTINGS = {
+    "dpo": {"beta": 0.3, "label_smoothing": 0.1},
+    "ipo": {"tau": 0.2, "reduction": "mean"},
+    "simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5},
+    "orpo": {"lam": 0.2},
+    "kto": {"beta": 0.3, "desirable_weight": 1.0, "undesirable_weight": 1.5},
+}
+
+
+def make_loss(name: str):
+    return recommended_loss(name, *(f"{key}={value}" for key, value in SETTINGS[name].items()))
+
+
+def make_trainer(model, groups, loss, tmp_path, tokens_per_batch=10_000, reference="live", eval_groups=(), layout=None):
+    layout = layout or FlatLayout()
+    if reference == "live":
+        reference = LiveReference(model, layout, tokens_per_batch, torch.device("cpu"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True, max_grad_norm=0.0,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    return PreferenceTrainer(
+        model=model,
+        args=arguments,
+        groups=groups,
+        eval_groups=eval_groups,
+        loss=loss,
+        reference=reference,
+        layout=layout,
+        tokens_per_batch=tokens_per_batch,
+        sampler=StepSampler(len(groups), len(groups), 0),
+        callbacks=[],
+    )
+
+
+def step_gradient(trainer, groups):
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, {"groups": groups})
+    return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def sequence_logp(model, prompt, completion) -> torch.Tensor:
+    """Per-token log-probs by the book: one row, no padding, full logits, log-softmax, gather."""
+    ids = torch.tensor(np.concatenate([prompt, completion]).astype(np.int64))
+    logits = model(input_ids=ids[None]).logits[0, :-1]
+    return logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)[len(prompt) - 1 :]
+
+
+def plain_loss(name: str, policy, start, groups) -> torch.Tensor:
+    """The five objectives written out from their papers, one example at a time."""
+    s = SETTINGS[name]
+
+    def pair(group: Group):
+        with torch.no_grad():
+            ref = [sequence_logp(start, group.prompt, c) for c in group.completions]
+        return [sequence_logp(policy, group.prompt, c) for c in group.completions], ref
+
+    losses = []
+    if name == "kto":
+        rows = groups
+        with torch.no_grad():
+            gaps = []
+            for i, row in enumerate(rows):
+                other = rows[(i + 1) % len(rows)].completions[0]
+                gap = sequence_logp(policy, row.prompt, other) - sequence_logp(start, row.prompt, other)
+                gaps.append(gap.sum())
+            z0 = max(0.0, torch.stack(gaps).mean().item())
+        for row in rows:
+            [a], [A] = pair(row)
+            u = a.sum() - A.sum()
+            if row.labels[0]:
+                losses.append(s["desirable_weight"] * (1 - torch.sigmoid(s["beta"] * (u - z0))))
+            else:
+                losses.append(s["undesirable_weight"] * (1 - torch.sigmoid(s["beta"] * (z0 - u))))
+    for group in groups if name != "kto" else ():
+        (a, b), (A, B) = pair(group)
+        d = a.sum() - A.sum() - b.sum() + B.sum()
+        if name == "dpo":
+            e = s["label_smoothing"]
+            right, wrong = (torch.log(torch.sigmoid(sign * s["beta"] * d)) for sign in (1, -1))
+            losses.append(-(1 - e) * right - e * wrong)
+        elif name == "ipo":
+            h = (a.mean() - A.mean()) - (b.mean() - B.mean())
+            losses.append((h - 1 / (2 * s["tau"])) ** 2)
+        elif name == "simpo":
+            margin = s["beta"] * (a.mean() - b.mean()) - s["gamma_beta_ratio"] * s["beta"]
+            losses.append(-torch.log(torch.sigmoid(margin)))
+        else:
+            pa, pb = a.mean().exp(), b.mean().exp()
+            log_odds = torch.log(pa / (1 - pa)) - torch.log(pb / (1 - pb))
+            losses.append(-a.mean() - s["lam"] * torch.log(torch.sigmoid(log_odds)))
+    return torch.stack(losses).mean()
+
+
+def moved(model):
+    """Move the policy away from its start, so that no term of a gradient vanishes."""
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_step_equals_a_plain_computation(name, dtype, tolerance, tmp_path):
+    """Loss and gradient of every adapter tensor, from several padded micro-batches, at a moved policy."""
+    groups = random_groups(5, seed=3)
+    if name == "kto":
+        groups = as_rows(groups)[2:9]
+    policy, start = tiny_policy(dtype, trained=True), tiny_policy(dtype, trained=True)
+    trainer = make_trainer(policy, groups, make_loss(name), tmp_path, tokens_per_batch=60)
+    moved(policy)
+    loss, gradient = step_gradient(trainer, groups)
+    trainer.reference.close()
+    policy.zero_grad()
+    expected = plain_loss(name, policy, start, groups)
+    expected.backward()
+    assert math.isclose(loss, expected.item(), rel_tol=max(tolerance, 1e-6))  # the loss is accumulated in fp32
+    total = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    found = torch.cat([gradient[n].flatten() for n, p in policy.named_parameters() if p.requires_grad])
+    assert total.norm() > 1e-3
+    assert (found - total).norm() <= tolerance * total.norm()
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_the_split_into_micro_batches_does_not_matter(name, tmp_path):
+    groups = random_groups(6, seed=4)
+    if name == "kto":
+        groups = as_rows(groups)
+    results = []
+    for tokens_per_batch in (1, 70, 10_000):
+        policy = tiny_policy(trained=True)
+        trainer = make_trainer(policy, groups, make_loss(name), tmp_path, tokens_per_batch)
+        moved(policy)
+        results.append((*step_gradient(trainer, groups), trainer._means.take()))
+    for loss, gradient, metrics in results[1:]:
+        assert math.isclose(loss, results[0][0], rel_tol=1e-6)
+        for key, value in gradient.items():
+            torch.testing.assert_close(value, results[0][1][key], rtol=1e-9, atol=1e-12)
+        assert metrics.keys() == results[0][2].keys()
+        for key, value in metrics.items():
+            assert math.isclose(value, results[0][2][key], rel_tol=1e-9, abs_tol=1e-12), key
+
+
+def test_the_order_within_a_step_does_not_matter_for_pairs(tmp_path):
+    groups = random_groups(6, seed=5)
+    policy = tiny_policy(trained=True)
+    trainer = make_trainer(policy, groups, make_loss("dpo"), tmp_path, 80)
+    moved(policy)
+    first = step_gradient(trainer, groups)
+    second = step_gradient(trainer, groups[::-1])
+    assert math.isclose(first[0], second[0], rel_tol=1e-6)
+    for key, value in first[1].items():
+        torch.testing.assert_close(second[1][key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_evaluation_does_not_depend_on_its_batches(name, tmp_path):
+    """Nine pairs in batches of any size give the same loss and metrics: exact means over the examples."""
+    groups = random_groups(9, seed=6)
+    results = []
+    for tokens_per_batch in (1, 64, 10_000):
+        policy = tiny_policy(trained=True)
+        train = as_rows(groups) if name == "kto" else groups
+        trainer = make_trainer(policy, train, make_loss(name), tmp_path, tokens_per_batch)
+        moved(policy)
+        results.append(trainer.held_out_metrics(groups))
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for key, value in other.items():
+            assert math.isclose(value, results[0][key], rel_tol=1e-9, abs_tol=1e-12), key
+
+
+def test_kto_evaluates_pairs_as_pairs(tmp_path):
+    """Its loss runs over the rows, its margins over the pairs: both by hand from the sequence log-probs."""
+    groups = random_groups(4, seed=7)
+    policy, start = tiny_policy(trained=True), tiny_policy(trained=True)
+    trainer = make_trainer(policy, as_rows(groups), make_loss("kto"), tmp_path)
+    moved(policy)
+    metrics = trainer.held_out_metrics(groups)
+    trainer.reference.close()
+    with torch.no_grad():
+        assert math.isclose(metrics["loss"], plain_loss("kto", policy, start, as_rows(groups)).item(), rel_tol=1e-9)
+
+        def ratio(prompt, completion):
+            return (sequence_logp(policy, prompt, completion) - sequence_logp(start, prompt, completion)).sum().item()
+
+        ratios = [[ratio(g.prompt, c) for c in g.completions] for g in groups]
+    assert math.isclose(metrics["nats/margins"], np.mean([a - b for a, b in ratios]), rel_tol=1e-9)
+    assert math.isclose(metrics["rewards/margins"], 0.3 * np.mean([a - b for a, b in ratios]), rel_tol=1e-9)
+    assert math.isclose(metrics["rewards/accuracies"], np.mean([a > b for a, b in ratios]))
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_the_evaluation_at_the_start_runs_no_model(name, tmp_path, monkeypatch):
+    """At step 0 the policy is its reference: the same metrics as a real evaluation, without a forward pass."""
+    groups = random_groups(5, seed=8)
+    policy = tiny_policy(trained=True)
+    trainer = make_trainer(policy, as_rows(groups) if name == "kto" else groups, make_loss(name), tmp_path)
+    trainer.eval_groups = groups
+    expected = {f"eval_{key}": value for key, value in trainer.held_out_metrics(groups).items()}
+    monkeypatch.setattr("alignment.training.objective.score_tokens", None)
+    found = trainer.evaluate_start()
+    found.pop("epoch", None)
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)

@@ -1,0 +1,517 @@
+"""What a step needs: the arithmetic against the things themselves, the choice, and what happens without room."""
+
+import json
+import logging
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from alignment.config.schema import AdapterConfig, Dtype, ModelConfig, Planning, QuantizationConfig, TrainerConfig
+from alignment.errors import UserError
+from alignment.policy.adapter import attach_adapter
+from alignment.policy.layers import checkpoint_layers, decoder_layers
+from alignment.policy.load import load_base
+from alignment.scoring.layout import FlatLayout, SharedLayout
+from alignment.scoring.logps import enable_scoring, join_scores, largest_group, score, score_groups, smaller_budget
+from alignment.scoring.prompt_sharing import choose_layout
+from alignment.training import planning
+from alignment.training.budget import Plan, Room, activation_bytes, make_plan, relative_time, step_needs
+from alignment.training.memory import (
+    Layer,
+    Sizes,
+    count_weights,
+    nf4_bytes_per_weight,
+    optimizer_bytes,
+    plan_weights,
+    sizes_of,
+)
+from alignment.types import Group
+from tests.conftest import random_groups, tiny_config, tiny_policy
+from tests.training.test_gradients import make_loss, make_trainer, step_gradient
+
+CPU = torch.device("cpu")
+LORA = AdapterConfig(r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
+
+
+def bare(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model.requires_grad_(False)
+    enable_scoring(model)
+    return model
+
+
+def meta(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+# Weights, gradients, optimizer
+
+
+def test_qwen3_8b_by_hand():
+    """36 layers of hidden 4096, 32 and 8 heads of 128, MLP 12288; embeddings and head of 151936 words apart."""
+    config = AutoConfig.for_model(
+        "qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False,
+    )  # fmt: skip
+    linear = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
+    norms = 36 * (2 * 4096 + 2 * 128) + 4096
+    adapter = 36 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))
+    nf4 = QuantizationConfig(double=True, compute_dtype=Dtype.auto)
+    weights = plan_weights(meta(config), 2, replace(LORA, r=16), nf4)
+    packed = linear // 2 + linear // 64 + 4 * linear // (64 * 256)
+    assert weights.base == packed + 2 * (2 * 151936 * 4096 + norms)
+    assert (weights.trained, weights.adapter) == (adapter, 4 * adapter)
+    sizes = sizes_of(meta(config), weights, value=2, optimizer="paged_adamw_8bit", device="cuda")
+    assert sizes.gradients == 4 * adapter
+    assert sizes.optimizer == pytest.approx(2 * adapter, rel=0.02)
+    needs = step_needs(sizes, 1, 8192, 0)
+    assert needs.total == sum(
+        (needs.weights, needs.adapter, needs.gradients, needs.optimizer, needs.activations, needs.head, needs.buffers)
+    )
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "down_proj"]])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "gpt_neox", "qwen3_moe"])
+def test_planned_weights_are_those_of_the_loaded_policy(kind, targets):
+    config = tiny_of(kind)
+    if kind == "gpt_neox" and targets != ["all-linear"]:
+        targets = ["query_key_value"]
+    adapter = replace(LORA, target_modules=targets)
+    loaded = count_weights(attach_adapter(bare(config), adapter, 0))
+    planned = plan_weights(meta(config), 4, adapter, None)
+    assert loaded.base == planned.base
+    if kind == "qwen3_moe" and targets == ["all-linear"]:  # the router's adapter is not foreseen
+        assert planned.adapter == pytest.approx(loaded.adapter, rel=0.05)
+    else:
+        assert planned == loaded
+
+
+def test_nf4_bytes_are_those_of_bitsandbytes(tiny_model_folder):
+    """Packed weights and their scales, storage by storage."""
+    config = ModelConfig(
+        name=str(tiny_model_folder), revision=None, dtype=Dtype.float32, attention="sdpa", chat_template=None,
+        trust_remote_code=False,
+    )  # fmt: skip
+    for double in (True, False):
+        quantization = QuantizationConfig(double=double, compute_dtype=Dtype.float32)
+        model = load_base(config, quantization, str(tiny_model_folder), CPU)
+        layer = model.model.layers[0].mlp.up_proj
+        state = layer.weight.quant_state
+        tensors = [layer.weight.data, state.absmax]
+        nested = 0
+        if double:
+            # The 8-bit scales have fp32 scales of their own, one for 256 of them; here that is one.
+            nested = state.state2.absmax.numel() * 4
+            assert nested == 4
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        weights = state.shape[0] * state.shape[1]
+        expected = nf4_bytes_per_weight(double) * weights
+        assert size + (4 * weights / (64 * 256) if double else 0) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adamw_torch", "sgd", "adafactor", "adagrad", "rmsprop", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit",
+     "lion_8bit", "lion_32bit", "ademamix", "ademamix_8bit"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_optimizer_states_are_those_of_the_optimizer(name, dtype, tmp_path):
+    weight = nn.Parameter(torch.randn(256, 256, dtype=dtype))
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim=name, use_cpu=True, report_to="none")
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = kind([weight], **settings)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight].values()
+    size = sum(t.numel() * t.element_size() for t in state if isinstance(t, torch.Tensor) and t.numel() > 256)
+    planned = optimizer_bytes(name, weight.element_size()) * weight.numel()
+    assert planned == pytest.approx(size, rel=0.05, abs=0.01 * weight.numel())
+
+
+# Activations
+
+
+def tiny_of(kind, layers=1, **settings):
+    experts = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2} if kind == "qwen3_moe" else {}
+    shape = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": layers, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "pad_token_id": 0,
+    }  # fmt: skip
+    return AutoConfig.for_model(kind, **(shape | experts | settings))
+
+
+def saved_bytes(model) -> tuple[int, int]:
+    """(bytes that one forward pass leaves for the backward pass, positions): storages once, weights not."""
+    rng = np.random.default_rng(0)
+    prompt, *answers = (rng.integers(0, 97, n).astype(np.int32) for n in (20, 64, 64))
+    batch = next(choose_layout(model, CPU).batches([Group(prompt, tuple(answers))], 10**6))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is given out twice
+        return tensor
+
+    model.train()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        score(model, batch)
+    return sum(size for size, _ in seen.values()), batch.input_ids.numel()
+
+
+def policy_of(config, dtype, kind):
+    model = bare(config, dtype)
+    if kind == "full":
+        return model.requires_grad_(True)
+    return attach_adapter(model, replace(LORA, r=2, dropout=0.1 if kind == "dropout" else 0.0), 0)
+
+
+def policy_sizes(model, dtype, kind="lora"):
+    return sizes_of(
+        model, count_weights(model), value=dtype.itemsize, optimizer="adamw_torch", device="cpu",
+        dropout=kind == "dropout",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained", "dtype"),
+    [
+        ("llama", "lora", torch.float32),
+        ("qwen3", "lora", torch.float32),
+        ("qwen3", "lora", torch.bfloat16),
+        ("gemma3_text", "lora", torch.float32),
+        ("llama", "dropout", torch.float32),
+        ("llama", "full", torch.float32),
+        ("qwen3", "full", torch.float32),
+    ],
+)
+def test_saved_bytes_of_a_layer_are_counted(kind, trained, dtype):
+    """A second layer more saves what the count says, of a layer that is wide enough for statistics to be small."""
+    totals = {}
+    for layers in (1, 2):
+        model = policy_of(tiny_of(kind, layers, hidden_size=64, intermediate_size=160, head_dim=16), dtype, trained)
+        totals[layers], positions = saved_bytes(model)
+    sizes = policy_sizes(model, dtype, trained)
+    assert not sizes.estimate
+    assert (totals[2] - totals[1]) / positions == pytest.approx(sizes.layers[1].saved, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "qwen3_moe"])
+def test_other_layers_are_estimated_and_said_to_be(kind):
+    totals = {}
+    for layers in (1, 2):
+        model = policy_of(tiny_of(kind, layers), torch.float32, "lora")
+        totals[layers], positions = saved_bytes(model)
+    sizes = policy_sizes(model, torch.float32)
+    assert type(model.get_base_model()).__name__ in sizes.estimate or "PeftModel" in sizes.estimate
+    expected = sizes.layers[1].saved * positions + sizes.layers[1].copies
+    assert totals[2] - totals[1] == pytest.approx(expected, rel=0.25)
+
+
+@pytest.mark.parametrize("every", [0, 1, 2, 3])
+def test_saved_bytes_with_checkpointing(every):
+    """What is held when the forward pass ends: inputs of the layers that are run again, all of the others."""
+    config = tiny_of("qwen3", 5, hidden_size=64, intermediate_size=160, head_dim=16)
+    model = policy_of(config, torch.float32, "lora")
+    checkpoint_layers(model, every)
+    total, positions = saved_bytes(model)
+    sizes = policy_sizes(model, torch.float32)
+    chosen = {0: [], 1: [0, 1, 2, 3, 4], 2: [0, 2, 4], 3: [0, 3]}[every]
+    layers = sum(layer.entering if i in chosen else layer.saved for i, layer in enumerate(sizes.layers))
+    checkpoint_layers(model, 1)
+    smallest, _ = saved_bytes(model)
+    difference = layers - sum(layer.entering for layer in sizes.layers)
+    assert (total - smallest) / positions == pytest.approx(difference, rel=0.05, abs=1)
+
+
+def test_activations_by_hand():
+    """Layers of unlike size: the widest moment is when the last layer that is run again holds all of its own."""
+    layers = (Layer(1, 10, 5), Layer(1, 20, 5), Layer(1, 40, 7, copies=300))
+    assert activation_bytes(layers, 0, 100) == 100 * (10 + 20 + 40 + 7) + 300
+    assert activation_bytes(layers, 1, 100) == 100 * (1 + 1 + 40 + 7) + 300
+    assert activation_bytes(layers, 2, 100) == 100 * (1 + 20 + 40 + 7) + 300
+    assert activation_bytes(layers[:2], 1, 100) == 100 * (1 + 20 + 5)
+    assert activation_bytes((), 1, 100) == 0
+
+
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_checkpointing_changes_no_gradient_and_runs_the_chosen_layers_again(trained):
+    """Each k runs the first of every k layers twice; hooks on a part of the layer count the runs."""
+    groups = random_groups(4)
+    batch = next(SharedLayout().batches(groups, 10**6))
+    gradients = []
+    for every in (0, 1, 2, 3):
+        model = policy_of(tiny_config(num_hidden_layers=5), torch.float64, trained)
+        assert choose_layout(model, CPU)
+        assert checkpoint_layers(model, every) == (every > 0)
+        assert not checkpoint_layers(model, every)
+        runs: Counter[int] = Counter()
+        for index, layer in enumerate(decoder_layers(model)):  # on its first part: the second run stops when it can
+            layer.input_layernorm.register_forward_hook(lambda *_, index=index, runs=runs: runs.update([index]))
+        model.train()
+        score(model, batch).values.square().sum().backward()
+        again = {0: [], 1: [0, 1, 2, 3, 4], 2: [0, 2, 4], 3: [0, 3]}[every]
+        assert runs == {index: 2 if index in again else 1 for index in range(5)}
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for other in gradients[1:]:
+        for expected, found in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_model_that_cannot_be_checkpointed():
+    model = nn.Linear(2, 2)
+    assert not checkpoint_layers(model, 0)
+    with pytest.raises(UserError, match=r"trainer.checkpoint_every=2: the layers of Linear cannot"):
+        checkpoint_layers(model, 2)
+
+
+# The choice
+
+SIZES = Sizes(
+    weights=1000, adapter=100, gradients=100, optimizer=200, layers=(Layer(1, 10, 4),) * 4, ends=2, head=3,
+    head_limit=300, buffers=50,
+)  # fmt: skip
+
+
+def plan(limit, **settings):
+    given = {"longest": 128, "step_tokens": 10**9, "tokens_per_batch": None, "checkpoint_every": None} | settings
+    return make_plan(SIZES, Room("cpu", limit, 400), **given)
+
+
+def test_a_pass_of_a_cohort_may_be_larger_on_a_cpu():
+    assert plan(10**9).tokens_per_batch == 1024
+    assert plan(10**9, members=4).tokens_per_batch == 4096
+    assert plan(10**9, members=4, tokens_per_batch=500).tokens_per_batch == 500
+    settings = {"longest": 128, "step_tokens": 10**9, "tokens_per_batch": None, "checkpoint_every": None}
+    tokens = {make_plan(SIZES, Room("cuda", 10**9, 400), **settings, members=n).tokens_per_batch for n in (1, 4)}
+    assert tokens == {16384}
+
+
+def test_needs_by_hand():
+    needs = step_needs(SIZES, 0, 128, 400)
+    assert needs.activations == 128 * (4 * 10 + 4 + 2)
+    assert needs.head == 300
+    assert step_needs(SIZES, 0, 64, 400).head == 192
+    assert needs.total == 1000 + 100 + 100 + 200 + 128 * 46 + 300 + 50 + 400
+
+
+def test_a_plan_is_the_largest_that_fits():
+    fixed = 1000 + 100 + 100 + 200 + 300 + 50 + 400
+    everything = plan(10**9)
+    assert (everything.checkpoint_every, everything.tokens_per_batch, everything.fits) == (0, 1024, True)
+    assert everything.needs.total == fixed + 1024 * 46
+    tight = plan(fixed + 700 * 46)
+    assert (tight.checkpoint_every, tight.tokens_per_batch) == (0, 640)
+    assert tight.needs.total <= tight.limit < step_needs(SIZES, 0, 704, 400).total
+
+
+def test_less_memory_is_met_with_more_checkpointing():
+    """At 128 positions: 46 values without, 37 with one layer in 4 or 3, 28 with 2, 19 with all."""
+    fixed = 1000 + 100 + 100 + 200 + 300 + 50 + 400
+    found = [plan(fixed + 128 * values).checkpoint_every for values in (46, 45, 37, 36, 28, 27, 19)]
+    assert found == [0, 4, 4, 2, 2, 1, 1]
+    nothing = plan(fixed + 128 * 19 - 1)
+    assert (nothing.fits, nothing.checkpoint_every, nothing.tokens_per_batch) == (False, 1, 128)
+
+
+def test_the_reference_pass_takes_what_gradients_leave():
+    """It has no gradients and no optimizer (300), and of the layers one at a time: 10 + 4 + 2 a position."""
+    fixed = 1000 + 100 + 300 + 50 + 400
+    tight = plan(fixed + 300 + 128 * 46)
+    assert (tight.tokens_per_batch, tight.reference_tokens) == (128, (300 + 128 * 46) // 16 // 64 * 64)
+    assert plan(10**9).reference_tokens == 1024
+    assert plan(fixed, tokens_per_batch=77).reference_tokens == 77
+    assert plan(1).reference_tokens == plan(1).tokens_per_batch == 128
+
+
+def test_numbers_that_are_given_count():
+    assert plan(10**9, tokens_per_batch=5000).tokens_per_batch == 5000
+    assert plan(10**9, checkpoint_every=2).checkpoint_every == 2
+    fixed = 1000 + 100 + 100 + 200 + 300 + 50 + 400
+    given = plan(fixed + 1000 * 20, tokens_per_batch=1000)
+    assert (given.tokens_per_batch, given.checkpoint_every, given.fits) == (1000, 1, True)
+    both = plan(1, tokens_per_batch=1000, checkpoint_every=0)
+    assert (both.tokens_per_batch, both.checkpoint_every, both.fits) == (1000, 0, False)
+
+
+def test_a_small_step_is_planned_as_it_is():
+    """Positions that a step never has need no room, and no checkpointing."""
+    fixed = 1000 + 100 + 100 + 200 + 300 + 50 + 400
+    small = plan(fixed + 256 * 46, step_tokens=256)
+    assert (small.checkpoint_every, small.tokens_per_batch) == (0, 256)
+    assert small.needs.total == fixed + 256 * 46
+    given = plan(fixed + 256 * 46, step_tokens=256, tokens_per_batch=5000)
+    assert (given.checkpoint_every, given.tokens_per_batch, given.needs) == (0, 5000, small.needs)
+
+
+def test_a_pass_of_few_positions_costs_more_than_running_layers_again():
+    assert relative_time(4, 0, 10**12, "cuda") == pytest.approx(1)
+    assert relative_time(4, 1, 10**12, "cuda") == pytest.approx(1.5)
+    assert relative_time(4, 3, 10**12, "cuda") == pytest.approx(1.25)
+    assert relative_time(4, 0, 512, "cuda") > relative_time(4, 1, 16384, "cuda")
+
+
+def test_a_plan_survives_the_file(tmp_path):
+    made = plan(10**9)
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+# A stage
+
+TRAINER = TrainerConfig(
+    epochs=1, max_steps=None, groups_per_step=4, plan=Planning.auto, tokens_per_batch=None, checkpoint_every=None,
+    log_every=1, eval_every=0, save_every=0, keep_checkpoints=1, cohort=1, joint_passes=None,
+)  # fmt: skip
+
+
+def stage_plan(model, folder, **settings):
+    given = {"optimizer": "adamw_torch", "folder": folder, "device": CPU, "longest": 64, "adapter": LORA}
+    return planning.plan_stage(model, TRAINER, **(given | {"supervised": False} | settings))
+
+
+def test_a_stage_keeps_the_plan_that_it_began_with(tmp_path, monkeypatch):
+    model = policy_of(tiny_of("qwen3", 4), torch.float32, "lora")
+    first = stage_plan(model, tmp_path)
+    assert (first.checkpoint_every, first.tokens_per_batch, first.fits) == (0, 1024, True)
+    monkeypatch.setattr(planning, "available_memory", lambda: 0)
+    assert stage_plan(model, tmp_path) == first
+    (tmp_path / "plan.json").unlink()
+    assert stage_plan(model, tmp_path) != first
+
+
+def test_a_stage_without_room_says_so(tmp_path, monkeypatch, caplog):
+    model = policy_of(tiny_of("qwen3", 4), torch.float32, "lora")
+    monkeypatch.setattr(planning, "available_memory", lambda: 0)
+    with caplog.at_level(logging.WARNING):
+        found = stage_plan(model, tmp_path)
+    assert (found.fits, found.checkpoint_every, found.tokens_per_batch) == (False, 1, 64)
+    assert "its largest group has 64 positions" in caplog.text
+
+
+def test_a_plan_that_is_off_needs_numbers():
+    with pytest.raises(UserError, match=r"trainer.plan=off needs a number for trainer.tokens_per_batch"):
+        replace(TRAINER, plan=Planning.off)
+    with pytest.raises(UserError, match=r"trainer.plan=off needs a number for trainer.checkpoint_every"):
+        replace(TRAINER, plan=Planning.off, tokens_per_batch=5)
+    assert replace(TRAINER, plan=Planning.off, tokens_per_batch=5, checkpoint_every=0)
+    with pytest.raises(UserError, match=r"trainer.checkpoint_every must be null or at least 0, not -1"):
+        replace(TRAINER, checkpoint_every=-1)
+
+
+# Out of memory
+
+
+def fail_in_passes(model, numbers, graded=True):
+    """Let a GPU's memory run out in passes of these numbers, counted from 0 over those with (or without) gradient."""
+    base = model.get_base_model()
+    forward, passes = base.forward, iter(range(10**6))
+
+    def failing(*args, **kwargs):
+        result = forward(*args, **kwargs)
+        if torch.is_grad_enabled() == graded and next(passes) in numbers:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return result
+
+    base.forward = failing
+
+
+def step_of(tmp_path, budget, loss="dpo", failing=(), every=0, scoring_budget=None):
+    """(trainer, loss, gradients, metrics to be logged) of one step, some of whose passes run out of memory."""
+    model = tiny_policy(trained=True)
+    groups = random_groups(8, k=1 if loss == "kto" else 2, seed=3)
+    if loss == "kto":
+        groups = [replace(group, labels=(i % 2 == 0,)) for i, group in enumerate(groups)]
+    trainer = make_trainer(model, groups, make_loss(loss), tmp_path, scoring_budget or budget)
+    trainer.tokens_per_batch = budget  # that of the reference stays
+    checkpoint_layers(model, every)
+    fail_in_passes(model, failing)
+    value, gradients = step_gradient(trainer, groups)
+    return trainer, value, gradients, trainer._means.take()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
+def test_a_step_that_ran_out_of_memory_is_that_of_the_smaller_budget(loss, failing, tmp_path, caplog):
+    """Bit for bit, whichever pass failed: nothing of the first try is left in gradients, metrics or counts."""
+    budget = 130
+    with caplog.at_level(logging.WARNING):
+        trainer, value, gradients, metrics = step_of(tmp_path, budget, loss, failing)
+    assert sum("going on with" in record.message for record in caplog.records) == len(failing)
+    assert trainer.tokens_per_batch < budget
+    expected, *results = step_of(tmp_path, trainer.tokens_per_batch, loss, scoring_budget=budget)
+    assert (value, metrics) == (results[0], results[2])
+    assert trainer.num_tokens == expected.num_tokens
+    assert all(torch.equal(gradients[name], results[1][name]) for name in results[1])
+    other = step_of(tmp_path, budget, loss)[0]
+    assert len(list(other.layout.batches(other.groups, budget))) < len(
+        list(other.layout.batches(other.groups, trainer.tokens_per_batch))
+    )
+
+
+def test_at_last_every_layer_is_checkpointed_and_then_it_ends(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer, value, gradients, metrics = step_of(tmp_path, 1, failing=(0,), every=0)
+    assert "going on with every layer checkpointed" in caplog.text
+    assert all(layer.gradient_checkpointing for layer in decoder_layers(trainer.model))
+    _, *expected = step_of(tmp_path, 1)
+    assert (value, metrics) == (expected[0], expected[2])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[1][name], rtol=1e-12, atol=1e-15)
+    longest = largest_group(FlatLayout(), random_groups(8, seed=3))
+    with pytest.raises(UserError, match=rf"a group of {longest} positions even with every layer .* lower data.max_len"):
+        step_of(tmp_path, 1, failing=(0, 1), every=0)
+
+
+def test_with_several_processes_no_step_is_repeated(tmp_path):
+    model = tiny_policy(trained=True)
+    groups = random_groups(4)
+    trainer = make_trainer(model, groups, make_loss("dpo"), tmp_path, 130)
+    fail_in_passes(model, (0,))
+    trainer.accelerator = SimpleNamespace(num_processes=2, no_sync=lambda model: nullcontext())
+    with pytest.raises(UserError, match=r"lower trainer.tokens_per_batch, or set trainer.checkpoint_every=1"):
+        trainer.training_step(model, {"groups": groups})
+
+
+@pytest.mark.parametrize(("layout", "budget"), [(FlatLayout(), 200), (SharedLayout(), 90)])
+def test_a_reference_pass_goes_on_with_half_the_budget(layout, budget):
+    """What was scored before is kept, every group comes once, and the values are those of an undisturbed pass."""
+    groups = random_groups(9, seed=1)
+    model = tiny_policy(trained=True)
+    choose_layout(model, CPU)
+    undisturbed = join_scores(groups, list(score_groups(model, groups, layout, budget, CPU)))
+    passes = len(list(layout.batches(groups, budget)))
+    assert passes > 1
+    fail_in_passes(model, (1, 3), graded=False)
+    scored = list(score_groups(model, groups, layout, budget, CPU))
+    assert sorted(index for batch, _ in scored for index in batch.indices) == list(range(9))
+    assert len(scored) > passes
+    torch.testing.assert_close(join_scores(groups, scored).values, undisturbed.values, rtol=1e-12, atol=1e-12)
+
+
+def test_a_reference_pass_ends_where_no_group_fits():
+    model = tiny_policy()
+    fail_in_passes(model, range(100), graded=False)
+    with pytest.raises(UserError, match="does not suffice to score one group at a time"):
+        list(score_groups(model, random_groups(5), FlatLayout(), 500, CPU))
+
+
+def test_a_budget_is_halved_down_to_the_largest_group():
+    groups = [Group(np.zeros(4, np.int32), (np.zeros(n, np.int32), np.zeros(1, np.int32))) for n in (5, 6, 7, 13)]
+    layout = SharedLayout()  # positions: 4 + (n - 1) + 0
+    assert largest_group(layout, groups) == 16
+    shared = [Group(np.full(4, i, np.int32), group.completions) for i, group in enumerate(groups)]
+    assert smaller_budget(layout, shared, 10_000) == (8 + 9 + 10 + 16) // 2
+    assert smaller_budget(layout, shared, 21) == 16
+    assert smaller_budget(layout, shared, 16) is None
+    assert smaller_budget(layout, shared, 1) is None

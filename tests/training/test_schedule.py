@@ -1,0 +1,569 @@
+"""A reference that follows the policy: TR-DPO and sDPO against plain loops, with LoRA and without, and resumed."""
+
+import copy
+import json
+import math
+import shutil
+import signal
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from alignment.config.compose import load
+from alignment.config.schema import ReferenceMode
+from alignment.data.units import as_rows
+from alignment.errors import UserError
+from alignment.policy import load as policy
+from alignment.policy.identity import policy_identity
+from alignment.reference.frozen import FrozenPolicy
+from alignment.reference.live import LiveReference
+from alignment.scoring.layout import FlatLayout
+from alignment.training.objective import companion_groups, groups_to_reference
+from alignment.training.sampler import StepSampler
+from alignment.training.schedule import FollowPolicy, Schedule, consecutive_parts
+from alignment.types import Group
+from tests.conftest import random_groups, tiny_config, tiny_policy
+from tests.helpers.commands import write_project
+from tests.kernels.test_patch import lora_layers
+from tests.kernels.test_patch import pair as lean_pair
+from tests.policy.test_policy import start_of
+from tests.reference.test_reference import CPU, ROUNDING, Forwards, books, cached
+from tests.stages.test_resume import TINY, assert_same, at_row, metric_rows, only_run, run
+from tests.training.test_gradients import make_loss, make_trainer, moved, sequence_logp
+
+GROUPS = [
+    Group(group.prompt, group.completions, source=f"pairs:{i}") for i, group in enumerate(random_groups(8, seed=21))
+]
+HELD_OUT = random_groups(3, seed=22)
+
+
+def dense(model):
+    """All weights of what a policy computes, adapters worked in, by the names of a plain model."""
+    model = copy.deepcopy(model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def plain(weights):
+    """A model of its own with these weights."""
+    model = AutoModelForCausalLM.from_config(tiny_config()).to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights)
+    return model
+
+
+def nudge(model, seed):
+    """Move the policy, as some training would."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def schedule_of(num_steps, refreshes, per_step=2, groups=GROUPS, parts=None):
+    sampler = StepSampler(len(groups), per_step, 3, parts=parts, max_steps=num_steps)
+    return Schedule(sampler, sampler.first_steps(num_steps), refreshes)
+
+
+def followed(model, reference, schedule, folder, groups=GROUPS, loss=None, eval_groups=(), **arguments):
+    """A trainer whose reference follows as scheduled; learning rate constant, nothing clipped, no decay."""
+    loss = loss or make_loss("dpo")
+    trainer = make_trainer(model, groups, loss, folder, reference=reference, eval_groups=list(eval_groups))
+    trainer.sampler = schedule.sampler
+    settings = {"max_steps": len(schedule.steps), "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    for name, value in (settings | {"weight_decay": 0.0, "save_strategy": "no"} | arguments).items():
+        setattr(trainer.args, name, value)
+    asked = partial(groups_to_reference, loss, groups, eval_groups=list(eval_groups))
+    reference.prepare(asked(schedule.until_refresh(0)))
+    trainer.add_callback(FollowPolicy(reference, schedule, asked))
+    return trainer
+
+
+def watched(reference, groups=GROUPS):
+    """What the reference says of the groups after every refresh."""
+    seen, refresh = [], reference.refresh
+
+    def watching(step, asked):
+        refresh(step, asked)
+        seen.append((step, reference.logps(groups).values.clone()))
+
+    reference.refresh = watching
+    return seen
+
+
+# Mixing, in weight space
+
+
+@pytest.mark.parametrize("kind", ["fresh", "trained", "embedding", "pissa", "full"])
+def test_a_mixed_reference_is_the_mean_of_all_weights(kind):
+    """After each of several mixes, of a policy that moves in between; it leaves no trace in the policy."""
+    model = start_of(kind).double()
+    names = list(model.state_dict())
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    frozen, weights = FrozenPolicy(model), dense(model)
+    for seed, share in enumerate((0.6, 0.25, 1.0, 0.6)):
+        nudge(model, seed)
+        before, expected = policy_identity(model)[0], dense(model)
+        frozen.mix(share)
+        weights = {name: share * expected[name] + (1 - share) * weights[name] for name in weights}
+        with frozen.active() as reference:
+            found = books(reference, GROUPS[:3])
+        torch.testing.assert_close(found, books(plain(weights), GROUPS[:3]), rtol=0, atol=1e-10)
+        assert (found - books(model, GROUPS[:3])).abs().max() > 1e-3 or share == 1
+        assert policy_identity(model)[0] == before
+    assert list(model.state_dict()) == names
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+    frozen.close()
+
+
+def test_shares_that_rounding_has_lost_are_dropped():
+    """So that the rank of a mixed adapter stops growing: 0.6 * 0.4**16 is above the precision of fp32, 2**-23, but
+
+    0.6 * 0.4**17 is below it, which leaves 17 policies.
+    """
+    model = tiny_policy(torch.float32, r=4, trained=True)
+    frozen, weights = FrozenPolicy(model), dense(model)
+    for seed in range(30):
+        nudge(model, seed)
+        frozen.mix(0.6)
+        weights = {name: 0.6 * tensor + 0.4 * weights[name] for name, tensor in dense(model).items()}
+    ranks = {tensor.shape[0] for name, tensor in frozen.state().items() if "lora_A" in name}
+    assert ranks == {4 * 17}
+    with frozen.active() as reference:
+        torch.testing.assert_close(books(reference, GROUPS), books(plain(weights), GROUPS), rtol=0, atol=ROUNDING)
+
+
+def test_a_mix_close_to_nothing_keeps_what_was():
+    model = tiny_policy(torch.float32, trained=True)
+    frozen, expected = FrozenPolicy(model), books(model, GROUPS)
+    nudge(model, 1)
+    for _ in range(3):
+        frozen.mix(1e-9)
+    with frozen.active() as reference:
+        torch.testing.assert_close(books(reference, GROUPS), expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
+def test_lean_layers_take_a_mixed_adapter(nf4, monkeypatch):
+    """Of three times the policy's rank, by their lean forwards alone, with the values of the layers' own."""
+    ids, found = torch.arange(40)[None], []
+    for model, is_lean in zip(lean_pair("qwen3", nf4=nf4), (False, True), strict=True):
+        frozen, layers = FrozenPolicy(model), list(lora_layers(model))
+        for factor in (2.0, -1.0):
+            for layer in layers:
+                layer.lora_B["default"].weight.data.mul_(factor)
+            frozen.mix(0.6)
+        rank = layers[0].lora_A["default"].weight.shape[0]
+        assert {hasattr(type(layer), "_lean_of") for layer in layers} == {is_lean}
+        for kind in {type(layer)._lean_of for layer in layers} if is_lean else ():
+            monkeypatch.setattr(kind, "forward", None)
+        with torch.no_grad(), frozen.active() as reference:
+            found.append(reference(input_ids=ids).logits)
+            assert {layer.lora_A["default"].weight.shape[0] for layer in layers} == {3 * rank}
+        assert not torch.allclose(model(input_ids=ids).logits, found[-1], rtol=1e-2)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_a_whole_model_is_mixed_as_trl_mixes_it(share):
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    model = start_of("full")
+    frozen, theirs = FrozenPolicy(model), copy.deepcopy(model)
+    for seed in range(3):
+        nudge(model, seed)
+        frozen.mix(share)
+        SyncRefModelCallback._sync_target_model(model, theirs, share)
+    with frozen.active() as reference:
+        for found, expected in zip(reference.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+# TR-DPO
+
+
+def plain_training(model, steps, refreshes, mix, beta=0.3, smoothing=0.1):
+    """DPO with conservative labels by the book, its reference a model of its own: what it says at each refresh."""
+    weights, seen = dense(model), []
+    reference = plain(weights)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    for number, step in enumerate(steps):
+        if number in refreshes:
+            weights = {name: mix * tensor + (1 - mix) * weights[name] for name, tensor in dense(model).items()}
+            reference = plain(weights)
+            seen.append((number, books(reference, GROUPS)))
+        losses = []
+        for group in (GROUPS[i] for i in step):
+            a, b = (sequence_logp(model, group.prompt, c).sum() for c in group.completions)
+            with torch.no_grad():
+                ref_a, ref_b = (sequence_logp(reference, group.prompt, c).sum() for c in group.completions)
+            d = beta * (a - ref_a - b + ref_b)
+            losses.append(-(1 - smoothing) * torch.log(torch.sigmoid(d)) - smoothing * torch.log(torch.sigmoid(-d)))
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+    return seen
+
+
+def policy_of(kind):
+    """In double precision; made anew it is the same."""
+    if kind == "full":
+        return tiny_policy(r=None).requires_grad_(True)
+    return tiny_policy(trained=kind == "trained")
+
+
+@pytest.mark.parametrize("mix", [0.6, 1.0], ids=["soft", "hard"])
+@pytest.mark.parametrize("kind", ["fresh", "trained", "full"])
+def test_tr_dpo_equals_a_plain_loop(kind, mix, tmp_path):
+    """Seven steps, a refresh after every second: the reference at each refresh, and the policy at the end."""
+    model, oracle = policy_of(kind), policy_of(kind)
+    schedule = schedule_of(7, (2, 4, 6))
+    reference = LiveReference(model, FlatLayout(), 60, CPU, mix)
+    seen = watched(reference)
+    followed(model, reference, schedule, tmp_path).train()
+    expected = plain_training(oracle, schedule.steps, schedule.refreshes, mix)
+    assert [step for step, _ in seen] == [2, 4, 6]
+    for (step, found), (_, wanted) in zip(seen, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8, msg=f"after step {step}")
+    assert (seen[0][1] - seen[2][1]).abs().max() > 1e-2
+    torch.testing.assert_close(books(model, GROUPS), books(oracle, GROUPS), rtol=0, atol=1e-8)
+    if mix == 1:
+        assert (books(model, GROUPS) - seen[2][1]).abs().max() > 1e-3, "one step was done since"
+
+
+def test_a_cached_hard_refresh_equals_a_live_one(tmp_path):
+    """The store has fp32, so that the policies differ by rounding."""
+    seen = {}
+    for mode in ReferenceMode:
+        model = tiny_policy(torch.float32, trained=True)
+        reference = cached(model, tmp_path) if mode is ReferenceMode.cache else LiveReference(
+            model, FlatLayout(), 10_000, CPU
+        )  # fmt: skip
+        # Cached, it knows the groups of the steps until the next refresh: all of them, of eight pairs in one step.
+        seen[mode] = watched(reference)
+        trainer = followed(model, reference, schedule_of(5, (2, 4), per_step=8), tmp_path / mode.name)
+        trainer.train()
+        seen[mode].append((5, books(model, GROUPS)))
+        assert [refresh["step"] for refresh in reference.refreshes] == [2, 4]
+        identities = {refresh["identity"] for refresh in reference.refreshes} | {reference.summary()["identity"]}
+        assert len(identities) == 3 and reference.identity in identities
+        reference.close()
+    for (_, live), (_, stored) in zip(seen[ReferenceMode.live], seen[ReferenceMode.cache], strict=True):
+        torch.testing.assert_close(live, stored, rtol=0, atol=1e-3)
+        assert live.dtype == stored.dtype
+
+
+def test_both_references_know_a_refreshed_policy_by_its_identity(tmp_path, monkeypatch):
+    """No refresh reads the base, which would take seconds, and cannot have changed."""
+    model = tiny_policy(torch.float32)
+    references = [cached(model, tmp_path), LiveReference(model, FlatLayout(), 10_000, CPU)]
+    soft = LiveReference(model, FlatLayout(), 10_000, CPU, 0.6)
+    moved(model)
+    read: list[torch.Tensor] = []
+
+    def updated(digest, tensor, update=policy._update):
+        read.append(tensor)
+        update(digest, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alignment.policy.identity._update", updated)
+        for reference in (*references, soft):
+            reference.refresh(3, GROUPS)
+    base = {id(parameter) for name, parameter in model.named_parameters() if "lora_" not in name}
+    assert read and not base & {id(tensor) for tensor in read}
+    identity = policy_identity(model)[0]
+    assert [r.identity for r in references] == [identity] * 2 != [soft.identity] * 2
+    for reference in references:
+        assert reference.summary()["refreshes"] == [{"step": 3, "identity": identity}]
+        assert reference.summary()["identity"] == policy_identity(tiny_policy(torch.float32))[0]
+        torch.testing.assert_close(reference.logps(GROUPS).values, books(model, GROUPS), rtol=0, atol=ROUNDING)
+
+
+def test_a_refreshed_whole_model_is_known_by_its_identity(tmp_path):
+    model = start_of("full")
+    references = [cached(model, tmp_path), LiveReference(model, FlatLayout(), 10_000, CPU)]
+    nudge(model, 1)
+    for reference in references:
+        reference.refresh(3, GROUPS)
+        assert reference.identity == policy_identity(model)[0] != reference.summary()["identity"]
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_nothing_is_computed_twice(name, tmp_path):
+    """Each refresh scores what the next steps and an evaluation ask for, once; a second run scores nothing."""
+    loss = make_loss(name)
+    groups = as_rows(GROUPS) if name == "kto" else GROUPS
+    schedule = schedule_of(6, (3, 5), groups=groups)
+    weights = []
+    for attempt in range(2):
+        model = tiny_policy(torch.float32)
+        reference = cached(model, tmp_path)
+        counts, counter = [], Forwards(model)
+        refresh = reference.refresh
+
+        def counting(step, asked, refresh=refresh, counter=counter, counts=counts):
+            before = counter.rows
+            refresh(step, asked)
+            counts.append(counter.rows - before)
+
+        reference.refresh = counting
+        trainer = followed(model, reference, schedule, tmp_path / name, groups=groups, loss=loss, eval_groups=HELD_OUT)
+        trainer.train()
+        trainer.evaluate()
+        reference.close()
+        expected = []
+        for first, last in ((3, 5), (5, 6)):
+            steps = [[groups[i] for i in step] for step in schedule.steps[first:last]]
+            asked = [*HELD_OUT, *(group for step in steps for group in step)]
+            asked += [group for step in steps for group in companion_groups(loss, step)]
+            if name == "kto":
+                asked += companion_groups(loss, as_rows(HELD_OUT))
+            expected.append(len({key for group in asked for key in group.keys()}))  # noqa: SIM118
+        assert counts == (expected if attempt == 0 else [0, 0])
+        assert (reference.summary()["misses"] == 0) == (attempt == 1)
+        weights.append(dense(model))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_what_is_logged_and_evaluated_after_a_step_is_of_the_reference_of_that_step(tmp_path):
+    """At a hard refresh the policy would be its own reference, and every margin 0."""
+    model = tiny_policy(torch.float32)
+    reference = cached(model, tmp_path)
+    trainer = followed(
+        model, reference, schedule_of(4, (2,)), tmp_path, eval_groups=HELD_OUT,
+        eval_strategy="steps", eval_steps=1, logging_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    rows = {row["step"]: row for row in trainer.state.log_history if "eval_loss" in row}
+    assert all(abs(rows[step]["eval_nats/margins"]) > 1e-2 for step in (1, 2, 3, 4))
+    losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
+    assert losses[3] == pytest.approx(math.log(2), abs=1e-5), "the first step with the policy as its reference"
+    assert abs(losses[4] - math.log(2)) > 1e-3
+
+
+def test_a_policy_that_has_diverged_does_not_become_the_reference(tmp_path):
+    model = tiny_policy(torch.float32)
+    reference = cached(model, tmp_path)
+    reference.prepare(GROUPS)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(math.nan)
+        next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(1.0)
+    with pytest.raises(UserError, match=r"^After step 4 the policy, .*not finite.*optim\.lr\.$"):
+        reference.refresh(4, GROUPS)
+
+
+# sDPO
+
+
+@pytest.mark.parametrize("mode", ["cache", "live"])
+def test_sdpo_equals_two_trainings_of_which_the_second_starts_from_the_first(mode, tmp_path):
+    """Up to the optimizer, which goes on: the reference of the second part is what the first part alone makes of it."""
+    parts = consecutive_parts(GROUPS, 2)
+    schedule = schedule_of(8, (4,), parts=parts)
+    model = tiny_policy(torch.float32)
+    reference = cached(model, tmp_path) if mode == "cache" else LiveReference(model, FlatLayout(), 10_000, CPU)
+    first, second = GROUPS[:4], GROUPS[4:]
+    seen = watched(reference, second)
+    trainer = followed(model, reference, schedule, tmp_path / "staged", logging_steps=1)
+    trainer.train()
+    alone = tiny_policy(torch.float32)
+    single = schedule_of(4, (), groups=first)
+    assert [[first[i] for i in step] for step in single.steps] == [[GROUPS[i] for i in s] for s in schedule.steps[:4]]
+    own = cached(alone, tmp_path) if mode == "cache" else LiveReference(alone, FlatLayout(), 10_000, CPU)
+    followed(alone, own, single, tmp_path / "alone", groups=first).train()
+    [(step, found)] = seen
+    assert step == 4
+    torch.testing.assert_close(found, books(alone, second), rtol=0, atol=ROUNDING)
+    assert (found - books(tiny_policy(torch.float32), second)).abs().max() > 1e-2
+    losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
+    assert losses[1] == pytest.approx(math.log(2), abs=1e-6) and losses[5] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(losses[4] - math.log(2)) > 1e-3
+
+
+def test_both_rows_of_a_pair_are_in_one_part():
+    """Pairs taken apart are all chosen rows, then all rejected ones; halves of that would be halves of the pairs."""
+    rows = as_rows(GROUPS[:7])
+    parts = consecutive_parts(rows, 3)
+    assert parts == [[0, 1, 2, 7, 8, 9], [3, 4, 10, 11], [5, 6, 12, 13]]
+    assert consecutive_parts(GROUPS[:7], 3) == [[0, 1, 2], [3, 4], [5, 6]]
+    for part in parts:
+        assert [rows[i].labels for i in part].count((True,)) == len(part) / 2
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("kind", ["cache", "fresh", "trained", "full"])
+def test_a_refreshed_reference_is_taken_from_a_checkpoint(kind, tmp_path):
+    """Bit for bit, without the store and without the policy that it was."""
+    make = partial(tiny_policy, torch.float32, trained=kind == "trained")
+    models = [make() if kind != "full" else start_of("full") for _ in range(2)]
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    if kind == "cache":
+        references = [cached(model, tmp_path / str(i)) for i, model in enumerate(models)]
+        references[1].prepare(GROUPS[:1])
+    else:
+        references = [LiveReference(model, FlatLayout(), 10_000, CPU, 0.6) for model in models]
+    for step in (2, 4):
+        nudge(models[0], step)
+        references[0].refresh(step, GROUPS)
+    references[0].save_state(folder)
+    references[1].load_state(folder)
+    assert torch.equal(references[0].logps(GROUPS).values, references[1].logps(GROUPS).values)
+    assert references[0].identity == references[1].identity
+    assert references[0].summary()["refreshes"] == references[1].summary()["refreshes"]
+    assert [refresh["step"] for refresh in references[1].refreshes] == [2, 4]
+    for model, reference in zip(models, references, strict=True):
+        nudge(model, 9)  # the second policy is another one, but so is every share that it brings
+        model.load_state_dict(models[0].state_dict())
+        reference.refresh(6, GROUPS)
+    torch.testing.assert_close(
+        references[0].logps(GROUPS).values, references[1].logps(GROUPS).values, rtol=0, atol=ROUNDING
+    )
+    assert references[0].identity == references[1].identity
+    for name, tensor in references[0]._tensors().items():
+        torch.testing.assert_close(references[1]._tensors()[name], tensor, rtol=0, atol=ROUNDING, msg=name)
+
+
+def test_before_the_first_refresh_a_checkpoint_holds_nothing_of_the_reference(tmp_path):
+    model = tiny_policy(torch.float32, trained=True)
+    reference = LiveReference(model, FlatLayout(), 10_000, CPU)
+    expected = reference.logps(GROUPS).values
+    reference.save_state(tmp_path)
+    assert load_file(tmp_path / "reference.safetensors") == {}
+    reference.load_state(tmp_path)
+    assert reference.refreshes == [] and torch.equal(reference.logps(GROUPS).values, expected)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_model_folder):
+    return write_project(tmp_path_factory.mktemp("project"), tiny_model_folder)
+
+
+def refreshes(folder):
+    return json.loads((folder / "summary.json").read_text())["reference"]["refreshes"]
+
+
+RUNS = {
+    # The preference stage has 8 steps; rows are written at 2, 3, 4, 6, 8, checkpoints at 2, 4, 6.
+    "soft, after SFT": (["reference=tr_dpo", "reference.sync_every=3"], [3, 6], [6, 8]),
+    "soft, whole model": (["reference=tr_dpo", "reference.sync_every=3", "adapter=none", "sft=none"], [3, 6], [6]),
+    "hard, cached": (["reference.sync_every=3", "sft=none"], [3, 6], [6, 8]),
+    "stages": (["reference=sdpo", "sft=none"], [4], [6, 8]),  # the checkpoint of step 4 is that of the refresh itself
+    "stages, rows on nf4": (
+        ["reference=sdpo", "reference.stages=3", "loss=kto", "sft=none", "quantization=nf4"], [3, 5], [6],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_killed_between_refreshes_ends_like_one_that_was_not(kind, project, tmp_path):
+    """The store is lost meanwhile: what the start has to say is computed again, the rest is in the checkpoint."""
+    settings, steps, kills = RUNS[kind]
+    ended = run(project, tmp_path / "whole", *TINY, *settings)
+    assert ended.code == 0, ended.err
+    expected = only_run(tmp_path / "whole")
+    assert [refresh["step"] for refresh in refreshes(expected)] == steps
+    identities = {refresh["identity"] for refresh in refreshes(expected)}
+    summary = json.loads((expected / "summary.json").read_text())
+    assert len(identities | {summary["reference"]["identity"]}) == len(steps) + 1
+    margins = [r["nats/margins"] for r in metric_rows(expected) if r["stage"] == "preference" and r["split"] == "eval"]
+    assert len(margins) == 3 and margins[0] == 0 and 0 not in margins[1:]
+    cwd, arguments = tmp_path / "killed", (*TINY, *settings)
+    for step in kills:
+        ended = run(project, cwd, *arguments, patch=partial(at_row, "preference", step))
+        assert ended.code == -signal.SIGKILL, ended.err
+        arguments = (f"resume={only_run(cwd)}",)
+        for file in (cwd / "cache").glob("reference.sqlite*"):
+            file.unlink()
+    ended = run(project, cwd, *arguments)
+    assert ended.code == 0, ended.err
+    assert_same(only_run(cwd), expected)
+    assert refreshes(only_run(cwd)) == refreshes(expected)
+
+
+def test_a_second_run_finds_every_refresh_in_the_store(project, tmp_path):
+    """Its policy is the same at every refresh, to the last bit."""
+    for attempt in range(2):
+        ended = run(project, tmp_path, *TINY, "sft=none", "reference.sync_every=3")
+        assert ended.code == 0, ended.err
+        [folder] = (tmp_path / "outputs" / "tiny").iterdir()
+        reference = json.loads((folder / "summary.json").read_text())["reference"]
+        assert (reference["misses"] == 0) == (attempt == 1)
+        shutil.rmtree(folder)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["reference.sync_every=0"], "reference.sync_every must be null or at least 1, not 0."),
+        (["reference.sync_every=2", "reference.sync_mix=0"], "reference.sync_mix must be in (0, 1], not 0.0."),
+        (["reference.sync_every=2", "reference.sync_mix=1.5"], "reference.sync_mix must be in (0, 1], not 1.5."),
+        (["reference.stages=0"], "reference.stages must be at least 1, not 0."),
+        (["reference.sync_mix=0.5"], "reference.sync_mix=0.5 has no effect without reference.sync_every"),
+        (["reference=sdpo", "reference.sync_every=2"], "are two schedules: choose one"),
+        (["reference.sync_every=2", "reference.sync_mix=0.5"], "set reference.mode=live."),
+        (["reference=sdpo", "loss=simpo"], "need a loss with a reference"),
+        (["reference=tr_dpo", "loss=none", "sft=quickstart"], "need a loss with a reference"),
+    ],
+)
+def test_what_has_no_effect_or_no_sense_is_refused(settings, said):
+    with pytest.raises(UserError) as caught:
+        load("recipe=quickstart", *settings)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["reference.sync_every=4"], r"^reference\.sync_every=4 is never reached: this training has 4 steps\.$"),
+        (["reference.stages=9"], r"^reference\.stages=9: the training rows are too few"),
+        (["reference.stages=5", "loss=kto"], r"^reference\.stages=5: the training rows are too few"),
+        (["reference.stages=6", "trainer.max_steps=5"], r"^reference\.stages=6: too many parts for .* of 5 steps\.$"),
+    ],
+)
+def test_a_schedule_that_the_data_are_too_few_for_is_refused(settings, said):
+    groups = [Group(g.prompt, g.completions[:1], labels=(True,), source=g.source) for g in GROUPS]
+    config = load("recipe=quickstart", "trainer.groups_per_step=2", *settings)
+    with pytest.raises(UserError, match=said):
+        Schedule.of(config, groups if "loss=kto" in settings else GROUPS)
+
+
+def test_a_schedule_goes_by_the_configuration():
+    def schedule(*settings):
+        return Schedule.of(load("recipe=quickstart", "trainer.groups_per_step=2", *settings), GROUPS)
+
+    assert schedule().refreshes == ()
+    assert schedule().until_refresh(0) == schedule().steps == schedule().sampler.steps(0)
+    every = schedule("trainer.epochs=2", "reference.sync_every=3")
+    assert (len(every.steps), every.refreshes) == (8, (3, 6))
+    assert [every.until_refresh(step) for step in (0, 3, 4, 6)] == [
+        every.steps[:3], every.steps[3:6], every.steps[4:6], every.steps[6:],
+    ]  # fmt: skip
+    staged = schedule("trainer.epochs=2", "reference=sdpo")
+    assert staged.refreshes == (4,)
+    assert {i for step in staged.steps[:4] for i in step} == {0, 1, 2, 3}
+    assert schedule("trainer.max_steps=7", "reference=sdpo").refreshes == (4,)
+
+
+def test_an_adapter_on_embeddings_survives_a_checkpoint(tmp_path):
+    """Its tensors are no modules but entries of a dictionary."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(tiny_config()), LoraConfig(r=2, target_modules=["embed_tokens"])
+    )
+    frozen = FrozenPolicy(model)
+    nudge(model, 1)
+    frozen.mix(0.5)
+    state = frozen.state()
+    assert {tuple(t.shape) for name, t in state.items() if "lora_embedding_A" in name} == {(2, 97)}
+    assert {tuple(t.shape) for name, t in state.items() if "lora_embedding_B" in name} == {(32, 2)}

@@ -1,0 +1,181 @@
+"""How a step is split changes nothing, for any loss: into micro-batches, over processes, or by an interruption."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from alignment.data.units import as_rows
+from alignment.losses import LOSSES
+from alignment.reference.live import LiveReference
+from alignment.scoring.layout import FlatLayout, SharedLayout
+from alignment.training.callbacks import Checkpoints, Rhythm, last_checkpoint
+from alignment.training.sampler import StepSampler
+from alignment.training.trainer import PreferenceTrainer
+from tests.conftest import random_groups, recommended_loss, tiny_policy
+from tests.training.test_gradients import make_trainer, moved, step_gradient
+
+CPU = torch.device("cpu")
+NAMES = [name for name in LOSSES if name != "mixture"]
+"""A mixture without parts is none; `mpo` stands for it."""
+every_loss = pytest.mark.parametrize("name", [*NAMES, "mpo"])
+
+
+def groups_for(loss, num=6, seed=4):
+    """Groups of the loss's unit, with scores and unequal weights."""
+    unit = loss.requirements().unit
+    groups = random_groups(num, k=3 if unit == "list" else 2, seed=seed)
+    groups = [
+        replace(group, scores=tuple(2.0 - 0.3 * i - 0.5 * k for k in range(len(group.completions))), weight=0.5 + i % 3)
+        for i, group in enumerate(groups)
+    ]
+    return as_rows(groups) if unit == "row" else groups
+
+
+@every_loss
+def test_the_split_into_micro_batches_does_not_matter(name, tmp_path):
+    """One micro-batch per group, some, or one for all: loss, gradient, metrics and running state are the same."""
+    loss = recommended_loss(name)
+    groups = groups_for(loss)
+    results = []
+    for tokens_per_batch in (1, 70, 10_000):
+        policy = tiny_policy(trained=True)
+        trainer = make_trainer(policy, groups, loss, tmp_path, tokens_per_batch)
+        moved(policy)
+        results.append((*step_gradient(trainer, groups), trainer._means.take(), trainer.objective.state))
+    for loss_value, gradient, metrics, state in results[1:]:
+        assert math.isclose(loss_value, results[0][0], rel_tol=1e-6)
+        assert max(value.abs().max().item() for value in gradient.values()) > 1e-6
+        for key, value in gradient.items():
+            torch.testing.assert_close(value, results[0][1][key], rtol=1e-9, atol=1e-12)
+        assert metrics == pytest.approx(results[0][2], rel=1e-9, abs=1e-12)
+        assert state == pytest.approx(results[0][3], rel=1e-9, abs=1e-12)
+
+
+@every_loss
+def test_the_layout_does_not_matter(name, tmp_path):
+    """Prompts shared or repeated, also for losses that read prompts or whole distributions."""
+    from alignment.kernels.attention import enable_shared_prompts
+
+    loss = recommended_loss(name)
+    groups = groups_for(loss, seed=8)
+    results = []
+    for layout in (FlatLayout(), SharedLayout()):
+        policy = tiny_policy(trained=True)
+        if isinstance(layout, SharedLayout):
+            enable_shared_prompts(policy)
+        trainer = make_trainer(policy, groups, loss, tmp_path, 150, layout=layout)
+        moved(policy)
+        results.append(step_gradient(trainer, groups))
+    assert math.isclose(results[0][0], results[1][0], rel_tol=1e-5)
+    flat, shared = (torch.cat([value.flatten() for value in gradient.values()]) for _, gradient in results)
+    assert flat.norm() > 1e-6
+    assert (flat - shared).norm() <= 1e-5 * flat.norm()  # the norms of these layers compute in fp32
+
+
+def test_the_weight_of_a_group_multiplies_its_loss(tmp_path):
+    """A weight of 0 leaves a pair out of the gradient, but not out of the number that the mean divides by."""
+    loss = recommended_loss("dpo")
+    groups = [replace(group, weight=weight) for group, weight in zip(random_groups(2), (2.0, 0.0), strict=True)]
+    results = []
+    for step in (groups, [replace(groups[0], weight=1.0)]):
+        policy = tiny_policy(trained=True)
+        trainer = make_trainer(policy, step, loss, tmp_path)
+        moved(policy)
+        results.append(step_gradient(trainer, step))
+    (both, weighted), (alone, plain) = results
+    assert math.isclose(both, alone, rel_tol=1e-6)
+    for key, value in weighted.items():
+        torch.testing.assert_close(value, plain[key], rtol=1e-9, atol=1e-12)
+
+
+def train(name, folder, *, max_steps=4, resume=False):
+    """Train a tiny policy for a few steps, saving every second one; returns the trainer."""
+    torch.manual_seed(0)
+    loss = recommended_loss(name)
+    groups = groups_for(loss, num=10)
+    policy = tiny_policy(trained=True)
+    layout = FlatLayout()
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=max_steps, use_cpu=True, report_to="none", disable_tqdm=True,
+        remove_unused_columns=False, learning_rate=1e-2, save_strategy="steps", save_steps=2, logging_steps=1,
+        lr_scheduler_type="constant", seed=3,
+    )  # fmt: skip
+    trainer = PreferenceTrainer(
+        model=policy, args=arguments, groups=groups, eval_groups=[], loss=loss,
+        reference=LiveReference(policy, layout, 1000, CPU), layout=layout, tokens_per_batch=60,
+        sampler=StepSampler(len(groups), 4, 3, 2), callbacks=[Rhythm(None), Checkpoints(5)],
+    )  # fmt: skip
+    checkpoint, _ = last_checkpoint(folder) if resume else (None, 0)
+    if checkpoint is not None:
+        trainer.load_state(checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+STATEFUL = [name for name, loss in LOSSES.items() if name != "mixture" and recommended_loss(name).initial_state()]
+
+
+@pytest.mark.parametrize("name", [*STATEFUL, "kto", "sampo", "mpo"])
+def test_resumed_equals_uninterrupted(name, tmp_path):
+    """The running state is in the checkpoint, and draws depend on the step's number."""
+    whole = train(name, tmp_path / "whole")
+    train(name, tmp_path / "cut", max_steps=3)
+    resumed = train(name, tmp_path / "cut", resume=True)
+    assert resumed.objective.state == pytest.approx(whole.objective.state, rel=1e-12)
+    assert whole.objective.state != recommended_loss(name).initial_state() or name not in STATEFUL
+    for key, value in weights(whole).items():
+        torch.testing.assert_close(weights(resumed)[key], value, rtol=1e-12, atol=1e-14)
+
+
+SHARED = ["dpo", "orpo", "kto", "sampo", "aot", "tdpo1", *STATEFUL, "mpo"]
+"""Every kind of loss: plain, of tokens and prompts, with companions, draws, coupled items, a state, distributions."""
+
+
+def worker(folder: Path) -> None:
+    """What each of two processes does: three steps of a few losses, and the evaluation after them."""
+    results = {}
+    for name in SHARED:
+        trainer = train(name, folder / f"{name}_{os.environ.get('RANK', 'one')}", max_steps=3)
+        metrics = trainer.held_out_metrics(groups_for(trainer.loss, num=5, seed=6))
+        log = [row for row in trainer.state.log_history if "loss" in row]
+        results[name] = (weights(trainer), trainer.objective.state, metrics, log)
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(results, folder / f"results_{os.environ.get('WORLD_SIZE', '1')}.pt")
+
+
+def test_two_processes_are_one(tmp_path):
+    """Weights, state, logged metrics and evaluation after three steps, the last of which has an odd share."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ALIGNMENT_CACHE": str(tmp_path / "cache")}
+    command = [
+        sys.executable,
+        "-c",
+        f"from tests.training.test_split_steps import worker, Path; worker(Path({str(tmp_path)!r}))",
+    ]
+    alone = subprocess.Popen(command, env=environment)
+    assert alone.wait(timeout=600) == 0
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    both = [
+        subprocess.Popen(command, env=environment | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
+    one, two = (torch.load(tmp_path / f"results_{count}.pt", weights_only=False) for count in (1, 2))
+    for name, (expected, state, metrics, log) in one.items():
+        found, found_state, found_metrics, found_log = two[name]
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key.removeprefix("module.")], value, rtol=1e-8, atol=1e-10)
+        assert found_state == pytest.approx(state, rel=1e-9, abs=1e-12), name
+        assert found_metrics == pytest.approx(metrics, rel=1e-7, abs=1e-9), name
+        for row, other in zip(log, found_log, strict=True):
+            assert other == pytest.approx(row, rel=1e-5, abs=1e-7), name

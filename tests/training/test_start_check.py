@@ -1,0 +1,162 @@
+"""The gate before the first update: it lets every right start through and stops every wrong one."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from alignment.data.units import as_rows
+from alignment.errors import UserError
+from alignment.losses import LossOutput
+from alignment.losses.base import Loss
+from alignment.policy.adapter import attach_adapter
+from alignment.training.start_check import check_start
+from tests.conftest import random_groups, tiny_policy
+from tests.policy.test_policy import NF4, adapter, load, start_of, train_adapter
+from tests.reference.test_reference import cached, live, prepared, sequence_logp
+from tests.training.test_gradients import SETTINGS, make_loss, make_trainer
+
+PAIRS = random_groups(4, seed=21)
+
+REFERENCE_FREE = {"simpo", "orpo"}
+
+
+def groups_for(name):
+    return as_rows(PAIRS) if name == "kto" else PAIRS
+
+
+def by_hand(name, model):
+    """The loss where policy and reference are the same, from plain log-probs and the settings of `SETTINGS`."""
+    with torch.no_grad():
+        means = [[sequence_logp(model, g.prompt, c).double().mean().item() for c in g.completions] for g in PAIRS]
+    values = {
+        "dpo": [math.log(2)] * 4,  # also with label smoothing
+        "ipo": [1 / (2 * 0.2) ** 2] * 4,
+        "kto": [1.0 / 2] * 4 + [1.5 / 2] * 4,  # weights of desirable and undesirable rows
+        "simpo": [math.log1p(math.exp(-(2.0 * (a - b) - 0.5 * 2.0))) for a, b in means],
+        "orpo": [
+            -a + 0.2 * math.log1p(math.exp(b - a) * (1 - math.exp(a)) / (1 - math.exp(b))) for a, b in means
+        ],
+    }[name]  # fmt: skip
+    return sum(values) / len(values)
+
+
+def policy(kind, folder):
+    if kind == "nf4":
+        return attach_adapter(load(folder, NF4), adapter(), 0)
+    if kind == "nf4 trained":
+        return train_adapter(attach_adapter(load(folder, NF4), adapter(), 0))
+    return start_of(kind)
+
+
+@pytest.mark.parametrize("kind", ["fresh", "trained", "pissa", "full", "nf4", "nf4 trained"])
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_every_loss_starts_at_its_closed_form(name, kind, tiny_model_folder, tmp_path):
+    model = policy(kind, tiny_model_folder)
+    groups = groups_for(name)
+    found = {}
+    for mode in ("cache", "live"):
+        reference = cached(model, tmp_path) if mode == "cache" else live(model)
+        reference.prepare([*PAIRS, *companions(name, groups)])
+        trainer = make_trainer(model, groups, make_loss(name), tmp_path, tokens_per_batch=70, reference=reference)
+        found[mode] = check_start(trainer, groups)
+        reference.close()
+    if name in REFERENCE_FREE:
+        trainer = make_trainer(model, groups, make_loss(name), tmp_path, reference=None)
+        found["none"] = check_start(trainer, groups)
+        assert found["none"]["max_token_difference"] == 0
+    for result in found.values():
+        # fp32 log-probs: some 1e-6 per token, times the slope of the steepest of these losses, which is below 10
+        assert result["loss"] == pytest.approx(by_hand(name, model), rel=1e-4)
+        assert result["closed_form"] == pytest.approx(by_hand(name, model), rel=1e-5)
+        assert result["max_token_difference"] < 2e-5
+
+
+def companions(name, groups):
+    from alignment.training.objective import companion_groups
+
+    return companion_groups(make_loss(name), groups)
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_a_reference_that_is_another_policy_stops_the_run(name, tmp_path):
+    """The base in place of the SFT policy: the mistake that an adapter switched off makes."""
+    groups = groups_for(name)
+    base, sft = tiny_policy(torch.float32), tiny_policy(torch.float32, trained=True)
+    reference = cached(base, tmp_path)
+    reference.prepare([*PAIRS, *companions(name, groups)])
+    trainer = make_trainer(sft, groups, make_loss(name), tmp_path, reference=reference)
+    with pytest.raises(UserError, match=rf"^The reference of loss {name} is not the policy .* nats per token"):
+        check_start(trainer, groups)
+
+
+def test_a_policy_that_is_no_function_stops_the_run(tmp_path):
+    """Dropout that is left in training mode, though the reference was computed without."""
+    model = tiny_policy(torch.float32, trained=True)
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    reference = cached(model.eval(), tmp_path)
+    reference.prepare(PAIRS)
+    trainer = make_trainer(model, PAIRS, make_loss("dpo"), tmp_path, reference=reference)
+    with pytest.raises(UserError, match="is not the policy that this stage starts from"):
+        check_start(trainer, PAIRS)
+
+
+def wrong(kind, original):
+    def call(self: Loss, inputs, statistics=None):
+        output = original(self, inputs, statistics)
+        losses = {"factor": 1.001 * output.losses, "offset": output.losses + 0.01, "nan": output.losses * math.nan}[
+            kind
+        ]
+        return LossOutput(losses, output.rewards, output.parts)
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["factor", "offset", "nan"])
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [*((name, "cache") for name in sorted(SETTINGS)), *((name, "none") for name in sorted(REFERENCE_FREE))],
+)
+def test_a_loss_that_is_wrong_stops_the_run(name, kind, reference, tmp_path, monkeypatch):
+    """A thousandth is enough, in any dtype: on equal log-probs the loss itself is compared in float64."""
+    groups, loss = groups_for(name), make_loss(name)
+    model = tiny_policy(torch.bfloat16)
+    source = None
+    if reference == "cache":
+        source = cached(model, tmp_path)
+        source.prepare([*PAIRS, *companions(name, groups)])
+    trainer = make_trainer(model, groups, loss, tmp_path, reference=source)
+    check_start(trainer, groups)
+    monkeypatch.setattr(type(loss), "__call__", wrong(kind, type(loss).__call__))
+    with pytest.raises(UserError, match=rf"^The loss {name} is .* before the first update, where its formula gives"):
+        check_start(trainer, groups)
+
+
+def test_mismatched_rows_are_part_of_the_start(tmp_path, monkeypatch):
+    """If KTO's companions were scored by another policy, z0 would not start at 0."""
+    rows = groups_for("kto")
+    model = tiny_policy(torch.float32)
+    reference = cached(model, tmp_path)
+    reference.prepare([*PAIRS, *companions("kto", rows)])
+    plain = {key for g in rows for key in g.keys()}  # noqa: SIM118
+    for key in reference._values.keys() - plain:
+        reference._values[key] = reference._values[key] - 1
+    trainer = make_trainer(model, rows, make_loss("kto"), tmp_path, reference=reference)
+    with pytest.raises(UserError, match=re.escape("The loss kto is")):
+        check_start(trainer, rows)
+
+
+def test_a_start_from_stored_values_of_other_batches_passes_in_16_bit(tmp_path):
+    """The reference from single rows, the policy in one batch, short completions: rounding stops no run."""
+    model = tiny_policy(torch.bfloat16, trained=True)
+    groups = random_groups(2, seed=5)
+    prepared(model, tmp_path, groups, tokens_per_batch=1)
+    for size in (1, 2):
+        reference = cached(model, tmp_path, spot_checks=4)
+        reference.prepare(groups)
+        trainer = make_trainer(model, groups[:size], make_loss("dpo"), tmp_path, reference=reference)
+        assert check_start(trainer, groups[:size])["loss"] == pytest.approx(math.log(2), abs=0.05)
+        assert reference.summary()["misses"] == 0
+        reference.close()
