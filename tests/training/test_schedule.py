@@ -455,9 +455,9 @@ RUNS = {
     "soft, after SFT": (["reference=tr_dpo", "reference.sync_every=3"], [3, 6], [6, 8]),
     "soft, whole model": (["reference=tr_dpo", "reference.sync_every=3", "adapter=none", "sft=none"], [3, 6], [6]),
     "hard, cached": (["reference.sync_every=3", "sft=none"], [3, 6], [6, 8]),
-    "stages": (["reference=sdpo", "sft=none"], [4], [6, 8]),  # the checkpoint of step 4 is that of the refresh itself
-    "stages, rows on nf4": (
-        ["reference=sdpo", "reference.stages=3", "loss=kto", "sft=none", "quantization=nf4"], [3, 5], [6],
+    "parts": (["reference=sdpo", "sft=none"], [4], [6, 8]),  # the checkpoint of step 4 is that of the refresh itself
+    "parts, rows on nf4": (
+        ["reference=sdpo", "reference.parts=3", "loss=kto", "sft=none", "quantization=nf4"], [3, 5], [6],
     ),
 }  # fmt: skip
 
@@ -508,7 +508,7 @@ def test_a_second_run_finds_every_refresh_in_the_store(project, tmp_path):
         (["reference.sync_every=0"], "reference.sync_every must be null or at least 1, not 0."),
         (["reference.sync_every=2", "reference.sync_mix=0"], "reference.sync_mix must be in (0, 1], not 0.0."),
         (["reference.sync_every=2", "reference.sync_mix=1.5"], "reference.sync_mix must be in (0, 1], not 1.5."),
-        (["reference.stages=0"], "reference.stages must be at least 1, not 0."),
+        (["reference.parts=0"], "reference.parts must be at least 1, not 0."),
         (["reference.sync_mix=0.5"], "reference.sync_mix=0.5 has no effect without reference.sync_every"),
         (["reference=sdpo", "reference.sync_every=2"], "are two schedules: choose one"),
         (["reference.sync_every=2", "reference.sync_mix=0.5"], "set reference.mode=live."),
@@ -526,9 +526,9 @@ def test_what_has_no_effect_or_no_sense_is_refused(settings, said):
     ("settings", "said"),
     [
         (["reference.sync_every=4"], r"^reference\.sync_every=4 is never reached: this training has 4 steps\.$"),
-        (["reference.stages=9"], r"^reference\.stages=9: the training rows are too few"),
-        (["reference.stages=5", "loss=kto"], r"^reference\.stages=5: the training rows are too few"),
-        (["reference.stages=6", "trainer.max_steps=5"], r"^reference\.stages=6: too many parts for .* of 5 steps\.$"),
+        (["reference.parts=9"], r"^reference\.parts=9: the training rows are too few"),
+        (["reference.parts=5", "loss=kto"], r"^reference\.parts=5: the training rows are too few"),
+        (["reference.parts=6", "trainer.max_steps=5"], r"^reference\.parts=6: too many parts for .* of 5 steps\.$"),
     ],
 )
 def test_a_schedule_that_the_data_are_too_few_for_is_refused(settings, said):
