@@ -37,6 +37,7 @@ from alignment.config.compose import (
     to_run_config,
 )
 from alignment.config.preflight import check_machine
+from alignment.config.renamed import flat, refuse_renamed
 from alignment.config.schema import RunConfig
 from alignment.errors import UserError
 from alignment.files import asset_dir, atomic_write_bytes, atomic_write_text, redact, to_json
@@ -258,20 +259,14 @@ def _resume_dir(value: str, recipe: str) -> Path:
     return runs[-1]
 
 
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(value, dict) and value:
-        items = [_flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
-        return {key: v for item in items for key, v in item.items()}
-    return {prefix: value}
-
-
 def _changes(folder: Path, node: DictConfig) -> str:
     """What a configuration changes of the run in a folder, for people; empty where it is the same."""
     with open_dict(node):
         node.resume = None
     before, now = (
-        _flat(c) for c in (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), redact(as_plain(node)))
+        flat(c) for c in (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), redact(as_plain(node)))
     )
+    refuse_renamed(before, f"{folder} was begun by an earlier version and cannot go on")
     for key in ("resume", *_TOGETHER):  # no matter of the result
         before[key] = now.get(key)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

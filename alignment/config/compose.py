@@ -28,6 +28,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from alignment.config import schema as schema
+from alignment.config.renamed import flat, refuse_renamed
 from alignment.errors import UserError
 from alignment.files import asset_dir
 from alignment.losses import LOSSES, Loss, Mixture
@@ -88,6 +89,7 @@ def register(config_dir: Path | None = None) -> None:
                 _store_recipe(path, config_dir / "recipe")
             elif path.parent != config_dir:
                 group, node = relative.parent.as_posix(), _read(path)
+                refuse_renamed(flat(_plain(node), group.replace("/", ".")), str(path))
                 if group == "loss" and "_target_" in node:
                     _store_schema(node, path)
                 store.store(group=group, name=path.stem, node=node, provider=str(path))
@@ -144,6 +146,10 @@ def _read(path: Path) -> DictConfig:
     return node
 
 
+def _plain(node: DictConfig) -> Any:
+    return OmegaConf.to_container(node)
+
+
 def _store_recipe(path: Path, folder: Path) -> None:
     """Serve one recipe file, its `loss:` block bound to the loss that it was written for.
 
@@ -154,10 +160,13 @@ def _store_recipe(path: Path, folder: Path) -> None:
     name = path.relative_to(folder).with_suffix("").as_posix()
     group, _, stem = f"recipe/{name}".rpartition("/")
     node = _read(path)
+    refuse_renamed(flat(_plain(node)), str(path))
     with open_dict(node):
         sweep = node.pop("sweep", None)
     if sweep is not None:
-        store.store(group=_SWEEPS, name=name.replace("/", "."), node={"members": _sweep_entries(sweep, path)})
+        entries = _sweep_entries(sweep, path)
+        refuse_renamed((setting.partition("=")[0] for entry in entries for setting in entry), str(path))
+        store.store(group=_SWEEPS, name=name.replace("/", "."), node={"members": entries})
     if isinstance(node.get("loss"), DictConfig):
         defaults = node.get("defaults", [])
         chosen = [i for i, d in enumerate(defaults) if isinstance(d, DictConfig) and "override /loss" in d]
@@ -288,6 +297,7 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
         if not override.key_or_group:
             raise UserError(f"'{text}' is no setting of the form key=value: it has no key.")
         parsed.append(override)
+    refuse_renamed(override.key_or_group for override in parsed)
     return parsed
 
 

@@ -1,0 +1,36 @@
+"""Settings that have a new name: the old name is refused in one sentence that gives the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from alignment.errors import UserError
+
+RENAMED = {"reference.stages": "reference.parts"}
+"""Old name of a setting -> its name now. Add a line when you rename a key of the schema."""
+
+
+def refuse_renamed(keys: Iterable[str], place: str = "") -> None:
+    """Refuse settings under a name of before.
+
+    Args:
+        keys: names of settings, with dots.
+        place: the file or folder that holds them, for the sentence; empty for the command line.
+
+    Raises:
+        UserError: the first such key, and its name now.
+    """
+    for key in keys:
+        old = key.removeprefix("sft.")  # the SFT stage has sections of the same types as the run
+        if old in RENAMED:
+            new = key.removesuffix(old) + RENAMED[old]
+            raise UserError(f"{place}{': ' if place else ''}{key} is now called {new}.")
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, its keys joined by dots."""
+    if isinstance(value, Mapping) and value:
+        items = [flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
+        return {key: v for item in items for key, v in item.items()}
+    return {prefix: value}
