@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.comparison.members import is_run, names, read_member, run_folders
+from alignment.comparison.members import is_run, read_member, run_folders, short_names
 from alignment.comparison.page import to_html, to_markdown
 from alignment.comparison.ranking import compare
 from alignment.comparison.tables import to_csv
@@ -33,7 +33,7 @@ def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False)
         UserError: one of the folders neither is nor holds a run folder, or a file cannot be written; the others are.
     """
     runs = run_folders(folders)
-    found = compare([read_member(run, name) for run, name in zip(runs, names(runs), strict=True)])
+    found = compare([read_member(run, name) for run, name in zip(runs, short_names(runs), strict=True)])
     title = f"Comparison: {out.resolve().name}"
     pages = {"md": to_markdown(found, title), "csv": to_csv(found), "html": to_html(found, title)}
     failed = []

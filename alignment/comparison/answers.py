@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.comparison.head_to_head import MOST
-from alignment.comparison.measures import baseline, verdict
-from alignment.comparison.members import numbered
+from alignment.comparison.head_to_head import MAX_ENTRANTS
+from alignment.comparison.measures import start_model, verdict
+from alignment.comparison.members import rows_by_key
 from alignment.comparison.ranking import Comparison
 from alignment.evaluation.judge import Verdict
-from alignment.runs.folder import MODELS
-from alignment.runs.text import NONE, SAMPLES, cut, shown
+from alignment.runs.folder import MODEL_TITLES
+from alignment.runs.text import DASH, MAX_SAMPLES, clip, format_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ def questions(found: Comparison) -> Questions:
     """Prompts that most members answered, first those on which the judge does not think the same of all."""
     by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
     for member in found.members:
-        for prompt, sample in numbered(member.run.samples, "prompt").items():
+        for prompt, sample in rows_by_key(member.run.samples, "prompt").items():
             by_prompt.setdefault(prompt, {})[member.name] = sample
     most = max((len(samples) for samples in by_prompt.values()), default=0)
     asked = {prompt: samples for prompt, samples in by_prompt.items() if len(samples) == most}
     split = [prompt for prompt, samples in asked.items() if _is_split(samples)]
     alike = [prompt for prompt in asked if prompt not in split]
-    picked = _spread(split, SAMPLES)
-    picked += _spread(alike, SAMPLES - len(picked))
+    picked = _spread(split, MAX_SAMPLES)
+    picked += _spread(alike, MAX_SAMPLES - len(picked))
     note = f"{len(picked)} of {len(asked)} prompts."
     if split:
         which = "these come first" if len(split) <= len(picked) else "these are some of them"
@@ -74,15 +74,15 @@ def _spread(prompts: Sequence[str], most: int) -> list[str]:
 
 def _question(found: Comparison, samples: dict[str, dict[str, Any]]) -> Question:
     titles = found.titles
-    best = [next((m for m in variant.members if m.name in samples), None) for variant in found.best[:MOST]]
+    best = [next((m for m in variant.members if m.name in samples), None) for variant in found.best[:MAX_ENTRANTS]]
     first = [member for member in best if member is not None]
     named = {member.name for member in first}
     rest = [member for member in found.members if member.name in samples and member.name not in named]
     before: dict[Answer, None] = {}  # members of one start all say the same
     for member in (*first, *rest):
-        sample, name = samples[member.name], baseline(member)
+        sample, name = samples[member.name], start_model(member)
         if sample.get(name) is not None:
-            before[_answer(MODELS[name], sample, name)] = None
+            before[_answer(MODEL_TITLES[name], sample, name)] = None
     answers = [_answer(titles[member.name], samples[member.name], "final") for member in first]
     alike: dict[tuple[str, str], list[str]] = {}
     for member in rest:
@@ -93,14 +93,14 @@ def _question(found: Comparison, samples: dict[str, dict[str, Any]]) -> Question
 
 
 def _prompt(samples: dict[str, dict[str, Any]]) -> str:
-    return cut(next(iter(samples.values())).get("prompt"))
+    return clip(next(iter(samples.values())).get("prompt"))
 
 
 def _answer(model: str, sample: dict[str, Any], name: str) -> Answer:
-    return Answer(model, cut(sample.get(name)), _said(verdict(sample, name)))
+    return Answer(model, clip(sample.get(name)), _said(verdict(sample, name)))
 
 
 def _said(found: Verdict | None) -> str:
     if found is None:
-        return NONE
-    return ", ".join(["right" if found.correct else "wrong", f"score {shown(found.score)}", *found.reasons])
+        return DASH
+    return ", ".join(["right" if found.correct else "wrong", f"score {format_value(found.score)}", *found.reasons])

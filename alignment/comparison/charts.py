@@ -12,11 +12,11 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl, kl_error
-from alignment.comparison.members import Member, Variant
-from alignment.comparison.ranking import Comparison, interval, ranked_by
-from alignment.runs.folder import get, series
-from alignment.runs.text import is_number, shown
+from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl_error, kl_measure
+from alignment.comparison.members import ComparedRun, Variant
+from alignment.comparison.ranking import Comparison, in_rank_order, interval
+from alignment.runs.folder import dig, series
+from alignment.runs.text import format_value, is_number
 
 COLOURS = ("#3b82d6", "#d2622a", "#2f9e6e", "#b35fc4", "#a8820f", "#d6457f", "#4f93a6", "#8577d8")
 """Of losses, or of variants where there is one loss: each has a contrast of 3 or more to white and to the dark page."""
@@ -25,11 +25,11 @@ GLANCE = "At a glance"
 """The charts that the page begins with."""
 CURVES = "Curves"
 """The charts of this name share a legend."""
-_STEPS = 5
+_WINDOW = 5
 """Training steps that a point of a curve is the mean of: a step alone has few pairs."""
-_FEW = 6
+_SHOWN_AT_FIRST = 6
 """As many variants are told apart at a glance."""
-_MOST = 12
+_MAX_LEGEND = 12
 """As many fit into a legend."""
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _STROKES = ("", "8 5", "2 4", "8 4 2 4", "14 5", "14 4 2 4")
@@ -65,7 +65,7 @@ class Chart:
 def charts(found: Comparison) -> dict[str, list[Chart]]:
     """All that can be drawn, by what it is about."""
     groups = {
-        GLANCE: glances(found),
+        GLANCE: overviews(found),
         "Gain and distance from the reference": frontiers(found),
         "Sensitivity to settings": sensitivity(found),
         CURVES: [*curves(found), *lengths(found)],
@@ -74,7 +74,7 @@ def charts(found: Comparison) -> dict[str, list[Chart]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class LegendEntry:
     """A variant in the legend that charts share, with which it is shown in them or not."""
 
     label: str
@@ -116,27 +116,28 @@ def _safe(text: str) -> str:
     return html.escape(text.encode("utf-8", "replace").decode(), quote=False)
 
 
-def choices(found: Comparison) -> list[Choice]:
+def legend(found: Comparison) -> list[LegendEntry]:
     """The legend of the curves; where there are many variants, the best of each loss are shown at first."""
-    few = found.variants if len(found.variants) <= _FEW or not found.best else found.best[:_FEW]
+    few = found.variants if len(found.variants) <= _SHOWN_AT_FIRST or not found.best else found.best[:_SHOWN_AT_FIRST]
     known = []
     for variant in found.variants:
         colour, number = _style(found, variant)
-        known.append(Choice(variant.label, colour, _STROKES[number % len(_STROKES)], variant in few))
+        known.append(LegendEntry(variant.label, colour, _STROKES[number % len(_STROKES)], variant in few))
     return known
 
 
-def _line(found: Comparison, variant: Variant, member: Member, size: int, hover: str) -> dict[str, Any]:
+def _line(found: Comparison, variant: Variant, member: ComparedRun, size: int, hover: str) -> dict[str, Any]:
     """How a member's line looks, and what it says where it is pointed at."""
     colour, number = _style(found, variant)
+    label = _safe(variant.label)
     return {
         "mode": "lines+markers",
-        "name": _safe(variant.label),
+        "name": label,
         "meta": found.variants.index(variant),  # its place in the legend that charts share
-        "legendgroup": _safe(variant.label),
+        "legendgroup": label,
         "line": {"color": colour, "dash": _DASHES[number % len(_DASHES)], "width": 2},
         "marker": {"size": size, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
-        "hovertemplate": f"<b>{_safe(variant.label)}</b>, seed {_safe(shown(member.seed))}{hover}<extra></extra>",
+        "hovertemplate": f"<b>{label}</b>, seed {_safe(format_value(member.seed))}{hover}<extra></extra>",
     }
 
 
@@ -153,7 +154,7 @@ def curves(found: Comparison) -> list[Chart]:
     drawn = []
     for title, axis, metric in _METRICS:
         figure, split = go.Figure(), _split(found, metric)
-        where = "held-out pairs" if split == "eval" else f"training pairs, mean of the last {_STEPS} steps"
+        where = "held-out pairs" if split == "eval" else f"training pairs, mean of the last {_WINDOW} steps"
         for variant in found.variants:
             for member in variant.begun:
                 steps, values = series(member.run.metrics, "preference", split, metric)
@@ -181,8 +182,8 @@ def curves(found: Comparison) -> list[Chart]:
 
 
 def _trailing(values: Sequence[float]) -> list[float]:
-    """The mean of each value with those before it, up to `_STEPS` of them."""
-    windows = [values[max(0, i - _STEPS + 1) : i + 1] for i in range(len(values))]
+    """The mean of each value with those before it, up to `_WINDOW` of them."""
+    windows = [values[max(0, i - _WINDOW + 1) : i + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 
@@ -204,7 +205,7 @@ def lengths(found: Comparison) -> list[Chart]:
     for variant in found.variants:
         for member in variant.members:
             words = {
-                title: get(member.run.summary, "evaluation", "answers", m, "words") for m, title in moments.items()
+                title: dig(member.run.summary, "evaluation", "answers", m, "words") for m, title in moments.items()
             }
             values = {title: value for title, value in words.items() if is_number(value)}
             if values:
@@ -223,12 +224,12 @@ def _ranked_by(found: Comparison) -> list[Measure]:
     return [m for m in dict.fromkeys(measures) if any(m.values(variant) for variant in found.variants)]
 
 
-def glances(found: Comparison) -> list[Chart]:
+def overviews(found: Comparison) -> list[Chart]:
     """Every variant with its interval and its seeds, a row for each, the best on top."""
     drawn = []
     for measure in _ranked_by(found):
         figure = go.Figure()
-        for variant in ranked_by(found.variants, measure):
+        for variant in in_rank_order(found.variants, measure):
             colour, label = _style(found, variant)[0], _safe(variant.label)
             seeds = [(member, y) for member in variant.members if (y := measure.value(member)) is not None]
             if len(seeds) > 1:
@@ -237,7 +238,7 @@ def glances(found: Comparison) -> list[Chart]:
                     y=[label] * len(seeds),
                     mode="markers",
                     marker={"size": 7, "opacity": 0.45, "color": colour},
-                    text=[_safe(shown(member.seed)) for member, _ in seeds],
+                    text=[_safe(format_value(member.seed)) for member, _ in seeds],
                     hovertemplate=f"<b>{label}</b>, seed %{{text}}<br>%{{x:.1%}}<extra></extra>",
                 )
             mean = measure.mean(variant) or 0.0
@@ -266,7 +267,7 @@ def glances(found: Comparison) -> list[Chart]:
 
 def frontiers(found: Comparison) -> list[Chart]:
     """What was won for how much distance from the reference, by what is ranked by and by reward accuracy."""
-    distance = kl(found.members)
+    distance = kl_measure(found.members)
     drawn = [_frontier(found, measure, distance) for measure in _ranked_by(found)] if distance else []
     return [chart for chart in drawn if chart is not None]
 
@@ -297,7 +298,7 @@ def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart |
                 legendgroup=_safe(variant.label),
                 showlegend=False,
                 marker=look | {"size": 7, "opacity": 0.45},
-                text=[_safe(f"{variant.label}, seed {shown(member.seed)}") for member, _, _ in known],
+                text=[_safe(f"{variant.label}, seed {format_value(member.seed)}") for member, _, _ in known],
                 hovertemplate="<b>%{text}</b><br>%{y:.1%} at %{x:.3g} nats<extra></extra>",
             )
         figure.add_scatter(
@@ -308,7 +309,7 @@ def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart |
             mode="markers",
             name=_safe(variant.label),
             legendgroup=_safe(variant.label),
-            showlegend=len(found.variants) <= _MOST,
+            showlegend=len(found.variants) <= _MAX_LEGEND,
             marker=look | {"size": 11},
             hovertemplate=f"<b>{_safe(variant.label)}</b><br>%{{y:.1%}} at %{{x:.3g}} nats<extra></extra>",
         )
@@ -318,7 +319,7 @@ def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart |
     note = f"A large point is a variant, {'its bars the' if has_error else 'its bar the'} 95% interval"
     note += f"{'s' if has_error else ''}; small ones are its seeds. Across: {distance.axis}. Better is higher, and as "
     note += "near to the reference as can be. "
-    if len(found.variants) <= _MOST:
+    if len(found.variants) <= _MAX_LEGEND:
         note += "A click on the legend hides a variant, two show it alone."
     else:
         note += "Who a point is, it says where it is pointed at."
@@ -348,13 +349,13 @@ def sensitivity(found: Comparison) -> list[Chart]:
     if measure is None:
         return []
     losses = list(dict.fromkeys(variant.loss for variant in found.ranked))
-    asked = [(loss, key) for key in found.differing for loss in losses]
+    asked = [(loss, key) for key in found.differing_settings for loss in losses]
     figures = {places: figure for places in asked if (figure := _over(found, measure, *places)).data}
     heights = [y for v in found.ranked for y in (*measure.values(v), *(interval(measure, v) or ()))]
     drawn = []
     for (loss, key), figure in figures.items():
         numbers = sorted({x for line in figure.data for x in line.x})
-        ticks = {"tickvals": numbers, "ticktext": [shown(x) for x in numbers]}
+        ticks = {"tickvals": numbers, "ticktext": [format_value(x) for x in numbers]}
         figure.update_xaxes(ticks | ({"type": "log"} if numbers[0] > 0 and numbers[-1] / numbers[0] >= 4 else {}))
         figure.update_yaxes(tickformat=".0%", range=[min(heights) - 0.02, max(heights) + 0.02])
         figure.update_layout(height=280 if all(line.showlegend is False for line in figure.data) else None)
@@ -393,7 +394,7 @@ def _over(found: Comparison, measure: Measure, loss: str, key: str) -> go.Figure
             legendgroup=label,
             showlegend=False,
             marker={"size": 7, "opacity": 0.45, "color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
-            text=[_safe(shown(seed)) for _, _, seed in seeds],
+            text=[_safe(format_value(seed)) for _, _, seed in seeds],
             hovertemplate=f"<b>{label}</b>, seed %{{text}}<br>{name} %{{x}}: %{{y:.1%}}<extra></extra>",
         )
         means = [measure.mean(variant) or 0.0 for variant in group]

@@ -10,7 +10,7 @@ from alignment.comparison.members import Variant
 from alignment.comparison.ranking import Comparison
 from alignment.comparison.statistics import Difference, holm, paired_difference
 
-MOST = 8
+MAX_ENTRANTS = 8
 """As many variants meet: a matrix of more is no longer read."""
 
 
@@ -44,7 +44,7 @@ class Duel:
 
 def entrants(found: Comparison) -> list[Variant]:
     """Those with verdicts among all variants, or where these are too many, among the best of each loss."""
-    several = found.ranked if len(found.ranked) <= MOST else found.best[:MOST]
+    several = found.ranked if len(found.ranked) <= MAX_ENTRANTS else found.best[:MAX_ENTRANTS]
     return [variant for variant in several if any(verdicts(member) for member in variant.members)]
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.comparison.members import Member, Variant, numbered
+from alignment.comparison.members import ComparedRun, Variant, rows_by_key
 from alignment.evaluation.judge import Verdict, compare
-from alignment.runs.folder import change, count, eval_pairs, get, section
+from alignment.runs.folder import as_count, dig, eval_pairs, first_and_last, submapping
 from alignment.runs.text import is_number
 
 
@@ -27,12 +27,12 @@ class Measure:
 
     name: str
     axis: str
-    value: Callable[[Member], float | None]
+    value: Callable[[ComparedRun], float | None]
     share: bool = False
-    count: Callable[[Member], int] = lambda member: 0
-    items: Callable[[Member], Mapping[str, float]] = lambda member: {}
+    count: Callable[[ComparedRun], int] = lambda member: 0
+    items: Callable[[ComparedRun], Mapping[str, float]] = lambda member: {}
     unit: str = "items"
-    tied: Callable[[Member], float] = lambda member: 0.0
+    tied: Callable[[ComparedRun], float] = lambda member: 0.0
 
     def mean(self, variant: Variant) -> float | None:
         """Over the members that have it."""
@@ -58,50 +58,50 @@ def _number_of(value: Any) -> float | None:
     return float(value) if is_number(value) else None
 
 
-def _share(value: Callable[[Member], float | None]) -> Callable[[Member], float | None]:
+def _share(value: Callable[[ComparedRun], float | None]) -> Callable[[ComparedRun], float | None]:
     """The same, where it is a share at all."""
     return lambda member: found if (found := value(member)) is not None and 0 <= found <= 1 else None
 
 
-def evaluated(name: str) -> Callable[[Member], float | None]:
+def evaluated(name: str) -> Callable[[ComparedRun], float | None]:
     """A metric of the last evaluation on the held-out preference data."""
-    return lambda member: _number_of(get(member.run.summary, "stages", "preference", "metrics", f"eval/{name}"))
+    return lambda member: _number_of(dig(member.run.summary, "stages", "preference", "metrics", f"eval/{name}"))
 
 
-def _pair_items(name: str) -> Callable[[Member], dict[str, float]]:
-    def shares(member: Member) -> dict[str, float]:
+def _pair_items(name: str) -> Callable[[ComparedRun], dict[str, float]]:
+    def shares(member: ComparedRun) -> dict[str, float]:
         values = {key: _number_of(row.get(name)) for key, row in member.pairs.items()}
         return {key: value for key, value in values.items() if value is not None and 0 <= value <= 1}
 
     return shares
 
 
-def _answers(key: str) -> Callable[[Member], float | None]:
-    return lambda member: _number_of(get(member.run.summary, "evaluation", "answers", "final", key))
+def _answers(key: str) -> Callable[[ComparedRun], float | None]:
+    return lambda member: _number_of(dig(member.run.summary, "evaluation", "answers", "final", key))
 
 
-def _num_answers(member: Member) -> int:
-    return count(get(member.run.summary, "evaluation", "answers", "final", "n"))
+def _num_answers(member: ComparedRun) -> int:
+    return as_count(dig(member.run.summary, "evaluation", "answers", "final", "n"))
 
 
-def _num_pairs(member: Member) -> int:
+def _num_pairs(member: ComparedRun) -> int:
     return eval_pairs(member.run.summary)
 
 
-def baseline(member: Member) -> str:
+def start_model(member: ComparedRun) -> str:
     """The model that a preference stage started from, under its name in the evaluation."""
-    return "sft" if section(member.run.summary, "stages", "sft") else "start"
+    return "sft" if submapping(member.run.summary, "stages", "sft") else "start"
 
 
-def _won(member: Member, key: str) -> float | None:
-    return _number_of(get(member.run.summary, "evaluation", "win_rate", f"final_vs_{baseline(member)}", key))
+def _won(member: ComparedRun, key: str) -> float | None:
+    return _number_of(dig(member.run.summary, "evaluation", "win_rate", f"final_vs_{start_model(member)}", key))
 
 
-def _win_rate(member: Member) -> float | None:
+def _win_rate(member: ComparedRun) -> float | None:
     return _won(member, "rate")
 
 
-def _tied(member: Member) -> float:
+def _tied(member: ComparedRun) -> float:
     """Where it is not known, none, with which an interval is the widest."""
     rate, ties, count = _win_rate(member), _won(member, "ties"), _num_answers(member)
     known = rate is not None and ties is not None and count > 0 and 0 <= ties <= 2 * count * min(rate, 1 - rate)
@@ -110,17 +110,17 @@ def _tied(member: Member) -> float:
 
 def verdict(sample: Mapping[str, Any], model: str) -> Verdict | None:
     """What the judge thought of a model's answer; None where that was not kept whole."""
-    kept = section(sample, "verdicts", model)
+    kept = submapping(sample, "verdicts", model)
     score, reasons = _number_of(kept.get("score")), kept.get("reasons")
     if score is None:
         return None
     why = tuple(map(str, reasons)) if isinstance(reasons, list) else ()
-    return Verdict(score, kept.get("correct") is True, kept.get("direct") is True, count(kept.get("words")), why)
+    return Verdict(score, kept.get("correct") is True, kept.get("direct") is True, as_count(kept.get("words")), why)
 
 
-def verdicts(member: Member, model: str = "final") -> dict[str, Verdict]:
+def verdicts(member: ComparedRun, model: str = "final") -> dict[str, Verdict]:
     """By prompt."""
-    samples = numbered(member.run.samples, "prompt").items()
+    samples = rows_by_key(member.run.samples, "prompt").items()
     return {prompt: found for prompt, sample in samples if (found := verdict(sample, model)) is not None}
 
 
@@ -129,17 +129,17 @@ def wins(a: Mapping[str, Verdict], b: Mapping[str, Verdict]) -> dict[str, float]
     return {prompt: 0.5 + compare(a[prompt], b[prompt]) / 2 for prompt in a if prompt in b}
 
 
-def _wins(member: Member) -> dict[str, float]:
-    return wins(verdicts(member), verdicts(member, baseline(member)))
+def _wins(member: ComparedRun) -> dict[str, float]:
+    return wins(verdicts(member), verdicts(member, start_model(member)))
 
 
-def _correct(member: Member) -> dict[str, float]:
+def _correct(member: ComparedRun) -> dict[str, float]:
     return {prompt: float(found.correct) for prompt, found in verdicts(member).items()}
 
 
-def chosen_drift(member: Member) -> float | None:
+def chosen_drift(member: ComparedRun) -> float | None:
     """By how much the log-prob of held-out chosen completions changed."""
-    found = change(member.run, "logps/chosen")
+    found = first_and_last(member.run, "logps/chosen")
     return found[1] - found[0] if found else None
 
 
@@ -206,7 +206,7 @@ CRITERIA = (WIN_RATE, CORRECT, ACCURACY, OWN_ACCURACY, RANKING)
 """What variants may be ranked by: the first that every one of them has."""
 
 
-def criterion(found: Sequence[Variant]) -> Measure | None:
+def ranking_measure(found: Sequence[Variant]) -> Measure | None:
     """What to rank by; where none is known of all variants, the one that most have."""
     if not found:
         return None
@@ -214,11 +214,11 @@ def criterion(found: Sequence[Variant]) -> Measure | None:
     return best if any(best.values(variant) for variant in found) else None
 
 
-def _sampled_kl(member: Member) -> float | None:
-    return _number_of(get(member.run.summary, "evaluation", "kl/sampled", "mean"))
+def _sampled_kl(member: ComparedRun) -> float | None:
+    return _number_of(dig(member.run.summary, "evaluation", "kl/sampled", "mean"))
 
 
-def _offline_nats(member: Member) -> float | None:
+def _offline_nats(member: ComparedRun) -> float | None:
     """The mean log-ratio of held-out completions; of runs without that metric, of as many chosen as rejected ones."""
     chosen, rejected = (evaluated(f"nats/{side}")(member) for side in ("chosen", "rejected"))
     mean = (chosen + rejected) / 2 if chosen is not None and rejected is not None else None
@@ -237,12 +237,12 @@ KLS = (
 )
 
 
-def kl_error(member: Member) -> float:
+def kl_error(member: ComparedRun) -> float:
     """The standard error of the KL from samples; 0 where it is not known."""
-    return _number_of(get(member.run.summary, "evaluation", "kl/sampled", "se")) or 0.0
+    return _number_of(dig(member.run.summary, "evaluation", "kl/sampled", "se")) or 0.0
 
 
-def kl(members: Sequence[Member]) -> Measure | None:
+def kl_measure(members: Sequence[ComparedRun]) -> Measure | None:
     """How far policies are from their reference, by the best estimate that all have which have any."""
     whole = [member for member in members if not member.is_stopped]
     asked = [member for member in whole if any(measure.value(member) is not None for measure in KLS)]

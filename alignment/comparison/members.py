@@ -13,15 +13,25 @@ from typing import Any
 import yaml
 
 from alignment.errors import UserError
-from alignment.runs.folder import RUN_FILES, Run, eval_pairs, get, holds_any, loss_name, read_rows, read_run, section
-from alignment.runs.text import is_number, shown
+from alignment.runs.folder import (
+    RUN_FILES,
+    RunFiles,
+    dig,
+    eval_pairs,
+    holds_any,
+    loss_name,
+    read_rows,
+    read_run,
+    submapping,
+)
+from alignment.runs.text import format_value, is_number
 
 _SILENT = ("tracking", "resume")
 """Settings that change where a run reports to, and nothing of its result."""
 
 
 @dataclass(slots=True)
-class Member:
+class ComparedRun:
     """One run of a comparison.
 
     Attributes:
@@ -30,7 +40,7 @@ class Member:
     """
 
     name: str
-    run: Run
+    run: RunFiles
     settings: dict[str, Any] = field(default_factory=dict)
     seed: Any = None
     loss: str = ""
@@ -48,17 +58,17 @@ class Variant:
 
     loss: str
     settings: dict[str, Any]
-    members: list[Member]
-    stopped: list[Member] = field(default_factory=list)
+    members: list[ComparedRun]
+    stopped: list[ComparedRun] = field(default_factory=list)
 
     @property
     def label(self) -> str:
         """The loss with the settings that tell it from the others."""
-        parts = [f"{key.removeprefix('loss.')} {shown(value)}" for key, value in self.settings.items()]
+        parts = [f"{key.removeprefix('loss.')} {format_value(value)}" for key, value in self.settings.items()]
         return ", ".join([self.loss.upper(), *parts])
 
     @property
-    def begun(self) -> list[Member]:
+    def begun(self) -> list[ComparedRun]:
         """Those that trained to the end, and those that were stopped."""
         return [*self.members, *self.stopped]
 
@@ -76,7 +86,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def numbered(rows: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+def rows_by_key(rows: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
     """Rows by a key; the second of a key is another item than the first."""
     seen: Counter[str] = Counter()
     found = {}
@@ -87,10 +97,10 @@ def numbered(rows: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, An
     return found
 
 
-def _read_pairs(run: Run) -> dict[str, dict[str, Any]]:
+def _read_pairs(run: RunFiles) -> dict[str, dict[str, Any]]:
     name = "held_out.jsonl"
     if not os.path.exists(run.folder / name):
-        if section(run.summary, "stages", "preference") and eval_pairs(run.summary):
+        if submapping(run.summary, "stages", "preference") and eval_pairs(run.summary):
             run.problems.append(f"{name} is missing.")
         return {}
     rows = read_rows(run, name, lambda row: [value for key, value in row.items() if "/" in key])
@@ -100,18 +110,18 @@ def _read_pairs(run: Run) -> dict[str, dict[str, Any]]:
         run.problems.append(
             f"{name} lacks {lacking} of {eval_pairs(run.summary)} pairs: differences are over the others."
         )
-    return numbered(final, "key")
+    return rows_by_key(final, "key")
 
 
-def once(members: Sequence[Member]) -> tuple[list[Member], dict[str, str]]:
+def without_copies(members: Sequence[ComparedRun]) -> tuple[list[ComparedRun], dict[str, str]]:
     """The members without copies of others among them, and which of those left out is a copy of which.
 
     The same run, or one that did the same once more, ends with the very same policy: it is no second seed.
     """
-    kept: dict[tuple[Any, ...], Member] = {}
+    kept: dict[tuple[Any, ...], ComparedRun] = {}
     copies = {}
     for member in members:
-        identity = get(member.run.summary, "model", "final_identity")
+        identity = dig(member.run.summary, "model", "final_identity")
         key = (identity, member.loss, member.seed, json.dumps(member.settings, sort_keys=True, default=str))
         first = kept.setdefault(key, member) if identity else member
         if first is not member:
@@ -119,15 +129,15 @@ def once(members: Sequence[Member]) -> tuple[list[Member], dict[str, str]]:
     return [member for member in members if member.name not in copies], copies
 
 
-def read_member(folder: Path, name: str) -> Member:
+def read_member(folder: Path, name: str) -> ComparedRun:
     """Read a run folder; what is missing or broken, if it is all of it, is named in `run.problems`."""
     failed = folder / "failed.json"
     try:
         run = read_run(folder)
     except UserError as error:
-        run = Run(folder, problems=[] if os.path.isfile(failed) else [str(error)])
+        run = RunFiles(folder, problems=[] if os.path.isfile(failed) else [str(error)])
     if run.summary and run.summary.get("status") not in ("finished", "stopped"):
-        run.problems.append(f"it is not finished: its status is {shown(run.summary.get('status'))}.")
+        run.problems.append(f"it is not finished: its status is {format_value(run.summary.get('status'))}.")
     if os.path.exists(failed):
         try:
             run.problems.append(f"it failed: {_sentence(json.loads(failed.read_text('utf-8')))}")
@@ -135,18 +145,18 @@ def read_member(folder: Path, name: str) -> Member:
             run.problems.append("it failed, and failed.json cannot be read.")
     seed = run.summary.get("seed", run.config.get("seed"))
     # Without the configuration the summary still knows the loss, which is enough for a place beside the other seeds.
-    known = section(run.summary, "stages", "preference", "settings")
+    known = submapping(run.summary, "stages", "preference", "settings")
     settings = {}
     for key, value in _flat(run.config or (known and {"loss": known})):
         if key.split(".")[0] not in _SILENT and key.split(".")[-1] != "seed":
             settings[key] = value if isinstance(value, Hashable) else json.dumps(value, default=str)
     seed = seed if isinstance(seed, int | str) else None
-    return Member(name, run, settings, seed, _loss(run), _read_pairs(run))
+    return ComparedRun(name, run, settings, seed, _loss(run), _read_pairs(run))
 
 
-def _loss(run: Run) -> str:
+def _loss(run: RunFiles) -> str:
     """The name of the preference loss; empty for a run without one."""
-    if get(run.summary, "stages", "preference"):
+    if dig(run.summary, "stages", "preference"):
         return loss_name(run.summary)
     if not run.config.get("loss"):
         return ""
@@ -154,7 +164,7 @@ def _loss(run: Run) -> str:
         asked = yaml.safe_load((run.folder / ".hydra" / "hydra.yaml").read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         asked = None
-    return str(get(asked, "hydra", "runtime", "choices", "loss") or "unknown loss")
+    return str(dig(asked, "hydra", "runtime", "choices", "loss") or "unknown loss")
 
 
 def _sentence(value: Any) -> str:
@@ -209,19 +219,19 @@ def _number(folder: Path) -> tuple[bool, int, str]:
     return (not number.isdecimal(), int(number) if number.isdecimal() else 0, folder.name)
 
 
-def names(folders: Sequence[Path]) -> list[str]:
+def short_names(folders: Sequence[Path]) -> list[str]:
     """What tells the folders apart: their paths below the folder that they share."""
     base = os.path.commonpath([folder.parent for folder in folders])
     return [str(folder.relative_to(base)) for folder in folders]
 
 
-def differing(members: Sequence[Member]) -> list[str]:
+def differing_settings(members: Sequence[ComparedRun]) -> list[str]:
     """Settings with more than one value; those of a loss, among the members with that loss."""
     keys = {key for loss in {member.loss for member in members} for key in _varying(members, loss)}
     return [key for key in dict.fromkeys(key for member in members for key in member.settings) if key in keys]
 
 
-def _varying(members: Sequence[Member], loss: str) -> set[str]:
+def _varying(members: Sequence[ComparedRun], loss: str) -> set[str]:
     """What tells members with this loss from others: their own settings where those vary, and all else that does."""
     whole = [member for member in members if member.run.config]
     own = [member for member in members if member.loss == loss and member.settings]
@@ -236,10 +246,10 @@ def _comparable(value: Any) -> Hashable:
     return (type(value).__name__ if isinstance(value, bool) else "", value)
 
 
-def variants(members: Sequence[Member]) -> list[Variant]:
+def variants(members: Sequence[ComparedRun]) -> list[Variant]:
     """Members that trained a preference, by loss and differing settings, in the order of losses and of settings."""
     trained = [member for member in members if member.loss]
-    keys = differing(trained)
+    keys = differing_settings(trained)
     found: dict[tuple[Any, ...], Variant] = {}
     # What is the same for all with a loss goes with the loss, and is not said in each name.
     varying = {loss: _varying([m for m in trained if m.loss == loss], loss) for loss in {m.loss for m in trained}}

@@ -13,13 +13,21 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignment.comparison.answers import questions
-from alignment.comparison.charts import CURVES, GLANCE, Chart, charts, choices, library
+from alignment.comparison.charts import CURVES, GLANCE, Chart, charts, legend, library
 from alignment.comparison.ranking import Comparison
 from alignment.comparison.sentences import cautions, headline, not_available, overview
-from alignment.comparison.tables import Table, differences, head_to_head, member_table, on_pairs, results, what_ran
+from alignment.comparison.tables import (
+    Table,
+    differences,
+    head_to_head,
+    held_out_pairs,
+    member_table,
+    results,
+    settings_and_data,
+)
 from alignment.runs.text import escape_markdown, markdown_table
 
-_FEW = 3
+_LINES_IN_MARKDOWN = 3
 """How many of the members that a warning is about are named in Markdown, where nothing folds."""
 
 _TEMPLATES = Environment(
@@ -38,7 +46,7 @@ def _shared_note(several: Sequence[Chart]) -> str:
 
 
 def _tables(found: Comparison) -> list[Table]:
-    tables = [differences(found), results(found), head_to_head(found), on_pairs(found)]
+    tables = [differences(found), results(found), head_to_head(found), held_out_pairs(found)]
     return [table for table in tables if table is not None and table.rows]
 
 
@@ -64,11 +72,11 @@ def to_html(found: Comparison, title: str) -> str:
         shared_notes={part: _shared_note(several) for part, several in drawn.items()},
         first=GLANCE,
         shared_legend=CURVES,
-        choices=choices(found),
+        choices=legend(found),
         figures=data,
         library=_packed_library() if figures else "",
         questions=asked if (asked := questions(found)).shown else None,
-        facts=[what_ran(found), member_table(found)],
+        facts=[settings_and_data(found), member_table(found)],
         missing=not_available(found),
     )
 
@@ -79,9 +87,13 @@ def _packed_library() -> str:
     return base64.b64encode(gzip.compress(library().encode(), mtime=0)).decode()
 
 
-def _few(lines: Sequence[str]) -> str:
-    rest = len(lines) - _FEW
-    return "; ".join(line.rstrip(".") for line in lines[:_FEW]) + (f"; and {rest} more" if rest > 0 else "") + "."
+def _first_lines(lines: Sequence[str]) -> str:
+    rest = len(lines) - _LINES_IN_MARKDOWN
+    return (
+        "; ".join(line.rstrip(".") for line in lines[:_LINES_IN_MARKDOWN])
+        + (f"; and {rest} more" if rest > 0 else "")
+        + "."
+    )
 
 
 def to_markdown(found: Comparison, title: str) -> str:
@@ -103,7 +115,7 @@ def to_markdown(found: Comparison, title: str) -> str:
     if warned := cautions(found):
         parts += [
             "## Read this first",
-            bullets([f"{kind}: {_few(details)}" if details else kind for kind, details in warned]),
+            bullets([f"{kind}: {_first_lines(details)}" if details else kind for kind, details in warned]),
         ]
     parts.append("## Results")
     for content in _tables(found):
@@ -119,7 +131,7 @@ def to_markdown(found: Comparison, title: str) -> str:
         rows = [[answer.model, answer.text, answer.verdict] for answer in (*question.answers, *question.others)]
         parts.append(markdown_table(["model", "answer", "judge"], rows))
     parts.append("## What was run")
-    for content in (what_ran(found), member_table(found)):
+    for content in (settings_and_data(found), member_table(found)):
         parts += table(content)
     if lacking := not_available(found):
         parts += ["## Not available", bullets(lacking)]

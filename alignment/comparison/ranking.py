@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignment.comparison.measures import ACCURACY, Measure, criterion
-from alignment.comparison.members import Member, Variant, differing, once, variants
+from alignment.comparison.measures import ACCURACY, Measure, ranking_measure
+from alignment.comparison.members import ComparedRun, Variant, differing_settings, variants, without_copies
 from alignment.comparison.statistics import Difference, holm, paired_difference, unpaired_difference
 from alignment.evaluation.intervals import win_interval
-from alignment.runs.text import shown
+from alignment.runs.text import format_value
 
 
 @dataclass(frozen=True, slots=True)
-class Against:
+class Contrast:
     """The best variant against another one.
 
     Attributes:
@@ -35,7 +35,7 @@ class Standing:
     measure: Measure
     ranked: list[Variant]
     best: list[Variant]
-    against: list[Against]
+    contrasts: list[Contrast]
 
     @property
     def first(self) -> list[Variant]:
@@ -52,10 +52,10 @@ class Comparison:
         standing: by the measure that most variants have; None where none is known.
     """
 
-    members: list[Member]
+    members: list[ComparedRun]
     copies: dict[str, str]
     variants: list[Variant]
-    differing: list[str]
+    differing_settings: list[str]
     standing: Standing | None
 
     @property
@@ -74,15 +74,15 @@ class Comparison:
         return self.standing.best if self.standing else []
 
     @property
-    def against(self) -> list[Against]:
+    def contrasts(self) -> list[Contrast]:
         """The best of all against each other of `best`."""
-        return self.standing.against if self.standing else []
+        return self.standing.contrasts if self.standing else []
 
     @property
     def titles(self) -> dict[str, str]:
         """What members are, by their names: the variant and the seed."""
         found = {
-            member.name: f"{variant.label}, seed {shown(member.seed)}"
+            member.name: f"{variant.label}, seed {format_value(member.seed)}"
             for variant in self.variants
             for member in variant.begun
         }
@@ -91,24 +91,24 @@ class Comparison:
         return {member.name: titles.get(member.name, member.name) for member in self.members}
 
 
-def compare(members: Sequence[Member]) -> Comparison:
+def compare(members: Sequence[ComparedRun]) -> Comparison:
     """Rank the variants, and ask of the differences between the best whether they are noise."""
-    members, copies = once(members)
+    members, copies = without_copies(members)
     several = variants(members)
-    measure = criterion(several)
-    settings = differing([member for member in members if member.loss])
-    return Comparison(members, copies, several, settings, stand(several, measure) if measure else None)
+    measure = ranking_measure(several)
+    settings = differing_settings([member for member in members if member.loss])
+    return Comparison(members, copies, several, settings, rank_variants(several, measure) if measure else None)
 
 
-def ranked_by(found: Sequence[Variant], measure: Measure) -> list[Variant]:
+def in_rank_order(found: Sequence[Variant], measure: Measure) -> list[Variant]:
     """Those that have it, the best first; equal ones are in the order of reward accuracy."""
     known = [variant for variant in found if measure.values(variant)]
     return sorted(known, key=lambda variant: (-(measure.mean(variant) or 0.0), -(ACCURACY.mean(variant) or 0.0)))
 
 
-def stand(found: Sequence[Variant], measure: Measure) -> Standing:
+def rank_variants(found: Sequence[Variant], measure: Measure) -> Standing:
     """Rank the variants that have it, of which there must be one, and compare the best of each loss."""
-    ranked = ranked_by(found, measure)
+    ranked = in_rank_order(found, measure)
     losses = dict.fromkeys(variant.loss for variant in ranked)
     best = [next(variant for variant in ranked if variant.loss == loss) for loss in losses]
     best = best if len(best) > 1 else ranked
@@ -116,11 +116,11 @@ def stand(found: Sequence[Variant], measure: Measure) -> Standing:
     pairs = [(other, d) for other in others if (d := _difference(measure, top, other)) is not None]
     adjusted = iter(holm([d.p for _, d in pairs if d.p is not None]))
     worst = min(measure.values(top))
-    against = [
-        Against(other, d, None if d.p is None else next(adjusted), max(measure.values(other)) >= worst)
+    contrasts = [
+        Contrast(other, d, None if d.p is None else next(adjusted), max(measure.values(other)) >= worst)
         for other, d in pairs
     ]
-    return Standing(measure, ranked, best, against)
+    return Standing(measure, ranked, best, contrasts)
 
 
 def _difference(measure: Measure, a: Variant, b: Variant) -> Difference | None:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignment.comparison.measures import ACCURACY, WIN_RATE, Measure
-from alignment.comparison.members import Member, Variant
-from alignment.comparison.ranking import Against, Comparison, Standing, interval, stand
+from alignment.comparison.members import ComparedRun, Variant
+from alignment.comparison.ranking import Comparison, Contrast, Standing, interval, rank_variants
 from alignment.comparison.statistics import paired_difference
-from alignment.runs.cautions import warnings
-from alignment.runs.folder import get, status
-from alignment.runs.text import percent, short, shown
+from alignment.runs.cautions import cautions as run_cautions
+from alignment.runs.folder import dig, status
+from alignment.runs.text import format_value, percent, short_hash
 
 _SURE = "more than noise"
 
-_FEW = 4
+_NAMED_IN_SENTENCE = 4
 """As many can be listed in a sentence, or be sentences of their own."""
 
 
@@ -31,7 +31,7 @@ def _share(measure: Measure, variant: Variant) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    if len(names) > _FEW:
+    if len(names) > _NAMED_IN_SENTENCE:
         return f"{len(names)} others"
     return " and ".join(["; ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
@@ -39,14 +39,16 @@ def _listed(names: Sequence[str]) -> str:
 def overview(found: Comparison) -> str:
     """What is compared, in a sentence."""
     losses = list(dict.fromkeys(variant.loss.upper() for variant in found.variants))
-    seeds = list(dict.fromkeys(shown(member.seed) for member in found.members))
+    seeds = list(dict.fromkeys(format_value(member.seed) for member in found.members))
     said = [_counted(len(found.members), "run")]
     if losses:
         said.append(f"{_counted(len(found.variants), 'variant')} of {', '.join(losses)}")
         said.append(f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}")
 
     def only(name: str, *keys: str) -> None:
-        values = {shown(value) for member in found.members if (value := get(member.run.summary, *keys)) is not None}
+        values = {
+            format_value(value) for member in found.members if (value := dig(member.run.summary, *keys)) is not None
+        }
         if len(values) == 1:
             said.append(name.format(values.pop()))
 
@@ -61,14 +63,14 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def judged(against: Against) -> str:
+def judge_contrast(contrast: Contrast) -> str:
     """Whether a difference is noise, in words."""
-    difference = against.difference
+    difference = contrast.difference
     if difference.is_noise:
         return "within noise"
-    if against.p is not None and against.p > 0.05:
+    if contrast.p is not None and contrast.p > 0.05:
         return "not certain: the interval leaves out zero, p is above 0.05"
-    if against.seeds_overlap:
+    if contrast.seeds_overlap:
         return "more than noise of the items, but single seeds of the two overlap"
     return _SURE
 
@@ -84,7 +86,7 @@ def headline(found: Comparison) -> list[str]:
         said.append(_against_start(top, several))
     said += _behind(standing)
     if measure is not ACCURACY and all(ACCURACY.values(variant) for variant in found.ranked):
-        other = stand(found.variants, ACCURACY)
+        other = rank_variants(found.variants, ACCURACY)
         if other.first != standing.first:
             said.append(" ".join([f"By {ACCURACY.name}, {_place(other)}.", *_verdict(other, again=True)]))
     if stopped := sum(member.is_stopped for member in found.members):
@@ -107,7 +109,7 @@ def _place(standing: Standing) -> str:
         who = f"{top.label} is first of {among}"
     else:
         who = f"{_listed(first)} share the first place of {among}"
-        if len(first) > _FEW:
+        if len(first) > _NAMED_IN_SENTENCE:
             who = f"{len(first)} of {among} share the first place,"
     items = f"{measure.num_items(top)} held-out {measure.unit}"
     seeds = f", a mean over {len(top.members)} seeds" if len(top.members) > 1 else ""
@@ -116,14 +118,14 @@ def _place(standing: Standing) -> str:
 
 def _verdict(standing: Standing, again: bool = False) -> list[str]:
     """Whether the first is the winner."""
-    if not standing.against:
+    if not standing.contrasts:
         return []
-    behind = [a.other.label for a in standing.against if judged(a) == _SURE]
+    behind = [a.other.label for a in standing.contrasts if judge_contrast(a) == _SURE]
     top = "It" if len(standing.first) == 1 else standing.best[0].label
     others = "the other settings" if len({variant.loss for variant in standing.best}) == 1 else "the other losses' best"
-    if len(behind) == len(standing.against):
+    if len(behind) == len(standing.contrasts):
         return [f"{top} is ahead of {others} by more than noise."]
-    if all(a.difference.is_noise for a in standing.against):
+    if all(a.difference.is_noise for a in standing.contrasts):
         if again:
             return ["Chance explains this order too."]
         return [
@@ -132,7 +134,7 @@ def _verdict(standing: Standing, again: bool = False) -> list[str]:
         ]
     if not behind:
         return [f"{top} is not surely ahead of any of {others}."]
-    unsure = [a.other.label for a in standing.against if judged(a) != _SURE]
+    unsure = [a.other.label for a in standing.contrasts if judge_contrast(a) != _SURE]
     return [f"{top} is ahead of {_listed(behind)} by more than noise, and not surely ahead of {_listed(unsure)}."]
 
 
@@ -158,20 +160,20 @@ def _against_start(variant: Variant, is_first: bool) -> str:
 def _behind(standing: Standing) -> list[str]:
     """By how much, of as many as can be read in passing; the table has all."""
     ahead = "the first" if len(standing.first) == 1 else standing.best[0].label
-    told = standing.against if len(standing.against) <= _FEW else []
-    if told and all(against.difference.is_noise for against in told):
-        told = [max(told, key=lambda against: against.difference.value)]
-    furthest = len(told) < len(standing.against) and any(against.difference.value for against in told)
+    told = standing.contrasts if len(standing.contrasts) <= _NAMED_IN_SENTENCE else []
+    if told and all(contrast.difference.is_noise for contrast in told):
+        told = [max(told, key=lambda contrast: contrast.difference.value)]
+    furthest = len(told) < len(standing.contrasts) and any(contrast.difference.value for contrast in told)
     which = "Of the others the furthest behind: " if furthest else ""
     said = []
-    for against in told:
-        d = against.difference
+    for contrast in told:
+        d = contrast.difference
         gap = f"{points(d.value)} points behind" if d.value else "level with"
         items = standing.measure.num_items(standing.best[0])
         known = f", on the {d.count} of {items} {standing.measure.unit} that are kept" if d.count < items else ""
         said.append(
-            f"{which}{against.other.label} is {gap} {ahead}{known} (95% interval of the difference {points(d.low)} to "
-            f"{points(d.high)}): {judged(against)}."
+            f"{which}{contrast.other.label} is {gap} {ahead}{known} (95% interval of the difference {points(d.low)} to "
+            f"{points(d.high)}): {judge_contrast(contrast)}."
         )
     return said
 
@@ -182,18 +184,18 @@ def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
     trained = [member for member in found.members if member.loss]
 
     def unequal(title: str, key: Any) -> None:
-        by_value: dict[str, list[Member]] = {}
+        by_value: dict[str, list[ComparedRun]] = {}
         for member in trained:
             if (value := key(member)) is not None:
                 by_value.setdefault(str(value), []).append(member)
         if len(by_value) > 1:
-            said.append((title, [f"{short(value)}: {_who(found, about)}" for value, about in by_value.items()]))
+            said.append((title, [f"{short_hash(value)}: {_who(found, about)}" for value, about in by_value.items()]))
 
     def of_summary(*keys: str) -> Any:
-        return lambda member: get(member.run.summary, *keys)
+        return lambda member: dig(member.run.summary, *keys)
 
-    def steps(member: Member) -> Any:
-        return None if member.is_stopped else get(member.run.summary, "stages", "preference", "steps")
+    def steps(member: ComparedRun) -> Any:
+        return None if member.is_stopped else dig(member.run.summary, "stages", "preference", "steps")
 
     if found.copies:
         copies = [f"{copy}: the same run as {name}" for copy, name in found.copies.items()]
@@ -212,14 +214,14 @@ def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
     _seeds(found, said)
     by_kind: dict[str, dict[str, list[str]]] = {}
     for member in found.members:
-        for warned in () if member.is_stopped else warnings(member.run):
+        for warned in () if member.is_stopped else run_cautions(member.run):
             by_kind.setdefault(warned.kind, {}).setdefault(found.titles[member.name], []).append(warned.text)
     return said + [
         (kind, [f"{title}: {' '.join(texts)}" for title, texts in about.items()]) for kind, about in by_kind.items()
     ]
 
 
-def _who(found: Comparison, members: Sequence[Member]) -> str:
+def _who(found: Comparison, members: Sequence[ComparedRun]) -> str:
     """Their names; of a loss whose members all are among them, that of the loss."""
     whole = [
         loss
@@ -235,7 +237,7 @@ def _seeds(found: Comparison, said: list[tuple[str, list[str]]]) -> None:
     if measure is None:
         return
     seeds = {
-        variant.label: {shown(member.seed) for member in variant.members if measure.value(member) is not None}
+        variant.label: {format_value(member.seed) for member in variant.members if measure.value(member) is not None}
         for variant in found.ranked
     }
     counts = {len(of_variant) for of_variant in seeds.values()}
@@ -257,16 +259,16 @@ def _seeds(found: Comparison, said: list[tuple[str, list[str]]]) -> None:
         said.append(("Members with the same settings and seed ended with different policies, and count as two", again))
 
 
-def _unequal_starts(trained: Sequence[Member], said: list[tuple[str, list[str]]]) -> None:
+def _unequal_starts(trained: Sequence[ComparedRun], said: list[tuple[str, list[str]]]) -> None:
     """Members of one seed that started from different policies; between seeds SFT itself may differ."""
     by_seed: dict[Any, dict[str, list[str]]] = {}
     for member in trained:
-        start = get(member.run.summary, "stages", "preference", "start", "identity")
-        start = start or get(member.run.summary, "reference", "identity")
+        start = dig(member.run.summary, "stages", "preference", "start", "identity")
+        start = start or dig(member.run.summary, "reference", "identity")
         if start is not None:
             by_seed.setdefault(member.seed, {}).setdefault(str(start), []).append(member.name)
     details = [
-        f"seed {shown(seed)}, {short(start)}: {', '.join(names)}"
+        f"seed {format_value(seed)}, {short_hash(start)}: {', '.join(names)}"
         for seed, starts in by_seed.items()
         for start, names in starts.items()
     ]

@@ -22,15 +22,15 @@ from alignment.comparison.measures import (
     WIN_RATE,
     WORDS,
     Measure,
-    kl,
     kl_error,
+    kl_measure,
 )
-from alignment.comparison.members import Member, Variant
+from alignment.comparison.members import ComparedRun, Variant
 from alignment.comparison.ranking import Comparison, interval
-from alignment.comparison.sentences import judged, points
+from alignment.comparison.sentences import judge_contrast, points
 from alignment.comparison.statistics import ranks
-from alignment.runs.folder import count, get, section, status, stopped_at
-from alignment.runs.text import NONE, is_number, percent, short, shown
+from alignment.runs.folder import as_count, dig, status, stopped_at, submapping
+from alignment.runs.text import DASH, format_value, is_number, percent, short_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,15 @@ def results(found: Comparison) -> Table:
     """A row per variant, losses times settings: what its answers were worth, and how far it went."""
     measures = [m for m in (WIN_RATE, CORRECT, ACCURACY, found.rank_by) if m and _is_known(m, found)]
     measures = list(dict.fromkeys(sorted(measures, key=lambda measure: measure is not found.rank_by)))
-    others = [m for m in (WORDS, kl(found.members)) if m and _is_known(m, found)]
+    others = [m for m in (WORDS, kl_measure(found.members)) if m and _is_known(m, found)]
     places, by_seed = _places(found), _ranks_by_seed(found)
     columns = {"rank": f"by {found.rank_by.axis}; equal ones share the mean of their ranks"} if found.rank_by else {}
     columns |= _defined([*measures, *others])
     rows = []
     for variant in _in_order(found):
-        row = [variant.label, "stopped" if not variant.members else shown(places.get(id(variant)))]
-        row += [*(_cell(m, variant, found) for m in measures), *(_spread(m, variant) for m in others)]
-        row += [by_seed.get(id(variant), NONE)] if by_seed else []
+        row = [variant.label, "stopped" if not variant.members else format_value(places.get(id(variant)))]
+        row += [*(_share_cell(m, variant, found) for m in measures), *(_mean_cell(m, variant) for m in others)]
+        row += [by_seed.get(id(variant), DASH)] if by_seed else []
         rows.append([*row, _seeds(variant)])
     header = ["variant", "rank", *(_heading(m, found) for m in measures), *(m.name for m in others)]
     if by_seed:
@@ -81,11 +81,11 @@ def results(found: Comparison) -> Table:
 
 def _seeds(variant: Variant) -> str:
     """Those that the values are of, and those that were stopped early."""
-    stopped = [f"{shown(member.seed)} {stopped_at(member.run.summary)}" for member in variant.stopped]
-    return "\n".join([", ".join(shown(seed) for seed in variant.seeds), *stopped]).strip()
+    stopped = [f"{format_value(member.seed)} {stopped_at(member.run.summary)}" for member in variant.stopped]
+    return "\n".join([", ".join(format_value(seed) for seed in variant.seeds), *stopped]).strip()
 
 
-_FEW = 3
+_SEEDS_IN_CELL = 3
 """As many seeds have their values in a cell."""
 
 _OF_VALUES = (
@@ -95,14 +95,14 @@ _OF_VALUES = (
 )
 
 
-def on_pairs(found: Comparison) -> Table | None:
+def held_out_pairs(found: Comparison) -> Table | None:
     """A row per variant: what it makes of the held-out pairs."""
     shares = [m for m in (ACCURACY, OWN_ACCURACY, RANKING, RANKING_PER_TOKEN) if _is_known(m, found)]
     others = [m for m in (MARGIN, DRIFT) if _is_known(m, found)]
     if not shares and not others:
         return None
     rows = [
-        [variant.label, *(_cell(m, variant, found) for m in shares), *(_spread(m, variant) for m in others)]
+        [variant.label, *(_share_cell(m, variant, found) for m in shares), *(_mean_cell(m, variant) for m in others)]
         for variant in _in_order(found)
     ]
     header = ["variant", *(_heading(m, found) for m in shares), *(m.name for m in others)]
@@ -150,14 +150,14 @@ def _ranks_by_seed(found: Comparison) -> dict[int, str]:
     said = {}
     for i, variant in enumerate(found.ranked):
         own = [places[i] for places in by_seed]
-        said[id(variant)] = shown(sum(own) / len(own)) + _by_seeds(own, shown)
+        said[id(variant)] = format_value(sum(own) / len(own)) + _by_seeds(own, format_value)
     return said
 
 
-def _cell(measure: Measure, variant: Variant, found: Comparison) -> str:
+def _share_cell(measure: Measure, variant: Variant, found: Comparison) -> str:
     values = measure.values(variant)
     if not values:
-        return NONE
+        return DASH
     bounds = interval(measure, variant)
     text = percent(measure.mean(variant))
     text += f" of {measure.num_items(variant)}" if _heading(measure, found) == measure.name else ""
@@ -165,10 +165,10 @@ def _cell(measure: Measure, variant: Variant, found: Comparison) -> str:
     return text + _by_seeds(values, points)
 
 
-def _spread(measure: Measure, variant: Variant) -> str:
+def _mean_cell(measure: Measure, variant: Variant) -> str:
     values = measure.values(variant)
     if not values:
-        return NONE
+        return DASH
     mean = sum(values) / len(values)
     error = 1.96 * sum(map(kl_error, variant.members)) / len(variant.members) if measure is KLS[0] else 0.0
     bounds = f"\n({_digits(mean - error)} to {_digits(mean + error)})" if error else ""
@@ -185,27 +185,31 @@ def _by_seeds(values: Sequence[float], show: Callable[[float], str]) -> str:
     said = [show(value) for value in values]
     if len(set(said)) == 1:
         return "\nseeds alike"
-    return f"\nseeds {', '.join(said)}" if len(said) <= _FEW else f"\nseeds {show(min(values))} to {show(max(values))}"
+    return (
+        f"\nseeds {', '.join(said)}"
+        if len(said) <= _SEEDS_IN_CELL
+        else f"\nseeds {show(min(values))} to {show(max(values))}"
+    )
 
 
 def differences(found: Comparison) -> Table | None:
     """The best of each loss, or each setting of one loss, against the best of all."""
     standing = found.standing
-    if standing is None or not standing.against:
+    if standing is None or not standing.contrasts:
         return None
     measure, top = standing.measure, standing.best[0]
-    rows = [[top.label, _cell(measure, top, found), NONE, "the first", NONE, NONE]]
-    for against in standing.against:
-        d = against.difference
+    rows = [[top.label, _share_cell(measure, top, found), DASH, "the first", DASH, DASH]]
+    for contrast in standing.contrasts:
+        d = contrast.difference
         rows.append(
             [
-                against.other.label,
-                _cell(measure, against.other, found),
+                contrast.other.label,
+                _share_cell(measure, contrast.other, found),
                 f"{points(d.value)} points\n({points(d.low)} to {points(d.high)})"
                 + (f"\non {d.count} of {measure.num_items(top)}" if d.count < measure.num_items(top) else ""),
-                judged(against),
-                NONE if d.p is None else f"{d.better} to {d.worse}\nof {d.count}",
-                _p(against.p),
+                judge_contrast(contrast),
+                DASH if d.p is None else f"{d.better} to {d.worse}\nof {d.count}",
+                _p(contrast.p),
             ]
         )
     one_loss = len({variant.loss for variant in standing.best}) == 1
@@ -239,7 +243,7 @@ def head_to_head(found: Comparison) -> Table | None:
         row, shade = [variant.label], []
         for j in range(len(variants)):
             duel, turned = met.get((min(i, j), max(i, j))), i > j
-            row.append(_duel(duel, turned) if duel else NONE)
+            row.append(_duel(duel, turned) if duel else DASH)
             shade.append((1 - duel.rate if turned else duel.rate) if duel else None)
         rows.append(row)
         shades.append(shade)
@@ -269,41 +273,46 @@ def _duel(duel: Duel, turned: bool) -> str:
 
 
 def _p(p: float | None) -> str:
-    return NONE if p is None else "below 0.001" if p < 0.001 else f"{p:.3f}"
+    return DASH if p is None else "below 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def what_ran(found: Comparison) -> Table:
+def settings_and_data(found: Comparison) -> Table:
     """What all members share, and where they do not, all that there is."""
     facts: dict[str, list[str]] = {}
 
     def add(name: str, value: Any) -> None:
-        if value is not None and shown(value) not in facts.setdefault(name, []):
-            facts[name].append(shown(value))
+        if value is not None and format_value(value) not in facts.setdefault(name, []):
+            facts[name].append(format_value(value))
 
     for member in found.members:
         summary = member.run.summary
         add("recipe", summary.get("recipe"))
-        add("model", member.settings.get("model.name", get(summary, "model", "name")))
-        add("quantisation", get(summary, "model", "quantization"))
+        add("model", member.settings.get("model.name", dig(summary, "model", "name")))
+        add("quantisation", dig(summary, "model", "quantization"))
         for stage, prefix in (("sft", "sft.data"), ("preference", "data")):
-            info = section(summary, "data", stage)
+            info = submapping(summary, "data", stage)
             title = "SFT data" if stage == "sft" else "preference data"
             if info:
-                source = shown(member.settings.get(f"{prefix}.source"))
-                add(title, f"{source}: {shown(info.get('train'))} to train on, {shown(info.get('eval'))} held out")
-        add("fingerprint of the preference data", _or_none(short, get(summary, "data", "preference", "fingerprint")))
+                source, train, held_out = map(
+                    format_value, (member.settings.get(f"{prefix}.source"), info.get("train"), info.get("eval"))
+                )
+                add(title, f"{source}: {train} to train on, {held_out} held out")
+        add(
+            "fingerprint of the preference data",
+            _or_none(short_hash, dig(summary, "data", "preference", "fingerprint")),
+        )
         if not member.is_stopped:
-            add("steps of the preference stage", get(summary, "stages", "preference", "steps"))
+            add("steps of the preference stage", dig(summary, "stages", "preference", "steps"))
         add("seeds", member.seed)
         add("commit", summary.get("git_commit"))
-        add("machine", get(summary, "machine", "gpu") or get(summary, "machine", "cpu"))
-        add("torch", get(summary, "versions", "torch"))
+        add("machine", dig(summary, "machine", "gpu") or dig(summary, "machine", "cpu"))
+        add("torch", dig(summary, "versions", "torch"))
     for variant in found.variants:
         for member in variant.begun:
             fixed = {k: v for k, v in member.settings.items() if k.startswith("loss.") and k not in variant.settings}
-            said = ", ".join(f"{key.removeprefix('loss.')} {shown(value)}" for key, value in fixed.items())
+            said = ", ".join(f"{key.removeprefix('loss.')} {format_value(value)}" for key, value in fixed.items())
             add(f"settings of {variant.loss.upper()} that do not differ", said or None)
-    facts["what differs between members"] = [", ".join(found.differing) or "nothing but the loss or the seed"]
+    facts["what differs between members"] = [", ".join(found.differing_settings) or "nothing but the loss or the seed"]
     rows = [[name, "; ".join(values)] for name, values in facts.items() if values]
     return Table("Settings and data", ["", ""], rows)
 
@@ -319,18 +328,18 @@ def member_table(found: Comparison) -> Table:
     header = ["member", "variant", "seed", "status", "steps", "seconds", "tokens/s", "peak memory, MiB"]
     rows = []
     for member in found.members:
-        stage = section(member.run.summary, "stages", "preference")
-        memory = get(stage, "memory", "measured")
+        stage = submapping(member.run.summary, "stages", "preference")
+        memory = dig(stage, "memory", "measured")
         rows.append(
             [
                 member.name,
-                labels.get(member.name, member.loss.upper() or NONE),
-                shown(member.seed),
+                labels.get(member.name, member.loss.upper() or DASH),
+                format_value(member.seed),
                 status(member.run.summary) or "unfinished",
-                shown(stage.get("steps")),
-                *(_digits(stage[k]) if is_number(stage.get(k)) else NONE for k in ("seconds", "tokens_per_second")),
-                f"{memory / 2**20:,.0f}" if is_number(memory) else NONE,
-                *([shown(_together(member))] if together else []),
+                format_value(stage.get("steps")),
+                *(_digits(stage[k]) if is_number(stage.get(k)) else DASH for k in ("seconds", "tokens_per_second")),
+                f"{memory / 2**20:,.0f}" if is_number(memory) else DASH,
+                *([format_value(_together(member))] if together else []),
             ]
         )
     note = "Time, throughput and memory are those of the preference stage."
@@ -347,34 +356,34 @@ def _labels(found: Comparison) -> dict[str, str]:
     return {member.name: variant.label for variant in found.variants for member in variant.begun}
 
 
-def _together(member: Member) -> int:
+def _together(member: ComparedRun) -> int:
     """How many members shared its process, itself among them."""
-    return count(get(member.run.summary, "cohort", "size")) or 1
+    return as_count(dig(member.run.summary, "cohort", "size")) or 1
 
 
 def to_csv(found: Comparison) -> str:
     """A row per member with plain numbers, for spreadsheets and scripts."""
     measures = (*CRITERIA, RANKING_PER_TOKEN, MARGIN, DRIFT, WORDS)
     labels = _labels(found)
-    header = ["member", "variant", "loss", *found.differing, "seed", "status", "n_pairs", "n_answers"]
+    header = ["member", "variant", "loss", *found.differing_settings, "seed", "status", "n_pairs", "n_answers"]
     header += [f"{m.name}{suffix}" for m in measures for suffix in (["", " low", " high"] if m.share else [""])]
     header += ["kl", "kl is", "seconds", "tokens_per_second", "peak_memory_bytes", "trained_together"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
-    drawn = kl(found.members)
+    drawn = kl_measure(found.members)
     for member in found.members:
-        stage = section(member.run.summary, "stages", "preference")
+        stage = submapping(member.run.summary, "stages", "preference")
         alone = Variant(member.loss, {}, [member])
         row: list[Any] = [member.name, labels.get(member.name), member.loss]
-        row += [member.settings.get(key) for key in found.differing]
+        row += [member.settings.get(key) for key in found.differing_settings]
         row += [member.seed, member.run.summary.get("status"), ACCURACY.count(member), CORRECT.count(member)]
         for measure in measures:
             row.append(measure.value(member))
             if measure.share:
                 row += interval(measure, alone) or (None, None)
         row += [drawn.value(member) if drawn else None, drawn.name if drawn else None]
-        row += [stage.get("seconds"), stage.get("tokens_per_second"), get(stage, "memory", "measured")]
+        row += [stage.get("seconds"), stage.get("tokens_per_second"), dig(stage, "memory", "measured")]
         row.append(_together(member))
         writer.writerow(row)
     return out.getvalue()

@@ -9,21 +9,21 @@ from typing import Any
 import plotly.graph_objects as go
 
 from alignment.comparison.charts import Chart, charts
-from alignment.comparison.measures import CRITERIA, DRIFT, MARGIN, RANKING_PER_TOKEN, WORDS, kl
+from alignment.comparison.measures import CRITERIA, DRIFT, MARGIN, RANKING_PER_TOKEN, WORDS, kl_measure
 from alignment.comparison.members import Variant
 from alignment.comparison.ranking import Comparison, interval
 from alignment.comparison.sentences import cautions, headline
 from alignment.comparison.statistics import ranks
-from alignment.comparison.tables import what_ran
+from alignment.comparison.tables import settings_and_data
 from alignment.runs.sweep_tracking import SweepSummary
-from alignment.runs.text import escape_markdown, shown
+from alignment.runs.text import escape_markdown, format_value
 
 
 def sweep_summary(found: Comparison, files: Sequence[Path]) -> SweepSummary:
     """The comparison for a tracker, with the files that it was written to."""
     header, rows = _table(found)
     return SweepSummary(
-        facts={name: value for name, value, *_ in what_ran(found).rows},
+        facts={name: value for name, value, *_ in settings_and_data(found).rows},
         notes="\n".join(
             f"- {escape_markdown(said)}" for said in [*headline(found), *(kind for kind, _ in cautions(found))]
         ),
@@ -37,17 +37,17 @@ def sweep_summary(found: Comparison, files: Sequence[Path]) -> SweepSummary:
 
 def _table(found: Comparison) -> tuple[list[str], list[list[Any]]]:
     """A row per variant, the best first."""
-    known = (*CRITERIA, RANKING_PER_TOKEN, MARGIN, DRIFT, WORDS, kl(found.members))
+    known = (*CRITERIA, RANKING_PER_TOKEN, MARGIN, DRIFT, WORDS, kl_measure(found.members))
     measures = [m for m in known if m is not None and any(m.values(variant) for variant in found.variants)]
-    header = ["variant", "loss", *(key.removeprefix("loss.").replace(".", " ") for key in found.differing)]
+    header = ["variant", "loss", *(key.removeprefix("loss.").replace(".", " ") for key in found.differing_settings)]
     header += ["seeds", "rank"]
     for measure in measures:
         header += [measure.name, *(f"{measure.name}, {part}" for part in ("low", "high", "items") if measure.share)]
     places = ranks([found.rank_by.mean(v) or 0.0 for v in found.ranked]) if found.rank_by is not None else []
     rows = []
     for i, variant in enumerate([*found.ranked, *(v for v in found.variants if v not in found.ranked)]):
-        row: list[Any] = [variant.label, variant.loss, *(variant.settings.get(key) for key in found.differing)]
-        row += [", ".join(map(shown, variant.seeds)), places[i] if i < len(places) else None]
+        row: list[Any] = [variant.label, variant.loss, *(variant.settings.get(key) for key in found.differing_settings)]
+        row += [", ".join(map(format_value, variant.seeds)), places[i] if i < len(places) else None]
         for measure in measures:
             row.append(measure.mean(variant))
             if measure.share:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alignment.course.landscape import Landscape
-from alignment.runs.folder import Run, series
+from alignment.runs.folder import RunFiles, series
 
 # The palette of Okabe and Ito, then the same once more in dashes: told apart by every common kind of colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,7 +28,7 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def spread(values: Mapping[str, Sequence[float]], title: str, x: str) -> Figure:
+def histograms(values: Mapping[str, Sequence[float]], title: str, x: str) -> Figure:
     """Outlines of histograms over each other, with the same bins; of whole numbers, as many to a bin."""
     figure, axes = _axes(title, x, "number")
     everything = np.array([v for some in values.values() for v in some])
@@ -55,7 +55,7 @@ def curves(
     return figure
 
 
-def metric(runs: Mapping[str, Run], name: str, y: str, level: float | None = None) -> Figure:
+def metric_curves(runs: Mapping[str, RunFiles], name: str, y: str, level: float | None = None) -> Figure:
     """One metric of the preference stage of several runs: in training as lines, on the held-out pairs as points."""
     lines = {label: series(run.metrics, "preference", "train", name) for label, run in runs.items()}
     figure = curves(lines, f"{name} (held-out pairs: points)", "optimizer step", y, level)

@@ -19,7 +19,7 @@ from alignment.config.compose import sweep_members
 from alignment.errors import UserError
 from alignment.evaluation.intervals import wilson_interval
 from alignment.policy.tiny_model import write_tiny_model
-from alignment.runs.folder import Run, change, eval_pairs, get, read_run, section
+from alignment.runs.folder import RunFiles, dig, eval_pairs, first_and_last, read_run, submapping
 
 OUTPUTS = Path("outputs") / "lab"
 """Where the runs of the notebooks are kept, below the folder that the notebook runs in."""
@@ -39,7 +39,7 @@ def is_fast() -> bool:
     return os.environ.get("ALIGNMENT_FAST", "0") not in ("", "0")
 
 
-def train(*overrides: str) -> dict[str, Run]:
+def train(*overrides: str) -> dict[str, RunFiles]:
     """Run `python -m alignment.run -m` with these settings of the quickstart, unless that was done before.
 
     Args:
@@ -91,16 +91,16 @@ def _command(module: str, *arguments: str) -> None:
             raise UserError(f"The command ended with status {process.returncode}: {last[0]}")
 
 
-def table(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+def table(runs: Mapping[str, RunFiles]) -> list[dict[str, Any]]:
     """One row per run: what was measured on the held-out pairs and answers, accuracies with 95% intervals."""
     return [{"run": name, **_measures(run)} for name, run in runs.items()]
 
 
-def _measures(run: Run) -> dict[str, Any]:
-    metrics: dict[str, Any] = section(run.summary, "stages", "preference", "metrics")
+def _measures(run: RunFiles) -> dict[str, Any]:
+    metrics: dict[str, Any] = submapping(run.summary, "stages", "preference", "metrics")
     accuracy, pairs = metrics.get("eval/nats/accuracies"), eval_pairs(run.summary)
     low, high = wilson_interval(accuracy, pairs) if accuracy is not None and pairs else (None, None)
-    drift = change(run, "logps/chosen")
+    drift = first_and_last(run, "logps/chosen")
     return {
         "pairs": pairs,
         "reward accuracy": accuracy,
@@ -110,6 +110,6 @@ def _measures(run: Run) -> dict[str, Any]:
         "margin (nats)": metrics.get("eval/nats/margins"),
         "margin (own units)": metrics.get("eval/rewards/margins"),
         "change of chosen (nats)": drift[1] - drift[0] if drift else None,
-        "words per answer": get(run.summary, "evaluation", "answers", "final", "words"),
-        "judge score": get(run.summary, "evaluation", "answers", "final", "judge_score"),
+        "words per answer": dig(run.summary, "evaluation", "answers", "final", "words"),
+        "judge score": dig(run.summary, "evaluation", "answers", "final", "judge_score"),
     }

@@ -6,24 +6,24 @@ import math
 from typing import NamedTuple
 
 from alignment.evaluation.intervals import wilson_interval
-from alignment.runs.folder import MODELS, Run, _is_end, change, eval_pairs, get, section, series
+from alignment.runs.folder import MODEL_TITLES, RunFiles, _is_end, dig, eval_pairs, first_and_last, series, submapping
 from alignment.runs.record import STAGES
-from alignment.runs.text import is_number, percent, shown
+from alignment.runs.text import format_value, is_number, percent
 
 
-class Warned(NamedTuple):
+class Caution(NamedTuple):
     """A reason for care: its kind, the same words for every run, and what it is in this run."""
 
     kind: str
     text: str
 
 
-def warnings(run: Run) -> list[Warned]:
+def cautions(run: RunFiles) -> list[Caution]:
     """What a careful reader would ask about before trusting the result."""
-    found: list[Warned] = []
+    found: list[Caution] = []
 
     def warn(kind: str, text: str) -> None:
-        found.append(Warned(kind, text))
+        found.append(Caution(kind, text))
 
     summary = run.summary
     broken = sum(1 for row in run.metrics if any(isinstance(v, float) and not math.isfinite(v) for v in row.values()))
@@ -32,7 +32,7 @@ def warnings(run: Run) -> list[Warned]:
             "The run became numerically unstable",
             f"{broken} rows of metrics.jsonl hold NaN or Infinity: the run became numerically unstable.",
         )
-    drift = change(run, "logps/chosen")
+    drift = first_and_last(run, "logps/chosen")
     if drift and drift[1] < drift[0] - 1:
         before, after, split = drift
         warn(
@@ -50,9 +50,9 @@ def warnings(run: Run) -> list[Warned]:
             warn(
                 "The held-out loss rose again",
                 f"The held-out loss of the {'SFT' if stage == 'sft' else stage} stage was lowest at step {at} "
-                f"({shown(best)}) and ended at {shown(values[-1])}: fewer steps might do better.",
+                f"({format_value(best)}) and ended at {format_value(values[-1])}: fewer steps might do better.",
             )
-    accuracy, pairs = get(summary, "stages", "preference", "metrics", "eval/rewards/accuracies"), eval_pairs(summary)
+    accuracy, pairs = dig(summary, "stages", "preference", "metrics", "eval/rewards/accuracies"), eval_pairs(summary)
     if is_number(accuracy) and 0 <= accuracy <= 1 and pairs:
         low, high = wilson_interval(accuracy, pairs)
         if low <= 0.5 <= high:
@@ -61,32 +61,32 @@ def warnings(run: Run) -> list[Warned]:
                 f"The reward accuracy of {percent(accuracy)} on {pairs} held-out pairs cannot be told from chance "
                 f"(95% interval {percent(low)} to {percent(high)}).",
             )
-    for name, entry in section(summary, "evaluation", "win_rate").items():
-        low, high = get(entry, "low"), get(entry, "high")
+    for name, entry in submapping(summary, "evaluation", "win_rate").items():
+        low, high = dig(entry, "low"), dig(entry, "high")
         if is_number(low) and is_number(high) and low <= 0.5 <= high:
-            other = MODELS.get(name.removeprefix("final_vs_"), name)
+            other = MODEL_TITLES.get(name.removeprefix("final_vs_"), name)
             warn(
                 "A win rate cannot be told from a draw",
                 f"The win rate against the model {other} cannot be told from a draw "
                 f"(95% interval {percent(low)} to {percent(high)}).",
             )
-    answers = section(summary, "evaluation", "answers")
+    answers = submapping(summary, "evaluation", "answers")
     words, correct = (
-        {model: get(answers, model, key) for model in MODELS if is_number(get(answers, model, key))}
+        {model: dig(answers, model, key) for model in MODEL_TITLES if is_number(dig(answers, model, key))}
         for key in ("words", "correct")
     )
     earlier = "sft" if "sft" in words else "start"
     if "final" in words and words.get(earlier, 0) > 0 and words["final"] > 1.2 * words[earlier]:
         warn(
             "Answers grew longer",
-            f"Answers grew from {words[earlier]:.1f} ({MODELS[earlier]}) to {words['final']:.1f} words: judges "
+            f"Answers grew from {words[earlier]:.1f} ({MODEL_TITLES[earlier]}) to {words['final']:.1f} words: judges "
             "often prefer length, so part of a win may be nothing else.",
         )
     ablest = max(correct, key=lambda model: correct[model], default="final")
     if "final" in correct and correct[ablest] > correct["final"]:
         warn(
             "Fewer answers are correct than before",
-            f"Fewer answers are correct at the end ({percent(correct['final'])}) than {MODELS[ablest]} "
+            f"Fewer answers are correct at the end ({percent(correct['final'])}) than {MODEL_TITLES[ablest]} "
             f"({percent(correct[ablest])}).",
         )
     return found

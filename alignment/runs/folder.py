@@ -14,13 +14,13 @@ import yaml
 from alignment.errors import UserError
 from alignment.files import atomic_write_text
 from alignment.runs.record import STAGES, metrics_row
-from alignment.runs.text import is_number, shown
+from alignment.runs.text import format_value, is_number
 
 RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
 
 _DEEPEST = 50
 """Levels within each other of a file: no run writes as many, and far more end the interpreter."""
-_FEW = 3
+_NAMED_LINES = 3
 """Broken lines of a file that are named."""
 
 _NUMBERS = (
@@ -30,11 +30,11 @@ _NUMBERS = (
 """Sections of a summary that hold numbers alone."""
 
 
-MODELS = {"start": "before training", "sft": "after SFT", "final": "final"}
+MODEL_TITLES = {"start": "before training", "sft": "after SFT", "final": "final"}
 
 
 @dataclass(slots=True)
-class Run:
+class RunFiles:
     """What could be read of a run folder; `problems` has a sentence for everything else.
 
     Attributes:
@@ -64,7 +64,7 @@ def _check_depth(value: Any, left: int) -> None:
         _check_depth(inner, left - 1)
 
 
-def read_rows(run: Run, name: str, numbers: Callable[[dict[str, Any]], Sequence[Any]]) -> list[dict[str, Any]]:
+def read_rows(run: RunFiles, name: str, numbers: Callable[[dict[str, Any]], Sequence[Any]]) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line.
 
     Lines that are none are left out, and `run.problems` says so, as it does of rows whose `numbers` are none.
@@ -90,7 +90,7 @@ def _metrics(line: bytes) -> dict[str, Any] | None:
 
 
 def _parsed_lines(
-    run: Run, name: str, parse: Callable[[bytes], dict[str, Any] | None]
+    run: RunFiles, name: str, parse: Callable[[bytes], dict[str, Any] | None]
 ) -> tuple[list[dict[str, Any]], bool]:
     """The rows of a file, and whether all lines are among them; `run.problems` says which are not."""
     try:
@@ -110,7 +110,9 @@ def _parsed_lines(
         run.problems.append(f"{name} was cut off in its last line, {last}, as happens when a run is killed.{left_out}")
         bad = [number for number in bad if number != last]
     if bad:
-        which = ", ".join(map(str, bad[:_FEW])) + (f" and {len(bad) - _FEW} more" if len(bad) > _FEW else "")
+        which = ", ".join(map(str, bad[:_NAMED_LINES])) + (
+            f" and {len(bad) - _NAMED_LINES} more" if len(bad) > _NAMED_LINES else ""
+        )
         run.problems.append(
             f"{name} cannot be read whole: of its {len(parsed)} lines {len(bad)} {'is' if len(bad) == 1 else 'are'} "
             f"broken and left out, line {which}."
@@ -144,10 +146,10 @@ def write_page(path: Path, text: str) -> None:
 
 
 def _scores(sample: dict[str, Any]) -> list[Any]:
-    return [get(verdict, "score") for verdict in section(sample, "verdicts").values()]
+    return [dig(verdict, "score") for verdict in submapping(sample, "verdicts").values()]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFiles:
     """Read what is there.
 
     Raises:
@@ -155,7 +157,7 @@ def read_run(folder: Path) -> Run:
     """
     if not holds_any(folder, RUN_FILES):
         raise UserError(f"{folder} is no run folder: it holds none of {', '.join(RUN_FILES)}.")
-    run = Run(folder)
+    run = RunFiles(folder)
 
     def read(name: str, parse: Callable[[Path], Any], empty: Any) -> Any:
         path = folder / name
@@ -174,10 +176,10 @@ def read_run(folder: Path) -> Run:
     run.summary = read("summary.json", lambda path: _mapping(json.loads(path.read_text("utf-8"))), {})
     run.metrics, whole = read("metrics.jsonl", lambda path: _parsed_lines(run, path.name, _metrics), ([], False))
     run.has_gaps = not whole
-    prompts = get(run.summary, "evaluation", "prompts")
+    prompts = dig(run.summary, "evaluation", "prompts")
     if (folder / "samples.jsonl").exists() or prompts:
         run.samples = read("samples.jsonl", lambda path: read_rows(run, path.name, _scores), [])
-    odd = [".".join(keys) for keys in _NUMBERS for keys in _no_numbers(get(run.summary, *keys), keys)]
+    odd = [".".join(keys) for keys in _NUMBERS for keys in _no_numbers(dig(run.summary, *keys), keys)]
     if odd:
         which = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         run.problems.append(f"summary.json holds something else than a finite number for {which}.")
@@ -199,7 +201,7 @@ def _no_numbers(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         yield keys
 
 
-def get(value: Any, *keys: str) -> Any:
+def dig(value: Any, *keys: str) -> Any:
     """The value under a path of keys; None where the path ends early."""
     for key in keys:
         if not isinstance(value, dict):
@@ -208,43 +210,43 @@ def get(value: Any, *keys: str) -> Any:
     return value
 
 
-def section(value: Any, *keys: str) -> dict[str, Any]:
+def submapping(value: Any, *keys: str) -> dict[str, Any]:
     """`get` of a mapping; empty where there is none."""
-    found = get(value, *keys)
+    found = dig(value, *keys)
     return found if isinstance(found, dict) else {}
 
 
 def eval_pairs(summary: dict[str, Any]) -> int:
     """How many pairs, rows or lists were held out of the preference data; 0 where that is not known."""
-    return count(get(summary, "data", "preference", "eval"))
+    return as_count(dig(summary, "data", "preference", "eval"))
 
 
-def count(value: Any) -> int:
+def as_count(value: Any) -> int:
     """How many, where that is what the value says; else 0."""
     return value if isinstance(value, int) and is_number(value) and value > 0 else 0
 
 
 def loss_name(summary: dict[str, Any]) -> str:
     """The name of the preference loss, or of its stage where that is lost."""
-    return str(get(summary, "stages", "preference", "loss") or "preference")
+    return str(dig(summary, "stages", "preference", "loss") or "preference")
 
 
 def stopped_at(summary: dict[str, Any]) -> str:
     """Where a run was stopped early."""
-    step, of_steps = (shown(get(summary, "stages", "preference", "stopped", key)) for key in ("step", "of_steps"))
+    step, of_steps = (
+        format_value(dig(summary, "stages", "preference", "stopped", key)) for key in ("step", "of_steps")
+    )
     return f"stopped at step {step} of {of_steps}"
 
 
 def status(summary: dict[str, Any]) -> str | None:
     """Whether the run is finished; of one that was stopped early also where and why. None where that is not known."""
-    found, why = summary.get("status"), section(summary, "stages", "preference", "stopped")
+    found, why = summary.get("status"), submapping(summary, "stages", "preference", "stopped")
     if found != "stopped" or not why:
-        return None if found is None else shown(found)
-    rung, place, of_members = (shown(why.get(key)) for key in ("rung", "place", "of_members"))
-    return (
-        f"{stopped_at(summary)}: at step {rung} number {place} of {of_members} members by {shown(why.get('metric'))} "
-        f"({shown(why.get('value'))})"
-    )
+        return None if found is None else format_value(found)
+    rung, place, of_members = (format_value(why.get(key)) for key in ("rung", "place", "of_members"))
+    metric, value = (format_value(why.get(key)) for key in ("metric", "value"))
+    return f"{stopped_at(summary)}: at step {rung} number {place} of {of_members} members by {metric} ({value})"
 
 
 def series(metrics: Sequence[dict[str, Any]], stage: str, split: str, name: str) -> tuple[list[int], list[float]]:
@@ -257,7 +259,7 @@ def series(metrics: Sequence[dict[str, Any]], stage: str, split: str, name: str)
     return [step for step, _ in points], [value for _, value in points]
 
 
-def change(run: Run, name: str) -> tuple[float, float, str] | None:
+def first_and_last(run: RunFiles, name: str) -> tuple[float, float, str] | None:
     """First and last value of a preference metric, of the evaluation if it has two points, else of training.
 
     Where lines are lost it is known of an evaluation alone that was made at the start and at the end.
@@ -269,5 +271,5 @@ def change(run: Run, name: str) -> tuple[float, float, str] | None:
     return None
 
 
-def _is_end(run: Run, stage: str, step: int) -> bool:
-    return bool(step == get(run.summary, "stages", stage, "steps"))
+def _is_end(run: RunFiles, stage: str, step: int) -> bool:
+    return bool(step == dig(run.summary, "stages", stage, "steps"))

@@ -11,11 +11,32 @@ from rich.table import Table
 from rich.text import Text
 
 from alignment.evaluation.intervals import wilson_interval
-from alignment.runs.cautions import warnings
-from alignment.runs.folder import MODELS, Run, count, eval_pairs, get, loss_name, read_run, section, status, write_page
+from alignment.runs.cautions import cautions
+from alignment.runs.folder import (
+    MODEL_TITLES,
+    RunFiles,
+    as_count,
+    dig,
+    eval_pairs,
+    loss_name,
+    read_run,
+    status,
+    submapping,
+    write_page,
+)
 from alignment.runs.plots import write_plots
 from alignment.runs.record import STAGES
-from alignment.runs.text import NONE, SAMPLES, cut, escape_markdown, is_number, markdown_table, percent, short, shown
+from alignment.runs.text import (
+    DASH,
+    MAX_SAMPLES,
+    clip,
+    escape_markdown,
+    format_value,
+    is_number,
+    markdown_table,
+    percent,
+    short_hash,
+)
 
 _STAGE_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "nats/margins", "ranking/accuracies")
 _ZERO = 1e-4
@@ -29,83 +50,84 @@ def _accuracy(share: Any, pairs: int) -> str:
 
 
 def _margin(value: Any) -> str:
-    return "0" if is_number(value) and abs(value) < _ZERO else shown(value)
+    return "0" if is_number(value) and abs(value) < _ZERO else format_value(value)
 
 
 def _stage_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for stage in STAGES:
-        entry = get(summary, "stages", stage)
+        entry = dig(summary, "stages", stage)
         if not isinstance(entry, dict):
             continue
         metrics = entry.get("metrics")
         final = [
-            f"{split} {name} {shown(get(metrics, f'{split}/{name}'))}"
+            f"{split} {name} {format_value(dig(metrics, f'{split}/{name}'))}"
             for split in ("train", "eval")
             for name in (_STAGE_METRICS if split == "eval" else ("loss",))
-            if get(metrics, f"{split}/{name}") is not None
+            if dig(metrics, f"{split}/{name}") is not None
         ]
         title = "SFT" if stage == "sft" else loss_name(summary).upper()
         rows.append(
             [
                 title,
-                shown(entry.get("steps")),
-                shown(entry.get("seconds")),
-                shown(entry.get("tokens_per_second")),
-                ", ".join(final) or NONE,
+                format_value(entry.get("steps")),
+                format_value(entry.get("seconds")),
+                format_value(entry.get("tokens_per_second")),
+                ", ".join(final) or DASH,
             ]
         )
     return ["stage", "steps", "seconds", "tokens/s", "final metrics"], rows
 
 
 def _win_rate(entry: Any) -> str:
-    counts = " / ".join(shown(get(entry, key)) for key in ("wins", "ties", "losses"))
-    low, high = percent(get(entry, "low")), percent(get(entry, "high"))
-    return f"{percent(get(entry, 'rate'))} ({low} to {high}), {counts}"
+    counts = " / ".join(format_value(dig(entry, key)) for key in ("wins", "ties", "losses"))
+    low, high = percent(dig(entry, "low")), percent(dig(entry, "high"))
+    return f"{percent(dig(entry, 'rate'))} ({low} to {high}), {counts}"
 
 
 def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Measures against models. Without the rows of metrics.jsonl the pairs are known for the final model only."""
-    evaluation, final = summary.get("evaluation"), get(summary, "stages", "preference", "metrics")
+    evaluation, final = summary.get("evaluation"), dig(summary, "stages", "preference", "metrics")
     first: dict[str, Any] = next(
         (row for row in metrics if row["stage"] == "preference" and row["split"] == "eval" and row["step"] == 0), {}
     )
-    before = "sft" if get(summary, "stages", "sft") else "start"
-    models = [name for name in MODELS if get(evaluation, "answers", name) or (name == "final" and final)]
+    before = "sft" if dig(summary, "stages", "sft") else "start"
+    models = [name for name in MODEL_TITLES if dig(evaluation, "answers", name) or (name == "final" and final)]
     if first and before not in models:
         models.insert(0, before)
     pairs = eval_pairs(summary)
 
     def answers(key: str, show: Callable[[Any], str]) -> Callable[[str], str]:
-        return lambda model: show(get(evaluation, "answers", model, key))
+        return lambda model: show(dig(evaluation, "answers", model, key))
 
     def pair_metric(key: str, show: Callable[[Any], str]) -> Callable[[str], str]:
         def cell(model: str) -> str:
             if model == before and key == "rewards/accuracies" and abs(first.get("rewards/margins", 1.0)) < _ZERO:
-                return NONE  # the policy is its own reference: the signs of its rewards are rounding
-            return show(get(final, f"eval/{key}") if model == "final" else first.get(key) if model == before else None)
+                return DASH  # the policy is its own reference: the signs of its rewards are rounding
+            return show(dig(final, f"eval/{key}") if model == "final" else first.get(key) if model == before else None)
 
         return cell
 
     def against(model: str) -> str:
-        entry = get(evaluation, "win_rate", f"final_vs_{model}")
-        return _win_rate(entry) if entry else NONE
+        entry = dig(evaluation, "win_rate", f"final_vs_{model}")
+        return _win_rate(entry) if entry else DASH
 
     def sampled_kl(model: str) -> str:
         if model != "final":
-            return NONE
-        mean, error = (get(evaluation, "kl/sampled", key) for key in ("mean", "se"))
+            return DASH
+        mean, error = (dig(evaluation, "kl/sampled", key) for key in ("mean", "se"))
         if not (is_number(mean) and is_number(error)):
-            return shown(mean)
-        return f"{shown(mean)} ({shown(mean - 1.959964 * error)} to {shown(mean + 1.959964 * error)})"
+            return format_value(mean)
+        low, high = (format_value(mean + z * error) for z in (-1.959964, 1.959964))
+        return f"{format_value(mean)} ({low} to {high})"
 
     measures: list[tuple[str, Callable[[str], str]]] = [
         ("win rate of the final model against it, wins / ties / losses", against),
-        ("judge score", answers("judge_score", shown)),
+        ("judge score", answers("judge_score", format_value)),
         ("correct", answers("correct", percent)),
         ("direct: short, without hedge or chatter", answers("direct", percent)),
-        ("mean length of answers, words", answers("words", shown)),
-        ("answers", answers("n", shown)),
+        ("mean length of answers, words", answers("words", format_value)),
+        ("answers", answers("n", format_value)),
         ("reward accuracy on held-out pairs", pair_metric("rewards/accuracies", lambda v: _accuracy(v, pairs))),
         ("reward margin, the loss's units", pair_metric("rewards/margins", _margin)),
         ("margin against the reference, nats", pair_metric("nats/margins", _margin)),
@@ -114,66 +136,66 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
     ]
     rows = [[title, *[cell(model) for model in models]] for title, cell in measures]
     titles = [
-        f"after {loss_name(summary).upper()}" if model == "final" and final else MODELS[model] for model in models
+        f"after {loss_name(summary).upper()}" if model == "final" and final else MODEL_TITLES[model] for model in models
     ]
-    return ["measure", *titles], [row for row in rows if set(row[1:]) - {NONE}]
+    return ["measure", *titles], [row for row in rows if set(row[1:]) - {DASH}]
 
 
-def _what_ran(run: Run) -> list[tuple[str, str]]:
+def _what_ran(run: RunFiles) -> list[tuple[str, str]]:
     config, summary = run.config, run.summary
     stages = summary.get("stages")
     loss = config.get("loss")
-    settings = loss if isinstance(loss, dict) else section(stages, "preference", "settings")
+    settings = loss if isinstance(loss, dict) else submapping(stages, "preference", "settings")
     facts: list[tuple[str, Any]] = [
         ("recipe", summary.get("recipe")),
         ("status", status(summary) or "unfinished, or its summary is lost"),
-        ("model", get(config, "model", "name") or get(summary, "model", "name")),
+        ("model", dig(config, "model", "name") or dig(summary, "model", "name")),
         ("quantisation", "none" if config and config.get("quantization") is None else "NF4" if config else None),
         (
             "adapter",
-            f"LoRA, r {shown(get(config, 'adapter', 'r'))}, alpha {shown(get(config, 'adapter', 'alpha'))}"
-            if get(config, "adapter")
+            "LoRA, r {}, alpha {}".format(*(format_value(dig(config, "adapter", key)) for key in ("r", "alpha")))
+            if dig(config, "adapter")
             else "none: the whole model is trained"
             if config
             else None,
         ),
-        ("SFT data", _data_line(run, "sft", get(config, "sft", "data", "source"))),
+        ("SFT data", _data_line(run, "sft", dig(config, "sft", "data", "source"))),
         (
             "preference data",
-            _data_line(run, "preference", get(config, "data", "source")) if loss or not config else None,
+            _data_line(run, "preference", dig(config, "data", "source")) if loss or not config else None,
         ),
         (
             "loss",
-            f"{loss_name(summary)} ({', '.join(f'{key} {shown(value)}' for key, value in settings.items())})"
-            if settings or get(stages, "preference")
+            f"{loss_name(summary)} ({', '.join(f'{key} {format_value(value)}' for key, value in settings.items())})"
+            if settings or dig(stages, "preference")
             else None,
         ),
         ("seed", summary.get("seed", config.get("seed"))),
         ("seconds", summary.get("seconds")),
         (
             "identity of the final policy",
-            get(summary, "model", "final_identity") or get(summary, "model", "identity"),
+            dig(summary, "model", "final_identity") or dig(summary, "model", "identity"),
         ),
         ("commit", summary.get("git_commit")),
         ("machine", _joined(summary.get("machine"))),
         ("versions", _joined(summary.get("versions"))),
     ]
-    return [(name, shown(value)) for name, value in facts if value is not None]
+    return [(name, format_value(value)) for name, value in facts if value is not None]
 
 
-def _data_line(run: Run, stage: str, source: Any) -> str | None:
-    info = get(run.summary, "data", stage)
+def _data_line(run: RunFiles, stage: str, source: Any) -> str | None:
+    info = dig(run.summary, "data", stage)
     parts = [str(source)] if source else []
     for key, title in (("train", "rows to train on"), ("eval", "held out"), ("fingerprint", "")):
-        if get(info, key) is not None:
-            parts.append(f"{shown(info[key])} {title}" if title else f"fingerprint {short(info[key])}")
+        if dig(info, key) is not None:
+            parts.append(f"{format_value(info[key])} {title}" if title else f"fingerprint {short_hash(info[key])}")
     return "; ".join(parts) or None
 
 
 def _joined(mapping: Any) -> str | None:
     if not isinstance(mapping, dict):
         return None
-    return ", ".join(f"{key} {shown(value)}" for key, value in mapping.items() if value is not None)
+    return ", ".join(f"{key} {format_value(value)}" for key, value in mapping.items() if value is not None)
 
 
 def _reference_line(reference: Any) -> str | None:
@@ -181,7 +203,7 @@ def _reference_line(reference: Any) -> str | None:
         return None
     order = ("mode", "identity", "hits", "misses", "spot_checks", "spot_check_max_diff", "seconds", "path")
     parts = [
-        f"{key.replace('_', ' ')} {short(reference[key]) if key == 'identity' else shown(reference[key])}"
+        f"{key.replace('_', ' ')} {short_hash(reference[key]) if key == 'identity' else format_value(reference[key])}"
         for key in order
         if reference.get(key) is not None
     ]
@@ -192,14 +214,16 @@ def _reference_line(reference: Any) -> str | None:
 
 def _sample_table(samples: Sequence[dict[str, Any]]) -> str:
     columns = [("prompt", "prompt")] + [
-        (key, title) for key, title in MODELS.items() if any(sample.get(key) is not None for sample in samples)
+        (key, title) for key, title in MODEL_TITLES.items() if any(sample.get(key) is not None for sample in samples)
     ]
-    picked = [samples[i * len(samples) // min(SAMPLES, len(samples))] for i in range(min(SAMPLES, len(samples)))]
-    rows = [[cut(sample.get(key)) for key, _ in columns] for sample in picked]
+    picked = [
+        samples[i * len(samples) // min(MAX_SAMPLES, len(samples))] for i in range(min(MAX_SAMPLES, len(samples)))
+    ]
+    rows = [[clip(sample.get(key)) for key, _ in columns] for sample in picked]
     return markdown_table([title for _, title in columns], rows)
 
 
-def _plots(run: Run) -> list[Path]:
+def _plots(run: RunFiles) -> list[Path]:
     try:
         return write_plots(run.metrics, run.folder / "plots")
     except OSError as error:
@@ -216,7 +240,7 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     title = escape_markdown(str(run.summary.get("recipe") or run_dir.resolve().parent.name))
     parts = [f"# {title}, {escape_markdown(run_dir.resolve().name)}"]
-    if found := warnings(run):
+    if found := cautions(run):
         parts += ["## Read this first", "\n".join(f"- {escape_markdown(warning.text)}" for warning in found)]
     header, rows = _evaluation_table(run.summary, run.metrics)
     if rows:
@@ -225,7 +249,7 @@ def write_report(run_dir: Path) -> Path:
     header, rows = _stage_table(run.summary)
     if rows:
         parts += ["## Stages", markdown_table(header, rows)]
-    if (together := count(get(run.summary, "cohort", "size"))) > 1:
+    if (together := as_count(dig(run.summary, "cohort", "size"))) > 1:
         parts.append(
             f"Up to {together} members of a sweep trained together in one process: in the seconds of the preference "
             "stage the others trained too, and tokens/s are this run's share of what the process did."

@@ -22,14 +22,14 @@ def escape_markdown(text: str) -> str:
     return text.replace("\n", "<br>")
 
 
-SAMPLES = 8
+MAX_SAMPLES = 8
 """How many samples a report shows."""
 
-_CHARACTERS = 700
+_MAX_CHARACTERS = 700
 """Of a sample that a report shows."""
 
 
-NONE = "-"
+DASH = "-"
 
 
 def is_number(value: Any) -> bool:
@@ -37,31 +37,31 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A number to 4 digits, a mapping in brackets, anything else as it is, nothing as a dash."""
     if value is None or value == "":
-        return NONE
+        return DASH
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, dict):
-        return f"({', '.join(f'{key} {shown(inner)}' for key, inner in value.items())})"
+        return f"({', '.join(f'{key} {format_value(inner)}' for key, inner in value.items())})"
     return str(value)
 
 
-def cut(value: Any) -> str:
+def clip(value: Any) -> str:
     """As much of a text of a model as a report shows."""
-    text = str(value) if value is not None else NONE
-    return text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + " ..."
+    text = str(value) if value is not None else DASH
+    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + " ..."
 
 
 def percent(value: Any) -> str:
     """A share in percent; anything else as `shown`."""
-    return f"{100 * value:.1f}%" if is_number(value) else shown(value)
+    return f"{100 * value:.1f}%" if is_number(value) else format_value(value)
 
 
-def short(digest: Any) -> str:
+def short_hash(digest: Any) -> str:
     """Enough of a hash to tell it from others; the whole is in summary.json."""
     return str(digest)[:16]
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.runs.folder import get, read_run, series
+from alignment.runs.folder import dig, read_run, series
 from tests.bench.job import MAX_LENGTH, MAX_PROMPT_LENGTH, ROOT, Case, Job, environment
 from tests.bench.slices import SECONDS, Side, Spent, run_sides
 from tests.bench.summary import Goal, check_losses
@@ -189,7 +189,7 @@ class Sweep:
         }
         if not self._on_gpu:
             return losses, None
-        return losses, max(get(run.summary, "stages", "preference", "memory", "measured") for run in runs)
+        return losses, max(dig(run.summary, "stages", "preference", "memory", "measured") for run in runs)
 
 
 def measure(sweep: Sweep, quick: bool, keep: Callable[[list[Ended]], None]) -> list[Ended]:

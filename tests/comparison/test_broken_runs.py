@@ -14,7 +14,7 @@ from alignment.comparison.charts import curves
 from alignment.comparison.measures import chosen_drift
 from alignment.comparison.members import read_member
 from alignment.comparison.ranking import compare
-from alignment.runs.cautions import warnings
+from alignment.runs.cautions import cautions
 from alignment.runs.folder import series
 from alignment.runs.record import RunRecord
 from tests.helpers.run_folders import change_json, make_run
@@ -128,10 +128,10 @@ def test_a_change_is_not_said_where_its_first_or_last_value_is_lost(tmp_path, lo
 def test_the_loss_is_said_to_have_risen_only_where_its_end_is_known(tmp_path):
     record = RunRecord(make_run(tmp_path / "a"))
     record.log("preference", 12, "eval", {"loss": 0.9})  # as if the end came after, and is lost
-    assert any("ended at 0.9" in warned.text for warned in warnings(read_member(tmp_path / "a", "a").run))
+    assert any("ended at 0.9" in warned.text for warned in cautions(read_member(tmp_path / "a", "a").run))
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
         file.write("{")
-    assert not warnings(read_member(tmp_path / "a", "a").run)
+    assert not cautions(read_member(tmp_path / "a", "a").run)
 
 
 def test_a_difference_over_fewer_items_than_the_means_says_so(tmp_path):

@@ -9,12 +9,12 @@ import pytest
 from alignment import report
 from alignment.comparison import write_comparison
 from alignment.comparison.answers import questions
-from alignment.comparison.charts import COLOURS, choices, curves, frontiers, glances, lengths, sensitivity
-from alignment.comparison.measures import KLS, WIN_RATE, kl
+from alignment.comparison.charts import COLOURS, curves, frontiers, legend, lengths, overviews, sensitivity
+from alignment.comparison.measures import KLS, WIN_RATE, kl_measure
 from alignment.comparison.members import read_member, run_folders, variants
 from alignment.comparison.ranking import compare, interval
-from alignment.comparison.sentences import cautions, headline, judged
-from alignment.comparison.tables import differences, member_table, on_pairs, results, what_ran
+from alignment.comparison.sentences import cautions, headline, judge_contrast
+from alignment.comparison.tables import differences, held_out_pairs, member_table, results, settings_and_data
 from alignment.errors import UserError
 from alignment.evaluation.intervals import win_interval
 from tests.helpers.run_folders import change_json, make_run
@@ -51,7 +51,7 @@ def sweep(tmp_path):
 
 def test_variants_are_told_apart_by_what_differs(sweep):
     found = compare([read_member(folder, folder.name) for folder in run_folders([sweep])])
-    assert found.differing == ["loss.beta"], "a setting that only one loss has, or a seed, is no difference"
+    assert found.differing_settings == ["loss.beta"], "a setting that only one loss has, or a seed, is no difference"
     labels = ["DPO, beta 0.1", "DPO, beta 0.5", "SIMPO, beta 2", "SIMPO, beta 8"]
     assert [variant.label for variant in found.variants] == labels
     assert [variant.seeds for variant in found.variants] == [[0, 1]] * 4
@@ -65,7 +65,7 @@ def test_means_intervals_and_ranks(sweep):
     # (16 + 18) / 2 of 20: Wilson at 0.85, n = 20 (two seeds ask the same 20) is 0.6396 to 0.9476.
     assert best["reward accuracy (n\u00a020)"] == "85.0%\n(64.0 to 94.8)\nseeds 80.0, 90.0"
     assert best["rank"] == "1"
-    pairs = row_of(on_pairs(found), "DPO, beta 0.1")
+    pairs = row_of(held_out_pairs(found), "DPO, beta 0.1")
     assert pairs["margin, nats"] == "8.5\nseeds 8, 9"
     assert pairs["drift of chosen, nats"] == "-0.5\nseeds alike"
     # Seed 0: 16, 15, 12, 11; seed 1: 18, 13, 11, 10. So DPO with 0.5 is 3rd, then 4th.
@@ -81,12 +81,12 @@ def test_means_intervals_and_ranks(sweep):
 def test_the_best_of_each_loss_are_compared_by_pairs(sweep):
     """By pair, means over seeds: DPO 16 ones and 2 halves, SimPO 13 and 2. Better on 13 < i <= 18: 5, worse on none."""
     found = compared(*run_folders([sweep]))
-    [against] = found.against
-    difference = against.difference
-    assert against.other.label == "SIMPO, beta 2"
+    [contrast] = found.contrasts
+    difference = contrast.difference
+    assert contrast.other.label == "SIMPO, beta 2"
     assert (difference.better, difference.worse, difference.count) == (5, 0, 20)
     assert difference.value == pytest.approx(0.85 - 0.70)
-    assert against.p == pytest.approx(2 / 32)
+    assert contrast.p == pytest.approx(2 / 32)
     said = headline(found)
     assert "DPO, beta 0.1 is first of 4 variants with 85.0% (64.0% to 94.8%) on 20 held-out pairs" in said[0]
     assert "none of these can be called the winner" in said[1], "5 of 5 are not enough: p is 0.0625"
@@ -110,21 +110,21 @@ def test_who_compares_with_several_needs_more_to_be_sure(tmp_path):
     best = right(30, 40)
     other = [wins and i >= 8 for i, wins in enumerate(best[:-1])] + [True]
     folders = [make_run(tmp_path / "a", right=best), make_run(tmp_path / "b", settings={"beta": 0.5}, right=other)]
-    [alone] = compared(*folders).against
+    [alone] = compared(*folders).contrasts
     assert (alone.difference.better, alone.difference.worse) == (8, 1)
-    assert judged(alone) == "more than noise" and alone.p == pytest.approx(20 / 512)
+    assert judge_contrast(alone) == "more than noise" and alone.p == pytest.approx(20 / 512)
     found = compared(*folders, make_run(tmp_path / "c", settings={"beta": 0.9}, right=other))
-    assert [against.p for against in found.against] == [pytest.approx(40 / 512)] * 2
-    assert all(judged(against).startswith("not certain") for against in found.against)
+    assert [contrast.p for contrast in found.contrasts] == [pytest.approx(40 / 512)] * 2
+    assert all(judge_contrast(contrast).startswith("not certain") for contrast in found.contrasts)
     assert headline(found)[1] == "It is not surely ahead of any of the other settings."
 
 
 def test_without_pairs_the_difference_is_of_two_shares(tmp_path):
     a = make_run(tmp_path / "a", right=right(56, 70), keep_pairs=False)
     b = make_run(tmp_path / "b", settings={"beta": 0.5}, right=right(48, 80), keep_pairs=False)
-    [against] = compared(a, b).against
-    assert against.p is None
-    assert (against.difference.low, against.difference.high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    [contrast] = compared(a, b).contrasts
+    assert contrast.p is None
+    assert (contrast.difference.low, contrast.difference.high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
 
 def test_a_win_rate_goes_before_accuracy_and_is_that_of_its_questions(tmp_path):
@@ -138,7 +138,7 @@ def test_a_win_rate_goes_before_accuracy_and_is_that_of_its_questions(tmp_path):
         assert WIN_RATE.mean(variant) == pytest.approx(rate)
         items = WIN_RATE.by_item(variant)
         assert sum(items.values()) / len(items) == pytest.approx(rate)
-    assert (found.against[0].difference.better, found.against[0].difference.worse) == (3, 0)
+    assert (found.contrasts[0].difference.better, found.contrasts[0].difference.worse) == (3, 0)
     said = " ".join(headline(found))
     assert (
         "cannot be told from a draw with the model that it started from: better on 5 of 10 prompts, worse on 3" in said
@@ -190,12 +190,12 @@ def test_each_seed_may_start_from_its_own_policy(tmp_path):
 def test_the_distance_is_the_sampled_kl_only_where_all_have_it(tmp_path):
     a, b = make_run(tmp_path / "a", kl=3.0), make_run(tmp_path / "b", settings={"beta": 0.5})
     members = [read_member(folder, folder.name) for folder in (a, b)]
-    assert kl(members) is KLS[1]
+    assert kl_measure(members) is KLS[1]
     assert KLS[1].value(members[0]) == -3.0
     for folder, mean in ((a, 2.5), (b, 4.0)):
         change_json(folder / "summary.json", evaluation={"kl/sampled": {"n": 8, "mean": mean, "se": 0.1}})
         members = [read_member(each, each.name) for each in (a, b)]
-        assert kl(members) is (KLS[0] if folder == b else KLS[1])
+        assert kl_measure(members) is (KLS[0] if folder == b else KLS[1])
     assert [KLS[0].value(member) for member in members] == [2.5, 4.0]
     [chart] = frontiers(compare(members))
     points = chart.figure["data"]
@@ -209,7 +209,7 @@ def test_charts_hold_the_values(sweep):
     assert len(margins.figure["data"]) == 8
     assert margins.num_entries == 4, "seeds of a variant share an entry of the legend"
     assert [line["meta"] for line in margins.figure["data"]] == [0, 0, 1, 1, 2, 2, 3, 3], "places in the legend of all"
-    assert [choice.label for choice in choices(found)] == [variant.label for variant in found.variants]
+    assert [choice.label for choice in legend(found)] == [variant.label for variant in found.variants]
     assert list(margins.figure["data"][0]["y"]) == [0.0, 2.0, 4.0, 6.0, 8.0]
     dpo, simpo = sensitivity(found)
     assert [chart.title for chart in (dpo, simpo)] == ["DPO: beta", "SIMPO: beta"]
@@ -229,7 +229,7 @@ def test_charts_hold_the_values(sweep):
 
 
 def test_a_row_for_every_variant_at_a_glance(sweep):
-    [chart] = glances(compared(*run_folders([sweep])))
+    [chart] = overviews(compared(*run_folders([sweep])))
     means = [trace for trace in chart.figure["data"] if "error_x" in trace]
     assert [trace["y"][0] for trace in means] == ["DPO, beta 0.1", "SIMPO, beta 2", "DPO, beta 0.5", "SIMPO, beta 8"]
     assert [round(trace["x"][0], 3) for trace in means] == [0.85, 0.7, 0.55, 0.55]
@@ -355,7 +355,7 @@ def test_a_shared_first_place_is_said_to_be_shared(tmp_path):
     said = headline(found)
     assert "DPO, beta 0.1 and DPO, beta 0.5 share the first place of 2 variants with 75.0%" in said[0]
     assert any("level with DPO, beta 0.1" in line for line in said)
-    assert (found.against[0].difference.better, found.against[0].difference.worse) == (5, 5)
+    assert (found.contrasts[0].difference.better, found.contrasts[0].difference.worse) == (5, 5)
     assert [row[1] for row in results(found).rows] == ["1.5", "1.5"]
 
 
@@ -365,7 +365,7 @@ def test_a_setting_that_varies_in_one_loss_alone_is_no_part_of_another_loss(tmp_
     c = make_run(tmp_path / "c", "kto", {"beta": 0.3})
     found = compared(a, b, c)
     assert [variant.label for variant in found.variants] == ["DPO, beta 0.1", "DPO, beta 0.5", "KTO"]
-    facts = {row[0]: row[1] for row in what_ran(found).rows}
+    facts = {row[0]: row[1] for row in settings_and_data(found).rows}
     assert facts["settings of DPO that do not differ"] == "label_smoothing 0"
     assert facts["settings of KTO that do not differ"] == "beta 0.3"
     assert facts["what differs between members"] == "loss.beta"
@@ -448,7 +448,7 @@ def test_without_the_offline_metric_it_is_the_mean_of_both_sides(tmp_path):
     metrics = {"eval/nats/chosen": -1.0, "eval/nats/rejected": -4.0}
     change_json(a / "summary.json", stages={"preference": {"loss": "dpo", "metrics": metrics}})
     member = read_member(a, "a")
-    assert kl([member]) is KLS[1]
+    assert kl_measure([member]) is KLS[1]
     assert KLS[1].value(member) == -2.5
 
 
@@ -591,5 +591,5 @@ def test_of_many_variants_the_best_of_each_loss_are_drawn_first(tmp_path):
     for i in range(8):
         loss = ("dpo", "kto")[i % 2]
         make_run(tmp_path / str(i), loss, {"beta": 0.1 * (i + 1)}, right=right(10 + i))
-    shown = [choice.label for choice in choices(compared(*sorted(tmp_path.iterdir()))) if choice.is_shown]
+    shown = [choice.label for choice in legend(compared(*sorted(tmp_path.iterdir()))) if choice.is_shown]
     assert shown == ["DPO, beta 0.7", "KTO, beta 0.8"]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from alignment.comparison.head_to_head import MOST, duels, entrants
+from alignment.comparison.head_to_head import MAX_ENTRANTS, duels, entrants
 from alignment.comparison.members import read_member
 from alignment.comparison.ranking import compare
 from alignment.comparison.tables import head_to_head
@@ -82,7 +82,7 @@ def test_few_variants_all_meet_and_of_many_the_best_of_each_loss(tmp_path):
     assert len(entrants(compared(*few))) == 4
     more = [
         make_run(tmp_path / f"kto{i}", "kto", {"beta": float(i)}, scores=[0.5, 0.5], before=[0.0, 0.0])
-        for i in range(1, MOST)
+        for i in range(1, MAX_ENTRANTS)
     ]
     assert sorted(variant.loss for variant in entrants(compared(*few, *more))) == ["dpo", "ipo", "kto"]
 

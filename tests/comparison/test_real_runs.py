@@ -7,7 +7,7 @@ from html import escape
 import pytest
 
 from alignment.comparison import write_comparison
-from alignment.comparison.measures import ACCURACY, WIN_RATE, kl
+from alignment.comparison.measures import ACCURACY, WIN_RATE, kl_measure
 from alignment.comparison.members import Variant, read_member, run_folders
 from alignment.comparison.ranking import compare, interval
 from tests.helpers.commands import command, write_project
@@ -44,7 +44,7 @@ def test_members_and_measures_are_those_of_the_runs(sweep):
         assert WIN_RATE.value(member) == won["rate"]
         assert interval(WIN_RATE, Variant(member.loss, {}, [member])) == (won["low"], won["high"])
     assert set(ACCURACY.items(members[0])) == set(ACCURACY.items(members[-1])), "pairs have the same key in every run"
-    assert kl(members) is not None
+    assert kl_measure(members) is not None
 
 
 def test_the_page_shows_what_the_models_said(sweep):

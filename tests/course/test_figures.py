@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.course.figures import curves, metric, planes, spread
+from alignment.course.figures import curves, histograms, metric_curves, planes
 from alignment.course.landscape import Landscape
-from alignment.runs.folder import Run
+from alignment.runs.folder import RunFiles
 
 
 def row(split, step, **values):
@@ -34,24 +34,26 @@ def outlines(figure):
 
 
 def test_a_spread_counts_every_value_in_bins_of_the_same_width():
-    found = outlines(spread({"a": [0.0, 0.0, 3.0], "b": [1.5]}, "Title", "share"))
+    found = outlines(histograms({"a": [0.0, 0.0, 3.0], "b": [1.5]}, "Title", "share"))
     assert (found["a"][1], found["b"][1]) == (2, 1)
     assert found["a"][0] == found["b"][0] == pytest.approx(np.linspace(0, 3, 31).tolist())
 
 
 @pytest.mark.parametrize(("highest", "last", "width"), [(4, 4.5, 1), (29, 29.5, 1), (30, 31.5, 2), (60, 62.5, 3)])
 def test_every_bin_has_as_many_whole_numbers(highest, last, width):
-    [(edges, count)] = outlines(spread({"a": [0, 0, highest]}, "Title", "words")).values()
+    [(edges, count)] = outlines(histograms({"a": [0, 0, highest]}, "Title", "words")).values()
     assert edges == np.arange(-0.5, last + width / 2, width).tolist()
     assert count == 2
 
 
 def test_a_metric_is_lines_in_training_and_points_on_held_out_pairs(tmp_path):
     runs = {
-        "first": Run(tmp_path, metrics=[row("train", 1, m=0.5), row("train", 2, m=0.7), row("eval", 2, m=0.6)]),
-        "second": Run(tmp_path, metrics=[row("train", 1, m=0.1), row("eval", 1, m=0.2), row("train", 2, other=1.0)]),
+        "first": RunFiles(tmp_path, metrics=[row("train", 1, m=0.5), row("train", 2, m=0.7), row("eval", 2, m=0.6)]),
+        "second": RunFiles(
+            tmp_path, metrics=[row("train", 1, m=0.1), row("eval", 1, m=0.2), row("train", 2, other=1.0)]
+        ),
     }
-    [axes] = metric(runs, "m", "share").axes
+    [axes] = metric_curves(runs, "m", "share").axes
     first, second, first_points, second_points = axes.lines
     assert first.get_xydata().tolist() == [[1, 0.5], [2, 0.7]]
     assert second.get_xydata().tolist() == [[1, 0.1]]

@@ -7,7 +7,7 @@ import pytest
 
 from alignment.course import lab
 from alignment.errors import UserError
-from alignment.runs.folder import Run
+from alignment.runs.folder import RunFiles
 
 PREFERENCE = {
     "eval/nats/accuracies": 0.5,
@@ -27,7 +27,7 @@ def test_the_table_has_what_was_measured_and_an_interval():
         "data": {"preference": {"eval": 4}},
         "evaluation": {"answers": {"final": {"words": 6.5, "judge_score": 0.4}}},
     }
-    [found] = lab.table({"loss=dpo": Run(Path("there"), summary=summary, metrics=[row(0, -9.0), row(8, -11.5)])})
+    [found] = lab.table({"loss=dpo": RunFiles(Path("there"), summary=summary, metrics=[row(0, -9.0), row(8, -11.5)])})
     # Wilson's interval of 2 in 4: the half width is z / (1 + z^2 / 4) * sqrt(1/16 + z^2 / 64) with z = 1.96.
     assert found == {
         "run": "loss=dpo",
@@ -45,7 +45,7 @@ def test_the_table_has_what_was_measured_and_an_interval():
 
 
 def test_a_run_that_says_nothing_has_an_empty_row():
-    [found] = lab.table({"lost": Run(Path("there"))})
+    [found] = lab.table({"lost": RunFiles(Path("there"))})
     assert {value for key, value in found.items() if key not in ("run", "pairs")} == {None}
 
 

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-FIGURES = ("spread(", "curves(", "metric(", "planes(")
+FIGURES = ("histograms(", "curves(", "metric_curves(", "planes(")
 
 
 def cells(path: Path) -> list[Any]:
