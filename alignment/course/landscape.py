@@ -89,7 +89,7 @@ def _losses(loss: Loss, needs: Requirements, u: Tensor, v: Tensor, pair: PairUnd
         seeds=torch.zeros(2 * count if rows else count, dtype=torch.int64),
     )
     assert step.reference is not None
-    losses = loss(step, loss.statistics(LossInputs(step.reference, step.reference))).losses
+    losses = loss(step, loss.step_statistics(LossInputs(step.reference, step.reference))).losses
     return losses.view(-1, copies, 2 if rows else 1).mean(1).sum(1)
 
 

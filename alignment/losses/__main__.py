@@ -100,7 +100,7 @@ def rows() -> list[tuple[str, ...]]:
         reads += ["scores"] if needs.scores else []
         reads += ["prompts"] if needs.prompts else []
         reads += [f"distributions ({', '.join(sorted(q.name for q in needs.quantities))})"] if needs.quantities else []
-        reads += ["answers to other prompts"] if loss.companions(max(2, needs.min_items)) else []
+        reads += ["answers to other prompts"] if loss.mismatched(max(2, needs.min_items)) else []
         reads += ["the whole step"] if needs.whole_step else []
         reference = "live" if Quantity.divergence in needs.quantities else "yes" if needs.reference else "no"
         found.append(

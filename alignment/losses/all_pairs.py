@@ -40,7 +40,7 @@ class AllPairs(BetaListLoss):
     name: ClassVar[str] = "all_pairs"
     purpose: ClassVar[str] = "DPO on every pair of a ranked list, each list counted once"
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""
         sizes = sizes_of(inputs)
         rewards = self.rewards(inputs)

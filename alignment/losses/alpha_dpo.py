@@ -70,7 +70,7 @@ class AlphaDPO(BetaPairLoss):
         """No step seen."""
         return dict(NO_MOMENTS)
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta (a - alpha r_w) and beta (b - alpha r_l) (2 * pairs,); part `margin`."""
         means, ratios = inputs.policy.means(), log_ratios(inputs).means()
         shifts = ratios[0::2] - ratios[1::2]

@@ -51,7 +51,7 @@ class AlphaPO(BetaPairLoss):
         )
         require(math.isfinite(self.alpha), f"loss.alpha must be a finite number, not {self.alpha}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards r_w and r_l (2 * pairs,)."""
         rewards = self.beta * self._shaped(inputs.policy.means())
         margins = rewards[0::2] - rewards[1::2] - self.beta * self.gamma_beta_ratio

@@ -48,7 +48,7 @@ class AOT(DPO):
     uncertain: ClassVar[str] = "the paper's beta; smoothing is from TRL's code"
     whole_step: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,) in the order of the pairs, rewards beta u and beta v (2 * pairs,)."""
         assert inputs.reference is not None, "this loss compares with a reference"
         ratios, reference = log_ratios(inputs).sums(), inputs.reference.sums()
@@ -92,7 +92,7 @@ class AOTUnpaired(DPO):
     uncertain: ClassVar[str] = "the paper's beta; smoothing is from TRL's code"
     whole_step: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,) in the order of the chosen completions, rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         chosen, rejected = rewards[0::2], rewards[1::2]

@@ -38,7 +38,7 @@ class APOZero(BetaPairLoss):
     purpose: ClassVar[str] = "chosen answers up, rejected ones down: for data better than the policy"
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         losses = torch.sigmoid(-rewards[0::2]) + torch.sigmoid(rewards[1::2])
@@ -76,7 +76,7 @@ class APODown(BetaPairLoss):
     purpose: ClassVar[str] = "both answers down, the rejected one further: for data worse than the policy"
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         losses = torch.sigmoid(rewards[0::2]) + torch.sigmoid(rewards[1::2] - rewards[0::2])

@@ -21,7 +21,7 @@ class StepTotals:
 
     Attributes:
         items: pairs, rows or lists.
-        tokens: of the favoured completions: chosen in a pair, desirable in a row, first of a list.
+        tokens: of the preferred completions: chosen in a pair, desirable in a row, first of a list.
         prompt_tokens: of their prompts, without the first token, which nothing predicts.
     """
 
@@ -64,31 +64,31 @@ class LossInputs:
     totals: StepTotals | None = None
     seeds: Tensor | None = None
 
-    def favoured(self) -> Tensor:
+    def preferred(self) -> Tensor:
         """(S,) bool: chosen in a pair, desirable in a row, first of a list."""
         if self.labels is not None:
             return self.labels
-        favoured = torch.zeros(len(self.policy), dtype=torch.bool, device=self.policy.values.device)
+        preferred = torch.zeros(len(self.policy), dtype=torch.bool, device=self.policy.values.device)
         if self.sizes is None:
-            favoured[0::2] = True
+            preferred[0::2] = True
         else:
-            favoured[self.sizes.cumsum(0) - self.sizes] = True
-        return favoured
+            preferred[self.sizes.cumsum(0) - self.sizes] = True
+        return preferred
 
     def step_totals(self) -> StepTotals:
         """Counts over the whole step, taken from these inputs where they are all of it."""
         if self.totals is not None:
             return self.totals
-        favoured = self.favoured()
+        preferred = self.preferred()
         return StepTotals(
-            items=len(self._counts(favoured)),
-            tokens=int(self.policy.lengths[favoured].sum()),
-            prompt_tokens=0 if self.prompts is None else int(self.prompts.lengths[self._counts(favoured)].sum()),
+            items=len(self._counts(preferred)),
+            tokens=int(self.policy.lengths[preferred].sum()),
+            prompt_tokens=0 if self.prompts is None else int(self.prompts.lengths[self._counts(preferred)].sum()),
         )
 
-    def _counts(self, favoured: Tensor) -> Tensor:
-        """(items,) bool: whose prompts count; every pair and list has a favoured completion."""
-        return favoured if self.labels is not None else torch.ones_like(favoured[favoured])
+    def _counts(self, preferred: Tensor) -> Tensor:
+        """(items,) bool: whose prompts count; every pair and list has a preferred completion."""
+        return preferred if self.labels is not None else torch.ones_like(preferred[preferred])
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class Loss(ABC):
     min_items: ClassVar[int] = 1
     whole_step: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
-    jumps: ClassVar[bool] = False
+    discontinuous_at_reference: ClassVar[bool] = False
     """Whether rounding may change its value at the reference by more than rounding: it depends on an order of rewards,
     and there all are equal."""
     quantities: ClassVar[frozenset[Quantity]] = frozenset()
@@ -169,8 +169,8 @@ class Loss(ABC):
         )
 
     @abstractmethod
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
-        """Per-item losses. `statistics` is what `statistics()` returned, summed over the whole optimizer step."""
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
+        """Per-item losses. `step_statistics` is what the method of that name returned, summed over the step."""
 
     @abstractmethod
     def at_reference(self, inputs: LossInputs) -> Tensor:
@@ -194,14 +194,14 @@ class Loss(ABC):
         """The running state before the first step; it is kept in checkpoints."""
         return {}
 
-    def companions(self, num_items: int) -> list[tuple[int, int]]:
+    def mismatched(self, num_items: int) -> list[tuple[int, int]]:
         """Extra (prompt of sequence i, completion of sequence j) that the step needs scored, without gradient."""
         del num_items
         return []
 
-    def statistics(self, companions: LossInputs) -> Tensor | None:
-        """(k,) sums over the companion sequences; additive over micro-batches and ranks. None: the loss needs none."""
-        del companions
+    def step_statistics(self, mismatched: LossInputs) -> Tensor | None:
+        """(k,) sums over the mismatched sequences, additive over micro-batches and ranks. None: the loss needs none."""
+        del mismatched
         return None
 
 

@@ -70,7 +70,7 @@ class BCO(Loss):
         """No row seen."""
         return {"delta": 0.0, "count": 0.0}
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (rows,), rewards beta u (rows,); part `delta` (rows,)."""
         assert inputs.labels is not None, "BCO reads a label per row"
         rewards = self.beta * log_ratios(inputs).sums()

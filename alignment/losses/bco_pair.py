@@ -40,7 +40,7 @@ class BCOPair(BetaPairLoss):
     purpose: ClassVar[str] = "chosen and rejected answers told apart by a classifier, without a running mean"
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         losses = -F.logsigmoid(rewards[0::2]) - F.logsigmoid(-rewards[1::2])

@@ -80,7 +80,7 @@ class BetaDPO(BetaPairLoss):
         """No step seen."""
         return dict(NO_MOMENTS)
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,); parts `beta` and `kept` (pairs,)."""
         ratios = log_ratios(inputs).sums()
         margins = ratios[0::2] - ratios[1::2]

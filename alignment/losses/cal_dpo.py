@@ -38,7 +38,7 @@ class CalDPO(BetaPairLoss):
     purpose: ClassVar[str] = "DPO whose log-ratios are drawn to the scale of true rewards"
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards u and v (2 * pairs,)."""
         ratios = log_ratios(inputs).sums()
         u, v, target = ratios[0::2], ratios[1::2], 1 / (2 * self.beta)

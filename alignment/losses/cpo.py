@@ -56,7 +56,7 @@ class CPO(Anchored, BetaPairLoss):
             f"loss.label_smoothing must be in [0, 0.5), not {self.label_smoothing}.",
         )
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta a and beta b (2 * pairs,); part `nll` (pairs,)."""
         rewards = self.beta * inputs.policy.sums()
         margins = rewards[0::2] - rewards[1::2]
@@ -114,7 +114,7 @@ class CPOSimPO(Anchored, BetaPairLoss):
         )
         require(0 < self.alpha < math.inf, f"loss.alpha must be a finite number above 0, not {self.alpha}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta a and beta b (2 * pairs,); part `nll` (pairs,)."""
         rewards = self.beta * inputs.policy.means()
         margins = rewards[0::2] - rewards[1::2] - self.beta * self.gamma_beta_ratio

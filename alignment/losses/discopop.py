@@ -50,7 +50,7 @@ class DiscoPOP(BetaPairLoss):
         super().__post_init__()
         require(0 < self.tau < 1, f"loss.tau must be in (0, 1), not {self.tau}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         z = rewards[0::2] - rewards[1::2]

@@ -61,7 +61,7 @@ class DPO(BetaPairLoss):
             f"loss.label_smoothing must be in [0, 0.5), not {self.label_smoothing}.",
         )
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         margins = rewards[0::2] - rewards[1::2]

@@ -47,7 +47,7 @@ class DPOP(BetaPairLoss):
         super().__post_init__()
         require(0 <= self.lam < math.inf, f"loss.lam must be a finite number, at least 0, not {self.lam}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards (2 * pairs,)."""
         ratios = log_ratios(inputs).sums()
         chosen = self.beta * (ratios[0::2] - self.lam * F.relu(-ratios[0::2]))

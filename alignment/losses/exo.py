@@ -46,7 +46,7 @@ class EXO(BetaPairLoss):
         super().__post_init__()
         require(0 < self.epsilon < 0.5, f"loss.epsilon must be in (0, 0.5), not {self.epsilon}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         margins = rewards[0::2] - rewards[1::2]

@@ -69,7 +69,7 @@ class FDPO(BetaPairLoss):
                 f"loss.alpha must be null with loss.divergence {self.divergence.value}, not {self.alpha}.",
             )
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta g(u) and beta g(v) (2 * pairs,)."""
         ratios = log_ratios(inputs).sums()
         if self.divergence is Divergence.jensen_shannon:

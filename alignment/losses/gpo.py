@@ -41,7 +41,7 @@ class Hinge(BetaPairLoss):
     purpose: ClassVar[str] = "DPO that stops at a margin of 1"
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         margins = rewards[0::2] - rewards[1::2]
@@ -90,7 +90,7 @@ class GPO(BetaPairLoss):
 
     shape: Shape
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         x = rewards[0::2] - rewards[1::2]

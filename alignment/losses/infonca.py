@@ -54,7 +54,7 @@ class InfoNCA(_SoftTargets):
     name: ClassVar[str] = "infonca"
     purpose: ClassVar[str] = "DPO's form for lists with scores: the rewards' softmax follows that of the scores"
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""
         sizes = sizes_of(inputs)
         rewards = self.rewards(inputs)
@@ -91,7 +91,7 @@ class NCAList(_SoftTargets):
     name: ClassVar[str] = "nca_list"
     purpose: ClassVar[str] = "NCA on lists with scores: anchors the likelihood of good answers"
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""
         sizes = sizes_of(inputs)
         rewards = self.rewards(inputs)

@@ -54,7 +54,7 @@ class IPO(Loss):
     def __post_init__(self) -> None:
         require(0 < self.tau < math.inf, f"loss.tau must be a finite number above 0, not {self.tau}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards r_w and r_l (2 * pairs,)."""
         ratios = log_ratios(inputs)
         rewards = ratios.means() if self.reduction is Reduction.mean else ratios.sums()

@@ -54,12 +54,12 @@ class KTO(Loss):
             value = getattr(self, key)
             require(0 < value < math.inf, f"loss.{key} must be a finite number above 0, not {value}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
-        """Losses (rows,), rewards beta u (rows,); part `kl` (rows,). `statistics` must cover the whole step."""
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
+        """Losses (rows,), rewards beta u (rows,); part `kl` (rows,). `step_statistics` must cover the whole step."""
         assert inputs.labels is not None, "KTO reads a label per row"
-        assert statistics is not None, "KTO needs the summed statistics of the step's mismatched rows"
+        assert step_statistics is not None, "KTO needs the summed statistics of the step's mismatched rows"
         ratios = log_ratios(inputs).sums()
-        z0 = (statistics[0] / statistics[1]).clamp(min=0).detach()
+        z0 = (step_statistics[0] / step_statistics[1]).clamp(min=0).detach()
         signs = ratios.new_tensor([-1.0, 1.0])[inputs.labels.long()]
         losses = self._weights(ratios, inputs.labels) * torch.sigmoid(self.beta * signs * (z0 - ratios))
         return LossOutput(losses, self.beta * ratios.detach(), {"kl": z0.expand(len(ratios))})
@@ -69,14 +69,14 @@ class KTO(Loss):
         assert inputs.labels is not None, "KTO reads a label per row"
         return self._weights(inputs.policy.values.double(), inputs.labels) / 2
 
-    def companions(self, num_items: int) -> list[tuple[int, int]]:
+    def mismatched(self, num_items: int) -> list[tuple[int, int]]:
         """Every prompt with the next row's completion, the last with the first."""
         assert num_items >= self.min_items, "the only row of a step has no mismatched completion"
         return [(i, (i + 1) % num_items) for i in range(num_items)]
 
-    def statistics(self, companions: LossInputs) -> Tensor:
+    def step_statistics(self, mismatched: LossInputs) -> Tensor:
         """(2,) detached: the sum of the mismatched rows' log-ratios in nats, and their number."""
-        ratios = log_ratios(companions).sums().detach()
+        ratios = log_ratios(mismatched).sums().detach()
         return torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
 
     def _weights(self, like: Tensor, labels: Tensor) -> Tensor:

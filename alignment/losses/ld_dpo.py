@@ -56,7 +56,7 @@ class LDDPO(BetaPairLoss):
         super().__post_init__()
         require(0 <= self.alpha <= 1, f"loss.alpha must be in [0, 1], not {self.alpha}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         ratios = log_ratios(inputs)
         weights = ratios.values.new_tensor([1.0, self.alpha])[_beyond_the_shorter(ratios).long()]

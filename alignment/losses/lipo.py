@@ -47,7 +47,7 @@ class LiPO(BetaListLoss):
         "gain and discount were read in an account of the paper; natural logarithm as in the authors' ranking library"
     )
     needs_scores: ClassVar[bool] = True
-    jumps: ClassVar[bool] = True
+    discontinuous_at_reference: ClassVar[bool] = True
 
     scale: float
 
@@ -55,7 +55,7 @@ class LiPO(BetaListLoss):
         super().__post_init__()
         require(0 < self.scale < math.inf, f"loss.scale must be a finite number above 0, not {self.scale}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""
         sizes = sizes_of(inputs)
         rewards = self.rewards(inputs)

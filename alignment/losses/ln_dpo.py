@@ -37,7 +37,7 @@ class LNDPO(BetaPairLoss):
     purpose: ClassVar[str] = "DPO per token: long answers carry no larger rewards"
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta r_w and beta r_l (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).means()
         return LossOutput(-F.logsigmoid(rewards[0::2] - rewards[1::2]), rewards.detach())

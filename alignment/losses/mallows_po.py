@@ -57,7 +57,7 @@ class MallowsPO(BetaPairLoss):
             f"loss.dispersion must be a finite number above 0, not {self.dispersion}.",
         )
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta phi u and beta phi v (2 * pairs,); part `phi` (pairs,)."""
         entropies = inputs.quantities[Quantity.entropy].means()
         phi = -self.dispersion * ((entropies[0::2] + entropies[1::2]) / 2).clamp(_LEAST, 1.0).log()

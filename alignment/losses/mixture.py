@@ -68,7 +68,7 @@ class Mixture(Loss):
                 not part.requirements().density_weights,
                 f"loss.settings.{name}.density_weights must be false in a mixture: it would weight all the losses.",
             )
-        asking = [name for name, part in self._parts().items() if part.companions(2 * part.requirements().min_items)]
+        asking = [name for name, part in self._parts().items() if part.mismatched(2 * part.requirements().min_items)]
         require(
             len(asking) <= 1,
             f"loss.weights may name only one loss that scores answers to other prompts, not {' and '.join(asking)}.",
@@ -88,11 +88,11 @@ class Mixture(Loss):
             quantities=frozenset().union(*(need.quantities for need in needs)),
         )
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (items,) and rewards (S,); parts `<name>/loss` and `<name>/<part>` (items,)."""
         outputs = {}
         for name, part in self._parts().items():
-            output = part(self._inputs_of(name, inputs), statistics)
+            output = part(self._inputs_of(name, inputs), step_statistics)
             outputs[name] = _of_pairs(output) if self._reads_pairs_as_rows(part) else output
         parts: dict[str, Tensor] = {}
         for name, output in outputs.items():
@@ -126,21 +126,21 @@ class Mixture(Loss):
             for key, value in part.initial_state().items()
         }
 
-    def companions(self, num_items: int) -> list[tuple[int, int]]:
+    def mismatched(self, num_items: int) -> list[tuple[int, int]]:
         """Those of the one part that asks for any."""
         for part in self._parts().values():
             if self._reads_pairs_as_rows(part):
                 order = _row_order(num_items)
-                if found := part.companions(2 * num_items):
+                if found := part.mismatched(2 * num_items):
                     return [(order[i], order[j]) for i, j in found]
-            elif found := part.companions(num_items):
+            elif found := part.mismatched(num_items):
                 return found
         return []
 
-    def statistics(self, companions: LossInputs) -> Tensor | None:
-        """Those of the one part that asks for companions."""
-        found = (part.statistics(companions) for part in self._parts().values())
-        return next((statistics for statistics in found if statistics is not None), None)
+    def step_statistics(self, mismatched: LossInputs) -> Tensor | None:
+        """Those of the one part that asks for mismatched sequences."""
+        found = (part.step_statistics(mismatched) for part in self._parts().values())
+        return next((step_statistics for step_statistics in found if step_statistics is not None), None)
 
     def _parts(self) -> dict[str, Loss]:
         return {name: self.settings[name] for name in self.weights}

@@ -39,7 +39,7 @@ class NCA(BetaPairLoss):
     purpose: ClassVar[str] = "DPO that holds the chosen answer's likelihood up"
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         chosen, rejected = rewards[0::2], rewards[1::2]

@@ -1,4 +1,4 @@
-"""The negative log-likelihood of the favoured completions: a loss of its own, and the anchor of other losses."""
+"""The negative log-likelihood of the preferred completions: a loss of its own, and the anchor of other losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NLLReduction(Enum):
     """How the tokens' negative log-probs become one number."""
 
     token_mean = "token_mean"
-    """Mean over all favoured tokens of the optimizer step: a long completion counts for more."""
+    """Mean over all preferred tokens of the optimizer step: a long completion counts for more."""
 
     sequence_mean = "sequence_mean"
     """Mean over the completion's own tokens, then over the items: every completion counts the same."""
@@ -34,20 +34,20 @@ class NLLScope(Enum):
 
 
 def nll(inputs: LossInputs, reduction: NLLReduction, scope: NLLScope) -> Tensor:
-    """(items,) negative log-likelihood of the favoured completions, whose mean over the items is the reduction's value.
+    """(items,) negative log-likelihood of the preferred completions; their mean over items is the reduction's value.
 
     An undesirable row favours nothing and counts as 0. For `token_mean` a sequence's sum is multiplied by items over
     tokens of the whole step, so that the split of a step into parts changes nothing.
     """
-    favoured = inputs.favoured()
+    preferred = inputs.preferred()
     sums, lengths = inputs.policy.sums(), inputs.policy.lengths
     if inputs.labels is None:
-        sums, lengths = sums[favoured], lengths[favoured]
+        sums, lengths = sums[preferred], lengths[preferred]
     if scope is NLLScope.prompt_and_response:
         assert inputs.prompts is not None, "the prompts' log-probs were asked for"
         sums, lengths = sums + inputs.prompts.sums(), lengths + inputs.prompts.lengths
     if inputs.labels is not None:
-        sums = torch.where(favoured, sums, torch.zeros_like(sums))
+        sums = torch.where(preferred, sums, torch.zeros_like(sums))
     if reduction is NLLReduction.sequence_sum:
         return -sums
     if reduction is NLLReduction.sequence_mean:
@@ -59,15 +59,15 @@ def nll(inputs: LossInputs, reduction: NLLReduction, scope: NLLScope) -> Tensor:
 
 def nll_by_hand(inputs: LossInputs, reduction: NLLReduction, scope: NLLScope) -> Tensor:
     """(items,) float64: the same, item by item and without the ragged sums, for `Loss.at_reference`."""
-    favoured = inputs.favoured().tolist()
-    sequences = [s for s in range(len(favoured)) if favoured[s] or inputs.labels is not None]
+    preferred = inputs.preferred().tolist()
+    sequences = [s for s in range(len(preferred)) if preferred[s] or inputs.labels is not None]
     values, lengths = [], []
     for item, s in enumerate(sequences):
         tokens = [inputs.policy.sequence(s).double()]
         if scope is NLLScope.prompt_and_response:
             assert inputs.prompts is not None, "the prompts' log-probs were asked for"
             tokens.append(inputs.prompts.sequence(item).double())
-        values.append(-torch.cat(tokens).sum() * favoured[s])
+        values.append(-torch.cat(tokens).sum() * preferred[s])
         lengths.append(sum(len(t) for t in tokens))
     if reduction is NLLReduction.sequence_mean:
         return torch.stack([value / length for value, length in zip(values, lengths, strict=True)])
@@ -79,7 +79,7 @@ def nll_by_hand(inputs: LossInputs, reduction: NLLReduction, scope: NLLScope) ->
 
 
 class Anchored(Loss):
-    """A loss with the NLL of the favoured completion as one of its terms."""
+    """A loss with the NLL of the preferred completion as one of its terms."""
 
     nll_reduction: NLLReduction
     nll_scope: NLLScope
@@ -100,7 +100,7 @@ class Anchored(Loss):
 
 @dataclass(kw_only=True)
 class NLL(Anchored):
-    """L = -a k, the negative log-likelihood of the favoured completion alone, which is supervised fine-tuning on it.
+    """L = -a k, the negative log-likelihood of the preferred completion alone, which is supervised fine-tuning on it.
 
     a is the *summed* log-prob of the chosen completion under the policy; there is no reference, and the rejected
     completion is not read. k is by `nll_reduction`: token_mean pairs of the step / chosen tokens of the step, so that
@@ -108,8 +108,8 @@ class NLL(Anchored):
     sequence_sum 1. With `nll_scope` prompt_and_response the prompt's tokens but the first join a, n_w and the step's
     tokens.
 
-    It serves as a part of mixtures. In rows the favoured completions are the desirable ones, and the others count as 0;
-    in lists it is the first.
+    It serves as a part of mixtures. In rows the preferred completions are the desirable ones, and the others count as
+    0; in lists it is the first.
 
     Gradient of -L, per chosen token G_w and, with the opposite sign, per rejected token G_l: G_w = k, G_l = 0.
 
@@ -129,7 +129,7 @@ class NLL(Anchored):
     nll_reduction: NLLReduction
     nll_scope: NLLScope
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (items,), rewards: mean or summed log-probs (S,)."""
         policy = inputs.policy.detach()
         rewards = policy.sums() if self.nll_reduction is NLLReduction.sequence_sum else policy.means()

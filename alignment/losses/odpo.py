@@ -58,7 +58,7 @@ class ODPO(BetaPairLoss):
             return f"scores its chosen completion {scores[1] - scores[0]:g} lower than its rejected one"
         return None
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,); part `offset` (pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         offsets = self.alpha * _gaps(inputs).log().to(rewards.dtype)

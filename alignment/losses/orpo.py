@@ -70,7 +70,7 @@ class ORPO(Anchored):
     def __post_init__(self) -> None:
         require(0 <= self.lam < math.inf, f"loss.lam must be a finite number, at least 0, not {self.lam}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards: log-odds (2 * pairs,); parts `nll` and `log_odds` (pairs,)."""
         means = inputs.policy.means()
         rewards = log_odds(means)

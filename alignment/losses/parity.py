@@ -124,8 +124,8 @@ def value_here(loss: Loss) -> float:
     """What this package gives: the mean over the items, with a mismatched baseline (KTO) of 0."""
     step = step_of_the_pair(loss)
     assert step.reference is not None
-    statistics: Tensor | None = loss.statistics(LossInputs(step.reference, step.reference))
-    return loss(step, statistics).losses.mean().item()
+    step_statistics: Tensor | None = loss.step_statistics(LossInputs(step.reference, step.reference))
+    return loss(step, step_statistics).losses.mean().item()
 
 
 _TOKENS: dict[str, Any] = {"nll_reduction": NLLReduction.token_mean, "nll_scope": NLLScope.response}

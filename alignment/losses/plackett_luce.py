@@ -37,7 +37,7 @@ class PlackettLuce(BetaListLoss):
     name: ClassVar[str] = "plackett_luce"
     purpose: ClassVar[str] = "DPO on whole rankings of several answers"
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""
         sizes = sizes_of(inputs)
         rewards = self.rewards(inputs)
@@ -74,7 +74,7 @@ class BestVsRest(BetaListLoss):
     name: ClassVar[str] = "best_vs_rest"
     purpose: ClassVar[str] = "DPO of one good answer against several bad ones"
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""
         sizes = sizes_of(inputs)
         rewards = self.rewards(inputs)

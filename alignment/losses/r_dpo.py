@@ -47,7 +47,7 @@ class RDPO(BetaPairLoss):
         super().__post_init__()
         require(0 <= self.alpha < math.inf, f"loss.alpha must be a finite number, at least 0, not {self.alpha}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u + alpha n_w and beta v + alpha n_l (2 * pairs,)."""
         ratios = log_ratios(inputs)
         rewards = self.beta * ratios.sums() + self.alpha * ratios.lengths.to(ratios.values.dtype)

@@ -44,7 +44,7 @@ class RePO(Loss):
     def __post_init__(self) -> None:
         require(0 <= self.gamma < math.inf, f"loss.gamma must be a finite number, at least 0, not {self.gamma}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards m_w and m_l (2 * pairs,)."""
         rewards = inputs.policy.means()
         return LossOutput(F.relu(self.gamma - rewards[0::2] + rewards[1::2]), rewards.detach())

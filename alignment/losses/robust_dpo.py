@@ -47,7 +47,7 @@ class RobustDPO(BetaPairLoss):
         super().__post_init__()
         require(0 <= self.flip_rate < 0.5, f"loss.flip_rate must be in [0, 0.5), not {self.flip_rate}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         margins = rewards[0::2] - rewards[1::2]

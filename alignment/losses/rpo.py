@@ -54,7 +54,7 @@ class RPO(Anchored, BetaPairLoss):
         super().__post_init__()
         require(0 < self.alpha < math.inf, f"loss.alpha must be a finite number above 0, not {self.alpha}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,); part `nll` (pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         nll = self.nll(inputs)

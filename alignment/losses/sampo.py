@@ -58,7 +58,7 @@ class SamPO(BetaPairLoss):
     purpose: ClassVar[str] = "against long-windedness: equally many tokens of both answers, drawn at random"
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         ratios = log_ratios(inputs)
         rewards = self.beta * RaggedLogps(_draw(inputs) * ratios.values, ratios.offsets).sums()

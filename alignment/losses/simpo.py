@@ -51,7 +51,7 @@ class SimPO(BetaPairLoss):
             f"loss.gamma_beta_ratio must be a finite number, at least 0, not {self.gamma_beta_ratio}.",
         )
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta a and beta b (2 * pairs,)."""
         rewards = self.beta * inputs.policy.means()
         margins = rewards[0::2] - rewards[1::2] - self.beta * self.gamma_beta_ratio

@@ -46,7 +46,7 @@ class SLiCHF(Loss):
         require(0 <= self.delta < math.inf, f"loss.delta must be a finite number, at least 0, not {self.delta}.")
         require(0 <= self.lam < math.inf, f"loss.lam must be a finite number, at least 0, not {self.lam}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards a and b (2 * pairs,)."""
         rewards = inputs.policy.sums()
         chosen, rejected = rewards[0::2], rewards[1::2]

@@ -40,7 +40,7 @@ class SPPO(BetaPairLoss):
     purpose: ClassVar[str] = "log-ratios fitted to targets of self-play, each answer by itself"
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""
         ratios = log_ratios(inputs).sums()
         target = 1 / (2 * self.beta)
@@ -92,7 +92,7 @@ class SPPOSoft(BetaPairLoss):
             f"loss.score_scale must be a finite number above 0, not {self.score_scale}.",
         )
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,); part `win_rate` (pairs,)."""
         ratios = log_ratios(inputs).sums()
         win_rates = torch.sigmoid(self._log_odds(inputs)).to(ratios.dtype)

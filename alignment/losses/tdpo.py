@@ -45,7 +45,7 @@ class TDPO1(BetaPairLoss):
     needs_reference: ClassVar[bool] = True
     quantities: ClassVar[frozenset[Quantity]] = frozenset({Quantity.divergence})
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta (u + D_w) and beta (v + D_l) (2 * pairs,); parts: D_w and D_l (pairs,)."""
         divergences = inputs.quantities[Quantity.divergence].sums()
         rewards = self.beta * (log_ratios(inputs).sums() + divergences)
@@ -94,7 +94,7 @@ class TDPO2(BetaPairLoss):
         super().__post_init__()
         require(0 < self.alpha < math.inf, f"loss.alpha must be a finite number above 0, not {self.alpha}.")
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta (u + alpha D) (2 * pairs,); parts: D_w and D_l (pairs,)."""
         divergences = inputs.quantities[Quantity.divergence].sums()
         held = torch.stack([divergences[0::2].detach(), divergences[1::2]], dim=1).flatten()

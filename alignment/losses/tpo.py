@@ -86,7 +86,7 @@ class TPO(_Triple):
     nll_reduction: NLLReduction
     nll_scope: NLLScope
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards (3 * lists,); part `nll` (lists,)."""
         return self._output(inputs, self.beta * inputs.policy.sums(), 0.0)
 
@@ -135,7 +135,7 @@ class TPOL(_Triple):
             f"loss.gamma_beta_ratio must be a finite number, at least 0, not {self.gamma_beta_ratio}.",
         )
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards (3 * lists,); part `nll` (lists,)."""
         return self._output(inputs, self.beta * inputs.policy.means(), self.beta * self.gamma_beta_ratio)
 

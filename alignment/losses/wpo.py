@@ -43,7 +43,7 @@ class WPO(BetaPairLoss):
     needs_reference: ClassVar[bool] = True
     quantities: ClassVar[frozenset[Quantity]] = frozenset({Quantity.collision})
 
-    def __call__(self, inputs: LossInputs, statistics: Tensor | None = None) -> LossOutput:
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,); part `weight` (pairs,)."""
         rewards = self.beta * log_ratios(inputs).sums()
         above = inputs.policy.values.detach() - inputs.quantities[Quantity.collision].values.detach()

@@ -135,7 +135,7 @@ def _by_row(inputs: LossInputs, per_sequence: dict[str, Tensor]) -> dict[str, Te
 def _by_pair(inputs: LossInputs, per_sequence: dict[str, Tensor]) -> dict[str, Tensor]:
     """name -> (items,) values, of the best and the worst completion of each item."""
     metrics: dict[str, Tensor] = {}
-    best = inputs.favoured()
+    best = inputs.preferred()
     worst = best.roll(-1)  # the one before the next best one
     for kind, values in per_sequence.items():
         chosen, rejected = values[best], values[worst]

@@ -22,10 +22,10 @@ from alignment.scoring.token_plan import TokenPlan
 from alignment.types import Group
 
 
-def companion_groups(loss: Loss, groups: Sequence[Group]) -> list[Group]:
+def mismatched_groups(loss: Loss, groups: Sequence[Group]) -> list[Group]:
     """The extra sequences that the loss wants scored for a step of these groups."""
     sequences = [(group.prompt, completion) for group in groups for completion in group.completions]
-    return [Group(sequences[i][0], (sequences[j][1],)) for i, j in loss.companions(len(groups))]
+    return [Group(sequences[i][0], (sequences[j][1],)) for i, j in loss.mismatched(len(groups))]
 
 
 def groups_to_reference(
@@ -35,9 +35,9 @@ def groups_to_reference(
     used = {index for step in steps for index in step}
     wanted = [groups[index] for index in sorted(used)] + list(eval_groups)
     for step in steps:
-        wanted += companion_groups(loss, [groups[index] for index in step])
+        wanted += mismatched_groups(loss, [groups[index] for index in step])
     if eval_groups:
-        wanted += companion_groups(loss, evaluated(loss, eval_groups))
+        wanted += mismatched_groups(loss, evaluated(loss, eval_groups))
     return wanted
 
 
@@ -48,11 +48,11 @@ def evaluated(loss: Loss, groups: Sequence[Group]) -> list[Group]:
 
 def step_totals(groups: Sequence[Group]) -> StepTotals:
     """Counts over a whole step of groups, as `LossInputs.step_totals` makes them of its inputs."""
-    favoured = [group for group in groups if group.labels is None or group.labels[0]]
+    preferred = [group for group in groups if group.labels is None or group.labels[0]]
     return StepTotals(
         items=len(groups),
-        tokens=sum(len(group.completions[0]) for group in favoured),
-        prompt_tokens=sum(len(group.prompt) - 1 for group in favoured),
+        tokens=sum(len(group.completions[0]) for group in preferred),
+        prompt_tokens=sum(len(group.prompt) - 1 for group in preferred),
     )
 
 
@@ -198,23 +198,23 @@ class Objective:
             seeds=None if seeds is None else seeds.to(device),
         )
 
-    def companions(self, groups: Sequence[Group], tokens_per_batch: int | None) -> LossInputs | None:
-        """The inputs of the loss's companions of a whole step; without a budget those of a policy at its reference."""
-        companions = companion_groups(self.loss, groups)
-        if not companions:
+    def mismatched(self, groups: Sequence[Group], tokens_per_batch: int | None) -> LossInputs | None:
+        """The inputs of a whole step's mismatched sequences; without a budget those of a policy at its reference."""
+        mismatched = mismatched_groups(self.loss, groups)
+        if not mismatched:
             return None
         assert self._reference is not None
-        plan = TokenPlan.of(companions)
-        reference = self._reference.logps(companions).to(self._device)
+        plan = TokenPlan.of(mismatched)
+        reference = self._reference.logps(mismatched).to(self._device)
         if tokens_per_batch is None:
             return LossInputs(reference, reference)
-        values = self._collect(companions, plan, tokens_per_batch, lambda batch: score_tokens(self._model, batch))
+        values = self._collect(mismatched, plan, tokens_per_batch, lambda batch: score_tokens(self._model, batch))
         return LossInputs(plan.policy(values[0]), reference)
 
-    def statistics(self, groups: Sequence[Group], tokens_per_batch: int | None) -> Tensor | None:
-        """The loss's sums over the companions of a whole step, as `companions`."""
-        companions = self.companions(groups, tokens_per_batch)
-        return None if companions is None else self.loss.statistics(companions)
+    def step_statistics(self, groups: Sequence[Group], tokens_per_batch: int | None) -> Tensor | None:
+        """The loss's sums over the mismatched sequences of a whole step, as `mismatched`."""
+        mismatched = self.mismatched(groups, tokens_per_batch)
+        return None if mismatched is None else self.loss.step_statistics(mismatched)
 
 
 def _labels(groups: Sequence[Group], device: torch.device) -> Tensor:

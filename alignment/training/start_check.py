@@ -58,13 +58,16 @@ def check_start(trainer: PreferenceTrainer, groups: Sequence[Group]) -> dict[str
         )
     weights = torch.tensor([group.weight for group in groups], dtype=torch.float64, device=difference.device)
     expected = (weights * loss.at_reference(exact)).mean().item()
-    statistics = trainer.objective.statistics(groups, tokens_per_batch=None)
-    if statistics is not None:
-        statistics = statistics.double()
-    computed = (weights * loss(exact, statistics).losses).mean().item()
+    step_statistics = trainer.objective.step_statistics(groups, tokens_per_batch=None)
+    if step_statistics is not None:
+        step_statistics = step_statistics.double()
+    computed = (weights * loss(exact, step_statistics).losses).mean().item()
     # On equal log-probs only the arithmetic of float64 is left. What the model computes is rounded: a log-prob's error
     # acts on the loss through its slope; relative to the loss's own size it stays in proportion.
-    for value, allowed in ((computed, 1e-6), (found.loss, math.inf if loss.jumps else 10 * tolerance)):
+    for value, allowed in (
+        (computed, 1e-6),
+        (found.loss, math.inf if loss.discontinuous_at_reference else 10 * tolerance),
+    ):
         if not abs(value - expected) <= allowed * max(1.0, abs(expected)):
             raise UserError(
                 f"The loss {loss.name} is {value:.6g} before the first update, where its formula gives {expected:.6g} "

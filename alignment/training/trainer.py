@@ -60,9 +60,9 @@ class PreferenceTrainer(Trainer):
 
     The dataloader yields all groups of one optimizer step at once, to every process; `training_step` shares them out
     and splits them into micro-batches. How they are split changes neither the gradient (a mean over the step's items)
-    nor what a loss computes over the step: its `statistics`, or all of it where the items of a step are coupled. Then
-    one pass without gradient collects the log-probs, the loss gives its derivative by each of them, and a second pass
-    applies it; one pass does where everything fits into it.
+    nor what a loss computes over the step: its `step_statistics`, or all of it where the items of a step are coupled.
+    Then one pass without gradient collects the log-probs, the loss gives its derivative by each of them, and a second
+    pass applies it; one pass does where everything fits into it.
     """
 
     model: nn.Module
@@ -162,12 +162,12 @@ class PreferenceTrainer(Trainer):
     def _add_gradients(self, model: nn.Module, groups: Sequence[Group], step: _Step) -> None:
         objective = self.objective
         totals, seeds = step_totals(groups), step_seeds(groups, self.args.seed, self.state.global_step)
-        statistics = objective.statistics(groups, self.tokens_per_batch)
+        step_statistics = objective.step_statistics(groups, self.tokens_per_batch)
         own = self._processes.own(groups)
         batches = list(self.layout.batches([groups[i] for i in own], self.tokens_per_batch, objective.needs.prompts))
         derivative, plan = None, objective.plan(groups)
         if objective.needs.whole_step and (len(batches) > 1 or len(own) < len(groups)):
-            derivative = self._derivative(groups, statistics, seeds, step)
+            derivative = self._derivative(groups, step_statistics, seeds, step)
         for batch in batches:
             indices = [own[i] for i in batch.indices]
             values = objective.score(model, batch.to(self.args.device))
@@ -178,7 +178,7 @@ class PreferenceTrainer(Trainer):
                 continue
             members = [groups[i] for i in indices]
             inputs = objective.inputs(members, values, totals=totals, seeds=seeds[indices])
-            output = self.loss(inputs, statistics)
+            output = self.loss(inputs, step_statistics)
             loss = _weighted(members, output).sum() / len(groups)
             self.accelerator.backward(loss)
             step.loss += loss.detach().float()
@@ -187,13 +187,15 @@ class PreferenceTrainer(Trainer):
                 step.state = output.state
         objective.passes.finish()
 
-    def _derivative(self, groups: Sequence[Group], statistics: Tensor | None, seeds: Tensor, step: _Step) -> Tensor:
+    def _derivative(
+        self, groups: Sequence[Group], step_statistics: Tensor | None, seeds: Tensor, step: _Step
+    ) -> Tensor:
         """(rows, tokens): the step's loss derived by every number that its groups' passes give."""
         objective = self.objective
         values = objective.collect(groups, self.tokens_per_batch).requires_grad_()
         with torch.enable_grad():
             inputs = objective.inputs(groups, values, seeds=seeds)
-            output = self.loss(inputs, statistics)
+            output = self.loss(inputs, step_statistics)
             loss = _weighted(groups, output).sum() / len(groups)
         (derivative,) = torch.autograd.grad(loss, values)
         step.state = output.state
@@ -235,7 +237,7 @@ class PreferenceTrainer(Trainer):
         """What a step of these groups would compute now, without training, in the mode that it trains in."""
         self.model.train()
         inputs = self.objective.inputs(groups, self.objective.collect(groups, self.tokens_per_batch))
-        output = self.loss(inputs, self.objective.statistics(groups, self.tokens_per_batch))
+        output = self.loss(inputs, self.objective.step_statistics(groups, self.tokens_per_batch))
         return StepValues(inputs, _weighted(groups, output).double().mean().item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -280,7 +282,9 @@ class PreferenceTrainer(Trainer):
         if values is None:
             values = objective.collect(evaluated_groups, self.tokens_per_batch)
         inputs = objective.inputs(evaluated_groups, values)
-        output = self.loss(inputs, objective.statistics(evaluated_groups, None if known else self.tokens_per_batch))
+        output = self.loss(
+            inputs, objective.step_statistics(evaluated_groups, None if known else self.tokens_per_batch)
+        )
         means = Means()
         means.add({"loss": _weighted(evaluated_groups, output)})
         if len(evaluated_groups) > len(groups):  # rows of pairs: their metrics are those of the pairs

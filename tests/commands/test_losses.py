@@ -55,8 +55,8 @@ def test_the_losses_that_read_single_tokens():
     def changes(loss):
         step = make_step(loss)
         turned = RaggedLogps.from_sequences([step.policy.sequence(i).flip(0) for i in range(len(step.policy))])
-        statistics = statistics_of(loss)
-        one, other = (loss(s, statistics).losses for s in (step, with_policy(step, turned.values)))
+        step_statistics = statistics_of(loss)
+        one, other = (loss(s, step_statistics).losses for s in (step, with_policy(step, turned.values)))
         return not torch.allclose(one, other, rtol=1e-9, atol=0)
 
     assert {loss.name for loss in EXAMPLES.values() if changes(loss)} == TOKEN_LEVEL

@@ -73,8 +73,8 @@ def make_step(loss, items=5, seed=0, drift=0.1, dtype=torch.float64):
 
 
 def statistics_of(loss, items=5, **keywords):
-    """What the trainer passes as the step's statistics; None for most losses."""
-    return loss.statistics(make_step(loss, items, seed=99, **keywords))
+    """What the trainer passes as `step_statistics`; None for most losses."""
+    return loss.step_statistics(make_step(loss, items, seed=99, **keywords))
 
 
 def sequences_of(step, loss, items):
@@ -114,11 +114,11 @@ def upwards(step):
 
     Of a list the worst is wanted less likely; for those between best and worst, 0, it depends on the loss.
     """
-    direction = 2.0 * step.favoured().double() - 1
+    direction = 2.0 * step.preferred().double() - 1
     if step.sizes is not None:
         last = torch.zeros_like(direction, dtype=torch.bool)
         last[step.sizes.cumsum(0) - 1] = True
-        direction[~step.favoured() & ~last] = 0
+        direction[~step.preferred() & ~last] = 0
     return direction.repeat_interleave(step.policy.lengths)
 
 
@@ -130,10 +130,12 @@ def test_every_registered_loss_is_examined():
 @every_loss
 def test_value_at_the_reference(loss):
     step = make_step(loss, drift=0.0)
-    statistics = loss.statistics(make_step(loss, drift=0.0, seed=99))
+    step_statistics = loss.step_statistics(make_step(loss, drift=0.0, seed=99))
     closed_form = loss.at_reference(replace(step, policy=step.reference, seeds=None))
     assert closed_form.dtype == torch.float64
-    torch.testing.assert_close(loss(replace(step, seeds=None), statistics).losses, closed_form, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        loss(replace(step, seeds=None), step_statistics).losses, closed_form, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,12 +191,12 @@ def test_a_better_policy_has_a_lower_loss(loss):
     own tests show.
     """
     step = make_step(loss)
-    statistics = statistics_of(loss)
-    before = loss(step, statistics).losses
+    step_statistics = statistics_of(loss)
+    before = loss(step, step_statistics).losses
     direction = upwards(step)
     (gradient,) = torch.autograd.grad(before.sum(), step.policy.values)
     assert (gradient * direction)[direction != 0].max() < 0
-    after = loss(with_policy(step, (step.policy.values + 0.01 * direction).detach()), statistics).losses
+    after = loss(with_policy(step, (step.policy.values + 0.01 * direction).detach()), step_statistics).losses
     if loss.requirements().whole_step:
         before, after = before.sum(), after.sum()
     assert (after < before).all()
@@ -202,12 +204,12 @@ def test_a_better_policy_has_a_lower_loss(loss):
 
 @every_loss
 def test_a_better_policy_has_a_larger_margin(loss):
-    """The rewards are those of the objective: every move that lowers the loss raises the favoured reward."""
+    """The rewards are those of the objective: every move that lowers the loss raises the preferred reward."""
     step = make_step(loss)
     direction = upwards(step)
     moved = with_policy(step, (step.policy.values + 0.01 * direction).detach())
-    statistics = statistics_of(loss)
-    gain = loss(moved, statistics).rewards - loss(step, statistics).rewards
+    step_statistics = statistics_of(loss)
+    gain = loss(moved, step_statistics).rewards - loss(step, step_statistics).rewards
     direction = direction[step.policy.offsets[:-1]]
     assert (gain * direction)[direction != 0].min() > 0
 
@@ -216,10 +218,10 @@ def test_a_better_policy_has_a_larger_margin(loss):
 def test_gradient_against_finite_differences(loss):
     """WPO's weight follows the policy without a gradient: its own test holds the weight fixed."""
     step = make_step(loss)
-    statistics = statistics_of(loss)
+    step_statistics = statistics_of(loss)
 
     def losses(values):
-        return loss(with_policy(step, values), statistics).losses
+        return loss(with_policy(step, values), step_statistics).losses
 
     assert torch.autograd.gradcheck(losses, step.policy.values, rtol=1e-6, atol=1e-8)
 
@@ -227,10 +229,10 @@ def test_gradient_against_finite_differences(loss):
 @every_loss
 def test_order_of_the_items_does_not_matter(loss):
     step = make_step(loss)
-    statistics = statistics_of(loss)
+    step_statistics = statistics_of(loss)
     order = [3, 0, 4, 1, 2]
     sequences = sequences_of(step, loss, order)
-    whole, permuted = loss(step, statistics), loss(take(step, loss, order), statistics)
+    whole, permuted = loss(step, step_statistics), loss(take(step, loss, order), step_statistics)
     torch.testing.assert_close(permuted.losses, whole.losses[order], rtol=1e-14, atol=0)
     torch.testing.assert_close(permuted.rewards, whole.rewards[sequences], rtol=1e-14, atol=1e-15)
     for key, part in whole.parts.items():
@@ -245,14 +247,14 @@ def test_order_of_the_items_does_not_matter(loss):
 def test_a_step_may_be_split(loss, cut):
     """Two parts give the losses of the whole, with the statistics summed over the parts."""
     step = make_step(loss)
-    companions = make_step(loss, seed=99)
+    mismatched = make_step(loss, seed=99)
     parts = [list(range(cut)), list(range(cut, 5))]
-    statistics = loss.statistics(companions)
-    if statistics is not None:
-        summed = sum(loss.statistics(take(companions, loss, part)) for part in parts)
-        torch.testing.assert_close(summed, statistics, rtol=1e-14, atol=0)
-    outputs = [loss(take(step, loss, part), statistics) for part in parts]
-    whole = loss(step, statistics)
+    step_statistics = loss.step_statistics(mismatched)
+    if step_statistics is not None:
+        summed = sum(loss.step_statistics(take(mismatched, loss, part)) for part in parts)
+        torch.testing.assert_close(summed, step_statistics, rtol=1e-14, atol=0)
+    outputs = [loss(take(step, loss, part), step_statistics) for part in parts]
+    whole = loss(step, step_statistics)
     torch.testing.assert_close(torch.cat([o.losses for o in outputs]), whole.losses, rtol=1e-14, atol=0)
     torch.testing.assert_close(torch.cat([o.rewards for o in outputs]), whole.rewards, rtol=1e-14, atol=1e-15)
 
@@ -261,21 +263,21 @@ def test_a_step_may_be_split(loss, cut):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_is_kept(loss, dtype):
     cast = make_step(loss, dtype=dtype)
-    statistics = loss.statistics(cast)
-    output = loss(cast, statistics)
+    step_statistics = loss.step_statistics(cast)
+    output = loss(cast, step_statistics)
     assert {output.losses.dtype, output.rewards.dtype, *(p.dtype for p in output.parts.values())} == {dtype}
-    assert statistics is None or statistics.dtype == dtype
+    assert step_statistics is None or step_statistics.dtype == dtype
 
 
 @every_loss_but(*MOVING)
 def test_float64_has_no_float32_in_it(loss):
     """A move of 1e-10 nats, far below what float32 resolves, changes the losses as the gradient says."""
     step = make_step(loss)
-    statistics = statistics_of(loss)
-    before = loss(step, statistics).losses
+    step_statistics = statistics_of(loss)
+    before = loss(step, step_statistics).losses
     (gradient,) = torch.autograd.grad(before.sum(), step.policy.values)
     direction = upwards(step)
-    after = loss(with_policy(step, (step.policy.values + 1e-10 * direction).detach()), statistics).losses
+    after = loss(with_policy(step, (step.policy.values + 1e-10 * direction).detach()), step_statistics).losses
     expected = 1e-10 * (gradient * direction).sum()
     torch.testing.assert_close((after - before).sum().detach(), expected, rtol=1e-3, atol=0)
 
@@ -303,8 +305,8 @@ def test_extremes_in_float32(loss, chosen, rejected, inputs):
         state=more.state,
         seeds=more.seeds,
     )
-    statistics = loss.statistics(step)
-    output = loss(step, statistics)
+    step_statistics = loss.step_statistics(step)
+    output = loss(step, step_statistics)
     (gradient,) = torch.autograd.grad(output.losses.sum(), step.policy.values)
     for tensor in (output.losses, output.rewards, gradient, *output.parts.values()):
         assert torch.isfinite(tensor).all()

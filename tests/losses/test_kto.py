@@ -19,7 +19,7 @@ ONES = [[-1.0]] * 3
 
 
 @pytest.mark.parametrize(
-    ("companions", "z0", "losses", "weights"),
+    ("mismatched", "z0", "losses", "weights"),
     [
         # Companions' ratios 4 log 2, -2 log 2, log 2: mean log 2, so u - z0 = log 3, log 3, -log 2.
         # S(log 3) = 3/4, S(-log 2) = 1/3. Desirable: 1.5 * 1/4 and 1.5 * 2/3. Undesirable, and preferred all the same:
@@ -31,11 +31,11 @@ ONES = [[-1.0]] * 3
         ([2 * log(2), -4 * log(2), log(2)], 0.0, (1.5 / 7, 0.6, 0.75), (9 / 49, 4.2 / 49, 0.375)),
     ],
 )
-def test_by_hand(inputs, gradients, companions, z0, losses, weights):
+def test_by_hand(inputs, gradients, mismatched, z0, losses, weights):
     loss, step = KTO(**LOSS), inputs(POLICY, REFERENCE, LABELS)
-    statistics = loss.statistics(inputs([[r - 1.0] for r in companions], ONES))
-    assert statistics.tolist() == pytest.approx([sum(companions), 3], rel=1e-12)
-    output = loss(step, statistics)
+    step_statistics = loss.step_statistics(inputs([[r - 1.0] for r in mismatched], ONES))
+    assert step_statistics.tolist() == pytest.approx([sum(mismatched), 3], rel=1e-12)
+    output = loss(step, step_statistics)
     assert output.losses.tolist() == pytest.approx(losses, rel=1e-12)
     assert output.rewards.tolist() == pytest.approx([log(6), log(6), 0], abs=1e-12)
     assert output.parts["kl"].tolist() == pytest.approx([z0] * 3, abs=1e-12)
@@ -58,30 +58,30 @@ def test_z0_is_the_mean_of_the_step_and_not_of_its_parts(inputs):
     loss = KTO(**LOSS)
     parts = [inputs([[-2.0], [-3.0]], [[-6.0], [-1.0]]), inputs([[-6.0]], [[-1.0]])]
     whole = inputs([[-2.0], [-3.0], [-6.0]], [[-6.0], [-1.0], [-1.0]])
-    summed = sum(loss.statistics(part) for part in parts)
-    assert summed.tolist() == loss.statistics(whole).tolist() == [-3.0, 3.0]
+    summed = sum(loss.step_statistics(part) for part in parts)
+    assert summed.tolist() == loss.step_statistics(whole).tolist() == [-3.0, 3.0]
     assert loss(inputs(POLICY, REFERENCE, LABELS), summed).parts["kl"].tolist() == [0.0] * 3
 
 
 def test_statistics_carry_no_gradient(inputs):
     loss = KTO(**LOSS)
-    companions = inputs([[-1.0]] * 3, [[-2.0]] * 3)
-    statistics = loss.statistics(companions)
-    assert companions.policy.values.requires_grad
-    assert not statistics.requires_grad
-    tracked = statistics.clone().requires_grad_()
+    mismatched = inputs([[-1.0]] * 3, [[-2.0]] * 3)
+    step_statistics = loss.step_statistics(mismatched)
+    assert mismatched.policy.values.requires_grad
+    assert not step_statistics.requires_grad
+    tracked = step_statistics.clone().requires_grad_()
     output = loss(inputs(POLICY, REFERENCE, LABELS), tracked)
     assert torch.autograd.grad(output.losses.sum(), tracked, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize(("rows", "pairs"), [(2, [(0, 1), (1, 0)]), (5, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0)])])
 def test_companions_are_a_cyclic_shift(rows, pairs):
-    assert KTO(**LOSS).companions(rows) == pairs
+    assert KTO(**LOSS).mismatched(rows) == pairs
 
 
 def test_one_row_has_no_companion():
     with pytest.raises(AssertionError, match="mismatched"):
-        KTO(**LOSS).companions(1)
+        KTO(**LOSS).mismatched(1)
 
 
 def test_asserts_what_it_needs(inputs):

@@ -27,7 +27,7 @@ from alignment.losses import (
 )
 from alignment.losses.ipo import Reduction
 from alignment.losses.nll import NLL, NLLReduction, NLLScope
-from alignment.training.objective import companion_groups
+from alignment.training.objective import mismatched_groups
 from alignment.types import Group, RaggedLogps
 from tests.commands.test_run import project, tiny
 from tests.conftest import random_groups
@@ -95,11 +95,11 @@ def test_of_one_loss_it_is_that_loss(loss):
     step = make_step(loss, seed=3)
     both = mixture((1.0, loss), (0.0, NLL_SUM))
     assert both.requirements() == loss.requirements()
-    statistics = loss.statistics(make_step(loss, seed=99))
-    alone, mixed = loss(step, statistics), both(step, statistics)
+    step_statistics = loss.step_statistics(make_step(loss, seed=99))
+    alone, mixed = loss(step, step_statistics), both(step, step_statistics)
     torch.testing.assert_close(mixed.losses, alone.losses, rtol=0, atol=0)
     torch.testing.assert_close(mixed.rewards, alone.rewards, rtol=0, atol=0)
-    assert both.companions(5) == loss.companions(5)
+    assert both.mismatched(5) == loss.mismatched(5)
     gradients = [torch.autograd.grad(o.losses.sum(), step.policy.values)[0] for o in (alone, mixed)]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
@@ -123,10 +123,10 @@ def test_kto_inside_pairs_is_twice_kto_on_their_rows():
     rows = as_rows(pairs)
     kto = KTO(beta=0.3, desirable_weight=1.33, undesirable_weight=0.7)
     both = mixture((1.0, kto), (0.5, DPO_1))
-    assert [g.keys() for g in companion_groups(both, pairs)] == [g.keys() for g in companion_groups(kto, rows)]
-    statistics = both.statistics(of_groups(companion_groups(both, pairs)))
-    alone = kto(of_groups(rows), kto.statistics(of_groups(companion_groups(kto, rows))))
-    mixed = both(of_groups(pairs), statistics)
+    assert [g.keys() for g in mismatched_groups(both, pairs)] == [g.keys() for g in mismatched_groups(kto, rows)]
+    step_statistics = both.step_statistics(of_groups(mismatched_groups(both, pairs)))
+    alone = kto(of_groups(rows), kto.step_statistics(of_groups(mismatched_groups(kto, rows))))
+    mixed = both(of_groups(pairs), step_statistics)
     dpo = DPO_1(of_groups(pairs)).losses
     torch.testing.assert_close(mixed.losses, alone.losses[:4] + alone.losses[4:] + 0.5 * dpo)
     torch.testing.assert_close(mixed.parts["kto/loss"].mean(), 2 * alone.losses.mean())
@@ -140,8 +140,8 @@ def test_a_row_of_a_pair_has_a_neighbour_with_another_prompt():
     groups = [Group(g.prompt, g.completions) for g in random_groups(3, seed=1)]
     loss = mixture((1.0, DPO_1), (1.0, KTO_1))
     assert loss.requirements().min_items == 2
-    assert all(i // 2 != j // 2 for i, j in loss.companions(len(groups)))
-    assert sorted(i for i, _ in loss.companions(3)) == list(range(6))
+    assert all(i // 2 != j // 2 for i, j in loss.mismatched(len(groups)))
+    assert sorted(i for i, _ in loss.mismatched(3)) == list(range(6))
 
 
 def test_a_list_loss_reads_a_pair_as_a_list_of_two():
@@ -158,9 +158,9 @@ def test_what_the_rows_of_pairs_are_given(inputs):
     seen = []
 
     class Spy(KTO):
-        def __call__(self, inputs, statistics=None):
+        def __call__(self, inputs, step_statistics=None):
             seen.append(inputs)
-            return super().__call__(inputs, statistics)
+            return super().__call__(inputs, step_statistics)
 
     spy = Spy(beta=1.0, desirable_weight=1.0, undesirable_weight=1.0)
     step = inputs(
@@ -172,8 +172,8 @@ def test_what_the_rows_of_pairs_are_given(inputs):
         totals=StepTotals(items=9, tokens=20, prompt_tokens=30),
         seeds=torch.tensor([10, 21]),
     )
-    statistics = torch.tensor([1.0, 1.0], dtype=torch.float64)
-    mixture((1.0, spy), (1.0, DPO_1))(step, statistics)
+    step_statistics = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    mixture((1.0, spy), (1.0, DPO_1))(step, step_statistics)
     [rows] = seen
     assert rows.policy.values.tolist() == [-1, -3, -2, -4]
     assert rows.labels.tolist() == [True, True, False, False]
@@ -207,8 +207,8 @@ def test_the_state_goes_to_the_part_that_it_came_from():
     alone = bco.initial_state()
     for seed in range(3):
         step = make_step(loss, seed=seed)
-        statistics = loss.statistics(make_step(loss, seed=99))
-        state = loss(replace(step, state=state), statistics).state
+        step_statistics = loss.step_statistics(make_step(loss, seed=99))
+        state = loss(replace(step, state=state), step_statistics).state
         alone = bco(replace(step, state=alone)).state
     assert state == {f"bco/{key}": value for key, value in alone.items()} and alone["count"] == 15
 

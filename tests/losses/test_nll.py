@@ -1,4 +1,4 @@
-"""The NLL of the favoured completions: reductions, scopes, and all three kinds of data."""
+"""The NLL of the preferred completions: reductions, scopes, and all three kinds of data."""
 
 from dataclasses import replace
 from math import inf

@@ -160,7 +160,7 @@ def shifted(drift):
 )
 def test_kto(inputs, drift, z0):
     loss, step, mismatched = KTO(**KTO_VALUES), inputs(POLICY, REFERENCE, LABELS), inputs(*shifted(drift))
-    output = loss(step, loss.statistics(mismatched))
+    output = loss(step, loss.step_statistics(mismatched))
     theirs, logged = trl_kto(step, mismatched, list(range(6)), **KTO_VALUES)
     assert_same_loss_and_gradient(output.losses.mean(), theirs, step.policy.values)
     assert logged["kl"] == pytest.approx([z0], abs=1e-12)
@@ -172,7 +172,7 @@ def test_kto_estimates_z0_per_micro_batch(inputs):
     """Ratios 0.9 in the first half and -0.6 in the second: TRL's z0 is 0.9, then 0; over the step it is 0.15."""
     loss, step = KTO(**KTO_VALUES), inputs(POLICY, REFERENCE, LABELS)
     mismatched = inputs(*shifted([0.9] * 3 + [-0.6] * 3))
-    output = loss(step, loss.statistics(mismatched))
+    output = loss(step, loss.step_statistics(mismatched))
     (first, first_log), (second, second_log) = (
         trl_kto(step, mismatched, rows, **KTO_VALUES) for rows in ([0, 1, 2], [3, 4, 5])
     )

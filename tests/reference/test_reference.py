@@ -19,7 +19,7 @@ from alignment.reference.cached import CachedReference
 from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import FlatLayout
-from alignment.training.objective import companion_groups, groups_to_reference
+from alignment.training.objective import groups_to_reference, mismatched_groups
 from alignment.training.sampler import StepSampler
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_policy
@@ -278,7 +278,7 @@ def test_a_sequence_that_occurs_twice_is_computed_once(tmp_path):
 
 
 def test_kto_is_covered_in_every_epoch_and_shares_what_dpo_computed(tmp_path):
-    """Its companions are the only sequences that DPO on the same pairs has not stored."""
+    """Its mismatched rows are the only sequences that DPO on the same pairs has not stored."""
     pairs, held_out = random_groups(7, seed=12), random_groups(3, seed=13)
     kto = make_loss("kto")
     rows = as_rows(pairs)
@@ -293,7 +293,7 @@ def test_kto_is_covered_in_every_epoch_and_shares_what_dpo_computed(tmp_path):
     mismatched = {
         key
         for members in [*([rows[i] for i in step] for step in steps), as_rows(held_out)]
-        for group in companion_groups(kto, members)
+        for group in mismatched_groups(kto, members)
         for key in group.keys()  # noqa: SIM118
     }
     assert reference.summary()["misses"] == counter.rows == len(mismatched - stored) > 20
@@ -306,9 +306,9 @@ def test_kto_is_covered_in_every_epoch_and_shares_what_dpo_computed(tmp_path):
     trainer.evaluate()
     for step in sampler.steps(3):
         rows_of_step = [rows[i] for i in step]
-        if any(key not in mismatched | stored for g in companion_groups(kto, rows_of_step) for key in g.keys()):  # noqa: SIM118
+        if any(key not in mismatched | stored for g in mismatched_groups(kto, rows_of_step) for key in g.keys()):  # noqa: SIM118
             with pytest.raises(KeyError):
-                reference.logps(companion_groups(kto, rows_of_step))
+                reference.logps(mismatched_groups(kto, rows_of_step))
             break
     else:
         raise AssertionError("a fourth epoch would have asked for something new, or this test could not fail")

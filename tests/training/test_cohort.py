@@ -464,9 +464,9 @@ class BrokenLoss:
     def __getattr__(self, name):
         return getattr(self._loss, name)
 
-    def __call__(self, inputs, statistics):
+    def __call__(self, inputs, step_statistics):
         """NaN."""
-        output = self._loss(inputs, statistics)
+        output = self._loss(inputs, step_statistics)
         return replace(output, losses=output.losses * torch.nan)
 
 

@@ -12,7 +12,7 @@ from alignment.data.units import as_rows
 from alignment.errors import UserError
 from alignment.losses import LOSSES
 from alignment.scoring.layout import FlatLayout
-from alignment.training.objective import companion_groups, groups_to_reference
+from alignment.training.objective import groups_to_reference, mismatched_groups
 from alignment.training.sampler import StepSampler
 from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import random_groups, tiny_policy
@@ -144,15 +144,15 @@ def test_training_takes_the_first_steps_also_when_resumed(min_groups, parts, tmp
 
 
 def test_the_reference_is_prepared_for_exactly_these_steps():
-    """With mismatched companions, which depend on the order of the step, and the held-out pairs as rows."""
+    """With mismatched rows, which depend on the order of the step, and the held-out pairs as rows."""
     kto = LOSSES["kto"](beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
     rows, held_out = as_rows(random_groups(5, seed=3)), random_groups(3, seed=4)
     sampler = StepSampler(len(rows), 4, 1, kto.min_items)
     steps = sampler.first_steps(4)
     wanted = {key for group in groups_to_reference(kto, rows, steps, held_out) for key in group.keys()}  # noqa: SIM118
     needed = [group for step in steps for group in [rows[i] for i in step]]
-    needed += [g for step in steps for g in companion_groups(kto, [rows[i] for i in step])]
-    needed += held_out + companion_groups(kto, as_rows(held_out))
+    needed += [g for step in steps for g in mismatched_groups(kto, [rows[i] for i in step])]
+    needed += held_out + mismatched_groups(kto, as_rows(held_out))
     assert wanted == {key for group in needed for key in group.keys()}  # noqa: SIM118
     assert len(groups_to_reference(kto, rows, steps[:1], [])) == 8, "rows that no step uses are not computed"
 

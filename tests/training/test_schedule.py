@@ -22,7 +22,7 @@ from alignment.policy.identity import policy_identity
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.live import LiveReference
 from alignment.scoring.layout import FlatLayout
-from alignment.training.objective import companion_groups, groups_to_reference
+from alignment.training.objective import groups_to_reference, mismatched_groups
 from alignment.training.sampler import StepSampler
 from alignment.training.schedule import FollowPolicy, Schedule, consecutive_parts
 from alignment.types import Group
@@ -320,9 +320,9 @@ def test_nothing_is_computed_twice(name, tmp_path):
         for first, last in ((3, 5), (5, 6)):
             steps = [[groups[i] for i in step] for step in schedule.steps[first:last]]
             asked = [*HELD_OUT, *(group for step in steps for group in step)]
-            asked += [group for step in steps for group in companion_groups(loss, step)]
+            asked += [group for step in steps for group in mismatched_groups(loss, step)]
             if name == "kto":
-                asked += companion_groups(loss, as_rows(HELD_OUT))
+                asked += mismatched_groups(loss, as_rows(HELD_OUT))
             expected.append(len({key for group in asked for key in group.keys()}))  # noqa: SIM118
         assert counts == (expected if attempt == 0 else [0, 0])
         assert (reference.summary()["misses"] == 0) == (attempt == 1)

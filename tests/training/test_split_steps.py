@@ -139,7 +139,7 @@ def test_resumed_equals_uninterrupted(name, tmp_path):
 
 
 SHARED = ["dpo", "orpo", "kto", "sampo", "aot", "tdpo1", *STATEFUL, "mpo"]
-"""Every kind of loss: plain, of tokens and prompts, with companions, draws, coupled items, a state, distributions."""
+"""Every kind of loss: plain, of tokens and prompts, mismatched rows, draws, coupled items, a state, distributions."""
 
 
 def worker(folder: Path) -> None:

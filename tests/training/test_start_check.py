@@ -58,7 +58,7 @@ def test_every_loss_starts_at_its_closed_form(name, kind, tiny_model_folder, tmp
     found = {}
     for mode in ("cache", "live"):
         reference = cached(model, tmp_path) if mode == "cache" else live(model)
-        reference.prepare([*PAIRS, *companions(name, groups)])
+        reference.prepare([*PAIRS, *mismatched(name, groups)])
         trainer = make_trainer(model, groups, make_loss(name), tmp_path, tokens_per_batch=70, reference=reference)
         found[mode] = check_start(trainer, groups)
         reference.close()
@@ -73,10 +73,10 @@ def test_every_loss_starts_at_its_closed_form(name, kind, tiny_model_folder, tmp
         assert result["max_token_difference"] < 2e-5
 
 
-def companions(name, groups):
-    from alignment.training.objective import companion_groups
+def mismatched(name, groups):
+    from alignment.training.objective import mismatched_groups
 
-    return companion_groups(make_loss(name), groups)
+    return mismatched_groups(make_loss(name), groups)
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
@@ -85,7 +85,7 @@ def test_a_reference_that_is_another_policy_stops_the_run(name, tmp_path):
     groups = groups_for(name)
     base, sft = tiny_policy(torch.float32), tiny_policy(torch.float32, trained=True)
     reference = cached(base, tmp_path)
-    reference.prepare([*PAIRS, *companions(name, groups)])
+    reference.prepare([*PAIRS, *mismatched(name, groups)])
     trainer = make_trainer(sft, groups, make_loss(name), tmp_path, reference=reference)
     with pytest.raises(UserError, match=rf"^The reference of loss {name} is not the policy .* nats per token"):
         check_start(trainer, groups)
@@ -104,8 +104,8 @@ def test_a_policy_that_is_no_function_stops_the_run(tmp_path):
 
 
 def wrong(kind, original):
-    def call(self: Loss, inputs, statistics=None):
-        output = original(self, inputs, statistics)
+    def call(self: Loss, inputs, step_statistics=None):
+        output = original(self, inputs, step_statistics)
         losses = {"factor": 1.001 * output.losses, "offset": output.losses + 0.01, "nan": output.losses * math.nan}[
             kind
         ]
@@ -126,7 +126,7 @@ def test_a_loss_that_is_wrong_stops_the_run(name, kind, reference, tmp_path, mon
     source = None
     if reference == "cache":
         source = cached(model, tmp_path)
-        source.prepare([*PAIRS, *companions(name, groups)])
+        source.prepare([*PAIRS, *mismatched(name, groups)])
     trainer = make_trainer(model, groups, loss, tmp_path, reference=source)
     check_start(trainer, groups)
     monkeypatch.setattr(type(loss), "__call__", wrong(kind, type(loss).__call__))
@@ -135,11 +135,11 @@ def test_a_loss_that_is_wrong_stops_the_run(name, kind, reference, tmp_path, mon
 
 
 def test_mismatched_rows_are_part_of_the_start(tmp_path, monkeypatch):
-    """If KTO's companions were scored by another policy, z0 would not start at 0."""
+    """If KTO's mismatched rows were scored by another policy, z0 would not start at 0."""
     rows = groups_for("kto")
     model = tiny_policy(torch.float32)
     reference = cached(model, tmp_path)
-    reference.prepare([*PAIRS, *companions("kto", rows)])
+    reference.prepare([*PAIRS, *mismatched("kto", rows)])
     plain = {key for g in rows for key in g.keys()}  # noqa: SIM118
     for key in reference._values.keys() - plain:
         reference._values[key] = reference._values[key] - 1
