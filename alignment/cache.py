@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "list", parents=[common], help="the policies whose log-probs are stored, the stages and the answers"
     )
-    commands.add_parser("verify", parents=[common], help="check all; drop what is damaged and exit with 1")
+    commands.add_parser("verify", parents=[common], help="check everything; set aside what is damaged and exit with 1")
     prune = commands.add_parser("prune", parents=[common], help="remove some of what is stored, or all")
     which = prune.add_mutually_exclusive_group(required=True)
     which.add_argument("--older-than", metavar="DAYS", type=_days, help="not used for so long, e.g. 30d")
@@ -145,13 +145,11 @@ def _list_stages(stages: StageStore) -> None:
 
 
 def _verify(store: ReferenceStore) -> int:
-    report = store.verify()
-    for file, reason in report.damaged.items():
-        _say(f"The store was damaged: {reason}. It is kept as {file} and a fresh one took its place.")
-    if report.corrupt:
-        _say(f"{report.corrupt:,} corrupt rows were dropped; they will be computed again when they are needed.")
-    _say(f"{report.sequences:,} sequences are sound in {store.path}.")
-    return 0 if report.sound else 1
+    sound = store.verify()
+    for file, reason in store.damaged.items():
+        _say(f"The store was damaged ({reason}). It is kept as {file}; its values are computed again when needed.")
+    _say(f"{sound:,} sequences are sound in {store.path}.")
+    return 1 if store.damaged else 0
 
 
 def _verify_stages(stages: StageStore) -> int:

@@ -72,7 +72,7 @@ class CachedReference(Reference):
         for group in groups:
             for key, completion in zip(group.keys(), group.completions, strict=True):
                 wanted.setdefault(key, Group(group.prompt, (completion,)))
-        with self._store.alone(self.identity):
+        with self._store.locked(self.identity):
             self._values = self._stored(wanted)
             if self._values and not self._agrees(wanted):
                 for identity in self._identities():

@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 import alignment
-from alignment.files import atomic_write_bytes, to_json
+from alignment.files import atomic_write_bytes, file_lock, to_json
 from alignment.policy.adapter import has_adapter
 from alignment.policy.identity import policy_identity
 from alignment.runs.record import versions
@@ -112,17 +111,9 @@ class StageStore:
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
         """Work on a key alone: another process that wants the same result waits, and finds it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("Another run is doing this stage (%s); waiting for its result ...", key[:12])
-            lock.acquire()
-        try:
+        waiting = f"Another run is doing this stage ({key[:12]}); waiting for its result ..."
+        with file_lock(self.folder / f"{key}.lock", waiting):
             yield
-        finally:
-            lock.release()
 
     def take(self, key: str, policy: Path | None = None) -> dict[str, Any] | None:
         """What was kept, its policy copied to a folder that does not exist yet.
