@@ -38,6 +38,7 @@ class AllPairs(BetaListLoss):
     """
 
     name: ClassVar[str] = "all_pairs"
+    title: ClassVar[str] = "all-pairs"
     purpose: ClassVar[str] = "DPO on every pair of a ranked list, each list counted once"
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:

@@ -37,6 +37,7 @@ class AlphaPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "alphapo"
+    title: ClassVar[str] = "AlphaPO"
     purpose: ClassVar[str] = "SimPO with a reward of another shape, against too much or too little push"
     needs_reference: ClassVar[bool] = False
 

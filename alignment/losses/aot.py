@@ -44,6 +44,7 @@ class AOT(DPO):
     """
 
     name: ClassVar[str] = "aot"
+    title: ClassVar[str] = "AOT"
     purpose: ClassVar[str] = "the policy's margins are to dominate the reference's as a distribution"
     uncertain: ClassVar[str] = "the paper's beta; smoothing is from TRL's code"
     whole_step: ClassVar[bool] = True
@@ -88,6 +89,7 @@ class AOTUnpaired(DPO):
     """
 
     name: ClassVar[str] = "aot_unpaired"
+    title: ClassVar[str] = "AOT-unpaired"
     purpose: ClassVar[str] = "chosen rewards are to dominate rejected ones as a distribution, whatever their prompts"
     uncertain: ClassVar[str] = "the paper's beta; smoothing is from TRL's code"
     whole_step: ClassVar[bool] = True

@@ -35,6 +35,7 @@ class APOZero(BetaPairLoss):
     """
 
     name: ClassVar[str] = "apo_zero"
+    title: ClassVar[str] = "APO-zero"
     purpose: ClassVar[str] = "chosen answers up, rejected ones down: for data better than the policy"
     needs_reference: ClassVar[bool] = True
 
@@ -73,6 +74,7 @@ class APODown(BetaPairLoss):
     """
 
     name: ClassVar[str] = "apo_down"
+    title: ClassVar[str] = "APO-down"
     purpose: ClassVar[str] = "both answers down, the rejected one further: for data worse than the policy"
     needs_reference: ClassVar[bool] = True
 

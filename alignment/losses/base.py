@@ -142,6 +142,9 @@ class Loss(ABC):
     """
 
     name: ClassVar[str]
+    """The key that chooses it: `loss=<name>`."""
+    title: ClassVar[str]
+    """Its name as its paper writes it, for tables and pages; only losses of this package need one."""
     purpose: ClassVar[str] = ""
     """What it is for, in one short line of the table of losses."""
     uncertain: ClassVar[str] = ""

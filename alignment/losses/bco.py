@@ -50,6 +50,7 @@ class BCO(Loss):
     """
 
     name: ClassVar[str] = "bco"
+    title: ClassVar[str] = "BCO"
     purpose: ClassVar[str] = "labelled rows, judged against the mean reward so far; needs no matched pairs"
     uncertain: ClassVar[str] = "the rate of the paper's moving average of delta, which it does not give"
     unit: ClassVar[str] = "row"

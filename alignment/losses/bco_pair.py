@@ -37,6 +37,7 @@ class BCOPair(BetaPairLoss):
     """
 
     name: ClassVar[str] = "bco_pair"
+    title: ClassVar[str] = "BCO-pair"
     purpose: ClassVar[str] = "chosen and rejected answers told apart by a classifier, without a running mean"
     needs_reference: ClassVar[bool] = True
 

@@ -55,6 +55,7 @@ class BetaDPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "beta_dpo"
+    title: ClassVar[str] = "beta-DPO"
     purpose: ClassVar[str] = "pairs of uneven quality: a larger beta for batches of clear pairs, outliers left out"
     uncertain: ClassVar[str] = "whether the paper's margins carry beta; those of its authors' code, used here, do not"
     needs_reference: ClassVar[bool] = True

@@ -35,6 +35,7 @@ class CalDPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "cal_dpo"
+    title: ClassVar[str] = "Cal-DPO"
     purpose: ClassVar[str] = "DPO whose log-ratios are drawn to the scale of true rewards"
     needs_reference: ClassVar[bool] = True
 

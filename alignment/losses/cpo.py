@@ -40,6 +40,7 @@ class CPO(Anchored, BetaPairLoss):
     """
 
     name: ClassVar[str] = "cpo"
+    title: ClassVar[str] = "CPO"
     purpose: ClassVar[str] = "DPO without a reference model, kept in place by an NLL term"
     needs_reference: ClassVar[bool] = False
 
@@ -98,6 +99,7 @@ class CPOSimPO(Anchored, BetaPairLoss):
     """
 
     name: ClassVar[str] = "cpo_simpo"
+    title: ClassVar[str] = "CPO-SimPO"
     purpose: ClassVar[str] = "SimPO kept in place by an NLL term"
     needs_reference: ClassVar[bool] = False
 

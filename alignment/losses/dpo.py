@@ -49,6 +49,7 @@ class DPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "dpo"
+    title: ClassVar[str] = "DPO"
     purpose: ClassVar[str] = "the usual choice for pairs; smoothing for labels that may be swapped"
     needs_reference: ClassVar[bool] = True
 

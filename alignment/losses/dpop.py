@@ -38,6 +38,7 @@ class DPOP(BetaPairLoss):
     """
 
     name: ClassVar[str] = "dpop"
+    title: ClassVar[str] = "DPOP"
     purpose: ClassVar[str] = "DPO that keeps the chosen answer likely; for answers that differ little"
     needs_reference: ClassVar[bool] = True
 

@@ -37,6 +37,7 @@ class EXO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "exo"
+    title: ClassVar[str] = "EXO"
     purpose: ClassVar[str] = "a policy close to the best one by reverse KL; badly ranked pairs are left alone"
     needs_reference: ClassVar[bool] = True
 

@@ -52,6 +52,7 @@ class FDPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "f_dpo"
+    title: ClassVar[str] = "f-DPO"
     purpose: ClassVar[str] = "DPO under another divergence than reverse KL, for more or less diverse answers"
     needs_reference: ClassVar[bool] = True
 

@@ -38,6 +38,7 @@ class Hinge(BetaPairLoss):
     """
 
     name: ClassVar[str] = "hinge"
+    title: ClassVar[str] = "Hinge"
     purpose: ClassVar[str] = "DPO that stops at a margin of 1"
     needs_reference: ClassVar[bool] = True
 
@@ -85,6 +86,7 @@ class GPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "gpo"
+    title: ClassVar[str] = "GPO"
     purpose: ClassVar[str] = "DPO with another function of the margin, to compare how hard it pulls"
     needs_reference: ClassVar[bool] = True
 

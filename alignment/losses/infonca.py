@@ -52,6 +52,7 @@ class InfoNCA(_SoftTargets):
     """
 
     name: ClassVar[str] = "infonca"
+    title: ClassVar[str] = "InfoNCA"
     purpose: ClassVar[str] = "DPO's form for lists with scores: the rewards' softmax follows that of the scores"
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
@@ -89,6 +90,7 @@ class NCAList(_SoftTargets):
     """
 
     name: ClassVar[str] = "nca_list"
+    title: ClassVar[str] = "NCA-list"
     purpose: ClassVar[str] = "NCA on lists with scores: anchors the likelihood of good answers"
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:

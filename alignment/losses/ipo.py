@@ -44,6 +44,7 @@ class IPO(Loss):
     """
 
     name: ClassVar[str] = "ipo"
+    title: ClassVar[str] = "IPO"
     purpose: ClassVar[str] = "pairs drawn to a fixed margin, so that clear preferences do not drive the policy off"
     unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True

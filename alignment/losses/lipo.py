@@ -42,6 +42,7 @@ class LiPO(BetaListLoss):
     """
 
     name: ClassVar[str] = "lipo"
+    title: ClassVar[str] = "LiPO"
     purpose: ClassVar[str] = "DPO on the pairs of a list, weighted by what they matter to the ranking (LambdaRank)"
     uncertain: ClassVar[str] = (
         "gain and discount were read in an account of the paper; natural logarithm as in the authors' ranking library"

@@ -34,6 +34,7 @@ class LNDPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "ln_dpo"
+    title: ClassVar[str] = "LN-DPO"
     purpose: ClassVar[str] = "DPO per token: long answers carry no larger rewards"
     needs_reference: ClassVar[bool] = True
 

@@ -43,6 +43,7 @@ class MallowsPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "mallows_po"
+    title: ClassVar[str] = "MallowsPO"
     purpose: ClassVar[str] = "DPO that weighs prompts by how sure the reference is of its answer"
     uncertain: ClassVar[str] = "how the paper averages h; here as in the authors' code"
     needs_reference: ClassVar[bool] = True

@@ -36,6 +36,7 @@ class NCA(BetaPairLoss):
     """
 
     name: ClassVar[str] = "nca"
+    title: ClassVar[str] = "NCA"
     purpose: ClassVar[str] = "DPO that holds the chosen answer's likelihood up"
     needs_reference: ClassVar[bool] = True
 

@@ -59,6 +59,7 @@ class ORPO(Anchored):
     """
 
     name: ClassVar[str] = "orpo"
+    title: ClassVar[str] = "ORPO"
     purpose: ClassVar[str] = "fine-tuning and preference in one stage from a base model, without a reference"
     unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = False

@@ -35,6 +35,7 @@ class PlackettLuce(BetaListLoss):
     """
 
     name: ClassVar[str] = "plackett_luce"
+    title: ClassVar[str] = "Plackett-Luce"
     purpose: ClassVar[str] = "DPO on whole rankings of several answers"
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
@@ -72,6 +73,7 @@ class BestVsRest(BetaListLoss):
     """
 
     name: ClassVar[str] = "best_vs_rest"
+    title: ClassVar[str] = "best-vs-rest"
     purpose: ClassVar[str] = "DPO of one good answer against several bad ones"
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:

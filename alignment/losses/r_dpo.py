@@ -38,6 +38,7 @@ class RDPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "r_dpo"
+    title: ClassVar[str] = "R-DPO"
     purpose: ClassVar[str] = "DPO with a price on length, against long-windedness"
     needs_reference: ClassVar[bool] = True
 

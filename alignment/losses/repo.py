@@ -34,6 +34,7 @@ class RePO(Loss):
     """
 
     name: ClassVar[str] = "repo"
+    title: ClassVar[str] = "RePO"
     purpose: ClassVar[str] = "SimPO without beta: a hinge on the margin per token"
     uncertain: ClassVar[str] = "the range of gamma, which is from accounts of the paper"
     unit: ClassVar[str] = "pair"

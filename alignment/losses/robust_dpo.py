@@ -38,6 +38,7 @@ class RobustDPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "robust_dpo"
+    title: ClassVar[str] = "Robust DPO"
     purpose: ClassVar[str] = "pairs of which a known share is labelled the wrong way round"
     needs_reference: ClassVar[bool] = True
 

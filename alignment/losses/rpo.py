@@ -42,6 +42,7 @@ class RPO(Anchored, BetaPairLoss):
     """
 
     name: ClassVar[str] = "rpo"
+    title: ClassVar[str] = "RPO"
     purpose: ClassVar[str] = "DPO that keeps the chosen answer likely, for reasoning above all"
     uncertain: ClassVar[str] = "how the NLL of arXiv:2405.16436 is normalised"
     needs_reference: ClassVar[bool] = True

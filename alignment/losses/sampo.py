@@ -55,6 +55,7 @@ class SamPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "sampo"
+    title: ClassVar[str] = "SamPO"
     purpose: ClassVar[str] = "against long-windedness: equally many tokens of both answers, drawn at random"
     needs_reference: ClassVar[bool] = True
 

@@ -39,6 +39,7 @@ class SimPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "simpo"
+    title: ClassVar[str] = "SimPO"
     purpose: ClassVar[str] = "pairs without a reference: rewards per token, with a target margin"
     needs_reference: ClassVar[bool] = False
 

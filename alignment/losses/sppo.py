@@ -37,6 +37,7 @@ class SPPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "sppo"
+    title: ClassVar[str] = "SPPO"
     purpose: ClassVar[str] = "log-ratios fitted to targets of self-play, each answer by itself"
     needs_reference: ClassVar[bool] = True
 
@@ -79,6 +80,7 @@ class SPPOSoft(BetaPairLoss):
     """
 
     name: ClassVar[str] = "sppo_soft"
+    title: ClassVar[str] = "SPPO-soft"
     purpose: ClassVar[str] = "SPPO for scored pairs: log-ratios are fitted to win rates"
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = True

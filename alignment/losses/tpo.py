@@ -79,6 +79,7 @@ class TPO(_Triple):
     """
 
     name: ClassVar[str] = "tpo"
+    title: ClassVar[str] = "TPO"
     purpose: ClassVar[str] = "fine-tuning on a gold answer and a preference between two others, in one"
 
     beta: float
@@ -120,6 +121,7 @@ class TPOL(_Triple):
     """
 
     name: ClassVar[str] = "tpo_l"
+    title: ClassVar[str] = "TPO-L"
     purpose: ClassVar[str] = "TPO without a preference for short or long answers"
 
     beta: float

@@ -38,6 +38,7 @@ class WPO(BetaPairLoss):
     """
 
     name: ClassVar[str] = "wpo"
+    title: ClassVar[str] = "WPO"
     purpose: ClassVar[str] = "off-policy pairs: those that the policy would not write itself count less"
     uncertain: ClassVar[str] = "whether the paper has the limit of 1 on the weight, as its authors' code does"
     needs_reference: ClassVar[bool] = True

@@ -8,8 +8,18 @@ import pytest
 import torch
 
 from alignment.config.compose import load
-from alignment.losses import LOSSES
-from alignment.losses.__main__ import COLUMNS, TOKEN_LEVEL, main, page, page_path, read_option, recommended, rows
+from alignment.losses import LOSSES, title
+from alignment.losses.__main__ import (
+    COLUMNS,
+    TOKEN_LEVEL,
+    main,
+    mixtures,
+    page,
+    page_path,
+    read_option,
+    recommended,
+    rows,
+)
 from alignment.losses.parity import ABSENT, CHECKS
 from alignment.types import RaggedLogps
 from tests.helpers.loss_examples import EXAMPLES
@@ -67,6 +77,21 @@ def test_says_what_it_is_for(name):
     """In a line of a table, without the name of the loss."""
     assert 10 < len(LOSSES[name].purpose) <= 95
     assert LOSSES[name].purpose[-1] != "." and not LOSSES[name].uncertain.endswith(".")
+
+
+def test_every_loss_is_titled_as_its_paper_writes_it():
+    """Without a title of its own a loss derived from DPO would be shown as DPO."""
+    titles = [title(name) for name in [*LOSSES, *mixtures()]]
+    assert len(set(titles)) == len(titles)
+    for name, shown in zip([*LOSSES, *mixtures()], titles, strict=True):
+        assert name == "mixture" or name != shown
+        assert re.sub(r"[^a-z0-9]", "", shown.lower()) == name.replace("_", "")
+    assert [title(name) for name in ("simpo", "slic_hf", "mpo", "margin_dpo")] == [
+        "SimPO",
+        "SLiC-HF",
+        "MPO",
+        "margin_dpo",
+    ]
 
 
 @pytest.mark.parametrize("name", SINGLE)

@@ -75,7 +75,7 @@ def test_statistics_carry_no_gradient(inputs):
 
 
 @pytest.mark.parametrize(("rows", "pairs"), [(2, [(0, 1), (1, 0)]), (5, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0)])])
-def test_companions_are_a_cyclic_shift(rows, pairs):
+def test_mismatched_rows_are_a_cyclic_shift(rows, pairs):
     assert KTO(**LOSS).mismatched(rows) == pairs
 
 
