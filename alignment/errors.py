@@ -1,14 +1,16 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "you can fix this", and the checks that raise it."""
 
 from __future__ import annotations
 
+import math
+
 
 class UserError(ValueError):
-    """A condition that the user can mend: a wrong key, a broken file, a missing package.
+    """A problem that the user can fix: a wrong key, a broken file, a missing package.
 
     The message is one full sentence that names the place (file, row, key) and what is accepted. The command line
-    prints it without a traceback and exits with status 1. Everything else that escapes is a bug and keeps its
-    traceback.
+    prints it without a traceback and exits with status 1. Any other exception that reaches the command line is a bug
+    and keeps its traceback.
     """
 
 
@@ -16,3 +18,20 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def positive(key: str, value: float) -> None:
+    """Refuse a value that is not a finite number above 0."""
+    require(0 < value < math.inf, f"{key} must be a finite number above 0, not {value}.")
+
+
+def not_negative(key: str, value: float) -> None:
+    """Refuse a value that is not a finite number of at least 0."""
+    require(0 <= value < math.inf, f"{key} must be a finite number, at least 0, not {value}.")
+
+
+def within(key: str, value: float, interval: str) -> None:
+    """Refuse a value outside an interval like "[0, 0.5)": a square bracket includes its end, a round one does not."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    inside = low <= value <= high and (value != low or interval[0] == "[") and (value != high or interval[-1] == "]")
+    require(inside, f"{key} must be in {interval}, not {value}.")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -63,12 +63,7 @@ def mixtures() -> list[str]:
 
 def recommended(name: str) -> Loss:
     """The loss with the values of its option."""
-    hints = get_type_hints(LOSSES[name])
-    values = {
-        key: hints[key][value] if isinstance(hints[key], type) and issubclass(hints[key], Enum) else value
-        for key, value in read_option(name).values.items()
-    }
-    return LOSSES[name](**values)
+    return LOSSES[name](**read_option(name).values)
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import not_negative, require, within
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
 from alignment.losses.running import NO_MOMENTS, moving_moments, standardised
@@ -60,12 +59,9 @@ class AlphaDPO(BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 <= self.gamma_beta_ratio < math.inf,
-            f"loss.gamma_beta_ratio must be a finite number, at least 0, not {self.gamma_beta_ratio}.",
-        )
+        not_negative("loss.gamma_beta_ratio", self.gamma_beta_ratio)
         require(0 < self.alpha < 1, f"loss.alpha must be in (0, 1), not {self.alpha}; at 0 this is loss=simpo.")
-        require(0 <= self.decay < 1, f"loss.decay must be in [0, 1), not {self.decay}.")
+        within("loss.decay", self.decay, "[0, 1)")
 
     def initial_state(self) -> dict[str, float]:
         """No step seen."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import not_negative, require
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 
 _MOST = 60.0
@@ -46,10 +46,7 @@ class AlphaPO(BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 <= self.gamma_beta_ratio < math.inf,
-            f"loss.gamma_beta_ratio must be a finite number, at least 0, not {self.gamma_beta_ratio}.",
-        )
+        not_negative("loss.gamma_beta_ratio", self.gamma_beta_ratio)
         require(math.isfinite(self.alpha), f"loss.alpha must be a finite number, not {self.alpha}.")
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from enum import EnumType
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from alignment.errors import require
+from alignment.errors import positive, require
 from alignment.types import Quantity, RaggedLogps
 
 
@@ -159,6 +161,16 @@ class Loss(ABC):
     and there all are equal."""
     quantities: ClassVar[frozenset[Quantity]] = frozenset()
 
+    def __post_init__(self) -> None:
+        """Give every field its declared type: call this first where you override it.
+
+        Raises:
+            UserError: a value of another type, or a string that names no member of the field's enum.
+        """
+        types = get_type_hints(type(self))
+        for item in fields(self):
+            setattr(self, item.name, as_typed(f"loss.{item.name}", types[item.name], getattr(self, item.name)))
+
     def requirements(self) -> Requirements:
         """What the trainer has to provide; by default the same for all settings of a class."""
         return Requirements(
@@ -208,6 +220,36 @@ class Loss(ABC):
         return None
 
 
+def as_typed(key: str, kind: Any, value: Any) -> Any:
+    """The value of a setting; a string becomes the member of an enum that it names.
+
+    Losses compare enums by `is`: a string that slipped through would silently choose another formula.
+
+    Raises:
+        UserError: the value is not of that type.
+    """
+    if isinstance(kind, UnionType):
+        if value is None and NoneType in get_args(kind):
+            return None
+        kind = next(option for option in get_args(kind) if option is not NoneType)
+    if isinstance(kind, EnumType):
+        if isinstance(value, str) and value in kind.__members__:
+            return kind[value]
+        require(isinstance(value, kind), f"{key} must be one of {', '.join(kind.__members__)}, not {value!r}.")
+    elif kind in _ACCEPTED:
+        accepted, words = _ACCEPTED[kind]
+        right = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+        require(right, f"{key} must be {words}, not {value!r}.")
+    return value
+
+
+_ACCEPTED: dict[Any, tuple[type, str]] = {
+    float: (Real, "a number"),
+    int: (Integral, "a whole number"),
+    bool: (bool, "true or false"),
+}
+
+
 @dataclass(kw_only=True)
 class BetaPairLoss(Loss):
     """A loss of pairs whose strength is `beta`."""
@@ -217,7 +259,8 @@ class BetaPairLoss(Loss):
     beta: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
+        positive("loss.beta", self.beta)
 
 
 def per_pair(reference: RaggedLogps, value: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements
 from alignment.losses.dpo import log_ratios
 from alignment.losses.running import in_order
@@ -61,7 +61,8 @@ class BCO(Loss):
     density_weights: bool
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
+        positive("loss.beta", self.beta)
 
     def requirements(self) -> Requirements:
         """Weights of the rows, where asked for."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import not_negative, require, within
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.losses.running import NO_MOMENTS, in_order, moving_moments, standardised
@@ -69,9 +69,9 @@ class BetaDPO(BetaPairLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.beta >= LEAST_BETA, f"loss.beta must be at least {LEAST_BETA}, not {self.beta}.")
-        require(0 <= self.alpha < math.inf, f"loss.alpha must be a finite number, at least 0, not {self.alpha}.")
-        require(0 <= self.dropped_share < 1, f"loss.dropped_share must be in [0, 1), not {self.dropped_share}.")
-        require(0 <= self.decay < 1, f"loss.decay must be in [0, 1), not {self.decay}.")
+        not_negative("loss.alpha", self.alpha)
+        within("loss.dropped_share", self.dropped_share, "[0, 1)")
+        within("loss.decay", self.decay, "[0, 1)")
         require(
             self.alpha > 0 or self.dropped_share > 0,
             "loss.alpha must be above 0 where loss.dropped_share is 0, not 0: without both this is loss=dpo.",

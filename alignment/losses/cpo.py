@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import not_negative, positive, within
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.losses.nll import Anchored, NLLReduction, NLLScope
 
@@ -51,11 +50,8 @@ class CPO(Anchored, BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.lam < math.inf, f"loss.lam must be a finite number, at least 0, not {self.lam}.")
-        require(
-            0 <= self.label_smoothing < 0.5,
-            f"loss.label_smoothing must be in [0, 0.5), not {self.label_smoothing}.",
-        )
+        not_negative("loss.lam", self.lam)
+        within("loss.label_smoothing", self.label_smoothing, "[0, 0.5)")
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta a and beta b (2 * pairs,); part `nll` (pairs,)."""
@@ -110,11 +106,8 @@ class CPOSimPO(Anchored, BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 <= self.gamma_beta_ratio < math.inf,
-            f"loss.gamma_beta_ratio must be a finite number, at least 0, not {self.gamma_beta_ratio}.",
-        )
-        require(0 < self.alpha < math.inf, f"loss.alpha must be a finite number above 0, not {self.alpha}.")
+        not_negative("loss.gamma_beta_ratio", self.gamma_beta_ratio)
+        positive("loss.alpha", self.alpha)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta a and beta b (2 * pairs,); part `nll` (pairs,)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import within
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 
@@ -49,7 +49,7 @@ class DiscoPOP(BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.tau < 1, f"loss.tau must be in (0, 1), not {self.tau}.")
+        within("loss.tau", self.tau, "(0, 1)")
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""

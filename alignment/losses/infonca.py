@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import LossInputs, LossOutput
 from alignment.losses.lists import BetaListLoss, lowest, members, scores_of, sizes_of, table
 
@@ -23,7 +23,7 @@ class _SoftTargets(BetaListLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.alpha < math.inf, f"loss.alpha must be a finite number above 0, not {self.alpha}.")
+        positive("loss.alpha", self.alpha)
 
     def _targets(self, inputs: LossInputs) -> Tensor:
         """(lists, longest list) float64, 1 in every line."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
 from torch import Tensor
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import Loss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 
@@ -53,7 +52,8 @@ class IPO(Loss):
     reduction: Reduction
 
     def __post_init__(self) -> None:
-        require(0 < self.tau < math.inf, f"loss.tau must be a finite number above 0, not {self.tau}.")
+        super().__post_init__()
+        positive("loss.tau", self.tau)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards r_w and r_l (2 * pairs,)."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import Loss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
 
@@ -51,9 +50,10 @@ class KTO(Loss):
     undesirable_weight: float
 
     def __post_init__(self) -> None:
-        for key in ("beta", "desirable_weight", "undesirable_weight"):
-            value = getattr(self, key)
-            require(0 < value < math.inf, f"loss.{key} must be a finite number above 0, not {value}.")
+        super().__post_init__()
+        positive("loss.beta", self.beta)
+        positive("loss.desirable_weight", self.desirable_weight)
+        positive("loss.undesirable_weight", self.undesirable_weight)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (rows,), rewards beta u (rows,); part `kl` (rows,). `step_statistics` must cover the whole step."""

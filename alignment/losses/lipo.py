@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import LossInputs, LossOutput
 from alignment.losses.lists import BetaListLoss, better_pairs, lowest, members, scores_of, sizes_of, table
 
@@ -54,7 +54,7 @@ class LiPO(BetaListLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.scale < math.inf, f"loss.scale must be a finite number above 0, not {self.scale}.")
+        positive("loss.scale", self.scale)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import Loss, LossInputs
 from alignment.losses.dpo import log_ratios
 
@@ -66,7 +65,8 @@ class BetaListLoss(Loss):
     beta: float
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"loss.beta must be a finite number above 0, not {self.beta}.")
+        super().__post_init__()
+        positive("loss.beta", self.beta)
 
     def rewards(self, inputs: LossInputs) -> Tensor:
         """(S,) beta times the log-ratios, differentiable."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.types import Quantity
@@ -53,10 +53,7 @@ class MallowsPO(BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 < self.dispersion < math.inf,
-            f"loss.dispersion must be a finite number above 0, not {self.dispersion}.",
-        )
+        positive("loss.dispersion", self.dispersion)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta phi u and beta phi v (2 * pairs,); part `phi` (pairs,)."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from alignment.errors import require
-from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements
+from alignment.errors import not_negative, require
+from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements, as_typed
 from alignment.losses.nll import NLL
 
 
@@ -51,19 +50,25 @@ class Mixture(Loss):
     settings: dict[str, Any]  # the losses themselves once composed
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             len(self.weights) >= 2,
             f"loss.weights must name at least two losses, as in loss.weights.dpo=1, not {len(self.weights)}.",
         )
         for name, weight in self.weights.items():
-            require(0 <= weight < math.inf, f"loss.weights.{name} must be a finite number, at least 0, not {weight}.")
+            as_typed(f"loss.weights.{name}", float, weight)
+            not_negative(f"loss.weights.{name}", weight)
         require(any(self.weights.values()), "loss.weights must have a weight above 0; all are 0.")
         for name in self.settings:
             require(
                 name in self.weights,
                 f"loss.settings.{name} has no effect: loss.weights names {', '.join(self.weights)} only.",
             )
-        assert all(isinstance(self.settings.get(name), Loss) for name in self.weights), "composing fills the settings"
+        for name in self.weights:
+            require(
+                isinstance(self.settings.get(name), Loss),
+                f"loss.settings.{name} must be a loss, as loss.weights names it, not {self.settings.get(name)!r}.",
+            )
         for name, part in self._parts().items():
             require(
                 not part.requirements().density_weights,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
 
@@ -51,7 +50,7 @@ class ODPO(BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.alpha < math.inf, f"loss.alpha must be a finite number above 0, not {self.alpha}.")
+        positive("loss.alpha", self.alpha)
 
     def problem(self, completions: int, scores: tuple[float, ...] | None) -> str | None:
         """The offset is a logarithm of the gap."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import not_negative
 from alignment.losses.base import LossInputs, LossOutput
 from alignment.losses.nll import Anchored, NLLReduction, NLLScope
 
@@ -69,7 +68,8 @@ class ORPO(Anchored):
     nll_scope: NLLScope
 
     def __post_init__(self) -> None:
-        require(0 <= self.lam < math.inf, f"loss.lam must be a finite number, at least 0, not {self.lam}.")
+        super().__post_init__()
+        not_negative("loss.lam", self.lam)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards: log-odds (2 * pairs,); parts `nll` and `log_odds` (pairs,)."""

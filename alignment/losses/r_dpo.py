@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import not_negative
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
 
@@ -46,7 +45,7 @@ class RDPO(BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.alpha < math.inf, f"loss.alpha must be a finite number, at least 0, not {self.alpha}.")
+        not_negative("loss.alpha", self.alpha)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u + alpha n_w and beta v + alpha n_l (2 * pairs,)."""

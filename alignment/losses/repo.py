@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import not_negative
 from alignment.losses.base import Loss, LossInputs, LossOutput
 
 
@@ -43,7 +42,8 @@ class RePO(Loss):
     gamma: float
 
     def __post_init__(self) -> None:
-        require(0 <= self.gamma < math.inf, f"loss.gamma must be a finite number, at least 0, not {self.gamma}.")
+        super().__post_init__()
+        not_negative("loss.gamma", self.gamma)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards m_w and m_l (2 * pairs,)."""

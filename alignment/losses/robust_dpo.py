@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import within
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 
@@ -46,7 +46,7 @@ class RobustDPO(BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.flip_rate < 0.5, f"loss.flip_rate must be in [0, 0.5), not {self.flip_rate}.")
+        within("loss.flip_rate", self.flip_rate, "[0, 0.5)")
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,)."""

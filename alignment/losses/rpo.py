@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 from alignment.losses.dpo import log_ratios
 from alignment.losses.nll import Anchored, NLLReduction, NLLScope
@@ -53,7 +53,7 @@ class RPO(Anchored, BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.alpha < math.inf, f"loss.alpha must be a finite number above 0, not {self.alpha}.")
+        positive("loss.alpha", self.alpha)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,); part `nll` (pairs,)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import not_negative
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
 
 
@@ -47,10 +46,7 @@ class SimPO(BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 <= self.gamma_beta_ratio < math.inf,
-            f"loss.gamma_beta_ratio must be a finite number, at least 0, not {self.gamma_beta_ratio}.",
-        )
+        not_negative("loss.gamma_beta_ratio", self.gamma_beta_ratio)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta a and beta b (2 * pairs,)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import not_negative
 from alignment.losses.base import Loss, LossInputs, LossOutput
 
 
@@ -44,8 +43,9 @@ class SLiCHF(Loss):
     lam: float
 
     def __post_init__(self) -> None:
-        require(0 <= self.delta < math.inf, f"loss.delta must be a finite number, at least 0, not {self.delta}.")
-        require(0 <= self.lam < math.inf, f"loss.lam must be a finite number, at least 0, not {self.lam}.")
+        super().__post_init__()
+        not_negative("loss.delta", self.delta)
+        not_negative("loss.lam", self.lam)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards a and b (2 * pairs,)."""

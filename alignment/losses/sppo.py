@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 
@@ -89,10 +88,7 @@ class SPPOSoft(BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 < self.score_scale < math.inf,
-            f"loss.score_scale must be a finite number above 0, not {self.score_scale}.",
-        )
+        positive("loss.score_scale", self.score_scale)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta u and beta v (2 * pairs,); part `win_rate` (pairs,)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import positive
 from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
 from alignment.losses.dpo import log_ratios
 from alignment.types import Quantity
@@ -94,7 +94,7 @@ class TDPO2(BetaPairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.alpha < math.inf, f"loss.alpha must be a finite number above 0, not {self.alpha}.")
+        positive("loss.alpha", self.alpha)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,), rewards beta (u + alpha D) (2 * pairs,); parts: D_w and D_l (pairs,)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.errors import require
+from alignment.errors import not_negative, positive
 from alignment.losses.base import LossInputs, LossOutput
 from alignment.losses.nll import Anchored, NLLReduction, NLLScope
 
@@ -25,9 +24,9 @@ class _Triple(Anchored):
     alpha: float
 
     def __post_init__(self) -> None:
-        for key in ("beta", "alpha"):
-            value = getattr(self, key)
-            require(0 < value < math.inf, f"loss.{key} must be a finite number above 0, not {value}.")
+        super().__post_init__()
+        positive("loss.beta", self.beta)
+        positive("loss.alpha", self.alpha)
 
     def problem(self, completions: int, scores: tuple[float, ...] | None) -> str | None:
         """Gold, chosen, rejected."""
@@ -132,10 +131,7 @@ class TPOL(_Triple):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 <= self.gamma_beta_ratio < math.inf,
-            f"loss.gamma_beta_ratio must be a finite number, at least 0, not {self.gamma_beta_ratio}.",
-        )
+        not_negative("loss.gamma_beta_ratio", self.gamma_beta_ratio)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards (3 * lists,); part `nll` (lists,)."""
