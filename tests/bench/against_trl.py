@@ -207,10 +207,12 @@ def write(name: str, page: str, found: Sequence[tables.Table], summary: dict[str
     console.print(f"Written to {out}.")
 
 
-def update_readme() -> None:
-    """Put the newest results into the README."""
-    path = ROOT / "README.md"
-    path.write_text(tables.with_block(path.read_text(), tables.readme_block(RESULTS, ROOT)))
+def update_pages() -> None:
+    """Put the newest results into README.md and docs/speed.md."""
+    speed = ROOT / "docs" / "speed.md"
+    blocks = {ROOT / "README.md": tables.readme_block(RESULTS), speed: tables.speed_block(RESULTS, speed)}
+    for path, block in blocks.items():
+        path.write_text(tables.with_block(path.read_text(), block))
 
 
 def results_folder(summary: dict[str, Any]) -> Path:
@@ -234,7 +236,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens-per-batch", type=int, help="positions of one of our passes (1024; on a GPU 16384)")
     parser.add_argument("--profile", action="store_true", help="one more step of ours under torch's profiler")
     parser.add_argument("--out", type=Path, help="folder for the results (tests/bench/results/<date>-<machine>)")
-    parser.add_argument("--readme", action="store_true", help="only write the newest results into README.md")
+    parser.add_argument("--readme", action="store_true", help="only write the newest results into the pages")
     return parser.parse_args()
 
 
@@ -267,10 +269,10 @@ def run_sweep(arguments: argparse.Namespace, case: Case, quick: bool) -> None:
 
 
 def main() -> None:
-    """Measure and write, or only rewrite the README."""
+    """Measure and write, or only rewrite README.md and docs/speed.md."""
     arguments = parse()
     if arguments.readme:
-        update_readme()
+        update_pages()
         return
     names = arguments.cases or (QUICK if arguments.quick else [case.name for case in (*CASES, SWEEP)])
     steps = arguments.steps or (QUICK_STEPS if arguments.quick else None)
@@ -284,7 +286,7 @@ def main() -> None:
     for case in sweep:
         run_sweep(arguments, case, quick=partial)
     if not partial and (sweep or not arguments.cases):
-        print("`python -m tests.bench.against_trl --readme` puts the newest numbers into the README.")
+        print("`python -m tests.bench.against_trl --readme` puts the newest numbers into README.md and docs/speed.md.")
 
 
 if __name__ == "__main__":

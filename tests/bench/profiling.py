@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def _in_head(event: Any) -> bool:
     return inside
 
 
-def profile_step(model: Any, step: Callable[[], object]) -> dict[str, Any]:
-    """Take a step under torch's profiler.
+def profile_step(model: Any, step: Callable[[], object], trace: Path | None = None) -> dict[str, Any]:
+    """Take a step under torch's profiler; `trace` is a file for what it saw, in Chrome's format.
 
     The head's gradient is made in its forward pass (for a frozen head), so that all of it counts as head; what
     autograd computes for one that trains counts by its operators.
@@ -77,6 +78,8 @@ def profile_step(model: Any, step: Callable[[], object]) -> dict[str, Any]:
         _marked(model.get_decoder(), _DECODER, stack)
         with profile(activities=activities) as found:
             step()
+    if trace is not None:
+        found.export_chrome_trace(str(trace))
     time: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     kinds: Counter[str] = Counter()

@@ -1,10 +1,11 @@
-"""The tables: on the screen, in results.md, in the README."""
+"""The tables: on the screen, in results.md, in README.md and docs/speed.md."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,17 @@ def describe_sweep(summary: Mapping[str, Any]) -> str:
 def _described(summary: Mapping[str, Any], how: str) -> str:
     machine, versions = summary["machine"], summary["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "trl"))
-    where = machine["gpu"] if machine["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
     dtype = "bfloat16" if machine["device"] == "cuda" else "float32"
     return (
-        f"{summary['date']}, {where}, {machine['system']}; {named}; {summary['model']}, {dtype}, LoRA r 16 on all "
+        f"{_when_and_where(summary)}, {machine['system']}; {named}; {summary['model']}, {dtype}, LoRA r 16 on all "
         f"linear layers, {how}. {summary['minutes']:.0f} minutes."
     )
+
+
+def _when_and_where(summary: Mapping[str, Any]) -> str:
+    machine = summary["machine"]
+    where = machine["gpu"] if machine["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
+    return f"{summary['date']}, {where}"
 
 
 def markdown_table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
@@ -186,7 +192,7 @@ def profile_markdown(profiles: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# README
+# README.md and docs/speed.md
 
 
 def newest_results(results: Path, name: str) -> list[Path]:
@@ -198,12 +204,30 @@ def newest_results(results: Path, name: str) -> list[Path]:
     return sorted(newest.values(), key=lambda folder: folder.name, reverse=True)
 
 
-def readme_block(results: Path, root: Path) -> str:
-    """What stands between the README's markers: for every machine its newest numbers, then those of sweeps.
+def readme_block(results: Path) -> str:
+    """What stands between the README's markers: for every machine its newest ratios, and those of sweeps."""
+    lines = []
+    for folder in newest_results(results, "results.json"):
+        summary = json.loads((folder / "results.json").read_text())
+        lines += ["", *markdown_table(_ratios(summary)), "", describe(summary)]
+    for folder in newest_results(results, "sweep.json"):
+        summary = json.loads((folder / "sweep.json").read_text())
+        ratios = [
+            (name.removeprefix("ours, "), ratio["times_faster"])
+            for name in summary["rows"]
+            if (ratio := summary["ratios"].get(f"{name} : {SWEEP_BASELINE}")) is not None
+        ]
+        said = ", ".join(f"{faster:.1f} times faster as a {name}" for name, faster in ratios)
+        lines += ["", f"A whole sweep over {len(summary['betas'])} beta: {said} ({_when_and_where(summary)})."]
+    return "\n".join([*lines, "", ""])
+
+
+def speed_block(results: Path, page: Path) -> str:
+    """What stands between the markers of the page about speed: the README's ratios, and the seconds and bytes behind.
 
     Args:
         results: folder of the results.
-        root: folder of the README, for links.
+        page: the page, for links.
     """
     lines = []
     for folder in newest_results(results, "results.json"):
@@ -212,20 +236,25 @@ def readme_block(results: Path, root: Path) -> str:
         for name, case in summary["cases"].items():
             numbers = [case["rows"][row] for row in README_ROWS]
             cells.append([name, *(f"{n['seconds_per_pair']:.2f} s, {n['peak_gib']:.1f} GiB" for n in numbers)])
-        ratios = [["times faster", *README_RATIOS.values()]]
-        for name, case in summary["cases"].items():
-            found = [case["ratios"][pair] for pair in README_RATIOS]
-            ratios.append([name, *(f"{r['times_faster']:.1f}, {r['memory']:.2f} of its memory" for r in found)])
-        lines += ["", *markdown_table(ratios), "", *markdown_table(cells), "", describe(summary)]
-        lines += [f"[All numbers.]({folder.relative_to(root)}/results.md)"]
+        lines += ["", *markdown_table(_ratios(summary)), "", *markdown_table(cells), "", describe(summary)]
+        lines += [f"[All numbers.]({relpath(folder, page.parent)}/results.md)"]
     for folder in newest_results(results, "sweep.json"):
-        lines += ["", *_readme_sweep(json.loads((folder / "sweep.json").read_text()))]
-        lines += [f"[All numbers.]({folder.relative_to(root)}/sweep.md)"]
+        lines += ["", *_sweep_lines(json.loads((folder / "sweep.json").read_text()))]
+        lines += [f"[All numbers.]({relpath(folder, page.parent)}/sweep.md)"]
     return "\n".join([*lines, "", ""])
 
 
-def _readme_sweep(summary: Mapping[str, Any]) -> list[str]:
-    """A sweep's lines in the README."""
+def _ratios(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows: times faster than TRL, and the share of its memory."""
+    rows = [["times faster", *README_RATIOS.values()]]
+    for name, case in summary["cases"].items():
+        found = [case["ratios"][pair] for pair in README_RATIOS]
+        rows.append([name, *(f"{r['times_faster']:.1f}, {r['memory']:.2f} of its memory" for r in found)])
+    return rows
+
+
+def _sweep_lines(summary: Mapping[str, Any]) -> list[str]:
+    """A sweep's lines on the page about speed."""
     cells = [["a whole sweep, from its start to its end", "seconds", "times faster", "peak memory"]]
     for name, row in summary["rows"].items():
         if not name.endswith("checkpointed"):
@@ -240,14 +269,14 @@ def _readme_sweep(summary: Mapping[str, Any]) -> list[str]:
     return [text, "", *markdown_table(cells), "", describe_sweep(summary)]
 
 
-def with_block(readme: str, block: str) -> str:
-    """The README with the block between its markers.
+def with_block(page: str, block: str) -> str:
+    """The page with the block between its markers.
 
     Raises:
         ValueError: it does not hold the two markers once each.
     """
     begin, end = map(re.escape, README_MARKERS)
-    changed, count = re.subn(f"({begin}\n).*({end})", lambda m: m[1] + block + m[2], readme, flags=re.DOTALL)
-    if count != 1 or any(readme.count(marker) != 1 for marker in README_MARKERS):
-        raise ValueError(f"the README must hold these two lines once each: {README_MARKERS}")
+    changed, count = re.subn(f"({begin}\n).*({end})", lambda m: m[1] + block + m[2], page, flags=re.DOTALL)
+    if count != 1 or any(page.count(marker) != 1 for marker in README_MARKERS):
+        raise ValueError(f"the page must hold these two lines once each: {README_MARKERS}")
     return changed

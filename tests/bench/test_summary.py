@@ -151,11 +151,13 @@ def test_readme_shows_the_newest_whole_run_of_every_machine(whole, tmp_path):
     put("2026-11-23-cpu", model="new")
     put("2026-11-24-cpu-quick", model="quick", quick=True)
     put("2026-11-24-gpu", model="other")
-    block = tables.readme_block(tmp_path / "results", tmp_path)
-    assert [word for word in ("old", "new", "quick", "other") if f"; {word}, float32" in block] == ["new", "other"]
-    assert block.index("other") < block.index("new")
+    block = tables.speed_block(tmp_path / "results", tmp_path / "docs" / "speed.md")
+    short = tables.readme_block(tmp_path / "results")
+    for text in (block, short):
+        assert [word for word in ("old", "new", "quick", "other") if f"; {word}, float32" in text] == ["new", "other"]
+        assert text.index("other") < text.index("new")
     assert "| long | 8.00 s, 8.0 GiB | 6.00 s, 4.0 GiB | 3.00 s, 3.0 GiB | 1.00 s, 2.0 GiB |" in block
-    assert "(results/2026-11-23-cpu/results.md)" in block
+    assert "(../results/2026-11-23-cpu/results.md)" in block
 
 
 def test_block_goes_between_the_markers():
@@ -169,6 +171,12 @@ def test_block_goes_between_the_markers():
             tables.with_block(broken, "new")
 
 
-def test_readme_equals_the_newest_results():
-    readme = (against_trl.ROOT / "README.md").read_text()
-    assert tables.with_block(readme, tables.readme_block(against_trl.RESULTS, against_trl.ROOT)) == readme
+def test_pages_equal_the_newest_results():
+    speed = against_trl.ROOT / "docs" / "speed.md"
+    blocks = {
+        against_trl.ROOT / "README.md": tables.readme_block(against_trl.RESULTS),
+        speed: tables.speed_block(against_trl.RESULTS, speed),
+    }
+    for path, block in blocks.items():
+        page = path.read_text()
+        assert tables.with_block(page, block) == page, "run python -m tests.bench.against_trl --readme"
