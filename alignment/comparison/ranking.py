@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from alignment.comparison.measures import ACCURACY, Measure, ranking_measure
 from alignment.comparison.members import ComparedRun, Variant, differing_settings, variants, without_copies
 from alignment.comparison.statistics import Difference, holm, paired_difference, unpaired_difference
-from alignment.evaluation.intervals import win_interval
+from alignment.evaluation.intervals import tango_interval
 from alignment.runs.text import format_value
 
 
@@ -141,4 +141,4 @@ def interval(measure: Measure, variant: Variant) -> tuple[float, float] | None:
     if mean is None or not 0 <= mean <= 1 or not count:
         return None
     tied = [measure.tied(member) for member in variant.members if measure.value(member) is not None]
-    return win_interval(mean, sum(tied) / len(tied), count)
+    return tango_interval(mean, sum(tied) / len(tied), count)

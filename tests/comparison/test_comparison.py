@@ -16,7 +16,7 @@ from alignment.comparison.ranking import compare, interval
 from alignment.comparison.sentences import cautions, headline, judge_contrast
 from alignment.comparison.tables import differences, held_out_pairs, member_table, results, settings_and_data
 from alignment.errors import UserError
-from alignment.evaluation.intervals import win_interval
+from alignment.evaluation.intervals import tango_interval
 from tests.helpers.run_folders import change_json, make_run
 
 
@@ -520,7 +520,7 @@ def test_of_several_seeds_the_ties_are_their_mean(tmp_path):
     a = make_run(tmp_path / "a", scores=[1.0] * 8 + [0.5] * 32)
     b = make_run(tmp_path / "b", seed=1, scores=[1.0] * 12 + [0.5] * 20 + [0.0] * 8)
     [variant] = compared(a, b).variants
-    assert interval(WIN_RATE, variant) == win_interval((24 + 22) / 80, (32 + 20) / 80, 40)
+    assert interval(WIN_RATE, variant) == tango_interval((24 + 22) / 80, (32 + 20) / 80, 40)
 
 
 def test_an_interval_and_a_test_that_disagree_are_both_said(tmp_path):

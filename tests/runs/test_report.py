@@ -16,7 +16,6 @@ import yaml
 from rich.console import Console
 
 from alignment import report
-from alignment.evaluation.intervals import wilson_interval
 from alignment.runs.record import RunRecord
 from alignment.runs.report import print_summary, write_report
 
@@ -145,15 +144,6 @@ def test_a_whole_run(run_dir: Path) -> None:
     assert samples[0] == "| question 0 | a&#124;b<br>c | &lt;b&gt;yes&lt;/b&gt; |"
     assert len(samples) == 8
     assert "All 16 are in [samples.md](samples.md)" in text
-
-
-@pytest.mark.parametrize(
-    ("share", "count", "low", "high"),
-    # From the formula by hand: 0/10 -> z²/(10 + z²) = 0.2775; 5/10 is symmetric about one half.
-    [(0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0), (0.5, 10, 0.2366, 0.7634), (0.8, 100, 0.7112, 0.8666)],
-)
-def test_wilson_interval(share: float, count: int, low: float, high: float) -> None:
-    assert wilson_interval(share, count) == pytest.approx((low, high), abs=5e-5)
 
 
 def put(path: str, value: Any) -> dict[str, Any]:
