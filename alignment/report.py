@@ -1,4 +1,4 @@
-"""The report of one run, from the files in its folder alone; `python -m alignment.report FOLDER...` rewrites it."""
+"""`python -m alignment.report FOLDER...`: rewrites the report of a run, or compares several runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from alignment.runs.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the report of a run folder, or compare several or those of a sweep; returns the exit status."""
+    """Rewrite the report of one run folder, or compare several runs or a sweep; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m alignment.report",
-        description="Rewrite the report of one run; of several runs, or of a sweep, write a comparison beside them.",
+        description="Give one run folder to rewrite its report.md. Give several, or the folder of a sweep, to compare "
+        "the runs: comparison.html, .md and .csv are written beside them.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folder of a run or of a sweep")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="a run folder, or the folder of a sweep"
+    )
     folders: list[Path] = parser.parse_args(arguments).folders
     try:
         if len(folders) > 1:

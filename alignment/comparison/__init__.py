@@ -1,4 +1,7 @@
-"""Several runs as one experiment: a page, its Markdown and a table of numbers."""
+"""Many runs side by side: reads run folders, groups them into variants, ranks these and tests their differences.
+
+`write_comparison` writes the result as a page (comparison.html), as Markdown and as plain numbers (comparison.csv).
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False) -> Path:
-    """Write comparison.html, .md and .csv of run folders, or of sweeps' folders, into `out`.
+    """Compare run folders, or the folders of sweeps: write comparison.html, .md and .csv into `out`.
 
     Args:
-        track: send it as the run of the sweep in `out` to where the first member was tracked, if it was.
+        track: send the comparison to W&B too, as the run of the sweep in `out`, if the first member was tracked there.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        UserError: one of the folders neither is nor holds a run folder, or a file cannot be written; the others are.
+        UserError: a folder neither is nor holds a run folder, or a file cannot be written (the others are written).
     """
     runs = run_folders(folders)
     found = compare([read_member(run, name) for run, name in zip(runs, short_names(runs), strict=True)])

@@ -1,4 +1,4 @@
-"""Held-out prompts with what every member answered."""
+"""Held-out prompts with the answers of every run side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignment.runs.text import DASH, MAX_SAMPLES, clip, format_value
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one model said to a prompt, or several said alike, and what the judge thought of it."""
+    """The answer of one model, or the same answer of several, with the judge's verdict."""
 
     model: str
     text: str
@@ -26,7 +26,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A held-out prompt with the answers of the best of each loss, and below them those of all other members."""
+    """A held-out prompt. `answers` are those of the best variant of each loss, `others` those of all other runs."""
 
     prompt: str
     answers: list[Answer]
@@ -35,14 +35,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """Some of the prompts, and which."""
+    """A selection of the prompts, and a note about the selection."""
 
     shown: list[Question]
     note: str
 
 
 def questions(found: Comparison) -> Questions:
-    """Prompts that most members answered, first those on which the judge does not think the same of all."""
+    """Prompts that most runs answered; those on which the judge's scores differ come first."""
     by_prompt: dict[str, dict[str, dict[str, Any]]] = {}
     for member in found.members:
         for prompt, sample in rows_by_key(member.run.samples, "prompt").items():
@@ -51,14 +51,14 @@ def questions(found: Comparison) -> Questions:
     asked = {prompt: samples for prompt, samples in by_prompt.items() if len(samples) == most}
     split = [prompt for prompt, samples in asked.items() if _is_split(samples)]
     alike = [prompt for prompt in asked if prompt not in split]
-    picked = _spread(split, MAX_SAMPLES)
-    picked += _spread(alike, MAX_SAMPLES - len(picked))
+    picked = _pick(split, MAX_SAMPLES)
+    picked += _pick(alike, MAX_SAMPLES - len(picked))
     note = f"{len(picked)} of {len(asked)} prompts."
     if split:
-        which = "these come first" if len(split) <= len(picked) else "these are some of them"
+        which = "they come first" if len(split) <= len(picked) else "you see some of them"
         note += (
-            f" On {len(split)} of the {len(asked)} the judge does not give all members the same score; {which}. So how "
-            "often who is better is in the tables and not here."
+            f" On {len(split)} of the {len(asked)} prompts the judge's scores differ between members; {which}. So do "
+            "not count wins here: the tables have them for all prompts."
         )
     return Questions([_question(found, asked[prompt]) for prompt in picked], note)
 
@@ -67,9 +67,10 @@ def _is_split(samples: dict[str, dict[str, Any]]) -> bool:
     return len({found.score for sample in samples.values() if (found := verdict(sample, "final"))}) > 1
 
 
-def _spread(prompts: Sequence[str], most: int) -> list[str]:
-    count = min(most, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+def _pick(prompts: Sequence[str], most: int) -> list[str]:
+    """At most so many prompts, at equal distances."""
+    number = min(most, len(prompts))
+    return [prompts[i * len(prompts) // number] for i in range(number)]
 
 
 def _question(found: Comparison, samples: dict[str, dict[str, Any]]) -> Question:
@@ -78,7 +79,7 @@ def _question(found: Comparison, samples: dict[str, dict[str, Any]]) -> Question
     first = [member for member in best if member is not None]
     named = {member.name for member in first}
     rest = [member for member in found.members if member.name in samples and member.name not in named]
-    before: dict[Answer, None] = {}  # members of one start all say the same
+    before: dict[Answer, None] = {}  # runs with the same start give the same answer, which is shown once
     for member in (*first, *rest):
         sample, name = samples[member.name], start_model(member)
         if sample.get(name) is not None:
@@ -89,18 +90,14 @@ def _question(found: Comparison, samples: dict[str, dict[str, Any]]) -> Question
         answer = _answer(titles[member.name], samples[member.name], "final")
         alike.setdefault((answer.text, answer.verdict), []).append(answer.model)
     others = [Answer("\n".join(models), *said) for said, models in alike.items()]
-    return Question(_prompt(samples), [*before, *answers], others)
-
-
-def _prompt(samples: dict[str, dict[str, Any]]) -> str:
-    return clip(next(iter(samples.values())).get("prompt"))
+    return Question(clip(next(iter(samples.values())).get("prompt")), [*before, *answers], others)
 
 
 def _answer(model: str, sample: dict[str, Any], name: str) -> Answer:
-    return Answer(model, clip(sample.get(name)), _said(verdict(sample, name)))
+    return Answer(model, clip(sample.get(name)), _in_words(verdict(sample, name)))
 
 
-def _said(found: Verdict | None) -> str:
+def _in_words(found: Verdict | None) -> str:
     if found is None:
         return DASH
     return ", ".join(["right" if found.correct else "wrong", f"score {format_value(found.score)}", *found.reasons])

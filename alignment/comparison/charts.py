@@ -1,4 +1,4 @@
-"""The charts of a comparison, as Plotly figures that the page draws."""
+"""The charts of a comparison, as Plotly figures."""
 
 from __future__ import annotations
 
@@ -15,32 +15,30 @@ from plotly.offline import get_plotlyjs
 from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl_error, kl_measure
 from alignment.comparison.members import ComparedRun, Variant
 from alignment.comparison.ranking import Comparison, in_rank_order, interval
-from alignment.runs.folder import dig, series
+from alignment.runs.folder import MODEL_TITLES, dig, series
+from alignment.runs.style import COLOURS, DASHES, STROKES, SYMBOLS
 from alignment.runs.text import format_value, is_number
 
-COLOURS = ("#3b82d6", "#d2622a", "#2f9e6e", "#b35fc4", "#a8820f", "#d6457f", "#4f93a6", "#8577d8")
-"""Of losses, or of variants where there is one loss: each has a contrast of 3 or more to white and to the dark page."""
-
 GLANCE = "At a glance"
-"""The charts that the page begins with."""
+"""Title of the charts at the top of the page."""
+
 CURVES = "Curves"
-"""The charts of this name share a legend."""
+"""Title of the charts that share a legend."""
+
 _WINDOW = 5
-"""Training steps that a point of a curve is the mean of: a step alone has few pairs."""
+"""A point of a training curve is the mean of this many steps, because one step has few pairs."""
+
 _SHOWN_AT_FIRST = 6
-"""As many variants are told apart at a glance."""
+"""Variants that the curves show when the page opens."""
+
 _MAX_LEGEND = 12
-"""As many fit into a legend."""
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-_STROKES = ("", "8 5", "2 4", "8 4 2 4", "14 5", "14 4 2 4")
-"""The same dashes in SVG."""
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+"""Variants that fit into a legend."""
 
 _METRICS = (
-    ("Margin against the reference", "log-ratio, chosen - rejected (nats)", "nats/margins"),
-    ("Reward accuracy, by the log-ratio to the reference", "share of pairs ranked rightly", "nats/accuracies"),
-    ("Accuracy of the loss's own reward", "share of pairs ranked rightly", "rewards/accuracies"),
-    ("Ranking accuracy, by the log-prob of the policy alone", "share of pairs ranked rightly", "ranking/accuracies"),
+    ("Margin over the reference", "log-ratio, chosen - rejected (nats)", "nats/margins"),
+    ("Reward accuracy, by the log-ratio to the reference", "share of pairs ranked correctly", "nats/accuracies"),
+    ("Accuracy of the loss's own reward", "share of pairs ranked correctly", "rewards/accuracies"),
+    ("Ranking accuracy, by the log-prob of the policy alone", "share of pairs ranked correctly", "ranking/accuracies"),
     ("Log-prob of chosen completions", "log-prob (nats)", "logps/chosen"),
     ("Log-prob of rejected completions", "log-prob (nats)", "logps/rejected"),
     ("Offline log-ratio to the reference", "mean log-ratio (nats)", "kl/offline"),
@@ -58,12 +56,12 @@ class Chart:
 
     @property
     def num_entries(self) -> int:
-        """Of its legend, for which the page needs space."""
+        """Number of entries in its legend, for which the page makes space."""
         return sum(trace.get("showlegend", True) for trace in self.figure["data"])
 
 
 def charts(found: Comparison) -> dict[str, list[Chart]]:
-    """All that can be drawn, by what it is about."""
+    """All charts by the title of their section; sections without charts are left out."""
     groups = {
         GLANCE: overviews(found),
         "Gain and distance from the reference": frontiers(found),
@@ -75,7 +73,7 @@ def charts(found: Comparison) -> dict[str, list[Chart]]:
 
 @dataclass(frozen=True, slots=True)
 class LegendEntry:
-    """A variant in the legend that charts share, with which it is shown in them or not."""
+    """A variant in the shared legend. Its box shows or hides the variant's lines in all charts."""
 
     label: str
     colour: str
@@ -89,11 +87,11 @@ def library() -> str:
 
 
 def _style(found: Comparison, variant: Variant) -> tuple[str, int]:
-    """Its colour, and which of the variants with that colour it is."""
+    """The variant's colour, and its index among the variants with that colour."""
     losses = list(dict.fromkeys(v.loss for v in found.variants))
     if len(losses) == 1:
-        place = found.variants.index(variant)
-        return COLOURS[place % len(COLOURS)], place // len(COLOURS)
+        index = found.variants.index(variant)
+        return COLOURS[index % len(COLOURS)], index // len(COLOURS)
     same = [v for v in found.variants if v.loss == variant.loss]
     return COLOURS[losses.index(variant.loss) % len(COLOURS)], same.index(variant)
 
@@ -112,37 +110,37 @@ def _chart(name: str, title: str, note: str, figure: go.Figure, x: str, y: str) 
 
 
 def _safe(text: str) -> str:
-    """Plotly reads a few tags in its texts."""
+    """Escape a text: Plotly would read some tags in it."""
     return html.escape(text.encode("utf-8", "replace").decode(), quote=False)
 
 
 def legend(found: Comparison) -> list[LegendEntry]:
-    """The legend of the curves; where there are many variants, the best of each loss are shown at first."""
+    """The shared legend. With many variants, only the best of each loss are shown at first."""
     few = found.variants if len(found.variants) <= _SHOWN_AT_FIRST or not found.best else found.best[:_SHOWN_AT_FIRST]
     known = []
     for variant in found.variants:
         colour, number = _style(found, variant)
-        known.append(LegendEntry(variant.label, colour, _STROKES[number % len(_STROKES)], variant in few))
+        known.append(LegendEntry(variant.label, colour, STROKES[number % len(STROKES)], variant in few))
     return known
 
 
 def _line(found: Comparison, variant: Variant, member: ComparedRun, size: int, hover: str) -> dict[str, Any]:
-    """How a member's line looks, and what it says where it is pointed at."""
+    """The look of a run's line, and its text under the pointer."""
     colour, number = _style(found, variant)
     label = _safe(variant.label)
     return {
         "mode": "lines+markers",
         "name": label,
-        "meta": found.variants.index(variant),  # its place in the legend that charts share
+        "meta": found.variants.index(variant),  # its index in the shared legend
         "legendgroup": label,
-        "line": {"color": colour, "dash": _DASHES[number % len(_DASHES)], "width": 2},
-        "marker": {"size": size, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
+        "line": {"color": colour, "dash": DASHES[number % len(DASHES)], "width": 2},
+        "marker": {"size": size, "symbol": SYMBOLS[number % len(SYMBOLS)]},
         "hovertemplate": f"<b>{label}</b>, seed {_safe(format_value(member.seed))}{hover}<extra></extra>",
     }
 
 
 def _name_once(figure: go.Figure) -> None:
-    """One entry of the legend for the lines of a variant."""
+    """Give the lines of a variant one common legend entry."""
     named: set[str] = set()
     for line in figure.data:
         line.showlegend = line.name not in named
@@ -150,7 +148,7 @@ def _name_once(figure: go.Figure) -> None:
 
 
 def curves(found: Comparison) -> list[Chart]:
-    """A chart per metric with a line per member."""
+    """A chart per metric, with a line per run."""
     drawn = []
     for title, axis, metric in _METRICS:
         figure, split = go.Figure(), _split(found, metric)
@@ -165,30 +163,28 @@ def curves(found: Comparison) -> list[Chart]:
                     figure.add_scatter(x=steps, y=values, **look)
         _name_once(figure)
         if figure.data:
-            note = f"A line is a member; seeds of a variant look alike. Over {where}"
-            note += ", since held-out ones were looked at too seldom for a curve." if split == "train" else "."
+            note = f"One line per member; the seeds of a variant look alike. Values are of {where}"
+            note += ", because held-out pairs were evaluated too rarely for a curve." if split == "train" else "."
             there = {line.meta for line in figure.data}
-            absent = {v.loss.upper(): None for place, v in enumerate(found.variants) if place not in there}
-            note += f" Not measured of {', '.join(absent)}." if absent else ""
-            if any(member.run.has_gaps and member.run.metrics for member in found.members):
-                note += " A line with lost metrics lacks points; they are named at the end of the page."
+            absent = {v.loss.upper(): None for index, v in enumerate(found.variants) if index not in there}
+            note += f" Not measured for {', '.join(absent)}." if absent else ""
             if metric.endswith("accuracies"):
                 figure.update_yaxes(tickformat=".0%")
             if any(variant.stopped for variant in found.variants):
-                note += " A line that ends before the others is that of a member that was stopped early."
+                note += " A line that ends early belongs to a member that was stopped early."
             x = "optimizer step of the preference stage"
             drawn.append(_chart(metric.replace("/", "-"), title, note, figure, x, axis))
     return drawn
 
 
 def _trailing(values: Sequence[float]) -> list[float]:
-    """The mean of each value with those before it, up to `_WINDOW` of them."""
+    """The mean of each value and the values before it, up to `_WINDOW` of them."""
     windows = [values[max(0, i - _WINDOW + 1) : i + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 
 def _split(found: Comparison, metric: str) -> str:
-    """Held-out values, unless they are no curve and those of training are."""
+    """The split to draw: "eval", unless it has too few points for a curve and "train" has more."""
     points = {
         split: max(
             (len(series(member.run.metrics, "preference", split, metric)[0]) for member in found.members), default=0
@@ -199,13 +195,13 @@ def _split(found: Comparison, metric: str) -> str:
 
 
 def lengths(found: Comparison) -> list[Chart]:
-    """Mean lengths of answers before, between and after the stages."""
+    """Mean length of the answers before training and after each stage."""
     figure = go.Figure()
-    moments = {"start": "before training", "sft": "after SFT", "final": "final"}
     for variant in found.variants:
         for member in variant.members:
             words = {
-                title: dig(member.run.summary, "evaluation", "answers", m, "words") for m, title in moments.items()
+                title: dig(member.run.summary, "evaluation", "answers", model, "words")
+                for model, title in MODEL_TITLES.items()
             }
             values = {title: value for title, value in words.items() if is_number(value)}
             if values:
@@ -214,18 +210,18 @@ def lengths(found: Comparison) -> list[Chart]:
     _name_once(figure)
     if not figure.data:
         return []
-    note = "A judge may favour long answers, or short ones: part of a win may be nothing else."
+    note = "A judge may favour long or short answers, so length may explain part of a win."
     return [_chart("lengths", "Length of answers", note, figure, "", "words per answer (mean)")]
 
 
 def _ranked_by(found: Comparison) -> list[Measure]:
-    """What variants are ranked by, and reward accuracy, where they are known."""
+    """The measure that ranks the variants, and reward accuracy, if known."""
     measures = [measure for measure in (found.rank_by, ACCURACY) if measure is not None]
     return [m for m in dict.fromkeys(measures) if any(m.values(variant) for variant in found.variants)]
 
 
 def overviews(found: Comparison) -> list[Chart]:
-    """Every variant with its interval and its seeds, a row for each, the best on top."""
+    """A row per variant with its interval and its seeds, the best on top."""
     drawn = []
     for measure in _ranked_by(found):
         figure = go.Figure()
@@ -257,7 +253,7 @@ def overviews(found: Comparison) -> list[Chart]:
         figure.update_traces(showlegend=False)
         figure.update_layout(height=110 + 28 * len({line.y[0] for line in figure.data}))
         note = (
-            f"Large points are means over seeds, with their 95% intervals; small ones are seeds. Across: {measure.axis}"
+            f"Large points are means over seeds with 95% intervals, small ones single seeds. Horizontal: {measure.axis}"
         )
         note += "; the dotted line is a draw." if measure is WIN_RATE else "."
         title = measure.name.capitalize()
@@ -266,14 +262,14 @@ def overviews(found: Comparison) -> list[Chart]:
 
 
 def frontiers(found: Comparison) -> list[Chart]:
-    """What was won for how much distance from the reference, by what is ranked by and by reward accuracy."""
+    """Gain over distance from the reference, for the ranking measure and for reward accuracy."""
     distance = kl_measure(found.members)
     drawn = [_frontier(found, measure, distance) for measure in _ranked_by(found)] if distance else []
     return [chart for chart in drawn if chart is not None]
 
 
 def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart | None:
-    """A point per variant with the intervals of both values, and a faint one per seed."""
+    """A point per variant with the intervals of both values, and a faint point per seed."""
     figure = go.Figure()
     has_error = distance is KLS[0]
     for variant in found.variants:
@@ -288,7 +284,7 @@ def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart |
         whole = Variant(variant.loss, variant.settings, [member for member, _, _ in known])
         x, y = (sum(values) / len(known) for values in zip(*((x, y) for _, x, y in known), strict=True))
         error = 1.96 * sum(kl_error(member) for member, _, _ in known) / len(known)
-        look = {"symbol": _SYMBOLS[number % len(_SYMBOLS)], "color": colour}
+        look = {"symbol": SYMBOLS[number % len(SYMBOLS)], "color": colour}
         if len(known) > 1:
             figure.add_scatter(
                 x=[x for _, x, _ in known],
@@ -316,13 +312,12 @@ def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart |
     if not figure.data:
         return None
     figure.update_yaxes(tickformat=".0%")
-    note = f"A large point is a variant, {'its bars the' if has_error else 'its bar the'} 95% interval"
-    note += f"{'s' if has_error else ''}; small ones are its seeds. Across: {distance.axis}. Better is higher, and as "
-    note += "near to the reference as can be. "
+    note = f"Large points are variants with 95% intervals, small ones their seeds. Horizontal: {distance.axis}. Higher "
+    note += "is better, and so is nearer to the reference. "
     if len(found.variants) <= _MAX_LEGEND:
-        note += "A click on the legend hides a variant, two show it alone."
+        note += "Click a legend entry to hide a variant; double-click it to see that variant alone."
     else:
-        note += "Who a point is, it says where it is pointed at."
+        note += "Point at a mark to see its variant."
     title = f"{measure.name.capitalize()} against distance"
     return _chart(f"frontier-{_slug(measure.name)}", title, note, figure, distance.name, measure.name)
 
@@ -344,13 +339,13 @@ def _bars(values: Sequence[float], bounds: Sequence[tuple[float, float]], colour
 
 
 def sensitivity(found: Comparison) -> list[Chart]:
-    """What was ranked by over each number that differs between variants of one loss; all with the same heights."""
+    """The ranking measure over each numeric setting that a loss was tried with. All charts share a vertical range."""
     measure = found.rank_by
     if measure is None:
         return []
     losses = list(dict.fromkeys(variant.loss for variant in found.ranked))
     asked = [(loss, key) for key in found.differing_settings for loss in losses]
-    figures = {places: figure for places in asked if (figure := _over(found, measure, *places)).data}
+    figures = {pair: figure for pair in asked if (figure := _over(found, measure, *pair)).data}
     heights = [y for v in found.ranked for y in (*measure.values(v), *(interval(measure, v) or ()))]
     drawn = []
     for (loss, key), figure in figures.items():
@@ -360,14 +355,14 @@ def sensitivity(found: Comparison) -> list[Chart]:
         figure.update_yaxes(tickformat=".0%", range=[min(heights) - 0.02, max(heights) + 0.02])
         figure.update_layout(height=280 if all(line.showlegend is False for line in figure.data) else None)
         name = key.removeprefix("loss.")
-        note = "The line joins means over seeds, with their 95% intervals; small points are seeds."
+        note = "Lines join means over seeds with 95% intervals; small points are single seeds."
         title = f"{loss.upper()}: {name}"
         drawn.append(_chart(f"over-{_slug(f'{loss} {key}')}", title, note, figure, name, measure.name))
     return drawn
 
 
 def _over(found: Comparison, measure: Measure, loss: str, key: str) -> go.Figure:
-    """A line for each group of variants of a loss that differ in this setting alone."""
+    """A line for each group of variants that differ in this setting alone."""
     figure = go.Figure()
     lines: dict[tuple[Any, ...], list[Variant]] = {}
     for variant in found.variants:
@@ -393,7 +388,7 @@ def _over(found: Comparison, measure: Measure, loss: str, key: str) -> go.Figure
             name=label,
             legendgroup=label,
             showlegend=False,
-            marker={"size": 7, "opacity": 0.45, "color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
+            marker={"size": 7, "opacity": 0.45, "color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)]},
             text=[_safe(format_value(seed)) for _, _, seed in seeds],
             hovertemplate=f"<b>{label}</b>, seed %{{text}}<br>{name} %{{x}}: %{{y:.1%}}<extra></extra>",
         )
@@ -408,7 +403,7 @@ def _over(found: Comparison, measure: Measure, loss: str, key: str) -> go.Figure
             legendgroup=label,
             showlegend=len(groups) > 1,
             line={"color": colour, "width": 2},
-            marker={"size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
+            marker={"size": 9, "symbol": SYMBOLS[number % len(SYMBOLS)]},
             hovertemplate=f"<b>{label}</b><br>{name} %{{x}}: %{{y:.1%}}<extra></extra>",
         )
     return figure

@@ -1,26 +1,26 @@
-"""The answers of variants to the same prompts, judged against each other instead of against a common third."""
+"""Head-to-head win rates: the judge compares the answers of two variants directly, not by way of a third model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignment.comparison.measures import verdicts, wins
+from alignment.comparison.measures import mean_by_item, verdicts, wins
 from alignment.comparison.members import Variant
 from alignment.comparison.ranking import Comparison
 from alignment.comparison.statistics import Difference, holm, paired_difference
 
 MAX_ENTRANTS = 8
-"""As many variants meet: a matrix of more is no longer read."""
+"""Variants that meet each other; nobody reads a larger matrix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duel:
-    """One variant's answers against another's, prompt by prompt.
+    """The answers of two variants compared prompt by prompt.
 
     Attributes:
-        ahead: of the share of prompts that the first wins, ties as one half, over the share that the other wins.
-        p: of `ahead`, adjusted for the number of duels.
+        ahead: share of prompts that the first wins minus the share that the second wins; a tie is half a win.
+        p: p value of `ahead`, adjusted for the number of duels.
     """
 
     ahead: Difference
@@ -28,28 +28,28 @@ class Duel:
 
     @property
     def rate(self) -> float:
-        """Share of prompts that the first wins, ties as one half."""
+        """Win rate of the first; a tie is half a win."""
         return 0.5 + self.ahead.value / 2
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Its 95% interval."""
+        """95% interval of the win rate."""
         return max(0.0, 0.5 + self.ahead.low / 2), min(1.0, 0.5 + self.ahead.high / 2)
 
     @property
     def is_noise(self) -> bool:
-        """One of the two tests cannot tell it from a draw."""
+        """Whether the interval or the test leaves a draw possible."""
         return self.ahead.is_noise or self.p > 0.05
 
 
 def entrants(found: Comparison) -> list[Variant]:
-    """Those with verdicts among all variants, or where these are too many, among the best of each loss."""
+    """The judged variants that meet: all of them, or if there are too many, the best of each loss."""
     several = found.ranked if len(found.ranked) <= MAX_ENTRANTS else found.best[:MAX_ENTRANTS]
     return [variant for variant in several if any(verdicts(member) for member in variant.members)]
 
 
 def duels(variants: Sequence[Variant]) -> dict[tuple[int, int], Duel]:
-    """Of each variant against each later one, by their places."""
+    """The duel of each variant with each later one, by their indices."""
     found = {}
     for i, a in enumerate(variants):
         for j, b in enumerate(variants[i + 1 :], i + 1):
@@ -58,14 +58,12 @@ def duels(variants: Sequence[Variant]) -> dict[tuple[int, int], Duel]:
             if ahead is not None and ahead.p is not None:
                 found[i, j] = ahead
     adjusted = holm([ahead.p or 0.0 for ahead in found.values()])
-    return {places: Duel(ahead, p) for (places, ahead), p in zip(found.items(), adjusted, strict=True)}
+    return {indices: Duel(ahead, p) for (indices, ahead), p in zip(found.items(), adjusted, strict=True)}
 
 
 def _wins(a: Variant, b: Variant) -> dict[str, float]:
-    """Share of wins by prompt, over every member of the one against every member of the other."""
-    each = [wins(first, second) for first in _judged(a) for second in _judged(b)]
-    shared = set.intersection(*(set(won) for won in each)) if each else set()
-    return {prompt: sum(won[prompt] for won in each) / len(each) for prompt in shared}
+    """a's share of wins by prompt, over every pairing of a run of a with a run of b."""
+    return mean_by_item([wins(first, second) for first in _judged(a) for second in _judged(b)])
 
 
 def _judged(variant: Variant) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The runs that are compared, and what differs between them."""
+"""The runs of a comparison, and the settings that tell them apart."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from alignment.runs.folder import (
 )
 from alignment.runs.text import format_value, is_number
 
-_SILENT = ("tracking", "resume")
-"""Settings that change where a run reports to, and nothing of its result."""
+_IGNORED = ("tracking", "resume")
+"""Settings that do not change the result of a run."""
 
 
 @dataclass(slots=True)
@@ -35,8 +35,8 @@ class ComparedRun:
     """One run of a comparison.
 
     Attributes:
-        settings: its configuration by dotted keys, without seeds; those of the loss alone where the rest is lost.
-        pairs: the held-out pairs' values after training by pair; empty where they were not kept.
+        settings: its configuration by dotted keys, without seeds. Without config.yaml: the settings of the loss alone.
+        pairs: the values of each held-out pair after training; empty if the run did not keep them.
     """
 
     name: str
@@ -48,13 +48,18 @@ class ComparedRun:
 
     @property
     def is_stopped(self) -> bool:
-        """It was stopped early, so that nothing of it can be compared with what others reached at their end."""
+        """Whether early stopping ended it. Its results are then no match for those of runs that reached their end."""
         return self.run.summary.get("status") == "stopped"
 
 
 @dataclass(slots=True)
 class Variant:
-    """The members that differ by their seed alone; those that were stopped early, apart from the others."""
+    """Runs with the same settings but for the seed.
+
+    Attributes:
+        members: the runs that trained to their end.
+        stopped: the runs that early stopping ended.
+    """
 
     loss: str
     settings: dict[str, Any]
@@ -63,22 +68,23 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """The loss with the settings that tell it from the others."""
+        """The loss with the settings that tell it from other variants."""
         parts = [f"{key.removeprefix('loss.')} {format_value(value)}" for key, value in self.settings.items()]
         return ", ".join([self.loss.upper(), *parts])
 
     @property
     def begun(self) -> list[ComparedRun]:
-        """Those that trained to the end, and those that were stopped."""
+        """All its runs: those that trained to the end, then those that were stopped."""
         return [*self.members, *self.stopped]
 
     @property
     def seeds(self) -> list[Any]:
-        """Of its members."""
+        """The seeds of the runs that trained to the end."""
         return [member.seed for member in self.members]
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A nested mapping by dotted keys."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
@@ -87,7 +93,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def rows_by_key(rows: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
-    """Rows by a key; the second of a key is another item than the first."""
+    """Rows by the value of a key. Repeated values are numbered, so that each row has a name of its own."""
     seen: Counter[str] = Counter()
     found = {}
     for row in rows:
@@ -99,24 +105,16 @@ def rows_by_key(rows: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str,
 
 def _read_pairs(run: RunFiles) -> dict[str, dict[str, Any]]:
     name = "held_out.jsonl"
-    if not os.path.exists(run.folder / name):
-        if submapping(run.summary, "stages", "preference") and eval_pairs(run.summary):
-            run.problems.append(f"{name} is missing.")
+    is_expected = submapping(run.summary, "stages", "preference") and eval_pairs(run.summary)
+    if not is_expected and not (run.folder / name).exists():
         return {}
-    rows = read_rows(run, name, lambda row: [value for key, value in row.items() if "/" in key])
-    final = [row for row in rows if row.get("moment") == "final"]
-    lacking = eval_pairs(run.summary) - len(final)
-    if rows and lacking > 0:
-        run.problems.append(
-            f"{name} lacks {lacking} of {eval_pairs(run.summary)} pairs: differences are over the others."
-        )
-    return rows_by_key(final, "key")
+    return rows_by_key([row for row in read_rows(run, name) if row.get("moment") == "final"], "key")
 
 
 def without_copies(members: Sequence[ComparedRun]) -> tuple[list[ComparedRun], dict[str, str]]:
-    """The members without copies of others among them, and which of those left out is a copy of which.
+    """The runs without copies of others, and the name of each copy with the name of its original.
 
-    The same run, or one that did the same once more, ends with the very same policy: it is no second seed.
+    A copied folder, or a run that was repeated with the same seed, ends with the very same policy: it counts once.
     """
     kept: dict[tuple[Any, ...], ComparedRun] = {}
     copies = {}
@@ -130,7 +128,7 @@ def without_copies(members: Sequence[ComparedRun]) -> tuple[list[ComparedRun], d
 
 
 def read_member(folder: Path, name: str) -> ComparedRun:
-    """Read a run folder; what is missing or broken, if it is all of it, is named in `run.problems`."""
+    """Read a run folder. Whatever is missing or cannot be read, even the whole folder, is named in `run.problems`."""
     failed = folder / "failed.json"
     try:
         run = read_run(folder)
@@ -140,45 +138,38 @@ def read_member(folder: Path, name: str) -> ComparedRun:
         run.problems.append(f"it is not finished: its status is {format_value(run.summary.get('status'))}.")
     if os.path.exists(failed):
         try:
-            run.problems.append(f"it failed: {_sentence(json.loads(failed.read_text('utf-8')))}")
-        except (OSError, ValueError, RecursionError):
+            reason = json.loads(failed.read_text("utf-8"))["error"]
+            run.problems.append(f"it failed: {' '.join(str(reason).split())}")
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             run.problems.append("it failed, and failed.json cannot be read.")
-    seed = run.summary.get("seed", run.config.get("seed"))
-    # Without the configuration the summary still knows the loss, which is enough for a place beside the other seeds.
+    # Without its configuration, a run still has the loss in its summary: enough to join the other seeds.
     known = submapping(run.summary, "stages", "preference", "settings")
     settings = {}
     for key, value in _flat(run.config or (known and {"loss": known})):
-        if key.split(".")[0] not in _SILENT and key.split(".")[-1] != "seed":
+        if key.split(".")[0] not in _IGNORED and key.split(".")[-1] != "seed":
             settings[key] = value if isinstance(value, Hashable) else json.dumps(value, default=str)
-    seed = seed if isinstance(seed, int | str) else None
+    seed = run.summary.get("seed", run.config.get("seed"))
     return ComparedRun(name, run, settings, seed, _loss(run), _read_pairs(run))
 
 
 def _loss(run: RunFiles) -> str:
-    """The name of the preference loss; empty for a run without one."""
+    """The name of the preference loss; empty for a run without a preference stage."""
     if dig(run.summary, "stages", "preference"):
         return loss_name(run.summary)
     if not run.config.get("loss"):
         return ""
-    try:  # a run that did not end: what was asked for
+    try:  # a run that did not end: the loss that it was started with
         asked = yaml.safe_load((run.folder / ".hydra" / "hydra.yaml").read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         asked = None
     return str(dig(asked, "hydra", "runtime", "choices", "loss") or "unknown loss")
 
 
-def _sentence(value: Any) -> str:
-    found = (
-        next((text for _, text in _flat(value) if isinstance(text, str)), None) if isinstance(value, dict) else value
-    )
-    return " ".join(str(found).split()) or "no reason was kept."
-
-
 def run_folders(folders: Sequence[Path]) -> list[Path]:
-    """The run folders among and directly inside of the given ones, sweeps in the order of their members' numbers.
+    """The given run folders, and the run folders directly inside the others, in the order of their numbers.
 
     Raises:
-        UserError: one of them neither is nor holds a run folder, or cannot be looked into.
+        UserError: one of the folders neither is nor holds a run folder, or cannot be opened.
     """
     found: list[Path] = []
     for folder in folders:
@@ -186,16 +177,19 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
         if not is_run(folder):
             inside = sorted((path for path in _folders(folder) if _may_be_run(path)), key=_number)
         if not inside:
-            raise UserError(f"{folder} is no run folder and holds none: in neither is any of {', '.join(RUN_FILES)}.")
+            raise UserError(
+                f"{folder} is no run folder and holds none: neither it nor a folder in it has any of "
+                f"{', '.join(RUN_FILES)}."
+            )
         found += inside
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
 def is_run(folder: Path) -> bool:
-    """It holds a file of a run, if only the one that says why it failed.
+    """Whether the folder holds a file of a run, or failed.json, which says why there is none.
 
     Raises:
-        UserError: it cannot be looked into.
+        UserError: the folder cannot be opened.
     """
     return holds_any(folder, (*RUN_FILES, "failed.json"))
 
@@ -204,14 +198,14 @@ def _may_be_run(folder: Path) -> bool:
     try:
         return is_run(folder)
     except UserError:
-        return True  # a member of which nothing can be read is named
+        return True  # so that the comparison names it
 
 
 def _folders(folder: Path) -> list[Path]:
     try:
         return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     except OSError as error:
-        raise UserError(f"{folder} cannot be looked into: {error.strerror}.") from None
+        raise UserError(f"{folder} cannot be opened: {error.strerror}.") from None
 
 
 def _number(folder: Path) -> tuple[bool, int, str]:
@@ -220,19 +214,19 @@ def _number(folder: Path) -> tuple[bool, int, str]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """What tells the folders apart: their paths below the folder that they share."""
+    """The paths of the folders below their common folder."""
     base = os.path.commonpath([folder.parent for folder in folders])
     return [str(folder.relative_to(base)) for folder in folders]
 
 
 def differing_settings(members: Sequence[ComparedRun]) -> list[str]:
-    """Settings with more than one value; those of a loss, among the members with that loss."""
+    """The settings with more than one value. Settings of a loss count among the runs with that loss only."""
     keys = {key for loss in {member.loss for member in members} for key in _varying(members, loss)}
     return [key for key in dict.fromkeys(key for member in members for key in member.settings) if key in keys]
 
 
 def _varying(members: Sequence[ComparedRun], loss: str) -> set[str]:
-    """What tells members with this loss from others: their own settings where those vary, and all else that does."""
+    """The settings of runs with this loss that vary: those of the loss among these runs, all others among all runs."""
     whole = [member for member in members if member.run.config]
     own = [member for member in members if member.loss == loss and member.settings]
     return {
@@ -247,11 +241,11 @@ def _comparable(value: Any) -> Hashable:
 
 
 def variants(members: Sequence[ComparedRun]) -> list[Variant]:
-    """Members that trained a preference, by loss and differing settings, in the order of losses and of settings."""
+    """The runs with a preference stage, grouped by loss and differing settings, in the order of losses and settings."""
     trained = [member for member in members if member.loss]
     keys = differing_settings(trained)
     found: dict[tuple[Any, ...], Variant] = {}
-    # What is the same for all with a loss goes with the loss, and is not said in each name.
+    # A setting that is the same in all runs of a loss belongs to the loss, and no label repeats it.
     varying = {loss: _varying([m for m in trained if m.loss == loss], loss) for loss in {m.loss for m in trained}}
     for member in trained:
         settings = {key: member.settings[key] for key in keys if key in member.settings.keys() & varying[member.loss]}

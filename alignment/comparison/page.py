@@ -25,10 +25,11 @@ from alignment.comparison.tables import (
     results,
     settings_and_data,
 )
+from alignment.runs.style import COLOURS
 from alignment.runs.text import escape_markdown, markdown_table
 
 _LINES_IN_MARKDOWN = 3
-"""How many of the members that a warning is about are named in Markdown, where nothing folds."""
+"""Members that a caution names in Markdown, where the list cannot fold."""
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -40,7 +41,7 @@ _TEMPLATES = Environment(
 
 
 def _shared_note(several: Sequence[Chart]) -> str:
-    """What is said of most charts of a part, and is then said once."""
+    """The note that most charts of a section share, which the page then shows once; empty if all notes differ."""
     note, times = Counter(chart.note for chart in several).most_common(1)[0]
     return note if times > 1 else ""
 
@@ -51,7 +52,7 @@ def _tables(found: Comparison) -> list[Table]:
 
 
 def to_html(found: Comparison, title: str) -> str:
-    """The page; texts of models and of users are escaped in it, and nothing is loaded from anywhere."""
+    """The page as one file that loads nothing. All texts of models and users are escaped."""
     drawn = charts(found)
     figures = {
         chart.name: chart.figure
@@ -59,7 +60,7 @@ def to_html(found: Comparison, title: str) -> str:
         for part, several in drawn.items()
         for chart in several
     }
-    # Nothing that a label holds can end the script element that the figures stand in.
+    # A label must not end the script element that holds the figures.
     data = json.dumps(figures).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return _TEMPLATES.get_template("page.html.j2").render(
         title=title,
@@ -72,7 +73,8 @@ def to_html(found: Comparison, title: str) -> str:
         shared_notes={part: _shared_note(several) for part, several in drawn.items()},
         first=GLANCE,
         shared_legend=CURVES,
-        choices=legend(found),
+        legend=legend(found),
+        shade_colours=COLOURS[:2],
         figures=data,
         library=_packed_library() if figures else "",
         questions=asked if (asked := questions(found)).shown else None,
@@ -83,7 +85,7 @@ def to_html(found: Comparison, title: str) -> str:
 
 @cache
 def _packed_library() -> str:
-    """Compressed, which leaves less than half of it; the same bytes every time."""
+    """The library, compressed to less than half its size; the same bytes every time."""
     return base64.b64encode(gzip.compress(library().encode(), mtime=0)).decode()
 
 
@@ -97,7 +99,7 @@ def _first_lines(lines: Sequence[str]) -> str:
 
 
 def to_markdown(found: Comparison, title: str) -> str:
-    """The same without charts."""
+    """The comparison as Markdown, without charts."""
 
     def bullets(lines: Sequence[str]) -> str:
         return "\n".join(f"- {escape_markdown(line)}" for line in lines)
@@ -121,7 +123,7 @@ def to_markdown(found: Comparison, title: str) -> str:
     for content in _tables(found):
         parts += table(content)
     parts.append(
-        "The charts are in [comparison.html](comparison.html), plain numbers in [comparison.csv](comparison.csv)."
+        "[comparison.html](comparison.html) has the charts, [comparison.csv](comparison.csv) the plain numbers."
     )
     asked = questions(found)
     if asked.shown:

@@ -1,4 +1,4 @@
-"""The variants in their order, and whether what lies between them is noise."""
+"""The variants in their order, and whether their differences are noise."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from alignment.runs.text import format_value
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """The best variant against another one.
+    """The best variant compared with another one.
 
     Attributes:
-        p: of `difference`, adjusted for the number of comparisons.
-        seeds_overlap: some seed of the other does at least as well as some seed of the best.
+        p: p value of `difference`, adjusted for the number of contrasts; None if the two saw different items.
+        seeds_overlap: whether some seed of the other does at least as well as some seed of the best.
     """
 
     other: Variant
@@ -30,7 +30,13 @@ class Contrast:
 
 @dataclass(slots=True)
 class Standing:
-    """The variants that have a measure, the best first; `against` is the best of all against each other of `best`."""
+    """The variants ranked by a measure.
+
+    Attributes:
+        ranked: the variants that have the measure, the best first.
+        best: the best variant of each loss, the best first; all variants if there is only one loss.
+        contrasts: the first of `best` compared with each other one of them.
+    """
 
     measure: Measure
     ranked: list[Variant]
@@ -39,17 +45,18 @@ class Standing:
 
     @property
     def first(self) -> list[Variant]:
-        """The best, and those that are level with it."""
+        """The best variant, and those with the same value."""
         return [variant for variant in self.ranked if self.measure.mean(variant) == self.measure.mean(self.ranked[0])]
 
 
 @dataclass(slots=True)
 class Comparison:
-    """The members with what was found of them.
+    """The runs and what was found.
 
     Attributes:
-        copies: what was left out since it is the same run as a member, with the member's name.
-        standing: by the measure that most variants have; None where none is known.
+        copies: the names of runs that were left out because they are copies, with the name of the original.
+        differing_settings: dotted keys of the settings with more than one value.
+        standing: None if no variant can be ranked.
     """
 
     members: list[ComparedRun]
@@ -60,27 +67,27 @@ class Comparison:
 
     @property
     def rank_by(self) -> Measure | None:
-        """What variants are ranked by; None where nothing of it is known."""
+        """The measure that ranks the variants; None if no variant can be ranked."""
         return self.standing.measure if self.standing else None
 
     @property
     def ranked(self) -> list[Variant]:
-        """The variants that have it, the best first."""
+        """The ranked variants, the best first."""
         return self.standing.ranked if self.standing else []
 
     @property
     def best(self) -> list[Variant]:
-        """Of each loss, the best first; with one loss only, all its variants."""
+        """The best variant of each loss, the best first; all variants if there is only one loss."""
         return self.standing.best if self.standing else []
 
     @property
     def contrasts(self) -> list[Contrast]:
-        """The best of all against each other of `best`."""
+        """The best variant compared with each other one of `best`."""
         return self.standing.contrasts if self.standing else []
 
     @property
     def titles(self) -> dict[str, str]:
-        """What members are, by their names: the variant and the seed."""
+        """Variant and seed of each run, by the run's name."""
         found = {
             member.name: f"{variant.label}, seed {format_value(member.seed)}"
             for variant in self.variants
@@ -92,7 +99,7 @@ class Comparison:
 
 
 def compare(members: Sequence[ComparedRun]) -> Comparison:
-    """Rank the variants, and ask of the differences between the best whether they are noise."""
+    """Group runs into variants, rank them, and test whether the best one's lead is noise."""
     members, copies = without_copies(members)
     several = variants(members)
     measure = ranking_measure(several)
@@ -101,13 +108,13 @@ def compare(members: Sequence[ComparedRun]) -> Comparison:
 
 
 def in_rank_order(found: Sequence[Variant], measure: Measure) -> list[Variant]:
-    """Those that have it, the best first; equal ones are in the order of reward accuracy."""
+    """The variants that have the measure, the best first; reward accuracy orders equal ones."""
     known = [variant for variant in found if measure.values(variant)]
     return sorted(known, key=lambda variant: (-(measure.mean(variant) or 0.0), -(ACCURACY.mean(variant) or 0.0)))
 
 
 def rank_variants(found: Sequence[Variant], measure: Measure) -> Standing:
-    """Rank the variants that have it, of which there must be one, and compare the best of each loss."""
+    """Rank the variants that have the measure (there must be one), and compare the best of each loss."""
     ranked = in_rank_order(found, measure)
     losses = dict.fromkeys(variant.loss for variant in ranked)
     best = [next(variant for variant in ranked if variant.loss == loss) for loss in losses]
@@ -133,12 +140,13 @@ def _difference(measure: Measure, a: Variant, b: Variant) -> Difference | None:
 
 
 def interval(measure: Measure, variant: Variant) -> tuple[float, float] | None:
-    """95% of a share, among as many items as were asked: another seed asks the same ones.
+    """95% interval of a share; None if the measure is no share, or unknown.
 
-    Wilson's, or where items are tied, as many as in the mean of the members, the judge's own for win rates.
+    Wilson's interval, and for a win rate with ties Tango's. The number of items is that of one seed, because all seeds
+    see the same items; the share of ties is the mean over the seeds.
     """
     mean, count = measure.mean(variant), measure.num_items(variant)
-    if mean is None or not 0 <= mean <= 1 or not count:
+    if mean is None or not count:
         return None
     tied = [measure.tied(member) for member in variant.members if measure.value(member) is not None]
     return tango_interval(mean, sum(tied) / len(tied), count)

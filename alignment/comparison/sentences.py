@@ -1,4 +1,4 @@
-"""What a comparison says in sentences: what came out, and what a careful reader would ask first."""
+"""The sentences of a comparison: its result, and what a careful reader should ask first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignment.runs.text import format_value, percent, short_hash
 _SURE = "more than noise"
 
 _NAMED_IN_SENTENCE = 4
-"""As many can be listed in a sentence, or be sentences of their own."""
+"""Up to this many variants, a sentence names each, or each has a sentence."""
 
 
 def points(value: float) -> str:
@@ -36,87 +36,88 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(["; ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def counted(count: int, what: str) -> str:
+    """The number with its noun: 1 run, 2 runs."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def overview(found: Comparison) -> str:
-    """What is compared, in a sentence."""
+    """What is compared, in one sentence."""
     losses = list(dict.fromkeys(variant.loss.upper() for variant in found.variants))
-    seeds = list(dict.fromkeys(format_value(member.seed) for member in found.members))
-    said = [_counted(len(found.members), "run")]
+    seeds = list(dict.fromkeys(format_value(member.seed) for member in found.members if member.seed is not None))
+    said = [counted(len(found.members), "run")]
     if losses:
-        said.append(f"{_counted(len(found.variants), 'variant')} of {', '.join(losses)}")
+        said.append(f"{counted(len(found.variants), 'variant')} of {', '.join(losses)}")
         said.append(f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}")
 
-    def only(name: str, *keys: str) -> None:
+    def if_same(sentence: str, *keys: str) -> None:
         values = {
             format_value(value) for member in found.members if (value := dig(member.run.summary, *keys)) is not None
         }
         if len(values) == 1:
-            said.append(name.format(values.pop()))
+            said.append(sentence.format(values.pop()))
 
-    only("model {}", "model", "name")
-    only("trained on {} rows of preferences", "data", "preference", "train")
-    only("{} rows held out", "data", "preference", "eval")
-    only("{} prompts answered", "evaluation", "prompts")
+    if_same("model {}", "model", "name")
+    if_same("{} rows to train on", "data", "preference", "train")
+    if_same("{} rows held out", "data", "preference", "eval")
+    if_same("{} prompts answered", "evaluation", "prompts")
     return f"{', '.join(said)}."
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def judge_contrast(contrast: Contrast) -> str:
-    """Whether a difference is noise, in words."""
+    """Whether the difference is noise, in words."""
     difference = contrast.difference
     if difference.is_noise:
         return "within noise"
     if contrast.p is not None and contrast.p > 0.05:
-        return "not certain: the interval leaves out zero, p is above 0.05"
+        return "not certain: the interval excludes zero, but p is above 0.05"
     if contrast.seeds_overlap:
-        return "more than noise of the items, but single seeds of the two overlap"
+        return "more than noise between items, but single seeds of the two overlap"
     return _SURE
 
 
 def headline(found: Comparison) -> list[str]:
-    """What the comparison says, in a few sentences."""
+    """The result, in a few sentences."""
     standing = found.standing
     if standing is None:
-        return ["No member has a result that variants could be ranked by."]
+        return ["No member has a result to rank by."]
     measure, top, several = standing.measure, standing.best[0], len(standing.ranked) > 1
-    said = [f"{'Ranked by' if several else 'By'} {measure.axis}, {_place(standing)}.", *_verdict(standing)]
+    said = [f"{'Ranked by' if several else 'By'} {measure.axis}, {_leader(standing)}.", *_lead(standing)]
     if measure is WIN_RATE:
         said.append(_against_start(top, several))
     said += _behind(standing)
     if measure is not ACCURACY and all(ACCURACY.values(variant) for variant in found.ranked):
         other = rank_variants(found.variants, ACCURACY)
         if other.first != standing.first:
-            said.append(" ".join([f"By {ACCURACY.name}, {_place(other)}.", *_verdict(other, again=True)]))
+            said.append(" ".join([f"By {ACCURACY.name}, {_leader(other)}.", *_lead(other, again=True)]))
     if stopped := sum(member.is_stopped for member in found.members):
-        said.append(f"Stopped early, and so not ranked: {stopped} of {_counted(len(found.members), 'member')}.")
+        said.append(f"Stopped early and not ranked: {stopped} of {counted(len(found.members), 'member')}.")
     if len(found.ranked) > 2:
         said.append(
-            "The best setting was picked by the same items that it is reported on, which flatters it a little: check "
-            "it on fresh ones before building on it."
+            "The best setting was chosen on the same items that its result is from, which flatters it a little: check "
+            "it on fresh items before you rely on it."
         )
     return said
 
 
-def _place(standing: Standing) -> str:
-    """Who is first, with what."""
+def _leader(standing: Standing) -> str:
+    """Which variant is first, and its value."""
     measure, top, first = standing.measure, standing.best[0], [variant.label for variant in standing.first]
-    among = _counted(len(standing.ranked), "variant")
+    among = counted(len(standing.ranked), "variant")
     if len(standing.ranked) == 1:
         who = f"{top.label} is alone,"
     elif len(first) == 1:
         who = f"{top.label} is first of {among}"
-    else:
+    elif len(first) <= _NAMED_IN_SENTENCE:
         who = f"{_listed(first)} share the first place of {among}"
-        if len(first) > _NAMED_IN_SENTENCE:
-            who = f"{len(first)} of {among} share the first place,"
+    else:
+        who = f"{len(first)} of {among} share the first place,"
     items = f"{measure.num_items(top)} held-out {measure.unit}"
     seeds = f", a mean over {len(top.members)} seeds" if len(top.members) > 1 else ""
     return f"{who} with {_share(measure, top)} on {items}{seeds}"
 
 
-def _verdict(standing: Standing, again: bool = False) -> list[str]:
+def _lead(standing: Standing, again: bool = False) -> list[str]:
     """Whether the first is the winner."""
     if not standing.contrasts:
         return []
@@ -129,17 +130,17 @@ def _verdict(standing: Standing, again: bool = False) -> list[str]:
         if again:
             return ["Chance explains this order too."]
         return [
-            f"So none of these can be called the winner: with as many held-out {standing.measure.unit} and seeds, "
+            f"None of these can be called the winner: with this number of held-out {standing.measure.unit} and seeds, "
             "chance explains the order."
         ]
     if not behind:
-        return [f"{top} is not surely ahead of any of {others}."]
+        return [f"{top} is not clearly ahead of any of {others}."]
     unsure = [a.other.label for a in standing.contrasts if judge_contrast(a) != _SURE]
-    return [f"{top} is ahead of {_listed(behind)} by more than noise, and not surely ahead of {_listed(unsure)}."]
+    return [f"{top} is ahead of {_listed(behind)} by more than noise, but not clearly ahead of {_listed(unsure)}."]
 
 
 def _against_start(variant: Variant, is_first: bool) -> str:
-    """Whether the first is better than what it began as, by its single wins where they are known."""
+    """Whether the variant beats the model it started from; prompt by prompt if the answers are known."""
     won = WIN_RATE.by_item(variant)
     found = paired_difference(won, {prompt: 1 - share for prompt, share in won.items()})
     bounds = interval(WIN_RATE, variant)
@@ -147,39 +148,37 @@ def _against_start(variant: Variant, is_first: bool) -> str:
     if found is not None:
         is_draw = is_draw or found.value <= 0 or found.is_noise or (found.p or 0.0) > 0.05
         counts = f": better on {found.better} of {found.count} prompts, worse on {found.worse}"
-    if is_draw:
-        who = "Even the first" if is_first else "It"
-        if bounds is not None and bounds[0] > 0.5:
-            return (
-                f"{who} is not surely better than the model that it started from{counts}; the interval alone says so."
-            )
-        return f"{who} cannot be told from a draw with the model that it started from{counts}."
-    return f"{'The first' if is_first else 'It'} beats the model that it started from by more than noise{counts}."
+    if not is_draw:
+        return f"{'The first' if is_first else 'It'} beats the model it started from by more than noise{counts}."
+    who = "Even the first" if is_first else "It"
+    said = f"{who} does not clearly beat the model it started from{counts}"
+    if bounds is not None and bounds[0] > 0.5:
+        return f"{said}; the interval excludes a draw, the exact test does not."
+    return f"{said}."
 
 
 def _behind(standing: Standing) -> list[str]:
-    """By how much, of as many as can be read in passing; the table has all."""
+    """How far the others are behind, if they are few or differ by more than noise; the table has all."""
     ahead = "the first" if len(standing.first) == 1 else standing.best[0].label
     told = standing.contrasts if len(standing.contrasts) <= _NAMED_IN_SENTENCE else []
     if told and all(contrast.difference.is_noise for contrast in told):
         told = [max(told, key=lambda contrast: contrast.difference.value)]
-    furthest = len(told) < len(standing.contrasts) and any(contrast.difference.value for contrast in told)
-    which = "Of the others the furthest behind: " if furthest else ""
+    is_furthest = len(told) < len(standing.contrasts) and any(contrast.difference.value for contrast in told)
     said = []
     for contrast in told:
         d = contrast.difference
         gap = f"{points(d.value)} points behind" if d.value else "level with"
         items = standing.measure.num_items(standing.best[0])
-        known = f", on the {d.count} of {items} {standing.measure.unit} that are kept" if d.count < items else ""
+        known = f", on the {d.count} of {items} {standing.measure.unit} that both kept" if d.count < items else ""
         said.append(
-            f"{which}{contrast.other.label} is {gap} {ahead}{known} (95% interval of the difference {points(d.low)} to "
-            f"{points(d.high)}): {judge_contrast(contrast)}."
+            f"{'Furthest behind: ' if is_furthest else ''}{contrast.other.label} is {gap} {ahead}{known} (95% interval "
+            f"of the difference {points(d.low)} to {points(d.high)}): {judge_contrast(contrast)}."
         )
     return said
 
 
 def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
-    """What a careful reader would ask first: a sentence each, with the members that it is about."""
+    """What a careful reader should ask first: sentences, each with a line for every member that it is about."""
     said: list[tuple[str, list[str]]] = []
     trained = [member for member in found.members if member.loss]
 
@@ -197,32 +196,37 @@ def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
     def steps(member: ComparedRun) -> Any:
         return None if member.is_stopped else dig(member.run.summary, "stages", "preference", "steps")
 
+    # What should be the same for all
     if found.copies:
         copies = [f"{copy}: the same run as {name}" for copy, name in found.copies.items()]
-        said.append(("A run that is there twice is counted once", copies))
-    unequal("The preference data are not the same", of_summary("data", "preference", "fingerprint"))
-    unequal("The numbers of held-out pairs are not the same", of_summary("data", "preference", "eval"))
-    unequal("The numbers of steps are not the same", steps)
-    unequal("References of different kinds", of_summary("reference", "mode"))
+        said.append(("Copies of a run are left out", copies))
+    unequal("Members trained on different preference data", of_summary("data", "preference", "fingerprint"))
+    unequal("Members have different numbers of held-out pairs", of_summary("data", "preference", "eval"))
+    unequal("Members trained for different numbers of steps", steps)
+    unequal("Members have references of different kinds", of_summary("reference", "mode"))
     _unequal_starts(trained, said)
-    unequal("Answers to different numbers of prompts", of_summary("evaluation", "prompts"))
-    unequal("The code is not the same", of_summary("git_commit"))
-    unequal("The versions of torch are not the same", of_summary("versions", "torch"))
+    unequal("Members answered different numbers of prompts", of_summary("evaluation", "prompts"))
+    unequal("Members ran different versions of the code", of_summary("git_commit"))
+    unequal("Members ran different versions of torch", of_summary("versions", "torch"))
+
+    # Early stopping and seeds
     if stopped := [member for member in trained if member.is_stopped]:
-        title = "Stopped early is what was behind on the way, perhaps by chance: it might have been ahead at the end"
+        title = "Members that were stopped early were behind at that step, perhaps by chance: they might have caught up"
         said.append((title, [f"{found.titles[member.name]}: {status(member.run.summary)}" for member in stopped]))
     _seeds(found, said)
+
+    # What single runs warn of
     by_kind: dict[str, dict[str, list[str]]] = {}
     for member in found.members:
-        for warned in () if member.is_stopped else run_cautions(member.run):
-            by_kind.setdefault(warned.kind, {}).setdefault(found.titles[member.name], []).append(warned.text)
+        for caution in () if member.is_stopped else run_cautions(member.run):
+            by_kind.setdefault(caution.kind, {}).setdefault(found.titles[member.name], []).append(caution.text)
     return said + [
         (kind, [f"{title}: {' '.join(texts)}" for title, texts in about.items()]) for kind, about in by_kind.items()
     ]
 
 
 def _who(found: Comparison, members: Sequence[ComparedRun]) -> str:
-    """Their names; of a loss whose members all are among them, that of the loss."""
+    """Their names; a loss stands for its members if all of them are meant."""
     whole = [
         loss
         for loss in dict.fromkeys(member.loss for member in members)
@@ -242,12 +246,12 @@ def _seeds(found: Comparison, said: list[tuple[str, list[str]]]) -> None:
     }
     counts = {len(of_variant) for of_variant in seeds.values()}
     if counts == {1}:
-        said.append(("One seed per variant: how much the result moves with the seed is not known", []))
+        said.append(("One seed per variant: you cannot tell how much a result depends on the seed", []))
     elif len(counts) > 1:
         details = [f"{label}: {', '.join(sorted(of_variant))}" for label, of_variant in seeds.items()]
-        said.append(("The variants have results of different numbers of seeds", details))
+        said.append(("Variants have results from different numbers of seeds", details))
     if parted := [variant for variant in found.ranked if variant.stopped]:
-        title = "Of some variants only the better seeds trained to the end, which flatters their means"
+        title = "In some variants only the better seeds trained to the end, which flatters their means"
         said.append((title, [f"{v.label}: {len(v.stopped)} of {len(v.begun)} stopped" for v in parted]))
     again = [
         ", ".join(member.name for member in variant.members if member.seed == seed)
@@ -256,11 +260,11 @@ def _seeds(found: Comparison, said: list[tuple[str, list[str]]]) -> None:
         if times > 1
     ]
     if again:
-        said.append(("Members with the same settings and seed ended with different policies, and count as two", again))
+        said.append(("Members with the same settings and seed ended with different policies; each counts", again))
 
 
 def _unequal_starts(trained: Sequence[ComparedRun], said: list[tuple[str, list[str]]]) -> None:
-    """Members of one seed that started from different policies; between seeds SFT itself may differ."""
+    """Members of one seed should start from the same policy; between seeds SFT may differ."""
     by_seed: dict[Any, dict[str, list[str]]] = {}
     for member in trained:
         start = dig(member.run.summary, "stages", "preference", "start", "identity")
@@ -273,13 +277,13 @@ def _unequal_starts(trained: Sequence[ComparedRun], said: list[tuple[str, list[s
         for start, names in starts.items()
     ]
     if any(len(starts) > 1 for starts in by_seed.values()):
-        said.append(("Members of one seed started from different policies, or have different references", details))
-    elif len({start for starts in by_seed.values() for start in starts}) > 1:
         said.append(
-            ("Each seed started from a policy of its own: the spread over seeds holds that of SFT too", details)
+            ("Members with the same seed started from different policies or have different references", details)
         )
+    elif len({start for starts in by_seed.values() for start in starts}) > 1:
+        said.append(("Each seed started from its own policy: the spread over seeds includes that of SFT", details))
 
 
 def not_available(found: Comparison) -> list[str]:
-    """What could not be read, or did not end, by member."""
+    """What could not be read or did not end, by member."""
     return [f"{member.name}: {problem}" for member in found.members for problem in member.run.problems]

@@ -1,4 +1,4 @@
-"""Whether a difference between two variants is more than noise."""
+"""Tests of whether a difference between two variants is more than noise."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 RESAMPLES = 10_000
+"""Bootstrap resamples of an interval."""
+
 _CHUNK = 500
 
 
@@ -19,8 +22,8 @@ class Difference:
     Attributes:
         value: mean of a minus mean of b.
         low, high: its 95% interval.
-        p: of no difference, two-sided; None where a and b were not asked the same.
-        better, worse: items on which a did better, and worse, than b; None as for `p`.
+        p: two-sided p value of no difference; None if a and b saw different items.
+        better, worse: numbers of items on which a did better and worse than b; None like `p`.
         count: number of items.
     """
 
@@ -34,23 +37,23 @@ class Difference:
 
     @property
     def is_noise(self) -> bool:
-        """The interval holds zero."""
+        """Whether the interval holds zero."""
         return self.low <= 0 <= self.high
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Two-sided p of the exact test that both are equally likely; of two answers right or wrong, McNemar's test."""
+    """Two-sided p value of the exact test that both are equally likely. For right and wrong answers it is McNemar's."""
     n = better + worse
     tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1))
     return min(1.0, 2 * tail / 2**n)
 
 
 def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> Difference | None:
-    """Of values between 0 and 1 by item, over the items that both have.
+    """Difference over the items that both have; values are in [0, 1]. None if they share fewer than two items.
 
-    The interval is the percentile bootstrap's over those items and two more, on one of which a is right and b wrong, on
-    the other b and not a. Without the two, the bootstrap is certain that items which never differed never will; Agresti
-    and Min (2005) mend the normal interval in the same way.
+    The interval is the percentile bootstrap over those items and two more: one that only a gets right and one that only
+    b gets right. Without these two, the bootstrap would conclude from items that never differ that they never will.
+    Agresti and Min (2005) mend the normal interval in the same way.
     """
     shared = sorted(a.keys() & b.keys())
     if len(shared) < 2:
@@ -72,7 +75,7 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> Differe
 def unpaired_difference(
     a: float, bounds_a: tuple[float, float], b: float, bounds_b: tuple[float, float], count: int
 ) -> Difference:
-    """Of two shares of different items; the interval is Newcombe's (1998), from those of the two."""
+    """Difference of two shares of different items, with Newcombe's (1998) interval made from the intervals of both."""
     (low_a, high_a), (low_b, high_b) = bounds_a, bounds_b
     low = a - b - math.hypot(a - low_a, high_b - b)
     high = a - b + math.hypot(high_a - a, b - low_b)
@@ -80,7 +83,7 @@ def unpaired_difference(
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """The p values of several tests, adjusted so that the chance of any false alarm stays what it is for one."""
+    """Holm-adjusted p values: the chance of any false alarm among the tests stays that of a single one."""
     adjusted = [0.0] * len(ps)
     highest = 0.0
     for done, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
@@ -91,7 +94,4 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 def ranks(values: Sequence[float]) -> list[float]:
     """1 for the highest; equal values share the mean of their ranks."""
-    return [
-        1 + sum(other > value for other in values) + (sum(other == value for other in values) - 1) / 2
-        for value in values
-    ]
+    return pd.Series(values, dtype=float).rank(ascending=False).tolist()

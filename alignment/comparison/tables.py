@@ -1,12 +1,12 @@
-"""The tables of a comparison, before they are a page, and its numbers for other programs."""
+"""The tables of a comparison, and its plain numbers as CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import pandas as pd
 
 from alignment.comparison.head_to_head import Duel, duels, entrants
 from alignment.comparison.measures import (
@@ -27,19 +27,28 @@ from alignment.comparison.measures import (
 )
 from alignment.comparison.members import ComparedRun, Variant
 from alignment.comparison.ranking import Comparison, interval
-from alignment.comparison.sentences import judge_contrast, points
+from alignment.comparison.sentences import counted, judge_contrast, points
 from alignment.comparison.statistics import ranks
 from alignment.runs.folder import as_count, dig, status, stopped_at, submapping
 from alignment.runs.text import DASH, format_value, is_number, percent, short_hash
 
+_SEEDS_IN_CELL = 3
+"""Up to this many seeds, a cell lists the value of each."""
+
+_ABOUT_VALUES = (
+    "Means over seeds, with the 95% interval in parentheses and the values of the single seeds below; n is the number "
+    "of held-out items. Intervals are Wilson's, and Tango's for win rates with ties. More seeds do not narrow them, "
+    "because every seed sees the same items."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells are plain text; the first of a row is its heading.
+    """A table of plain text; the first cell of a row is its heading.
 
     Attributes:
-        columns: what the columns are, where their headings do not say it all.
-        shades: of the cells behind the heading, from 0 to 1; None for a cell without.
+        columns: explanations of headings that need one.
+        shades: a number in [0, 1] for each cell after the heading, which colours it; None for no colour.
     """
 
     caption: str
@@ -52,51 +61,35 @@ class Table:
 
 
 def results(found: Comparison) -> Table:
-    """A row per variant, losses times settings: what its answers were worth, and how far it went."""
+    """A row per variant: its rank, what its answers are worth, and its distance from the reference."""
     measures = [m for m in (WIN_RATE, CORRECT, ACCURACY, found.rank_by) if m and _is_known(m, found)]
     measures = list(dict.fromkeys(sorted(measures, key=lambda measure: measure is not found.rank_by)))
     others = [m for m in (WORDS, kl_measure(found.members)) if m and _is_known(m, found)]
-    places, by_seed = _places(found), _ranks_by_seed(found)
-    columns = {"rank": f"by {found.rank_by.axis}; equal ones share the mean of their ranks"} if found.rank_by else {}
+    rank_of, by_seed = _ranks(found), _ranks_by_seed(found)
+    columns = {"rank": f"by {found.rank_by.axis}; equal variants share their mean rank"} if found.rank_by else {}
     columns |= _defined([*measures, *others])
     rows = []
     for variant in _in_order(found):
-        row = [variant.label, "stopped" if not variant.members else format_value(places.get(id(variant)))]
+        row = [variant.label, "stopped" if not variant.members else format_value(rank_of.get(id(variant)))]
         row += [*(_share_cell(m, variant, found) for m in measures), *(_mean_cell(m, variant) for m in others)]
         row += [by_seed.get(id(variant), DASH)] if by_seed else []
         rows.append([*row, _seeds(variant)])
     header = ["variant", "rank", *(_heading(m, found) for m in measures), *(m.name for m in others)]
     if by_seed:
         header.append("rank by seed")
-        columns["rank by seed"] = "mean rank among the members of the same seed, and the single ones"
-    return Table(
-        "Losses and settings, the best first" if found.ranked else "Losses and settings",
-        [*header, "seeds"],
-        rows,
-        _OF_VALUES,
-        is_numbers=True,
-        columns=columns,
-    )
+        columns["rank by seed"] = "mean rank among the runs of the same seed, and below it the rank for each seed"
+    caption = "Losses and settings, the best first" if found.ranked else "Losses and settings"
+    return Table(caption, [*header, "seeds"], rows, _ABOUT_VALUES, is_numbers=True, columns=columns)
 
 
 def _seeds(variant: Variant) -> str:
-    """Those that the values are of, and those that were stopped early."""
+    """The seeds that trained to the end, and below them those that were stopped early."""
     stopped = [f"{format_value(member.seed)} {stopped_at(member.run.summary)}" for member in variant.stopped]
     return "\n".join([", ".join(format_value(seed) for seed in variant.seeds), *stopped]).strip()
 
 
-_SEEDS_IN_CELL = 3
-"""As many seeds have their values in a cell."""
-
-_OF_VALUES = (
-    "Means over seeds; in parentheses the 95% interval, and below it what the single seeds gave. The interval is "
-    "Wilson's for as many items (n) as were asked, Tango's for a win rate with ties; seeds ask the same items, so they "
-    "make it no narrower."
-)
-
-
 def held_out_pairs(found: Comparison) -> Table | None:
-    """A row per variant: what it makes of the held-out pairs."""
+    """A row per variant: its log-probs of the held-out pairs. None if nothing of them is known."""
     shares = [m for m in (ACCURACY, OWN_ACCURACY, RANKING, RANKING_PER_TOKEN) if _is_known(m, found)]
     others = [m for m in (MARGIN, DRIFT) if _is_known(m, found)]
     if not shares and not others:
@@ -106,12 +99,12 @@ def held_out_pairs(found: Comparison) -> Table | None:
         for variant in _in_order(found)
     ]
     header = ["variant", *(_heading(m, found) for m in shares), *(m.name for m in others)]
-    note = "Means, intervals and seeds as above."
+    note = "Means, intervals and seeds as in the table of losses and settings."
     return Table("On held-out pairs", header, rows, note, is_numbers=True, columns=_defined([*shares, *others]))
 
 
 def _heading(measure: Measure, found: Comparison) -> str:
-    """Its name, with the number of items; where that differs, every cell says its own."""
+    """The measure's name with the number of items. If variants differ in that number, each cell has its own."""
     counts = {measure.num_items(variant) for variant in found.variants if measure.values(variant)}
     return f"{measure.name} (n\u00a0{counts.pop()})" if len(counts) == 1 else measure.name
 
@@ -125,33 +118,33 @@ def _defined(measures: Sequence[Measure]) -> dict[str, str]:
 
 
 def _in_order(found: Comparison) -> list[Variant]:
-    """The best first, then those that could not be ranked."""
+    """The ranked variants, the best first, then the others."""
     return [*found.ranked, *(variant for variant in found.variants if variant not in found.ranked)]
 
 
-def _places(found: Comparison) -> dict[int, float]:
+def _ranks(found: Comparison) -> dict[int, float]:
     values = [found.rank_by.mean(variant) or 0.0 for variant in found.ranked] if found.rank_by else []
-    return {id(variant): place for variant, place in zip(found.ranked, ranks(values), strict=True)}
+    return {id(variant): rank for variant, rank in zip(found.ranked, ranks(values), strict=True)}
 
 
 def _ranks_by_seed(found: Comparison) -> dict[int, str]:
-    """Mean and spread of the ranks that a variant has among the members of each seed that all variants have."""
+    """Each variant's mean rank among the runs of the same seed, over the seeds that all variants have."""
     measure = found.rank_by
     if measure is None or not found.ranked:
         return {}
-    tables = [
-        {member.seed: value for member in variant.members if (value := measure.value(member)) is not None}
-        for variant in found.ranked
-    ]
-    seeds = [seed for seed in tables[0] if all(seed in table for table in tables)]
-    if len(seeds) < 2:
+    values = pd.DataFrame(
+        [
+            {member.seed: value for member in variant.members if (value := measure.value(member)) is not None}
+            for variant in found.ranked
+        ]
+    ).dropna(axis=1)
+    if values.shape[1] < 2:
         return {}
-    by_seed = [ranks([table[seed] for table in tables]) for seed in seeds]
-    said = {}
-    for i, variant in enumerate(found.ranked):
-        own = [places[i] for places in by_seed]
-        said[id(variant)] = format_value(sum(own) / len(own)) + _by_seeds(own, format_value)
-    return said
+    by_seed = values.rank(ascending=False)
+    return {
+        id(variant): format_value(sum(own) / len(own)) + _by_seeds(own, format_value)
+        for variant, own in zip(found.ranked, by_seed.to_numpy().tolist(), strict=True)
+    }
 
 
 def _share_cell(measure: Measure, variant: Variant, found: Comparison) -> str:
@@ -185,15 +178,13 @@ def _by_seeds(values: Sequence[float], show: Callable[[float], str]) -> str:
     said = [show(value) for value in values]
     if len(set(said)) == 1:
         return "\nseeds alike"
-    return (
-        f"\nseeds {', '.join(said)}"
-        if len(said) <= _SEEDS_IN_CELL
-        else f"\nseeds {show(min(values))} to {show(max(values))}"
-    )
+    if len(said) <= _SEEDS_IN_CELL:
+        return f"\nseeds {', '.join(said)}"
+    return f"\nseeds {show(min(values))} to {show(max(values))}"
 
 
 def differences(found: Comparison) -> Table | None:
-    """The best of each loss, or each setting of one loss, against the best of all."""
+    """The best variant of each loss, or each setting of a single loss, compared with the best of all."""
     standing = found.standing
     if standing is None or not standing.contrasts:
         return None
@@ -215,24 +206,24 @@ def differences(found: Comparison) -> Table | None:
     one_loss = len({variant.loss for variant in standing.best}) == 1
     return Table(
         f"{'Every setting' if one_loss else 'The best setting of each loss'}, and how far it is behind",
-        ["variant", _heading(measure, found), "behind the first", "in words", "better to worse", "p"],
+        ["variant", _heading(measure, found), "behind the first", "verdict", "better to worse", "p"],
         rows,
-        "In parentheses 95% intervals. They and p say what other held-out items would change; what other seeds would, "
-        "only the spread over seeds shows.",
+        "95% intervals in parentheses. They and p say what other held-out items could change; only the spread over "
+        "seeds says what other seeds could change.",
         is_numbers=True,
         columns={
-            "behind the first": "bootstrap over the items that both were asked, seeds averaged by item first; without "
-            "such items, Newcombe's interval of the difference of two shares",
-            "better to worse": f"on how many {measure.unit} the first did better than this one, and on how many worse; "
-            "on all others they are level",
-            "p": "exact sign test of these two numbers (McNemar's with one seed), adjusted after Holm for as many "
-            "comparisons as there are rows below the first",
+            "behind the first": "mean difference, with a bootstrap interval over the items that both saw, seeds "
+            "averaged by item; without common items, Newcombe's interval of the difference of two shares",
+            "better to worse": f"number of {measure.unit} on which the first did better than this variant, and on "
+            "which it did worse; on all others they are level",
+            "p": "exact sign test of these two numbers (McNemar's test with one seed), Holm-adjusted for the number of "
+            "rows below the first",
         },
     )
 
 
 def head_to_head(found: Comparison) -> Table | None:
-    """Win rates of each variant's answers against each other's."""
+    """Win rates of each variant's answers against each other's. None if no two variants were judged."""
     variants = entrants(found)
     met = duels(variants)
     if not met:
@@ -248,14 +239,14 @@ def head_to_head(found: Comparison) -> Table | None:
         rows.append(row)
         shades.append(shade)
     return Table(
-        "Answers against answers: how often the row's was better than the column's",
+        "Answers against answers: how often the row's answer beats the column's",
         ["variant", *(variant.label for variant in variants)],
         rows,
-        "Share of prompts, ties as one half, with its 95% interval by the bootstrap over prompts; below, prompts won, "
-        "tied and lost. Every seed of the one meets every seed of the other; seeds answer the same prompts and add "
-        "no new ones. More than noise: the interval leaves out 50%, and p of the exact sign test, adjusted after Holm "
-        f"for {len(met)} comparisons, is below 0.05"
-        + ("; none of them is." if all(duel.is_noise for duel in met.values()) else "."),
+        "Share of prompts, a tie counting as half a win, with its 95% bootstrap interval over prompts; below, prompts "
+        "won, tied and lost. Every seed of one variant meets every seed of the other; seeds answer the same prompts "
+        'and add no new ones. "More than noise" means that the interval excludes 50% and that p of the exact sign '
+        f"test, Holm-adjusted for {counted(len(met), 'comparison')}, is below 0.05"
+        + ("; no pair reaches that." if all(duel.is_noise for duel in met.values()) else "."),
         is_numbers=True,
         shades=shades,
     )
@@ -277,7 +268,7 @@ def _p(p: float | None) -> str:
 
 
 def settings_and_data(found: Comparison) -> Table:
-    """What all members share, and where they do not, all that there is."""
+    """What was run; a cell has several values where the runs differ."""
     facts: dict[str, list[str]] = {}
 
     def add(name: str, value: Any) -> None:
@@ -291,16 +282,14 @@ def settings_and_data(found: Comparison) -> Table:
         add("quantisation", dig(summary, "model", "quantization"))
         for stage, prefix in (("sft", "sft.data"), ("preference", "data")):
             info = submapping(summary, "data", stage)
-            title = "SFT data" if stage == "sft" else "preference data"
             if info:
                 source, train, held_out = map(
                     format_value, (member.settings.get(f"{prefix}.source"), info.get("train"), info.get("eval"))
                 )
+                title = "SFT data" if stage == "sft" else "preference data"
                 add(title, f"{source}: {train} to train on, {held_out} held out")
-        add(
-            "fingerprint of the preference data",
-            _or_none(short_hash, dig(summary, "data", "preference", "fingerprint")),
-        )
+        if fingerprint := dig(summary, "data", "preference", "fingerprint"):
+            add("fingerprint of the preference data", short_hash(fingerprint))
         if not member.is_stopped:
             add("steps of the preference stage", dig(summary, "stages", "preference", "steps"))
         add("seeds", member.seed)
@@ -311,18 +300,14 @@ def settings_and_data(found: Comparison) -> Table:
         for member in variant.begun:
             fixed = {k: v for k, v in member.settings.items() if k.startswith("loss.") and k not in variant.settings}
             said = ", ".join(f"{key.removeprefix('loss.')} {format_value(value)}" for key, value in fixed.items())
-            add(f"settings of {variant.loss.upper()} that do not differ", said or None)
+            add(f"settings that all {variant.loss.upper()} runs share", said or None)
     facts["what differs between members"] = [", ".join(found.differing_settings) or "nothing but the loss or the seed"]
     rows = [[name, "; ".join(values)] for name, values in facts.items() if values]
     return Table("Settings and data", ["", ""], rows)
 
 
-def _or_none(show: Any, value: Any) -> Any:
-    return None if value is None else show(value)
-
-
 def member_table(found: Comparison) -> Table:
-    """A row per member, with what it took."""
+    """A row per run: its variant, its status, and its time and memory."""
     labels = _labels(found)
     together = any(_together(member) > 1 for member in found.members)
     header = ["member", "variant", "seed", "status", "steps", "seconds", "tokens/s", "peak memory, MiB"]
@@ -346,8 +331,8 @@ def member_table(found: Comparison) -> Table:
     if together:
         header.append("trained together")
         note += (
-            " Members that trained together shared a process: its memory is that of all of them, and in their seconds "
-            "the others trained too, so that tokens/s are a member's share of what the process did."
+            " Members that trained together shared one process: the memory is that of the whole process, the seconds "
+            "include the training of the others, and tokens/s are a member's share."
         )
     return Table("Members", header, rows, note)
 
@@ -357,33 +342,28 @@ def _labels(found: Comparison) -> dict[str, str]:
 
 
 def _together(member: ComparedRun) -> int:
-    """How many members shared its process, itself among them."""
+    """Number of members that shared the process, itself included."""
     return as_count(dig(member.run.summary, "cohort", "size")) or 1
 
 
 def to_csv(found: Comparison) -> str:
-    """A row per member with plain numbers, for spreadsheets and scripts."""
+    """A row per run with plain numbers, for spreadsheets and scripts."""
     measures = (*CRITERIA, RANKING_PER_TOKEN, MARGIN, DRIFT, WORDS)
-    labels = _labels(found)
-    header = ["member", "variant", "loss", *found.differing_settings, "seed", "status", "n_pairs", "n_answers"]
-    header += [f"{m.name}{suffix}" for m in measures for suffix in (["", " low", " high"] if m.share else [""])]
-    header += ["kl", "kl is", "seconds", "tokens_per_second", "peak_memory_bytes", "trained_together"]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
-    drawn = kl_measure(found.members)
+    labels, distance = _labels(found), kl_measure(found.members)
+    rows = []
     for member in found.members:
         stage = submapping(member.run.summary, "stages", "preference")
-        alone = Variant(member.loss, {}, [member])
-        row: list[Any] = [member.name, labels.get(member.name), member.loss]
-        row += [member.settings.get(key) for key in found.differing_settings]
-        row += [member.seed, member.run.summary.get("status"), ACCURACY.count(member), CORRECT.count(member)]
+        row: dict[str, Any] = {"member": member.name, "variant": labels.get(member.name), "loss": member.loss}
+        row |= {key: member.settings.get(key) for key in found.differing_settings}
+        row |= {"seed": member.seed, "status": member.run.summary.get("status")}
+        row |= {"n_pairs": ACCURACY.count(member), "n_answers": CORRECT.count(member)}
         for measure in measures:
-            row.append(measure.value(member))
+            row[measure.name] = measure.value(member)
             if measure.share:
-                row += interval(measure, alone) or (None, None)
-        row += [drawn.value(member) if drawn else None, drawn.name if drawn else None]
-        row += [stage.get("seconds"), stage.get("tokens_per_second"), dig(stage, "memory", "measured")]
-        row.append(_together(member))
-        writer.writerow(row)
-    return out.getvalue()
+                bounds = interval(measure, Variant(member.loss, {}, [member])) or (None, None)
+                row |= dict(zip((f"{measure.name} low", f"{measure.name} high"), bounds, strict=True))
+        row |= {"kl": distance.value(member) if distance else None, "kl is": distance.name if distance else None}
+        row |= {key: stage.get(key) for key in ("seconds", "tokens_per_second")}
+        row |= {"peak_memory_bytes": dig(stage, "memory", "measured"), "trained_together": _together(member)}
+        rows.append(row)
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")

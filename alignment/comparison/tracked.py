@@ -1,4 +1,4 @@
-"""What a comparison sends to a tracker: its table in plain numbers, its charts and its sentences."""
+"""What a comparison sends to W&B: its sentences, its charts and a table of plain numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from alignment.runs.text import escape_markdown, format_value
 
 
 def sweep_summary(found: Comparison, files: Sequence[Path]) -> SweepSummary:
-    """The comparison for a tracker, with the files that it was written to."""
+    """The comparison as a sweep's run in W&B, with the files that it was written to."""
     header, rows = _table(found)
     return SweepSummary(
         facts={name: value for name, value, *_ in settings_and_data(found).rows},
@@ -36,7 +36,7 @@ def sweep_summary(found: Comparison, files: Sequence[Path]) -> SweepSummary:
 
 
 def _table(found: Comparison) -> tuple[list[str], list[list[Any]]]:
-    """A row per variant, the best first."""
+    """Header and rows: a row per variant, the best first."""
     known = (*CRITERIA, RANKING_PER_TOKEN, MARGIN, DRIFT, WORDS, kl_measure(found.members))
     measures = [m for m in known if m is not None and any(m.values(variant) for variant in found.variants)]
     header = ["variant", "loss", *(key.removeprefix("loss.").replace(".", " ") for key in found.differing_settings)]
@@ -57,7 +57,7 @@ def _table(found: Comparison) -> tuple[list[str], list[list[Any]]]:
 
 
 def _values(found: Comparison) -> dict[str, Any]:
-    """The best of all and of each loss, and of how many members."""
+    """The best variant of all and of each loss, and the number of members."""
     measure = found.rank_by
     if measure is None:
         return {"members": len(found.members), "members_with_result": 0}
@@ -75,6 +75,6 @@ def _values(found: Comparison) -> dict[str, Any]:
 
 
 def _figure(chart: Chart) -> go.Figure:
-    """The chart on its own: with its title, and the legend beside it, for which no page makes space below."""
+    """The chart without a page around it: with its title, and with the legend beside it."""
     beside = {"orientation": "v", "xref": "paper", "x": 1.02, "yref": "paper", "y": 1, "yanchor": "top"}
     return go.Figure(chart.figure).update_layout(title={"text": chart.title, "x": 0.01}, margin_t=48, legend=beside)

@@ -1,6 +1,6 @@
-"""What preference data are like before anything is trained on them: lengths, overlap, agreement, near-duplicates.
+"""Statistics of preference data before training: lengths, overlap, agreement with other judges, near-duplicates.
 
-All of it looks at words and needs no tokenizer. Of a ranked list the best and the worst completion are the pair.
+They count words and need no tokenizer. The pair of a ranked list is its best and its worst completion.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How often something else than the labels says the same as they do.
+    """How often another judge agrees with the labels.
 
     Attributes:
-        judge: what it is: `scores` of the data, the `rules` of `alignment.evaluation.judge`, `repeats` of the same
-            comparison elsewhere in the data, or that the `longer` answer is the better one.
-        n: comparisons that it decides.
-        ties: comparisons that it leaves open.
-        share: of the n in which it agrees; not a number where n is 0.
+        judge: `scores` of the data, `rules` of `alignment.evaluation.judge`, `repeats` of the same comparison elsewhere
+            in the data, or `longer`, which prefers the longer answer.
+        n: number of comparisons that the judge decides.
+        ties: number of comparisons that it leaves open.
+        share: share of the n comparisons in which it agrees; NaN if n is 0.
     """
 
     judge: str
@@ -39,7 +39,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class LengthGroup:
-    """Pairs whose answers differ by `low` to `high` words: how often the longer one is the chosen one."""
+    """The n pairs whose answers differ by `low` to `high` words, and the share in which the longer one is chosen."""
 
     low: int
     high: int
@@ -49,7 +49,7 @@ class LengthGroup:
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicate:
-    """Two texts by their numbers, and the share of their phrases that both have."""
+    """Two texts by their indices, and the share of their phrases that they have in common."""
 
     first: int
     second: int
@@ -57,14 +57,14 @@ class NearDuplicate:
 
 
 def text_of(text: Text) -> str:
-    """The contents of the messages but for the system's, or the text itself."""
+    """The text itself, or the contents of all messages but the system's."""
     if isinstance(text, str):
         return text
     return "\n".join(message["content"] for message in text if message["role"] != "system")
 
 
 def prompts(rows: Sequence[Row]) -> list[str]:
-    """The prompts as texts."""
+    """The prompts as plain texts."""
     return [text_of(row.prompt) for row in rows]
 
 
@@ -72,21 +72,21 @@ def answers(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The chosen and the rejected answer of every row.
 
     Raises:
-        UserError: a row has one completion only.
+        UserError: a row has only one completion.
     """
     for row in rows:
         if len(row.completions) < 2:
-            raise UserError(f"Row {row.source} has one completion, and two are compared: use pairs or ranked lists.")
+            raise UserError(f"Row {row.source} has one completion, but two are needed: use pairs or ranked lists.")
     return [(text_of(row.completions[0]), text_of(row.completions[-1])) for row in rows]
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without regard to case and punctuation."""
+    """The words of a text, in lower case and without punctuation."""
     return _WORD.findall(text.casefold())
 
 
 def lengths(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """Words of every prompt, chosen and rejected answer."""
+    """Number of words of every prompt, chosen and rejected answer."""
     sides = {
         "prompt": prompts(rows),
         "chosen": [chosen for chosen, _ in answers(rows)],
@@ -96,7 +96,7 @@ def lengths(rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def overlaps(rows: Sequence[Row]) -> list[float]:
-    """Per pair the words that both answers have over the words that any of them has, repetitions counted."""
+    """For each pair, the words that both answers share over the words of either, repetitions counted."""
     found = []
     for chosen, rejected in answers(rows):
         a, b = Counter(words(chosen)), Counter(words(rejected))
@@ -105,10 +105,10 @@ def overlaps(rows: Sequence[Row]) -> list[float]:
 
 
 def length_groups(rows: Sequence[Row], groups: int) -> list[LengthGroup]:
-    """Pairs in so many groups of about equal size by how much their answers differ in length.
+    """Pairs in groups of about equal size, by how much their answers differ in length.
 
-    Without a bias of the labels for length `chosen_longer` is a half in every group. Pairs of equally long answers are
-    in none, and equal differences are in one, so that there may be fewer groups.
+    If the labels have no length bias, `chosen_longer` is about 0.5 in every group. Pairs of equally long answers are in
+    no group. Pairs with the same difference share a group, so there may be fewer groups than you ask for.
     """
     sides = lengths(rows)
     gaps = sorted((c - r for c, r in zip(sides["chosen"], sides["rejected"], strict=True) if c != r), key=abs)
@@ -123,7 +123,7 @@ def length_groups(rows: Sequence[Row], groups: int) -> list[LengthGroup]:
 
 
 def agreements(rows: Sequence[Row]) -> list[Agreement]:
-    """How far scores, rules, repeated comparisons and bare length agree with the labels; what the data allow."""
+    """How far scores, rules, repeated comparisons and length agree with the labels, as far as the data have them."""
     sides = lengths(rows)
     gaps = [c - r for c, r in zip(sides["chosen"], sides["rejected"], strict=True)]
     found = [
@@ -136,7 +136,7 @@ def agreements(rows: Sequence[Row]) -> list[Agreement]:
 
 
 def _agreement(name: str, signs: Iterable[int]) -> Agreement:
-    """Of +1 (says the same as the label), -1 (the opposite) and 0 (undecided)."""
+    """Count signs: +1 agrees with the label, -1 disagrees, 0 is undecided."""
     counts = Counter(signs)
     n = counts[1] + counts[-1]
     return Agreement(name, n, counts[0], counts[1] / n if n else math.nan)
@@ -154,7 +154,7 @@ def _by_rules(row: Row) -> int:
 
 
 def _repeats(rows: Sequence[Row]) -> list[int]:
-    """+1 or -1 for each two judgements of the same two answers to the same prompt."""
+    """+1 or -1 for every two judgements of the same two answers to the same prompt."""
     seen: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for prompt, (chosen, rejected) in zip(prompts(rows), answers(rows), strict=True):
         seen[prompt, *sorted((chosen, rejected))].append(chosen)
@@ -164,19 +164,22 @@ def _repeats(rows: Sequence[Row]) -> list[int]:
 def near_duplicates(
     texts: Sequence[str], others: Sequence[str] | None = None, *, threshold: float, phrase: int
 ) -> list[NearDuplicate]:
-    """All pairs of texts that share at least `threshold` of their phrases, the most alike first.
+    """All pairs of texts that share at least `threshold` of their phrases, the most similar first.
 
     Args:
-        texts: compared with each other, or with `others` where these are given.
-        threshold: least share, above 0: phrases of both over phrases of any (Jaccard).
-        phrase: words in a phrase; a shorter text is one phrase.
+        texts: compared with each other, or with `others` if given.
+        threshold: least Jaccard similarity, in (0, 1]: common phrases over all phrases of the two.
+        phrase: number of words in a phrase; a shorter text is one phrase.
+
+    Raises:
+        UserError: `threshold` is out of range.
     """
     if not 0 < threshold <= 1:
-        raise UserError(f"The threshold of near-duplicates is above 0 and at most 1, not {threshold}.")
+        raise UserError(f"The threshold of near-duplicates must be above 0 and at most 1, not {threshold}.")
     left = [_phrases(text, phrase) for text in texts]
     right = left if others is None else [_phrases(text, phrase) for text in others]
     frequency = Counter(p for phrases in (left if others is None else left + right) for p in phrases)
-    # Two sets that share so much share one of their rarest phrases: only those are looked up, and nothing is missed.
+    # Sets that share this much also share one of their rarest phrases, so it is enough to look these up.
     holders: defaultdict[str, list[int]] = defaultdict(list)
     for number, phrases in enumerate(left):
         for p in _rarest(phrases, frequency, threshold):
@@ -197,6 +200,6 @@ def _phrases(text: str, size: int) -> frozenset[str]:
 
 
 def _rarest(phrases: frozenset[str], frequency: Counter[str], threshold: float) -> list[str]:
-    """As many as a set with `threshold` in common cannot all lack."""
+    """The rarest phrases, enough that a set with `threshold` in common must have one of them."""
     shared = math.ceil(threshold * len(phrases) - 1e-9)
     return sorted(phrases, key=lambda p: (frequency[p], p))[: len(phrases) - shared + 1]

@@ -1,4 +1,4 @@
-"""Figures for notebooks: how values are spread, curves over each other, and the plane of a loss."""
+"""Figures for the notebooks: histograms, curves, and the plane of a loss."""
 
 from __future__ import annotations
 
@@ -11,25 +11,22 @@ from matplotlib.figure import Figure
 
 from alignment.course.landscape import Landscape
 from alignment.runs.folder import RunFiles, series
-
-# The palette of Okabe and Ito, then the same once more in dashes: told apart by every common kind of colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("-", "--", ":")
+from alignment.runs.style import COLOURS, LINE_STYLES, draw_level, style_axes
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes, title, x, y)
     return figure, axes
 
 
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
 def histograms(values: Mapping[str, Sequence[float]], title: str, x: str) -> Figure:
-    """Outlines of histograms over each other, with the same bins; of whole numbers, as many to a bin."""
+    """Histograms as outlines in one figure, with the same bins. Every bin of integers holds the same number of them."""
     figure, axes = _axes(title, x, "number")
     everything = np.array([v for some in values.values() for v in some])
     bins = np.histogram_bin_edges(everything, bins=30)
@@ -37,7 +34,7 @@ def histograms(values: Mapping[str, Sequence[float]], title: str, x: str) -> Fig
         width = math.ceil((np.ptp(everything) + 1) / 30)
         bins = np.arange(everything.min(), everything.max() + width + 1, width) - 0.5
     for index, (name, some) in enumerate(values.items()):
-        axes.hist(some, bins=bins.tolist(), histtype="step", linewidth=1.6, color=_COLOURS[index % 7], label=name)
+        axes.hist(some, bins=bins.tolist(), histtype="step", linewidth=1.6, color=_colour(index), label=name)
     axes.legend(frameon=False)
     return figure
 
@@ -45,29 +42,29 @@ def histograms(values: Mapping[str, Sequence[float]], title: str, x: str) -> Fig
 def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x: str, y: str, level: float | None = None
 ) -> Figure:
-    """Lines by name, each of its x and y values, and where it helps a level to compare with."""
+    """Lines by name, each with its x and y values, and a dashed `level` to compare with."""
     figure, axes = _axes(title, x, y)
     for index, (name, (xs, ys)) in enumerate(lines.items()):
-        axes.plot(xs, ys, color=_COLOURS[index % 7], linestyle=_STYLES[index // 7 % 3], linewidth=1.6, label=name)
-    if level is not None:
-        axes.axhline(level, color="0.5", linewidth=1, linestyle="--", zorder=1)
+        style = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
+        axes.plot(xs, ys, style, color=_colour(index), linewidth=1.6, label=name)
+    draw_level(axes, level)
     axes.legend(frameon=False, fontsize=9)
     return figure
 
 
 def metric_curves(runs: Mapping[str, RunFiles], name: str, y: str, level: float | None = None) -> Figure:
-    """One metric of the preference stage of several runs: in training as lines, on the held-out pairs as points."""
+    """One preference metric of several runs: a line for training, points for the held-out pairs."""
     lines = {label: series(run.metrics, "preference", "train", name) for label, run in runs.items()}
     figure = curves(lines, f"{name} (held-out pairs: points)", "optimizer step", y, level)
     [axes] = figure.axes
     for index, run in enumerate(runs.values()):
         steps, values = series(run.metrics, "preference", "eval", name)
-        axes.plot(steps, values, linestyle="", marker="o", markeredgecolor="white", color=_COLOURS[index % 7], zorder=3)
+        axes.plot(steps, values, linestyle="", marker="o", markeredgecolor="white", color=_colour(index), zorder=3)
     return figure
 
 
 def planes(landscapes: Mapping[str, Landscape]) -> Figure:
-    """Each loss over a plane of log-ratios as colour, and as arrows where a step pushes the two answers."""
+    """Each loss over a plane of log-ratios: its value as colour, the push of a step on both answers as arrows."""
     columns = min(3, len(landscapes))
     rows = math.ceil(len(landscapes) / columns)
     figure = Figure(figsize=(4 * columns, 3.8 * rows), layout="constrained")

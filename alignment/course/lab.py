@@ -1,7 +1,7 @@
-"""What the notebooks of the course call to train: the command itself, and its runs as tables.
+"""Training for the notebooks: runs the command, and makes a table of its runs.
 
-With ALIGNMENT_FAST=1 in the environment every run takes seconds: a tiny random model, a few rows, no SFT stage. What
-comes out then shows that the notebook works, and nothing about the losses.
+With ALIGNMENT_FAST=1 in the environment, every run takes seconds: a tiny random model, a few rows, no SFT stage. The
+numbers then show that the notebook works, and say nothing about the losses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from alignment.policy.tiny_model import write_tiny_model
 from alignment.runs.folder import RunFiles, dig, eval_pairs, first_and_last, read_run, submapping
 
 OUTPUTS = Path("outputs") / "lab"
-"""Where the runs of the notebooks are kept, below the folder that the notebook runs in."""
+"""Folder of the notebooks' runs, below the folder that the notebook runs in."""
 
 _FAST = (
     "sft=none",
@@ -35,21 +35,21 @@ _FAST = (
 
 
 def is_fast() -> bool:
-    """Whether ALIGNMENT_FAST asks for runs of seconds."""
+    """Whether ALIGNMENT_FAST asks for runs that take seconds."""
     return os.environ.get("ALIGNMENT_FAST", "0") not in ("", "0")
 
 
 def train(*overrides: str) -> dict[str, RunFiles]:
-    """Run `python -m alignment.run -m` with these settings of the quickstart, unless that was done before.
+    """Train the quickstart with these settings by `python -m alignment.run -m`. Finished runs are not repeated.
 
     Args:
-        overrides: as on the command line; values with commas between them are tried one after the other.
+        overrides: settings as on the command line; values separated by commas give a run each.
 
     Returns:
-        The runs by the settings that tell them apart, in their order.
+        The runs in their order, by the settings that differ between them.
 
     Raises:
-        UserError: the command failed; its last words.
+        UserError: the command failed; the message has its last line.
     """
     settings = ["recipe=quickstart", "tracking=none", *(_tiny() if is_fast() else ()), *overrides]
     members = list(sweep_members(settings))
@@ -72,7 +72,7 @@ def _tiny() -> tuple[str, ...]:
 
 
 def _command(module: str, *arguments: str) -> None:
-    """Run a command of this package and print what it prints, as it comes; its progress bars are left out."""
+    """Run a command of this package and print its output as it comes, without progress bars."""
     sys.stdout.write(f"python -m {module} {' '.join(arguments)}\n")
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -92,7 +92,7 @@ def _command(module: str, *arguments: str) -> None:
 
 
 def table(runs: Mapping[str, RunFiles]) -> list[dict[str, Any]]:
-    """One row per run: what was measured on the held-out pairs and answers, accuracies with 95% intervals."""
+    """A row per run: results on held-out pairs and answers. `from` and `to` are the 95% interval of reward accuracy."""
     return [{"run": name, **_measures(run)} for name, run in runs.items()]
 
 

@@ -1,4 +1,4 @@
-"""What a loss and its gradient are over the log-ratios of one pair, for looking at a loss before training with it."""
+"""A loss and its gradient over the log-ratios of one pair, so that you can look at a loss before you train with it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from alignment.types import RaggedLogps
 
 @dataclass(frozen=True, slots=True)
 class PairUnderReference:
-    """A chosen and a rejected answer: their tokens, and what the reference thinks of each token in nats.
+    """A chosen and a rejected answer: their numbers of tokens, and the reference's mean log-prob per token, nats.
 
-    A reference that gives the rejected answer the higher log-prob has the pair wrong.
+    If the rejected answer has the higher log-prob, the reference ranks the pair wrongly.
     """
 
     chosen_tokens: int
@@ -27,13 +27,13 @@ class PairUnderReference:
 
 @dataclass(frozen=True, slots=True)
 class Landscape:
-    """A loss at points (u, v): u and v are log pi - log pi_ref of the chosen and the rejected answer, summed, in nats.
+    """A loss at points (u, v), the log-ratios log pi - log pi_ref of the chosen and the rejected answer, in nats.
 
     Attributes:
-        chosen, rejected: (points,) u and v.
-        losses: (points,) of the pair; a loss of rows is the sum of its two rows.
-        push_up: (points,) -dL/du, how strongly a step raises the chosen answer's log-prob; negative: it lowers it.
-        push_down: (points,) dL/dv, how strongly a step lowers the rejected answer's log-prob; negative: it raises it.
+        chosen, rejected: (points,) u and v, summed over the tokens of the answer.
+        losses: (points,) loss of the pair; for a loss of rows, the sum of both rows.
+        push_up: (points,) -dL/du: how strongly a step raises the chosen answer's log-prob (negative: lowers it).
+        push_down: (points,) dL/dv: how strongly a step lowers the rejected answer's log-prob (negative: raises it).
     """
 
     chosen: Tensor
@@ -44,10 +44,10 @@ class Landscape:
 
 
 def landscape(loss: Loss, chosen: Tensor, rejected: Tensor, pair: PairUnderReference) -> Landscape:
-    """The loss at every point, each the only pair of its step, with log-ratios spread evenly over the tokens.
+    """The loss at every point. Each point is the only pair of its step, with log-ratios spread evenly over the tokens.
 
-    KTO's baseline is 0, and scores prefer the chosen answer by one. A point where the policy's log-probs would be
-    above 0 is not a number.
+    KTO's baseline is 0, and the score of the chosen answer is higher by one. Points where a log-prob of the policy
+    would exceed 0 are NaN.
 
     Raises:
         UserError: the loss reads more of a pair than its log-probs, or needs a third answer.
@@ -56,7 +56,7 @@ def landscape(loss: Loss, chosen: Tensor, rejected: Tensor, pair: PairUnderRefer
     if needs.quantities or needs.prompts or isinstance(loss, TPO | TPOL):
         raise UserError(f"Loss {loss.name} reads more than the log-probs of two answers, so it has no such landscape.")
     u, v = (values.detach().double().requires_grad_() for values in (chosen, rejected))
-    # A step of one pair where the pairs of a step have to do with each other; as often as the loss wants it.
+    # If the pairs of a step interact, a step is one pair, repeated until the loss has its minimum of pairs.
     copies = needs.min_items if needs.whole_step else 1
     size = 1 if needs.whole_step else len(u)
     losses = torch.cat(
@@ -69,7 +69,7 @@ def landscape(loss: Loss, chosen: Tensor, rejected: Tensor, pair: PairUnderRefer
 
 
 def _losses(loss: Loss, needs: Requirements, u: Tensor, v: Tensor, pair: PairUnderReference, copies: int) -> Tensor:
-    """(points,) of a step that holds every point so many times."""
+    """(points,) losses of a step that holds `copies` of every point."""
     u, v = u.repeat_interleave(copies), v.repeat_interleave(copies)
     count = len(u)
     tokens = torch.tensor([pair.chosen_tokens, pair.rejected_tokens]).repeat(count)
@@ -94,10 +94,10 @@ def _losses(loss: Loss, needs: Requirements, u: Tensor, v: Tensor, pair: PairUnd
 
 
 def along_margin(loss: Loss, margins: Tensor, pair: PairUnderReference) -> Landscape:
-    """The landscape where the chosen answer has gained half of each margin, and the rejected one has lost the other."""
+    """The landscape along margins: the chosen answer gains half of each margin, the rejected one loses half."""
     return landscape(loss, margins / 2, -margins / 2, pair)
 
 
 def plane(loss: Loss, chosen: Tensor, rejected: Tensor, pair: PairUnderReference) -> Landscape:
-    """The landscape of all chosen log-ratios with each of the rejected ones in turn."""
+    """The landscape over the grid of chosen and rejected log-ratios, row by row of the rejected ones."""
     return landscape(loss, chosen.repeat(len(rejected)), rejected.repeat_interleave(len(chosen)), pair)

@@ -1,10 +1,9 @@
-"""What the files of a run folder say: read with care, put into words, and questioned as a careful reader would."""
+"""Reading a run folder: its files, the values inside them, and the curves in metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,32 +12,21 @@ import yaml
 
 from alignment.errors import UserError
 from alignment.files import atomic_write_text
-from alignment.runs.record import STAGES, metrics_row
+from alignment.runs.record import json_row, metrics_row, read_lines
 from alignment.runs.text import format_value, is_number
 
 RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
-
-_DEEPEST = 50
-"""Levels within each other of a file: no run writes as many, and far more end the interpreter."""
-_NAMED_LINES = 3
-"""Broken lines of a file that are named."""
-
-_NUMBERS = (
-    *(("stages", stage, "metrics") for stage in STAGES),
-    *(("evaluation", part) for part in ("answers", "win_rate", "kl/sampled")),
-)
-"""Sections of a summary that hold numbers alone."""
-
+"""A folder with any of these is a run folder."""
 
 MODEL_TITLES = {"start": "before training", "sft": "after SFT", "final": "final"}
+"""The models that a run evaluates, as reports write them."""
 
 
 @dataclass(slots=True)
 class RunFiles:
-    """What could be read of a run folder; `problems` has a sentence for everything else.
+    """The contents of a run folder.
 
-    Attributes:
-        has_gaps: lines of `metrics` are lost, and with them perhaps the first or last point of a curve.
+    A file that is missing or cannot be read is empty here, and `problems` has a sentence about it.
     """
 
     folder: Path
@@ -47,162 +35,97 @@ class RunFiles:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    has_gaps: bool = False
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("it holds no mapping")
-    _check_depth(value, _DEEPEST)
-    return value
+def read_run(folder: Path) -> RunFiles:
+    """Read the files of a run folder.
 
-
-def _check_depth(value: Any, left: int) -> None:
-    if left < 0:
-        raise ValueError("it is nested too deeply")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_depth(inner, left - 1)
-
-
-def read_rows(run: RunFiles, name: str, numbers: Callable[[dict[str, Any]], Sequence[Any]]) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line.
-
-    Lines that are none are left out, and `run.problems` says so, as it does of rows whose `numbers` are none.
+    Raises:
+        UserError: the folder holds no file of a run, or cannot be opened.
     """
-    rows, _ = _parsed_lines(run, name, _json_object)
-    odd = sum(not all(map(is_number, numbers(row))) for row in rows)
-    if odd:
-        run.problems.append(f"{name} holds something else than finite numbers in {odd} of {len(rows)} rows.")
+    if not holds_any(folder, RUN_FILES):
+        raise UserError(f"{folder} is no run folder: it holds none of {', '.join(RUN_FILES)}.")
+    run = RunFiles(folder)
+    run.config = _read_mapping(run, "config.yaml", _parse_config)
+    run.summary = _read_mapping(run, "summary.json", json.loads)
+    run.metrics = read_rows(run, "metrics.jsonl", metrics_row)
+    if (folder / "samples.jsonl").exists() or dig(run.summary, "evaluation", "prompts"):
+        run.samples = read_rows(run, "samples.jsonl")
+    return run
+
+
+def _read_mapping(run: RunFiles, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        value = parse((run.folder / name).read_text("utf-8"))
+        if isinstance(value, dict):
+            return value
+        problem = "cannot be read: it holds no mapping."
+    except FileNotFoundError:
+        problem = "is missing."
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}."
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        problem = f"cannot be read: {' '.join(str(error).split())}."
+    run.problems.append(f"{name} {problem}")
+    return {}
+
+
+def _parse_config(text: str) -> Any:
+    if not text.endswith("\n"):  # half of a YAML file is a YAML file too
+        raise ValueError("it is cut off")
+    return yaml.safe_load(text)
+
+
+def read_rows(
+    run: RunFiles, name: str, parse: Callable[[bytes], dict[str, Any] | None] = json_row
+) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file in the folder, without a last line that was cut off.
+
+    What cannot be read is named in `run.problems`.
+    """
+    path = run.folder / name
+    if not path.exists():
+        run.problems.append(f"{name} is missing.")
+        return []
+    try:
+        rows, is_cut_off = read_lines(path, parse)
+    except UserError as error:
+        run.problems.append(str(error).replace(str(path), name))  # a report names files, not paths
+        return []
+    if is_cut_off:
+        run.problems.append(f"{name} was cut off in its last line, as happens when a run is killed.")
+    elif not rows:
+        run.problems.append(f"{name} is empty.")
     return rows
 
 
-def _json_object(line: bytes) -> dict[str, Any] | None:
-    try:
-        return _mapping(json.loads(line))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _metrics(line: bytes) -> dict[str, Any] | None:
-    row = metrics_row(line)
-    too_large = row and any(isinstance(value, int) and abs(value) > sys.float_info.max for value in row.values())
-    return None if too_large else row
-
-
-def _parsed_lines(
-    run: RunFiles, name: str, parse: Callable[[bytes], dict[str, Any] | None]
-) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a file, and whether all lines are among them; `run.problems` says which are not."""
-    try:
-        data = (run.folder / name).read_bytes()
-    except OSError as error:
-        run.problems.append(f"{name} cannot be read: {error.strerror}.")
-        return [], False
-    parsed = [parse(line) for line in data.splitlines()]
-    rows = [row for row in parsed if row is not None]
-    bad = [number for number, row in enumerate(parsed, 1) if row is None]
-    whole = not bad and bool(rows)
-    if not parsed:
-        run.problems.append(f"{name} is empty.")
-    elif not data.endswith(b"\n"):
-        last = len(parsed)
-        left_out = " That line is left out." if bad[-1:] == [last] else ""
-        run.problems.append(f"{name} was cut off in its last line, {last}, as happens when a run is killed.{left_out}")
-        bad = [number for number in bad if number != last]
-    if bad:
-        which = ", ".join(map(str, bad[:_NAMED_LINES])) + (
-            f" and {len(bad) - _NAMED_LINES} more" if len(bad) > _NAMED_LINES else ""
-        )
-        run.problems.append(
-            f"{name} cannot be read whole: of its {len(parsed)} lines {len(bad)} {'is' if len(bad) == 1 else 'are'} "
-            f"broken and left out, line {which}."
-        )
-    return rows, whole
-
-
 def holds_any(folder: Path, names: Sequence[str]) -> bool:
-    """Whether one of the files is in the folder.
+    """Whether the folder holds one of these files.
 
     Raises:
-        UserError: nobody can say, since the folder cannot be looked into.
+        UserError: the folder cannot be opened.
     """
     try:
         return any((folder / name).is_file() for name in names)
     except OSError as error:
-        raise UserError(f"{folder} cannot be looked into: {error.strerror}.") from None
+        raise UserError(f"{folder} cannot be opened: {error.strerror}.") from None
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a report of what was read.
+    """Write a report.
 
     Raises:
-        UserError: it cannot be written; what was there before still is.
+        UserError: the file cannot be written; an earlier version of it stays.
     """
     try:
-        # Half an emoji, of an answer that was cut, is no UTF-8.
+        # An answer may be cut in the middle of an emoji, and half an emoji is no UTF-8.
         atomic_write_text(path, text.encode("utf-8", "replace").decode())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def _scores(sample: dict[str, Any]) -> list[Any]:
-    return [dig(verdict, "score") for verdict in submapping(sample, "verdicts").values()]
-
-
-def read_run(folder: Path) -> RunFiles:
-    """Read what is there.
-
-    Raises:
-        UserError: a folder without any file of a run, or one that cannot be looked into.
-    """
-    if not holds_any(folder, RUN_FILES):
-        raise UserError(f"{folder} is no run folder: it holds none of {', '.join(RUN_FILES)}.")
-    run = RunFiles(folder)
-
-    def read(name: str, parse: Callable[[Path], Any], empty: Any) -> Any:
-        path = folder / name
-        if not path.exists():
-            run.problems.append(f"{name} is missing.")
-            return empty
-        try:
-            return parse(path)
-        except OSError as error:
-            run.problems.append(f"{name} cannot be read: {error.strerror}.")
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            run.problems.append(f"{name} cannot be read: {' '.join(str(error).split())}.")
-        return empty
-
-    run.config = read("config.yaml", _config, {})
-    run.summary = read("summary.json", lambda path: _mapping(json.loads(path.read_text("utf-8"))), {})
-    run.metrics, whole = read("metrics.jsonl", lambda path: _parsed_lines(run, path.name, _metrics), ([], False))
-    run.has_gaps = not whole
-    prompts = dig(run.summary, "evaluation", "prompts")
-    if (folder / "samples.jsonl").exists() or prompts:
-        run.samples = read("samples.jsonl", lambda path: read_rows(run, path.name, _scores), [])
-    odd = [".".join(keys) for keys in _NUMBERS for keys in _no_numbers(dig(run.summary, *keys), keys)]
-    if odd:
-        which = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
-        run.problems.append(f"summary.json holds something else than a finite number for {which}.")
-    return run
-
-
-def _config(path: Path) -> dict[str, Any]:
-    text = path.read_text("utf-8")
-    if not text.endswith("\n"):  # half of a YAML file is a YAML file
-        raise ValueError("it is cut off")
-    return _mapping(yaml.safe_load(text))
-
-
-def _no_numbers(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _no_numbers(inner, (*keys, str(key)))
-    elif value is not None and not is_number(value):
-        yield keys
-
-
 def dig(value: Any, *keys: str) -> Any:
-    """The value under a path of keys; None where the path ends early."""
+    """The value under a path of keys; None if the path ends early."""
     for key in keys:
         if not isinstance(value, dict):
             return None
@@ -211,28 +134,28 @@ def dig(value: Any, *keys: str) -> Any:
 
 
 def submapping(value: Any, *keys: str) -> dict[str, Any]:
-    """`get` of a mapping; empty where there is none."""
+    """The mapping under a path of keys; empty if there is none."""
     found = dig(value, *keys)
     return found if isinstance(found, dict) else {}
 
 
+def as_count(value: Any) -> int:
+    """A count that may be missing, as an integer: 0 if it is."""
+    return int(value) if is_number(value) else 0
+
+
 def eval_pairs(summary: dict[str, Any]) -> int:
-    """How many pairs, rows or lists were held out of the preference data; 0 where that is not known."""
+    """Number of held-out pairs, rows or lists of the preference data; 0 if unknown."""
     return as_count(dig(summary, "data", "preference", "eval"))
 
 
-def as_count(value: Any) -> int:
-    """How many, where that is what the value says; else 0."""
-    return value if isinstance(value, int) and is_number(value) and value > 0 else 0
-
-
 def loss_name(summary: dict[str, Any]) -> str:
-    """The name of the preference loss, or of its stage where that is lost."""
+    """Name of the preference loss; "preference" if the summary does not have it."""
     return str(dig(summary, "stages", "preference", "loss") or "preference")
 
 
 def stopped_at(summary: dict[str, Any]) -> str:
-    """Where a run was stopped early."""
+    """Where early stopping ended the run."""
     step, of_steps = (
         format_value(dig(summary, "stages", "preference", "stopped", key)) for key in ("step", "of_steps")
     )
@@ -240,7 +163,7 @@ def stopped_at(summary: dict[str, Any]) -> str:
 
 
 def status(summary: dict[str, Any]) -> str | None:
-    """Whether the run is finished; of one that was stopped early also where and why. None where that is not known."""
+    """Status of the run; for one that was stopped early also where and why. None if unknown."""
     found, why = summary.get("status"), submapping(summary, "stages", "preference", "stopped")
     if found != "stopped" or not why:
         return None if found is None else format_value(found)
@@ -260,16 +183,9 @@ def series(metrics: Sequence[dict[str, Any]], stage: str, split: str, name: str)
 
 
 def first_and_last(run: RunFiles, name: str) -> tuple[float, float, str] | None:
-    """First and last value of a preference metric, of the evaluation if it has two points, else of training.
-
-    Where lines are lost it is known of an evaluation alone that was made at the start and at the end.
-    """
+    """First and last value of a preference metric, and their split: "eval" if it has two points, else "train"."""
     for split in ("eval", "train"):
-        steps, values = series(run.metrics, "preference", split, name)
-        if len(values) >= 2 and (not run.has_gaps or (steps[0] == 0 and _is_end(run, "preference", steps[-1]))):
+        _, values = series(run.metrics, "preference", split, name)
+        if len(values) >= 2:
             return values[0], values[-1], split
     return None
-
-
-def _is_end(run: RunFiles, stage: str, step: int) -> bool:
-    return bool(step == dig(run.summary, "stages", stage, "steps"))

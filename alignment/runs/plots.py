@@ -1,4 +1,4 @@
-"""The curves of one run, one PNG per question."""
+"""The curves of one run: a PNG for each question that they answer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from matplotlib.ticker import MaxNLocator
 from alignment.files import atomic_write_bytes
 from alignment.runs.folder import series
 from alignment.runs.record import STAGES
-
-# From the palette of Okabe and Ito, told apart by every common kind of colour vision and by brightness in grey.
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
+from alignment.runs.style import COLOURS, LINE_STYLES, draw_level, style_axes
 
 
 @dataclass(frozen=True)
 class _Plot:
-    """One figure: which metrics (with their legend), and what the vertical axis means."""
+    """One figure: its metrics with their labels, and the meaning of the vertical axis."""
 
     file: str
     title: str
@@ -56,7 +54,7 @@ _PREFERENCE_PLOTS = (
     ),
     _Plot(
         "nats_margins.png",
-        "Margin against the reference, comparable between losses",
+        "Margin over the reference, comparable between losses",
         "log-ratio, chosen - rejected (nats)",
         {"nats/margins": "margin"},
         0.0,
@@ -71,7 +69,7 @@ _PREFERENCE_PLOTS = (
 
 
 def _draw(axes: Axes, metrics: Sequence[dict[str, Any]], stage: str, names: dict[str, str]) -> bool:
-    """Training as lines, evaluation as markers; one colour per metric, or per split where there is one metric only."""
+    """Draw training as lines and evaluation as markers, in a colour per metric, or per split if there is one metric."""
     drawn = False
     for index, (name, label) in enumerate(names.items()):
         for split in ("train", "eval"):
@@ -80,11 +78,12 @@ def _draw(axes: Axes, metrics: Sequence[dict[str, Any]], stage: str, names: dict
                 continue
             drawn = True
             second = index == 1 if len(names) > 1 else split == "eval"
-            colour = _ORANGE if second else _BLUE
+            colour = COLOURS[second]
             text = f"{label}, {split}" if len(names) > 1 else split
             if split == "train":
                 marker = "v" if len(steps) < 3 else ""
-                axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, label=text, zorder=2)
+                style = LINE_STYLES[index]  # so that a print in grey tells them apart
+                axes.plot(steps, values, style, color=colour, linewidth=1.4, marker=marker, label=text, zorder=2)
             else:
                 shape = "s" if index else "o"
                 axes.plot(
@@ -102,14 +101,9 @@ def _draw(axes: Axes, metrics: Sequence[dict[str, Any]], stage: str, names: dict
 
 
 def _finish(axes: Axes, title: str, axis: str, stage: str, level: float | None) -> None:
-    axes.set_title(title, fontsize=11, pad=24)
-    axes.set_xlabel("optimizer step of the SFT stage" if stage == "sft" else "optimizer step of the preference stage")
-    axes.set_ylabel(axis)
+    style_axes(axes, title, f"optimizer step of the {'SFT' if stage == 'sft' else stage} stage", axis, pad=24)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    if level is not None:
-        axes.axhline(level, color="0.5", linewidth=1, linestyle="--", zorder=1)
+    draw_level(axes, level)
     low, high = axes.get_xlim()
     if high - low < 1:  # one step only: without this the ticks are fractions of a step
         middle = round((low + high) / 2)
@@ -127,7 +121,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def write_plots(metrics: Sequence[dict[str, Any]], out: Path) -> list[Path]:
-    """Draw what the rows of `read_metrics` hold into the folder `out`; returns the PNG files written."""
+    """Draw the rows of `read_metrics` into the folder `out`; returns the PNG files."""
     written = []
     stages = [s for s in STAGES if any(series(metrics, s, split, _LOSS)[0] for split in ("train", "eval"))]
     if stages:

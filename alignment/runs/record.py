@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, summary, samples and the facts of its environment, each written safely."""
+"""What a run writes: metrics, summary, samples and the facts of its environment. No kill leaves half a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -36,60 +36,64 @@ PACKAGES = (
 )
 
 LINE_KEYS = ("stage", "split", "step", "time", "wall_s")
-"""What a row of metrics.jsonl holds beside its metrics."""
+"""The keys of a row of metrics.jsonl that are no metrics."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """All whole rows of a metrics file, and whether the file must be rewritten before appending."""
+def read_lines(path: Path, parse: Callable[[bytes], dict[str, Any] | None]) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a JSON Lines file, and whether its last line lacks its end, as a kill leaves it.
+
+    Args:
+        parse: makes a row of a line, or None if the line is no row. Such a last line is left out.
+
+    Raises:
+        UserError: the file cannot be read, or a line before the last is no row.
+    """
     try:
-        data = path.read_bytes()
+        *lines, tail = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"The metrics file {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     rows: list[dict[str, Any]] = []
-    lines = data.split(b"\n")
-    tail = lines.pop()
     for number, line in enumerate(lines, 1):
-        row = metrics_row(line)
+        row = parse(line)
         if row is None:
-            raise UserError(
-                f"Line {number} of {path} is no metrics row: expected one JSON object with "
-                '"stage", "split", "step" and numbers.'
-            )
+            raise UserError(f"Line {number} of {path} cannot be read.")
         rows.append(row)
-    if tail and (last := metrics_row(tail)) is not None:
+    if tail and (last := parse(tail)) is not None:
         rows.append(last)
     return rows, bool(tail)
 
 
-def metrics_row(line: bytes) -> dict[str, Any] | None:
-    """A row of a metrics.jsonl, non-finite numbers as floats; None for a line that is none."""
+def json_row(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line; None if the line holds none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict):
-        return None
-    known = row.get("stage") in STAGES and row.get("split") in ("train", "eval") and isinstance(row.get("step"), int)
-    numbers = all(
-        isinstance(value, (int, float)) or (isinstance(value, str) and value in _NON_FINITE)
-        for key, value in row.items()
-        if key not in ("stage", "split", "time")
-    )
-    if not (known and numbers):
+    return row if isinstance(row, dict) else None
+
+
+def metrics_row(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics.jsonl, with non-finite numbers as floats; None if the line is no such row."""
+    row = json_row(line)
+    if row is None or not {"stage", "split", "step"} <= row.keys():
         return None
     return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, non-finite numbers as floats; a last line cut off by a kill is left out."""
-    rows, _ = _read_lines(path)
+    """The rows of a metrics.jsonl, without a last line that a kill cut off.
+
+    Raises:
+        UserError: the file cannot be read, or a line before the last is no row.
+    """
+    rows, _ = read_lines(path, metrics_row)
     return rows
 
 
 class RunRecord:
-    """The files of one run folder that grow or are rewritten while it runs."""
+    """Writes the files of one run folder while the run goes on."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -97,7 +101,7 @@ class RunRecord:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._start = time.monotonic()
         if self.metrics_path.exists():
-            rows, torn = _read_lines(self.metrics_path)
+            rows, torn = read_lines(self.metrics_path, metrics_row)
             self._keep(rows, rewrite=torn)
 
     def _keep(self, rows: Sequence[Mapping[str, Any]], rewrite: bool) -> None:
@@ -107,11 +111,11 @@ class RunRecord:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds of running time up to now: those of the rows kept from before a resume, plus those since."""
+        """Seconds of running time so far, with those before a resume."""
         return time.monotonic() - self._start
 
     def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Append one row to metrics.jsonl; it is with the operating system when this returns."""
+        """Append one row to metrics.jsonl. When this returns, the operating system has the row."""
         assert stage in STAGES, stage
         assert split in ("train", "eval"), split
         assert not set(LINE_KEYS) & set(metrics), f"{LINE_KEYS} are no metric names"
@@ -127,23 +131,23 @@ class RunRecord:
             file.write(to_json(row) + b"\n")
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forget what a resume from `step` of `stage` will do again: later steps of it, and all later stages."""
+        """Delete the rows that a resume from `step` of `stage` will write again: later steps and later stages."""
         assert stage in STAGES, stage
         if not self.metrics_path.exists():
             return
-        rows, _ = _read_lines(self.metrics_path)
+        rows = read_metrics(self.metrics_path)
         order = STAGES.index(stage)
         kept = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (order, step)]
         self._keep(kept, rewrite=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
-        """Write summary.json whole."""
+        """Write summary.json."""
         path = self.run_dir / "summary.json"
         atomic_write_bytes(path, to_json(summary, indent=2) + b"\n")
         return path
 
     def write_samples(self, samples: Sequence[Mapping[str, Any]]) -> list[Path]:
-        """Write samples.jsonl, and samples.md for reading: per prompt the answer of each model."""
+        """Write samples.jsonl, and samples.md for reading: every prompt with the answer of each model."""
         paths = [self.run_dir / "samples.jsonl", self.run_dir / "samples.md"]
         atomic_write_bytes(paths[0], to_json_lines(samples))
         parts = ["# Samples\n"]
@@ -160,7 +164,7 @@ class RunRecord:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, of this package and of those that decide results; None for one that is not installed."""
+    """Versions of Python, of this package and of the packages that decide results; None if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "alignment": alignment.__version__}
     for name in PACKAGES:
         try:
@@ -171,7 +175,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_commit(cwd: Path) -> str | None:
-    """Commit hash of the work tree around `cwd`, with -dirty if files differ from it; None outside of git."""
+    """Commit hash of the work tree around `cwd`, with -dirty if it has changes; None outside of git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
@@ -187,7 +191,7 @@ def git_commit(cwd: Path) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, usable cores, GPU name (None without one) and system."""
+    """CPU model, usable cores, GPU name (None without a GPU) and system."""
     import torch
 
     cpu = platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""The report of one run."""
+"""The report of one run: report.md in its folder, and the tables that the command prints at its end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from alignment.evaluation.intervals import wilson_interval
@@ -38,56 +37,53 @@ from alignment.runs.text import (
     short_hash,
 )
 
-_STAGE_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "nats/margins", "ranking/accuracies")
+_STAGE_ROWS = {
+    "steps": ("steps",),
+    "seconds": ("seconds",),
+    "tokens/s": ("tokens_per_second",),
+    "train/loss": ("metrics", "train/loss"),
+    "eval/loss": ("metrics", "eval/loss"),
+    "eval/rewards/accuracies": ("metrics", "eval/rewards/accuracies"),
+    "eval/rewards/margins": ("metrics", "eval/rewards/margins"),
+    "eval/nats/margins": ("metrics", "eval/nats/margins"),
+    "eval/ranking/accuracies": ("metrics", "eval/ranking/accuracies"),
+}
+"""Where the summary of a stage has each row of the table of stages. Metrics are named as in metrics.jsonl."""
+
+_ABOUT_EVALUATION = (
+    "A tie counts as half a win. A direct answer is short and neither hedges nor chats. Reward accuracy, margins and "
+    "ranking accuracy are those of the held-out pairs: a reward compares with the reference, ranking looks at the "
+    "policy alone. The KL is estimated from answers that the policy sampled."
+)
+
 _ZERO = 1e-4
+"""Margins below this are rounding."""
+
+Rows = list[list[str]]
+"""Rows of a table; the first cell of each is its label."""
 
 
-def _accuracy(share: Any, pairs: int) -> str:
-    if not (is_number(share) and 0 <= share <= 1 and pairs):
-        return percent(share)
-    low, high = wilson_interval(share, pairs)
-    return f"{percent(share)} ({percent(low)} to {percent(high)})"
+def _known(rows: Rows) -> Rows:
+    """The rows that have a value."""
+    return [row for row in rows if set(row[1:]) - {DASH}]
 
 
-def _margin(value: Any) -> str:
-    return "0" if is_number(value) and abs(value) < _ZERO else format_value(value)
+def _stage_table(summary: dict[str, Any]) -> tuple[list[str], Rows]:
+    """A column per stage, with what it took and its last metrics."""
+    entries = {stage: submapping(summary, "stages", stage) for stage in STAGES}
+    entries = {stage: entry for stage, entry in entries.items() if entry}
+    rows = [
+        [label, *(format_value(dig(entry, *keys)) for entry in entries.values())] for label, keys in _STAGE_ROWS.items()
+    ]
+    return ["stage", *("SFT" if stage == "sft" else loss_name(summary).upper() for stage in entries)], _known(rows)
 
 
-def _stage_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    rows = []
-    for stage in STAGES:
-        entry = dig(summary, "stages", stage)
-        if not isinstance(entry, dict):
-            continue
-        metrics = entry.get("metrics")
-        final = [
-            f"{split} {name} {format_value(dig(metrics, f'{split}/{name}'))}"
-            for split in ("train", "eval")
-            for name in (_STAGE_METRICS if split == "eval" else ("loss",))
-            if dig(metrics, f"{split}/{name}") is not None
-        ]
-        title = "SFT" if stage == "sft" else loss_name(summary).upper()
-        rows.append(
-            [
-                title,
-                format_value(entry.get("steps")),
-                format_value(entry.get("seconds")),
-                format_value(entry.get("tokens_per_second")),
-                ", ".join(final) or DASH,
-            ]
-        )
-    return ["stage", "steps", "seconds", "tokens/s", "final metrics"], rows
+def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> tuple[list[str], Rows]:
+    """A column per model, with what its answers and its log-probs of the held-out pairs are worth.
 
-
-def _win_rate(entry: Any) -> str:
-    counts = " / ".join(format_value(dig(entry, key)) for key in ("wins", "ties", "losses"))
-    low, high = percent(dig(entry, "low")), percent(dig(entry, "high"))
-    return f"{percent(dig(entry, 'rate'))} ({low} to {high}), {counts}"
-
-
-def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Measures against models. Without the rows of metrics.jsonl the pairs are known for the final model only."""
-    evaluation, final = summary.get("evaluation"), dig(summary, "stages", "preference", "metrics")
+    The values before training come from the first row of `metrics`, and are missing if there is none.
+    """
+    evaluation, final = summary.get("evaluation"), submapping(summary, "stages", "preference", "metrics")
     first: dict[str, Any] = next(
         (row for row in metrics if row["stage"] == "preference" and row["split"] == "eval" and row["step"] == 0), {}
     )
@@ -97,130 +93,128 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         models.insert(0, before)
     pairs = eval_pairs(summary)
 
-    def answers(key: str, show: Callable[[Any], str]) -> Callable[[str], str]:
-        return lambda model: show(dig(evaluation, "answers", model, key))
+    # A cell per model: of its answers, of its win rate, of its pairs
+    def answers(key: str, show: Callable[[Any], str]) -> list[str]:
+        return [show(dig(evaluation, "answers", model, key)) for model in models]
 
-    def pair_metric(key: str, show: Callable[[Any], str]) -> Callable[[str], str]:
-        def cell(model: str) -> str:
-            if model == before and key == "rewards/accuracies" and abs(first.get("rewards/margins", 1.0)) < _ZERO:
-                return DASH  # the policy is its own reference: the signs of its rewards are rounding
-            return show(dig(final, f"eval/{key}") if model == "final" else first.get(key) if model == before else None)
+    def win_rate(show: Callable[[Any], str]) -> list[str]:
+        entries = (dig(evaluation, "win_rate", f"final_vs_{model}") for model in models)
+        return [show(entry) if entry else DASH for entry in entries]
 
-        return cell
+    def of_pairs(name: str) -> list[Any]:
+        values = {before: first.get(name)} | {"final": final.get(f"eval/{name}")}
+        if name == "rewards/accuracies" and abs(first.get("rewards/margins", 1.0)) < _ZERO:
+            values[before] = None  # the policy is its own reference: the signs of its rewards are rounding
+        return [values.get(model) for model in models]
 
-    def against(model: str) -> str:
-        entry = dig(evaluation, "win_rate", f"final_vs_{model}")
-        return _win_rate(entry) if entry else DASH
+    def accuracy(label: str, name: str) -> Rows:
+        values = of_pairs(name)
+        bounds = [wilson_interval(share, pairs) if is_number(share) and pairs else None for share in values]
+        return [[label, *map(percent, values)], [_INTERVAL, *map(_range_of_shares, bounds)]]
 
-    def sampled_kl(model: str) -> str:
-        if model != "final":
-            return DASH
-        mean, error = (dig(evaluation, "kl/sampled", key) for key in ("mean", "se"))
-        if not (is_number(mean) and is_number(error)):
-            return format_value(mean)
-        low, high = (format_value(mean + z * error) for z in (-1.959964, 1.959964))
-        return f"{format_value(mean)} ({low} to {high})"
+    def margin(name: str) -> list[str]:
+        return ["0" if is_number(value) and abs(value) < _ZERO else format_value(value) for value in of_pairs(name)]
 
-    measures: list[tuple[str, Callable[[str], str]]] = [
-        ("win rate of the final model against it, wins / ties / losses", against),
-        ("judge score", answers("judge_score", format_value)),
-        ("correct", answers("correct", percent)),
-        ("direct: short, without hedge or chatter", answers("direct", percent)),
-        ("mean length of answers, words", answers("words", format_value)),
-        ("answers", answers("n", format_value)),
-        ("reward accuracy on held-out pairs", pair_metric("rewards/accuracies", lambda v: _accuracy(v, pairs))),
-        ("reward margin, the loss's units", pair_metric("rewards/margins", _margin)),
-        ("margin against the reference, nats", pair_metric("nats/margins", _margin)),
-        ("ranking accuracy of the policy alone", pair_metric("ranking/accuracies", lambda v: _accuracy(v, pairs))),
-        ("KL to the start of the stage, nats per answer, from answers sampled of the policy", sampled_kl),
+    # The table
+    kl, error = (dig(evaluation, "kl/sampled", key) for key in ("mean", "se"))
+    around = DASH
+    if is_number(kl) and is_number(error):
+        around = " to ".join(format_value(kl + z * error) for z in (-1.959964, 1.959964))
+    rows = [
+        ["win rate of the final model", *win_rate(lambda entry: percent(entry["rate"]))],
+        [_INTERVAL, *win_rate(lambda entry: _range_of_shares((entry["low"], entry["high"])))],
+        ["wins / ties / losses", *win_rate(lambda entry: "{wins} / {ties} / {losses}".format(**entry))],
+        ["judge score", *answers("judge_score", format_value)],
+        ["correct answers", *answers("correct", percent)],
+        ["direct answers", *answers("direct", percent)],
+        ["words per answer", *answers("words", format_value)],
+        ["number of answers", *answers("n", format_value)],
+        *accuracy("reward accuracy", "rewards/accuracies"),
+        ["reward margin, loss's units", *margin("rewards/margins")],
+        ["margin over reference, nats", *margin("nats/margins")],
+        *accuracy("ranking accuracy", "ranking/accuracies"),
+        ["KL to start, nats/answer", *(format_value(kl if model == "final" else None) for model in models)],
+        [_INTERVAL, *(around if model == "final" else DASH for model in models)],
     ]
-    rows = [[title, *[cell(model) for model in models]] for title, cell in measures]
     titles = [
         f"after {loss_name(summary).upper()}" if model == "final" and final else MODEL_TITLES[model] for model in models
     ]
-    return ["measure", *titles], [row for row in rows if set(row[1:]) - {DASH}]
+    return ["measure", *titles], _known(rows)
 
 
-def _what_ran(run: RunFiles) -> list[tuple[str, str]]:
+_INTERVAL = "  95% interval"
+"""Label of a row that has the intervals of the row above it."""
+
+
+def _range_of_shares(bounds: tuple[float, float] | None) -> str:
+    return f"{percent(bounds[0])} to {percent(bounds[1])}" if bounds else DASH
+
+
+def _settings_and_data(run: RunFiles) -> list[tuple[str, str]]:
+    """What the run was made of: a name and a value per row."""
     config, summary = run.config, run.summary
-    stages = summary.get("stages")
     loss = config.get("loss")
-    settings = loss if isinstance(loss, dict) else submapping(stages, "preference", "settings")
-    facts: list[tuple[str, Any]] = [
-        ("recipe", summary.get("recipe")),
-        ("status", status(summary) or "unfinished, or its summary is lost"),
-        ("model", dig(config, "model", "name") or dig(summary, "model", "name")),
-        ("quantisation", "none" if config and config.get("quantization") is None else "NF4" if config else None),
-        (
-            "adapter",
-            "LoRA, r {}, alpha {}".format(*(format_value(dig(config, "adapter", key)) for key in ("r", "alpha")))
-            if dig(config, "adapter")
-            else "none: the whole model is trained"
-            if config
-            else None,
-        ),
-        ("SFT data", _data_line(run, "sft", dig(config, "sft", "data", "source"))),
-        (
-            "preference data",
-            _data_line(run, "preference", dig(config, "data", "source")) if loss or not config else None,
-        ),
-        (
-            "loss",
-            f"{loss_name(summary)} ({', '.join(f'{key} {format_value(value)}' for key, value in settings.items())})"
-            if settings or dig(stages, "preference")
-            else None,
-        ),
-        ("seed", summary.get("seed", config.get("seed"))),
-        ("seconds", summary.get("seconds")),
-        (
-            "identity of the final policy",
-            dig(summary, "model", "final_identity") or dig(summary, "model", "identity"),
-        ),
-        ("commit", summary.get("git_commit")),
-        ("machine", _joined(summary.get("machine"))),
-        ("versions", _joined(summary.get("versions"))),
-    ]
-    return [(name, format_value(value)) for name, value in facts if value is not None]
+    settings = loss or submapping(summary, "stages", "preference", "settings")
+    adapter = submapping(config, "adapter")
+    facts: dict[str, Any] = {
+        "recipe": summary.get("recipe"),
+        "status": status(summary) or "unfinished, or its summary is lost",
+        "model": dig(config, "model", "name") or dig(summary, "model", "name"),
+    }
+    if config:
+        facts["quantisation"] = "none" if config.get("quantization") is None else "NF4"
+        facts["adapter"] = "none: the whole model is trained"
+    if adapter:
+        facts["adapter"] = f"LoRA, r {format_value(adapter.get('r'))}, alpha {format_value(adapter.get('alpha'))}"
+    facts["SFT data"] = _data_line(run, "sft", dig(config, "sft", "data", "source"))
+    if loss or not config:
+        facts["preference data"] = _data_line(run, "preference", dig(config, "data", "source"))
+    if settings or dig(summary, "stages", "preference"):
+        facts["loss"] = f"{loss_name(summary)} ({_listed(settings)})"
+    facts |= {
+        "seed": summary.get("seed", config.get("seed")),
+        "seconds": summary.get("seconds"),
+        "identity of the final policy": dig(summary, "model", "final_identity") or dig(summary, "model", "identity"),
+        "commit": summary.get("git_commit"),
+        "machine": _listed(submapping(summary, "machine")) or None,
+        "versions": _listed(submapping(summary, "versions")) or None,
+    }
+    return [(name, format_value(value)) for name, value in facts.items() if value is not None]
 
 
 def _data_line(run: RunFiles, stage: str, source: Any) -> str | None:
-    info = dig(run.summary, "data", stage)
+    info = submapping(run.summary, "data", stage)
     parts = [str(source)] if source else []
-    for key, title in (("train", "rows to train on"), ("eval", "held out"), ("fingerprint", "")):
-        if dig(info, key) is not None:
-            parts.append(f"{format_value(info[key])} {title}" if title else f"fingerprint {short_hash(info[key])}")
+    parts += [
+        f"{format_value(info[key])} {title}"
+        for key, title in (("train", "rows to train on"), ("eval", "held out"))
+        if info.get(key) is not None
+    ]
+    if info.get("fingerprint") is not None:
+        parts.append(f"fingerprint {short_hash(info['fingerprint'])}")
     return "; ".join(parts) or None
 
 
-def _joined(mapping: Any) -> str | None:
-    if not isinstance(mapping, dict):
-        return None
+def _listed(mapping: dict[str, Any]) -> str:
     return ", ".join(f"{key} {format_value(value)}" for key, value in mapping.items() if value is not None)
 
 
-def _reference_line(reference: Any) -> str | None:
-    if not isinstance(reference, dict):
-        return None
+def _reference_line(reference: dict[str, Any]) -> str:
     order = ("mode", "identity", "hits", "misses", "spot_checks", "spot_check_max_diff", "seconds", "path")
-    parts = [
-        f"{key.replace('_', ' ')} {short_hash(reference[key]) if key == 'identity' else format_value(reference[key])}"
-        for key in order
-        if reference.get(key) is not None
-    ]
-    if isinstance(refreshes := reference.get("refreshes"), list):
-        parts.append(f"refreshed from the policy {len(refreshes)} times")
-    return escape_markdown(", ".join(parts))
+    said = {key.replace("_", " "): reference.get(key) for key in order}
+    if said["identity"] is not None:
+        said["identity"] = short_hash(said["identity"])
+    refreshes = reference.get("refreshes")
+    return _listed(said) + (f", refreshed from the policy {len(refreshes)} times" if refreshes else "")
 
 
 def _sample_table(samples: Sequence[dict[str, Any]]) -> str:
-    columns = [("prompt", "prompt")] + [
-        (key, title) for key, title in MODEL_TITLES.items() if any(sample.get(key) is not None for sample in samples)
-    ]
-    picked = [
-        samples[i * len(samples) // min(MAX_SAMPLES, len(samples))] for i in range(min(MAX_SAMPLES, len(samples)))
-    ]
-    rows = [[clip(sample.get(key)) for key, _ in columns] for sample in picked]
-    return markdown_table([title for _, title in columns], rows)
+    columns = {"prompt": "prompt"} | {
+        key: title for key, title in MODEL_TITLES.items() if any(sample.get(key) is not None for sample in samples)
+    }
+    number = min(MAX_SAMPLES, len(samples))
+    picked = [samples[i * len(samples) // number] for i in range(number)]
+    return markdown_table(list(columns.values()), [[clip(sample.get(key)) for key in columns] for sample in picked])
 
 
 def _plots(run: RunFiles) -> list[Path]:
@@ -232,32 +226,35 @@ def _plots(run: RunFiles) -> list[Path]:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.md, and the plots anew, from the files of a run folder; what is missing is named in the report.
+    """Write report.md and the plots of a run folder. The report names files that are missing or cannot be read.
 
     Raises:
-        UserError: a folder without any file of a run, or one in which the report cannot be written.
+        UserError: the folder holds no file of a run, or the report cannot be written there.
     """
     run = read_run(run_dir)
     title = escape_markdown(str(run.summary.get("recipe") or run_dir.resolve().parent.name))
     parts = [f"# {title}, {escape_markdown(run_dir.resolve().name)}"]
     if found := cautions(run):
-        parts += ["## Read this first", "\n".join(f"- {escape_markdown(warning.text)}" for warning in found)]
+        parts += ["## Read this first", "\n".join(f"- {escape_markdown(caution.text)}" for caution in found)]
+
+    # Results
     header, rows = _evaluation_table(run.summary, run.metrics)
     if rows:
         parts += ["## Held-out evaluation", markdown_table([escape_markdown(cell) for cell in header], rows)]
-        parts.append("In parentheses: 95% intervals. A tie counts as half a win.")
+        parts.append(_ABOUT_EVALUATION)
     header, rows = _stage_table(run.summary)
     if rows:
-        parts += ["## Stages", markdown_table(header, rows)]
+        parts += ["## Stages", markdown_table([escape_markdown(cell) for cell in header], rows)]
     if (together := as_count(dig(run.summary, "cohort", "size"))) > 1:
         parts.append(
-            f"Up to {together} members of a sweep trained together in one process: in the seconds of the preference "
-            "stage the others trained too, and tokens/s are this run's share of what the process did."
+            f"Up to {together} members of a sweep trained together in one process: the seconds of the preference "
+            "stage include the others' training, and tokens/s are this run's share."
         )
-    reference = _reference_line(run.summary.get("reference"))
-    if reference:
-        parts.append(f"Reference log-probs: {reference}.")
-    parts += ["## What ran", markdown_table(["", ""], _what_ran(run))]
+
+    # What ran, and what it left
+    if reference := submapping(run.summary, "reference"):
+        parts.append(f"Reference log-probs: {escape_markdown(_reference_line(reference))}.")
+    parts += ["## What ran", markdown_table(["", ""], _settings_and_data(run))]
     if plots := _plots(run):
         links = [f"![{path.stem.replace('_', ' ')}](plots/{path.name})" for path in plots]
         parts += ["## Plots", "\n\n".join(links)]
@@ -273,24 +270,24 @@ def write_report(run_dir: Path) -> Path:
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
-    """Print the tables of stages and of the evaluation, and where everything was written."""
+    """Print the tables of stages and of the evaluation, and the paths of all files.
+
+    A row is one line, in a pipe too: it is never broken, and the tables fit into 80 columns.
+    """
     console = console or Console()
-    for title, (header, rows) in (
-        ("Stages", _stage_table(summary)),
-        ("Held-out evaluation", _evaluation_table(summary, [])),
-    ):
-        if rows:
-            table = Table(title=title, title_justify="left")
-            for cell in header:
-                table.add_column(Text(cell))
-            for row in rows:
-                table.add_row(*(Text(cell) for cell in row))
-            console.print(table)
-    files = summary.get("files")
-    if isinstance(files, dict):
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
-        for name, path in files.items():
-            grid.add_row(Text(str(name)), Text(str(path)))
-        console.print(grid)
+
+    def show(title: str, rows: Rows) -> None:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        console.print(f"\n{title}", style="bold")
+        for row in rows:
+            line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            console.print(Text(line.rstrip()), soft_wrap=True)
+
+    header, rows = _stage_table(summary)
+    if rows:
+        show("Stages", [header, *rows])
+    header, rows = _evaluation_table(summary, [])
+    if rows:
+        show("Held-out evaluation", [header, *rows])
+    if files := submapping(summary, "files"):
+        show("Files", [[name, str(path)] for name, path in files.items()])

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run for a sweep as a whole, beside those of its members."""
+"""Weights & Biases: one run for a whole sweep, beside the runs of its members."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _SECTION = "comparison"
 
 @dataclass(frozen=True, slots=True)
 class SweepSummary:
-    """What is sent of a sweep as a whole.
+    """The result of a sweep.
 
     Attributes:
-        facts: what was run, as the configuration of the run.
-        notes: what came out, in Markdown.
-        values: single numbers, to compare sweeps by.
-        header, rows: a table; of the rows each cell is a number, a text or None.
-        figures: Plotly's, by name.
-        files: kept together as one artifact.
+        facts: settings and data, sent as the configuration of the run.
+        notes: the result in Markdown.
+        values: single numbers that compare sweeps.
+        header, rows: a table; each cell of the rows is a number, a text or None.
+        figures: Plotly figures by name.
+        files: sent together as one artifact.
     """
 
     facts: Mapping[str, str]
@@ -39,13 +39,13 @@ class SweepSummary:
 
 
 def send_summary(config: Mapping[str, Any], folder: Path, summary: SweepSummary) -> None:
-    """Send it as a run in the group of the sweep's members; a sweep that goes on goes on in the same run.
+    """Send it as a run in the group of the sweep's members. A resumed sweep continues its run.
 
-    Whatever is wrong is logged and has no further effect.
+    An error is logged and has no further effect.
 
     Args:
-        config: where to, as the members have it.
-        folder: of the sweep; its name is the group's and the run's.
+        config: the tracking settings of the members.
+        folder: folder of the sweep, after which the group and the run are named.
     """
     try:
         name = folder.absolute().name

@@ -1,4 +1,4 @@
-"""Numbers and texts as reports write them."""
+"""How reports write numbers and texts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+DASH = "-"
+"""What a report writes for a missing value."""
+
+MAX_SAMPLES = 8
+"""Number of samples that a report shows."""
+
+_MAX_CHARACTERS = 700
+"""Length of a sample in a report."""
+
 
 def escape_markdown(text: str) -> str:
-    """Text of a model or a user as one inert piece of a Markdown line or table cell: no markup, HTML or line break."""
+    """Make text of a model or a user safe in a Markdown line or table cell: no markup, HTML or line break."""
     text = text.encode("utf-8", "replace").decode()
     text = re.sub("\r\n|[\r\u2028\u2029]", "\n", html.escape(text.strip(), quote=False))
-    # Control characters and those that turn the direction of the text around them.
+    # Control characters, and those that turn the direction of the text around them.
     text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
     # Character references, unlike backslashes, are never read as structure, whatever stands around them.
     # An underscore between letters or digits is plain text already, and names are easier to read with it.
@@ -22,23 +31,13 @@ def escape_markdown(text: str) -> str:
     return text.replace("\n", "<br>")
 
 
-MAX_SAMPLES = 8
-"""How many samples a report shows."""
-
-_MAX_CHARACTERS = 700
-"""Of a sample that a report shows."""
-
-
-DASH = "-"
-
-
 def is_number(value: Any) -> bool:
-    """A finite number that a float can hold."""
+    """Whether the value is a finite number that a float can hold."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def format_value(value: Any) -> str:
-    """A number to 4 digits, a mapping in brackets, anything else as it is, nothing as a dash."""
+    """A number with 4 digits, a mapping in parentheses, a dash for a missing value, anything else as it is."""
     if value is None or value == "":
         return DASH
     if isinstance(value, float) and math.isfinite(value):
@@ -51,22 +50,22 @@ def format_value(value: Any) -> str:
 
 
 def clip(value: Any) -> str:
-    """As much of a text of a model as a report shows."""
+    """The beginning of a model's text, as long as a report shows it."""
     text = str(value) if value is not None else DASH
     return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + " ..."
 
 
 def percent(value: Any) -> str:
-    """A share in percent; anything else as `shown`."""
+    """A share in percent; anything but a number as in `format_value`."""
     return f"{100 * value:.1f}%" if is_number(value) else format_value(value)
 
 
 def short_hash(digest: Any) -> str:
-    """Enough of a hash to tell it from others; the whole is in summary.json."""
+    """The first 16 characters of a hash, enough to tell it from others; summary.json has it whole."""
     return str(digest)[:16]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; every cell is escaped here and nowhere else."""
+    """A Markdown table. Cells of `rows` are escaped here, so pass plain text; `header` is written as it is."""
     lines = [header, ["---"] * len(header), *[[escape_markdown(cell) for cell in row] for row in rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

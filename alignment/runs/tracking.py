@@ -1,4 +1,4 @@
-"""Weights & Biases: one run for all stages of a recipe, with the metric names that TRL's users have in their charts."""
+"""Weights & Biases: one run for all stages of a recipe, with the metric names that users of TRL know."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ _ID_FILE = "wandb_run_id"
 _INIT_SECONDS = 30.0
 _FINISH_SECONDS = 120.0
 _out_of_reach: list[str] = []
-"""Why W&B could not be reached, once that was found: no other run of this process waits for it again."""
+"""Why W&B could not be reached, if it was tried: no later run of this process waits for it again."""
 
 
 class Tracker(Protocol):
-    """Where the numbers of a run are sent while it runs; the run folder has them all without it."""
+    """Receives the numbers of a run while it runs. The run folder has them all without it."""
 
     @property
     def run_id(self) -> str | None:
-        """Id under which a later process continues the same tracked run."""
+        """Id with which a later process continues the tracked run."""
 
     def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Send one row; `split` is "train" or "eval", names as in metrics.jsonl."""
+        """Send one row; `split` is "train" or "eval", and names are those of metrics.jsonl."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final values; secrets are masked."""
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the run; 0 is success. A second call does nothing."""
+        """Close the run; `exit_code` 0 is success. A second call does nothing."""
 
     def __enter__(self) -> Self: ...
 
@@ -59,7 +59,7 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """Sends nothing."""
+    """A tracker that sends nothing."""
 
     run_id: str | None = None
 
@@ -82,16 +82,16 @@ class NullTracker:
 
 
 def metric_row(stage: str, step: int, split: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """One row under its W&B names: `train/rewards/margins` of the preference stage, `sft/train/loss` of SFT."""
+    """One row under its W&B names: `train/rewards/margins` in the preference stage, `sft/train/loss` in SFT."""
     prefix = f"sft/{split}" if stage == "sft" else split
     return {f"{prefix}/{name}": value for name, value in metrics.items()} | {f"{stage}/step": step, "stage": stage}
 
 
 class WandbTracker:
-    """One W&B run. Whatever W&B's own code raises is logged once and ends the tracking, never the training."""
+    """One W&B run. An error in W&B is logged once and ends the tracking, never the training."""
 
     def __init__(self, run: wandb.Run, rows: Sequence[Mapping[str, Any]] = (), num_there: int = 0) -> None:
-        """`rows` are those that metrics.jsonl has, `num_there` says how many of them the W&B run has as well."""
+        """Send the rows of metrics.jsonl that W&B lacks; it has the first `num_there` of `rows`."""
         self._run: wandb.Run | None = run
         self.run_id: str | None = run.id
         self._sent: set[tuple[str, int, str]] = set()
@@ -102,7 +102,7 @@ class WandbTracker:
         self._sent.update((row["stage"], row["step"], row["split"]) for row in rows)
 
     def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Send one row, unless a resume only does it again; the network is used in the background only."""
+        """Send one row in the background, unless W&B has it from before a resume."""
         if (stage, step, split) in self._sent:
             return
         row = metric_row(stage, step, split, metrics)
@@ -114,7 +114,7 @@ class WandbTracker:
         self._guarded(lambda run: run.summary.update(masked))
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the run; waits for the upload at most two minutes, what is left stays on disk for `wandb sync`."""
+        """Close the run. Waits at most two minutes for the upload; the rest stays on disk for `wandb sync`."""
         self._guarded(lambda run: run.finish(exit_code=exit_code))
         self._run = None
 
@@ -125,7 +125,7 @@ class WandbTracker:
             action(self._run)
         except Exception as error:
             self._run = None
-            logger.warning("W&B failed and gets no more of this run, which goes on without it: %s", error)
+            logger.warning("W&B failed and gets nothing more of this run; training goes on: %s", error)
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +137,7 @@ class WandbTracker:
 
 
 def _define_axes(run: wandb.Run) -> None:
-    """Every metric over the steps of its stage. Summaries stay the last values: those of the policy that is saved."""
+    """Plot every metric over the steps of its stage. W&B's summaries are then the values of the saved policy."""
     for stage, names in (("sft", ["sft/*"]), ("preference", ["train/*", "eval/*"])):
         run.define_metric(f"{stage}/step", hidden=True)
         for name in names:
@@ -152,13 +152,13 @@ def open_tracker(
     run_config: Mapping[str, Any],
     stages: Sequence[str],
 ) -> Tracker:
-    """Tracker of a run; its files are in `run_dir`/wandb and its id in `run_dir`/wandb_run_id.
+    """Start the tracker of a run. Its files are in `run_dir`/wandb and its id is in `run_dir`/wandb_run_id.
 
-    A continued run goes on in the same W&B run, with every row once: those that a kill kept from W&B are sent now, and
-    those that a resume does again are not sent again (metrics.jsonl has them as they were done last).
+    A resumed run continues the same W&B run and sends each row once: it sends rows that a kill kept back, and does not
+    send the rows again that it repeats (metrics.jsonl has their latest values).
 
     Raises:
-        UserError: online was asked for by name and the login is missing or refused.
+        UserError: `mode` is online, and the login is missing or refused.
     """
     sweep = sweep_name(run_dir)
     run = start_run(
@@ -177,7 +177,7 @@ def open_tracker(
 
 
 def sweep_name(run_dir: Path) -> str | None:
-    """The name of the sweep that the run is a member of, by what Hydra leaves; so also of one that goes on alone."""
+    """Name of the sweep that the run belongs to, from the files that Hydra leaves; None if it belongs to none."""
     parent = run_dir.absolute().parent
     hydra = run_dir / ".hydra" / "hydra.yaml"  # other sweepers than Hydra's own write no multirun.yaml
     is_member = (parent / "multirun.yaml").exists() or (hydra.exists() and "mode: MULTIRUN" in hydra.read_text())
@@ -194,16 +194,16 @@ def start_run(
     name: str,
     notes: str | None = None,
 ) -> wandb.Run | None:
-    """Start the W&B run of a folder, or go on with it; None where nothing is tracked or W&B fails. Never asks anything.
+    """Start or continue the W&B run of a folder. None if nothing is tracked or W&B fails. Never asks you anything.
 
-    Without a login, or if W&B cannot be reached, the run is kept offline. A part of a run that is kept offline stands
-    for the whole: it takes the place of all that was sent before it, and earlier parts are not sent any more.
+    Without a login, or if W&B cannot be reached, the run stays offline. An offline part has all rows of the run, so it
+    replaces everything sent before, and earlier parts are not sent any more.
 
     Args:
-        group, name: where the configuration has none.
+        group, name: used if the configuration sets none.
 
     Raises:
-        UserError: online was asked for by name and the login is missing or refused.
+        UserError: `mode` is online, and the login is missing or refused.
     """
     mode = _mode(config)
     if config is None or mode == "disabled":
@@ -243,23 +243,23 @@ def start_run(
         try:
             run = start("offline")
         except Exception as error:
-            logger.warning("W&B failed and gets nothing of this run, which goes on without it: %s", error)
+            logger.warning("W&B failed and gets nothing of this run; training goes on: %s", error)
             return None
         parts = folder / "wandb" / "offline-run-*"
         logger.warning("W&B keeps this run offline%s; send it with: wandb sync %s", reason, parts)
     else:
         logger.info("W&B: %s", run.url)
     for path in earlier:
-        path.with_suffix(".wandb.synced").touch()  # as `wandb sync` marks what it need not send
+        path.with_suffix(".wandb.synced").touch()  # tells `wandb sync` to skip it
     atomic_write_text(id_file, f"{run.id}\n")
     return run
 
 
 def _start_online(start: Callable[[], wandb.Run], required: bool) -> tuple[wandb.Run | None, str]:
-    """The run, or why there is none.
+    """The run, or the reason why there is none.
 
     Raises:
-        UserError: the login is missing or refused, and `required` says that online was asked for by name.
+        UserError: the run is `required` to be online, and the login is missing or refused.
     """
     import wandb
 
@@ -282,18 +282,19 @@ def _start_online(start: Callable[[], wandb.Run], required: bool) -> tuple[wandb
     except wandb.errors.CommError as error:
         why = f"W&B cannot be reached ({str(error).splitlines()[0]})"
         _out_of_reach.append(why)
+    # W&B's service keeps the id of the failed start in use until it ends, which would end other runs too.
     if wandb.setup().most_recent_active_run is None:
-        wandb.teardown()  # else its service holds the id of the failed start as in use; it would end other runs too
+        wandb.teardown()
     return None, why
 
 
 def sendable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Masked, and in types that JSON has."""
+    """The values with secrets masked, in types that JSON has."""
     return json.loads(to_json(redact(values)))
 
 
 def _mode(config: TrackingConfig | None) -> str:
-    """auto, online, offline or disabled; WANDB_MODE goes before the configuration."""
+    """auto, online, offline or disabled; WANDB_MODE overrides the configuration."""
     if config is None:
         return "disabled"
     wanted = os.environ.get("WANDB_MODE")
@@ -306,7 +307,7 @@ def _mode(config: TrackingConfig | None) -> str:
 
 
 def _login_problem() -> str:
-    """Why W&B would ask for a login, from the environment, netrc and settings files alone; empty if it would not."""
+    """Why W&B has no login, by the environment, netrc and settings files; empty if it has one."""
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -315,5 +316,5 @@ def _login_problem() -> str:
             host=wandb.setup().settings.base_url, source="alignment", prompt=False, update_session=False
         )
     except wandb.errors.AuthenticationError as error:
-        return f"the login is no valid one ({error})"
-    return "" if login else "nobody is logged in"
+        return f"the login is not valid ({error})"
+    return "" if login else "you are not logged in"

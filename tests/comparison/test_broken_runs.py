@@ -1,50 +1,29 @@
 """Runs whose files are missing, broken or half-written: what is there is compared, and the rest is named."""
 
 import errno
-import json
 import os
-import re
 from pathlib import Path
 
 import pytest
 
 from alignment import report
 from alignment.comparison import write_comparison
-from alignment.comparison.charts import curves
-from alignment.comparison.measures import chosen_drift
 from alignment.comparison.members import read_member
 from alignment.comparison.ranking import compare
-from alignment.runs.cautions import cautions
-from alignment.runs.folder import series
-from alignment.runs.record import RunRecord
-from tests.helpers.run_folders import change_json, make_run
+from tests.helpers.run_folders import make_run
 
 FILES = ("config.yaml", "summary.json", "metrics.jsonl", "samples.jsonl", "held_out.jsonl")
-
-
-def numbers(new):
-    return lambda data: re.sub(rb"(?<=[: ])-?\d+(\.\d+)?\b", new, data)
 
 
 DAMAGE = {
     "removed": None,
     "empty": lambda data: b"",
-    "half": lambda data: data[: len(data) // 2],
+    "half": lambda data: data[: len(data) // 2 - 5],
     "binary": lambda data: b"\xff\xfe{\x00\n" * 3,
     "list": lambda data: b"[1, 2]\n",
     "text": lambda data: b'"words"\n',
     "deep": lambda data: b"[" * 100_000 + b"\n",
-    "nested": lambda data: b'{"a": ' * 200 + b"1" + b"}" * 200 + b"\n",
-    "nan": numbers(b"NaN"),
-    "strings": numbers(b'"many"'),
-    "huge": numbers(b"9" * 400),
-    "vast": numbers(b"1e999"),
 }
-
-
-def harmless(name, damage):
-    """Settings may be anything; so may be what stands in a file beside what is read of it."""
-    return name == "config.yaml" and damage in ("nan", "strings", "huge", "vast")
 
 
 def test_every_file_broken_in_every_way(tmp_path):
@@ -63,75 +42,32 @@ def test_every_file_broken_in_every_way(tmp_path):
     said = (tmp_path / "comparison.md").read_text().split("## Not available")[1]
     for number, (name, damage) in enumerate(broken, 2):
         about = [line for line in said.splitlines() if line.startswith(f"- {number}-{damage}: ")]
-        assert any(name in line for line in about) or harmless(name, damage), (name, damage, about)
+        assert any(name in line for line in about), (name, damage, about)
     assert "-whole" not in said
 
 
-@pytest.mark.parametrize("name", ["samples.jsonl", "held_out.jsonl"])
-def test_of_a_half_written_file_whole_lines_are_used(tmp_path, name):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "held_out.jsonl"])
+def test_a_last_line_that_was_cut_off_is_told_and_the_others_are_used(tmp_path, name):
     folder = make_run(tmp_path / "a", scores=[1.0, 0.0, 1.0, 0.0])
     path = folder / name
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:-1], lines[-1][:20]]))
     member = read_member(folder, "a")
+    assert len(member.run.metrics) == 5 - (name == "metrics.jsonl")
     assert len(member.run.samples) == 4 - (name == "samples.jsonl")
     assert len(member.pairs) == 4 - (name == "held_out.jsonl")
-    problem, *lacking = member.run.problems
-    assert problem == (
-        f"{name} was cut off in its last line, {len(lines)}, as happens when a run is killed. That line is left out."
-    )
-    lacks = [f"{name} lacks 1 of 4 pairs: differences are over the others."]
-    assert lacking == (lacks if name == "held_out.jsonl" else [])
+    assert member.run.problems == [f"{name} was cut off in its last line, as happens when a run is killed."]
 
 
-def curve(member):
-    return series(member.run.metrics, "preference", "eval", "logps/chosen")
-
-
-@pytest.mark.parametrize(
-    "broken", [b"\x00\x00", b"[1]", b"{}", b'{"stage": "preference", "split": "eval", "ste', b"[" * 99999]
-)
-def test_one_broken_line_loses_one_point_of_the_curves(tmp_path, broken):
+@pytest.mark.parametrize("broken", [b"\x00\x00", b"[1]", b"{}", b"[" * 99999])
+def test_a_file_with_a_broken_line_is_told_and_not_used(tmp_path, broken):
     folder = make_run(tmp_path / "a")
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*lines[:2], broken, *lines[3:], b""]))
     member = read_member(folder, "a")
-    assert curve(member) == ([0, 6, 18, 24], [-40, -40.125, -40.375, -40.5])
-    assert member.run.problems == [
-        "metrics.jsonl cannot be read whole: of its 5 lines 1 is broken and left out, line 3."
-    ]
-    assert chosen_drift(member) == -0.5, "the first and the last point are there"
-    notes = [chart.note for chart in curves(compare([member]))]
-    assert notes and all("A line with lost metrics lacks points" in note for note in notes)
-
-
-def test_several_broken_lines_are_counted_and_the_first_named(tmp_path):
-    path = make_run(tmp_path / "a", steps=40) / "metrics.jsonl"
-    path.write_bytes(b"?\n" * 5 + path.read_bytes() + b'{"stage": ')
-    assert read_member(tmp_path / "a", "a").run.problems == [
-        "metrics.jsonl was cut off in its last line, 11, as happens when a run is killed. That line is left out.",
-        "metrics.jsonl cannot be read whole: of its 11 lines 5 are broken and left out, line 1, 2, 3 and 2 more.",
-    ]
-
-
-@pytest.mark.parametrize("lost", [0, 4])
-def test_a_change_is_not_said_where_its_first_or_last_value_is_lost(tmp_path, lost):
-    """By what is left the log-prob of chosen completions would have fallen by 0.375 and not by 0.5."""
-    path = make_run(tmp_path / "a") / "metrics.jsonl"
-    lines = path.read_bytes().splitlines()
-    lines[lost] = b"{"
-    path.write_bytes(b"\n".join([*lines, b""]))
-    assert chosen_drift(read_member(tmp_path / "a", "a")) is None
-
-
-def test_the_loss_is_said_to_have_risen_only_where_its_end_is_known(tmp_path):
-    record = RunRecord(make_run(tmp_path / "a"))
-    record.log("preference", 12, "eval", {"loss": 0.9})  # as if the end came after, and is lost
-    assert any("ended at 0.9" in warned.text for warned in cautions(read_member(tmp_path / "a", "a").run))
-    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
-        file.write("{")
-    assert not cautions(read_member(tmp_path / "a", "a").run)
+    assert member.run.metrics == []
+    assert member.run.problems == ["Line 3 of metrics.jsonl cannot be read."]
 
 
 def test_a_difference_over_fewer_items_than_the_means_says_so(tmp_path):
@@ -141,15 +77,14 @@ def test_a_difference_over_fewer_items_than_the_means_says_so(tmp_path):
     write_comparison([tmp_path], tmp_path)
     text = (tmp_path / "comparison.md").read_text()
     assert "50.0 points behind the first (95%" in text
-    assert " of 4 pairs that are kept" not in text
+    assert " of 4 pairs that both kept" not in text
     path = tmp_path / "b" / "held_out.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:6] + lines[7:]))
     write_comparison([tmp_path], tmp_path)
     text = (tmp_path / "comparison.md").read_text()
-    assert "33.3 points behind the first, on the 3 of 4 pairs that are kept (95%" in text
+    assert "33.3 points behind the first, on the 3 of 4 pairs that both kept (95%" in text
     assert "<br>on 3 of 4 |" in text
-    assert "b: held_out.jsonl lacks 1 of 4 pairs: differences are over the others." in text
     assert "50.0% (15.0 to 85.0)" in text.replace("<br>", " ")
 
 
@@ -165,16 +100,6 @@ def test_without_its_configuration_a_member_keeps_its_place_beside_the_other_see
         ("DPO, beta 0.1", [0, 1]),
         ("DPO, beta 0.5", [0, 1]),
     ]
-
-
-def test_shares_that_are_none_are_not_ranked(tmp_path):
-    make_run(tmp_path / "a", right=[True, False])
-    odd = make_run(tmp_path / "b", settings={"beta": 0.5}, right=[True, False])
-    summary = json.loads((odd / "summary.json").read_text())
-    summary["stages"]["preference"]["metrics"]["eval/nats/accuracies"] = 1e300
-    change_json(odd / "summary.json", stages=summary["stages"])
-    found = compare([read_member(tmp_path / name, name) for name in "ab"])
-    assert [variant.label for variant in found.ranked] == ["DPO, beta 0.1"]
 
 
 def test_half_of_an_emoji_ends_no_report(tmp_path):
@@ -194,7 +119,7 @@ def test_a_page_that_cannot_be_written_is_named_and_the_others_are_there(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["comparison.html", "comparison.md"]
 
 
-def test_a_member_that_cannot_be_looked_into_is_named_and_the_others_are_compared(tmp_path, monkeypatch):
+def test_a_member_that_cannot_be_opened_is_named_and_the_others_are_compared(tmp_path, monkeypatch):
     make_run(tmp_path / "0-a")
     make_run(tmp_path / "1-b", settings={"beta": 0.5})
     is_file = Path.is_file
@@ -207,7 +132,7 @@ def test_a_member_that_cannot_be_looked_into_is_named_and_the_others_are_compare
     monkeypatch.setattr(Path, "is_file", refuse)
     assert report.main([str(tmp_path)]) == 0
     said = (tmp_path / "comparison.md").read_text()
-    assert f"1-b: {tmp_path / '1-b'} cannot be looked into: Permission denied." in said
+    assert f"1-b: {tmp_path / '1-b'} cannot be opened: Permission denied." in said
     assert "0-a" not in said.split("## Not available")[1]
 
 

@@ -49,7 +49,7 @@ def test_the_table_says_the_same_from_both_sides(two):
     assert cells["IPO"]["DPO"].startswith("43.8%") and cells["IPO"]["DPO"].endswith("1 / 1 / 2")
     assert cells["DPO"]["DPO"] == "-"
     assert table.shades == [[None, 0.5625], [0.4375, None]]
-    assert table.note.endswith("none of them is.")
+    assert table.note.endswith("no pair reaches that.")
 
 
 def test_what_is_more_than_noise_stays_so_among_several_comparisons(tmp_path):
@@ -93,7 +93,7 @@ def test_without_verdicts_nobody_meets(tmp_path):
     scored = [make_run(tmp_path / name, name, scores=[1.0, 0.0]) for name in ("kto", "orpo")]
     rows = [row for folder in scored for row in [folder / "samples.jsonl"]]
     for path in rows:
-        path.write_text(path.read_text().replace('"score"', '"was"'))
+        path.write_text(path.read_text().replace('"verdicts"', '"were"'))
     for folder in scored:
         change_json(folder / "summary.json", evaluation={})
     assert head_to_head(compared(a, b, *scored)) is None

@@ -37,7 +37,7 @@ def test_the_table_has_plain_numbers_best_first(tmp_path):
     assert sent.values["best"]["variant"] == sent.values["best_dpo"]["variant"] == "DPO, beta 0.1"
     assert sent.values["best_simpo"]["value"] == pytest.approx(0.75)
     assert {"nats-margins", "logps-chosen"} <= sent.figures.keys()
-    assert sent.figures["nats-margins"].layout.title.text == "Margin against the reference"
+    assert sent.figures["nats-margins"].layout.title.text == "Margin over the reference"
     assert "DPO, beta 0.1 is first of 3 variants" in sent.notes
 
 

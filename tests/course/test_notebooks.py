@@ -200,4 +200,4 @@ def test_a_comparison_is_made_and_read(lab, monkeypatch):
     assert rows[0][0] in said[0] and "3 variants" in said[0]
     # Four answers of a random model: nobody can win.
     assert any("none of these can be called the winner" in line for line in said)
-    assert "A win rate cannot be told from a draw" in warned
+    assert "A win rate could be a draw" in warned

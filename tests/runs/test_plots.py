@@ -12,6 +12,7 @@ from PIL import Image
 from alignment.runs import plots
 from alignment.runs.folder import series
 from alignment.runs.plots import write_plots
+from alignment.runs.style import COLOURS
 
 
 def row(stage: str, split: str, step: int, **metrics: float) -> dict[str, Any]:
@@ -90,9 +91,8 @@ def test_one_point_of_one_metric_is_one_visible_figure(
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     (axes,) = figures[file].axes
     pixels = pixels[round((1 - axes.get_position().y1) * len(pixels)) :]  # without the legend
-    blue = np.abs(pixels - (0x00, 0x72, 0xB2)).sum(-1) < 60
-    orange = np.abs(pixels - (0xD5, 0x5E, 0x00)).sum(-1) < 60
-    assert (blue | orange).sum() > 20, "the point can be seen"
+    near = [np.abs(pixels - tuple(bytes.fromhex(colour[1:]))).sum(-1) < 60 for colour in COLOURS[:2]]
+    assert (near[0] | near[1]).sum() > 20, "the point can be seen"
     assert path.stat().st_size < 100_000
 
 

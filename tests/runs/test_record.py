@@ -103,11 +103,7 @@ def test_every_cut_of_the_last_line_is_survived(tmp_path: Path) -> None:
         "",
         "{",
         "[1]",
-        '{"stage": "dpo", "split": "train", "step": 1}',
-        '{"stage": "sft", "split": "test", "step": 1}',
         '{"stage": "sft", "split": "train"}',
-        '{"stage": "sft", "split": "train", "step": 1, "loss": "high"}',
-        '{"stage": "sft", "split": "train", "step": 1, "loss": null}',
     ],
 )
 def test_a_broken_line_inside_is_named(tmp_path: Path, line: str) -> None:

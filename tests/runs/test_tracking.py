@@ -102,7 +102,7 @@ def test_offline_run_holds_everything_and_continues_under_its_id(
         continued.log("preference", 1, "train", {"loss": 0.69})
         continued.summary({"status": "finished", "api_key": "s3cret", "stages": {"sft": {"path": Path("a/b")}}})
         continued.__exit__(ValueError, ValueError(), None)
-    assert "nobody is logged in" in line
+    assert "you are not logged in" in line
     assert f"wandb sync {run_dir}/wandb/offline-run-*" in line
     assert capfd.readouterr().out == "", "wandb itself prints nothing"
     assert continued.run_id == tracker.run_id == (run_dir / "wandb_run_id").read_text().strip()
@@ -144,10 +144,10 @@ def test_offline_run_holds_everything_and_continues_under_its_id(
 def test_an_unreachable_server_leaves_an_offline_run(
     tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(UserError, match="nobody is logged in; run 'wandb login'"):
+    with pytest.raises(UserError, match="you are not logged in; run 'wandb login'"):
         start(config(mode="online"), tmp_path)
     nobody_logged_in.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(UserError, match="the login is no valid one"):
+    with pytest.raises(UserError, match="the login is not valid"):
         start(config(mode="online"), tmp_path)
     nobody_logged_in.setenv("WANDB_API_KEY", "a" * 40)
     nobody_logged_in.setattr(tracking, "_INIT_SECONDS", 1.0)
@@ -251,7 +251,7 @@ def test_a_run_goes_on_where_wandb_cannot_even_start(
     nobody_logged_in.setattr("wandb.init", fail)
     assert isinstance(start(config(), tmp_path), NullTracker)
     assert [record.getMessage() for record in caplog.records if record.name == "alignment.runs.tracking"] == [
-        "W&B failed and gets nothing of this run, which goes on without it: the disk is full"
+        "W&B failed and gets nothing of this run; training goes on: the disk is full"
     ]
     assert not (tmp_path / "wandb_run_id").exists()
 

@@ -272,13 +272,13 @@ def test_stopped_members_are_in_the_comparison_but_not_in_its_ranks(tmp_path):
     said = "stopped at step 7 of 24: at step 6 number 3 of 4 members by nats/accuracies (0.5)"
     status = member_table(found).header.index("status")
     assert [row[status] for row in member_table(found).rows] == ["finished", "finished", said, said]
-    assert "Stopped early, and so not ranked: 2 of 4 members." in headline(found)
+    assert "Stopped early and not ranked: 2 of 4 members." in headline(found)
     assert not_available(found) == []
     warned = dict(cautions(found))
-    assert warned["Of some variants only the better seeds trained to the end, which flatters their means"] == [
+    assert warned["In some variants only the better seeds trained to the end, which flatters their means"] == [
         "DPO, beta 0.2: 1 of 2 stopped"
     ]
-    [told] = (details for kind, details in warned.items() if kind.startswith("Stopped early is what was behind"))
+    [told] = (details for kind, details in warned.items() if kind.startswith("Members that were stopped early"))
     assert told == [f"DPO, beta 0.2, seed 1: {said}", f"DPO, beta 0.5, seed 0: {said}"]
     assert not [kind for kind in warned if "steps" in kind or "prompts" in kind or "numbers of seeds" in kind]
     others = [detail for details in warned.values() if details is not told for detail in details]
@@ -414,7 +414,7 @@ def test_what_reports_say_of_it(sweep):
     assert f"This member was {said}" in (sweep / "1-tiny" / "run.log").read_text()
     page = (sweep / "comparison.md").read_text()
     assert said in page and (said in (sweep / "comparison.html").read_text())
-    assert "Stopped early, and so not ranked: 1 of 2 members." in page
+    assert "Stopped early and not ranked: 1 of 2 members." in page
     for absent in ("Not available", "The numbers of steps", "different numbers of prompts", "1-tiny failed"):
         assert absent not in page
     [line] = (line for line in page.splitlines() if "0 stopped at step 3 of 8" in line)
