@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from alignment.config.schema import WHEEL_PREFIX, DataConfig, Device, RunConfig
+from alignment.config.schema import WHEEL_PREFIX, DataConfig, Device, QuantizationConfig, RunConfig
 from alignment.errors import UserError
 
 _LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -23,13 +23,7 @@ def check_machine(config: RunConfig) -> None:
     Raises:
         UserError: everything that is missing, in one sentence, and what to do.
     """
-    import torch
-
-    missing = []
-    if config.device is Device.cuda and not torch.cuda.is_available():
-        missing.append("a CUDA GPU (torch sees none)")
-    if config.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        missing.append("the package bitsandbytes (pip install bitsandbytes)")
+    missing = _missing_on_machine(config.device, config.quantization)
     sources: dict[str, str] = {} if _is_local_model(config.model.name) else {config.model.name: "model"}
     for data in (config.sft.data if config.sft else None, config.data if config.loss is not None else None):
         if data is not None:
@@ -40,10 +34,34 @@ def check_machine(config: RunConfig) -> None:
         if reason:
             absent.setdefault(reason, []).append(f"the {kind} {name}")
     missing += [f"{' and '.join(names)} ({reason})" for reason, names in absent.items()]
+    _refuse(missing, ", point model.name or data.source to local copies" if absent else "")
+
+
+def require_machine(*, device: Device = Device.auto, quantization: QuantizationConfig | None = None) -> None:
+    """Refuse a device or a quantisation that this machine does not offer.
+
+    Raises:
+        UserError: torch sees no GPU, or bitsandbytes is not installed.
+    """
+    _refuse(_missing_on_machine(device, quantization), "")
+
+
+def _missing_on_machine(device: Device, quantization: QuantizationConfig | None) -> list[str]:
+    import torch
+
+    missing = []
+    if device is Device.cuda and not torch.cuda.is_available():
+        missing.append("a CUDA GPU (torch sees none)")
+    if quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        missing.append("the package bitsandbytes (pip install bitsandbytes, or set quantization=none)")
+    return missing
+
+
+def _refuse(missing: list[str], remedy: str) -> None:
     if missing:
         raise UserError(
-            f"This run lacks {', and '.join(missing)}: provide that, point model.name or data.source to local copies, "
-            f"or try recipe=quickstart, which needs only a CPU and no network."
+            f"This run lacks {', and '.join(missing)}: provide that{remedy}, or try recipe=quickstart, which needs "
+            f"only a CPU and no network."
         )
 
 

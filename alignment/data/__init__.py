@@ -1,1 +1,5 @@
-"""From files to groups of tokens."""
+"""From files to groups of tokens.
+
+`sources` reads files and hub sets, `layouts` recognises their columns, `rows` holds the text, `tokens` tokenises it,
+`units` makes pairs of lists and rows of pairs, and `prepare` does all of it for a run. `bundled/`: the quickstart set.
+"""

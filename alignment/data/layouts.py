@@ -1,4 +1,4 @@
-"""The layouts in which preference and SFT data come, and the way from a record of each to a `Row`."""
+"""The layouts of preference and SFT data, and how a record of each becomes a `Row`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignment.data.rows import BadRow, Message, Rejected, Row, Text
 from alignment.errors import UserError
 
 Record = dict[str, Any]
-Kind = Literal["preference", "sft"]
+Stage = Literal["preference", "sft"]
 
 ROLES = {
     "system": "system",
@@ -39,14 +39,14 @@ OUR_COLUMNS = (
 )
 TURN = re.compile(r"\n\n(Human|Assistant):")
 SAMPLE = 32
-"""Records whose values are looked at to tell layouts with the same columns apart."""
+"""Number of records whose values tell apart layouts with the same columns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """One accepted layout: its columns, what must hold for a sample record, and its converter.
 
-    `steps` is the column with the beginning of the answer that both completions go on from by one step.
+    `steps` is the column with the beginning of the answer, which both completions continue by one step.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Layout:
 
     @property
     def family(self) -> str:
-        """What a row of it is: "pairs", "lists", "labelled" or "sft"."""
+        """What its rows are: "pairs", "lists", "labelled" or "sft"."""
         for column, family in (("chosen", "pairs"), ("completions", "lists"), ("label", "labelled")):
             if column in self.columns:
                 return family
@@ -65,7 +65,7 @@ class Layout:
 
 
 def messages_of(value: Any, column: str) -> list[Message]:
-    """Messages in the form {role, content} from that form or from ShareGPT's {from, value}; one or a list of them."""
+    """Messages {role, content}, from one message or a list of them, in that form or in ShareGPT's {from, value}."""
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
         raise Rejected("wrong_type", f"column '{column}' holds {type(value).__name__}, not messages")
@@ -86,7 +86,7 @@ def messages_of(value: Any, column: str) -> list[Message]:
 
 
 def dialogue_of(text: Any, column: str) -> list[Message]:
-    """Messages from one string with the turns "\\n\\nHuman:" and "\\n\\nAssistant:" (Anthropic HH)."""
+    """Messages from one string with the turns "\\n\\nHuman:" and "\\n\\nAssistant:", as in Anthropic HH."""
     if not isinstance(text, str):
         raise Rejected("wrong_type", f"column '{column}' holds {type(text).__name__}, not a dialogue in one string")
     before, *turns = TURN.split(text)
@@ -108,7 +108,7 @@ def _split(dialogue: list[Message]) -> tuple[list[Message], list[Message]]:
 
 
 def _split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Text]]:
-    """Two whole conversations into the prompt that they share and their two last answers."""
+    """Split two whole conversations into their shared prompt and their last answers."""
     if not chosen or not rejected:
         raise Rejected("empty_answer", "a conversation has no messages")
     (prompt, best), (other, worst) = _split(chosen), _split(rejected)
@@ -163,7 +163,7 @@ def _list(prompt: str) -> Callable[[Record], tuple[Text, list[Text]]]:
 
 
 def _is_rated(completion: Any) -> bool:
-    """Whether it is an object of UltraFeedback's own form."""
+    """Whether the completion is an object as in the original UltraFeedback."""
     return isinstance(completion, dict) and "response" in completion
 
 
@@ -184,7 +184,7 @@ def _holds_steps(column: str) -> Callable[[Record], bool]:
 
 
 def _holds_list(record: Record) -> bool:
-    """Alternatives; with `labels` beside them they are the labelled steps of one answer, which is another thing."""
+    """Alternative completions. With a column `labels` they would be the labelled steps of one answer."""
     return isinstance(record["completions"], list) and record.get("labels") is None
 
 
@@ -225,18 +225,17 @@ LAYOUTS = (
 
 
 def rename(record: Record, columns: Mapping[str, str]) -> Record:
-    """The record with the columns under our names; a column of the file that had such a name gives way."""
+    """The record with its columns under our names. A column of the file that already has such a name is dropped."""
     theirs = set(columns.values())
     kept = {name: value for name, value in record.items() if name not in theirs and name not in columns}
     return kept | {ours: record[name] for ours, name in columns.items() if name in record}
 
 
-def recognise(records: Sequence[Record], columns: Mapping[str, str], kind: Kind, source: str) -> Layout:
-    """The layout that most records have; `columns` maps our names to the file's and must name columns that exist.
+def recognise(records: Sequence[Record], columns: Mapping[str, str], stage: Stage, source: str) -> Layout:
+    """The layout that most records have. `columns` maps our names to the file's.
 
     Raises:
-        UserError: for an unknown layout, a mapping to or from a column that does not exist, or a layout that cannot
-            serve `kind`.
+        UserError: the layout is unknown or does not serve the stage, or `columns` names a column that does not exist.
     """
     found = Counter(name for record in records for name in record)
     listed = ", ".join(sorted(found)) or "none"
@@ -254,16 +253,16 @@ def recognise(records: Sequence[Record], columns: Mapping[str, str], kind: Kind,
         sample = [r for r in renamed if all(r.get(name) is not None for name in layout.columns)][:SAMPLE]
         if not any(layout.fits(record) for record in sample):
             continue
-        if kind == "preference" and layout.family == "sft":
+        if stage == "preference" and layout.family == "sft":
             raise UserError(
                 f"Preference data is wanted, but {source} has SFT data (columns {listed}): "
                 "pairs need the columns chosen and rejected, ranked lists completions, labelled rows a label."
             )
-        if kind == "sft" and layout.steps is not None:
+        if stage == "sft" and layout.steps is not None:
             raise UserError(f"SFT learns whole answers, and {source} has single steps of them (layout {layout.name}).")
         return layout
     accepted = "; ".join(
-        f"{layout.name} ({', '.join(layout.columns)})" for layout in LAYOUTS if kind == "sft" or layout.family != "sft"
+        f"{layout.name} ({', '.join(layout.columns)})" for layout in LAYOUTS if stage == "sft" or layout.family != "sft"
     )
     raise UserError(
         f"The layout of {source} is not known: its columns are {listed}, and accepted are {accepted}; "
@@ -272,7 +271,7 @@ def recognise(records: Sequence[Record], columns: Mapping[str, str], kind: Kind,
 
 
 def to_row(record: Any, layout: Layout, columns: Mapping[str, str], file: str, number: int) -> Row | BadRow:
-    """The record as a checked row, or the first thing that is wrong with it."""
+    """The record as a checked row, or as a bad row with the first thing that is wrong."""
     try:
         if not isinstance(record, dict):
             raise Rejected("wrong_type", f"the row is {type(record).__name__}, not an object")
@@ -282,6 +281,7 @@ def to_row(record: Any, layout: Layout, columns: Mapping[str, str], file: str, n
 
 
 def _to_row(record: Record, layout: Layout, source: str) -> Row:
+    # Convert, with the system message in front
     for name in layout.columns:
         if record.get(name) is None:
             raise Rejected("missing_field", f"column '{name}' is absent or null")
@@ -295,11 +295,15 @@ def _to_row(record: Record, layout: Layout, source: str) -> Row:
         answers = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
         if system and (not prompt or prompt[0]["role"] != "system"):
             prompt = [{"role": "system", "content": system}, *prompt]
+
+    # Check the texts
     _check_prompt(prompt)
     for answer in answers:
         _check_answer(answer)
     if len(answers) > 1 and all(answer == answers[0] for answer in answers):
         raise Rejected("identical_answers", "the answers are the same")
+
+    # Labels, scores, weight, steps; all other columns are metadata
     used = {*layout.columns, "system"}
     labels = scores = None
     if layout.family == "labelled":
@@ -379,7 +383,7 @@ def _label(value: Any) -> bool:
 
 
 def _scores(values: list[Any]) -> tuple[float, ...] | None:
-    """One finite number per completion, or None where there is none at all."""
+    """One finite number per completion, or None if all are absent."""
     if all(value is None for value in values):
         return None
     try:

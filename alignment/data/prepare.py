@@ -1,4 +1,4 @@
-"""The data of a run: rows read from their source, checked for the stage that they are for, and tokenised."""
+"""The data of a run: read, checked for the stage that uses them, and tokenised."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class PreferenceData:
-    """Tokenised preference data of a run."""
+    """Tokenised preference data of a run. `eval_rows` belong to `eval`, in order; `info` goes into the summary."""
 
     train: list[Group]
     eval: list[Group]
@@ -34,7 +34,7 @@ class PreferenceData:
 
 @dataclass(slots=True)
 class SFTData:
-    """Tokenised conversations of a run."""
+    """Tokenised conversations of a run; `info` goes into the summary."""
 
     train: list[dict[str, list[int]]]
     eval: list[dict[str, list[int]]]
@@ -65,7 +65,7 @@ def _log_data(title: str, info: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ReadPreferences:
-    """Preference data as they were read and tokenised, for whatever loss."""
+    """Preference data, read and tokenised, before a loss is chosen."""
 
     loaded: LoadedData
     train: TokenizedData
@@ -76,24 +76,29 @@ def read_preferences(config: DataConfig, tokenizer: Any) -> ReadPreferences:
     """Read, check and tokenise the preference data.
 
     Raises:
-        UserError: data that cannot be used.
+        UserError: the data cannot be used.
     """
-    loaded = load_rows(config, kind="preference")
+    loaded = load_rows(config, stage="preference")
     train, held_out = (tokenize_groups(rows, tokenizer, config) for rows in (loaded.train, loaded.eval))
     return ReadPreferences(loaded, train, held_out)
 
 
 def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
-    """The data in the form in which the loss takes them.
+    """The data as the loss takes them: ranked lists, pairs or labelled rows.
 
-    A loss of rows gets pairs as two labelled rows each; a loss of pairs or rows gets ranked lists as pairs, and a loss
-    of lists pairs as lists of two.
+    Lists become pairs unless the loss is one of lists, which takes a pair as a list of two. For a loss of rows each
+    pair becomes two labelled rows.
+
+    Returns:
+        The data, and the rows that were left out.
 
     Raises:
-        UserError: data that cannot be used, or nothing left to train on.
+        UserError: the data do not fit the loss, or nothing is left to train on.
     """
     loaded, train, held_out = read.loaded, read.train, read.held_out
     needs = loss.requirements()
+
+    # What the rows must have
     if needs.unit != "row":
         require_pairs([*loaded.train, *loaded.eval], loss.name)
     if needs.scores:
@@ -101,6 +106,8 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
     drops = [*train.drops, *held_out.drops]
     info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
     _log_data("Preferences", info)
+
+    # Lists to pairs, pairs to rows
     parts = {"training": train.groups, "held-out": held_out.groups}
     if needs.unit != "list":
         for part, groups in parts.items():
@@ -114,6 +121,8 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
     eval_rows = [rows[group.source] for group in eval_groups]
     if needs.unit == "row":
         parts = {part: as_rows(groups) for part, groups in parts.items()}
+
+    # What is left must be enough
     for part, items in parts.items():
         if 0 < len(items) < needs.min_items:
             raise UserError(
@@ -131,9 +140,9 @@ def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, lis
     """Read, check and tokenise the SFT data.
 
     Raises:
-        UserError: data that cannot be used, or nothing left to train on.
+        UserError: the data cannot be used, or nothing is left to train on.
     """
-    loaded = load_rows(config, kind="sft")
+    loaded = load_rows(config, stage="sft")
     train = tokenize_sft(loaded.train, tokenizer, config)
     held_out = tokenize_sft(loaded.eval, tokenizer, config)
     drops = [*train.drops, *held_out.drops]
@@ -144,7 +153,7 @@ def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, lis
 
 
 def require_same_data(path: Path, infos: Mapping[str, Mapping[str, Any]]) -> None:
-    """Keep in a file what the data of each stage are; where it exists, a resumed run must have the same.
+    """Write the fingerprints of each stage's data to `path`; a resumed run, which finds the file, must have the same.
 
     Raises:
         UserError: the data have changed since the run began.
@@ -156,6 +165,6 @@ def require_same_data(path: Path, infos: Mapping[str, Mapping[str, Any]]) -> Non
     elif (before := json.loads(path.read_text())) != prints:
         changed = " and the ".join(f"{name} data" for name in prints if before.get(name) != prints[name])
         raise UserError(
-            f"A resumed run keeps its data, and the {changed} are not those that {path.parents[1]} began with: bring "
-            f"them back, or start a new run."
+            f"A resumed run keeps its data, but the {changed} have changed since {path.parents[1]} began: bring them "
+            f"back, or start a new run."
         )

@@ -1,4 +1,4 @@
-"""Rows of text, before any tokenizer: one prompt with its completions, and what was wrong with those left out."""
+"""Rows of text before tokenisation: one prompt with its completions; and the rows that were left out, with reasons."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Text = str | list[Message]
 
 
 class Rejected(Exception):
-    """Why one record cannot be used."""
+    """One record cannot be used. `reason` is a word to count by, the message is for people."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -40,8 +40,7 @@ class Row:
         meta: the row's other columns as they were, e.g. answer keys for a judge.
         source: "file:row", rows counted from 1; the line number in JSON Lines.
         weight: factor of the row's loss.
-        steps: the beginning of the answer that all completions go on from, each by one step and not to the end; None
-            where they are whole answers.
+        steps: the beginning of the answer, which each completion continues by one step; None for whole answers.
     """
 
     prompt: Text
@@ -56,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that was left out: a reason to count by, a message to read, and where it stands."""
+    """A row that was left out: the reason to count by, a message for people, and its place."""
 
     reason: str
     message: str
@@ -65,7 +64,7 @@ class BadRow:
 
     @classmethod
     def of(cls, row: Row, reason: str, message: str) -> BadRow:
-        """The same for a row that was read but cannot be tokenised."""
+        """For a row that was read but cannot be tokenised."""
         file, _, number = row.source.rpartition(":")
         return cls(reason, message, file, int(number))
 
@@ -92,7 +91,7 @@ def require_scores(rows: Sequence[Row], loss: str) -> None:
 
 
 def fingerprint(*parts: Sequence[Row]) -> str:
-    """SHA-256 (hex) of the rows' content in order, each part apart; where the rows came from does not enter."""
+    """SHA-256 (hex) of the content of all parts, in order; it does not depend on where the rows came from."""
     digest = hashlib.sha256()
     for rows in parts:
         for row in rows:
@@ -103,7 +102,7 @@ def fingerprint(*parts: Sequence[Row]) -> str:
 
 
 def count_reasons(bad: Iterable[BadRow]) -> dict[str, int]:
-    """Bad rows by reason, the most frequent first."""
+    """The number of bad rows by reason, most frequent first."""
     return dict(Counter(b.reason for b in bad).most_common())
 
 

@@ -1,4 +1,4 @@
-"""From `data.source` to checked rows: bundled sets, local files and folders, hub sets."""
+"""Read `data.source` into checked rows: a bundled set, a local file or folder, or a hub set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.schema import DataConfig
-from alignment.data.layouts import Kind, Layout, recognise, to_row
+from alignment.data.layouts import Layout, Stage, recognise, to_row
 from alignment.data.rows import BadRow, Row, count_reasons, fingerprint
 from alignment.errors import UserError
 
@@ -21,12 +21,12 @@ BUNDLED = Path(__file__).parent / "bundled"
 SPLIT_WORDS = ("train", "test", "eval", "validation", "valid", "dev")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 Numbered = Iterator[tuple[int, Any]]
-"""Row numbers from 1 with the records; a `BadRow` stands for a record that cannot be read."""
+"""(row number from 1, record); a `BadRow` in place of a record that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedData:
-    """Training and held-out rows with how they were read.
+    """Training and held-out rows, and how they were read.
 
     Attributes:
         layout: name of the training rows' layout.
@@ -51,24 +51,24 @@ class _Part:
     note: str
 
 
-def load_rows(config: DataConfig, *, kind: Kind) -> LoadedData:
+def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
     """Read and check the rows of `config.source` and its held-out rows.
 
-    Held-out rows come from `eval_source` or, for a folder or hub set, from another split of `source`; else from the
-    bundled set's own eval file; else `eval_size` rows are set aside by a hash of their prompts, so that neither the
-    seed nor the file's order matters and no prompt stands on both sides. With `kind="sft"` pairs give their chosen
-    completion, ranked lists their best one and labelled data its desirable rows.
+    Held-out rows come from `eval_source`, from another split of `source`, or from the bundled set's own eval file.
+    Without any of these, `eval_size` rows are held out by a hash of their prompts: neither the seed nor the order of
+    the file matters, and all rows of a prompt are on one side. For SFT, pairs give their chosen completion, ranked
+    lists their best one, and labelled data the desirable rows.
 
     Raises:
-        UserError: for anything that cannot be read, and for more bad rows than `max_bad_rows`.
+        UserError: a source cannot be read, or has more bad rows than `max_bad_rows`.
     """
-    train = _load(config.source, config.split, config, kind)
+    train = _load(config.source, config.split, config, stage)
     evaluation = None
     if config.source.startswith("bundled:") and config.eval_source is None:
-        if kind == "preference" and _bundled(config.source, "eval").is_file():
-            evaluation = _read_bundled(config.source, "eval", config, kind)
+        if stage == "preference" and _bundled(config.source, "eval").is_file():
+            evaluation = _read_bundled(config.source, "eval", config, stage)
     elif config.eval_source is not None or config.eval_split is not None:
-        evaluation = _load_eval(config, kind)
+        evaluation = _load_eval(config, stage)
     rows = train.rows
     if evaluation is not None:
         held_out = evaluation.rows
@@ -91,16 +91,16 @@ def load_rows(config: DataConfig, *, kind: Kind) -> LoadedData:
     return LoadedData(rows, held_out, train.layout.name, bad, fingerprint(rows, held_out), "; ".join(notes))
 
 
-def _load_eval(config: DataConfig, kind: Kind) -> _Part:
+def _load_eval(config: DataConfig, stage: Stage) -> _Part:
     source, split = config.eval_source or config.source, config.eval_split or config.split
-    if source.startswith("bundled:") and kind == "preference":
-        return _read_bundled(source, "eval", config, kind)
+    if source.startswith("bundled:") and stage == "preference":
+        return _read_bundled(source, "eval", config, stage)
     if source == config.source and _same_rows(source, split, config.split):
         raise UserError(
             f"The held-out rows would be the training rows ({source}, split {split}): "
             "give another data.eval_source or data.eval_split, or set data.eval_size."
         )
-    return _load(source, split, config, kind)
+    return _load(source, split, config, stage)
 
 
 def _same_rows(source: str, split: str, other: str) -> bool:
@@ -110,34 +110,36 @@ def _same_rows(source: str, split: str, other: str) -> bool:
     return split == other or path.is_file() or source.startswith("bundled:")
 
 
-def _load(source: str, split: str, config: DataConfig, kind: Kind) -> _Part:
+def _load(source: str, split: str, config: DataConfig, stage: Stage) -> _Part:
     if source.startswith("bundled:"):
-        return _read_bundled(source, "sft" if kind == "sft" else "train", config, kind)
+        return _read_bundled(source, "sft" if stage == "sft" else "train", config, stage)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_part(_files_of(path, split), config, kind)
+        return _read_part(_files_of(path, split), config, stage)
     if path.exists():
-        return _read_part([path], config, kind)
+        return _read_part([path], config, stage)
     if path.suffix in READERS or source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
-        raise UserError(f"There is no file or folder '{source}', and as a path it cannot be a hub id.")
+        raise UserError(f"There is no file or folder '{source}', and this is not the name of a hub data set either.")
     name = f"{source}[{split}]"
-    return _to_part([(name, i, r) for i, r in enumerate(_read_hub(source, split, config), 1)], config, kind, name, None)
+    return _to_part(
+        [(name, i, r) for i, r in enumerate(_read_hub(source, split, config), 1)], config, stage, name, None
+    )
 
 
 def _bundled(source: str, part: str) -> Path:
     return BUNDLED / f"{source.removeprefix('bundled:')}_{part}.jsonl"
 
 
-def _read_bundled(source: str, part: str, config: DataConfig, kind: Kind) -> _Part:
+def _read_bundled(source: str, part: str, config: DataConfig, stage: Stage) -> _Part:
     file = _bundled(source, part)
     if not file.is_file():
         names = ", ".join(sorted(path.stem.removesuffix(f"_{part}") for path in BUNDLED.glob(f"*_{part}.jsonl")))
         raise UserError(f"There is no file {file.name} behind '{source}'; bundled {part} data are: {names or 'none'}.")
-    return _to_part([(file.name, number, record) for number, record in _read_file(file)], config, kind, file.name, 0)
+    return _to_part([(file.name, number, record) for number, record in _read_file(file)], config, stage, file.name, 0)
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    """The folder's data files, only those of `split` where files are named after splits (train-00000-of-00002)."""
+    """The folder's data files; if they are named after splits (train-00000-of-00002), those of `split`."""
     files = sorted(path for path in folder.iterdir() if path.suffix in READERS and path.is_file())
     suffixes = sorted({path.suffix for path in files})
     if len(suffixes) != 1:
@@ -151,20 +153,20 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     return of_split or files
 
 
-def _read_part(files: Sequence[Path], config: DataConfig, kind: Kind) -> _Part:
+def _read_part(files: Sequence[Path], config: DataConfig, stage: Stage) -> _Part:
     records = [(str(path), number, record) for path in files for number, record in _read_file(path)]
     source = str(files[0] if len(files) == 1 else files[0].parent)
-    return _to_part(records, config, kind, source, 0)
+    return _to_part(records, config, stage, source, 0)
 
 
 def _to_part(
-    records: list[tuple[str, int, Any]], config: DataConfig, kind: Kind, source: str, allowed: int | None
+    records: list[tuple[str, int, Any]], config: DataConfig, stage: Stage, source: str, allowed: int | None
 ) -> _Part:
-    """`allowed` is the limit on bad rows where `max_bad_rows` leaves it open."""
+    """`allowed` is the limit on bad rows if `max_bad_rows` is null."""
     good = [record for _, _, record in records if isinstance(record, dict)]
     results: list[Row | BadRow]
     if good:
-        layout = recognise(good, config.columns, kind, source)
+        layout = recognise(good, config.columns, stage, source)
         results = [
             record if isinstance(record, BadRow) else to_row(record, layout, config.columns, file, number)
             for file, number, record in records
@@ -183,16 +185,16 @@ def _to_part(
     if not rows:
         raise UserError(f"{source} has no usable row{f' ({len(bad)} bad rows)' if bad else ''}.")
     note = ""
-    if kind == "sft" and layout.family == "labelled":
+    if stage == "sft" and layout.family == "labelled":
         desirable = [replace(row, labels=None) for row in rows if row.labels == (True,)]
         if not desirable:
             raise UserError(f"{source} has no row labelled true, and SFT learns from those only.")
         note = f"{len(rows) - len(desirable)} rows labelled undesirable are not used for SFT"
         rows = desirable
-    if kind == "sft" and layout.family in ("pairs", "lists"):
+    if stage == "sft" and layout.family in ("pairs", "lists"):
         rows = [replace(row, completions=row.completions[:1], scores=None) for row in rows]
         note = f"the {'chosen' if layout.family == 'pairs' else 'best'} completions of {layout.family} serve for SFT"
-    if kind == "sft" and any(row.weight != 1 for row in rows):
+    if stage == "sft" and any(row.weight != 1 for row in rows):
         rows = [replace(row, weight=1.0) for row in rows]
         note += "; SFT does not use their weights"
     return _Part(rows, layout, bad, note)
@@ -203,7 +205,7 @@ def _prompt_key(row: Row) -> str:
 
 
 def _hold_out(rows: list[Row], size: int, source: str) -> tuple[list[Row], list[Row]]:
-    """At most `size` rows by the order of their prompts' hashes, all rows of a prompt together."""
+    """Split off at most `size` rows, in the order of their prompts' hashes, all rows of a prompt together."""
     by_prompt: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         by_prompt.setdefault(_prompt_key(row), []).append(index)

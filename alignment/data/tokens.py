@@ -34,16 +34,16 @@ GROUP_COUNTS = (
 
 @dataclass(frozen=True, slots=True)
 class TokenizedData:
-    """Groups with the rows that they came from, in the same order, and what was lost on the way.
+    """Groups, their rows in the same order, and what was left out.
 
     Attributes:
-        rows: as they were read, with the duplicates that a list's group has not.
+        rows: as they were read; a list's row still has the duplicates that its group lacks.
         drops: rows left out: template_error, template_not_prefix, no_prompt_tokens, no_completion_tokens,
             identical_after_tokenising.
-        counts: groups, truncated_prompts and truncated_completions; duplicate_completions (left out of lists, the
-            better-placed one is kept); seam_moves (tokens merged where prompt and
-            completion meet, so the completion begins a few characters early); template_splits (the template writes
-            something else after the prompt for an answer than for a generation); eos_appended (by us).
+        counts: groups; truncated_prompts and truncated_completions; duplicate_completions (left out of lists, which
+            keep the better-placed one); seam_moves (tokens merged where prompt and completion meet, so the completion
+            begins a few characters early); template_splits (after the prompt, the template writes one thing before an
+            answer and another for a generation); eos_appended (by us).
     """
 
     groups: list[Group]
@@ -54,12 +54,12 @@ class TokenizedData:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSFT:
-    """SFT sequences {"input_ids", "completion_mask"} (1: scored) with their rows, and what was lost on the way.
+    """SFT sequences {"input_ids", "completion_mask"} (1: scored), their rows, and what was left out.
 
     Attributes:
         drops: rows left out: template_error, template_not_prefix, no_completion_tokens, completion_truncated_away.
-        counts: sequences, truncated, eos_appended; last_turn_only (conversations whose earlier answers are not scored,
-            because the template writes them differently once more turns follow).
+        counts: sequences; truncated; eos_appended; last_turn_only (conversations of which only the last answer is
+            scored, because the template writes earlier ones differently once more turns follow).
     """
 
     sequences: list[dict[str, list[int]]]
@@ -71,20 +71,19 @@ class TokenizedSFT:
 def tokenize_groups(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> TokenizedData:
     """Groups of token ids: one prompt and its completions.
 
-    The group's prompt is the longest common prefix of the rendered prompt's tokens and of the tokens of prompt and
-    completion of every completion. It is cut to `max_prompt_length` at the end that `truncate_prompt` gives up (BOS
-    stays), then each completion to what is left of `max_length` from its start: at least one token, as
-    `max_prompt_length < max_length`. A cut completion has no EOS, since it does not end there.
+    The prompt's tokens are the longest common prefix of the rendered prompt and of prompt plus completion, for all
+    completions. The prompt is cut to `max_prompt_length` and keeps the end that `truncate_prompt` names (and its BOS).
+    Then each completion is cut at its end to fit `max_length`; at least one token is left, because
+    `max_prompt_length < max_length`. A cut completion has no EOS.
 
-    A completion ends with its end-of-turn token: what a template writes behind it (ChatML's line break) is never
-    generated and is the same for every answer, so it is not scored. An end-of-turn token that is missing is added.
-    Where a row has `steps`, these are the end of its prompt, and a completion is one more step as it is written, with
-    no token to end it.
+    A completion ends with its end-of-turn token, which is added if it is missing. What a template writes after it, like
+    the line break of ChatML, is never generated and the same for every answer, so it is not scored. If a row has
+    `steps`, they end its prompt, and a completion is one more step as written, without a token to end it.
 
-    With a chat template the template alone decides about BOS; plain text gets the BOS that the tokenizer adds.
+    With a chat template, only the template adds a BOS; plain text gets the BOS that the tokenizer adds.
 
     Raises:
-        UserError: for messages without a chat template, text without an EOS token, or if no row is left.
+        UserError: messages without a chat template, text without an EOS token, or no row is left.
     """
     writer = _Writer(tokenizer, config)
     groups: list[Group] = []
@@ -145,12 +144,11 @@ def _group(
 def tokenize_sft(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> TokenizedSFT:
     """Whole conversations with the assistant's tokens marked, each answer with its end-of-turn token.
 
-    Every assistant turn is scored where the template only ever appends as a conversation grows, else the last one.
-    A token that straddles the beginning of an answer counts as the answer's. Conversations are cut to `max_length`
-    from their start.
+    Every assistant turn is scored if the template only appends as a conversation grows, otherwise only the last one.
+    A token across the beginning of an answer counts as the answer's. The first `max_length` tokens are kept.
 
     Raises:
-        UserError: for messages without a chat template, text without an EOS token, or if no row is left.
+        UserError: messages without a chat template, text without an EOS token, or no row is left.
     """
     writer = _Writer(tokenizer, config)
     sequences: list[dict[str, list[int]]] = []
@@ -191,7 +189,7 @@ def _scored(
         first, last = inside[0], inside[-1] + 1
         answer, appended = writer.ended(ids[first:last])
         mask[first : first + len(answer) - appended] = 1
-    ids = np.concatenate([ids[:first], answer])  # an EOS in place of a missing end of turn: of the last answer only
+    ids = np.concatenate([ids[:first], answer])  # a missing end of turn is added to the last answer only
     mask = np.concatenate([mask, np.ones(appended, dtype=np.int64)])[: len(ids)]
     mask[0] = 0  # nothing predicts the first token
     return ids, mask, appended
@@ -199,7 +197,7 @@ def _scored(
 
 @dataclass(slots=True)
 class _Writer:
-    """The tokenizer with the settings that say how a row is written out and tokenised."""
+    """Writes rows as text and tokenises them, by the tokenizer and the settings."""
 
     tokenizer: PreTrainedTokenizerBase
     config: DataConfig
@@ -222,7 +220,7 @@ class _Writer:
         self.special = marked | set(tokenizer.all_special_ids)
 
     def messages(self, row: Row) -> list[Message]:
-        """The row's prompt as messages, with the system message of the settings if it has none."""
+        """The row's prompt as messages; if it has no system message, with that of the settings."""
         prompt = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
         if self.config.system is not None and prompt[0]["role"] != "system":
             return [{"role": "system", "content": self.config.system}, *prompt]
@@ -248,7 +246,7 @@ class _Writer:
         return not self.chat
 
     def group_texts(self, row: Row) -> tuple[str, list[str]]:
-        """The prompt as generation would see it, and prompt with completion for each completion."""
+        """The prompt as for a generation, and prompt plus completion for each completion."""
         if row.steps is not None:
             prompt = (str(row.prompt) if self.plain(row) else self.render(self.messages(row), True)) + row.steps
             return prompt, [prompt + _answer(completion)[0]["content"] for completion in row.completions]
@@ -264,8 +262,8 @@ class _Writer:
     def require_same_prompt(self, messages: list[Message], prompt: str, whole: str) -> None:
         """Refuse a row whose prompt the template writes differently once an answer follows.
 
-        Thinking templates may write something behind the prompt for a generation that they do not write before a given
-        answer; that is all right as long as the prompt's messages are the same.
+        For a generation, thinking templates may add something after the prompt that they leave out before a given
+        answer. That is fine as long as the prompt's messages are written the same.
         """
         if not whole.startswith(prompt) and not whole.startswith(self.render(messages, False)):
             raise Rejected(
@@ -274,7 +272,7 @@ class _Writer:
             )
 
     def answer_start(self, prompt: str, whole: str) -> int:
-        """Characters before the answer in `whole`: all of `prompt`, or the tokens that they share."""
+        """Where the answer begins in `whole`, in characters: after `prompt`, or after the tokens that both share."""
         if whole.startswith(prompt):
             return len(prompt)
         (rendered, _), (ids, offsets) = self.encode_with_offsets([prompt, whole])
@@ -282,7 +280,7 @@ class _Writer:
         return int(offsets[shared, 0]) if shared < len(ids) else len(whole)
 
     def spans(self, row: Row) -> tuple[str, list[tuple[int, int]], bool]:
-        """The whole text, the character spans of the answers that are scored, and whether it is only the last."""
+        """The whole text, the character spans of the scored answers, and whether only the last answer is scored."""
         if self.plain(row):
             text = f"{row.prompt}{row.completions[0]}"
             return text, [(len(row.prompt), len(text))], False
@@ -303,7 +301,7 @@ class _Writer:
         return whole, [*spans, last], False
 
     def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
-        """(tokens,) int32 per text, with the BOS that plain text wants."""
+        """(tokens,) int32 per text, with a BOS if the text is plain and the tokenizer adds one."""
         for ids in self.call(texts)["input_ids"] if texts else ():
             yield np.array(self.with_bos(ids), dtype=np.int32)
 
@@ -316,7 +314,7 @@ class _Writer:
             yield np.array(full, dtype=np.int32), np.array([*pad, *offsets], dtype=np.int64)
 
     def call(self, texts: list[str], **kwargs: Any) -> Any:
-        """One tokenizer call for many texts: no special tokens but those in the text, no padding, no truncation."""
+        """One tokenizer call for many texts: no special tokens besides those in the text, no padding, no truncation."""
         kwargs |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         return self.tokenizer(texts, add_special_tokens=False, **kwargs)
 
@@ -324,7 +322,7 @@ class _Writer:
         return ids if ids[:1] == self.bos else self.bos + ids
 
     def ended(self, answer: np.ndarray) -> tuple[np.ndarray, int]:
-        """The answer up to its end-of-turn token, and 1 if that was missing and EOS is appended, else 0."""
+        """The answer up to its end-of-turn token, and 1 if that was missing and EOS was appended, else 0."""
         end = len(answer)
         while self.chat and end and self.is_blank(int(answer[end - 1])):
             end -= 1

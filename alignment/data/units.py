@@ -1,4 +1,7 @@
-"""Pairs from ranked lists, for losses that compare two completions."""
+"""The unit that a loss takes: ranked lists as pairs, pairs as labelled rows, and prompts picked evenly.
+
+A unit is a `Group`: one prompt with all completions of a list, with the two of a pair, or with one labelled completion.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,28 @@ from alignment.types import Group
 
 
 def spread_prompts(groups: Sequence[Group], count: int) -> list[int]:
-    """Groups with `count` different prompts (or all, where there are fewer), spread evenly over all of them."""
-    # Several pairs of one list ask the same question.
-    asked = list({group.prompt.tobytes(): i for i, group in reversed(list(enumerate(groups)))}.values())[::-1]
-    count = min(len(asked), count)
-    return [asked[i * len(asked) // count] for i in range(count)]
+    """Indices of groups with `count` different prompts, spread evenly over the data; all prompts if there are fewer.
+
+    Several pairs of one list have the same prompt, and only the first of them is picked.
+    """
+    first_of_prompt = list({group.prompt.tobytes(): i for i, group in reversed(list(enumerate(groups)))}.values())[::-1]
+    count = min(len(first_of_prompt), count)
+    return [first_of_prompt[i * len(first_of_prompt) // count] for i in range(count)]
 
 
 def are_lists(groups: Sequence[Group]) -> bool:
-    """Whether some group has more than two completions: then all are lists, shorter ones too."""
+    """Whether any group has more than two completions: then all of them are ranked lists, shorter ones too."""
     return any(len(group.completions) > 2 for group in groups)
 
 
 def as_pairs(groups: Sequence[Group], how: ListPairs) -> list[Group]:
-    """Groups of two completions from ranked lists, the better one first, list by list, each with its list's weight.
+    """Pairs from ranked lists, list by list: the better completion first, with the weight of the list.
 
-    Completions with equal scores are no pair, so that a list can yield none.
+    Completions with equal scores make no pair, so a list can yield none.
     """
     pairs = []
     for group in groups:
-        for i, j in _places(len(group.completions), how):
+        for i, j in _index_pairs(len(group.completions), how):
             scores = None if group.scores is None else (group.scores[i], group.scores[j])
             if scores is None or scores[0] > scores[1]:
                 two = (group.completions[i], group.completions[j])
@@ -38,7 +43,7 @@ def as_pairs(groups: Sequence[Group], how: ListPairs) -> list[Group]:
     return pairs
 
 
-def _places(size: int, how: ListPairs) -> list[tuple[int, int]]:
+def _index_pairs(size: int, how: ListPairs) -> list[tuple[int, int]]:
     if how is ListPairs.best_vs_worst:
         return [(0, size - 1)]
     if how is ListPairs.best_vs_rest:
@@ -47,9 +52,9 @@ def _places(size: int, how: ListPairs) -> list[tuple[int, int]]:
 
 
 def as_rows(groups: Sequence[Group]) -> list[Group]:
-    """One labelled row per completion: all chosen ones, then all rejected ones. Labelled rows stay as they are.
+    """One labelled row per completion of each pair: all chosen, then all rejected. Labelled rows stay as they are.
 
-    In this order the neighbour of a row answers another prompt, which a mismatched baseline (KTO) relies on.
+    In this order the neighbour of a row has another prompt, as KTO's mismatched baseline needs.
     """
     if any(group.labels is not None for group in groups):
         return list(groups)

@@ -1,4 +1,4 @@
-"""Sampled answers to held-out prompts."""
+"""Sample answers to prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignment.types import Group
 
 
 def stop_tokens(tokenizer: Any, groups: Sequence[Group]) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS and the one that most training answers end with.
+    """The tokens that end an answer: the tokenizer's EOS, and the last token of most training answers.
 
     A base model's EOS often differs from the end-of-turn token of its chat template.
     """
@@ -37,9 +37,9 @@ def sample(
     device: torch.device,
     seed: int,
 ) -> list[np.ndarray]:
-    """The int32 tokens of one answer per tokenised prompt, in order, up to the first stop token and with it.
+    """One answer per tokenised prompt, in order: int32 tokens up to and including the first stop token.
 
-    Greedy at temperature 0, else drawn from a seed of its own.
+    Greedy at temperature 0. Otherwise drawn with `seed`; the global random state is left alone.
     """
     answers: dict[int, np.ndarray] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -63,7 +63,7 @@ def sample(
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
                 eos_token_id=list(stops),
-                pad_token_id=stops[0],  # what a row is filled up with behind its end is cut off below
+                pad_token_id=stops[0],  # the padding after an answer's end is cut off below
                 **sampling,
             )
             for row, index in enumerate(members):
@@ -75,12 +75,12 @@ def sample(
 
 
 def as_text(tokenizer: Any, answer: Sequence[int], stops: Sequence[int]) -> str:
-    """An answer without what ends it."""
+    """The answer's text, without its stop tokens."""
     return tokenizer.decode([token for token in answer if token not in stops], skip_special_tokens=True).strip()
 
 
 def presets(model: nn.Module) -> str:
-    """The model's own generation settings, such as a penalty for repetitions, but for the tokens `sample` is given."""
+    """The model's own generation settings, such as a repetition penalty, as JSON without the special tokens."""
     return _inner(model).generation_config.to_json_string(keys_to_pop=["bos_token_id", "eos_token_id", "pad_token_id"])
 
 
@@ -90,9 +90,9 @@ def _inner(model: Any) -> Any:
 
 @contextmanager
 def without_presets(model: nn.Module) -> Iterator[None]:
-    """The model without its own generation settings, such as a penalty for repetitions: samples are its distribution's.
+    """Switch off the model's own generation settings, such as a repetition penalty, to sample its plain distribution.
 
-    Temperature, top_k and top_p are given anyway.
+    `sample` sets temperature, top_k and top_p in any case.
     """
     inner = _inner(model)
     own = inner.generation_config

@@ -1,4 +1,4 @@
-"""How far the policy went from where it started: KL(policy || start), from answers of the policy's own."""
+"""How far the policy moved from its start: KL(policy || start), estimated from the policy's own answers."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def sampled_kl(
     device: torch.device,
     seed: int,
 ) -> dict[str, Any]:
-    """Answer every prompt once at temperature 1, and compare what both policies give to the very tokens sampled.
+    """Sample one answer per prompt at temperature 1, and score the sampled tokens with both policies.
 
     The mean of log policy(y|x) - log start(y|x) over y ~ policy is an unbiased estimate of the KL of answers of up to
-    `max_new_tokens` tokens, their stop token among them. One answer is noisy and may be below 0, the KL is not.
+    `max_new_tokens` tokens, stop token included. A single answer is noisy and may be below 0, unlike the KL.
 
     Returns:
-        {"n": answers, "mean", "se": nats per answer and its standard error, "per_token", "per_token_se": nats per token
-        of all answers together, "tokens": how many those are, "ended": share of answers that ended before they were
-        cut}; the standard errors are None where one answer is all there is.
+        "n": number of answers; "mean" and "se": nats per answer with standard error; "per_token" and "per_token_se":
+        nats per token over all answers; "tokens": their number; "ended": the share of answers that ended before they
+        were cut. The standard errors are None for a single answer.
     """
     log.info("Sampling %d answers for the KL to the start of this stage ...", len(prompts))
     with without_presets(model):
@@ -64,19 +64,19 @@ def sampled_kl(
         reference = logps(frozen)
     ratios = RaggedLogps(policy.values.double() - reference.values.double(), policy.offsets).sums()
     per_token = ratios.sum() / policy.lengths.sum()
-    # The ratio of two means: its error to first order is that of the mean of what is left beside it.
-    beside = (ratios - per_token * policy.lengths) / policy.lengths.double().mean()
+    # The error of a ratio of two means is, to first order, that of the mean of its residuals.
+    residuals = (ratios - per_token * policy.lengths) / policy.lengths.double().mean()
     return {
         "n": len(answers),
         "mean": ratios.mean().item(),
         "se": _standard_error(ratios),
         "per_token": per_token.item(),
-        "per_token_se": _standard_error(beside),
+        "per_token_se": _standard_error(residuals),
         "tokens": int(policy.lengths.sum()),
         "ended": float(np.mean([tokens[-1] in stops for tokens in answers])),
     }
 
 
 def _standard_error(values: torch.Tensor) -> float | None:
-    """Of the mean of independent values."""
+    """Standard error of the mean of independent values; None for one value."""
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None

@@ -1,4 +1,4 @@
-"""LoRA adapters: put on a model, load, and what they add to its weights."""
+"""LoRA adapters: attach one to a model, load a saved one, and list what it adds to the weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from alignment.config.schema import AdapterConfig
 from alignment.errors import UserError
 from alignment.kernels.patch import patch_layers
-from alignment.policy.load import _line
+from alignment.policy.load import one_line
 
 
 def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) -> nn.Module:
-    """Put a fresh LoRA adapter on the model, or free all weights for full fine-tuning."""
+    """Attach a fresh LoRA adapter, or with `config=None` make all weights trainable (full fine-tuning).
+
+    Raises:
+        UserError: peft refuses the settings.
+    """
     if config is None:
         patch_layers(model.requires_grad_(True))
         return model
@@ -32,17 +36,17 @@ def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) ->
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # the same adapter whatever was drawn before, also when a run is resumed
+        torch.manual_seed(seed)  # the same adapter whatever was drawn before, in a resumed run too
         try:
             adapted = get_peft_model(model, lora)
         except (ValueError, TypeError) as error:
-            raise UserError(f"adapter: {_line(error)}") from error
+            raise UserError(f"adapter: {one_line(error)}") from error
     patch_layers(adapted)
     return adapted
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Put a saved adapter on the base model, trainable; one of the same form that it has takes on the weights."""
+    """Attach a saved adapter, trainable. If the model has one of the same form, that one takes the saved weights."""
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
@@ -61,7 +65,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def lora_updates(model: nn.Module) -> Iterator[tuple[str, float, Tensor, Tensor]]:
-    """(layer, scaling, A, B) of every active LoRA update that is not zero, on linear layers and on embeddings."""
+    """(layer, scaling, A, B) of every active, non-zero LoRA update, on linear layers and on embeddings."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in model.named_modules():
@@ -79,7 +83,7 @@ def lora_updates(model: nn.Module) -> Iterator[tuple[str, float, Tensor, Tensor]
 
 
 def starts_at_base(model: nn.Module) -> bool:
-    """Whether switching the adapter off gives the same policy: every update is zero and the base was not edited."""
+    """Whether the model computes the same with its adapter off: all updates are zero, and the base was not edited."""
     if not has_adapter(model):
         return False
     if any(config.init_lora_weights not in (True, "gaussian") for config in model.peft_config.values()):
@@ -88,14 +92,14 @@ def starts_at_base(model: nn.Module) -> bool:
 
 
 def check_adapter_gradients(model: nn.Module) -> None:
-    """After a backward pass: every trainable tensor has a gradient.
+    """After a backward pass, check that every trainable tensor has a gradient.
 
     Raises:
-        UserError: some have none, as where a fused kernel reads a layer's weight past its adapter.
+        UserError: some have none, for example because a fused kernel reads a layer's weight and ignores its adapter.
     """
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if missing:
         raise UserError(
             f"{len(missing)} trainable tensors received no gradient (the first: {missing[0]}): take these layers out "
-            f"of adapter.target_modules, their adapter would never learn."
+            f"of adapter.target_modules, because their adapter would never learn."
         )

@@ -1,4 +1,4 @@
-"""A fingerprint of what a policy computes."""
+"""The identity of a policy: a hash of everything that decides its log-probs. It keys the reference store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdRef
 
 from alignment.policy.adapter import lora_updates
 
-# None of them has a part in a log-prob; trainers write the tokenizer's special tokens and a router's loss into the
+# These do not change a log-prob, and trainers write some of them (special tokens, a router's loss) into the
 # configuration.
 _VOLATILE_CONFIG_KEYS = {
     "_name_or_path",
@@ -29,9 +29,9 @@ _VOLATILE_CONFIG_KEYS = {
 
 
 def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
-    """Fingerprint of what the model computes: base weights, quantisation, compute dtype and effective adapters.
+    """A hash of base weights, quantisation, compute dtype and active adapters.
 
-    An adapter whose update is zero (every fresh LoRA) leaves no trace, so its rank, scaling and seed do not matter.
+    An adapter whose update is zero, like every fresh LoRA, leaves no trace: its rank, scaling and seed do not matter.
 
     Returns:
         (64 hex digits, a description for people).
@@ -44,7 +44,7 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
         num_adapted += 1
         adapter.update(f"{name}:{scaling!r}".encode())
         for weight in weights:
-            _update(adapter, weight)
+            _hash_tensor(adapter, weight)
     digests = {
         "base": _base_digest(model, config, quantization),
         "adapter": adapter.hexdigest() if num_adapted else None,
@@ -64,11 +64,11 @@ _last_read: tuple[Any, str] | None = None
 
 
 def _base_digest(model: nn.Module, config: dict[str, Any], quantization: Any) -> str:
-    """Digest of the base. A frozen one takes seconds to read and is read once: until somebody writes to its tensors."""
+    """Digest of the base. Reading a frozen one takes seconds: it is read again only after its tensors were written."""
     global _last_read
     tensors = list(_base_tensors(model))
-    described = _canonical(_lasting(config)) + _canonical(quantization)
-    # Optimizers with kernels of their own write past torch's count of writes: what trains is always read.
+    described = _canonical(_without_volatile(config)) + _canonical(quantization)
+    # Optimizers with their own kernels bypass torch's count of writes, so trainable tensors are always read.
     is_frozen = not any(tensor.requires_grad for _, tensor in tensors)
     state = described, [(name, WeakIdRef(t), t.data_ptr(), t._version) for name, t in tensors]
     if is_frozen and _last_read is not None and _last_read[0] == state:
@@ -76,29 +76,29 @@ def _base_digest(model: nn.Module, config: dict[str, Any], quantization: Any) ->
     digest = hashlib.blake2b(described, digest_size=32)
     for name, tensor in tensors:
         digest.update(name.encode())
-        _update(digest, tensor)
+        _hash_tensor(digest, tensor)
         quantized = getattr(tensor, "quant_state", None)
         if quantized is not None:
             for key, value in sorted(quantized.as_dict().items()):
                 digest.update(f"{name}.{key}".encode())
-                _update(digest, value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode())))
+                _hash_tensor(digest, value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode())))
     if is_frozen:
         _last_read = state, digest.hexdigest()
     return digest.hexdigest()
 
 
-def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+def _without_volatile(config: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _lasting(value) if isinstance(value, dict) else value
+        key: _without_volatile(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key not in _VOLATILE_CONFIG_KEYS
     }
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights without the adapter's, under the names they have without peft, tied ones once.
+    """The base's weights under their names without peft, tied ones once.
 
-    Buffers that are saved with a model (a router's correction bias) are weights too.
+    Buffers that are saved with a model, such as a router's correction bias, are weights too.
     """
     seen: set[int] = set()
     tensor: Tensor
@@ -113,7 +113,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
 
 
-def _update(digest: Any, tensor: Tensor) -> None:
+def _hash_tensor(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
 

@@ -11,43 +11,41 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignment.errors import UserError
 
-# Sizes of a model
-
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that can be checkpointed, in order; none for a model that transformers does not checkpoint."""
+    """The layers that can be checkpointed, in order; empty if transformers cannot checkpoint this model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: a policy whose log-probs are compared with a reference must be a function."""
+    """Set every dropout to 0: a policy that is compared with a reference must give the same log-probs every time."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            # Attention, layer-drop and router noise have no module: their rate is a number that the forward reads.
+            # Attention dropout, layer drop and router noise have no module; the forward reads a number.
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
 
 
-_run_again: Any = functools.partial(checkpoint, use_reentrant=False)
+_recompute: Any = functools.partial(checkpoint, use_reentrant=False)
 
 
 def checkpoint_layers(model: nn.Module, every: int) -> bool:
-    """Let the backward pass run the first of every `every` decoder layers again, instead of keeping its activations.
+    """Checkpoint the first of every `every` decoder layers: the backward pass recomputes its activations.
 
-    The Trainer's own switch stays off: it would also make the embeddings' output require a gradient, for which the
-    backward pass would go through the first layer to no purpose.
+    The Trainer's own switch stays off: it would also make the embeddings' output require a gradient, and the backward
+    pass would go through the first layer for nothing.
 
     Args:
-        model: maybe with an adapter.
+        model: with or without an adapter.
         every: 0 for no layer.
 
     Returns:
-        Whether that changed any layer.
+        Whether any layer changed.
 
     Raises:
-        UserError: a model whose layers cannot be checkpointed.
+        UserError: the layers of this model cannot be checkpointed.
     """
     layers = decoder_layers(model)
     if every and not layers:
@@ -60,5 +58,5 @@ def checkpoint_layers(model: nn.Module, every: int) -> bool:
         chosen = bool(every) and index % every == 0
         changed = changed or chosen != layer.gradient_checkpointing
         layer.gradient_checkpointing = chosen
-        layer._gradient_checkpointing_func = _run_again
+        layer._gradient_checkpointing_func = _recompute
     return changed

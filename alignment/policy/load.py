@@ -1,14 +1,14 @@
-"""The policy: a causal LM, its quantisation, its adapter, and a fingerprint of what it computes."""
+"""Load the base model and its tokenizer, quantised if asked; save the policy."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from alignment.config.preflight import require_machine
 from alignment.config.schema import WHEEL_PREFIX, Device, Dtype, ModelConfig, QuantizationConfig
 from alignment.errors import UserError
 from alignment.policy.wheel_model import wheel_model_folder
@@ -16,10 +16,11 @@ from alignment.scoring.logps import check_scoring, enable_scoring
 
 # Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
 NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
-"""Names of modules that stay as they are in a quantised model."""
+"""Modules that a quantised model leaves as they are."""
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The message of an exception as one sentence on one line."""
     return " ".join(str(error).split()).rstrip(".") + "."
 
 
@@ -29,11 +30,7 @@ def resolve_device(device: Device) -> torch.device:
     Raises:
         UserError: `device=cuda` without a visible GPU.
     """
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise UserError(
-            "This run needs a CUDA GPU and torch sees none: run it on a machine with one, or try recipe=quickstart, "
-            "which needs only a CPU."
-        )
+    require_machine(device=device)
     if device is Device.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -84,17 +81,22 @@ def load_tokenizer(config: ModelConfig, source: str) -> Any:
 def load_base(
     config: ModelConfig, quantization: QuantizationConfig | None, source: str, device: torch.device
 ) -> nn.Module:
-    """Load the base model, quantised if asked, every weight frozen, able to score completions.
+    """Load the base model, quantised if asked, with every weight frozen, ready to score completions.
 
     Embeddings, norms and the head keep the model's dtype: casting them to fp32 would cost gigabytes and buy nothing.
+
+    Args:
+        source: what `model_source` gives.
+
+    Raises:
+        UserError: bitsandbytes is needed and missing, or transformers cannot load the model.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = resolve_dtype(config.dtype, device)
     quantization_config = None
     if quantization is not None:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("quantization=nf4 needs the package bitsandbytes: install it, or set quantization=none.")
+        require_machine(quantization=quantization)
         quantization_config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -115,7 +117,7 @@ def load_base(
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"model.name={config.name} cannot be loaded with model.attention={config.attention}: {_line(error)}"
+            f"model.name={config.name} cannot be loaded with model.attention={config.attention}: {one_line(error)}"
         ) from error
     model.requires_grad_(False)
     # The padding token is often the end-of-turn token too, whose embedding is trained with all others.

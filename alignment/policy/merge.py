@@ -31,7 +31,7 @@ def _base_weight(layer: Any) -> Tensor:
 
 
 def _linear_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of every adapted or quantised linear layer by its plain name: de-quantised, the adapter added."""
+    """The de-quantised weight, adapter added, of every adapted or quantised linear layer, by its plain name."""
     from peft.tuners.lora import LoraLayer
 
     weights: dict[str, Tensor] = {}
@@ -56,14 +56,14 @@ def export_merged(
     device: torch.device,
     prompts: Sequence[np.ndarray],
 ) -> dict[str, Any]:
-    """Write base + adapter as one model with tokenizer and template, and compare it with the policy.
+    """Write base plus adapter as one model, with tokenizer and template, and compare it with the policy.
 
-    A quantised base is de-quantised: the merged weights are those that the adapter was trained on, NF4 rounding
-    included, not the original ones, and they take 16 bits each again. Rounding to 16 bits is the only change.
+    A quantised base is de-quantised: the adapter is added to the weights that it was trained on, NF4 rounding included,
+    and each weight takes 16 bits again. Rounding to 16 bits is the only change.
 
     Args:
-        folder: appears whole or not at all.
-        source: the base model to take everything else from.
+        folder: where to write; it appears whole or not at all.
+        source: the base model, for everything that the adapter does not touch.
         prompts: tokenised prompts that both models continue greedily.
 
     Returns:
@@ -71,6 +71,7 @@ def export_merged(
     """
     from transformers import AutoModelForCausalLM
 
+    # Merge and write
     dtype = resolve_dtype(config.export.dtype, device)
     merged: Any = AutoModelForCausalLM.from_pretrained(
         source,
@@ -90,13 +91,14 @@ def export_merged(
     tokenizer.save_pretrained(str(partial))
     partial.rename(folder)
 
+    # Compare with the policy
     was_training = model.training
     model.eval()
     difference, agrees = 0.0, True
     for prompt in prompts:
         ids = torch.from_numpy(prompt.astype(np.int64))[None].to(device)
         ours, theirs = (m(input_ids=ids).logits[0, -1].double().log_softmax(-1) for m in (model, merged))
-        likely = ours > ours.max() - 10  # the far tail is rounding noise that no decoding reaches
+        likely = ours > ours.max() - 10  # no decoding reaches the far tail, which is rounding noise
         difference = max(difference, (ours - theirs)[likely].abs().max().item())
         options = {
             "attention_mask": torch.ones_like(ids),
@@ -118,7 +120,7 @@ def export_merged(
     )
     if not agrees:
         log.warning(
-            "The merged model answers differently: rounding to 16 bits moved it; export.dtype=float32 does not."
+            "The merged model answers differently because of the rounding to 16 bits; export.dtype=float32 avoids it."
         )
     return {
         "dtype": str(dtype).removeprefix("torch."),

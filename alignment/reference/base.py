@@ -1,4 +1,4 @@
-"""The reference: the policy as it was when the stage started or at the last refresh, from the shared store or live."""
+"""The reference: the policy as it was when the stage started or at the last refresh."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _STATE = "reference.safetensors"
 
 
 def comparison_tolerance(model: nn.Module, num_tokens: int) -> float:
-    """Largest mean difference over so many tokens, in nats, that batch shapes alone may cause between two scorings.
+    """The largest mean difference between two scorings, in nats per token, that batch shapes alone may cause.
 
-    Seen on 135M parameters and real text, with and without NF4: a mean of 2e-7 in fp32 and 3e-3 in bfloat16, where a
-    single unlikely token is off by 0.3; the rest is room for larger models, and for one such token in a short text.
-    A reference that is another policy is off by more: a short SFT moves tenths of a nat.
+    Measured on 135M parameters and real text, with and without NF4: a mean of 2e-7 in fp32 and of 3e-3 in bfloat16,
+    where a single unlikely token is off by 0.3. The rest leaves room for larger models, and for one such token in a
+    short text. Another policy is off by more: a short SFT moves tenths of a nat.
     """
     config: Any = model.config
     quantization = config.to_dict().get("quantization_config") or {}
@@ -41,8 +41,8 @@ class Reference(ABC):
     """Reference log-probs of groups.
 
     Attributes:
-        identity: of the policy that it is now.
-        refreshes: {"step": steps that were done, "identity": what it became} of every refresh.
+        identity: identity of the policy that the reference is now.
+        refreshes: for every refresh {"step": steps done, "identity": the new identity}.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,11 +53,11 @@ class Reference(ABC):
 
     @abstractmethod
     def prepare(self, groups: Iterable[Group]) -> None:
-        """Called before the first update, with every group that will be asked for before the first refresh."""
+        """Get ready before the first update. `groups` are all that will be asked for before the first refresh."""
 
     @abstractmethod
     def refresh(self, step: int, groups: Iterable[Group]) -> None:
-        """Follow the policy, which has done `step` steps; `groups` will be asked for before the next refresh."""
+        """Follow the policy after `step` steps. `groups` are all that will be asked for before the next refresh."""
 
     @abstractmethod
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
@@ -65,19 +65,19 @@ class Reference(ABC):
 
     @abstractmethod
     def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
-        """The normalised entropy of its distribution at every completion token (`Quantity.entropy`), on the CPU."""
+        """Normalised entropy of the reference at every completion token (`Quantity.entropy`), on the CPU."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give its memory back."""
+        """Free the memory."""
 
     @abstractmethod
     def _tensors(self) -> dict[str, Tensor]:
-        """What a refresh made, for `save_state`."""
+        """The tensors that a refresh made, for `save_state`."""
 
     @abstractmethod
     def _restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `_tensors` gave."""
+        """Restore what `_tensors` returned."""
 
     def _note_refresh(self, step: int, model: nn.Module) -> None:
         self.identity, self._description = policy_identity(model)
@@ -85,12 +85,12 @@ class Reference(ABC):
         log.info("Reference after step %d: %s.", step, self.identity[:12])
 
     def save_state(self, folder: Path) -> None:
-        """Keep in a checkpoint what refreshes have made of the reference, whatever becomes of the store."""
+        """Save to a checkpoint what refreshes made of the reference, so that a resumed run does not need the store."""
         tensors = self._tensors() if self.refreshes else {}
         save_file(tensors, folder / _STATE, {"refreshes": json.dumps(self.refreshes)})
 
     def load_state(self, folder: Path) -> None:
-        """Go on with what `save_state` kept, as a reference that was made of the same start."""
+        """Restore what `save_state` wrote, in a reference that was made from the same start."""
         with safe_open(folder / _STATE, "pt") as file:
             self.refreshes = json.loads(file.metadata()["refreshes"])
             if self.refreshes:
@@ -98,5 +98,5 @@ class Reference(ABC):
                 self._restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` says of it: `identity` is that of the start."""
+        """What `summary.json` says about it; `identity` is the one at the start."""
         return {"identity": self._start} | ({"refreshes": self.refreshes} if self.refreshes else {})

@@ -13,7 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from alignment.errors import UserError
+from alignment.errors import UserError, require
 from alignment.reference.base import Reference, comparison_tolerance
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import BatchLayout, MicroBatch
@@ -26,14 +26,22 @@ _SEQUENCES_PER_WRITE = 64
 
 
 def _entropy_identity(identity: str) -> str:
-    """Under which the store keeps the entropies of a policy's distributions."""
+    """The identity that the store keeps a policy's entropies under."""
     return hashlib.blake2b(f"entropy of {identity}".encode(), digest_size=32).hexdigest()
 
 
 class CachedReference(Reference):
-    """Reference log-probs from the content-addressed store; what it lacks is computed once and added.
+    """Reference log-probs from the store; missing ones are computed once and added.
 
-    With `with_entropies` the same passes give the entropies too, kept beside the log-probs.
+    Args:
+        store: closed by `close`.
+        model: the policy at the start, which is the reference.
+        tokens_per_batch: tokens of one forward pass.
+        spot_checks: number of stored completions that are computed again and compared in each `prepare`.
+        with_entropies: compute and store the entropies too, in the same passes.
+
+    Raises:
+        UserError: a number is out of range.
     """
 
     def __init__(
@@ -46,6 +54,8 @@ class CachedReference(Reference):
         spot_checks: int,
         with_entropies: bool = False,
     ) -> None:
+        require(tokens_per_batch >= 1, f"tokens_per_batch must be at least 1, not {tokens_per_batch}.")
+        require(spot_checks >= 0, f"spot_checks must be at least 0, not {spot_checks}.")
         super().__init__(model)
         self._store = store
         self._quantities = frozenset({Quantity.entropy} if with_entropies else ())
@@ -66,7 +76,7 @@ class CachedReference(Reference):
         }
 
     def prepare(self, groups: Iterable[Group]) -> None:
-        """Look everything up, recompute a few finds, compute and store the rest."""
+        """Look up all completions, recompute a few of those found as a check, and compute and store the rest."""
         started = time.monotonic()
         wanted: dict[bytes, Group] = {}
         for group in groups:
@@ -74,7 +84,7 @@ class CachedReference(Reference):
                 wanted.setdefault(key, Group(group.prompt, (completion,)))
         with self._store.locked(self.identity):
             self._values = self._stored(wanted)
-            if self._values and not self._agrees(wanted):
+            if self._values and not self._spot_check(wanted):
                 for identity in self._identities():
                     self._store.forget(identity)
                 self._values = {}
@@ -86,13 +96,13 @@ class CachedReference(Reference):
         self._summary["seconds"] += time.monotonic() - started
 
     def refresh(self, step: int, groups: Iterable[Group]) -> None:
-        """Become the policy as it is now, of which the store may know these groups already."""
+        """Become the policy as it is now. The store may already have its log-probs."""
         self._note_refresh(step, self._model)
         self._register()
         self.prepare(groups)
 
     def _identities(self) -> list[str]:
-        """Under which each row of the values is kept."""
+        """The identity that each row of the values is stored under."""
         return [self.identity, *(_entropy_identity(self.identity) for _ in self._quantities)]
 
     def _register(self) -> None:
@@ -100,7 +110,7 @@ class CachedReference(Reference):
             self._store.register(identity, self._description | ({"values": kept} if kept == "entropies" else {}))
 
     def _stored(self, wanted: dict[bytes, Group]) -> dict[bytes, np.ndarray]:
-        """What the store has in full of these completions."""
+        """The completions that the store has in full."""
         found = [self._store.get(identity, list(wanted)) for identity in self._identities()]
         lengths = {key: len(group.completions[0]) for key, group in wanted.items()}
         return {
@@ -109,7 +119,7 @@ class CachedReference(Reference):
             if all(key in rows and len(rows[key]) == length for rows in found)
         }
 
-    def _agrees(self, wanted: dict[bytes, Group]) -> bool:
+    def _spot_check(self, wanted: dict[bytes, Group]) -> bool:
         found = sorted(self._values)
         picks = found[:: max(1, len(found) // max(1, self._spot_checks))][: self._spot_checks]
         if not picks:
@@ -120,10 +130,10 @@ class CachedReference(Reference):
         difference = np.abs(fresh.values.numpy() - stored)
         self._summary["spot_checks"] += len(picks)
         self._summary["spot_check_max_diff"] = float(difference.max())
-        # The mean over all of them: one token of a short completion may be off by more in 16 bit.
+        # The mean over all checks: in 16 bits, a single token of a short completion may be off by more.
         if not difference.mean() <= comparison_tolerance(self._model, len(difference)):
             log.warning(
-                "Stored reference log-probs of %s differ from fresh ones by %.3g nats per token: they are dropped and "
+                "Stored reference log-probs of %s differ from fresh ones by %.3g nats per token; they are dropped and "
                 "computed again.",
                 self.identity[:12],
                 difference.mean(),
@@ -175,11 +185,11 @@ class CachedReference(Reference):
         self._values.update(pending)
 
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
-        """Stored values of all completions of the groups, which `prepare` or `refresh` has seen."""
+        """Log-probs of all completions; `prepare` or `refresh` must have seen the groups."""
         return self._known(groups, 0)
 
     def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
-        """Stored alike, of a reference that was made `with_entropies`."""
+        """The same for entropies; needs `with_entropies`."""
         return self._known(groups, 1)
 
     def _known(self, groups: Sequence[Group], row: int) -> RaggedLogps:

@@ -1,4 +1,4 @@
-"""The policy as it was, kept beside the one that trains."""
+"""A frozen copy of the policy, in memory beside the one that trains."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from alignment.errors import require
 from alignment.policy.adapter import has_adapter, starts_at_base
 from alignment.scoring.logps import enable_scoring
 
 
 class FrozenPolicy:
-    """The policy as it is now, kept beside the one that trains: the live reference, which `mix` moves.
+    """A frozen copy of the policy as it is now, beside the one that trains; `mix` moves it.
 
-    With a fresh LoRA that is the base with the adapter off; with a trained adapter frozen tensors that take the places
-    of the adapter's own while the reference is asked; without an adapter a copy of the whole model.
+    With a fresh LoRA it is the base with the adapter switched off. With a trained adapter it is a frozen copy of the
+    adapter's tensors, which take their places while the copy is active. Without an adapter it is a copy of the model.
 
-    A mixed adapter is exact in weight space. Mixing A with A and B with B would mix their products wrongly, so that
-    updates are laid side by side instead: for the shares s_i of the updates B_i A_i that were met,
-    sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...]. The rank grows by the policy's with every mix, until
-    the oldest share is lost in rounding and its update is dropped: 17 times the rank for a mix of 0.6 in fp32.
+    A mixed adapter is exact in weight space. Mixing A with A and B with B would give wrong products, so the updates are
+    concatenated: for shares s_i of the updates B_i A_i, sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...].
+    Every mix adds the policy's rank, until the oldest share is lost in rounding and its update is dropped: the rank
+    grows to 17 times the policy's for a mix of 0.6 in fp32.
 
     Attributes:
-        kind: which of these it is, in words.
+        form: which of the three it is, in words.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,19 +35,24 @@ class FrozenPolicy:
         self._adapter: dict[str, nn.Parameter] = {}
         self._shares: list[float] = []
         if not has_adapter(model):
-            self.kind = "copy of the model"
+            self.form = "copy of the model"
             self._copy = copy.deepcopy(model).requires_grad_(False)
             del self._copy.forward  # bound to the original: the copy needs its own
             enable_scoring(self._copy)
         elif starts_at_base(model):
-            self.kind = "adapter switched off"
+            self.form = "adapter switched off"
         else:
-            self.kind = "frozen copy of the adapter"
+            self.form = "frozen copy of the adapter"
             self.mix(1.0)
 
     @torch.no_grad()
     def mix(self, share: float) -> None:
-        """Become `share` times the policy as it is now, and 1 - share times what this was."""
+        """Become `share` times the policy as it is now plus 1 - `share` times what this copy was.
+
+        Raises:
+            UserError: `share` is not in (0, 1].
+        """
+        require(0 < share <= 1, f"A reference mixes in a share of the policy in (0, 1], not {share}.")
         if self._copy is not None:
             for parameter, trained in zip(self._copy.parameters(), self._model.parameters(), strict=True):
                 parameter.lerp_(trained, share)
@@ -68,38 +74,38 @@ class FrozenPolicy:
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """The model to score the reference with."""
+        """Yield the model to score with; it is the frozen copy only inside the `with` block."""
         if self._copy is not None:
             yield self._copy
         elif not self._adapter:
             with self._model.disable_adapter():
                 yield self._model
         else:
-            own = self._put(self._adapter)
+            own = self._swap(self._adapter)
             try:
                 yield self._model
             finally:
-                self._put(own)
+                self._swap(own)
 
-    def _put(self, tensors: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Put tensors in their places in the model; returns those that were there."""
+    def _swap(self, tensors: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Put tensors into the model; returns the ones that were there."""
         replaced = {}
         for name, tensor in tensors.items():
-            place, _, key = name.rpartition(".")
-            module = self._model.get_submodule(place)
+            module_name, _, key = name.rpartition(".")
+            module = self._model.get_submodule(module_name)
             replaced[name] = module._parameters[key]
             module._parameters[key] = tensor
         return replaced  # type: ignore[return-value]
 
     def state(self) -> dict[str, Tensor]:
-        """What `load_state` needs to make this again of a model with the same start."""
+        """What `load_state` needs to restore this copy beside a model with the same start."""
         if self._copy is not None:
             return {name: p.detach() for name, p in self._copy.named_parameters()}
         return {**self._adapter, "shares": torch.tensor(self._shares, dtype=torch.float64)}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Become what `state` was taken from."""
+        """Restore what `state` returned."""
         if self._copy is not None:
             for name, parameter in self._copy.named_parameters():
                 parameter.copy_(state[name])

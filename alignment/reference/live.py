@@ -1,4 +1,4 @@
-"""A reference that is computed beside the policy."""
+"""A reference whose log-probs are computed in every step, by a frozen copy of the policy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment.errors import require
 from alignment.reference.base import Reference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.scoring.head import OtherModel
@@ -24,17 +25,25 @@ def _head(model: Any) -> nn.Module:
 
 
 class LiveReference(Reference):
-    """A frozen copy of the starting policy, run beside the training policy: the oracle, at the price of its passes.
+    """A frozen copy of the starting policy, which scores every batch: nothing is stored, every pass is paid for.
 
-    A refresh makes it `mix` times the policy and 1 - `mix` times what it was.
+    Args:
+        model: the policy at the start.
+        tokens_per_batch: tokens of one forward pass.
+        mix: a refresh makes the reference `mix` times the policy plus 1 - `mix` times what it was.
+
+    Raises:
+        UserError: a number is out of range.
     """
 
     def __init__(
         self, model: nn.Module, layout: BatchLayout, tokens_per_batch: int, device: torch.device, mix: float = 1.0
     ) -> None:
+        require(tokens_per_batch >= 1, f"tokens_per_batch must be at least 1, not {tokens_per_batch}.")
+        require(0 < mix <= 1, f"mix must be in (0, 1], not {mix}.")
         super().__init__(model)
         self.frozen = FrozenPolicy(model)
-        log.info("Live reference: %s.", self.frozen.kind)
+        log.info("Live reference: %s.", self.frozen.form)
         self._mix = mix
         self._layout = layout
         self._tokens_per_batch = tokens_per_batch
@@ -57,7 +66,7 @@ class LiveReference(Reference):
         return join_scores(groups, scored)
 
     def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
-        """From a pass of their own."""
+        """Entropies, from a pass of their own."""
         with self.frozen.active() as model:
             passes = in_passes(
                 lambda batch: score_tokens(model, batch, frozenset({Quantity.entropy})),
@@ -70,11 +79,13 @@ class LiveReference(Reference):
         return join_scores(groups, scored)
 
     def other_model(self, batch: MicroBatch) -> OtherModel:
-        """The frozen policy's head and its hidden states that predict the scored tokens of a pass."""
+        """The frozen policy's head, and its hidden states that predict the scored tokens of a pass."""
         with self.frozen.active() as model:
             hidden = hidden_states(model, batch)
             head = _head(model)
-        if any(parameter.requires_grad for parameter in head.parameters()):  # it trains: the frozen one is another
+        if any(
+            parameter.requires_grad for parameter in head.parameters()
+        ):  # the head trains, so the frozen one differs
             return OtherModel(self._run_head, hidden)
         return OtherModel(head, hidden)
 
@@ -89,7 +100,7 @@ class LiveReference(Reference):
         self.frozen.load_state(tensors)
 
     def summary(self) -> dict[str, Any]:
-        """Identities only: nothing is stored."""
+        """Identities only, because nothing is stored."""
         return {"mode": "live", **super().summary()}
 
     def close(self) -> None:

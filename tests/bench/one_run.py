@@ -179,7 +179,7 @@ def cut_pairs(groups: Sequence[Group], prompt: int, answer: int, num_pairs: int)
 def draw_pairs(case: Case, tokenizer: Any) -> tuple[list[list[np.ndarray]], list[Row]]:
     """The case's pairs in the order of training, and their rows: drawn at random, or cut from text in random order."""
     config = data_config(case.source)
-    data = tokenize_groups(load_rows(config, kind="preference").train, tokenizer, config)
+    data = tokenize_groups(load_rows(config, stage="preference").train, tokenizer, config)
     num_drawn = case.num_pairs if case.cut is None else len(data.groups)
     drawn = random.Random(SEED).sample(range(len(data.groups)), num_drawn)
     groups = [data.groups[i] for i in drawn]

@@ -1,13 +1,15 @@
-"""The bundled quickstart set: short questions with checkable answers, written out by a deterministic generator.
+"""The generator of the bundled quickstart set: short questions with checkable answers, the same bytes every time.
 
 Three files: `quickstart_sft.jsonl` teaches a small model the task with right answers in mixed styles;
 `quickstart_train.jsonl` prefers direct, right answers to wrong, padded, hedged and evasive ones;
 `quickstart_eval.jsonl` holds other items of the same kinds of question and whole kinds that occur nowhere else.
 
+Run it in a checkout; it writes into the package:
+
     python -m tests.data.make_quickstart [--out DIR] [--check]
 
-Every choice is drawn from a hash of the seed and the text that it concerns, so the bytes depend on neither Python's
-version nor its random module, and a kind of question that is added last leaves the rows of all others as they were.
+Every choice is drawn from a hash of the seed and of the text that it concerns. So the bytes depend on neither Python's
+version nor its random module, and a kind of question that you add last leaves all other rows as they were.
 """
 
 from __future__ import annotations
@@ -22,11 +24,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
+from alignment.data.sources import BUNDLED
 from alignment.errors import UserError
-from alignment.files import asset_dir
 
 SEED = 20
-BUNDLED = asset_dir("conf").parent / "alignment" / "data" / "bundled"
 EVAL_ITEMS_SEEN = 2
 EVAL_ITEMS_UNSEEN = 7
 TRAIN_ROWS = 18

@@ -29,8 +29,8 @@ SYSTEM = {"role": "system", "content": "s"}
 PAIR = ([assistant("c")], [assistant("r")])
 
 
-def read(record, kind="preference", columns=None):
-    layout = recognise([record], columns or {}, kind, "f")
+def read(record, stage="preference", columns=None):
+    layout = recognise([record], columns or {}, stage, "f")
     return layout.name, to_row(record, layout, columns or {}, "f", 3)
 
 

@@ -15,8 +15,8 @@ def pair(i, **fields):
     return {"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} | fields
 
 
-def load(config, kind="preference"):
-    return load_rows(config, kind=kind)
+def load(config, stage="preference"):
+    return load_rows(config, stage=stage)
 
 
 def prompts(rows):

@@ -66,7 +66,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
         "print(c.asset_dir('recipes'))\n"
         "print(s.__file__)\n"
         "print(c.load('recipe=dpo_qwen3').loss.beta)\n"
-        "print(len(s.load_rows(config.data, kind='preference').train) > 100)\n"
+        "print(len(s.load_rows(config.data, stage='preference').train) > 100)\n"
         "print(m.page_path().read_text() == m.page())\n"
     )
     done = subprocess.run(

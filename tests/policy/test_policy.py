@@ -8,13 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from alignment.config.schema import AdapterConfig, Dtype, ModelConfig, QuantizationConfig
+from alignment.config.schema import AdapterConfig, Device, Dtype, ModelConfig, QuantizationConfig
 from alignment.errors import UserError
 from alignment.policy import identity as identities
 from alignment.policy.adapter import attach_adapter, check_adapter_gradients, load_adapter, starts_at_base
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import disable_dropout
-from alignment.policy.load import load_base, save_policy
+from alignment.policy.load import load_base, resolve_device, save_policy
 from alignment.reference.frozen import FrozenPolicy
 from alignment.scoring.layout import FlatLayout
 from alignment.scoring.logps import enable_scoring, join_scores, score, score_groups
@@ -54,6 +54,19 @@ def train_adapter(model, seed=5, std=0.2):
 
 def identity(model):
     return policy_identity(model)[0]
+
+
+# Loading
+
+
+def test_a_machine_without_a_gpu_or_bitsandbytes_is_one_sentence(tiny_model_folder, monkeypatch):
+    """Also for who loads a model from Python, without the checks of the command."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^This run lacks a CUDA GPU \(torch sees none\): provide that, or try \S+,"):
+        resolve_device(Device.cuda)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^This run lacks the package bitsandbytes \(.*quantization=none\): provide"):
+        load(tiny_model_folder, NF4)
 
 
 # Identity
@@ -138,11 +151,11 @@ def test_a_frozen_base_is_read_once_until_something_is_written_to_it(quantizatio
     """Also by a model of other modules on the same tensors; what trains is read every time."""
     read: list[int] = []
 
-    def updated(digest, tensor, update=identities._update):
+    def updated(digest, tensor, update=identities._hash_tensor):
         read.append(id(tensor))
         update(digest, tensor)
 
-    monkeypatch.setattr(identities, "_update", updated)
+    monkeypatch.setattr(identities, "_hash_tensor", updated)
 
     def times(model):
         read.clear()
@@ -208,7 +221,7 @@ def test_the_frozen_start_stays_while_the_policy_moves(kind, tmp_path):
     expected, before = scores(model), identity(model)
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     start = FrozenPolicy(model)
-    assert start.kind == KINDS[kind]
+    assert start.form == KINDS[kind]
     assert starts_at_base(model) == (kind == "fresh")
     assert torch.equal(scores(model), expected)
     assert identity(model) == before

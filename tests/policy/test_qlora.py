@@ -157,7 +157,7 @@ def test_the_reference_is_the_sft_policy(chain, qwen_folder, short_pairs):
 
     config = to_run_config(node).data
     groups = tokenize_groups(
-        load_rows(config, kind="preference").train, AutoTokenizer.from_pretrained(qwen_folder), config
+        load_rows(config, stage="preference").train, AutoTokenizer.from_pretrained(qwen_folder), config
     ).groups
     assert len(groups) == 30
     with ReferenceStore(cache / "reference.sqlite") as store:

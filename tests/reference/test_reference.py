@@ -54,6 +54,19 @@ def prepared(model, path, groups=GROUPS, **settings):
     return values, summary
 
 
+def test_constructors_refuse_numbers_that_make_no_sense(tmp_path):
+    model = tiny_policy()
+    for make in (
+        lambda: live(model, tokens_per_batch=0),
+        lambda: cached(model, tmp_path, tokens_per_batch=0),
+        lambda: cached(model, tmp_path, spot_checks=-1),
+        lambda: LiveReference(model, FlatLayout(), 100, CPU, mix=0.0),
+        lambda: LiveReference(model, FlatLayout(), 100, CPU, mix=1.5),
+    ):
+        with pytest.raises(UserError, match=r"must be (at least|in)"):
+            make()
+
+
 class Forwards:
     """Counts the rows of a model's forward passes."""
 

@@ -35,7 +35,7 @@ what holds it up (an NLL) or keeps it from falling (dpop) outweighs the comparis
 
 def bundled_pairs():
     """(prompt, chosen, rejected) of the quickstart's questions: training, held out."""
-    data = load_rows(load("recipe=quickstart").data, kind="preference")
+    data = load_rows(load("recipe=quickstart").data, stage="preference")
     return [[(row.prompt, *row.completions) for row in part] for part in (data.train[:64], data.eval[:32])]
 
 

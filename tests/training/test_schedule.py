@@ -271,7 +271,7 @@ def test_both_references_know_a_refreshed_policy_by_its_identity(tmp_path, monke
         update(digest, tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr("alignment.policy.identity._update", updated)
+        patch.setattr("alignment.policy.identity._hash_tensor", updated)
         for reference in (*references, soft):
             reference.refresh(3, GROUPS)
     base = {id(parameter) for name, parameter in model.named_parameters() if "lora_" not in name}
