@@ -266,7 +266,7 @@ def test_both_references_know_a_refreshed_policy_by_its_identity(tmp_path, monke
     moved(model)
     read: list[torch.Tensor] = []
 
-    def updated(digest, tensor, update=policy._update):
+    def updated(digest, tensor, update=policy._hash_tensor):
         read.append(tensor)
         update(digest, tensor)
 
