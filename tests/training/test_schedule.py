@@ -17,7 +17,7 @@ from alignment.config.compose import load
 from alignment.config.schema import ReferenceMode
 from alignment.data.units import as_rows
 from alignment.errors import UserError
-from alignment.policy import load as policy
+from alignment.policy import identity as identities
 from alignment.policy.identity import policy_identity
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.live import LiveReference
@@ -266,7 +266,7 @@ def test_both_references_know_a_refreshed_policy_by_its_identity(tmp_path, monke
     moved(model)
     read: list[torch.Tensor] = []
 
-    def updated(digest, tensor, update=policy._hash_tensor):
+    def updated(digest, tensor, update=identities._hash_tensor):
         read.append(tensor)
         update(digest, tensor)
 
