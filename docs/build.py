@@ -29,6 +29,7 @@ ELSEWHERE = {
 
 _LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])+)\]\((?P<target>[^)\s]+)\)")
 _CODE = re.compile(r"(^```[\s\S]*?^```$|^ {4}.*$)", re.MULTILINE)
+_WIDE = "---\nhide:\n  - toc\n---\n\n"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -44,7 +45,7 @@ def gather(root: Path = ROOT) -> dict[str, str]:
     names = {home: name for name, home in homes.items()}
     pages = {}
     for name, home in homes.items():
-        text = page() if name == "losses.md" else (root / home).read_text(encoding="utf-8")
+        text = _WIDE + page() if name == "losses.md" else (root / home).read_text(encoding="utf-8")
         pages[name] = linked(text, home, names, root)
     return pages
 
