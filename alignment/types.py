@@ -1,4 +1,4 @@
-"""What everybody names: groups of tokens, ragged log-probs, and what a loss may ask for beyond them."""
+"""The types that every wing shares: groups of tokens, ragged log-probs, and further quantities per token."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ class Group:
     list is K > 2, best first.
 
     Attributes:
-        prompt: (P,) int32 token ids, with BOS where the tokenizer wants one; P >= 1.
+        prompt: (P,) int32 token ids, with BOS if the tokenizer adds one; P >= 1.
         completions: K arrays (C_k,) int32, each with its end-of-turn tokens unless it was truncated; C_k >= 1.
         labels: K booleans (True: desirable), or None for data without labels.
         scores: K floats from the data (a judge, a reward model), or None.
         weight: factor of the group's loss, from the data.
-        source: where the row came from, "file:row", for messages and samples.
+        source: the row's origin, "file:row", for messages and samples.
+
+    Raises:
+        ValueError: a wrong dtype, nothing to score, or another number of labels or scores than completions.
     """
 
     prompt: np.ndarray
@@ -36,12 +39,18 @@ class Group:
     source: str = ""
 
     def __post_init__(self) -> None:
-        assert self.prompt.dtype == np.int32 and all(c.dtype == np.int32 for c in self.completions)
-        assert len(self.prompt) >= 1, "a prompt has at least one token: it scores the first completion token"
-        assert self.completions and all(len(c) >= 1 for c in self.completions)
+        if any(tokens.dtype != np.int32 for tokens in (self.prompt, *self.completions)):
+            raise ValueError("The tokens of a Group must be int32.")
+        if not len(self.prompt):
+            raise ValueError("The prompt of a Group needs a token: it predicts the first completion token.")
+        if not self.completions or not all(len(tokens) for tokens in self.completions):
+            raise ValueError("A Group needs a completion, and every completion needs a token.")
+        for name, values in (("labels", self.labels), ("scores", self.scores)):
+            if values is not None and len(values) != len(self.completions):
+                raise ValueError(f"A Group of {len(self.completions)} completions cannot have {len(values)} {name}.")
 
     def key(self, index: int) -> bytes:
-        """32-byte content hash of the prompt's and one completion's tokens, and of nothing else."""
+        """32-byte hash of the tokens of the prompt and of one completion, and of nothing else."""
         digest = hashlib.blake2b(digest_size=32)
         digest.update(len(self.prompt).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(self.prompt, dtype="<i4").tobytes())
@@ -49,18 +58,18 @@ class Group:
         return digest.digest()
 
     def keys(self) -> list[bytes]:
-        """The content hashes of all completions, in order."""
+        """The keys of all completions, in order."""
         return [self.key(i) for i in range(len(self.completions))]
 
 
 class Quantity(Enum):
-    """What a loss can ask for at every completion token beyond its log-prob, computed where the logits exist."""
+    """A number per completion token that a loss can ask for beyond the log-prob. It is computed from the logits."""
 
     collision = "collision"
     """log sum_v p_v^2 of the policy's next-token distribution p, without gradient."""
 
     entropy = "entropy"
-    """Entropy of the reference's next-token distribution over the logarithm of the vocabulary's size: 0 to 1."""
+    """Entropy of the reference's next-token distribution divided by the log of the vocabulary's size: 0 to 1."""
 
     divergence = "divergence"
     """KL(reference || policy) of the next-token distributions in nats, differentiable; needs a live reference."""
@@ -70,24 +79,29 @@ class Quantity(Enum):
 class RaggedLogps:
     """Log-probs of completion tokens of S sequences, laid end to end.
 
-    Kept per token until a loss decides how to reduce them, so that sums, means and prefixes come from one source
-    and one stored reference serves every loss.
+    They stay per token until a loss reduces them. So sums, means and prefixes come from one source, and one stored
+    reference serves every loss.
 
     Attributes:
         values: (tokens,) float32 or float64, natural logarithms, one per completion token.
         offsets: (S + 1,) int64 on the device of `values`; sequence s holds `values[offsets[s]:offsets[s + 1]]`.
+
+    Raises:
+        ValueError: tensors of another shape or dtype.
     """
 
     values: Tensor
     offsets: Tensor
 
     def __post_init__(self) -> None:
-        assert self.values.dim() == 1 and self.offsets.dim() == 1, "values and offsets are one-dimensional"
-        assert self.offsets.dtype == torch.int64, "offsets are int64"
+        if self.values.dim() != 1 or self.offsets.dim() != 1 or not len(self.offsets):
+            raise ValueError("The values and offsets of RaggedLogps must be one-dimensional, with at least one offset.")
+        if self.offsets.dtype != torch.int64:
+            raise ValueError(f"The offsets of RaggedLogps must be int64, not {self.offsets.dtype}.")
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Tensor]) -> RaggedLogps:
-        """Join S one-dimensional tensors (kept differentiable) into one ragged tensor."""
+        """Join S one-dimensional tensors; gradients flow through."""
         lengths = torch.tensor([0, *(len(s) for s in sequences)], dtype=torch.int64)
         values = torch.cat(list(sequences)) if sequences else torch.zeros(0)
         return cls(values, lengths.cumsum(0).to(values.device))
@@ -105,7 +119,7 @@ class RaggedLogps:
         return torch.segment_reduce(self.values, "sum", offsets=self.offsets, axis=0)
 
     def means(self) -> Tensor:
-        """(S,) mean log-prob per completion token. A sequence without tokens has no mean and is refused upstream."""
+        """(S,) mean log-prob per completion token. A sequence without tokens has none; `Group` refuses it."""
         return self.sums() / self.lengths
 
     def sequence(self, index: int) -> Tensor:
@@ -117,7 +131,7 @@ class RaggedLogps:
         return RaggedLogps.from_sequences([self.sequence(i) for i in indices])
 
     def detach(self) -> RaggedLogps:
-        """The same log-probs without their graph."""
+        """The same log-probs without gradient."""
         return RaggedLogps(self.values.detach(), self.offsets)
 
     def to(self, device: torch.device | str) -> RaggedLogps:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignment.losses.base import LossInputs, LossOutput
+from alignment.losses.base import LossInputs, LossOutput, given
 from alignment.losses.dpo import DPO, log_ratios
 
 
@@ -51,8 +51,7 @@ class AOT(DPO):
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (pairs,) in the order of the pairs, rewards beta u and beta v (2 * pairs,)."""
-        assert inputs.reference is not None, "this loss compares with a reference"
-        ratios, reference = log_ratios(inputs).sums(), inputs.reference.sums()
+        ratios, reference = log_ratios(inputs).sums(), given(inputs.reference, "LossInputs.reference").sums()
         margins, before = ratios[0::2] - ratios[1::2], reference[0::2] - reference[1::2]
         # M_i - R_(k) = d_i + (R_i - R_(k)): where a pair meets itself, the exact per-token difference is all that is
         # left, and no rounded sum of hundreds of nats stands in the margin.

@@ -1,4 +1,4 @@
-"""What a loss is: hyper-parameters in a dataclass, mathematics in `__call__`, nothing of models or training."""
+"""What a loss is: a dataclass of hyper-parameters with its mathematics in `__call__`. It knows no model, no trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from enum import EnumType
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,15 +16,17 @@ from torch import Tensor
 from alignment.errors import positive, require
 from alignment.types import Quantity, RaggedLogps
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class StepTotals:
-    """Counts over a whole optimizer step, whatever part of it is at hand: what a mean over its tokens divides by.
+    """Counts over a whole optimizer step: the denominators of its means, the same for every micro-batch.
 
     Attributes:
         items: pairs, rows or lists.
         tokens: of the preferred completions: chosen in a pair, desirable in a row, first of a list.
-        prompt_tokens: of their prompts, without the first token, which nothing predicts.
+        prompt_tokens: of their prompts, without the first token (nothing predicts it).
     """
 
     items: int
@@ -34,25 +36,26 @@ class StepTotals:
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What a loss sees of one step (or of a part of it).
+    """The input of a loss: one step, or a part of one.
 
-    S sequences in group order. For a loss of pairs S = 2 * items and sequences 2i, 2i + 1 are the chosen and the
-    rejected completion of pair i; for a loss of rows S = items; for a loss of lists `sizes` says how many sequences
-    each item has, best first.
+    It holds S sequences in group order. In pairs S = 2 * items: sequences 2i and 2i + 1 are the chosen and the rejected
+    completion of pair i. In rows S = items. In lists `sizes` counts the sequences of each item, best first.
 
     Attributes:
         policy: log-probs under the policy, differentiable.
-        reference: log-probs of the same tokens under the reference, no gradient; None where there is none.
+        reference: log-probs of the same tokens under the reference, without gradient; None without a reference.
         labels: (S,) bool, True for desirable completions; None for pairs and lists.
         sizes: (items,) int64, completions of each list; None for pairs and rows.
-        scores: (S,) float64, what a judge or a reward model gave the completions, not a number for items without; None
-            where none has any.
+        scores: (S,) float64 from a judge or a reward model, NaN for items without; None if no item has any.
         prompts: the policy's log-probs of every item's prompt tokens but the first, for losses that ask for them.
-        quantities: what the loss asks for by `Requirements.quantities`, per completion token like `policy`.
-        state: what `LossOutput.state` was after the step before, or `Loss.initial_state()`.
-        totals: counts over the whole step; None where these inputs are the whole step.
-        seeds: (items,) int64, drawn anew for every step from the item's content: the source of all randomness, so that
-            neither the order of the items nor their split into parts changes a draw. None outside training.
+        quantities: the quantities of `Requirements.quantities`, per completion token like `policy`.
+        state: `LossOutput.state` of the previous step, or `Loss.initial_state()`.
+        totals: counts over the whole step; None if these inputs are the whole step.
+        seeds: (items,) int64, new for every step and derived from the item's content. All randomness comes from them,
+            so the order of the items and their split into parts change no draw. None outside training.
+
+    Raises:
+        ValueError: parts that do not fit together.
     """
 
     policy: RaggedLogps
@@ -66,6 +69,32 @@ class LossInputs:
     totals: StepTotals | None = None
     seeds: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        # Shapes only: looking at values would make the training pass wait for its device.
+        found = {f"quantities[{quantity.name}]": ragged for quantity, ragged in self.quantities.items()}
+        for name, ragged in {"reference": self.reference, **found}.items():
+            if ragged is not None and (len(ragged), len(ragged.values)) != (len(self.policy), len(self.policy.values)):
+                raise ValueError(
+                    f"LossInputs.{name} must have the policy's {len(self.policy)} sequences and "
+                    f"{len(self.policy.values)} tokens, not {len(ragged)} and {len(ragged.values)}."
+                )
+        if self.labels is not None and self.labels.dtype != torch.bool:
+            raise ValueError(f"LossInputs.labels must be bool, not {self.labels.dtype}.")
+        sequences, items = len(self.policy), self._items()
+        if self.sizes is not None and self.sizes.device.type == "cpu" and (total := int(self.sizes.sum())) != sequences:
+            raise ValueError(f"LossInputs.sizes must add up to the policy's {sequences} sequences, not {total}.")
+        lengths = {"labels": sequences, "scores": sequences, "prompts": items, "seeds": items}
+        for name, length in lengths.items():
+            part = getattr(self, name)
+            if part is not None and len(part) != length:
+                raise ValueError(f"LossInputs.{name} must have length {length}, not {len(part)}.")
+
+    def _items(self) -> int:
+        """Pairs, rows or lists."""
+        if self.sizes is not None:
+            return len(self.sizes)
+        return len(self.policy) // (2 if self.labels is None else 1)
+
     def preferred(self) -> Tensor:
         """(S,) bool: chosen in a pair, desirable in a row, first of a list."""
         if self.labels is not None:
@@ -78,7 +107,7 @@ class LossInputs:
         return preferred
 
     def step_totals(self) -> StepTotals:
-        """Counts over the whole step, taken from these inputs where they are all of it."""
+        """Counts over the whole step: `totals`, or counted here if these inputs are the whole step."""
         if self.totals is not None:
             return self.totals
         preferred = self.preferred()
@@ -89,19 +118,19 @@ class LossInputs:
         )
 
     def _counts(self, preferred: Tensor) -> Tensor:
-        """(items,) bool: whose prompts count; every pair and list has a preferred completion."""
+        """(items,) bool: whether the item's prompt counts. Every pair and every list has a preferred completion."""
         return preferred if self.labels is not None else torch.ones_like(preferred[preferred])
 
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """Unreduced result of a loss; the trainer averages over the items of the whole optimizer step.
+    """The unreduced result of a loss. The trainer averages over the items of the whole optimizer step.
 
     Attributes:
         losses: (items,) differentiable.
-        rewards: (S,) detached; the reward that this objective itself optimises, per sequence, in its own units.
-        parts: further detached quantities per item, named, e.g. {"nll": (items,)}.
-        state: the running state after this step; only of losses that have one, which see whole steps.
+        rewards: (S,) detached: the reward of each sequence that this objective optimises, in its own units.
+        parts: more detached numbers per item, by name, e.g. {"nll": (items,)}.
+        state: the running state after this step, for losses that have one.
     """
 
     losses: Tensor
@@ -116,12 +145,12 @@ class Requirements:
 
     Attributes:
         unit: "pair" (two sequences an item), "row" (one labelled sequence an item) or "list" (two or more).
-        reference: whether `LossInputs.reference` must be there.
-        min_items: fewest items of one optimizer step for which the loss is defined (KTO: 2).
-        whole_step: whether an item's loss depends on other items of the step, so that it is given all of them at once.
+        reference: whether it reads `LossInputs.reference`.
+        min_items: the fewest items of an optimizer step for which the loss is defined (KTO: 2).
+        whole_step: whether an item's loss depends on other items. Such a loss gets the whole step at once.
         scores, prompts: whether it reads these inputs.
-        quantities: which of these it reads.
-        density_weights: whether rows are to be weighted by how their prompts are spread, before training (BCO).
+        quantities: the quantities that it reads.
+        density_weights: whether to weight rows by the density of their prompts before training (BCO).
     """
 
     unit: str
@@ -136,11 +165,10 @@ class Requirements:
 
 @dataclass(kw_only=True)
 class Loss(ABC):
-    """Base of all losses. A subclass is a dataclass whose fields are its hyper-parameters and its Hydra schema.
+    """The base of all losses. A subclass is a dataclass; its fields are its hyper-parameters and its Hydra schema.
 
-    Fields have no defaults: the one home of a default is `conf/loss/<name>.yaml`. `__post_init__` refuses values out
-    of range, and values that would have no effect, with a `UserError` that names the key as the user wrote it
-    (`loss.beta`).
+    Fields have no defaults: defaults live in `conf/loss/<name>.yaml` and nowhere else. `__post_init__` refuses values
+    that are out of range or would have no effect. Its `UserError` names the key as you write it (`loss.beta`).
     """
 
     name: ClassVar[str]
@@ -148,17 +176,17 @@ class Loss(ABC):
     title: ClassVar[str]
     """Its name as its paper writes it, for tables and pages; only losses of this package need one."""
     purpose: ClassVar[str] = ""
-    """What it is for, in one short line of the table of losses."""
+    """What it is for, in one short line for the table of losses."""
     uncertain: ClassVar[str] = ""
-    """What of it could not be checked against its paper; empty where everything was."""
+    """What could not be checked against its paper; empty if everything was."""
     unit: ClassVar[str]
     needs_reference: ClassVar[bool]
     min_items: ClassVar[int] = 1
     whole_step: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
     discontinuous_at_reference: ClassVar[bool] = False
-    """Whether rounding may change its value at the reference by more than rounding: it depends on an order of rewards,
-    and there all are equal."""
+    """Whether rounding can make the loss jump where the policy equals the reference: the loss depends on the order of
+    the rewards, and there all rewards are equal."""
     quantities: ClassVar[frozenset[Quantity]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -172,7 +200,7 @@ class Loss(ABC):
             setattr(self, item.name, as_typed(f"loss.{item.name}", types[item.name], getattr(self, item.name)))
 
     def requirements(self) -> Requirements:
-        """What the trainer has to provide; by default the same for all settings of a class."""
+        """What the trainer has to provide. By default it is the same for all settings of a class."""
         return Requirements(
             unit=self.unit,
             reference=self.needs_reference,
@@ -191,31 +219,32 @@ class Loss(ABC):
     def at_reference(self, inputs: LossInputs) -> Tensor:
         """(items,) float64: the closed form of this loss where the policy equals the reference.
 
-        Written out by hand (DPO: log 2), not by calling the loss: every run compares the two before its first update.
+        Write it out by hand (DPO: log 2) instead of calling the loss: every run compares the two before its first
+        update.
 
         Args:
-            inputs: in float64, those of a policy that is its own reference; nothing is drawn.
+            inputs: float64, with the policy as its own reference and without seeds.
         """
 
     def problem(self, completions: int, scores: tuple[float, ...] | None) -> str | None:
-        """Why items of so many completions with these scores are none for this loss; None: they are.
+        """Why this loss cannot read an item with that many completions and these scores; None if it can.
 
-        Written to be read after the row that has it: "has two completions, and ...".
+        The text continues a sentence about the row: "has 2 completions, where three are read".
         """
         del completions, scores
         return None
 
     def initial_state(self) -> dict[str, float]:
-        """The running state before the first step; it is kept in checkpoints."""
+        """The running state before the first step. Checkpoints keep it."""
         return {}
 
     def mismatched(self, num_items: int) -> list[tuple[int, int]]:
-        """Extra (prompt of sequence i, completion of sequence j) that the step needs scored, without gradient."""
+        """Pairs (i, j): also score the completion of sequence j under the prompt of sequence i, without gradient."""
         del num_items
         return []
 
     def step_statistics(self, mismatched: LossInputs) -> Tensor | None:
-        """(k,) sums over the mismatched sequences, additive over micro-batches and ranks. None: the loss needs none."""
+        """(k,) sums over the mismatched sequences, additive over micro-batches and ranks; None if it needs none."""
         del mismatched
         return None
 
@@ -252,7 +281,7 @@ _ACCEPTED: dict[Any, tuple[type, str]] = {
 
 @dataclass(kw_only=True)
 class BetaPairLoss(Loss):
-    """A loss of pairs whose strength is `beta`."""
+    """A loss of pairs with a strength `beta`."""
 
     unit: ClassVar[str] = "pair"
 
@@ -261,6 +290,17 @@ class BetaPairLoss(Loss):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("loss.beta", self.beta)
+
+
+def given(value: T | None, name: str) -> T:
+    """The value of this name, which the loss needs.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if value is None:
+        raise ValueError(f"This loss needs {name}, and there is none.")
+    return value
 
 
 def per_pair(reference: RaggedLogps, value: float) -> Tensor:

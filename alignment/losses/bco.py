@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.errors import positive
-from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements
+from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements, given
 from alignment.losses.dpo import log_ratios
 from alignment.losses.running import in_order
 
@@ -74,13 +74,13 @@ class BCO(Loss):
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (rows,), rewards beta u (rows,); part `delta` (rows,)."""
-        assert inputs.labels is not None, "BCO reads a label per row"
+        labels = given(inputs.labels, "LossInputs.labels")
         rewards = self.beta * log_ratios(inputs).sums()
         delta, count = inputs.state["delta"], inputs.state["count"]
         if inputs.seeds is not None:
             count += len(rewards)
             delta += len(rewards) / count * (in_order(rewards).mean().item() - delta)
-        signs = rewards.new_tensor([-1.0, 1.0])[inputs.labels.long()]
+        signs = rewards.new_tensor([-1.0, 1.0])[labels.long()]
         losses = -F.logsigmoid(signs * (rewards - delta))
         parts = {"delta": torch.full_like(rewards.detach(), delta)}
         return LossOutput(losses, rewards.detach(), parts, {"delta": delta, "count": count})

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.errors import within
-from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, given, per_pair
 from alignment.types import RaggedLogps
 
 
@@ -20,9 +20,8 @@ def log_ratios(inputs: LossInputs) -> RaggedLogps:
     The difference is taken per token: a float32 sum of some hundred nats is rounded as coarsely as an early log-ratio
     of the whole sequence is large.
     """
-    assert inputs.reference is not None, "this loss compares with a reference"
-    assert inputs.policy.values.shape == inputs.reference.values.shape, "policy and reference score the same tokens"
-    return RaggedLogps(inputs.policy.values - inputs.reference.values, inputs.policy.offsets)
+    reference = given(inputs.reference, "LossInputs.reference")
+    return RaggedLogps(inputs.policy.values - reference.values, inputs.policy.offsets)
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignment.errors import positive
-from alignment.losses.base import Loss, LossInputs, LossOutput
+from alignment.losses.base import Loss, LossInputs, LossOutput, given
 from alignment.losses.dpo import log_ratios
 
 
@@ -57,22 +57,22 @@ class KTO(Loss):
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (rows,), rewards beta u (rows,); part `kl` (rows,). `step_statistics` must cover the whole step."""
-        assert inputs.labels is not None, "KTO reads a label per row"
-        assert step_statistics is not None, "KTO needs the summed statistics of the step's mismatched rows"
+        labels = given(inputs.labels, "LossInputs.labels")
+        sums = given(step_statistics, "step_statistics of the step's mismatched rows")
         ratios = log_ratios(inputs).sums()
-        z0 = (step_statistics[0] / step_statistics[1]).clamp(min=0).detach()
-        signs = ratios.new_tensor([-1.0, 1.0])[inputs.labels.long()]
-        losses = self._weights(ratios, inputs.labels) * torch.sigmoid(self.beta * signs * (z0 - ratios))
+        z0 = (sums[0] / sums[1]).clamp(min=0).detach()
+        signs = ratios.new_tensor([-1.0, 1.0])[labels.long()]
+        losses = self._weights(ratios, labels) * torch.sigmoid(self.beta * signs * (z0 - ratios))
         return LossOutput(losses, self.beta * ratios.detach(), {"kl": z0.expand(len(ratios))})
 
     def at_reference(self, inputs: LossInputs) -> Tensor:
         """Half the weight of every row: u and z0 are both 0."""
-        assert inputs.labels is not None, "KTO reads a label per row"
-        return self._weights(inputs.policy.values.double(), inputs.labels) / 2
+        return self._weights(inputs.policy.values.double(), given(inputs.labels, "LossInputs.labels")) / 2
 
     def mismatched(self, num_items: int) -> list[tuple[int, int]]:
         """Every prompt with the next row's completion, the last with the first."""
-        assert num_items >= self.min_items, "the only row of a step has no mismatched completion"
+        if num_items < self.min_items:
+            raise ValueError("The only row of a step has no mismatched completion.")
         return [(i, (i + 1) % num_items) for i in range(num_items)]
 
     def step_statistics(self, mismatched: LossInputs) -> Tensor:

@@ -1,4 +1,4 @@
-"""What losses of ranked lists share: ragged lists as tables, which completions of a list are better than which."""
+"""Shared by losses of ranked lists: ragged lists as padded tables, and which completion beats which."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from alignment.errors import positive
-from alignment.losses.base import Loss, LossInputs
+from alignment.losses.base import Loss, LossInputs, given
 from alignment.losses.dpo import log_ratios
 
 
 def table(values: Tensor, sizes: Tensor) -> Tensor:
-    """(lists, longest list): the (S,) values of one list per line, with zeros behind those of a shorter one."""
+    """(lists, longest list): the (S,) values, one list per line, padded with zeros."""
     return pad_sequence(values.split(sizes.tolist()), batch_first=True)
 
 
 def members(sizes: Tensor) -> Tensor:
-    """(lists, longest list) bool: where such a table has a completion."""
+    """(lists, longest list) bool: True where `table` holds a completion, False where it holds padding."""
     return torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
 
 
 def better_pairs(sizes: Tensor, scores: Tensor | None = None) -> Tensor:
     """(lists, longest list, longest list) bool: whether the first completion is better than the second.
 
-    It stands before it in the list and, where there are (S,) scores, its own is not as low as the other's: completions
-    with equal scores are no pair. NaN stands for no score.
+    The better one stands earlier in the list. With (S,) scores it must also have the higher score, so completions with
+    equal scores form no pair; NaN stands for no score and decides nothing.
     """
     places = torch.arange(int(sizes.max()), device=sizes.device)
     ordered = (places[:, None] < places) & members(sizes)[:, None]
@@ -40,24 +40,22 @@ def better_pairs(sizes: Tensor, scores: Tensor | None = None) -> Tensor:
 
 def sizes_of(inputs: LossInputs) -> Tensor:
     """(lists,) completions of each list."""
-    assert inputs.sizes is not None, "a loss of lists reads how long each list is"
-    return inputs.sizes
+    return given(inputs.sizes, "LossInputs.sizes")
 
 
 def scores_of(inputs: LossInputs) -> Tensor:
-    """(lists, longest list) float64: the scores, with zeros behind those of a shorter list."""
-    assert inputs.scores is not None, "this loss reads scores"
-    return table(inputs.scores, sizes_of(inputs))
+    """(lists, longest list) float64: the scores, padded with zeros."""
+    return table(given(inputs.scores, "LossInputs.scores"), sizes_of(inputs))
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """What stands for minus infinity under a softmax: an infinity would give NaN gradients where nothing else is."""
+    """A stand-in for minus infinity under a softmax, where a line of true infinities has NaN gradients."""
     return torch.finfo(dtype).min
 
 
 @dataclass(kw_only=True)
 class BetaListLoss(Loss):
-    """A loss of ranked lists whose rewards are beta times the summed log-ratios to the reference."""
+    """A loss of ranked lists with rewards of beta times the summed log-ratios to the reference."""
 
     unit: ClassVar[str] = "list"
     needs_reference: ClassVar[bool] = True

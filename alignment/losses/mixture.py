@@ -81,7 +81,7 @@ class Mixture(Loss):
         )
 
     def requirements(self) -> Requirements:
-        """What the parts need together."""
+        """The needs of all parts together."""
         needs = [part.requirements() for part in self._parts().values()]
         units = {part.requirements().unit for part in self._parts().values() if not isinstance(part, NLL)}
         return Requirements(
@@ -120,7 +120,7 @@ class Mixture(Loss):
         return self._sum(values)
 
     def problem(self, completions: int, scores: tuple[float, ...] | None) -> str | None:
-        """The first of its parts'."""
+        """The first problem that any part has."""
         found = (part.problem(completions, scores) for part in self._parts().values())
         return next((problem for problem in found if problem is not None), None)
 
@@ -133,7 +133,7 @@ class Mixture(Loss):
         }
 
     def mismatched(self, num_items: int) -> list[tuple[int, int]]:
-        """Those of the one part that asks for any."""
+        """Those of the one part that asks for mismatched sequences."""
         for part in self._parts().values():
             if self._reads_pairs_as_rows(part):
                 order = _row_order(num_items)
@@ -144,7 +144,7 @@ class Mixture(Loss):
         return []
 
     def step_statistics(self, mismatched: LossInputs) -> Tensor | None:
-        """Those of the one part that asks for mismatched sequences."""
+        """The statistics of the one part that asks for mismatched sequences."""
         found = (part.step_statistics(mismatched) for part in self._parts().values())
         return next((step_statistics for step_statistics in found if step_statistics is not None), None)
 
@@ -155,7 +155,7 @@ class Mixture(Loss):
         return (part.requirements().unit, self.requirements().unit) == ("row", "pair")
 
     def _inputs_of(self, name: str, inputs: LossInputs) -> LossInputs:
-        """What a part sees of the step."""
+        """The step as this part reads it."""
         part = self._parts()[name]
         keys = part.initial_state()
         inputs = replace(inputs, state={key: inputs.state[f"{name}/{key}"] for key in keys})

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements
+from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements, given
 
 
 class NLLReduction(Enum):
@@ -44,8 +44,8 @@ def nll(inputs: LossInputs, reduction: NLLReduction, scope: NLLScope) -> Tensor:
     if inputs.labels is None:
         sums, lengths = sums[preferred], lengths[preferred]
     if scope is NLLScope.prompt_and_response:
-        assert inputs.prompts is not None, "the prompts' log-probs were asked for"
-        sums, lengths = sums + inputs.prompts.sums(), lengths + inputs.prompts.lengths
+        prompts = given(inputs.prompts, "LossInputs.prompts")
+        sums, lengths = sums + prompts.sums(), lengths + prompts.lengths
     if inputs.labels is not None:
         sums = torch.where(preferred, sums, torch.zeros_like(sums))
     if reduction is NLLReduction.sequence_sum:
@@ -65,8 +65,7 @@ def nll_by_hand(inputs: LossInputs, reduction: NLLReduction, scope: NLLScope) ->
     for item, s in enumerate(sequences):
         tokens = [inputs.policy.sequence(s).double()]
         if scope is NLLScope.prompt_and_response:
-            assert inputs.prompts is not None, "the prompts' log-probs were asked for"
-            tokens.append(inputs.prompts.sequence(item).double())
+            tokens.append(given(inputs.prompts, "LossInputs.prompts").sequence(item).double())
         values.append(-torch.cat(tokens).sum() * preferred[s])
         lengths.append(sum(len(t) for t in tokens))
     if reduction is NLLReduction.sequence_mean:

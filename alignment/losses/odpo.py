@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.errors import positive
-from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, given
 from alignment.losses.dpo import log_ratios
 
 
@@ -72,7 +72,8 @@ class ODPO(BetaPairLoss):
 
 def _gaps(inputs: LossInputs) -> Tensor:
     """(pairs,) float64: how much higher the chosen completion's score is."""
-    assert inputs.scores is not None, "ODPO reads a score per completion"
-    gaps = inputs.scores[0::2] - inputs.scores[1::2]
-    assert bool((gaps >= 0).all()), "refused with the data"
+    scores = given(inputs.scores, "LossInputs.scores")
+    gaps = scores[0::2] - scores[1::2]
+    if not bool((gaps >= 0).all()):
+        raise ValueError("ODPO needs chosen completions whose scores are not below those of the rejected ones.")
     return gaps

@@ -1,12 +1,12 @@
-"""One pair of completions, and what the losses come to on it: by their formulas, and in TRL 1.16.
+"""The parity table: the value of each loss on one pair of completions, by its formula, here and in TRL 1.16.
 
-The page of the losses prints it, the tests run TRL again. It is data: a loss of this package gets a line here where its
-value was worked out from the paper's formula, or by its authors' code, without this package.
+The page of the losses prints this table, and the tests run TRL again. Add a line for a loss once you have worked out
+its value without this package, from the paper's formula or with its authors' code.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,13 +80,13 @@ ABSENT = ""
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A loss on the pair.
+    """One loss on the pair.
 
     Attributes:
         loss: with the settings of this check.
         formula: its value by the formula of the paper or of the authors' code, to ten digits.
-        trl: how TRL 1.16 is asked for the same, or `ABSENT`.
-        trl_value: what TRL gives.
+        trl: the settings of TRL 1.16 for the same loss, or `ABSENT`.
+        trl_value: the value that TRL gives.
         remark: where and why values or behaviour differ.
     """
 
@@ -102,10 +102,13 @@ def _ragged(sequences: tuple[tuple[float, ...], ...]) -> RaggedLogps:
 
 
 def step_of_the_pair(loss: Loss) -> LossInputs:
-    """The pair as the loss takes it, in float64: a pair, two labelled rows, a list of two or, for TPO, of three."""
+    """The pair in the form that the loss reads, in float64: a pair, two labelled rows, or a list."""
     unit = loss.requirements().unit
     quantities = {Quantity.collision: COLLISION, Quantity.divergence: DIVERGENCE, Quantity.entropy: ENTROPY}
-    step = LossInputs(
+    seeds = torch.zeros(2 if unit == "row" else 1, dtype=torch.int64)
+    if isinstance(loss, TPO | TPOL):
+        return LossInputs(_ragged((GOLD, *POLICY)), sizes=torch.tensor([3]), seeds=seeds)
+    return LossInputs(
         _ragged(POLICY),
         _ragged(REFERENCE),
         labels=torch.tensor([True, False]) if unit == "row" else None,
@@ -113,19 +116,15 @@ def step_of_the_pair(loss: Loss) -> LossInputs:
         scores=torch.tensor(SCORES, dtype=torch.float64),
         quantities={quantity: _ragged(values) for quantity, values in quantities.items()},
         state=loss.initial_state(),
-        seeds=torch.zeros(2 if unit == "row" else 1, dtype=torch.int64),
+        seeds=seeds,
     )
-    if isinstance(loss, TPO | TPOL):
-        step = replace(step, policy=_ragged((GOLD, *POLICY)), sizes=torch.tensor([3]))
-    return step
 
 
 def value_here(loss: Loss) -> float:
-    """What this package gives: the mean over the items, with a mismatched baseline (KTO) of 0."""
-    step = step_of_the_pair(loss)
-    assert step.reference is not None
-    step_statistics: Tensor | None = loss.step_statistics(LossInputs(step.reference, step.reference))
-    return loss(step, step_statistics).losses.mean().item()
+    """The value of this package: the mean over the items, with a mismatched baseline (KTO) of 0."""
+    reference = _ragged(REFERENCE)
+    step_statistics: Tensor | None = loss.step_statistics(LossInputs(reference, reference))
+    return loss(step_of_the_pair(loss), step_statistics).losses.mean().item()
 
 
 _TOKENS: dict[str, Any] = {"nll_reduction": NLLReduction.token_mean, "nll_scope": NLLScope.response}

@@ -1,4 +1,4 @@
-"""Statistics of a step, and how a loss follows them from step to step."""
+"""Statistics of a step, and the moving averages by which a loss follows them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NO_MOMENTS = {"mean": 0.0, "std": 0.0}
 def in_order(values: Tensor) -> Tensor:
     """(n,) the same numbers sorted, in float64 and without gradient.
 
-    A sum over them is the same to the last bit whatever the order of the items was.
+    Their sum has the same bits in whatever order the items came.
     """
     return values.detach().double().sort().values
 
 
 def moving_moments(state: Mapping[str, float], values: Tensor, decay: float) -> dict[str, float]:
-    """Exponential moving averages, from 0 on, of a step's mean and standard deviation (n - 1 in the denominator)."""
+    """Exponential moving averages, starting at 0, of a step's mean and standard deviation (denominator n - 1)."""
     ordered = in_order(values)
     now = {"mean": ordered.mean().item(), "std": ordered.std().item()}
     return {key: decay * state[key] + (1 - decay) * now[key] for key in NO_MOMENTS}
@@ -28,7 +28,7 @@ def moving_moments(state: Mapping[str, float], values: Tensor, decay: float) -> 
 def standardised(values: Tensor, moments: Mapping[str, float]) -> Tensor:
     """(n,) distances from the mean in standard deviations, without gradient.
 
-    All 0 where the deviation is: before the first step, and as long as the policy is exactly the reference.
+    They are 0 while the deviation is 0: before the first step, and as long as the policy equals the reference.
     """
     centred = values.detach() - moments["mean"]
     return centred / moments["std"] if moments["std"] > 0 else 0 * centred

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignment.errors import positive
-from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, given, per_pair
 from alignment.losses.dpo import log_ratios
 
 
@@ -104,5 +104,5 @@ class SPPOSoft(BetaPairLoss):
 
     def _log_odds(self, inputs: LossInputs) -> Tensor:
         """(pairs,) float64: of the chosen completion's win."""
-        assert inputs.scores is not None, "soft SPPO reads a score per completion"
-        return self.score_scale * (inputs.scores[0::2] - inputs.scores[1::2])
+        scores = given(inputs.scores, "LossInputs.scores")
+        return self.score_scale * (scores[0::2] - scores[1::2])

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignment.errors import not_negative, positive
-from alignment.losses.base import LossInputs, LossOutput
+from alignment.losses.base import LossInputs, LossOutput, given
 from alignment.losses.nll import Anchored, NLLReduction, NLLScope
 
 
 class _Triple(Anchored):
-    """What the two share: lists of three, and a margin of rewards with the gold answer's NLL."""
+    """Shared by both: lists of three, and a margin of rewards plus the NLL of the gold answer."""
 
     unit: ClassVar[str] = "list"
     needs_reference: ClassVar[bool] = False
@@ -35,8 +35,8 @@ class _Triple(Anchored):
         return f"has {completions} completions, where three are read, best first: gold, chosen and rejected"
 
     def _check(self, inputs: LossInputs) -> None:
-        assert inputs.sizes is not None, "the loss reads lists"
-        assert bool((inputs.sizes == 3).all()), "refused with the data"
+        if not bool((given(inputs.sizes, "LossInputs.sizes") == 3).all()):
+            raise ValueError("TPO needs lists of three completions: gold, chosen and rejected.")
 
     def _output(self, inputs: LossInputs, rewards: Tensor, target: float) -> LossOutput:
         """The loss of rewards (S,) whose margin is asked to reach the target."""

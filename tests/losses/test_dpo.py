@@ -65,5 +65,5 @@ def test_refuses_label_smoothing(smoothing):
 
 
 def test_refuses_a_missing_reference(inputs):
-    with pytest.raises(AssertionError, match="reference"):
+    with pytest.raises(ValueError, match="reference"):
         DPO(beta=0.1, label_smoothing=0.0)(inputs([[-1.0], [-1.0]]))
