@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
@@ -35,3 +37,9 @@ def within(key: str, value: float, interval: str) -> None:
     low, high = (float(end) for end in interval[1:-1].split(","))
     inside = low <= value <= high and (value != low or interval[0] == "[") and (value != high or interval[-1] == "]")
     require(inside, f"{key} must be in {interval}, not {value}.")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The text " (did you mean ...?)" with the known word that is most similar; empty if none is."""
+    found = get_close_matches(word, list(known), 1)
+    return f" (did you mean {found[0]}?)" if found else ""

@@ -1,7 +1,7 @@
-"""The command: `python -m alignment.losses` lists the losses, `... show NAME` explains one, `... docs` writes the page.
+"""The command `python -m alignment.losses`: list the losses, explain one, or write the page of all of them.
 
-List, explanation and page have one source: the classes, the values and comments of `conf/loss/<name>.yaml`, and the
-checked pair of `alignment.losses.parity`.
+All three read the same sources: the classes, the values and comments of `conf/loss/<key>.yaml`, and the table of
+`alignment.losses.parity`.
 """
 
 from __future__ import annotations
@@ -9,38 +9,51 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
+from alignment.errors import UserError, did_you_mean
 from alignment.files import asset_dir
-from alignment.losses import LDDPO, LOSSES, Loss, Mixture, Quantity, SamPO
+from alignment.losses import LDDPO, LOSSES, Loss, Mixture, Quantity, SamPO, title
 from alignment.losses.parity import CHECKS, Check, value_here
 
 TOKEN_LEVEL = frozenset({LDDPO.name, SamPO.name})
-"""For these the sums of the log-probs and the lengths of the sequences do not suffice."""
+"""These losses need single tokens; sums of log-probs and lengths are not enough."""
 
-COLUMNS = ("loss", "items", "reference", "reads", "state", "defaults", "what for")
+COLUMNS = ("loss", "title", "items", "reference", "reads", "state", "defaults", "purpose")
+
+_GROUPS = {
+    ("pair", True): "Pairs of a chosen and a rejected answer, against a reference",
+    ("pair", False): "Pairs of a chosen and a rejected answer, without a reference",
+    ("row", True): "Single answers labelled good or bad, against a reference",
+    ("row", False): "Single answers labelled good or bad, without a reference",
+    ("list", True): "Ranked lists of answers, against a reference",
+    ("list", False): "Ranked lists of answers, without a reference",
+}
+_MIXTURES = "Mixtures of these"
+
+
+# ----------------------------------------------------------------------------------------------- options and settings
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One file of `conf/loss`: values, and the sources that its comments name for them."""
+    """One file of `conf/loss`: its values, and the source that its comments give for each value."""
 
     values: dict[str, Any]
     sources: dict[str, str]
 
 
 def read_option(name: str) -> Option:
-    """The option of that name. A comment line "key, key: source" may go on in indented ones."""
-    text = (asset_dir("conf") / "loss" / f"{name}.yaml").read_text(encoding="utf-8")
+    """The option of that name. Comments read "key, key: source"; indented comment lines continue the one before."""
+    text = _option_text(name)
     values = yaml.safe_load(text)
     values.pop("defaults", None)
     sources: dict[str, str] = {}
@@ -56,7 +69,7 @@ def read_option(name: str) -> Option:
 
 
 def mixtures() -> list[str]:
-    """The options that are ready mixtures."""
+    """The options that are ready-made mixtures."""
     found = sorted(path.stem for path in (asset_dir("conf") / "loss").glob("*.yaml"))
     return [name for name in found if name not in {*LOSSES, "none"}]
 
@@ -64,6 +77,10 @@ def mixtures() -> list[str]:
 def recommended(name: str) -> Loss:
     """The loss with the values of its option."""
     return LOSSES[name](**read_option(name).values)
+
+
+def _option_text(name: str) -> str:
+    return (asset_dir("conf") / "loss" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _text(value: Any) -> str:
@@ -82,12 +99,15 @@ def _settings(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {_text(value)}" for key, value in values.items())
 
 
+# ----------------------------------------------------------------------------------------------- one loss
+
+
 def rows() -> list[tuple[str, ...]]:
-    """One row of `COLUMNS` per loss; a star marks what could not be checked against its paper in all."""
+    """One row of `COLUMNS` per loss. A star after the key: something was not checked against the paper."""
     found: list[tuple[str, ...]] = []
     for name, kind in LOSSES.items():
         if kind is Mixture:
-            found.append((name, *["by its losses"] * 4, "-", kind.purpose))
+            found.append((name, kind.title, *["by its losses"] * 4, "-", kind.purpose))
             continue
         loss = recommended(name)
         needs = loss.requirements()
@@ -101,6 +121,7 @@ def rows() -> list[tuple[str, ...]]:
         found.append(
             (
                 name + "*" * bool(kind.uncertain),
+                kind.title,
                 f"{needs.unit}s",
                 reference,
                 ", ".join(reads) or "-",
@@ -112,18 +133,8 @@ def rows() -> list[tuple[str, ...]]:
     return found
 
 
-def ready_mixtures() -> list[str]:
-    """A line per option that is a mixture."""
-    return [f"{name} is a mixture: {_settings(read_option(name).values['weights'])}." for name in mixtures()]
-
-
-def uncertainties() -> list[str]:
-    """A line per loss with a star."""
-    return [f"{name}: {kind.uncertain}" for name, kind in LOSSES.items() if kind.uncertain]
-
-
 def explanation(name: str) -> tuple[str, list[str]]:
-    """A loss's docstring, and a line per setting with its default and where that is from."""
+    """A loss's docstring, and one line per setting with its default and the source of that default."""
     option = read_option(name)
     lines = [
         f"{field.name} {_text(option.values[field.name])}: {option.sources[field.name]}"
@@ -132,12 +143,24 @@ def explanation(name: str) -> tuple[str, list[str]]:
     return inspect.getdoc(LOSSES[name]) or "", lines
 
 
+def _weights(name: str) -> str:
+    return _settings(read_option(name).values["weights"])
+
+
+# ----------------------------------------------------------------------------------------------- the page
+
+
 def _markdown_row(cells: tuple[str, ...]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def _markdown_table(header: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
     return [_markdown_row(header), _markdown_row(("---",) * len(header)), *map(_markdown_row, body)]
+
+
+def _table_row(row: tuple[str, ...]) -> tuple[str, ...]:
+    key, star, _ = row[0].partition("*")
+    return (f"[{key}](#{key})" + "\\*" * bool(star), *row[1:])
 
 
 def _parity_row(check: Check) -> tuple[str, ...]:
@@ -155,104 +178,137 @@ def _parity_row(check: Check) -> tuple[str, ...]:
 
 
 def page() -> str:
-    """The page of the losses, in Markdown."""
-    without = sorted(LOSSES.keys() - {check.loss.name for check in CHECKS})
-    linked = [(f"[{row[0].rstrip('*')}](#{row[0].rstrip('*')}){row[0].partition('*')[1]}", *row[1:]) for row in rows()]
+    """The page of the losses, in Markdown: how to choose one, the table, a section per loss, and the parity table."""
+    without = [kind.title for kind in LOSSES.values() if kind not in {type(check.loss) for check in CHECKS}]
     lines = [
         "# Losses",
         "",
-        "<!-- made by: python -m alignment.losses docs -->",
+        "<!-- written by: python -m alignment.losses docs -->",
         "",
-        "`loss=<name>` chooses one, `loss.<setting>=<value>` changes it.",
+        "Choose a loss with `loss=<key>`, and change its settings with `loss.<setting>=<value>`:",
         "",
-        "- *items*: what its mean is taken over. Pairs serve losses of rows and of lists too.",
-        "- *reference*: `live` where the cache cannot serve it.",
-        "- *reads*: beside the sums or means of the answers' log-probs. What reads the whole step is given all of it at"
-        " once, however the step is split.",
-        "- *state*: carried from step to step, and in checkpoints.",
-        "- \\*: something was not checked against the paper, as said below.",
+        "    python -m alignment.run recipe=dpo_qwen3 loss=simpo loss.beta=2.5",
         "",
-        *_markdown_table(COLUMNS, [(row[0].replace("*", "\\*"), *row[1:]) for row in linked]),
+        "In a terminal, `python -m alignment.losses` lists the losses and `python -m alignment.losses show simpo`"
+        " explains one.",
         "",
-        *ready_mixtures(),
+        "The table below says what each loss reads and what it is for:",
+        "",
+        "- **items**: the data it is made for: pairs of a chosen and a rejected answer, single answers (rows) labelled"
+        " good or bad, or ranked lists. Losses of rows and lists read pairs too.",
+        "- **reference**: whether it compares your model with a reference. With `live`, the reference runs during"
+        " training, because a cache cannot hold what the loss needs.",
+        "- **reads**: what it needs beyond the summed or mean log-probs of the answers. With *the whole step*, the loss"
+        " of an item depends on the other items of the optimizer step. Splitting a step into micro-batches never"
+        " changes the result.",
+        "- **state**: numbers that it carries from step to step. Checkpoints keep them.",
+        "- **defaults**: the settings that you get. Each section below gives the source of every value.",
+        "- **\\***: something could not be checked against the paper. The list after the table says what.",
+        "",
+        *_markdown_table(COLUMNS, [_table_row(row) for row in rows()]),
+        "",
+        *(
+            f"`loss={name}` is a ready-made mixture, {title(name)}: {_weights(name)}. Change its weights with"
+            " `loss.weights.<key>` and its parts with `loss.settings.<key>.<setting>`."
+            for name in mixtures()
+        ),
         "",
         "Not checked against the paper:",
         "",
-        *(f"- {line}" for line in uncertainties()),
+        *(f"- {kind.title}: {kind.uncertain}" for kind in LOSSES.values() if kind.uncertain),
         "",
-        "[Parity](#parity) has what each loss gives on one pair, here and in TRL.",
+        "The [parity table](#parity) shows the value of each loss on one pair, here and in TRL.",
     ]
-    for name in LOSSES:
+    for name, kind in LOSSES.items():
         text, settings = explanation(name)
-        lines += ["", f"## {name}", "", text, "", *(f"- `{line.replace(' ', '` ', 1)}" for line in settings)]
+        lines += ["", f"## {name}", "", f"**{kind.title}**: {kind.purpose}.", "", text, ""]
+        lines += [f"- `{line.replace(' ', '` ', 1)}" for line in settings]
     lines += [
         "",
         "## Parity",
         "",
-        "One pair of completions of 4 and 6 tokens, on which the losses were worked out by their formulas; what this"
-        " package gives, and what TRL 1.16's own code gives, to seven digits. Bold: TRL gives another number. The tests"
-        " run both. beta is 0.1 in TRL where none is named.",
+        "Every value is the loss on one pair of answers with 4 and 6 tokens, to seven digits: worked out from the"
+        " paper's formula, computed by this package, and computed by TRL 1.16. A bold number in TRL's column differs"
+        " from the formula; the last column says where and why. The test suite recomputes both columns. TRL's beta is"
+        " 0.1 unless named.",
         "",
         *_markdown_table(
-            ("loss", "formula", "here", "TRL", "TRL's name", "where and why they differ"),
+            ("loss", "formula", "here", "TRL", "settings in TRL", "where and why they differ"),
             [_parity_row(check) for check in CHECKS],
         ),
         "",
-        f"TRL has none of {', '.join(without)}, whose values are derived by hand in their tests.",
+        f"TRL has none of these: {', '.join(sorted(without, key=str.lower))}. Their tests derive the values by hand.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _list(console: Console) -> None:
-    table = Table(*COLUMNS, show_lines=True)
-    for row in rows():
-        table.add_row(*row)
-    console.print(table)
-    for line in [*ready_mixtures(), "* Not checked against the paper:", *uncertainties()]:
-        console.print(line, markup=False, highlight=False)
+def page_path() -> Path:
+    """The file of the page."""
+    return asset_dir("conf") / "loss" / "README.md"
 
 
-def _show(name: str) -> None:
-    console = Console(soft_wrap=True)
+# ----------------------------------------------------------------------------------------------- the command
+
+
+def _list() -> str:
+    """One line of at most 80 columns per loss, grouped by what the losses read."""
+    groups: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (*_GROUPS.values(), _MIXTURES)}
+    for name, kind in LOSSES.items():
+        needs = None if kind is Mixture else recommended(name).requirements()
+        heading = _MIXTURES if needs is None else _GROUPS[needs.unit, needs.reference]
+        groups[heading].append((name + "*" * bool(kind.uncertain), kind.purpose))
+    groups[_MIXTURES] += [(name, _weights(name)) for name in mixtures()]
+    lines = ["Choose a loss with loss=KEY; `python -m alignment.losses show KEY` explains it."]
+    for heading, entries in groups.items():
+        lines += ["", heading, *(f"  {key:14} {purpose}" for key, purpose in entries)] if entries else []
+    return "\n".join([*lines, "", "* Something could not be checked against the paper; `show` says what.", ""])
+
+
+def _show(name: str) -> str:
     if name in mixtures():
-        text = (asset_dir("conf") / "loss" / f"{name}.yaml").read_text(encoding="utf-8")
-        console.print(re.sub(r"^defaults: .*\n", "", text, flags=re.MULTILINE), markup=False, highlight=False)
-        return
+        return re.sub(r"^defaults: .*\n", "", _option_text(name), flags=re.MULTILINE)
+    kind = LOSSES[name]
     text, settings = explanation(name)
-    console.print(f"{name}: {LOSSES[name].purpose}\n\n{text}", markup=False, highlight=False)
-    if LOSSES[name].uncertain:
-        console.print(f"\nNot checked against the paper: {LOSSES[name].uncertain}", markup=False, highlight=False)
-    console.print("\nSettings, with their defaults and where these are from:", highlight=False)
-    for line in settings:
-        console.print(f"  loss.{line}", markup=False, highlight=False)
+    paragraphs = [f"{kind.title} (loss={name}): {kind.purpose}.", *text.split("\n\n")]
+    if kind.uncertain:
+        paragraphs.append(f"Not checked against the paper: {kind.uncertain}.")
+    width = min(shutil.get_terminal_size().columns, 100)
+    filled = [textwrap.fill(paragraph, width, break_on_hyphens=False) for paragraph in paragraphs]
+    lines = [textwrap.fill(f"loss.{line}", width, initial_indent="  ", subsequent_indent="    ") for line in settings]
+    return "\n\n".join([*filled, "\n".join(["Settings, with their defaults and the sources of these:", *lines])]) + "\n"
+
+
+def _named(name: str | None) -> str:
+    known = [*LOSSES, *mixtures()]
+    if name is not None and name in known:
+        return name
+    what = "show needs the key of a loss" if name is None else f"There is no loss '{name}'{did_you_mean(name, known)}"
+    raise UserError(f"{what}; python -m alignment.losses lists all of them.")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.losses", description="The losses of this package.")
-    parser.add_argument("action", nargs="?", choices=["show", "docs"], help="show NAME explains; docs writes the page")
-    parser.add_argument("name", nargs="?", help="of the loss")
-    given = parser.parse_args(arguments)
-    if given.action is None:
-        _list(Console())
-    elif given.action == "docs":
-        path = page_path()
-        path.write_text(page(), encoding="utf-8")
-        Console().print(f"Written: {path}", markup=False, highlight=False)
-    elif given.name not in (known := [*LOSSES, *mixtures()]):
-        near = get_close_matches(given.name or "", known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        what = f"There is no loss named '{given.name}'." if given.name else "show needs the name of a loss."
-        sys.stderr.write(f"Error: {what}{hint} The losses are {', '.join(known)}.\n")
+    parser = _Parser(prog="python -m alignment.losses", description="List the losses that you can train with.")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands")
+    show = commands.add_parser("show", help="explain one loss: formula, paper, gradient, settings")
+    show.add_argument("key", metavar="KEY", nargs="?", help="as in the list, for example simpo")
+    commands.add_parser("docs", help="write the page of all losses, conf/loss/README.md")
+    try:
+        given = parser.parse_args(arguments)
+        if given.command == "docs":
+            page_path().write_text(page(), encoding="utf-8")
+            sys.stdout.write(f"Written: {page_path()}\n")
+        else:
+            sys.stdout.write(_list() if given.command is None else _show(_named(given.key)))
+    except UserError as error:
+        sys.stderr.write(f"Error: {error}\n")
         return 1
-    else:
-        _show(given.name)
     return 0
-
-
-def page_path() -> Path:
-    """Where the page is kept."""
-    return asset_dir("conf") / "loss" / "README.md"
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class AllPairs(BetaListLoss):
 
     name: ClassVar[str] = "all_pairs"
     title: ClassVar[str] = "all-pairs"
-    purpose: ClassVar[str] = "DPO on every pair of a ranked list, each list counted once"
+    purpose: ClassVar[str] = "DPO on every pair of a list; each list counts once"
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""

@@ -47,7 +47,7 @@ class AlphaDPO(BetaPairLoss):
 
     name: ClassVar[str] = "alpha_dpo"
     title: ClassVar[str] = "alpha-DPO"
-    purpose: ClassVar[str] = "SimPO with a target margin of its own for every pair, by its log-ratios"
+    purpose: ClassVar[str] = "SimPO with a target margin per pair, from its log-ratios"
     uncertain: ClassVar[str] = "whether the paper too has the standardised margin times beta, like its authors' code"
     needs_reference: ClassVar[bool] = True
     min_items: ClassVar[int] = 2

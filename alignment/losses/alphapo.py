@@ -38,7 +38,7 @@ class AlphaPO(BetaPairLoss):
 
     name: ClassVar[str] = "alphapo"
     title: ClassVar[str] = "AlphaPO"
-    purpose: ClassVar[str] = "SimPO with a reward of another shape, against too much or too little push"
+    purpose: ClassVar[str] = "SimPO with another reward shape, to tune how hard it pushes"
     needs_reference: ClassVar[bool] = False
 
     gamma_beta_ratio: float

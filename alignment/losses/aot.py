@@ -45,7 +45,7 @@ class AOT(DPO):
 
     name: ClassVar[str] = "aot"
     title: ClassVar[str] = "AOT"
-    purpose: ClassVar[str] = "the policy's margins are to dominate the reference's as a distribution"
+    purpose: ClassVar[str] = "the margins must beat the reference's as a distribution"
     uncertain: ClassVar[str] = "the paper's beta; smoothing is from TRL's code"
     whole_step: ClassVar[bool] = True
 
@@ -89,7 +89,7 @@ class AOTUnpaired(DPO):
 
     name: ClassVar[str] = "aot_unpaired"
     title: ClassVar[str] = "AOT-unpaired"
-    purpose: ClassVar[str] = "chosen rewards are to dominate rejected ones as a distribution, whatever their prompts"
+    purpose: ClassVar[str] = "chosen rewards must beat rejected ones as a distribution"
     uncertain: ClassVar[str] = "the paper's beta; smoothing is from TRL's code"
     whole_step: ClassVar[bool] = True
 

@@ -36,7 +36,7 @@ class APOZero(BetaPairLoss):
 
     name: ClassVar[str] = "apo_zero"
     title: ClassVar[str] = "APO-zero"
-    purpose: ClassVar[str] = "chosen answers up, rejected ones down: for data better than the policy"
+    purpose: ClassVar[str] = "chosen up, rejected down: for data better than the policy"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
@@ -75,7 +75,7 @@ class APODown(BetaPairLoss):
 
     name: ClassVar[str] = "apo_down"
     title: ClassVar[str] = "APO-down"
-    purpose: ClassVar[str] = "both answers down, the rejected one further: for data worse than the policy"
+    purpose: ClassVar[str] = "both down, rejected further: for data worse than the policy"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:

@@ -51,7 +51,7 @@ class BCO(Loss):
 
     name: ClassVar[str] = "bco"
     title: ClassVar[str] = "BCO"
-    purpose: ClassVar[str] = "labelled rows, judged against the mean reward so far; needs no matched pairs"
+    purpose: ClassVar[str] = "judges rows against the mean reward so far; needs no pairs"
     uncertain: ClassVar[str] = "the rate of the paper's moving average of delta, which it does not give"
     unit: ClassVar[str] = "row"
     needs_reference: ClassVar[bool] = True

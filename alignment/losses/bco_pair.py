@@ -38,7 +38,7 @@ class BCOPair(BetaPairLoss):
 
     name: ClassVar[str] = "bco_pair"
     title: ClassVar[str] = "BCO-pair"
-    purpose: ClassVar[str] = "chosen and rejected answers told apart by a classifier, without a running mean"
+    purpose: ClassVar[str] = "a classifier of chosen and rejected, without a running mean"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:

@@ -56,7 +56,7 @@ class BetaDPO(BetaPairLoss):
 
     name: ClassVar[str] = "beta_dpo"
     title: ClassVar[str] = "beta-DPO"
-    purpose: ClassVar[str] = "pairs of uneven quality: a larger beta for batches of clear pairs, outliers left out"
+    purpose: ClassVar[str] = "for pairs of mixed quality: beta adapts, outliers drop out"
     uncertain: ClassVar[str] = "whether the paper's margins carry beta; those of its authors' code, used here, do not"
     needs_reference: ClassVar[bool] = True
     min_items: ClassVar[int] = 2

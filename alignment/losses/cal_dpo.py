@@ -36,7 +36,7 @@ class CalDPO(BetaPairLoss):
 
     name: ClassVar[str] = "cal_dpo"
     title: ClassVar[str] = "Cal-DPO"
-    purpose: ClassVar[str] = "DPO whose log-ratios are drawn to the scale of true rewards"
+    purpose: ClassVar[str] = "DPO with log-ratios drawn to the scale of true rewards"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:

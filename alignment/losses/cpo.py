@@ -40,7 +40,7 @@ class CPO(Anchored, BetaPairLoss):
 
     name: ClassVar[str] = "cpo"
     title: ClassVar[str] = "CPO"
-    purpose: ClassVar[str] = "DPO without a reference model, kept in place by an NLL term"
+    purpose: ClassVar[str] = "DPO without a reference, kept in place by an NLL term"
     needs_reference: ClassVar[bool] = False
 
     lam: float

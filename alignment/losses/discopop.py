@@ -42,7 +42,7 @@ class DiscoPOP(BetaPairLoss):
 
     name: ClassVar[str] = "discopop"
     title: ClassVar[str] = "DiscoPOP"
-    purpose: ClassVar[str] = "a blend of logistic and exponential loss that a search by a language model found"
+    purpose: ClassVar[str] = "a logistic and exponential blend that a language model found"
     needs_reference: ClassVar[bool] = True
 
     tau: float

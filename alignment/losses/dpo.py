@@ -49,7 +49,7 @@ class DPO(BetaPairLoss):
 
     name: ClassVar[str] = "dpo"
     title: ClassVar[str] = "DPO"
-    purpose: ClassVar[str] = "the usual choice for pairs; smoothing for labels that may be swapped"
+    purpose: ClassVar[str] = "the usual choice; label smoothing if labels may be wrong"
     needs_reference: ClassVar[bool] = True
 
     label_smoothing: float

@@ -39,7 +39,7 @@ class DPOP(BetaPairLoss):
 
     name: ClassVar[str] = "dpop"
     title: ClassVar[str] = "DPOP"
-    purpose: ClassVar[str] = "DPO that keeps the chosen answer likely; for answers that differ little"
+    purpose: ClassVar[str] = "DPO that keeps the chosen answer likely; for similar answers"
     needs_reference: ClassVar[bool] = True
 
     lam: float

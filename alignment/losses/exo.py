@@ -38,7 +38,7 @@ class EXO(BetaPairLoss):
 
     name: ClassVar[str] = "exo"
     title: ClassVar[str] = "EXO"
-    purpose: ClassVar[str] = "a policy close to the best one by reverse KL; badly ranked pairs are left alone"
+    purpose: ClassVar[str] = "close to the best policy by reverse KL; spares misranked pairs"
     needs_reference: ClassVar[bool] = True
 
     epsilon: float

@@ -53,7 +53,7 @@ class FDPO(BetaPairLoss):
 
     name: ClassVar[str] = "f_dpo"
     title: ClassVar[str] = "f-DPO"
-    purpose: ClassVar[str] = "DPO under another divergence than reverse KL, for more or less diverse answers"
+    purpose: ClassVar[str] = "DPO with another divergence, for more or less diverse answers"
     needs_reference: ClassVar[bool] = True
 
     divergence: Divergence

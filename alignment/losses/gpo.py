@@ -87,7 +87,7 @@ class GPO(BetaPairLoss):
 
     name: ClassVar[str] = "gpo"
     title: ClassVar[str] = "GPO"
-    purpose: ClassVar[str] = "DPO with another function of the margin, to compare how hard it pulls"
+    purpose: ClassVar[str] = "DPO with another function of the margin, to compare their pull"
     needs_reference: ClassVar[bool] = True
 
     shape: Shape

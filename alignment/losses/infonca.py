@@ -53,7 +53,7 @@ class InfoNCA(_SoftTargets):
 
     name: ClassVar[str] = "infonca"
     title: ClassVar[str] = "InfoNCA"
-    purpose: ClassVar[str] = "DPO's form for lists with scores: the rewards' softmax follows that of the scores"
+    purpose: ClassVar[str] = "for scored lists: rewards follow the softmax of the scores"
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""
@@ -91,7 +91,7 @@ class NCAList(_SoftTargets):
 
     name: ClassVar[str] = "nca_list"
     title: ClassVar[str] = "NCA-list"
-    purpose: ClassVar[str] = "NCA on lists with scores: anchors the likelihood of good answers"
+    purpose: ClassVar[str] = "for scored lists: NCA, which keeps good answers likely"
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""

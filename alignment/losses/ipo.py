@@ -44,7 +44,7 @@ class IPO(Loss):
 
     name: ClassVar[str] = "ipo"
     title: ClassVar[str] = "IPO"
-    purpose: ClassVar[str] = "pairs drawn to a fixed margin, so that clear preferences do not drive the policy off"
+    purpose: ClassVar[str] = "aims at a fixed margin, so clear preferences do not overfit"
     unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
 

@@ -39,7 +39,7 @@ class KTO(Loss):
 
     name: ClassVar[str] = "kto"
     title: ClassVar[str] = "KTO"
-    purpose: ClassVar[str] = "single answers marked good or bad, for which no pairs exist"
+    purpose: ClassVar[str] = "for single answers marked good or bad, without pairs"
     uncertain: ClassVar[str] = "the range of the weights in the paper's last version, which is from accounts of it"
     unit: ClassVar[str] = "row"
     needs_reference: ClassVar[bool] = True

@@ -47,7 +47,7 @@ class LDDPO(BetaPairLoss):
 
     name: ClassVar[str] = "ld_dpo"
     title: ClassVar[str] = "LD-DPO"
-    purpose: ClassVar[str] = "against long-windedness: tokens beyond the shorter answer's length count less"
+    purpose: ClassVar[str] = "against length: discounts tokens beyond the shorter answer"
     uncertain: ClassVar[str] = "whether the paper discounts the reference too; its alphas"
     needs_reference: ClassVar[bool] = True
 

@@ -43,7 +43,7 @@ class LiPO(BetaListLoss):
 
     name: ClassVar[str] = "lipo"
     title: ClassVar[str] = "LiPO"
-    purpose: ClassVar[str] = "DPO on the pairs of a list, weighted by what they matter to the ranking (LambdaRank)"
+    purpose: ClassVar[str] = "for scored lists: pairs count by their effect on the ranking"
     uncertain: ClassVar[str] = (
         "gain and discount were read in an account of the paper; natural logarithm as in the authors' ranking library"
     )

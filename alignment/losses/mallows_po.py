@@ -44,7 +44,7 @@ class MallowsPO(BetaPairLoss):
 
     name: ClassVar[str] = "mallows_po"
     title: ClassVar[str] = "MallowsPO"
-    purpose: ClassVar[str] = "DPO that weighs prompts by how sure the reference is of its answer"
+    purpose: ClassVar[str] = "weights prompts by how sure the reference is of its answer"
     uncertain: ClassVar[str] = "how the paper averages h; here as in the authors' code"
     needs_reference: ClassVar[bool] = True
     quantities: ClassVar[frozenset[Quantity]] = frozenset({Quantity.entropy})

@@ -42,7 +42,7 @@ class Mixture(Loss):
 
     name: ClassVar[str] = "mixture"
     title: ClassVar[str] = "mixture"
-    purpose: ClassVar[str] = "several objectives at once, each with a weight"
+    purpose: ClassVar[str] = "several losses at once, each with a weight"
     unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True
 

@@ -37,7 +37,7 @@ class NCA(BetaPairLoss):
 
     name: ClassVar[str] = "nca"
     title: ClassVar[str] = "NCA"
-    purpose: ClassVar[str] = "DPO that holds the chosen answer's likelihood up"
+    purpose: ClassVar[str] = "DPO that keeps up the likelihood of the chosen answer"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:

@@ -122,7 +122,7 @@ class NLL(Anchored):
 
     name: ClassVar[str] = "nll"
     title: ClassVar[str] = "NLL"
-    purpose: ClassVar[str] = "supervised fine-tuning on the chosen answer; a part of mixtures"
+    purpose: ClassVar[str] = "supervised fine-tuning on the chosen answer; part of mixtures"
     unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = False
 

@@ -42,7 +42,7 @@ class ODPO(BetaPairLoss):
 
     name: ClassVar[str] = "odpo"
     title: ClassVar[str] = "ODPO"
-    purpose: ClassVar[str] = "DPO for scored pairs: a clearer preference asks for a larger margin"
+    purpose: ClassVar[str] = "for scored pairs: a clearer preference, a larger margin"
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = True
 

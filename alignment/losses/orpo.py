@@ -59,7 +59,7 @@ class ORPO(Anchored):
 
     name: ClassVar[str] = "orpo"
     title: ClassVar[str] = "ORPO"
-    purpose: ClassVar[str] = "fine-tuning and preference in one stage from a base model, without a reference"
+    purpose: ClassVar[str] = "fine-tunes and aligns a base model in one stage"
     unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = False
 

@@ -38,7 +38,7 @@ class RDPO(BetaPairLoss):
 
     name: ClassVar[str] = "r_dpo"
     title: ClassVar[str] = "R-DPO"
-    purpose: ClassVar[str] = "DPO with a price on length, against long-windedness"
+    purpose: ClassVar[str] = "DPO with a price on length, against long-winded answers"
     needs_reference: ClassVar[bool] = True
 
     alpha: float

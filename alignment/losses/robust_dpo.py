@@ -39,7 +39,7 @@ class RobustDPO(BetaPairLoss):
 
     name: ClassVar[str] = "robust_dpo"
     title: ClassVar[str] = "Robust DPO"
-    purpose: ClassVar[str] = "pairs of which a known share is labelled the wrong way round"
+    purpose: ClassVar[str] = "for pairs with a known share of swapped labels"
     needs_reference: ClassVar[bool] = True
 
     flip_rate: float

@@ -43,7 +43,7 @@ class RPO(Anchored, BetaPairLoss):
 
     name: ClassVar[str] = "rpo"
     title: ClassVar[str] = "RPO"
-    purpose: ClassVar[str] = "DPO that keeps the chosen answer likely, for reasoning above all"
+    purpose: ClassVar[str] = "DPO that keeps the chosen answer likely, mostly for reasoning"
     uncertain: ClassVar[str] = "how the NLL of arXiv:2405.16436 is normalised"
     needs_reference: ClassVar[bool] = True
 

@@ -56,7 +56,7 @@ class SamPO(BetaPairLoss):
 
     name: ClassVar[str] = "sampo"
     title: ClassVar[str] = "SamPO"
-    purpose: ClassVar[str] = "against long-windedness: equally many tokens of both answers, drawn at random"
+    purpose: ClassVar[str] = "against length: as many random tokens of both answers"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:

@@ -39,7 +39,7 @@ class SimPO(BetaPairLoss):
 
     name: ClassVar[str] = "simpo"
     title: ClassVar[str] = "SimPO"
-    purpose: ClassVar[str] = "pairs without a reference: rewards per token, with a target margin"
+    purpose: ClassVar[str] = "compares rewards per token and asks for a target margin"
     needs_reference: ClassVar[bool] = False
 
     gamma_beta_ratio: float

@@ -35,7 +35,7 @@ class SLiCHF(Loss):
 
     name: ClassVar[str] = "slic_hf"
     title: ClassVar[str] = "SLiC-HF"
-    purpose: ClassVar[str] = "a hinge on log-probs with a fine-tuning term, without a reference"
+    purpose: ClassVar[str] = "a hinge on log-probs plus a fine-tuning term"
     unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = False
 

@@ -37,7 +37,7 @@ class SPPO(BetaPairLoss):
 
     name: ClassVar[str] = "sppo"
     title: ClassVar[str] = "SPPO"
-    purpose: ClassVar[str] = "log-ratios fitted to targets of self-play, each answer by itself"
+    purpose: ClassVar[str] = "fits each answer's log-ratio to a target from self-play"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
@@ -80,7 +80,7 @@ class SPPOSoft(BetaPairLoss):
 
     name: ClassVar[str] = "sppo_soft"
     title: ClassVar[str] = "SPPO-soft"
-    purpose: ClassVar[str] = "SPPO for scored pairs: log-ratios are fitted to win rates"
+    purpose: ClassVar[str] = "for scored pairs: SPPO that fits win rates"
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = True
 

@@ -42,7 +42,7 @@ class TDPO1(BetaPairLoss):
 
     name: ClassVar[str] = "tdpo1"
     title: ClassVar[str] = "TDPO1"
-    purpose: ClassVar[str] = "a KL of the whole next-token distribution at every token; needs a live reference"
+    purpose: ClassVar[str] = "adds a KL of next-token distributions; needs a live reference"
     needs_reference: ClassVar[bool] = True
     quantities: ClassVar[frozenset[Quantity]] = frozenset({Quantity.divergence})
 
@@ -86,7 +86,7 @@ class TDPO2(BetaPairLoss):
 
     name: ClassVar[str] = "tdpo2"
     title: ClassVar[str] = "TDPO2"
-    purpose: ClassVar[str] = "tdpo1 without the push away from the reference on chosen answers"
+    purpose: ClassVar[str] = "TDPO1 that does not push chosen answers off the reference"
     needs_reference: ClassVar[bool] = True
     quantities: ClassVar[frozenset[Quantity]] = frozenset({Quantity.divergence})
 

@@ -79,7 +79,7 @@ class TPO(_Triple):
 
     name: ClassVar[str] = "tpo"
     title: ClassVar[str] = "TPO"
-    purpose: ClassVar[str] = "fine-tuning on a gold answer and a preference between two others, in one"
+    purpose: ClassVar[str] = "fine-tunes on a gold answer and compares two others"
 
     beta: float
     alpha: float

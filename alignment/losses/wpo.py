@@ -39,7 +39,7 @@ class WPO(BetaPairLoss):
 
     name: ClassVar[str] = "wpo"
     title: ClassVar[str] = "WPO"
-    purpose: ClassVar[str] = "off-policy pairs: those that the policy would not write itself count less"
+    purpose: ClassVar[str] = "for off-policy pairs: unlikely pairs count less"
     uncertain: ClassVar[str] = "whether the paper has the limit of 1 on the weight, as its authors' code does"
     needs_reference: ClassVar[bool] = True
     quantities: ClassVar[frozenset[Quantity]] = frozenset({Quantity.collision})

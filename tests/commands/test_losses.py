@@ -28,28 +28,39 @@ from tests.losses.test_contract import make_step, statistics_of, with_policy
 SINGLE = [name for name in LOSSES if name != "mixture"]
 
 
-def test_lists_every_loss(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "250")
+def test_lists_every_loss_on_a_line_of_80_columns(capsys):
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) <= 70
     for name, loss in LOSSES.items():
-        (row,) = [line for line in lines if re.match(rf"│ {name}\*? ", line)]
-        assert loss.purpose.split()[0] in row
-    for name, loss in LOSSES.items():
-        assert (f"{name}: {loss.uncertain}" in lines) == bool(loss.uncertain)
-    assert "mpo is a mixture: dpo 0.8, bco 0.2, nll 1." in lines
+        star = "*" if loss.uncertain else ""
+        assert lines.count(f"  {name + star:14} {loss.purpose}") == 1
+    assert "  mpo            dpo 0.8, bco 0.2, nll 1" in lines
+
+
+def test_the_list_is_grouped_by_what_the_losses_read(capsys):
+    main([])
+    groups = dict(part.split("\n", 1) for part in capsys.readouterr().out.split("\n\n")[1:-1])
+    found = {heading: [line.split()[0].rstrip("*") for line in body.splitlines()] for heading, body in groups.items()}
+    assert found["Single answers labelled good or bad, against a reference"] == ["kto", "bco"]
+    assert found["Ranked lists of answers, without a reference"] == ["tpo", "tpo_l"]
+    assert found["Mixtures of these"] == ["mixture", "mpo"]
+    assert {"simpo", "orpo", "cpo"} < set(found["Pairs of a chosen and a rejected answer, without a reference"])
+    assert {"dpo", "ipo", "aot"} < set(found["Pairs of a chosen and a rejected answer, against a reference"])
+    assert sum(map(len, found.values())) == len(LOSSES) + 1
 
 
 def test_what_a_row_says():
     found = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in rows()}
     assert found["simpo"] == {
         "loss": "simpo",
+        "title": "SimPO",
         "items": "pairs",
         "reference": "no",
         "reads": "-",
         "state": "-",
         "defaults": "beta 2, gamma_beta_ratio 0.5",
-        "what for": LOSSES["simpo"].purpose,
+        "purpose": LOSSES["simpo"].purpose,
     }
     said = {name: (row["items"], row["reference"], row["reads"], row["state"]) for name, row in found.items()}
     assert said["kto*"] == ("rows", "yes", "answers to other prompts", "-")
@@ -74,8 +85,8 @@ def test_the_losses_that_read_single_tokens():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_says_what_it_is_for(name):
-    """In a line of a table, without the name of the loss."""
-    assert 10 < len(LOSSES[name].purpose) <= 95
+    """In a line of the list, without the name of the loss."""
+    assert 10 < len(LOSSES[name].purpose) <= 62
     assert LOSSES[name].purpose[-1] != "." and not LOSSES[name].uncertain.endswith(".")
 
 
@@ -108,7 +119,10 @@ def test_explains_one(name, capsys):
     assert main(["show", name]) == 0
     shown = capsys.readouterr().out
     text = inspect.getdoc(LOSSES[name])
-    assert text.startswith("L = ") and text in shown
+    assert text.startswith("L = ") and " ".join(text.split()) in " ".join(shown.split())
+    assert shown.startswith(f"{title(name)} (loss={name}): ") and max(map(len, shown.splitlines())) <= 80
+    unchecked = f"Not checked against the paper: {LOSSES[name].uncertain}."
+    assert (unchecked in " ".join(shown.split())) == bool(LOSSES[name].uncertain)
     assert "arXiv" in shown or name == "nll"
     for field in fields(LOSSES[name]):
         assert re.search(rf"^  loss\.{field.name} \S+: \S+", shown, re.MULTILINE), field.name
@@ -127,7 +141,14 @@ def test_explains_a_ready_mixture(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["show", "sipmo"], "Did you mean simpo?"), (["show"], "needs the name")]
+    ("arguments", "said"),
+    [
+        (["show", "sipmo"], "There is no loss 'sipmo' (did you mean simpo?); python -m alignment.losses lists all"),
+        (["show", "xyzzy"], "There is no loss 'xyzzy'; python -m alignment.losses lists all of them."),
+        (["show"], "show needs the key of a loss"),
+        (["shwo"], "'shwo'"),
+        (["--all"], "--all"),
+    ],
 )
 def test_an_unknown_name_gets_one_sentence(arguments, said, capsys):
     assert main(arguments) == 1
@@ -146,7 +167,7 @@ def test_the_page_is_whole():
     """Every loss has its row, its section, its settings; every table is a table; every link has a target."""
     text = page_path().read_text()
     for name, loss in LOSSES.items():
-        assert f"\n## {name}\n\n{inspect.getdoc(loss)}\n" in text
+        assert f"\n## {name}\n\n**{title(name)}**: {loss.purpose}.\n\n{inspect.getdoc(loss)}\n" in text
     titles = {title.lower() for title in re.findall(r"^## (.*)$", text, re.MULTILINE)}
     links = re.findall(r"\]\(#([^)]*)\)", text)
     assert {*LOSSES, "parity"} == titles == set(links)
