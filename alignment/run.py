@@ -178,13 +178,13 @@ def _run(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, place: Memb
     config = to_run_config(cfg)
     check_machine(config)
     _quieten_libraries()
-    from alignment.stages.chain import Run
+    from alignment.stages.chain import Chain
 
     resolved = redact(as_plain(cfg))
-    run = Run(config, run_dir, choices["recipe"], resolved, place)
+    run = Chain(config, run_dir, choices["recipe"], resolved, place)
     if not path.exists():
         atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
-    run.execute()
+    run.run()
 
 
 def _resumes(config: RunConfig) -> bool:

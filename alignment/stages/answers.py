@@ -1,18 +1,16 @@
-"""The evaluation that a person can see: held-out prompts answered before, between and after the stages, and judged."""
+"""The evaluation that you can read: held-out prompts answered before, between and after the stages, and judged."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from alignment.config.schema import EvaluationConfig, Judge
+from alignment.config.schema import Judge, RunConfig
+from alignment.data.prepare import PreferenceData
 from alignment.data.rows import Row
 from alignment.data.units import spread_prompts
 from alignment.errors import UserError
@@ -20,20 +18,18 @@ from alignment.evaluation.generate import as_text, presets, sample, stop_tokens
 from alignment.evaluation.judge import Verdict, compare, judge, win_rate
 from alignment.files import atomic_write_bytes, to_json
 from alignment.runs.record import RunRecord
+from alignment.stages.stage import Workspace
 from alignment.stages.store import StageStore, answers_key
-from alignment.types import Group
 
 log = logging.getLogger(__name__)
 
 
 class HeldOutAnswers:
-    """Answers of the policy at several moments to the same held-out prompts.
+    """Answers of the policy to the same held-out prompts at several moments.
 
     Args:
-        groups, rows: the held-out part, token groups and their rows aligned; the prompts are spread over all of it.
-        train: training groups, whose completions show which token ends an answer.
-        folder: where the answers are kept, so that an interrupted run does not lose them.
-        store: where they are kept for all runs, so that no policy is asked the same twice.
+        data: the prompts are spread over all held-out groups; the training groups show which token ends an answer.
+        store: keeps the answers for all runs, so that no policy is asked the same prompts twice.
 
     Attributes:
         stops: the tokens that end an answer.
@@ -42,21 +38,11 @@ class HeldOutAnswers:
         UserError: the judge is asked for and a row has no accepted answers.
     """
 
-    def __init__(
-        self,
-        config: EvaluationConfig,
-        groups: Sequence[Group],
-        rows: Sequence[Row],
-        train: Sequence[Group],
-        tokenizer: Any,
-        folder: Path,
-        store: StageStore,
-        device: torch.device,
-        seed: int,
-    ) -> None:
-        picked = spread_prompts(groups, config.prompts)
+    def __init__(self, config: RunConfig, data: PreferenceData, work: Workspace, store: StageStore) -> None:
+        groups, rows = data.eval, data.eval_rows
+        picked = spread_prompts(groups, config.evaluation.prompts)
         self.rows = [rows[i] for i in picked]
-        if config.judge is Judge.rules:
+        if config.evaluation.judge is Judge.rules:
             for row in self.rows:
                 if "answer" not in row.meta:
                     raise UserError(
@@ -64,31 +50,29 @@ class HeldOutAnswers:
                         f"has none; add it or set evaluation.judge=none."
                     )
         self._prompts = [groups[i].prompt for i in picked]
-        self._config = config
-        self._tokenizer = tokenizer
-        # A step of a longer answer ends with no token of its own.
-        whole = [] if any(row.steps is not None for row in rows) else train
-        self.stops = stop_tokens(tokenizer, whole)
-        self._folder = folder
+        self._config = config.evaluation
+        self._seed = config.seed
+        self._work = work
         self._store = store
-        self._device = device
-        self._seed = seed
+        # Where rows hold single steps of an answer, the last token of a completion need not end the answer.
+        whole = [] if any(row.steps is not None for row in rows) else data.train
+        self.stops = stop_tokens(work.tokenizer, whole)
         self.answers: dict[str, list[str]] = {}
 
     def collect(self, name: str, model: nn.Module) -> None:
-        """Answer all prompts with the model as it is now, under a name: start, sft or final."""
+        """Answer all prompts with the model as it is now; `name` is the moment: start, sft or final."""
         if not self._prompts:
             return
-        path = self._folder / f"answers_{name}.json"
+        path = self._work.run_dir / "stages" / f"answers_{name}.json"
         if path.exists():
             self.answers[name] = json.loads(path.read_text())
             return
-        self.answers[name] = [as_text(self._tokenizer, tokens, self.stops) for tokens in self._answered(name, model)]
-        self._folder.mkdir(parents=True, exist_ok=True)
+        tokens = self._answered(name, model)
+        self.answers[name] = [as_text(self._work.tokenizer, answer, self.stops) for answer in tokens]
         atomic_write_bytes(path, to_json(self.answers[name]))
 
     def _answered(self, name: str, model: Any) -> list[list[int]]:
-        """The tokens of every answer, taken over where this policy was asked before."""
+        """The tokens of every answer; read from the store if this policy has answered these prompts before."""
         settings: dict[str, Any] = {
             "temperature": self._config.temperature,
             "max_new_tokens": self._config.max_new_tokens,
@@ -103,14 +87,14 @@ class HeldOutAnswers:
                 log.info("The held-out prompts (%s) were answered before (%s).", name, key[:12])
                 return kept["answers"]
             log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
-            sampled = sample(model, self._prompts, self.stops, **settings, device=self._device, seed=self._seed)
+            sampled = sample(model, self._prompts, self.stops, **settings, device=self._work.device, seed=self._seed)
             answers = [tokens.tolist() for tokens in sampled]
             described = {"stage": "answers", "model": model.config.name_or_path}
             self._store.put(key, None, {"description": described, "answers": answers})
         return answers
 
     def judged(self, record: RunRecord) -> dict[str, Any]:
-        """Lengths and, with the judge, scores and win rates of the last policy; writes the samples."""
+        """Write the samples; lengths of the answers and, with the judge, scores and win rates of the last policy."""
         if not self._prompts:
             return {}
         verdicts: dict[str, list[Verdict]] = {}

@@ -1,15 +1,13 @@
-"""One run: data, SFT, the preference stage, evaluation, and the files that it leaves."""
+"""The chain of a run, from data to report; `Chain.run` is its order."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -25,7 +23,7 @@ from alignment.data.prepare import (
     require_same_data,
 )
 from alignment.data.rows import BadRow, write_rejected
-from alignment.files import atomic_write_bytes, cache_dir, to_json
+from alignment.files import cache_dir
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter import attach_adapter, load_adapter
 from alignment.policy.identity import policy_identity
@@ -37,27 +35,32 @@ from alignment.runs.report import print_summary, write_report
 from alignment.runs.tracking import Tracker, open_tracker
 from alignment.stages.answers import HeldOutAnswers
 from alignment.stages.preference import PreferenceStage
-from alignment.stages.sft import run_sft
-from alignment.stages.sft_reuse import reuse_sft, save_sft, sft_key
+from alignment.stages.reuse import reuse_stage, save_stage
+from alignment.stages.sft import SFTStage
+from alignment.stages.stage import PreferenceResult, Stage, StageResult, Workspace, read_result, write_result
 from alignment.stages.store import STAGES_FOLDER, StageStore
-from alignment.training.callbacks import LogFunction, check_names, last_checkpoint
+from alignment.training.callbacks import check_names, last_checkpoint
 from alignment.training.cohort import Member
-from alignment.training.planning import memory_result, plan_stage
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
-
-class Run:
-    """State of one run while it goes through its stages.
+class Chain:
+    """One run on its way through its stages.
 
     Args:
-        place: in the cohort that the run trains in, if it does.
+        config: of the run.
+        run_dir: where it writes; what is there already is not done again.
+        recipe: its name.
+        resolved: the whole configuration as plain values, for the tracker.
+        slot: in the cohort that the run trains in, if it does.
+
+    Raises:
+        UserError: a model, data or settings that the run cannot start with.
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, recipe: str, resolved: dict[str, Any], place: Member | None = None
+        self, config: RunConfig, run_dir: Path, recipe: str, resolved: dict[str, Any], slot: Member | None = None
     ) -> None:
         if config.sft is not None:
             check_names("sft.optim", config.sft.optim)
@@ -67,223 +70,220 @@ class Run:
         self.run_dir = run_dir
         self.recipe = recipe
         self.resolved = resolved
-        self.place = place
-        self.device = resolve_device(config.device)
-        if self.device.type == "cpu":
+
+        # Where and with what it works
+        device = resolve_device(config.device)
+        if device.type == "cpu":
             keep_freed_memory()
-        self.cache = cache_dir(config.reference.path)
-        self.stage_store = StageStore(self.cache / STAGES_FOLDER)
-        self.source = model_source(config.model, self.cache)
-        self.tokenizer = load_tokenizer(config.model, self.source)
+        cache = cache_dir(config.reference.path)
+        self.store = StageStore(cache / STAGES_FOLDER)
+        self.source = model_source(config.model, cache)
+        self.work = Workspace(
+            run_dir=run_dir,
+            cache=cache,
+            device=device,
+            tokenizer=load_tokenizer(config.model, self.source),
+            slot=slot,
+            final_policy=run_dir / ("adapter" if config.adapter is not None else "model"),
+        )
+
+        # Data and stages
         self.bad: list[BadRow] = []
         self.conversations: SFTData | None = None
         self.preferences: PreferenceData | None = None
-        self.preference_stage: PreferenceStage | None = None
+        self.sft: SFTStage | None = None
+        self.preference: PreferenceStage | None = None
         self.answers: HeldOutAnswers | None = None
         if config.sft is not None:
-            load = partial(load_conversations, config.sft.data, self.tokenizer)
-            self.conversations, rows = self._once("conversations", load)
-            self.bad += rows
+            self.conversations = self._read_conversations()
+            self.sft = SFTStage(config, self.conversations, self.work)
         if config.loss is not None:
-            assert config.data is not None
-            read = self._once("preferences", partial(read_preferences, config.data, self.tokenizer))
-            self.preferences, rows = fit_preferences(read, config.data, config.loss)
-            self.bad += rows
-            self.answers = self._held_out_answers(self.preferences)
-            self.preference_stage = PreferenceStage(
-                config,
-                self.preferences,
-                stops=self.answers.stops,
-                place=place,
-                run_dir=run_dir,
-                folder=self._stage_dir("preference"),
-                references=self.cache / "reference.sqlite",
-                device=self.device,
-            )
+            self.preferences = self._read_preferences()
+            self.answers = HeldOutAnswers(config, self.preferences, self.work, self.store)
+            self.preference = PreferenceStage(config, self.preferences, self.work, self.answers.stops)
+        self.stages: list[Stage] = [stage for stage in (self.sft, self.preference) if stage is not None]
         self.record = RunRecord(run_dir)
-        self.kl: dict[str, Any] | None = None
-        self.summary: dict[str, Any] = {"recipe": recipe, "status": "finished", "seed": config.seed, "stages": {}}
+        self.results: dict[str, StageResult] = {}
 
-    def execute(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Do what is not done yet, and return the summary."""
         if self.bad:
             write_rejected(self.bad, self.run_dir / "rejected_rows.jsonl")
             log.info("%d rows were left out; rejected_rows.jsonl says which and why.", len(self.bad))
-        names = [name for name, on in (("sft", self.conversations), ("preference", self.preferences)) if on is not None]
         with open_tracker(
             self.config.tracking,
             run_dir=self.run_dir,
             recipe=self.recipe,
             run_config=self.resolved,
-            stages=names,
+            stages=[stage.name for stage in self.stages],
         ) as tracker:
             model = self._load_policy()
             require_same_data(self.run_dir / "stages" / "data.json", self._data())
             self._answer("start", model)
-            if self.conversations is not None:
-                model = self._after_sft(model, tracker)
-                if self.preferences is not None:
+            if self.sft is not None:
+                model = self._run_stage(self.sft, model, tracker)
+                if self.preference is not None:
                     self._answer("sft", model)
-            if self.preference_stage is not None:
-                self._stage("preference", model, tracker, self.preference_stage.run)
-            if self.summary["status"] == "finished":
+            if self.preference is not None:
+                model = self._run_stage(self.preference, model, tracker)
+            if not self._stopped:
                 self._answer("final", model)
-            self._finish(model, tracker)
-        return self.summary
+            return self._finish(model, tracker)
 
-    def _once(self, name: str, make: Callable[[], T]) -> T:
-        """What is the same for all members of a cohort, made by the first."""
-        return make() if self.place is None else self.place.once(name, make)
+    # Data
+
+    def _read_conversations(self) -> SFTData:
+        assert self.config.sft is not None
+        load = partial(load_conversations, self.config.sft.data, self.work.tokenizer)
+        data, rows = self.work.once("conversations", load)
+        self.bad += rows
+        return data
+
+    def _read_preferences(self) -> PreferenceData:
+        assert self.config.data is not None
+        read = self.work.once("preferences", partial(read_preferences, self.config.data, self.work.tokenizer))
+        data, rows = fit_preferences(read, self.config.data, self.config.loss)
+        self.bad += rows
+        return data
 
     def _data(self) -> dict[str, dict[str, Any]]:
         parts = (("sft", self.conversations), ("preference", self.preferences))
         return {name: data.info for name, data in parts if data is not None}
 
-    def _held_out_answers(self, data: PreferenceData) -> HeldOutAnswers:
-        return HeldOutAnswers(
-            self.config.evaluation,
-            data.eval,
-            data.eval_rows,
-            data.train,
-            self.tokenizer,
-            self.run_dir / "stages",
-            self.stage_store,
-            self.device,
-            self.config.seed,
-        )
-
-    def _answer(self, name: str, model: nn.Module) -> None:
-        if self.answers is not None:
-            self.answers.collect(name, model)
-
     # Policy
 
     def _load_policy(self) -> nn.Module:
-        """The policy as the last stage that is done left it, or fresh."""
-        trained = None
-        for stage, folder in (("sft", self._stage_dir("sft") / "policy"), ("preference", self._policy_dir())):
-            if (self._stage_dir(stage) / "done.json").exists():
-                trained = folder
-        return self._load_trained(trained)
+        """The policy as the last finished stage left it, or a fresh one."""
+        finished = [s.policy for s in self.stages if read_result(self.work.folder(s.name), s.result_type) is not None]
+        return self._load_trained(finished[-1] if finished else None)
 
     def _load_trained(self, trained: Path | None) -> nn.Module:
         config = self.config
         source = str(trained) if trained is not None and config.adapter is None else self.source
-        log.info("Loading %s on %s ...", config.model.name, self.device)
-        load = partial(load_base, config.model, config.quantization, source, self.device)
-        model: Any = load() if self.place is None else self.place.base(load)
+        log.info("Loading %s on %s ...", config.model.name, self.work.device)
+        load = partial(load_base, config.model, config.quantization, source, self.work.device)
+        model: Any = load() if self.work.slot is None else self.work.slot.base(load)
         model.config.name_or_path = self.source  # also where its weights come from the run folder
         if config.adapter is not None and trained is not None:
             return load_adapter(model, trained)
         return attach_adapter(model, config.adapter, config.seed if config.sft is None else config.sft.seed)
 
+    def _save_policy(self, model: nn.Module, folder: Path) -> None:
+        """Save beside the folder and rename, so that a folder of this name always holds a whole policy."""
+        unfinished = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        save_policy(model, self.work.tokenizer, unfinished)
+        unfinished.rename(folder)
+
     # Stages
 
-    def _stage_dir(self, stage: str) -> Path:
-        return self.run_dir / "stages" / stage
-
-    def _stage(
-        self, stage: str, model: nn.Module, tracker: Tracker, body: Callable[[nn.Module, LogFunction], dict[str, Any]]
-    ) -> None:
-        """Run a stage unless it is done; its result counts from the moment `done.json` exists."""
-        folder = self._stage_dir(stage)
-        done = folder / "done.json"
-        if done.exists():
-            log.info("Stage %s is done already.", stage)
-            self.summary["stages"][stage] = json.loads(done.read_text())
-            self._lift_results(stage)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = folder / "checkpoints"
-        checkpoint, step = last_checkpoint(checkpoints)
-        self.record.rewind(stage, step if checkpoint else -1)
-        set_seed(self.config.sft.seed if stage == "sft" and self.config.sft is not None else self.config.seed)
-        started = time.monotonic()
-        result = body(model, partial(self._log, tracker, stage))
-        seconds = time.monotonic() - started
-        train_seconds = result.pop("train_seconds", seconds)
-        result["seconds"] = seconds
-        result["tokens_per_second"] = result.pop("num_tokens") / train_seconds if train_seconds else 0.0
-        if stage == "sft":
-            # A rename is the last step, so that a folder named `policy` is always whole.
-            unfinished = folder / "policy.partial"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.rmtree(folder / "policy", ignore_errors=True)
-            save_policy(model, self.tokenizer, unfinished)
-            unfinished.rename(folder / "policy")
-        else:
-            save_policy(model, self.tokenizer, self._policy_dir())
-        atomic_write_bytes(done, to_json(result, indent=2))
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        self.summary["stages"][stage] = result
-        self._lift_results(stage)
-
-    def _after_sft(self, model: nn.Module, tracker: Tracker) -> nn.Module:
-        """The policy after SFT: trained here, or taken over from a run that has done the very same stage before."""
-        data = self.conversations
-        assert data is not None
-        folder = self._stage_dir("sft")
-        if (folder / "done.json").exists():
-            self._stage("sft", model, tracker, self._sft)
+    def _run_stage(self, stage: Stage, model: nn.Module, tracker: Tracker) -> nn.Module:
+        """The policy after a stage, which is done already, taken over from another run, or trained here."""
+        result = read_result(self.work.folder(stage.name), stage.result_type)
+        if result is not None:
+            log.info("Stage %s is done already.", stage.name)
+            self._keep(stage, result)
             return model
-        key = sft_key(model, self.config, data, self.tokenizer.chat_template)
-        log_metrics = partial(self._log, tracker, "sft")
-        with self.stage_store.locked(key):
-            taken = reuse_sft(self.stage_store, key, folder, model, self._load_trained, self.record, log_metrics)
-            if taken is not None:
-                taken_model, self.summary["stages"]["sft"] = taken
-                return taken_model
-            self._stage("sft", model, tracker, self._sft)
-            save_sft(self.stage_store, key, folder, model, self.config.model.name, self.record)
+        key = stage.key(model)
+        if key is None:
+            self._train(stage, model, tracker)
+            return model
+        with self.store.locked(key):
+            log_metrics = partial(self._log, tracker, stage.name)
+            reused = reuse_stage(self.store, key, stage, model, self._load_trained, self.record, log_metrics)
+            if reused is not None:
+                policy, result = reused
+                self._keep(stage, result)
+                return policy
+            result = self._train(stage, model, tracker)
+            save_stage(self.store, key, stage, result, model, self.config.model.name, self.record)
         return model
+
+    def _train(self, stage: Stage, model: nn.Module, tracker: Tracker) -> StageResult:
+        """Train a stage from its newest checkpoint; its result counts from the moment `done.json` exists."""
+        folder = self.work.folder(stage.name)
+        checkpoints = folder / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint, step = last_checkpoint(checkpoints)
+        self.record.rewind(stage.name, step if checkpoint else -1)
+        set_seed(stage.seed)
+        result = stage.run(model, partial(self._log, tracker, stage.name))
+        self._save_policy(model, stage.policy)
+        write_result(folder, result)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        self._keep(stage, result)
+        return result
 
     def _log(self, tracker: Tracker, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
         self.record.log(stage, step, split, metrics)
         tracker.log(stage, step, split, metrics)
 
-    def _lift_results(self, stage: str) -> None:
-        """Put what a preference stage found of the reference, and of the KL to its start, into their own places."""
-        if stage == "preference":
-            result = self.summary["stages"][stage]
-            self.summary["reference"] = result.pop("reference")
-            self.kl = result.pop("kl")
-            if (cohort := result.pop("cohort", None)) is not None:
-                self.summary["cohort"] = cohort
-            if "stopped" in result:
-                self.summary["status"] = "stopped"
-                log.info("This member was %s.", status(self.summary))
+    def _keep(self, stage: Stage, result: StageResult) -> None:
+        self.results[stage.name] = result
+        if self._stopped:
+            log.info("This member was %s.", status(self._outcome()))
 
-    def _policy_dir(self) -> Path:
-        return self.run_dir / ("adapter" if self.config.adapter is not None else "model")
+    @property
+    def _preference_result(self) -> PreferenceResult | None:
+        found = self.results.get("preference")
+        assert found is None or isinstance(found, PreferenceResult)
+        return found
 
-    def _sft(self, model: nn.Module, log_metrics: LogFunction) -> dict[str, Any]:
-        config, data, folder = self.config.sft, self.conversations, self._stage_dir("sft")
-        assert config is not None and data is not None
-        plan = plan_stage(
-            model,
-            config.trainer,
-            optimizer=config.optim.name,
-            folder=folder,
-            device=self.device,
-            longest=max(len(example["input_ids"]) for example in data.train),
-            adapter=self.config.adapter,
-            supervised=True,
-        )
-        result = run_sft(
-            model,
-            self.tokenizer,
-            config,
-            data.train,
-            data.eval,
-            plan=plan,
-            folder=folder / "checkpoints",
-            seed=config.seed,
-            device=self.device,
-            log_metrics=log_metrics,
-        )
-        return result | {"memory": memory_result(plan, self.device, plan.tokens_per_batch)}
+    @property
+    def _stopped(self) -> bool:
+        return self._preference_result is not None and self._preference_result.stopped is not None
+
+    def _answer(self, name: str, model: nn.Module) -> None:
+        if self.answers is not None:
+            self.answers.collect(name, model)
 
     # Files
+
+    def _finish(self, model: nn.Module, tracker: Tracker) -> dict[str, Any]:
+        """Judge the answers, export the model, and write summary and report."""
+        if self.preference is None:
+            self._save_policy(model, self.work.final_policy)
+        samples = self.answers.judged(self.record) if self.answers is not None and not self._stopped else {}
+        summary = self._outcome()
+        identity, description = policy_identity(model)
+        summary["model"] = {"name": self.config.model.name, "final_identity": identity, **description}
+        preference = self._preference_result
+        kl = {"kl/sampled": preference.kl} if preference is not None and preference.kl is not None else {}
+        summary["evaluation"] = samples | kl
+        summary["data"] = self._data()
+        if self.config.export.merge:
+            summary["export"] = self._export(model)
+        summary["versions"] = versions()
+        summary["machine"] = machine() | {"device": str(self.work.device)}
+        summary["git_commit"] = git_commit(Path(__file__).parent)
+        summary["seconds"] = self.record.wall_seconds
+        summary["files"] = self._files(bool(samples))
+        self.record.write_summary(summary)
+        write_report(self.run_dir)
+        tracker.summary(summary)
+        print_summary(summary)
+        return summary
+
+    def _outcome(self) -> dict[str, Any]:
+        """How the run ended and what its stages report: the first part of the summary."""
+        outcome: dict[str, Any] = {
+            "recipe": self.recipe,
+            "status": "stopped" if self._stopped else "finished",
+            "seed": self.config.seed,
+            "stages": {name: result.summary() for name, result in self.results.items()},
+        }
+        preference = self._preference_result
+        if preference is not None:
+            outcome["reference"] = preference.reference
+            if preference.cohort is not None:
+                outcome["cohort"] = preference.cohort
+        return outcome
+
+    def _export(self, model: nn.Module) -> dict[str, Any]:
+        folder = self.run_dir / "merged"
+        prompts = self._check_prompts()
+        return export_merged(model, self.work.tokenizer, folder, self.config, self.source, self.work.device, prompts)
 
     def _check_prompts(self) -> list[np.ndarray]:
         """A few prompts that the merged model and the policy must continue alike."""
@@ -292,32 +292,10 @@ class Run:
         assert self.conversations is not None
         return [np.array(e["input_ids"][: e["completion_mask"].index(1)]) for e in self.conversations.train[:4]]
 
-    def _finish(self, model: nn.Module, tracker: Tracker) -> None:
-        config = self.config
-        if self.preferences is None:
-            save_policy(model, self.tokenizer, self._policy_dir())
-        identity, description = policy_identity(model)
-        self.summary["model"] = {"name": config.model.name, "final_identity": identity, **description}
-        ended = self.summary["status"] == "finished"
-        samples = self.answers.judged(self.record) if self.answers is not None and ended else {}
-        self.summary["evaluation"] = samples | ({"kl/sampled": self.kl} if self.kl is not None else {})
-        self.summary["data"] = self._data()
-        if config.export.merge:
-            self.summary["export"] = export_merged(
-                model,
-                self.tokenizer,
-                self.run_dir / "merged",
-                config,
-                self.source,
-                self.device,
-                self._check_prompts(),
-            )
-        self.summary["versions"] = versions()
-        self.summary["machine"] = machine() | {"device": str(self.device)}
-        self.summary["git_commit"] = git_commit(Path(__file__).parent)
-        self.summary["seconds"] = self.record.wall_seconds
+    def _files(self, has_samples: bool) -> dict[str, str]:
+        """The files for people and programs, by what they hold."""
         files = {
-            "policy": self._policy_dir(),
+            "policy": self.work.final_policy,
             "summary": self.run_dir / "summary.json",
             "metrics": self.record.metrics_path,
             "report": self.run_dir / "report.md",
@@ -326,12 +304,8 @@ class Run:
         }
         if (self.run_dir / "held_out.jsonl").exists():
             files["held_out"] = self.run_dir / "held_out.jsonl"
-        if samples:
+        if has_samples:
             files["samples"] = self.run_dir / "samples.md"
-        if config.export.merge:
+        if self.config.export.merge:
             files["merged"] = self.run_dir / "merged"
-        self.summary["files"] = {name: str(path) for name, path in files.items()}
-        self.record.write_summary(self.summary)
-        write_report(self.run_dir)
-        tracker.summary(self.summary)
-        print_summary(self.summary)
+        return {name: str(path) for name, path in files.items()}

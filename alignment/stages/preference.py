@@ -1,15 +1,14 @@
-"""The preference stage: its plan, its place in a cohort, its reference, its training, and what it says of them all."""
+"""The preference stage: its plan, its slot in a cohort, its reference, its training, and its result."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainingArguments
 
@@ -26,10 +25,11 @@ from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.live import LiveReference
-from alignment.reference.store import ReferenceStore
+from alignment.reference.store import REFERENCE_FILE, ReferenceStore
 from alignment.scoring.layout import BatchLayout
 from alignment.scoring.logps import largest_group
 from alignment.scoring.prompt_sharing import choose_layout
+from alignment.stages.stage import PreferenceResult, StageResult, Workspace
 from alignment.training.budget import Plan
 from alignment.training.callbacks import (
     LogFunction,
@@ -52,12 +52,12 @@ log = logging.getLogger(__name__)
 
 
 def _moment(name: str, rows: Sequence[dict[str, Any]]) -> bytes:
-    """Lines of held_out.jsonl: the held-out rows as they were at the start or at the end of the preference stage."""
+    """Lines of held_out.jsonl: the held-out rows at the start or at the end of the preference stage."""
     return to_json_lines({"moment": name, **row} for row in rows)
 
 
 def _with_live_reference(config: RunConfig) -> RunConfig:
-    """The configuration with a live reference where the loss compares whole distributions, which no store keeps."""
+    """With a live reference where the loss compares whole distributions, which no store keeps."""
     if config.reference.mode is ReferenceMode.live:
         return config
     if Quantity.divergence not in config.loss.requirements().quantities:
@@ -78,163 +78,107 @@ def _final_metrics(trainer: PreferenceTrainer) -> dict[str, float]:
 
 
 class PreferenceStage:
-    """The preference stage of a run, ready to start: what it cannot do with its data is refused here.
+    """The preference stage of a run, ready to start.
 
     Args:
         data: in the form in which the loss takes them.
         stops: the tokens that end an answer.
-        place: in the cohort that the run trains in, if it does.
-        run_dir: of the run, where held_out.jsonl is written.
-        folder: of the stage, for its plan, its checkpoints and what it must find again.
-        references: the store of reference log-probs.
 
     Raises:
         UserError: the data or the steps are too few for the schedule, or for stopping early.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        data: PreferenceData,
-        *,
-        stops: Sequence[int],
-        place: Member | None,
-        run_dir: Path,
-        folder: Path,
-        references: Path,
-        device: torch.device,
-    ) -> None:
+    name = "preference"
+    title = "The preference stage"
+    result_type: type[StageResult] = PreferenceResult
+
+    def __init__(self, config: RunConfig, data: PreferenceData, work: Workspace, stops: Sequence[int]) -> None:
         self._config = _with_live_reference(config)
         self._data = data
+        self._work = work
         self._stops = stops
-        self._place = place
-        self._run_dir = run_dir
-        self._folder = folder
-        self._references = references
-        self._device = device
+        self._device = work.device
+        self._folder = work.folder(self.name)
+        self.seed = config.seed
+        self.policy = work.final_policy
         self._schedule = Schedule.of(config, data.train)
         self._stopping: StopEarly | None = None
         if config.stopping is not None:
-            self._stopping = StopEarly(config.stopping, run_dir, len(self._schedule.steps), len(data.eval))
+            self._stopping = StopEarly(config.stopping, work.run_dir, len(self._schedule.steps), len(data.eval))
 
-    def run(self, model: nn.Module, log_metrics: LogFunction) -> dict[str, Any]:
-        """Train the policy, continuing from the newest checkpoint if there is one.
+    def key(self, model: nn.Module) -> None:
+        """None: a preference stage is what runs differ in, so it is not kept for others."""
 
-        Returns:
-            What done.json and summary.json say of the stage.
-        """
-        config, data, schedule = self._config, self._data, self._schedule
-        loss, loop = config.loss, config.trainer
+    def run(self, model: nn.Module, log_metrics: LogFunction) -> PreferenceResult:
+        """Train the policy, from the newest checkpoint if there is one."""
+        started = time.monotonic()
+
+        # How the passes run
         disable_dropout(model)
         layout = choose_layout(model, self._device)
-        place = self._joined(model)
-        plan, tokens_per_batch = self._planned(model, largest_group(layout, data.train), place)
+        slot = self._joined(model)
+        plan, tokens_per_batch = self._planned(model, largest_group(layout, self._data.train), slot)
         checkpoint_layers(model, plan.checkpoint_every)
+
+        # The reference, and the trainer with it
         reference = self._reference(model, layout, plan)
-        groups: Sequence[Group] = data.train
-        if loss.requirements().density_weights:
+        groups: Sequence[Group] = self._data.train
+        if self._config.loss.requirements().density_weights:
             groups = with_density_weights(groups, model, plan.reference_tokens, self._device)
-        title = loss.name.upper() if place is None else f"{self._run_dir.name} {loss.name.upper()}"
-        callbacks = stage_callbacks(title, log_metrics, loop, bool(data.eval))
-        if self._stopping is not None:
-            callbacks.insert(0, self._stopping)  # before those that ask what is done at the last step
-        if reference is not None:
-            asked = partial(groups_to_reference, loss, data.train, eval_groups=data.eval)
-            reference.prepare(asked(schedule.until_refresh(0)))
-            if schedule.refreshes:
-                callbacks.insert(0, FollowPolicy(reference, schedule, asked))  # before the checkpoint is called whole
-        checkpoints = self._folder / "checkpoints"
-        arguments = training_arguments(
-            TrainingArguments,
-            folder=checkpoints,
-            optim=config.optim,
-            trainer=loop,
-            num_steps=len(schedule.steps),
-            seed=config.seed,
-            device=self._device,
-            per_device_train_batch_size=loop.groups_per_step,
-        )
-        checkpoint, done = last_checkpoint(checkpoints)
-        trainer = PreferenceTrainer(
-            model=model,
-            args=arguments,
-            groups=groups,
-            eval_groups=data.eval,
-            loss=loss,
-            reference=reference,
-            layout=layout,
-            tokens_per_batch=tokens_per_batch,
-            sampler=schedule.sampler,
-            callbacks=callbacks,
-        )
-        if place is not None:
-            trainer.objective.passes = place
+        callbacks = self._callbacks(reference, log_metrics, slot)
+        trainer = self._trainer(model, groups, reference, layout, tokens_per_batch, callbacks)
+        if slot is not None:
+            trainer.objective.passes = slot
         prepare_trainer(trainer)
-        start = check_start(trainer, [groups[i] for i in schedule.steps[0]])
+
+        # Before the first update
+        start = check_start(trainer, [groups[i] for i in self._schedule.steps[0]])
         log.info(
             "Before the first update the loss is %.6g; its formula gives %.6g.", start["loss"], start["closed_form"]
         )
         identity = policy_identity(model)[0] if reference is None else reference.identity
         frozen = self._frozen_start(model, reference)
-        start_rows = self._folder / "held_out_start.jsonl"
-        if data.eval and checkpoint is None:
-            trainer.evaluate_start()
-            atomic_write_bytes(start_rows, _moment("start", trainer.held_out))
-        if checkpoint is not None:
-            trainer.load_state(checkpoint)
-            if reference is not None and schedule.refreshes:
-                reference.load_state(checkpoint)
-            log.info("The preference stage continues from step %d.", done)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if data.eval:
-            both = start_rows.read_bytes() + _moment("final", trainer.held_out)
-            atomic_write_bytes(self._run_dir / "held_out.jsonl", both)
-        result = {
-            "loss": loss.name,
-            "settings": asdict(loss),
-            "steps": trainer.state.global_step,
-            "num_tokens": trainer.num_tokens,
-            "kl": None,
-            "cohort": None if place is None else {"size": place.width},
-            "train_seconds": trainer.train_seconds,
-            "memory": memory_result(plan, self._device, trainer.tokens_per_batch),
-            "start": start | {"identity": identity},
-            "metrics": _final_metrics(trainer),
-            "reference": reference.summary() if reference is not None else {"mode": "none"},
-        }
-        if self._stopping is not None and self._stopping.stopped is not None:
-            result["stopped"] = self._stopping.stopped
-        elif frozen is not None:
-            picked = spread_prompts(data.eval, config.evaluation.kl_prompts)
-            result["kl"] = sampled_kl(
-                model,
-                frozen,
-                [data.eval[i].prompt for i in picked],
-                self._stops,
-                config.evaluation,
-                layout,
-                plan.reference_tokens,
-                self._device,
-                config.seed,
-            )
+
+        # Training, and what came of it
+        self._train(trainer, reference)
+        result = PreferenceResult(
+            loss=self._config.loss.name,
+            settings=asdict(self._config.loss),
+            steps=trainer.state.global_step,
+            cohort=None if slot is None else {"size": slot.width},
+            memory=memory_result(plan, self._device, trainer.tokens_per_batch),
+            start=start | {"identity": identity},
+            metrics=_final_metrics(trainer),
+            reference=reference.summary() if reference is not None else {"mode": "none"},
+            kl=None,
+            stopped=None if self._stopping is None else self._stopping.stopped,
+            seconds=0.0,
+            tokens_per_second=trainer.num_tokens / trainer.train_seconds if trainer.train_seconds else 0.0,
+        )
+        if result.stopped is None and frozen is not None:
+            result.kl = self._kl(model, frozen, layout, plan)
         if reference is not None:
             reference.close()
+        result.seconds = time.monotonic() - started
         return result
 
-    def _joined(self, model: nn.Module) -> Member | None:
-        """The place in the cohort, where the policy can train in one."""
-        if self._place is not None:
-            try:
-                self._place.attach(model)
-            except ValueError as error:
-                log.warning("This member trains while the others wait: %s.", error)
-                return None
-        return self._place
+    # The parts of `run`, in its order
 
-    def _planned(self, model: nn.Module, largest: int, place: Member | None) -> tuple[Plan, int]:
-        """The plan of the stage, and the positions of one pass of this run's own."""
+    def _joined(self, model: nn.Module) -> Member | None:
+        """The slot in the cohort; None outside of one, and for a policy that cannot share its passes."""
+        slot = self._work.slot
+        if slot is not None:
+            try:
+                slot.attach(model)
+            except ValueError as error:
+                log.warning("The other members wait while this one trains: %s.", error)
+                return None
+        return slot
+
+    def _planned(self, model: nn.Module, largest: int, slot: Member | None) -> tuple[Plan, int]:
+        """The plan of the stage, and how many positions one pass of this run has."""
         config = self._config
-        is_joint = place is not None and place.is_joint
+        is_joint = slot is not None and slot.is_joint
         plan = plan_stage(
             model,
             config.trainer,
@@ -245,30 +189,17 @@ class PreferenceStage:
             adapter=config.adapter,
             supervised=False,
             copies=config.reference.mode is ReferenceMode.live and config.adapter is None,
-            members=1 if place is None else place.width,
+            members=1 if slot is None else slot.width,
             is_joint=is_joint,
         )
-        if place is None or not is_joint:
+        if slot is None or not is_joint:
             return plan, plan.tokens_per_batch
         if plan.fits:
-            return plan, max(plan.tokens_per_batch // place.width, min(largest, plan.tokens_per_batch))
+            return plan, max(plan.tokens_per_batch // slot.width, min(largest, plan.tokens_per_batch))
+        # The joint passes do not fit: plan again for passes of its own.
         (self._folder / "plan.json").unlink()
-        place.separate()
-        return self._planned(model, largest, place)
-
-    def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenPolicy | None:
-        """The policy as it is now, to compare with after training; None where nothing asks for it or keeps it."""
-        if not (self._config.evaluation.kl_prompts and self._data.eval):
-            return None
-        if has_adapter(model):
-            return FrozenPolicy(model)
-        if isinstance(reference, LiveReference) and not self._schedule.refreshes:
-            return reference.frozen
-        log.info(
-            "The KL from samples is left out: it needs the whole model as it is now beside the one that trains, which "
-            "reference=live keeps where it is never refreshed."
-        )
-        return None
+        slot.separate()
+        return self._planned(model, largest, slot)
 
     def _reference(self, model: nn.Module, layout: BatchLayout, plan: Plan) -> Reference | None:
         config = self._config
@@ -276,19 +207,113 @@ class PreferenceStage:
             if not config.reference.for_metrics:
                 return None
             log.info(
-                "Loss %s has no reference: one is read for the metrics alone, and reference.for_metrics=false leaves "
-                "it out.",
+                "Loss %s needs no reference. One is read for the metrics alone; reference.for_metrics=false leaves it "
+                "out.",
                 config.loss.name,
             )
         if config.reference.mode is ReferenceMode.live:
             budget = plan.tokens_per_batch  # beside what a step keeps
             return LiveReference(model, layout, budget, self._device, config.reference.sync_mix)
         return CachedReference(
-            ReferenceStore(self._references),
+            ReferenceStore(self._work.cache / REFERENCE_FILE),
             model,
             layout,
             plan.reference_tokens,
             self._device,
             config.reference.spot_checks,
             with_entropies=Quantity.entropy in config.loss.requirements().quantities,
+        )
+
+    def _callbacks(self, reference: Reference | None, log_metrics: LogFunction, slot: Member | None) -> list[Any]:
+        """In the order in which they act; prepares the reference for the steps up to its first refresh."""
+        config, data = self._config, self._data
+        name = config.loss.name.upper()
+        title = name if slot is None else f"{self._work.run_dir.name} {name}"
+        callbacks = stage_callbacks(title, log_metrics, config.trainer, bool(data.eval))
+        if self._stopping is not None:
+            callbacks.insert(0, self._stopping)  # before those that ask what is done at the last step
+        if reference is not None:
+            asked = partial(groups_to_reference, config.loss, data.train, eval_groups=data.eval)
+            reference.prepare(asked(self._schedule.until_refresh(0)))
+            if self._schedule.refreshes:
+                # before the checkpoint is called whole
+                callbacks.insert(0, FollowPolicy(reference, self._schedule, asked))
+        return callbacks
+
+    def _trainer(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        reference: Reference | None,
+        layout: BatchLayout,
+        tokens_per_batch: int,
+        callbacks: list[Any],
+    ) -> PreferenceTrainer:
+        config = self._config
+        arguments = training_arguments(
+            TrainingArguments,
+            folder=self._folder / "checkpoints",
+            optim=config.optim,
+            trainer=config.trainer,
+            num_steps=len(self._schedule.steps),
+            seed=config.seed,
+            device=self._device,
+            per_device_train_batch_size=config.trainer.groups_per_step,
+        )
+        return PreferenceTrainer(
+            model=model,
+            args=arguments,
+            groups=groups,
+            eval_groups=self._data.eval,
+            loss=config.loss,
+            reference=reference,
+            layout=layout,
+            tokens_per_batch=tokens_per_batch,
+            sampler=self._schedule.sampler,
+            callbacks=callbacks,
+        )
+
+    def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenPolicy | None:
+        """A frozen copy of the policy as it is now, for the KL after training; None without that, or without room."""
+        if not (self._config.evaluation.kl_prompts and self._data.eval):
+            return None
+        if has_adapter(model):
+            return FrozenPolicy(model)
+        if isinstance(reference, LiveReference) and not self._schedule.refreshes:
+            return reference.frozen
+        log.info(
+            "The KL from samples is left out: it needs a second copy of the whole model. Set reference=live, without "
+            "refreshes, to keep one."
+        )
+        return None
+
+    def _train(self, trainer: PreferenceTrainer, reference: Reference | None) -> None:
+        """Train to the end, and write how the held-out rows were before and after."""
+        checkpoint, done = last_checkpoint(self._folder / "checkpoints")
+        start_rows = self._folder / "held_out_start.jsonl"
+        if self._data.eval and checkpoint is None:
+            trainer.evaluate_start()
+            atomic_write_bytes(start_rows, _moment("start", trainer.held_out))
+        if checkpoint is not None:
+            trainer.load_state(checkpoint)
+            if reference is not None and self._schedule.refreshes:
+                reference.load_state(checkpoint)
+            log.info("The preference stage continues from step %d.", done)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self._data.eval:
+            both = start_rows.read_bytes() + _moment("final", trainer.held_out)
+            atomic_write_bytes(self._work.run_dir / "held_out.jsonl", both)
+
+    def _kl(self, model: nn.Module, start: FrozenPolicy, layout: BatchLayout, plan: Plan) -> dict[str, Any]:
+        held_out, config = self._data.eval, self._config
+        return sampled_kl(
+            model,
+            start,
+            [held_out[i].prompt for i in spread_prompts(held_out, config.evaluation.kl_prompts)],
+            self._stops,
+            config.evaluation,
+            layout,
+            plan.reference_tokens,
+            self._device,
+            config.seed,
         )

@@ -1,20 +1,24 @@
-"""The supervised stage: TRL's SFTTrainer on token sequences that we made, with the loss on the answers only."""
+"""The supervised stage: TRL's SFTTrainer on our own token sequences, with the loss on the answers only."""
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
 
-from alignment.config.schema import SFTConfig
+from alignment.config.schema import RunConfig
+from alignment.data.prepare import SFTData
 from alignment.policy.adapter import has_adapter
 from alignment.policy.layers import checkpoint_layers
+from alignment.stages.stage import StageResult, Workspace
+from alignment.stages.store import stage_key
 from alignment.training.budget import Plan
 from alignment.training.callbacks import (
     LogFunction,
@@ -23,6 +27,7 @@ from alignment.training.callbacks import (
     stage_callbacks,
     training_arguments,
 )
+from alignment.training.planning import memory_result, plan_stage
 
 log = logging.getLogger(__name__)
 
@@ -50,86 +55,117 @@ def _dataset(examples: Sequence[dict[str, list[int]]]) -> Dataset:
     )
 
 
-def run_sft(
-    model: nn.Module,
-    tokenizer: Any,
-    config: SFTConfig,
-    examples: Sequence[dict[str, list[int]]],
-    eval_examples: Sequence[dict[str, list[int]]],
-    *,
-    plan: Plan,
-    folder: Path,
-    seed: int,
-    device: torch.device,
-    log_metrics: LogFunction,
-) -> dict[str, Any]:
-    """Train on the examples, continuing from the newest checkpoint in the folder if there is one.
+class SFTStage:
+    """The SFT stage of a run, ready to start."""
 
-    Args:
-        model: a policy with something trainable.
-        examples: {"input_ids", "completion_mask"}, the mask 1 on tokens that are scored.
-        eval_examples: the same, held out; may be empty.
-        plan: the budget of a pass and the layers to checkpoint.
-        folder: for checkpoints.
-        log_metrics: receives every logged value.
+    name = "sft"
+    title = "SFT"
+    result_type: type[StageResult] = StageResult
 
-    Returns:
-        {"steps", "num_tokens" (non-padding tokens trained on in this process), "metrics": final evaluation}.
-    """
-    from trl import SFTConfig as TRLConfig
-    from trl import SFTTrainer
+    def __init__(self, config: RunConfig, data: SFTData, work: Workspace) -> None:
+        assert config.sft is not None
+        self._run_config = config
+        self._config = config.sft
+        self._data = data
+        self._work = work
+        self._folder = work.folder(self.name)
+        self.seed = config.sft.seed
+        self.policy = self._folder / "policy"
 
-    longest = max(len(example["input_ids"]) for example in examples)
-    rows, passes = split_step(config.trainer.groups_per_step, longest, plan.tokens_per_batch)
-    steps_per_epoch = math.ceil(len(examples) / config.trainer.groups_per_step)
-    num_steps = config.trainer.max_steps or math.ceil(config.trainer.epochs * steps_per_epoch)
-    arguments = training_arguments(
-        TRLConfig,
-        folder=folder,
-        optim=config.optim,
-        trainer=config.trainer,
-        num_steps=num_steps,
-        seed=seed,
-        device=device,
-        per_device_train_batch_size=rows,
-        per_device_eval_batch_size=rows,
-        gradient_accumulation_steps=passes,
-        bf16=device.type == "cuda" and model.dtype is torch.bfloat16,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-    checkpoint, done = last_checkpoint(folder)
-    checkpoint_layers(model, plan.checkpoint_every)
-    base = model.get_base_model() if has_adapter(model) else model
-    forward = base.forward
-    weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    trainer = SFTTrainer(
-        model=model,  # type: ignore[arg-type]
-        args=arguments,
-        train_dataset=_dataset(examples),
-        eval_dataset=_dataset(eval_examples) if eval_examples else None,
-        processing_class=tokenizer,
-        callbacks=stage_callbacks("SFT", log_metrics, config.trainer, bool(eval_examples)),
-    )
-    prepare_trainer(trainer)
-    # On a quantised base TRL rounds the adapter to bfloat16; small updates would be lost, so it keeps its own dtype.
-    for name, parameter in model.named_parameters():
-        if name in weights:
-            parameter.data = weights[name]
-    try:
-        if checkpoint is not None:
-            log.info("SFT continues from step %d.", done)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        base.forward = forward  # without the head that TRL put in front of ours
-    last = {name: row[name] for row in trainer.state.log_history for name in ("loss", "eval_loss") if name in row}
+    def key(self, model: nn.Module) -> str:
+        """Name of the result that this stage would have, for all runs with the very same one."""
+        adapter = self._run_config.adapter
+        settings = {
+            "adapter": adapter and asdict(adapter),
+            "optim": asdict(self._config.optim),
+            "trainer": asdict(self._config.trainer),
+            "seed": self._config.seed,
+            "template": self._work.tokenizer.chat_template,
+        }
+        return stage_key(model, (self._data.train, self._data.eval), settings)
+
+    def run(self, model: nn.Module, log_metrics: LogFunction) -> StageResult:
+        """Train on the conversations, from the newest checkpoint if there is one."""
+        started = time.monotonic()
+        examples, loop = self._data.train, self._config.trainer
+        lengths = [len(example["input_ids"]) for example in examples]
+        plan = plan_stage(
+            model,
+            loop,
+            optimizer=self._config.optim.name,
+            folder=self._folder,
+            device=self._work.device,
+            longest=max(lengths),
+            adapter=self._run_config.adapter,
+            supervised=True,
+        )
+        checkpoint_layers(model, plan.checkpoint_every)
+        steps_per_epoch = math.ceil(len(examples) / loop.groups_per_step)
+        num_steps = loop.max_steps or math.ceil(loop.epochs * steps_per_epoch)
+        checkpoint, done = last_checkpoint(self._folder / "checkpoints")
+
+        base = model.get_base_model() if has_adapter(model) else model
+        forward = base.forward
+        trainer = self._trainer(model, plan, max(lengths), num_steps, log_metrics)
+        try:
+            if checkpoint is not None:
+                log.info("SFT continues from step %d.", done)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            base.forward = forward  # without the head that TRL put in front of ours
+
+        num_tokens = round((num_steps - done) * loop.groups_per_step * (sum(lengths) / len(lengths)))
+        memory = memory_result(plan, self._work.device, plan.tokens_per_batch)
+        seconds = time.monotonic() - started
+        return StageResult(
+            steps=num_steps,
+            metrics=_final_metrics(trainer.state.log_history, bool(self._data.eval)),
+            memory=memory,
+            seconds=seconds,
+            tokens_per_second=num_tokens / seconds,
+        )
+
+    def _trainer(self, model: nn.Module, plan: Plan, longest: int, num_steps: int, log_metrics: LogFunction) -> Any:
+        from trl import SFTConfig as TRLConfig
+        from trl import SFTTrainer
+
+        config, device = self._config, self._work.device
+        rows, passes = split_step(config.trainer.groups_per_step, longest, plan.tokens_per_batch)
+        arguments = training_arguments(
+            TRLConfig,
+            folder=self._folder / "checkpoints",
+            optim=config.optim,
+            trainer=config.trainer,
+            num_steps=num_steps,
+            seed=config.seed,
+            device=device,
+            per_device_train_batch_size=rows,
+            per_device_eval_batch_size=rows,
+            gradient_accumulation_steps=passes,
+            bf16=device.type == "cuda" and model.dtype is torch.bfloat16,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        trainer = SFTTrainer(
+            model=model,  # type: ignore[arg-type]
+            args=arguments,
+            train_dataset=_dataset(self._data.train),
+            eval_dataset=_dataset(self._data.eval) if self._data.eval else None,
+            processing_class=self._work.tokenizer,
+            callbacks=stage_callbacks("SFT", log_metrics, config.trainer, bool(self._data.eval)),
+        )
+        prepare_trainer(trainer)
+        # On a quantised base TRL rounds the adapter to bfloat16. Small updates would be lost: keep the adapter's dtype.
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.data = weights[name]
+        return trainer
+
+
+def _final_metrics(history: Sequence[dict[str, float]], has_eval: bool) -> dict[str, float]:
+    last = {name: row[name] for row in history for name in ("loss", "eval_loss") if name in row}
     final = {"train/loss": last["loss"]}
-    if eval_examples:
+    if has_eval:
         final["eval/loss"] = last["eval_loss"]
-    trained = num_steps - done
-    mean_length = sum(len(example["input_ids"]) for example in examples) / len(examples)
-    return {
-        "steps": num_steps,
-        "num_tokens": round(trained * config.trainer.groups_per_step * mean_length),
-        "metrics": final,
-    }
+    return final

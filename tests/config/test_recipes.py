@@ -329,7 +329,7 @@ def local_copies(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", QWEN3)
 def test_a_qwen3_recipe_runs_on_a_tiny_model(name, local_copies, tiny_model_folder, tmp_path):
     """NF4, LoRA, paged 8-bit AdamW and sampling as the recipe has them, with layers checkpointed, on a CPU."""
-    from alignment.stages.chain import Run
+    from alignment.stages.chain import Chain
 
     overrides = [
         f"recipe={name}",
@@ -352,7 +352,7 @@ def test_a_qwen3_recipe_runs_on_a_tiny_model(name, local_copies, tiny_model_fold
     node = compose_node(overrides)
     config = to_run_config(node)
     check_machine(config)
-    summary = Run(config, tmp_path, name, as_plain(node)).execute()
+    summary = Chain(config, tmp_path, name, as_plain(node)).run()
     stages = summary["stages"]
     expected = {"sft_qwen3": ["sft"], "orpo_qwen3": ["preference"]}
     assert list(stages) == expected.get(name, ["sft", "preference"])

@@ -186,7 +186,7 @@ def test_a_quantised_policy_has_one_identity_and_one_gradient(compute, tiny_mode
 
 def test_the_quantised_chain(tiny_model_folder, tmp_path):
     """SFT, then DPO, on an NF4 base; a second run over the same SFT policy finds its whole reference."""
-    from alignment.stages.chain import Run
+    from alignment.stages.chain import Chain
 
     def run(folder, *overrides):
         register()
@@ -200,7 +200,7 @@ def test_the_quantised_chain(tiny_model_folder, tmp_path):
                 *overrides,
             ]
         )  # fmt: skip
-        return Run(to_run_config(node), folder, "quickstart", as_plain(node)).execute()
+        return Chain(to_run_config(node), folder, "quickstart", as_plain(node)).run()
 
     summary = run(tmp_path / "first")
     stage = summary["stages"]["preference"]

@@ -77,7 +77,7 @@ def short_pairs(tmp_path_factory) -> dict[str, Path]:
 
 
 def run(folder: Path, model: Path, data: dict[str, Path], cache: Path, *overrides: str) -> dict:
-    from alignment.stages.chain import Run
+    from alignment.stages.chain import Chain
 
     register()
     node = compose_node(
@@ -93,7 +93,7 @@ def run(folder: Path, model: Path, data: dict[str, Path], cache: Path, *override
             "trainer.save_every=0", "evaluation.prompts=0", "evaluation.judge=none", *overrides,
         ]
     )  # fmt: skip
-    return Run(to_run_config(node), folder, "quickstart", as_plain(node)).execute()
+    return Chain(to_run_config(node), folder, "quickstart", as_plain(node)).run()
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from alignment.config.schema import EvaluationConfig, Judge
+from alignment.data.prepare import PreferenceData
 from alignment.evaluation.generate import sample
 from alignment.stages import answers as evaluation
 from alignment.stages import store as stage_store
 from alignment.stages.answers import HeldOutAnswers
+from alignment.stages.stage import Workspace
 from alignment.stages.store import StageStore
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_policy
@@ -49,18 +51,17 @@ class Asker:
 
     def __call__(self, model=None, groups=GROUPS, train=GROUPS, seed=0, separator=" ", **settings) -> list[str]:
         self._runs += 1
+        config = SimpleNamespace(evaluation=replace(CONFIG, **settings), seed=seed)
         rows = [SimpleNamespace(steps=None, meta={}, source="")] * len(groups)
-        answers = HeldOutAnswers(
-            replace(CONFIG, **settings),
-            groups,
-            rows,
-            train,
-            Tokenizer(separator),
-            self.folder / f"run {self._runs}",
-            self.store,
-            torch.device("cpu"),
-            seed,
+        work = Workspace(
+            run_dir=self.folder / f"run {self._runs}",
+            cache=self.folder,
+            device=torch.device("cpu"),
+            tokenizer=Tokenizer(separator),
+            slot=None,
+            final_policy=self.folder / "adapter",
         )
+        answers = HeldOutAnswers(config, PreferenceData(train, groups, rows, {}), work, self.store)
         answers.collect("start", model or tiny_policy())
         return answers.answers["start"]
 

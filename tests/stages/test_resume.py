@@ -121,16 +121,16 @@ def in_reference():
 
 
 def before_done(stage):
-    from alignment.stages import chain as stages
+    from alignment.stages import chain
 
-    write = stages.atomic_write_bytes
+    write = chain.write_result
 
-    def patched(path, data):
-        if path.parts[-2:] == (stage, "done.json"):
+    def patched(folder, result):
+        if folder.name == stage:
             die()
-        write(path, data)
+        write(folder, result)
 
-    stages.atomic_write_bytes = patched
+    chain.write_result = patched
 
 
 def in_final_policy():
@@ -141,7 +141,7 @@ def in_final_policy():
 
     def patched(model, tokenizer, folder):
         save(model, tokenizer, folder)
-        if folder.name == "adapter":
+        if folder.name == "adapter.partial":
             weights = folder / "adapter_model.safetensors"
             weights.write_bytes(weights.read_bytes()[:1000])
             die()

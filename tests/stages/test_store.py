@@ -235,7 +235,7 @@ def test_a_policy_that_is_not_the_one_that_was_kept_is_trained_again(project, tm
     store.put(kept.key, first / "stages" / "sft" / "policy", kept.content | {"identity": "0" * 64})
     ended, second = run(project, tmp_path / "second", cache)
     assert ended.code == 0, ended.err
-    assert "is not the policy that it was: SFT is done again" in ended.out
+    assert "holds another policy than it says: SFT is done again" in ended.out
     assert_same(second, first)
 
 

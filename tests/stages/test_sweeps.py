@@ -216,7 +216,7 @@ def failing_second():
     run = PreferenceStage.run
 
     def patched(self, *arguments):
-        if self._run_dir.name == "1-tiny":
+        if self._work.run_dir.name == "1-tiny":
             raise RuntimeError("out of\nmemory")
         return run(self, *arguments)
 
