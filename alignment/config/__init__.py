@@ -1,1 +1,4 @@
-"""Every setting of a run: its schema, its composition by Hydra, and the checks that come before anything is loaded."""
+"""Every setting of a run: `schema` types and checks them, `compose` fills them with Hydra from recipes and overrides.
+
+`arguments` checks the whole command line before anything is loaded. Only this wing and `run.py` know Hydra.
+"""

@@ -417,3 +417,8 @@ class RunConfig:
                 f"trainer.groups_per_step must be at least {least} for loss {self.loss.name}, "
                 f"not {self.trainer.groups_per_step}.",
             )
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an interrupted run is asked for."""
+        return self.resume is not None and self.resume.lower() not in ("null", "false")

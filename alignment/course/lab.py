@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignment.config.compose import sweep_members
+from alignment.config.members import sweep_members
 from alignment.errors import UserError
 from alignment.evaluation.intervals import wilson_interval
 from alignment.policy.tiny_model import write_tiny_model

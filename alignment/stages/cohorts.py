@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from alignment.config.schema import Device, RunConfig
-from alignment.files import atomic_write_text, to_json
+from alignment.config.sweep import SweepMember
+from alignment.files import to_json
 from alignment.losses import Quantity
 
 if TYPE_CHECKING:
@@ -25,27 +25,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUTO_WIDTH = 4
-"""How many train at once where `trainer.cohort=auto` lets several do so."""
+"""How many members train at once on a GPU with `trainer.cohort=auto`."""
 
 _OWN = ("seed", "loss", "optim", "adapter", "tracking", "resume")
 """Sections in which the members of a cohort may differ."""
 _SHARED_LOOP = ("cohort", "joint_passes", "plan", "tokens_per_batch", "checkpoint_every")
-"""Settings of the loop in which they may not: they are those of the passes."""
-
-
-@dataclass(frozen=True, slots=True)
-class SweepMember:
-    """A member of a sweep before it runs: its folder, its configuration, and Hydra's part of that."""
-
-    folder: Path
-    node: DictConfig
-    hydra: DictConfig
-    config: RunConfig
-
-    @property
-    def choices(self) -> Mapping[str, str]:
-        """The option that was chosen of every group."""
-        return self.hydra.runtime.choices
+"""Settings of the loop that must be the same, since they decide how the passes run."""
 
 
 @dataclass(slots=True)
@@ -57,20 +42,20 @@ class SweepCohort:
     has_run: bool = False
 
     def run(self, run: Callable[[SweepMember, Member], None]) -> None:
-        """Run all of them; `run` is called in a greenlet of its own, and keeps a member's failure to itself.
+        """Run all members; each call of `run` has a greenlet of its own, and must keep its failure to itself.
 
-        The first member is the one whose job this process is in, so its folder is made and its log is open.
+        The first member is the one whose job this process is in: its folder exists and its log is open.
         """
         from alignment.training.cohort import Cohort
 
         self.has_run = True
         log.info("%d members train together, %d at a time.", len(self.members), self.width)
         for member in self.members[1:]:
-            _make_folder(member)
+            member.make_folder()
 
-        def named(place: Member, member: SweepMember) -> None:
+        def named(slot: Member, member: SweepMember) -> None:
             _current.set(member.folder.name)
-            run(member, place)
+            run(member, slot)
 
         with _own_logs(self.members):
             cohort = Cohort(self.width, self.members[0].config.trainer.joint_passes)
@@ -81,7 +66,7 @@ class SweepCohort:
 
 
 def cohorts(members: Sequence[SweepMember]) -> list[SweepCohort]:
-    """Those of the unfinished members that differ in nothing but what each can have of its own, where several do."""
+    """Groups of unfinished members that can train together: they differ only in what each can have of its own."""
     alike: dict[bytes, list[SweepMember]] = {}
     for member in members:
         # Other launchers give each member a process of its own.
@@ -93,7 +78,7 @@ def cohorts(members: Sequence[SweepMember]) -> list[SweepCohort]:
 
 
 def _can_join(config: RunConfig) -> bool:
-    """Whether it trains an adapter with passes of its own policy alone."""
+    """Whether the run trains an adapter, and its loss needs nothing but token scores of the policy."""
     return (
         config.loss is not None
         and config.adapter is not None
@@ -112,25 +97,15 @@ def _shared_settings(config: RunConfig) -> bytes:
 def _width(config: RunConfig) -> int:
     if isinstance(config.trainer.cohort, int):
         return config.trainer.cohort
-    # On a CPU members take turns, which saves no more than a base to load.
+    # On a CPU members take turns, which saves only the loading of the base.
     return AUTO_WIDTH if config.device is not Device.cpu and torch.cuda.is_available() else 1
-
-
-def _make_folder(member: SweepMember) -> None:
-    """What Hydra writes when a job begins: without it nobody could go on with the member by itself."""
-    folder = member.folder / ".hydra"
-    folder.mkdir(parents=True, exist_ok=True)
-    task = OmegaConf.to_yaml(member.hydra.overrides.task)
-    parts = {"overrides": task, "hydra": OmegaConf.to_yaml(OmegaConf.create({"hydra": member.hydra}))}
-    for name, text in parts.items():
-        atomic_write_text(folder / f"{name}.yaml", text)
 
 
 _current: ContextVar[str] = ContextVar("member", default="")
 
 
 class _From(logging.Filter):
-    """Lets through what one member says, or what none does."""
+    """Passes records of the members with these names; an empty name stands for no member."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -141,7 +116,7 @@ class _From(logging.Filter):
 
 
 class _Named(logging.Formatter):
-    """Puts the member's name before what it says."""
+    """Puts the name of the member before its lines."""
 
     def __init__(self, inner: logging.Formatter | None) -> None:
         super().__init__()
@@ -154,7 +129,7 @@ class _Named(logging.Formatter):
 
 @contextmanager
 def _own_logs(members: Sequence[SweepMember]) -> Iterator[None]:
-    """Every member's words in the log file of its own folder; the first one's is open already."""
+    """Send the lines of each member to the log file in its own folder; that of the first is open already."""
     root = logging.getLogger()
     files = [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]
     undo: list[Callable[[], Any]] = []

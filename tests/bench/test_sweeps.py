@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from alignment.config.compose import compose_node, register, sweep_members, to_run_config
+from alignment.config.compose import compose_node, to_run_config
+from alignment.config.members import sweep_members
+from alignment.config.registry import register
 from tests.bench import against_trl, one_run, sweeps, tables, trl_side
 from tests.bench.job import Case, Preparation
 from tests.bench.slices import Spent

@@ -108,7 +108,7 @@ def test_an_unusual_model_is_said_to_be_estimated(tmp_path, capsys):
         (["recipe=dpo_qwen3", "--length", "x"], "invalid int value: 'x'"),
         (["recipe=dpo_qwen3", "--config", "/no/such.json"], "--config: /no/such.json does not exist"),
         (["recipe=dpo_qwen3", "model.name=./nothing"], "the folder ./nothing does not exist"),
-        (["recipe=dpo_qwen3", "optim.lrr=1"], "Key 'lrr' not in 'OptimConfig'"),
+        (["recipe=dpo_qwen3", "optim.lrr=1"], "There is no setting optim.lrr (did you mean optim.lr?)"),
         (["--nope"], "unrecognized arguments: --nope"),
     ],
 )

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignment.config.arguments import check_arguments
 from alignment.config.compose import load
 from alignment.errors import UserError
-from alignment.run import _checked_arguments
 from tests.helpers.commands import Ended, command, pair, write_lines, write_project
 
 
@@ -102,7 +102,7 @@ WRONG = [
     (["quantization=nf4", "adapter=none"], ["quantised base"]),
     (["adapter=none", "export.merge=true"], ["export.merge"]),
     # What would have no effect
-    (["loss=orpo", "loss.beta=0.1"], ["loss.beta", "ORPO", "accepted are lam"]),
+    (["loss=orpo", "loss.beta=0.1"], ["loss.beta", "loss orpo", "accepted are lam"]),
     (["loss=simpo", "loss.gamma=1"], ["loss.gamma", "gamma_beta_ratio"]),
     (["adapter=none", "adapter.r=8"], ["adapter.r", "adapter=none"]),
     (["recipe=dpo_qwen3", "quantization=none", "quantization.double=true"], ["quantization.double", "no effect"]),
@@ -131,7 +131,8 @@ WRONG = [
     (["loss.beta=???"], ["loss.beta"]),
     (["loss.beta=0.1,0.2"], ["loss.beta", "--multirun"]),
     # Options of the command
-    (["--multi-run"], ["--multi-run", "--multirun"]),
+    (["--multi-run"], ["--multi-run", "did you mean --multirun?"]),
+    (["--confg-dir", "x"], ["did you mean --config-dir?"]),
     (["--config-name", "other"], ["--config-name"]),
     (["--cfg"], ["--cfg", "job"]),
     (["--cfg", "loss.beta=1"], ["--cfg", "job"]),
@@ -156,7 +157,7 @@ WRONG = [
 def test_wrong_settings(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        _checked_arguments(["recipe=quickstart", *arguments] if "-m" in arguments else arguments)
+        check_arguments(["recipe=quickstart", *arguments] if "-m" in arguments else arguments)
     message = str(caught.value)
     assert "\n" not in message and message.endswith(".")
     assert all(part in message for part in said), message
@@ -188,7 +189,7 @@ def test_wrong_files(name, content, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
     before = sorted(Path.cwd().iterdir())
     with pytest.raises(UserError) as caught:
-        _checked_arguments([f"--config-dir={tmp_path}", "model=mine" if "model/" in name else "recipe=mine"])
+        check_arguments([f"--config-dir={tmp_path}", "model=mine" if "model/" in name else "recipe=mine"])
     message = str(caught.value)
     assert "\n" not in message and message.endswith(".")
     assert all(part in message for part in said), message
@@ -224,7 +225,7 @@ def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").touch()
     with pytest.raises(UserError, match="holds a run already: continue it with resume=mine"):
-        _checked_arguments(["hydra.run.dir=mine"])
+        check_arguments(["hydra.run.dir=mine"])
 
 
 # Refused by the run itself: in a process of its own, on the tiny model.
@@ -324,8 +325,12 @@ def test_help_and_configuration(tmp_path, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     shown = command("--help", cwd=tmp_path, cache=cache)
     assert shown.code == 0 and not shown.err
-    assert all(f"\n{group}: " in shown.out for group in ("loss", "recipe", "quantization"))
+    assert all(f"\n  {group}: " in shown.out for group in ("loss", "recipe", "quantization"))
     assert "simpo" in shown.out and "quickstart" in shown.out
+    assert "schema" not in shown.out and "@" not in shown.out and "hydra" not in shown.out.lower()
+    assert max(map(len, shown.out.splitlines())) <= 80
+    commands = [line for line in shown.out.splitlines() if "python -m" in line]
+    assert "recipe=quickstart" in commands[0] and "recipe=dpo_qwen3" in commands[1]
     shown = command("--cfg", "job", "loss=ipo", cwd=tmp_path, cache=cache)
     assert shown.code == 0 and not shown.err
     assert "tau: 0.1" in shown.out and "beta:" not in shown.out

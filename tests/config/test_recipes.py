@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from alignment.config import preflight
-from alignment.config.compose import as_plain, compose_node, load, register, sweep_members, to_run_config
+from alignment.config.compose import as_plain, compose_node, load, to_run_config
+from alignment.config.members import sweep_members
 from alignment.config.preflight import check_machine
+from alignment.config.registry import register
 from alignment.config.schema import Device, Judge
 from alignment.errors import UserError
 from alignment.files import asset_dir
@@ -224,9 +226,18 @@ def test_a_recipe_that_includes_itself(tmp_path):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("recipe=nope", "Could not find 'recipe/nope'; available are .*quickstart"),
-        ("loss=nope", "Could not find 'loss/nope'; available are " + ".*".join(sorted([*LOSSES, "none", "mpo"]))),
-        ("optim.lrr=1", "Key 'lrr' not in 'OptimConfig', at key optim.lrr; accepted are name, lr, "),
+        ("recipe=nope", "Could not find 'recipe/nope'; available are .*quickstart.*sweep/beta_dpo"),
+        (
+            "loss=simpoo",
+            r"Could not find 'loss/simpoo' \(did you mean simpo\?\); available are "
+            + ".*".join(sorted([*LOSSES, "none", "mpo"])),
+        ),
+        ("optim.lrr=1", r"There is no setting optim.lrr \(did you mean optim.lr\?\); accepted are name, lr, "),
+        ("sft.optim.lrr=1", r"There is no setting sft.optim.lrr \(did you mean sft.optim.lr\?\); accepted are name, "),
+        ("lr=1", r"There is no setting lr \(did you mean optim.lr\?\); accepted are seed, "),
+        ("losss=dpo", r"There is no setting losss \(did you mean loss\?\)"),
+        ("recipe=beta_dpo", r"\(did you mean sweep/beta_dpo\?\)"),
+        ("optim=adamv", r"\(did you mean adamw\?\)"),
     ],
 )
 def test_a_mistake_on_the_command_line_lists_what_is_accepted(override, expected):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from alignment.config.compose import compose_node, load, register
+from alignment.config.compose import compose_node, load
+from alignment.config.registry import register
 from alignment.config.renamed import RENAMED, flat
+from alignment.config.resume import changes
 from alignment.errors import UserError
-from alignment.run import _changes
 
 
 @pytest.fixture(autouse=True)
@@ -58,4 +59,4 @@ def test_an_unfinished_run_of_before(tmp_path):
     written.optim = {"rate": 1.0}
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(written))
     with pytest.raises(UserError, match=r"begun by an earlier version.*: optim\.rate is now called optim\.lr\.$"):
-        _changes(tmp_path, node)
+        changes(tmp_path, node)

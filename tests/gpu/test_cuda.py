@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from alignment.config.compose import as_plain, compose_node, register, to_run_config
+from alignment.config.compose import as_plain, compose_node, to_run_config
+from alignment.config.registry import register
 from alignment.config.schema import Dtype, ModelConfig, QuantizationConfig
 from alignment.data.units import as_rows
 from alignment.kernels.patch import patch_layers

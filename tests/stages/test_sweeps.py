@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alignment.config.compose import compose_node, load, register, sweep_members
+from alignment.config.arguments import check_arguments
+from alignment.config.compose import compose_node, load
+from alignment.config.members import sweep_members
+from alignment.config.registry import register
 from alignment.errors import UserError
 from alignment.files import asset_dir
-from alignment.run import _accuracy, _checked_arguments
+from alignment.run import accuracy
 from alignment.stages import store as stage_store
 from tests.helpers.commands import command, write_project
 from tests.stages.test_resume import assert_same, contents, metric_rows
@@ -108,7 +111,7 @@ def test_a_block_that_is_no_sweep_is_refused(sweep, tmp_path):
 def test_what_is_refused_before_a_sweep(arguments, said, project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        _checked_arguments(["--config-dir", str(project), *arguments])
+        check_arguments(["--config-dir", str(project), *arguments])
     assert said in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -162,7 +165,7 @@ def uninterrupted(project, tmp_path_factory) -> Path:
     assert (cwd / "sweep" / "comparison.html").exists()
     summary = json.loads((cwd / "sweep" / "0-tiny" / "summary.json").read_text())
     wanted = summary["stages"]["preference"]["metrics"]["eval/nats/accuracies"]
-    assert _accuracy(cwd / "sweep" / "0-tiny" / "summary.json") == wanted
+    assert accuracy(cwd / "sweep" / "0-tiny" / "summary.json") == wanted
     return cwd / "sweep"
 
 

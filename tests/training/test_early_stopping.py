@@ -22,11 +22,12 @@ from alignment.comparison.members import read_member
 from alignment.comparison.ranking import compare
 from alignment.comparison.sentences import cautions, headline, not_available
 from alignment.comparison.tables import member_table, results, to_csv
+from alignment.config.arguments import check_arguments
 from alignment.config.compose import load
 from alignment.config.schema import STOPPING_METRICS, StoppingConfig
 from alignment.errors import UserError
 from alignment.files import asset_dir
-from alignment.run import _accuracy, _checked_arguments
+from alignment.run import accuracy
 from alignment.runs.record import read_metrics
 from alignment.stages import store as stage_store
 from alignment.training.early_stopping import StopEarly, place, rung_steps, stops
@@ -311,7 +312,7 @@ def test_the_objective_of_searches_is_the_metric_of_early_stopping(tmp_path):
     metric = load("recipe=quickstart", "stopping=asha").stopping.metric
     summary = tmp_path / "summary.json"
     summary.write_text(json.dumps({"stages": {"preference": {"metrics": {f"eval/{metric}": 0.625}}}}))
-    assert _accuracy(summary) == 0.625
+    assert accuracy(summary) == 0.625
     assert f"metric: {{name: eval/{metric}, goal: maximize}}" in (asset_dir("conf") / "wandb_sweep.yaml").read_text()
     assert metric in STOPPING_METRICS
 
@@ -334,7 +335,7 @@ def test_the_objective_of_searches_is_the_metric_of_early_stopping(tmp_path):
 def test_what_is_refused(arguments, said, project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        _checked_arguments(["--config-dir", str(project), *arguments])
+        check_arguments(["--config-dir", str(project), *arguments])
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,89 @@
+"""Settings as you type them, `key=value`: parsed, and refused where they have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from alignment.config import schema
+from alignment.config.renamed import refuse_renamed
+from alignment.errors import UserError
+
+WITH_NONE = ("quantization", "adapter", "sft", "loss", "stopping", "tracking")
+"""Groups whose option `none` sets the whole group to null."""
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Each setting, parsed.
+
+    Raises:
+        UserError: text that is no setting, or a setting under its old name.
+    """
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            [override] = parser.parse_overrides([text])
+        except HydraException as error:
+            raise UserError(f"'{text}' is no setting of the form key=value.") from error
+        if not override.key_or_group:
+            raise UserError(f"'{text}' is no setting of the form key=value: it has no key.")
+        parsed.append(override)
+    refuse_renamed(override.key_or_group for override in parsed)
+    return parsed
+
+
+def refuse_settings_of_none(parsed: Sequence[Override], choices: Mapping[str, Any]) -> None:
+    """Refuse a value for a group that the option `none` switches off."""
+    for override in parsed:
+        group, dot, _ = override.key_or_group.partition(".")
+        if dot and group in WITH_NONE and choices.get(group) == "none":
+            raise UserError(
+                f"{override.key_or_group} has no effect with {group}=none: leave it out, or choose another {group}."
+            )
+
+
+def refuse_without_effect(overrides: Sequence[str], config: schema.RunConfig) -> None:
+    """Refuse settings of the command line that this run would never read; those of recipes and files may stay.
+
+    Raises:
+        UserError: the setting, and why it has no effect.
+    """
+    for override in parse_overrides(overrides):
+        key = override.key_or_group
+        reason = _why_without_effect(key, config)
+        if reason is not None:
+            raise UserError(f"{key} has no effect: {reason}.")
+
+
+def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
+    section, _, name = key.rpartition(".") if "." in key else (key, "", "")
+    if config.loss is None:
+        if section in ("data", "optim", "trainer", "reference"):
+            sft = f"; the SFT stage has sft.{key}" if section != "reference" else ""
+            return f"with loss=none there is no preference stage{sft}"
+    elif section == "reference":
+        live = config.reference.mode is schema.ReferenceMode.live
+        unused = not config.loss.requirements().reference and not config.reference.for_metrics
+        if unused and (name == "spot_checks" or (live and name in ("", "mode"))):
+            return f"loss {config.loss.name} has no reference, and reference.for_metrics=false asks for none"
+        if live and name == "spot_checks":
+            return "a live reference is computed anew, so that there is nothing stored to check"
+    stage = config.sft if section.startswith("sft.") else config
+    if name == "epochs" and section.endswith("trainer") and stage is not None and stage.trainer.max_steps is not None:
+        return f"{section}.max_steps={stage.trainer.max_steps} decides; set it to null to train for epochs"
+    if key in ("sft.trainer.cohort", "sft.trainer.joint_passes"):
+        return "the SFT stage is done once for all members of a sweep that have the same"
+    if key == "evaluation.kl_prompts" and config.loss is None:
+        return "with loss=none there is no preference stage"
+    if key in ("evaluation.max_new_tokens", "evaluation.temperature", "evaluation.batch_size"):
+        # The answers for the KL have a temperature of their own.
+        others = 0 if name == "temperature" else config.evaluation.kl_prompts
+        return "evaluation.prompts=0 samples no answers" if config.evaluation.prompts == others == 0 else None
+    if key == "export.dtype" and not config.export.merge:
+        return "it is the dtype of the merged model, and export.merge is false"
+    return None

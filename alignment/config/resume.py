@@ -1,0 +1,82 @@
+"""Runs that began earlier: which one to resume, and whether the settings are still the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from alignment.config.compose import as_plain, compose_node
+from alignment.config.renamed import flat, refuse_renamed
+from alignment.errors import UserError
+from alignment.files import redact
+
+FREE = ("trainer.cohort", "trainer.joint_passes")
+"""Settings of a sweep that do not touch its results, so they may change when it goes on."""
+
+
+def require_new(run_dir: Path) -> None:
+    """Refuse a folder that holds a run already."""
+    if (run_dir / "config.yaml").exists():
+        raise UserError(
+            f"The folder {run_dir} holds a run already: continue it with resume={run_dir}, or choose another."
+        )
+
+
+def changes(folder: Path, node: DictConfig) -> str:
+    """The settings that differ between the run in a folder and a configuration, for people; empty if none does.
+
+    Raises:
+        UserError: the run has settings under names that an earlier version gave them.
+    """
+    with open_dict(node):
+        node.resume = None
+    before, now = (
+        flat(c) for c in (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), redact(as_plain(node)))
+    )
+    refuse_renamed(before, f"{folder} was begun by an earlier version and cannot go on")
+    for key in ("resume", *FREE):
+        before[key] = now.get(key)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in changed[:3])
+
+
+def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str]:
+    """The overrides of the interrupted run, checked to give the configuration that it had.
+
+    Args:
+        overrides: from the command line.
+        value: of `resume`: a run folder, or true for the newest unfinished run of the recipe.
+        recipe: its name.
+
+    Raises:
+        UserError: nothing to resume, or the command line or the code asks for other settings than the run began with.
+    """
+    folder = _resume_dir(value, recipe)
+    saved = [str(o) for o in OmegaConf.load(folder / ".hydra" / "overrides.yaml") if not str(o).startswith("resume=")]
+    extra = [o for o in overrides if not o.startswith("resume=") and o not in saved]
+    changed = changes(folder, compose_node([*saved, *extra]))
+    if changed:
+        raise UserError(f"A resumed run keeps its settings, and {changed} differs from those of {folder}.")
+    quoted = str(folder).replace("'", "\\'")
+    # Without an output folder of its own Hydra leaves the first start's overrides as they are.
+    return [*saved, f"resume='{quoted}'", f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
+
+
+def _unfinished(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and not (folder / "summary.json").is_file()
+
+
+def _resume_dir(value: str, recipe: str) -> Path:
+    """The run folder that `resume=` means."""
+    if value.lower() != "true":
+        folder = Path(value)
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"resume={value}: this is no run folder (it holds no config.yaml).")
+        if not _unfinished(folder):
+            raise UserError(f"resume={value}: this run is finished; its results are in {folder / 'summary.json'}.")
+        return folder
+    runs = sorted(path for path in (Path("outputs") / recipe).glob("*") if _unfinished(path))
+    if not runs:
+        raise UserError(f"resume=true: there is no unfinished run of recipe {recipe} under outputs/{recipe}.")
+    return runs[-1]
