@@ -1,36 +1,31 @@
-"""What the cache holds, whether it is sound, and how to make it smaller: `python -m alignment.cache`."""
+"""The command: `python -m alignment.cache list | verify | prune`."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from itertools import accumulate
 from pathlib import PurePath
-from typing import NoReturn
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignment.config.parser import CommandParser
 from alignment.errors import UserError
 from alignment.files import cache_dir
 from alignment.reference.store import REFERENCE_FILE, IdentityInfo, ReferenceStore, damaged_files
-from alignment.stages.store import STAGES_FOLDER, StageStore, StoredStage
+from alignment.stages.store import STAGES_FOLDER, StageStore
 
-_WIDE = 160
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
+_WIDE = 1000
+"""Into a pipe or a file every row goes whole, however wide."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, or 1 for damage found and for what the user can mend."""
+    """Run one command. Returns the exit status: 0, or 1 if it found damage or you can mend something."""
     try:
         arguments = _parser().parse_args(argv)
         folder = cache_dir(arguments.path)
@@ -53,27 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m alignment.cache",
-        description="Inspect the stored reference log-probs, SFT stages and answers to held-out prompts.",
+        description="Look at stored reference log-probs, SFT stages and answers to held-out prompts, or remove them.",
     )
-    common = _Parser(add_help=False)
-    common.add_argument(
-        "--path", metavar="FOLDER", help="cache folder (default: $ALIGNMENT_CACHE or ~/.cache/alignment)"
-    )
+    common = CommandParser(add_help=False)
+    common.add_argument("--path", metavar="FOLDER", help="default: $ALIGNMENT_CACHE or ~/.cache/alignment")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|verify|prune")
-    commands.add_parser(
-        "list", parents=[common], help="the policies whose log-probs are stored, the stages and the answers"
-    )
-    commands.add_parser("verify", parents=[common], help="check everything; set aside what is damaged and exit with 1")
-    prune = commands.add_parser("prune", parents=[common], help="remove some of what is stored, or all")
+    commands.add_parser("list", parents=[common], help="show what is stored")
+    commands.add_parser("verify", parents=[common], help="check everything and drop damaged entries")
+    prune = commands.add_parser("prune", parents=[common], help="remove some entries, or all")
     which = prune.add_mutually_exclusive_group(required=True)
-    which.add_argument("--older-than", metavar="DAYS", type=_days, help="not used for so long, e.g. 30d")
-    which.add_argument("--identity", metavar="PREFIX", help="the one whose id begins so")
-    which.add_argument(
-        "--max-mb", metavar="MB", type=_megabytes, help="of each kind the least recently used beyond this size"
-    )
-    which.add_argument("--all", action="store_true", help="everything, with the damaged files that were kept")
+    which.add_argument("--older-than", metavar="DAYS", type=_days, help="entries not used for so long, e.g. 30d")
+    which.add_argument("--identity", metavar="PREFIX", help="the one entry whose id begins with this")
+    which.add_argument("--max-mb", metavar="MB", type=_megabytes, help="the least recently used entries over this size")
+    which.add_argument("--all", action="store_true", help="everything, damaged files too")
     return parser
 
 
@@ -90,30 +79,35 @@ def _megabytes(text: str) -> int:
     return int(text) * 1_000_000
 
 
+def _table(numbers: Sequence[str], texts: Sequence[str], last: str) -> Table:
+    """Columns of texts and numbers, and last a long one, which wraps on a screen and stays whole in a pipe."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in texts:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(last, overflow="fold")
+    return table
+
+
+def _show(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+
+
 def _list(store: ReferenceStore) -> None:
     infos = store.identities()
     if infos:
-        table = Table()
-        table.add_column("id", no_wrap=True)
-        table.add_column("model", overflow="fold")
-        for name in ("quantization", "adapter", "dtype"):
-            table.add_column(name, no_wrap=True)
-        for name in ("sequences", "tokens", "MB", "last used"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table = _table(["sequences", "tokens", "MB", "last used"], ["id"], "policy")
         for info in infos:
             table.add_row(
                 info.identity[:12],
-                Text(_model(info)),
-                _shown(info, "quantization"),
-                _shown(info, "adapter")[:12],
-                _shown(info, "dtype"),
                 f"{info.sequences:,}",
                 f"{info.tokens:,}",
                 _mb(info.bytes),
                 _date(info.last_used),
+                Text(_policy(info)),
             )
-        # Into a pipe or a file the rows go whole, whatever width a terminal would have.
-        Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+        _show(table)
     else:
         _say("No reference log-probs are stored.")
     _say(f"{store.path}: {_mb(store.size())} MB on disk.")
@@ -125,22 +119,18 @@ def _list_stages(stages: StageStore) -> None:
     stored = stages.stored()
     if not stored:
         return
-    table = Table()
-    for name in ("id", "stage", "model"):
-        table.add_column(name, overflow="fold")
-    for name in ("steps", "MB", "last used"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table(["steps", "MB", "last used"], ["id", "stage"], "model")
     for stage in stored:
         described = stage.content.get("description", {})
         table.add_row(
             stage.key[:12],
             described.get("stage", "damaged"),
-            Text(_short(str(described.get("model", "-")))),
             str(stage.content.get("result", {}).get("steps", "-")),
             _mb(stage.bytes),
             _date(stage.last_used),
+            Text(_short(str(described.get("model", "-")))),
         )
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    _show(table)
     _say(f"{stages.folder}: {_mb(sum(stage.bytes for stage in stored))} MB on disk.")
 
 
@@ -165,13 +155,11 @@ def _prune(store: ReferenceStore, stages: StageStore, arguments: argparse.Namesp
     if arguments.identity is not None:
         identity = _resolve(store, stages, arguments.identity)
         pruned = store.prune(identity=identity)
-        removed = [stage for stage in stages.stored() if stage.key == identity]
+        removed = stages.prune(key=identity)
     else:
         pruned = store.prune(older_than_days=0 if arguments.all else arguments.older_than, max_bytes=arguments.max_mb)
-        removed = _too_many(stages.stored(), 0 if arguments.all else arguments.older_than, arguments.max_mb)
+        removed = stages.prune(older_than_days=0 if arguments.all else arguments.older_than, max_bytes=arguments.max_mb)
     for stage in removed:
-        with stages.locked(stage.key):
-            stages.drop(stage.key)
         _say(f"Removed the result {stage.key[:12]}: {_mb(stage.bytes)} MB.")
     freed = pruned.freed
     if arguments.all:
@@ -179,19 +167,9 @@ def _prune(store: ReferenceStore, stages: StageStore, arguments: argparse.Namesp
             freed += file.stat().st_size
             file.unlink()
     for info in pruned.identities:
-        _say(f"Removed {info.identity[:12]} ({_shown(info, 'model')}): {info.sequences:,} sequences.")
+        _say(f"Removed {info.identity[:12]} ({info.description.get('model', '-')}): {info.sequences:,} sequences.")
     _say(f"{len(pruned.identities)} policies removed, {_mb(max(0, freed))} MB freed, {_mb(store.size())} MB left.")
     return 0
-
-
-def _too_many(stored: Sequence[StoredStage], days: int | None, max_bytes: int | None) -> list[StoredStage]:
-    """Those that were not used for so many days, or that do not fit into so many bytes; `stored` begins with the last
-    used.
-    """
-    if days is not None:
-        return [stage for stage in stored if stage.last_used <= time.time() - days * 86400]
-    totals = accumulate(stage.bytes for stage in stored)
-    return [stage for stage, total in zip(stored, totals, strict=True) if max_bytes is not None and total > max_bytes]
 
 
 def _resolve(store: ReferenceStore, stages: StageStore, prefix: str) -> str:
@@ -203,13 +181,14 @@ def _resolve(store: ReferenceStore, stages: StageStore, prefix: str) -> str:
     return matches[0]
 
 
-def _shown(info: IdentityInfo, key: str) -> str:
-    value = info.description.get(key)
-    return "-" if value is None else str(value)
-
-
-def _model(info: IdentityInfo) -> str:
-    return _short(_shown(info, "model"))
+def _policy(info: IdentityInfo) -> str:
+    """The model, and what is special about its weights."""
+    described = info.description
+    parts = [_short(str(described.get("model") or "-"))]
+    parts += [str(described[key]) for key in ("dtype", "quantization") if described.get(key) is not None]
+    if described.get("adapter") is not None:
+        parts.append(f"adapter {str(described['adapter'])[:12]}")
+    return ", ".join(parts)
 
 
 def _short(name: str) -> str:
@@ -223,7 +202,7 @@ def _mb(count: int) -> str:
 
 def _date(seconds: float) -> str:
     try:
-        return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M}"
+        return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d}"
     except (OverflowError, ValueError, OSError):  # the row's own bytes are damaged
         return "?"
 

@@ -11,12 +11,11 @@ from omegaconf import open_dict
 from alignment.config.compose import compose_node, to_run_config
 from alignment.config.help import help_text
 from alignment.config.members import is_sweep, sweep_members
-from alignment.config.messages import did_you_mean
 from alignment.config.overrides import refuse_without_effect
 from alignment.config.registry import register
 from alignment.config.resume import FREE, require_new, resumed_overrides
 from alignment.config.sweep import Sweep, check_sweep, pin_folder
-from alignment.errors import UserError
+from alignment.errors import UserError, did_you_mean
 
 _HELP = ("-h", "--help")
 _MULTIRUN = ("-m", "--multirun")

@@ -16,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from alignment.config import schema
-from alignment.config.messages import did_you_mean, sentence
+from alignment.config.messages import sentence
 from alignment.config.overrides import WITH_NONE, parse_overrides, refuse_settings_of_none, refuse_without_effect
 from alignment.config.registry import register
-from alignment.errors import UserError
+from alignment.errors import UserError, did_you_mean
 from alignment.files import asset_dir
 from alignment.losses import LOSSES, Mixture
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
@@ -14,14 +14,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from alignment.config.schema import RunConfig
-from alignment.errors import UserError
+from alignment.errors import UserError, did_you_mean
 from alignment.losses import Loss
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """(did you mean ...?), with the most similar known word; empty if none is similar."""
-    found = get_close_matches(word, list(known), 1)
-    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def sentence(error: Exception) -> str:

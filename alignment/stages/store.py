@@ -15,9 +15,11 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,30 @@ class StageStore:
     def drop(self, key: str) -> None:
         """Remove a result."""
         shutil.rmtree(self.folder / key, ignore_errors=True)
+
+    def prune(
+        self, *, key: str | None = None, older_than_days: float | None = None, max_bytes: int | None = None
+    ) -> list[StoredStage]:
+        """Remove results that meet any criterion, and return them.
+
+        Args:
+            key: exactly this one.
+            older_than_days: not used for so many days; 0 removes everything.
+            max_bytes: the least recently used ones, until the rest is no larger than this.
+        """
+        stored = self.stored()
+        totals = accumulate(stage.bytes for stage in stored)
+        removed = [
+            stage
+            for stage, total in zip(stored, totals, strict=True)
+            if stage.key == key
+            or (older_than_days is not None and stage.last_used <= time.time() - older_than_days * 86400)
+            or (max_bytes is not None and total > max_bytes)
+        ]
+        for stage in removed:
+            with self.locked(stage.key):
+                self.drop(stage.key)
+        return removed
 
     def stored(self) -> list[StoredStage]:
         """All results, the last used first."""

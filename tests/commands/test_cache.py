@@ -118,13 +118,21 @@ def test_list_shows_every_policy(folder: Path, capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     (old,) = (line for line in lines if OLD[:12] in line)
     (new,) = (line for line in lines if NEW[:12] in line)
-    for shown in ("lab/old[bold]", "nf4", " 0a1b0a1b0a1b ", "bfloat16", " 3 ", " 3,000 ", " 0.0 "):
+    for shown in (" 3 ", " 3,000 ", " 0.0 ", "lab/old[bold], bfloat16, nf4, adapter 0a1b0a1b0a1b"):
         assert shown in old
     assert time.strftime("%Y-%m-%d") in new
     assert time.strftime("%Y-%m-%d") not in old
     assert " 7 " in new
     assert lines.index(new) < lines.index(old), "most recently used first"
     assert str(folder / REFERENCE_FILE) in lines[-1]
+
+
+@pytest.mark.parametrize("command", [[], ["prune"]])
+def test_help_is_short(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and len(lines) <= 20 and max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("command", [["list"], ["verify"], ["prune", "--all"]])
@@ -183,8 +191,8 @@ def test_prune(
     ("arguments", "message"),
     [
         ([], "The following arguments are required"),
-        (["show"], "invalid choice: 'show'"),
-        (["list", "--paht", "x"], "Unrecognized arguments: --paht x"),
+        (["lisst"], "(did you mean list?)"),
+        (["list", "--paht", "x"], "Unrecognized arguments: --paht x (did you mean --path?)"),
         (["prune"], "One of the arguments --older-than --identity --max-mb --all is required"),
         (["prune", "--all", "--identity", "a"], "not allowed with argument"),
         (["prune", "--older-than", "a month"], "such as 30d is wanted, not 'a month'"),

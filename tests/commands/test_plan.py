@@ -8,8 +8,10 @@ from transformers import AutoConfig
 from alignment import plan as command
 from alignment.config.compose import load
 from alignment.files import asset_dir
-from alignment.plan import QWEN3, Machine, build_model, parse_memory, plan_stages, qwen3_table, with_table
+from alignment.plan import parse_memory
+from alignment.training.forecast import Machine, build_model, plan_stages
 from alignment.training.memory import GIB
+from alignment.training.qwen3_table import QWEN3, qwen3_table, with_table
 from tests.conftest import tiny_config
 
 
@@ -61,6 +63,15 @@ def test_json_and_the_printed_tables_agree(config_file, capsys):
             f"trainer.tokens_per_batch={values['tokens_per_batch']}; the largest group has {values['longest']} "
         ) in printed
         assert f"{values['total'] / GIB:.2f}" in printed
+    tables = [line for line in printed.splitlines() if "=" not in line]
+    assert max(map(len, tables)) <= 80
+
+
+def test_help_is_short(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and len(lines) <= 25 and max(map(len, lines)) <= 80
 
 
 def test_overrides_length_and_given_numbers_count(config_file, capsys):
@@ -80,8 +91,8 @@ def test_overrides_length_and_given_numbers_count(config_file, capsys):
 def test_without_a_gpu_it_plans_for_the_cpu_and_says_so(config_file, capsys, monkeypatch):
     monkeypatch.setattr(command, "this_machine", lambda: Machine("this machine's CPU", "cpu", 8 * GIB))
     printed = run(capsys, "recipe=dpo_qwen3", "--config", config_file)
-    assert "this machine's CPU: 8.0 GiB, of which 50% are planned with." in printed
-    assert "The recipe asks for a GPU, and none is here" in printed
+    assert "this machine's CPU: 8.0 GiB, of which the plan uses up to 50%." in printed
+    assert "The recipe asks for a GPU, and this machine has none" in printed
 
 
 def test_what_does_not_fit_is_said(qwen3_small, capsys, monkeypatch, config_file):
@@ -96,7 +107,7 @@ def test_an_unusual_model_is_said_to_be_estimated(tmp_path, capsys):
         tmp_path
     )
     printed = run(capsys, "recipe=dpo_qwen3", "--config", tmp_path / "config.json", "adapter.target_modules=[dense]")
-    assert "Its activations are a rough estimate: the layers of GPTNeoXForCausalLM have another form" in printed
+    assert "The activations are a rough estimate: the layers of GPTNeoXForCausalLM have another form" in printed
 
 
 @pytest.mark.parametrize(
@@ -105,11 +116,12 @@ def test_an_unusual_model_is_said_to_be_estimated(tmp_path, capsys):
         (["recipe=nope"], "Could not find 'recipe/nope'"),
         (["recipe=dpo_qwen3", "--gpu-memory", "much"], "--gpu-memory must be a size such as 24GiB"),
         (["recipe=dpo_qwen3", "--length", "1"], "--length must be at least 2, not 1"),
-        (["recipe=dpo_qwen3", "--length", "x"], "invalid int value: 'x'"),
+        (["recipe=dpo_qwen3", "--length", "x"], "invalid int value: 'x'; see python -m alignment.plan --help."),
         (["recipe=dpo_qwen3", "--config", "/no/such.json"], "--config: /no/such.json does not exist"),
         (["recipe=dpo_qwen3", "model.name=./nothing"], "the folder ./nothing does not exist"),
         (["recipe=dpo_qwen3", "optim.lrr=1"], "There is no setting optim.lrr (did you mean optim.lr?)"),
-        (["--nope"], "unrecognized arguments: --nope"),
+        (["--nope"], "Unrecognized arguments: --nope; see"),
+        (["--gpu-memry", "24GiB"], "(did you mean --gpu-memory?)"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, expected):

@@ -1,0 +1,163 @@
+"""Plan the memory of a run without running it: from its configuration and the sizes of its model alone."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from alignment.config.preflight import model_problem
+from alignment.config.schema import ReferenceMode, RunConfig, SFTConfig
+from alignment.errors import UserError
+from alignment.files import cache_dir
+from alignment.policy.load import model_source, resolve_dtype
+from alignment.training.budget import Plan, Room, make_plan, relative_time
+from alignment.training.memory import CONTEXT, USABLE_SHARE, plan_weights, sizes_of
+from alignment.training.planning import available_memory
+
+_SHOWN_EVERY = (0, 8, 4, 3, 2, 1)
+"""The values of `checkpoint_every` that a plan is compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The machine that a plan is for.
+
+    Attributes:
+        name: for people.
+        device: "cpu" or "cuda".
+        memory: bytes; on a CPU, the free ones.
+    """
+
+    name: str
+    device: str
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """The plan of a stage beside its alternatives.
+
+    Attributes:
+        longest: positions of the largest group that the data may hold.
+        chosen: the plan.
+        options: by `checkpoint_every`, the plan with this value, and its time per position (1: an endless pass without
+            checkpointing).
+    """
+
+    longest: int
+    chosen: Plan
+    options: dict[int, tuple[Plan, float]]
+
+
+def this_machine() -> Machine:
+    """This machine's GPU, or else its CPU."""
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device()
+        return Machine(torch.cuda.get_device_name(index), "cuda", torch.cuda.get_device_properties(index).total_memory)
+    return Machine("this machine's CPU", "cpu", available_memory())
+
+
+def read_config(config: RunConfig, file: Path | None) -> Any:
+    """The configuration of the recipe's model, from a file or from where the model is.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        if file is not None:
+            if not file.exists():
+                raise UserError(f"--config: {file} does not exist.")
+            return AutoConfig.from_pretrained(str(file), trust_remote_code=config.model.trust_remote_code)
+        if problem := model_problem(config.model.name):
+            raise UserError(f"model.name={config.model.name}: {problem}; give its config.json with --config FILE.")
+        source = model_source(config.model, cache_dir(config.reference.path))
+        return AutoConfig.from_pretrained(
+            source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        what = f"--config: {file}" if file is not None else f"model.name={config.model.name}"
+        advice = "" if file is not None else " (or it is not in the local cache and the hub cannot be reached)"
+        raise UserError(
+            f"{what} holds no configuration that transformers can read{advice}: give the model's config.json with "
+            f"--config FILE."
+        ) from error
+
+
+def build_model(config: Any) -> nn.Module:
+    """The model without its weights, on torch's meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def plan_stages(config: RunConfig, model: nn.Module, machine: Machine, length: int | None) -> dict[str, StagePlan]:
+    """The plan of every stage of a run.
+
+    Args:
+        config: of the run.
+        model: on the meta device, from `build_model`.
+        machine: the plan is for this one.
+        length: tokens of the longest prompt with its answer; None takes `data.max_length`.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would report what it lacks on a CPU
+    from alignment.training.callbacks import check_names
+
+    stages: dict[str, StagePlan] = {}
+    if config.sft is not None:
+        check_names("sft.optim", config.sft.optim)
+        stages["sft"] = _plan_stage(config, config.sft, model, machine, length or config.sft.data.max_length, True)
+    if config.loss is not None:
+        assert config.data is not None
+        check_names("optim", config.optim)
+        # All answers may be as long as a row may be, beside a short prompt; lists are mostly of four.
+        answers = {"row": 1, "pair": 2, "list": 4}[config.loss.requirements().unit]
+        longest = (length or config.data.max_length) * answers
+        stages["preference"] = _plan_stage(config, config, model, machine, longest, False)
+    return stages
+
+
+def _plan_stage(
+    config: RunConfig, part: RunConfig | SFTConfig, model: nn.Module, machine: Machine, longest: int, supervised: bool
+) -> StagePlan:
+    value = resolve_dtype(config.model.dtype, torch.device(machine.device)).itemsize
+    weights = plan_weights(model, value, config.adapter, config.quantization)
+    sizes = sizes_of(
+        model,
+        weights,
+        value=value,
+        optimizer=part.optim.name,
+        device=machine.device,
+        dropout=supervised and config.adapter is not None and config.adapter.dropout > 0,
+        supervised=supervised,
+    )
+    copies = not supervised and config.reference.mode is ReferenceMode.live and config.adapter is None
+    context = CONTEXT[machine.device] + (weights.base if copies else 0)
+    room = Room(machine.device, round(USABLE_SHARE[machine.device] * machine.memory), context)
+    trainer = part.trainer
+
+    def plan(every: int | None) -> Plan:
+        return make_plan(
+            sizes,
+            room,
+            longest=longest,
+            step_tokens=trainer.groups_per_step * longest,
+            tokens_per_batch=trainer.tokens_per_batch,
+            checkpoint_every=every,
+        )
+
+    chosen = plan(trainer.checkpoint_every)
+    shown = {chosen.checkpoint_every, *(_SHOWN_EVERY if trainer.checkpoint_every is None else ())}
+    count = len(sizes.layers)
+    options = {}
+    for every in sorted((k for k in shown if k <= count), key=lambda k: (k > 0, -k)):
+        option = plan(every)
+        tokens = max(longest, min(option.tokens_per_batch, trainer.groups_per_step * longest))
+        options[every] = (option, relative_time(max(1, count), every, tokens, machine.device))
+    return StagePlan(longest, chosen, options)
