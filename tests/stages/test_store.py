@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -102,6 +103,32 @@ def test_the_key_changes_with_everything_that_counts(monkeypatch):
             others.append(stage_key(tiny_policy(), TOKENS, settings))
     assert len({key, *others}) == len(others) + 1
     assert key == stage_key(tiny_policy(), TOKENS, settings)
+
+
+def test_the_key_changes_with_the_code_of_every_wing(tmp_path, monkeypatch):
+    """A result of another version is never reused: its key is another one, whichever wing has changed."""
+    root = Path(stage_store.__file__).parents[1]
+    package = tmp_path / "alignment"
+    shutil.copytree(root, package, ignore=shutil.ignore_patterns("__pycache__", "bundled"))
+    monkeypatch.setattr(stage_store.alignment, "__file__", str(package / "__init__.py"))
+    code = stage_store._code.__wrapped__
+    found = {code()}
+    wings = sorted(path.parent for path in package.glob("*/__init__.py"))
+    assert {"stages", "losses", "kernels", "data"} <= {wing.name for wing in wings}
+    for changed in [package / "files.py", *(min(wing.rglob("*.py")) for wing in wings)]:
+        text = changed.read_bytes()
+        changed.write_bytes(text + b"\n")
+        found.add(code())
+        changed.write_bytes(text)
+    assert len(found) == 2 + len(wings)
+
+    store = StageStore(tmp_path / "stages")
+    monkeypatch.setattr(stage_store, "_code", code)
+    old = stage_key(tiny_policy(), TOKENS, {})
+    store.put(old, None, {})
+    (package / "losses" / "dpo.py").write_text("pass\n")
+    assert store.take(stage_key(tiny_policy(), TOKENS, {})) is None
+    assert store.take(old) is not None
 
 
 def test_a_second_process_waits(policy, tmp_path, caplog):
