@@ -57,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|verify|prune")
     commands.add_parser("list", parents=[common], help="show what is stored")
     commands.add_parser("verify", parents=[common], help="check everything and drop damaged entries")
-    prune = commands.add_parser("prune", parents=[common], help="remove some entries, or all")
+    prune = commands.add_parser(
+        "prune",
+        parents=[common],
+        usage="%(prog)s [--path FOLDER]\n  (--older-than DAYS | --identity PREFIX | --max-mb MB | --all)",
+        help="remove some entries, or all",
+    )
     which = prune.add_mutually_exclusive_group(required=True)
     which.add_argument("--older-than", metavar="DAYS", type=_days, help="entries not used for so long, e.g. 30d")
     which.add_argument("--identity", metavar="PREFIX", help="the one entry whose id begins with this")
