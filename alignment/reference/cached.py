@@ -23,6 +23,8 @@ from alignment.types import Group, Quantity, RaggedLogps
 log = logging.getLogger(__name__)
 
 _SEQUENCES_PER_WRITE = 64
+_LOGPS, _ENTROPIES = 0, 1
+"""Rows of the values that this module keeps of a completion; the second only where entropies are asked for."""
 
 
 def _entropy_identity(identity: str) -> str:
@@ -125,8 +127,8 @@ class CachedReference(Reference):
         if not picks:
             return True
         groups = [wanted[key] for key in picks]
-        fresh = join_scores(groups, [(b, RaggedLogps(v[0], b.offsets)) for b, v in self._score(groups)])
-        stored = np.concatenate([self._values[key][0] for key in picks])
+        fresh = join_scores(groups, [(b, RaggedLogps(v[_LOGPS], b.offsets)) for b, v in self._score(groups)])
+        stored = np.concatenate([self._values[key][_LOGPS] for key in picks])
         difference = np.abs(fresh.values.numpy() - stored)
         self._summary["spot_checks"] += len(picks)
         self._summary["spot_check_max_diff"] = float(difference.max())
@@ -142,13 +144,16 @@ class CachedReference(Reference):
         return True
 
     def _score(self, groups: Sequence[Group]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        return in_passes(
+        """(rows, tokens) of each pass, in the order of the rows that are stored."""
+        passes = in_passes(
             lambda batch: score_tokens(self._model, batch, self._quantities),
             groups,
             self._layout,
             self._tokens_per_batch,
             self._device,
         )
+        for batch, scores in passes:
+            yield batch, torch.stack([scores.logps, *scores.by_quantity().values()])
 
     def _compute(self, missing: dict[bytes, Group]) -> None:
         if not missing:
@@ -186,11 +191,11 @@ class CachedReference(Reference):
 
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
         """Log-probs of all completions; `prepare` or `refresh` must have seen the groups."""
-        return self._known(groups, 0)
+        return self._known(groups, _LOGPS)
 
     def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
         """The same for entropies; needs `with_entropies`."""
-        return self._known(groups, 1)
+        return self._known(groups, _ENTROPIES)
 
     def _known(self, groups: Sequence[Group], row: int) -> RaggedLogps:
         return RaggedLogps.from_sequences(

@@ -75,7 +75,7 @@ class LiveReference(Reference):
                 self._tokens_per_batch,
                 self._device,
             )
-            scored = [(batch, RaggedLogps(values[1], batch.offsets)) for batch, values in passes]
+            scored = [(batch, RaggedLogps(scores[Quantity.entropy], batch.offsets)) for batch, scores in passes]
         return join_scores(groups, scored)
 
     def other_model(self, batch: MicroBatch) -> OtherModel:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from alignment.kernels.matmul import matmul
+from alignment.scoring.token_scores import TokenScores
 from alignment.types import Quantity
 
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**26}
@@ -71,31 +72,26 @@ class OtherModel:
     hidden: Tensor
 
 
-def row_numbers(quantities: frozenset[Quantity]) -> dict[Quantity, int]:
-    """The row of each quantity in a result, behind the log-probs.
+def _token_scores(
+    log_probs: Tensor, targets: Tensor, quantities: frozenset[Quantity], other: Tensor | None
+) -> TokenScores:
+    """Log-probs of the targets and the quantities, from (tokens, V) log-probs of this model and of the other one.
 
-    A divergence stands last and brings a second row along: the other model's log-probs of the targets, which come from
-    the same logits.
+    The collision and the entropy carry no gradient.
     """
-    return {quantity: 1 + row for row, quantity in enumerate(q for q in Quantity if q in quantities)}
-
-
-def _rows(log_probs: Tensor, targets: Tensor, quantities: frozenset[Quantity], other: Tensor | None) -> Tensor:
-    """(rows, tokens): log-probs of the targets and the quantities, of (tokens, V) log-probs; `other` alike.
-
-    The collision and the entropy are without gradient.
-    """
-    rows = [log_probs.gather(1, targets[:, None]).squeeze(1)]
+    logps = log_probs.gather(1, targets[:, None]).squeeze(1)
     fixed = log_probs.detach()
+    found: dict[Quantity, Tensor] = {}
     if Quantity.collision in quantities:
-        rows.append(torch.logsumexp(2 * fixed, dim=-1))
+        found[Quantity.collision] = torch.logsumexp(2 * fixed, dim=-1)
     if Quantity.entropy in quantities:
-        rows.append(-(fixed.exp() * fixed).sum(dim=-1) / math.log(fixed.shape[-1]))
+        found[Quantity.entropy] = -(fixed.exp() * fixed).sum(dim=-1) / math.log(fixed.shape[-1])
+    other_logps = None
     if Quantity.divergence in quantities:
         assert other is not None
-        rows.append((other.exp() * (other - log_probs)).sum(dim=-1))
-        rows.append(other.gather(1, targets[:, None]).squeeze(1))
-    return torch.stack(rows)
+        found[Quantity.divergence] = (other.exp() * (other - log_probs)).sum(dim=-1)
+        other_logps = other.gather(1, targets[:, None]).squeeze(1)
+    return TokenScores.stack(logps, found, other_logps)
 
 
 class _ScoreOnce(torch.autograd.Function):
@@ -129,23 +125,24 @@ class _ScoreOnce(torch.autograd.Function):
             del logits
             y = targets[part]
             others = _other_log_probs(other, part, transform)
-            results.append(_rows(log_probs, y, quantities, others))
+            results.append(_token_scores(log_probs, y, quantities, others).values)
             weights = log_probs.clamp_(min=_SMALLEST_LOG).exp_().neg_()
             if others is not None:
                 derivatives[1, part] = _through_head(-weights - others.exp_(), slope, head)
             weights.scatter_add_(1, y[:, None], torch.ones_like(weights[:, :1]))
             derivatives[0, part] = _through_head(weights, slope, head)
         ctx.save_for_backward(derivatives)
-        ctx.row = row_numbers(quantities).get(Quantity.divergence)
+        ctx.quantities = quantities
         return torch.cat(results, dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (derivatives,) = ctx.saved_tensors
-        total = gradient[0, :, None] * derivatives[0]
-        if ctx.row is not None:
-            total = total + gradient[ctx.row, :, None] * derivatives[1]
+        incoming = TokenScores(gradient, ctx.quantities)
+        total = incoming.logps[:, None] * derivatives[0]
+        if Quantity.divergence in ctx.quantities:
+            total = total + incoming[Quantity.divergence][:, None] * derivatives[1]
         return total.to(derivatives.dtype), None, None, None, None, None
 
 
@@ -189,7 +186,8 @@ def score_hidden(
         other: the model that a divergence is from: KL(other || this).
 
     Returns:
-        (1 + rows of the quantities, tokens) fp32 (fp64 for an fp64 head), natural logarithms; see `row_numbers`.
+        (rows, tokens) fp32 (fp64 for an fp64 head), the `values` of `TokenScores`. A plain tensor, because it passes
+        through wrappers of `forward`.
     """
 
     assert (other is not None) == (Quantity.divergence in quantities), "a divergence is one from another model"
@@ -197,8 +195,9 @@ def score_hidden(
     def score_one(h: Tensor, y: Tensor, part: slice) -> Tensor:
         logits = transform(head(h))
         if not quantities:
-            return -F.cross_entropy(logits, y, reduction="none")[None]
-        return _rows(torch.log_softmax(logits, dim=-1), y, quantities, _other_log_probs(other, part, transform))
+            return TokenScores.stack(-F.cross_entropy(logits, y, reduction="none")).values
+        others = _other_log_probs(other, part, transform)
+        return _token_scores(torch.log_softmax(logits, dim=-1), y, quantities, others).values
 
     frozen = isinstance(head, nn.Linear) and head.weight.is_floating_point() and not head.weight.requires_grad
     if torch.is_grad_enabled() and frozen:

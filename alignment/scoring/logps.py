@@ -20,6 +20,7 @@ from alignment.kernels.attention import SharedRow
 from alignment.scoring.head import LogitTransform, OtherModel, score_hidden
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.token_plan import TokenPlan
+from alignment.scoring.token_scores import TokenScores
 from alignment.types import Group, Quantity, RaggedLogps
 
 log = logging.getLogger(__name__)
@@ -28,9 +29,9 @@ log = logging.getLogger(__name__)
 def enable_scoring(model: nn.Module) -> None:
     """Teach a causal LM's `forward` to score: with `score_positions` and `targets` it returns per-token results.
 
-    These are `head.score_hidden`'s (rows, tokens), or with `hidden_only` the (tokens, H) hidden states behind them. It
-    goes through `forward` so that wrappers around the model (peft, DDP, FSDP, autocast) see an ordinary call.
-    Without these two arguments the forward is the model's own.
+    These are the (rows, tokens) of `head.score_hidden`, or with `hidden_only` the (tokens, H) hidden states behind
+    them. Scoring goes through `forward` so that wrappers around the model (peft, DDP, FSDP, autocast) see an ordinary
+    call. Without these two arguments `forward` does what it did before.
     """
     transform = LogitTransform.of(model.config)
     plain_forward = model.forward
@@ -73,7 +74,7 @@ def score_tokens(
     batch: MicroBatch,
     quantities: frozenset[Quantity] = frozenset(),
     other: OtherModel | None = None,
-) -> Tensor:
+) -> TokenScores:
     """Log-probs of all scored tokens of a micro-batch and the quantities asked for, differentiable where enabled.
 
     Args:
@@ -83,9 +84,9 @@ def score_tokens(
         other: `hidden_states` of the model that a divergence is from, with its head.
 
     Returns:
-        (1 + rows of the quantities, tokens) as `head.score_hidden`, in the order of `batch.indices`.
+        The scores of all tokens, in the order of `batch.indices`.
     """
-    return _pass(model, batch, quantities=quantities, other=other)
+    return TokenScores(_pass(model, batch, quantities=quantities, other=other), quantities)
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def score(model: nn.Module, batch: MicroBatch) -> RaggedLogps:
     Returns:
         RaggedLogps in the order of `batch.indices`; fp32 (fp64 for an fp64 model).
     """
-    return RaggedLogps(score_tokens(model, batch)[0], batch.offsets)
+    return RaggedLogps(score_tokens(model, batch).logps, batch.offsets)
 
 
 def score_groups(
@@ -115,19 +116,19 @@ def score_groups(
     Raises:
         UserError: not even one group at a time fits.
     """
-    for batch, values in in_passes(lambda b: score_tokens(model, b), groups, layout, tokens_per_batch, device):
-        yield batch, RaggedLogps(values[0], batch.offsets)
+    for batch, scores in in_passes(lambda b: score_tokens(model, b), groups, layout, tokens_per_batch, device):
+        yield batch, RaggedLogps(scores.logps, batch.offsets)
 
 
 @torch.no_grad()
 def in_passes(
-    run: Callable[[MicroBatch], Tensor],
+    run: Callable[[MicroBatch], TokenScores],
     groups: Sequence[Group],
     layout: BatchLayout,
     tokens_per_batch: int,
     device: torch.device,
     prompts: bool = False,
-) -> Iterator[tuple[MicroBatch, Tensor]]:
+) -> Iterator[tuple[MicroBatch, TokenScores]]:
     """What `run` gives for every micro-batch of many groups, without gradient, on the CPU.
 
     Where a GPU's memory does not suffice, what is left is run with half the budget.
@@ -141,12 +142,12 @@ def in_passes(
         done: set[int] = set()
         for batch in layout.batches(rest, tokens_per_batch, prompts):
             try:
-                values = run(batch.to(device)).to("cpu")
+                scores = run(batch.to(device)).to("cpu")
             except torch.cuda.OutOfMemoryError:
                 break
             indices = tuple(left[index] for index in batch.indices)
             done.update(indices)
-            yield replace(batch, indices=indices), values
+            yield replace(batch, indices=indices), scores
         left = [index for index in left if index not in done]
         if left:  # out of the handler, whose traceback holds the tensors of the pass
             torch.cuda.empty_cache()
@@ -202,8 +203,8 @@ def check_scoring(model: nn.Module, vocabulary: int, device: torch.device) -> No
     ids = (torch.arange(9, device=device) * 7919 % vocabulary)[None]
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
     expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-    found = model(input_ids=ids[:, :-1], score_positions=torch.arange(8, device=device), targets=ids[0, 1:])[0]
-    difference = (found.double() - expected).abs().max().item()
+    values = model(input_ids=ids[:, :-1], score_positions=torch.arange(8, device=device), targets=ids[0, 1:])
+    difference = (TokenScores(values).logps.double() - expected).abs().max().item()
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 5e-2
     if not difference <= tolerance:
         raise UserError(

@@ -29,9 +29,9 @@ from alignment.kernels.linear import JointLinear, Segments, is_lora_layer
 from alignment.kernels.patch import patch_layers
 from alignment.losses import Quantity
 from alignment.policy.layers import decoder_layers, disable_dropout
-from alignment.scoring.head import row_numbers
 from alignment.scoring.layout import MicroBatch
 from alignment.scoring.logps import enable_scoring, score_tokens
+from alignment.scoring.token_scores import TokenScores
 from alignment.training.objective import PassRunner
 
 log = logging.getLogger(__name__)
@@ -106,8 +106,8 @@ class JointModel:
 
     def score(
         self, members: Sequence[int], batches: Sequence[MicroBatch], quantities: Sequence[frozenset[Quantity]]
-    ) -> list[Tensor]:
-        """(rows, tokens) for each of these members' micro-batches, as `score_tokens` gives them for its policy."""
+    ) -> list[TokenScores]:
+        """Scores of each of these members' micro-batches, as `score_tokens` gives them for its policy."""
         for layer, *theirs in zip(
             decoder_layers(self._model), *(decoder_layers(self._policies[m]) for m in members), strict=True
         ):
@@ -118,13 +118,8 @@ class JointModel:
             enable_shared_prompts(self._model)
         self._segments.set(zip(members, sizes, strict=True))
         wanted = frozenset[Quantity]().union(*quantities)
-        values = score_tokens(self._model, batch, wanted)
-        row = row_numbers(wanted)
-        parts = values.split([len(b.targets) for b in batches], dim=1)
-        return [
-            part if own == wanted else part[[0, *(row[quantity] for quantity in row_numbers(own))]]
-            for part, own in zip(parts, quantities, strict=True)
-        ]
+        parts = score_tokens(self._model, batch, wanted).split([len(b.targets) for b in batches])
+        return [part.select(own) for part, own in zip(parts, quantities, strict=True)]
 
 
 def adapted_layers(policy: Any) -> dict[str, nn.Module]:
@@ -150,7 +145,7 @@ class _Request:
     batch: MicroBatch
     quantities: frozenset[Quantity]
 
-    def alone(self, policy: nn.Module) -> Tensor:
+    def alone(self, policy: nn.Module) -> TokenScores:
         return score_tokens(policy, self.batch, self.quantities)
 
 
@@ -199,7 +194,7 @@ class Member(PassRunner):
         """
         self._cohort.attach(self._index, policy)
 
-    def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
+    def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> TokenScores:
         """As a pass of its own, but a leaf, whose gradient is taken on when all members have theirs."""
         return self._cohort.score(self._index, model, batch, quantities)
 
@@ -239,7 +234,7 @@ class Cohort:
         self._queue: deque[int] = deque()
         self._until: dict[int, Callable[[], bool]] = {}
         self._requests: dict[int, _Request] = {}
-        self._granted: dict[int, Tensor] = {}
+        self._granted: dict[int, TokenScores] = {}
         self._errors: dict[int, BaseException] = {}
         self._pass: _Pass | None = None
         self.is_apart = False
@@ -298,7 +293,7 @@ class Cohort:
         self._policies[index] = policy
         self._joint = None
 
-    def score(self, index: int, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
+    def score(self, index: int, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> TokenScores:
         """See `Member.score`."""
         if self._pass is not None:
             self._pass.open.discard(index)
@@ -381,22 +376,23 @@ class Cohort:
             assert self._base is not None
             self._joint = JointModel(self._base, dict(self._policies))
         try:
-            values = self._joint.score(members, [r.batch for r in requests], [r.quantities for r in requests])
+            scores = self._joint.score(members, [r.batch for r in requests], [r.quantities for r in requests])
         except NotImplementedError as error:
             log.warning("The members of the cohort cannot share their passes: %s.", error)
             self.separate()
             return
-        if not _finite(values) and self._expel():
+        values = {member: part.values for member, part in zip(members, scores, strict=True)}
+        if not _finite(list(values.values())) and self._expel():
             return
-        leaves = {m: v.detach().requires_grad_() for m, v in zip(members, values, strict=True)}
-        self._granted |= leaves
-        self._pass = _Pass(dict(zip(members, values, strict=True)), leaves, set(members))
+        leaves = {member: part.detach().requires_grad_() for member, part in values.items()}
+        self._granted |= {m: replace(part, values=leaves[m]) for m, part in zip(members, scores, strict=True)}
+        self._pass = _Pass(values, leaves, set(members))
         self._requests.clear()
 
     @torch.no_grad()
     def _expel(self) -> bool:
         """Send those away whose own numbers are not finite: kernels read, and multiply with 0, what is not theirs."""
-        broken = [m for m in sorted(self._active) if not _finite([self._requests[m].alone(self._policies[m])])]
+        broken = [m for m in sorted(self._active) if not _finite([self._requests[m].alone(self._policies[m]).values])]
         for member in broken:
             log.warning("Member %d of the cohort has numbers that are not finite: it goes on alone.", member)
             self._active.discard(member)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from alignment.data.units import as_rows
 from alignment.losses import Loss, LossInputs, Quantity, StepTotals
 from alignment.reference.base import Reference
 from alignment.reference.live import LiveReference
-from alignment.scoring.head import row_numbers
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.logps import in_passes, score_tokens
 from alignment.scoring.token_plan import TokenPlan
+from alignment.scoring.token_scores import TokenScores
 from alignment.types import Group
 
 
@@ -85,8 +85,8 @@ class Processes:
 class PassRunner:
     """How passes with gradient are run: each by itself."""
 
-    def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> Tensor:
-        """(rows, tokens) as `logps.score_tokens`, differentiable."""
+    def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> TokenScores:
+        """Scores of one pass as `logps.score_tokens` gives them, differentiable."""
         return score_tokens(model, batch, quantities)
 
     def finish(self) -> None:
@@ -125,14 +125,13 @@ class Objective:
         self._processes = processes
         self.passes = PassRunner()
         self._quantities = self.needs.quantities - {Quantity.entropy}
-        self._row = row_numbers(self._quantities)
 
     def plan(self, groups: Sequence[Group]) -> TokenPlan:
         """Where the scored tokens of these groups stand."""
         return TokenPlan.of(groups, self.needs.prompts)
 
-    def score(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """(rows, tokens) of one pass, differentiable where gradients are enabled."""
+    def score(self, model: nn.Module, batch: MicroBatch) -> TokenScores:
+        """Scores of one pass, differentiable where gradients are enabled."""
         if Quantity.divergence in self._quantities:
             assert isinstance(self._reference, LiveReference), "a divergence needs the reference itself"
             return score_tokens(model, batch, self._quantities, self._reference.other_model(batch))
@@ -140,58 +139,58 @@ class Objective:
             return self.passes.score(model, batch, self._quantities)
         return score_tokens(model, batch, self._quantities)
 
-    def collect(self, groups: Sequence[Group], tokens_per_batch: int) -> Tensor:
-        """(rows, tokens) of all groups, without gradient; every process works on its own and gets all."""
+    def collect(self, groups: Sequence[Group], tokens_per_batch: int) -> TokenScores:
+        """Scores of all groups, without gradient; every process works on its own groups and gets all scores."""
         return self._collect(groups, self.plan(groups), tokens_per_batch, lambda batch: self.score(self._model, batch))
 
     def _collect(
-        self, groups: Sequence[Group], plan: TokenPlan, tokens_per_batch: int, run: Callable[[MicroBatch], Tensor]
-    ) -> Tensor:
+        self, groups: Sequence[Group], plan: TokenPlan, tokens_per_batch: int, run: Callable[[MicroBatch], TokenScores]
+    ) -> TokenScores:
         own = self._processes.own(groups)
         mine = [groups[i] for i in own]
         prompts = plan.prompt_offsets is not None
-        values: Tensor | None = None
+        whole: TokenScores | None = None
         for batch, part in in_passes(run, mine, self._layout, tokens_per_batch, self._device, prompts):
-            if values is None:
-                values = torch.zeros(len(part), plan.num_tokens, dtype=part.dtype)
-            values[:, plan.columns([own[i] for i in batch.indices])] = part
-        assert values is not None, "every process has at least one group"
-        return self._processes.sum(values.to(self._device))
+            if whole is None:
+                values = torch.zeros(len(part.values), plan.num_tokens, dtype=part.values.dtype)
+                whole = TokenScores(values, part.quantities)
+            whole.values[:, plan.columns([own[i] for i in batch.indices])] = part.values
+        assert whole is not None, "every process has at least one group"
+        return replace(whole, values=self._processes.sum(whole.values.to(self._device)))
 
-    def reference_values(self, groups: Sequence[Group]) -> Tensor | None:
-        """What `collect` gives where the policy is its reference; None where that cannot be told without a pass."""
+    def scores_at_reference(self, groups: Sequence[Group]) -> TokenScores | None:
+        """What `collect` gives where the policy equals its reference; None where only a pass can tell."""
         if self._reference is None or self._quantities or self.needs.prompts:
             return None
-        return self._reference.logps(groups).values[None].to(self._device)
+        return TokenScores.stack(self._reference.logps(groups).values).to(self._device)
 
     def inputs(
         self,
         groups: Sequence[Group],
-        values: Tensor,
+        scores: TokenScores,
         *,
         totals: StepTotals | None = None,
         seeds: Tensor | None = None,
     ) -> LossInputs:
-        """The loss's inputs for groups of which `score` or `collect` gave the (rows, tokens) values."""
+        """The loss's inputs for groups that `score` or `collect` has scored."""
         plan = self.plan(groups)
-        device = values.device
-        reference, quantities = None, {}
-        if Quantity.divergence in self._row:
-            reference = plan.policy(values[self._row[Quantity.divergence] + 1].detach())
+        device = scores.values.device
+        reference = None
+        if Quantity.divergence in scores.quantities:  # the same pass gave the reference's log-probs
+            reference = plan.policy(scores.other_logps.detach())
         elif self._reference is not None:
             reference = self._reference.logps(groups).to(device)
-        for quantity, row in self._row.items():
-            quantities[quantity] = plan.policy(values[row])
+        quantities = {quantity: plan.policy(row) for quantity, row in scores.by_quantity().items()}
         if Quantity.entropy in self.needs.quantities:
             assert self._reference is not None
             quantities[Quantity.entropy] = self._reference.entropies(groups).to(device)
         return LossInputs(
-            policy=plan.policy(values[0]),
+            policy=plan.policy(scores.logps),
             reference=reference,
             labels=_labels(groups, device) if self.needs.unit == "row" else None,
             sizes=_sizes(groups, device) if self.needs.unit == "list" else None,
             scores=_scores(groups, device),
-            prompts=plan.prompts(values[0]),
+            prompts=plan.prompts(scores.logps),
             quantities=quantities,
             state=self.state,
             totals=totals,
@@ -208,8 +207,8 @@ class Objective:
         reference = self._reference.logps(mismatched).to(self._device)
         if tokens_per_batch is None:
             return LossInputs(reference, reference)
-        values = self._collect(mismatched, plan, tokens_per_batch, lambda batch: score_tokens(self._model, batch))
-        return LossInputs(plan.policy(values[0]), reference)
+        scores = self._collect(mismatched, plan, tokens_per_batch, lambda batch: score_tokens(self._model, batch))
+        return LossInputs(plan.policy(scores.logps), reference)
 
     def step_statistics(self, groups: Sequence[Group], tokens_per_batch: int | None) -> Tensor | None:
         """The loss's sums over the mismatched sequences of a whole step, as `mismatched`."""

@@ -170,14 +170,14 @@ class PreferenceTrainer(Trainer):
             derivative = self._derivative(groups, step_statistics, seeds, step)
         for batch in batches:
             indices = [own[i] for i in batch.indices]
-            values = objective.score(model, batch.to(self.args.device))
+            scores = objective.score(model, batch.to(self.args.device))
             step.num_tokens += batch.num_tokens
             if derivative is not None:
-                columns = plan.columns(indices).to(values.device)
-                self.accelerator.backward((values * derivative[:, columns]).sum())
+                columns = plan.columns(indices).to(derivative.device)
+                self.accelerator.backward((scores.values * derivative[:, columns]).sum())
                 continue
             members = [groups[i] for i in indices]
-            inputs = objective.inputs(members, values, totals=totals, seeds=seeds[indices])
+            inputs = objective.inputs(members, scores, totals=totals, seeds=seeds[indices])
             output = self.loss(inputs, step_statistics)
             loss = _weighted(members, output).sum() / len(groups)
             self.accelerator.backward(loss)
@@ -192,12 +192,13 @@ class PreferenceTrainer(Trainer):
     ) -> Tensor:
         """(rows, tokens): the step's loss derived by every number that its groups' passes give."""
         objective = self.objective
-        values = objective.collect(groups, self.tokens_per_batch).requires_grad_()
+        scores = objective.collect(groups, self.tokens_per_batch)
+        scores.values.requires_grad_()
         with torch.enable_grad():
-            inputs = objective.inputs(groups, values, seeds=seeds)
+            inputs = objective.inputs(groups, scores, seeds=seeds)
             output = self.loss(inputs, step_statistics)
             loss = _weighted(groups, output).sum() / len(groups)
-        (derivative,) = torch.autograd.grad(loss, values)
+        (derivative,) = torch.autograd.grad(loss, scores.values)
         step.state = output.state
         if self.accelerator.is_main_process:  # the others see the same: it is counted once
             step.loss += loss.detach().float()
@@ -277,14 +278,13 @@ class PreferenceTrainer(Trainer):
         """`held_out_metrics`, and what they are the means of."""
         objective = self.objective
         evaluated_groups = evaluated(self.loss, groups)
-        values = objective.reference_values(evaluated_groups) if at_reference else None
-        known = values is not None
-        if values is None:
-            values = objective.collect(evaluated_groups, self.tokens_per_batch)
-        inputs = objective.inputs(evaluated_groups, values)
-        output = self.loss(
-            inputs, objective.step_statistics(evaluated_groups, None if known else self.tokens_per_batch)
-        )
+        scores = objective.scores_at_reference(evaluated_groups) if at_reference else None
+        known = scores is not None
+        if scores is None:
+            scores = objective.collect(evaluated_groups, self.tokens_per_batch)
+        inputs = objective.inputs(evaluated_groups, scores)
+        budget = None if known else self.tokens_per_batch
+        output = self.loss(inputs, objective.step_statistics(evaluated_groups, budget))
         means = Means()
         means.add({"loss": _weighted(evaluated_groups, output)})
         if len(evaluated_groups) > len(groups):  # rows of pairs: their metrics are those of the pairs

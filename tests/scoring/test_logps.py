@@ -62,7 +62,7 @@ def test_prompts_can_be_scored_too(layout, tokens_per_batch):
     values = torch.full((plan.num_tokens,), torch.nan, dtype=torch.float64)
     run = functools.partial(score_tokens, model)
     for batch, part in in_passes(run, groups, layout, tokens_per_batch, CPU, prompts=True):
-        values[plan.columns(batch.indices)] = part[0]
+        values[plan.columns(batch.indices)] = part.logps
     for found, wanted in ((plan.prompts(values), expected), (plan.policy(values), completions)):
         assert len(found) == len(wanted)
         for i, sequence in enumerate(wanted):

@@ -9,10 +9,11 @@ from torch import nn
 
 import alignment.scoring.head
 from alignment.losses import Quantity
-from alignment.scoring.head import LogitTransform, OtherModel, row_numbers, score_hidden
+from alignment.scoring.head import LogitTransform, OtherModel, score_hidden
 from alignment.scoring.layout import FlatLayout, SharedLayout
 from alignment.scoring.logps import hidden_states, score_tokens
 from alignment.scoring.prompt_sharing import choose_layout
+from alignment.scoring.token_scores import TokenScores
 from tests.conftest import random_groups, tiny_policy
 
 TOKENS, WIDTH, VOCABULARY = 11, 6, 23
@@ -130,33 +131,38 @@ def test_gradients(quantities, transform, route):
 @every_route
 def test_a_divergence_alone_has_a_gradient_and_the_other_rows_beside_it_none(route):
     everything = frozenset(Quantity)
-    rows = row_numbers(everything)
     case = Case(route)
-    found = case.found(everything)
+    found = TokenScores(case.found(everything), everything)
 
     def gradient(row):
-        (hidden,) = torch.autograd.grad(found[row].sum(), case.hidden, retain_graph=True)
+        (hidden,) = torch.autograd.grad(row.sum(), case.hidden, retain_graph=True)
         return hidden.abs().max().item()
 
-    assert gradient(rows[Quantity.divergence]) > 1e-2
-    for row in (rows[Quantity.collision], rows[Quantity.entropy], rows[Quantity.divergence] + 1):
+    assert gradient(found[Quantity.divergence]) > 1e-2
+    for row in (found[Quantity.collision], found[Quantity.entropy], found.other_logps):
         assert gradient(row) == 0
 
 
 @every_subset
-def test_rows_are_where_row_numbers_says(quantities):
-    """In one order, whatever was asked for, each with the value that it has when asked for alone."""
+def test_each_name_gives_its_own_row(quantities):
+    """Whatever else was asked for, each quantity has the value that it has when asked for alone."""
     case = Case()
-    found = case.found(quantities).detach()
-    torch.testing.assert_close(found[0], case.found(frozenset())[0].detach(), rtol=1e-13, atol=0)
-    rows = row_numbers(quantities)
-    assert set(rows) == quantities
-    assert len(found) == 1 + len(quantities) + (Quantity.divergence in quantities)
-    for quantity, row in rows.items():
+    found = TokenScores(case.found(quantities).detach(), quantities)
+    torch.testing.assert_close(found.logps, case.found(frozenset())[0].detach(), rtol=1e-13, atol=0)
+    assert set(found.by_quantity()) == quantities
+    assert len(found.values) == 1 + len(quantities) + (Quantity.divergence in quantities)
+    for quantity, row in found.by_quantity().items():
         alone = case.found(frozenset({quantity})).detach()
-        torch.testing.assert_close(found[row], alone[1], rtol=1e-13, atol=0)
+        torch.testing.assert_close(row, alone[1], rtol=1e-13, atol=0)
+        torch.testing.assert_close(found[quantity], row, rtol=0, atol=0)
         if quantity is Quantity.divergence:
-            torch.testing.assert_close(found[row + 1], alone[2], rtol=1e-13, atol=0)
+            torch.testing.assert_close(found.other_logps, alone[2], rtol=1e-13, atol=0)
+    for fewer in (subset for subset in SUBSETS if subset <= quantities):
+        torch.testing.assert_close(
+            found.select(fewer).values, case.found(fewer).detach(), rtol=1e-13, atol=0, check_stride=False
+        )
+    first, second = found.split([4, TOKENS - 4])
+    assert torch.equal(torch.cat([first.logps, second.logps]), found.logps)
 
 
 @every_route
@@ -266,7 +272,7 @@ def test_through_a_model_with_its_adapter_off_as_the_other(kind, prompts):
     for batch in layout.batches(groups, 60, prompts):
         with model.disable_adapter():
             other = OtherModel(model.get_output_embeddings(), hidden_states(model, batch))
-        found = score_tokens(model, batch, everything, other)
+        found = score_tokens(model, batch, everything, other).values
         texts = [(groups[i].prompt, c) for i in batch.indices for c in groups[i].completions]
         rows = [row_of(model, p, c, range(len(p) - 1, len(p) + len(c) - 1), everything) for p, c in texts]
         if prompts:

@@ -95,12 +95,13 @@ def test_a_joint_pass_is_every_member_s_own(layout, kind, every, monkeypatch):
     joint = JointModel(base, dict(enumerate(policies)))
     members = [2, 0, 1]
     batches = {m: micro_batches(layout, 3 + m, seed=m) for m in members}
-    found = joint.score(members, [batches[m] for m in members], [ASKED[m] for m in members])
+    scores = joint.score(members, [batches[m] for m in members], [ASKED[m] for m in members])
+    found = [part.values for part in scores]
     weights = {m: torch.randn(values.shape, dtype=values.dtype) for m, values in zip(members, found, strict=True)}
     sum((weights[m] * values).sum() for m, values in zip(members, found, strict=True)).backward()
     for m, values in zip(members, found, strict=True):
         alone = policy_on(base, **SIZES[m], lean=False)
-        expected = score_tokens(alone, batches[m], ASKED[m])
+        expected = score_tokens(alone, batches[m], ASKED[m]).values
         (weights[m] * expected).sum().backward()
         torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
         for name, gradient in gradients(alone).items():
@@ -111,12 +112,13 @@ def test_members_with_other_targets_and_on_a_quantised_base():
     base = frozen_base(torch.float32, nf4=True)
     policies = [policy_on(base, targets=targets, seed=i) for i, targets in enumerate((["q_proj", "up_proj"], ["q_proj", "down_proj"]))]  # fmt: skip # noqa: E501
     batches = [micro_batches("shared", 3, seed=5), micro_batches("shared", 4, seed=6)]
-    found = JointModel(base, dict(enumerate(policies))).score([0, 1], batches, [frozenset()] * 2)
+    scores = JointModel(base, dict(enumerate(policies))).score([0, 1], batches, [frozenset()] * 2)
+    found = [part.values for part in scores]
     torch.cat(found, 1).sin().sum().backward()
     for policy, batch, values in zip(policies, batches, found, strict=True):
         joint = gradients(policy)
         policy.zero_grad()
-        expected = score_tokens(policy, batch)
+        expected = score_tokens(policy, batch).values
         expected.sin().sum().backward()
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
         for name, gradient in gradients(policy).items():
@@ -129,7 +131,7 @@ def test_a_second_model_takes_no_memory_for_weights():
         other = share(base)
         assert [p.data_ptr() for p in other.parameters()] == [p.data_ptr() for p in base.parameters()]
         batch = micro_batches("flat", 2, seed=0)
-        torch.testing.assert_close(score_tokens(other, batch), score_tokens(base, batch), rtol=0, atol=0)
+        torch.testing.assert_close(score_tokens(other, batch).values, score_tokens(base, batch).values, rtol=0, atol=0)
         policy_on(base)
         assert not any("lora" in name for name, _ in base.named_modules())
         assert all(module not in set(base.modules()) for module in other.modules())
