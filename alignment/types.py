@@ -12,6 +12,20 @@ import torch
 from torch import Tensor
 
 
+def rows_from_pairs(num_pairs: int) -> list[int]:
+    """Which sequence of the pairs each row is, where pairs become rows: all chosen ones, then all rejected ones.
+
+    Sequences 2i and 2i + 1 are the chosen and the rejected completion of pair i. In this order the next row answers
+    another prompt, which a mismatched baseline (KTO) relies on.
+    """
+    return [*range(0, 2 * num_pairs, 2), *range(1, 2 * num_pairs, 2)]
+
+
+def pairs_from_rows(num_pairs: int) -> list[int]:
+    """Which row each sequence of the pairs is: the way back from `rows_from_pairs`."""
+    return [k * num_pairs + i for i in range(num_pairs) for k in range(2)]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """One tokenised prompt and its K >= 1 tokenised completions.

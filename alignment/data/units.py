@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from alignment.config.schema import ListPairs
-from alignment.types import Group
+from alignment.types import Group, rows_from_pairs
 
 
 def spread_prompts(groups: Sequence[Group], count: int) -> list[int]:
@@ -52,14 +52,13 @@ def _index_pairs(size: int, how: ListPairs) -> list[tuple[int, int]]:
 
 
 def as_rows(groups: Sequence[Group]) -> list[Group]:
-    """One labelled row per completion of each pair: all chosen, then all rejected. Labelled rows stay as they are.
-
-    In this order the neighbour of a row has another prompt, as KTO's mismatched baseline needs.
-    """
+    """One labelled row per completion, in the order of `rows_from_pairs`. Labelled rows stay as they are."""
     if any(group.labels is not None for group in groups):
         return list(groups)
-    return [
-        Group(group.prompt, (group.completions[k],), labels=(k == 0,), weight=group.weight, source=group.source)
-        for k in range(2)
-        for group in groups
-    ]
+    rows = []
+    for sequence in rows_from_pairs(len(groups)):
+        pair, k = divmod(sequence, 2)
+        group = groups[pair]
+        completion = (group.completions[k],)
+        rows.append(Group(group.prompt, completion, labels=(k == 0,), weight=group.weight, source=group.source))
+    return rows

@@ -11,6 +11,7 @@ from torch import Tensor
 from alignment.errors import not_negative, require
 from alignment.losses.base import Loss, LossInputs, LossOutput, Requirements, as_typed
 from alignment.losses.nll import NLL
+from alignment.types import pairs_from_rows, rows_from_pairs
 
 
 @dataclass(kw_only=True)
@@ -136,7 +137,7 @@ class Mixture(Loss):
         """Those of the one part that asks for mismatched sequences."""
         for part in self._parts().values():
             if self._reads_pairs_as_rows(part):
-                order = _row_order(num_items)
+                order = rows_from_pairs(num_items)
                 if found := part.mismatched(2 * num_items):
                     return [(order[i], order[j]) for i, j in found]
             elif found := part.mismatched(num_items):
@@ -169,15 +170,10 @@ class Mixture(Loss):
         return torch.stack([self.weights[name] * value for name, value in values.items()]).sum(0)
 
 
-def _row_order(num_pairs: int) -> list[int]:
-    """The sequence of every row: all chosen completions, then all rejected ones."""
-    return [*range(0, 2 * num_pairs, 2), *range(1, 2 * num_pairs, 2)]
-
-
 def _as_rows(inputs: LossInputs) -> LossInputs:
-    """The completions of pairs as labelled rows, in the order of `_row_order`."""
+    """The completions of pairs as labelled rows, in the order of `rows_from_pairs`."""
     pairs = len(inputs.policy) // 2
-    order = _row_order(pairs)
+    order = rows_from_pairs(pairs)
     return replace(
         inputs,
         policy=inputs.policy.select(order),
@@ -192,10 +188,10 @@ def _as_rows(inputs: LossInputs) -> LossInputs:
 
 
 def _of_pairs(rows: LossOutput) -> LossOutput:
-    """The result for rows in the order of `_row_order`, per pair."""
+    """The result for rows in the order of `rows_from_pairs`, per pair."""
     return LossOutput(
         rows.losses.view(2, -1).sum(0),
-        rows.rewards.view(2, -1).T.flatten(),
+        rows.rewards[pairs_from_rows(len(rows.rewards) // 2)],
         {key: part.view(2, -1).mean(0) for key, part in rows.parts.items()},
         rows.state,
     )

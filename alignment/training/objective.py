@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.data.units import as_rows
-from alignment.losses import Loss, LossInputs, Quantity, StepTotals
+from alignment.losses import Loss, LossInputs, LossOutput, Quantity, StepTotals
 from alignment.reference.base import Reference
 from alignment.reference.live import LiveReference
 from alignment.scoring.layout import BatchLayout, MicroBatch
@@ -80,6 +80,36 @@ class Processes:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, on each of them."""
         return values if self.accelerator.num_processes == 1 else self.accelerator.reduce(values, "sum")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A loss evaluated on some groups.
+
+    Attributes:
+        inputs: what the loss was given.
+        output: what it returned.
+        losses: (items,) the losses, each times its group's weight from the data; differentiable where the inputs are.
+    """
+
+    inputs: LossInputs
+    output: LossOutput
+    losses: Tensor
+
+    def share_of(self, num_items: int) -> Tensor:
+        """What these items add to the mean loss of a step of `num_items` items."""
+        return self.losses.sum() / num_items
+
+    def mean(self) -> float:
+        """The mean loss of these items."""
+        return self.losses.double().mean().item()
+
+
+def weighted(groups: Sequence[Group], losses: Tensor) -> Tensor:
+    """(items,) the losses, each times its group's weight from the data."""
+    if all(group.weight == 1.0 for group in groups):
+        return losses
+    return losses * losses.new_tensor([group.weight for group in groups])
 
 
 class PassRunner:
@@ -196,6 +226,17 @@ class Objective:
             totals=totals,
             seeds=None if seeds is None else seeds.to(device),
         )
+
+    def evaluate(self, groups: Sequence[Group], inputs: LossInputs, step_statistics: Tensor | None) -> Evaluation:
+        """The loss of these groups.
+
+        Args:
+            groups: the items of the inputs.
+            inputs: from `inputs`, of the whole step or of a part of it.
+            step_statistics: from `step_statistics`, of the whole step.
+        """
+        output = self.loss(inputs, step_statistics)
+        return Evaluation(inputs, output, weighted(groups, output.losses))
 
     def mismatched(self, groups: Sequence[Group], tokens_per_batch: int | None) -> LossInputs | None:
         """The inputs of a whole step's mismatched sequences; without a budget those of a policy at its reference."""

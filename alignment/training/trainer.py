@@ -28,21 +28,13 @@ from alignment.reference.base import Reference
 from alignment.scoring.layout import BatchLayout
 from alignment.scoring.logps import largest_group, smaller_budget
 from alignment.training.metrics import Means, held_out_rows, preference_metrics
-from alignment.training.objective import Objective, Processes, evaluated, step_seeds, step_totals
+from alignment.training.objective import Evaluation, Objective, Processes, evaluated, step_seeds, step_totals
 from alignment.training.sampler import StepSampler
-from alignment.types import Group
+from alignment.types import Group, pairs_from_rows
 
 log = logging.getLogger(__name__)
 
 _STATE = "preference_state.json"
-
-
-@dataclass(frozen=True, slots=True)
-class StepValues:
-    """A step's inputs and its mean loss."""
-
-    inputs: LossInputs
-    loss: float
 
 
 @dataclass(slots=True)
@@ -178,13 +170,13 @@ class PreferenceTrainer(Trainer):
                 continue
             members = [groups[i] for i in indices]
             inputs = objective.inputs(members, scores, totals=totals, seeds=seeds[indices])
-            output = self.loss(inputs, step_statistics)
-            loss = _weighted(members, output).sum() / len(groups)
+            part = objective.evaluate(members, inputs, step_statistics)
+            loss = part.share_of(len(groups))
             self.accelerator.backward(loss)
             step.loss += loss.detach().float()
-            step.metrics.append(preference_metrics(inputs, output))
+            step.metrics.append(preference_metrics(part.inputs, part.output))
             if objective.needs.whole_step:
-                step.state = output.state
+                step.state = part.output.state
         objective.passes.finish()
 
     def _derivative(
@@ -196,13 +188,13 @@ class PreferenceTrainer(Trainer):
         scores.values.requires_grad_()
         with torch.enable_grad():
             inputs = objective.inputs(groups, scores, seeds=seeds)
-            output = self.loss(inputs, step_statistics)
-            loss = _weighted(groups, output).sum() / len(groups)
+            whole = objective.evaluate(groups, inputs, step_statistics)
+            loss = whole.share_of(len(groups))
         (derivative,) = torch.autograd.grad(loss, scores.values)
-        step.state = output.state
+        step.state = whole.output.state
         if self.accelerator.is_main_process:  # the others see the same: it is counted once
             step.loss += loss.detach().float()
-            step.metrics.append(preference_metrics(inputs, output))
+            step.metrics.append(preference_metrics(whole.inputs, whole.output))
         return derivative
 
     def _sum_gradients(self, model: nn.Module) -> None:
@@ -234,12 +226,12 @@ class PreferenceTrainer(Trainer):
             )
 
     @torch.no_grad()
-    def step_values(self, groups: Sequence[Group]) -> StepValues:
-        """What a step of these groups would compute now, without training, in the mode that it trains in."""
+    def evaluate_step(self, groups: Sequence[Group]) -> Evaluation:
+        """The loss of a step of these groups as it would be now, in training mode, without training."""
         self.model.train()
-        inputs = self.objective.inputs(groups, self.objective.collect(groups, self.tokens_per_batch))
-        output = self.loss(inputs, self.objective.step_statistics(groups, self.tokens_per_batch))
-        return StepValues(inputs, _weighted(groups, output).double().mean().item())
+        objective, budget = self.objective, self.tokens_per_batch
+        inputs = objective.inputs(groups, objective.collect(groups, budget))
+        return objective.evaluate(groups, inputs, objective.step_statistics(groups, budget))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the exact means of the steps since the last log to a training log."""
@@ -284,10 +276,11 @@ class PreferenceTrainer(Trainer):
             scores = objective.collect(evaluated_groups, self.tokens_per_batch)
         inputs = objective.inputs(evaluated_groups, scores)
         budget = None if known else self.tokens_per_batch
-        output = self.loss(inputs, objective.step_statistics(evaluated_groups, budget))
+        found = objective.evaluate(evaluated_groups, inputs, objective.step_statistics(evaluated_groups, budget))
         means = Means()
-        means.add({"loss": _weighted(evaluated_groups, output)})
-        if len(evaluated_groups) > len(groups):  # rows of pairs: their metrics are those of the pairs
+        means.add({"loss": found.losses})
+        output = found.output
+        if len(evaluated_groups) > len(groups):  # the loss took pairs as rows; the metrics are those of the pairs
             inputs, output = _paired(inputs, output)
         means.add(preference_metrics(inputs, output))
         return means.take(), held_out_rows(groups, inputs, output)
@@ -306,17 +299,9 @@ class PreferenceTrainer(Trainer):
             self.save_state(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
 
-def _weighted(groups: Sequence[Group], output: LossOutput) -> Tensor:
-    """(items,) the losses, each times its group's weight from the data."""
-    if all(group.weight == 1.0 for group in groups):
-        return output.losses
-    return output.losses * output.losses.new_tensor([group.weight for group in groups])
-
-
 def _paired(inputs: LossInputs, output: LossOutput) -> tuple[LossInputs, LossOutput]:
     """Rows in the order of `as_rows` as the pairs that they came from; losses and parts stay per row."""
-    num_pairs = len(inputs.policy) // 2
-    order = [k * num_pairs + i for i in range(num_pairs) for k in range(2)]
+    order = pairs_from_rows(len(inputs.policy) // 2)
     reference = None if inputs.reference is None else inputs.reference.select(order)
     pairs = LossInputs(inputs.policy.select(order), reference)
     return pairs, replace(output, rewards=output.rewards[order])

@@ -1,4 +1,4 @@
-"""The gate before the first update: it lets every right start through and stops every wrong one."""
+"""The check before the first update: it lets every right start through and stops every wrong one."""
 
 import math
 import re
@@ -130,7 +130,7 @@ def test_a_loss_that_is_wrong_stops_the_run(name, kind, reference, tmp_path, mon
     trainer = make_trainer(model, groups, loss, tmp_path, reference=source)
     check_start(trainer, groups)
     monkeypatch.setattr(type(loss), "__call__", wrong(kind, type(loss).__call__))
-    with pytest.raises(UserError, match=rf"^The loss {name} is .* before the first update, where its formula gives"):
+    with pytest.raises(UserError, match=rf"^The loss {name} is .* before the first update, but its formula gives"):
         check_start(trainer, groups)
 
 
