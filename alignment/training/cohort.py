@@ -1,12 +1,15 @@
-"""Cohorts: several preference trainings in one process, whose passes with gradient are one pass on one frozen base.
+"""Cohorts: several preference trainings in one process that share one frozen base and run their passes jointly.
 
-Every member keeps its own policy (modules and adapter of its own on the shared base tensors), trainer, optimizer and
-files, and trains in a greenlet of its own, of which one runs at a time. Where a member scores a micro-batch with
-gradient, it waits for the others; the last to come runs the base on all micro-batches at once, each member's adapter
-on the rows of its own. Every member goes on with its slice of the result. When all of them have their loss derived by
-their slice, one backward pass takes the derivatives to all adapters. What a member computes does not depend on who
-else takes part, up to rounding. Where a joint pass gains nothing or does not fit, the members take turns, a step each,
-with passes of their own.
+Each member keeps its own policy (its own modules and adapter on the shared base tensors), trainer, optimizer and
+files. It trains in its own greenlet, and one greenlet runs at a time. A joint pass goes like this:
+
+1. A member that wants to score a micro-batch with gradient waits for the others.
+2. The last one to arrive runs the base on all micro-batches at once; each adapter applies to its member's rows.
+3. Each member takes its slice of the result and computes its loss and the derivative by that slice.
+4. Once all have done so, one backward pass carries the derivatives to all adapters.
+
+Up to rounding, a member computes the same whoever else takes part. Where a joint pass gains nothing or does not fit,
+the members take turns instead: one step each, with their own passes.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ T = TypeVar("T")
 
 
 def share(base: nn.Module) -> nn.Module:
-    """A second model, with modules of its own, on the tensors of a base model that has learnt to score."""
+    """A second model with its own modules on the tensors of a base model, after `enable_scoring` on both."""
     kept: list[Any] = [*base.parameters(), *base.buffers()]
     kept += [state for p in base.parameters() if (state := getattr(p, "quant_state", None)) is not None]
     other: Any = copy.deepcopy(base, {id(tensor): tensor for tensor in kept})
@@ -50,9 +53,12 @@ def share(base: nn.Module) -> nn.Module:
 
 
 def join(batches: Sequence[MicroBatch]) -> tuple[MicroBatch, list[int]]:
-    """Micro-batches of one layout as one pass, for its per-token results; their rows of hidden states, in order.
+    """Join micro-batches of one layout into one pass.
 
-    Shared rows stand end to end, so that nothing is padded; flat rows are padded to the longest of all.
+    Shared rows are laid end to end, without padding; flat rows are padded to the longest of all.
+
+    Returns:
+        The joined batch, and how many rows of hidden states each micro-batch has in it, in order.
     """
     tokens: list[Tensor] = []
     scored: list[Tensor] = []
@@ -88,7 +94,7 @@ class JointModel:
 
     Args:
         base: frozen, as it was loaded, without an adapter; its tensors are shared.
-        policies: of each member, made of `share(base)`, with adapters on linear layers (`adapted_layers`).
+        policies: the policy of each member, made from `share(base)`, with adapters on linear layers alone.
     """
 
     def __init__(self, base: nn.Module, policies: Mapping[int, nn.Module]) -> None:
@@ -123,10 +129,10 @@ class JointModel:
 
 
 def adapted_layers(policy: Any) -> dict[str, nn.Module]:
-    """The layers with an adapter by the names that they have in the base.
+    """The layers that have an adapter, by their names in the base.
 
     Raises:
-        ValueError: an adapter on other than linear layers, or none.
+        ValueError: something else than a patched linear layer is trained, or nothing is.
     """
     layers = {name: module for name, module in policy.get_base_model().named_modules() if is_lora_layer(module)}
     trained = {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
@@ -135,13 +141,15 @@ def adapted_layers(policy: Any) -> dict[str, nn.Module]:
     foreign = others or [n for n, layer in layers.items() if layer is head or not hasattr(type(layer), "_lean_of")]
     if foreign or not layers:
         raise ValueError(
-            f"a cohort trains adapters on the layers' linear parts alone, not {foreign[0] if foreign else 'weights'}"
+            f"a cohort trains only adapters on linear layers, not {foreign[0] if foreign else 'whole weights'}"
         )
     return layers
 
 
 @dataclass(slots=True)
 class _Request:
+    """A micro-batch that a member waits to have scored."""
+
     batch: MicroBatch
     quantities: frozenset[Quantity]
 
@@ -151,15 +159,21 @@ class _Request:
 
 @dataclass(slots=True)
 class _Pass:
-    """A joint pass whose backward pass is still to come: the members' slices, and the leaves that stand for them."""
+    """A joint pass whose backward pass is still to come.
+
+    Attributes:
+        values: each member's slice of the result, with its graph.
+        leaves: the detached copy that each member derives its loss by.
+        open: the members that have not finished their backward call yet.
+    """
 
     values: dict[int, Tensor]
     leaves: dict[int, Tensor]
     open: set[int]
 
 
-class Member(PassRunner):
-    """A place in a cohort, as the training that has it sees it."""
+class CohortSlot(PassRunner):
+    """One of the cohort's concurrent trainings, as that training sees it."""
 
     def __init__(self, cohort: Cohort, index: int) -> None:
         self._cohort = cohort
@@ -168,34 +182,34 @@ class Member(PassRunner):
 
     @property
     def width(self) -> int:
-        """How many train at once, at most."""
+        """How many members train at once, at most."""
         return self._cohort.width
 
     @property
     def is_joint(self) -> bool:
-        """Whether the passes of this member are those of others too; known once it has its base."""
+        """Whether this member's passes are joint with others'; known once it has its base."""
         return not self._cohort.is_apart
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What is the same for all members, made by the first that asks for it."""
+        """Something that all members share; the first to ask makes it."""
         return self._cohort.once(name, make)
 
     def base(self, load: Callable[[], nn.Module]) -> nn.Module:
-        """A model of its own on the tensors of the cohort's base, which the first member to ask loads."""
+        """A model for this member on the cohort's base tensors; the first member to ask loads them."""
         model = self._cohort.base(load)
         self._is_apart = self._cohort.is_apart
         return model
 
     def attach(self, policy: nn.Module) -> None:
-        """Say whose adapter the passes are to run with.
+        """Use this policy's adapter for the slot's rows of joint passes.
 
         Raises:
-            ValueError: an adapter on other than linear layers.
+            ValueError: something else than a patched linear layer is trained, or nothing is.
         """
         self._cohort.attach(self._index, policy)
 
     def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> TokenScores:
-        """As a pass of its own, but a leaf, whose gradient is taken on when all members have theirs."""
+        """As a pass of its own, but the result is a leaf: its gradient moves on once all members have theirs."""
         return self._cohort.score(self._index, model, batch, quantities)
 
     def finish(self) -> None:
@@ -203,24 +217,24 @@ class Member(PassRunner):
         self._cohort.finish(self._index)
 
     def separate(self) -> bool:
-        """Let all members run passes of their own from now on, where the memory does not suffice for joint ones."""
+        """Let all members run their own passes from now on, because joint ones need too much memory."""
         was_apart, self._is_apart = self._is_apart, True
         self._cohort.separate()
         return not was_apart
 
 
 class Cohort:
-    """Runs trainings of policies on one base, `width` at a time, their passes with gradient jointly.
+    """Trains several policies on one base, `width` at a time, with joint passes where these gain something.
 
     Attributes:
-        width: how many train at once; where one ends, the next takes its place.
-        is_apart: whether they take turns.
+        width: how many train at once; when one ends, the next takes its slot.
+        is_apart: whether the members take turns with their own passes.
 
     Args:
-        width: that.
-        joint_passes: whether passes are joint where they fit; None: where the base is not on a CPU, which takes the
-            same time for a row whatever stands beside it, needs memory for every row of a pass, and multiplies a
-            member's rows fastest with a weight that has its adapter added.
+        width: as above.
+        joint_passes: whether passes are joint where they fit. None: joint unless the base is on a CPU. There a joint
+            pass costs as much per row, needs memory for all rows, and cannot use a weight with the adapter added in,
+            which is the fastest way to multiply one member's rows.
     """
 
     def __init__(self, width: int, joint_passes: bool | None = None) -> None:
@@ -239,62 +253,66 @@ class Cohort:
         self._pass: _Pass | None = None
         self.is_apart = False
 
-    def run(self, trainings: Sequence[Callable[[Member], T]]) -> list[T | Exception]:
-        """What each training returns, or the error that ended it; the others go on."""
-        results: list[Any] = [None] * len(trainings)
-        places = range(min(self.width, len(trainings)))
-        self._active = set(places)
-        self._queue = deque(range(len(places), len(trainings)))
-        self._until = dict.fromkeys(places, lambda: True)
+    def run(self, trainings: Sequence[Callable[[CohortSlot], T]]) -> list[T | Exception]:
+        """Run all trainings; a failing one does not stop the others.
 
-        def work(place: int) -> None:
-            index: int | None = place
+        Returns:
+            What each training returned, or the error that ended it.
+        """
+        results: list[Any] = [None] * len(trainings)
+        slots = range(min(self.width, len(trainings)))
+        self._active = set(slots)
+        self._queue = deque(range(len(slots), len(trainings)))
+        self._until = dict.fromkeys(slots, lambda: True)
+
+        def work(slot: int) -> None:
+            index: int | None = slot
             while index is not None:
                 try:
-                    results[index] = trainings[index](Member(self, place))
+                    results[index] = trainings[index](CohortSlot(self, slot))
                 except Exception as error:
                     results[index] = error
-                index = self._next(place)
+                index = self._next(slot)
 
-        # In one thread: the teams of OpenMP threads that several would have keep each other from the cores.
-        running = {place: greenlet(partial(work, place)) for place in places}
-        turns = list(places)
+        # Greenlets, not threads: each thread would start its own OpenMP team, and these fight for the cores.
+        running = {slot: greenlet(partial(work, slot)) for slot in slots}
+        turns = list(slots)
         try:
             while turns:
-                place = next(place for place in turns if self._until[place]())
-                running[place].switch()
-                turns.remove(place)
-                if not running[place].dead:
-                    turns.append(place)
+                slot = next(slot for slot in turns if self._until[slot]())
+                running[slot].switch()
+                turns.remove(slot)
+                if not running[slot].dead:
+                    turns.append(slot)
         finally:
-            for member in filter(None, running.values()):  # those that an interrupt has left in the middle
-                member.throw()
+            for unfinished in filter(None, running.values()):  # after an interrupt
+                unfinished.throw()
         return results
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """See `Member.once`."""
+        """See `CohortSlot.once`."""
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
 
     def base(self, load: Callable[[], nn.Module]) -> nn.Module:
-        """See `Member.base`."""
+        """See `CohortSlot.base`."""
         if self._base is None:
             self._base = load()
             on_cpu = next(self._base.parameters()).device.type == "cpu"
             self.is_apart = on_cpu if self._joint_passes is None else not self._joint_passes
             if self.is_apart:
-                log.info("The members of the cohort take turns, each with passes of its own.")
+                log.info("The members of the cohort take turns, each with its own passes.")
         return share(self._base)
 
     def attach(self, index: int, policy: nn.Module) -> None:
-        """See `Member.attach`."""
+        """See `CohortSlot.attach`."""
         adapted_layers(policy)
         self._policies[index] = policy
         self._joint = None
 
     def score(self, index: int, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> TokenScores:
-        """See `Member.score`."""
+        """See `CohortSlot.score`."""
         if self._pass is not None:
             self._pass.open.discard(index)
         if index in self._active and not self.is_apart:
@@ -305,7 +323,7 @@ class Cohort:
         return score_tokens(model, batch, quantities) if granted is None else granted
 
     def finish(self, index: int) -> None:
-        """See `Member.finish`."""
+        """See `CohortSlot.finish`."""
         if self._pass is not None and index in self._pass.values:
             self._pass.open.discard(index)
             self._wait(index, lambda: self._pass is None)
@@ -313,9 +331,9 @@ class Cohort:
             self._switch(index, lambda: True)
 
     def separate(self) -> None:
-        """See `Member.separate`."""
+        """See `CohortSlot.separate`."""
         if not self.is_apart:
-            log.warning("The members of the cohort take turns from here on, each with passes of its own.")
+            log.warning("The members of the cohort take turns from here on, each with its own passes.")
         self.is_apart = True
 
     def _wait(self, index: int, done: Callable[[], bool]) -> None:
@@ -326,28 +344,28 @@ class Cohort:
             raise error
 
     def _switch(self, index: int, until: Callable[[], bool]) -> None:
-        """Let others run, at least until then."""
+        """Let others run until this holds."""
         self._until[index] = until
         getcurrent().parent.switch()
 
-    def _next(self, place: int) -> int | None:
-        """Forget the training that had this place; the one that gets it, or None."""
+    def _next(self, slot: int) -> int | None:
+        """Forget the training that had this slot; returns the number of the one that gets it, or None."""
         for kept in (self._policies, self._requests, self._granted, self._errors):
-            kept.pop(place, None)
+            kept.pop(slot, None)
         self._joint = None
         if self._pass is not None:
-            self._pass.open.discard(place)
-            self._pass.leaves.pop(place, None)
+            self._pass.open.discard(slot)
+            self._pass.leaves.pop(slot, None)
         index = self._queue.popleft() if self._queue else None
         if index is None:
-            self._active.discard(place)
+            self._active.discard(slot)
         else:
-            self._active.add(place)  # which a training without finite numbers has left
+            self._active.add(slot)  # a training with infinite numbers has left it
         self._advance()
         return index
 
     def _advance(self) -> None:
-        """Run what nobody has to be waited for any more."""
+        """Run the next pass if no member is missing for it."""
         if self._pass is not None and not self._pass.open:
             members = list(self._pass.values)
             self._attempt(members, self._backward)
@@ -355,14 +373,14 @@ class Cohort:
             self._attempt(sorted(self._active), self._forward)
 
     def _attempt(self, members: Sequence[int], run: Callable[[], None]) -> None:
-        """Run it; an error is that of every member of the pass."""
+        """Run it; every member of the pass gets an error of it."""
         try:
             run()
         except Exception as error:
             self._pass = None
             for member in members:
                 self._requests.pop(member, None)
-                # Without its traceback, which holds the tensors of the pass.
+                # Without the traceback: it keeps the tensors of the pass alive.
                 self._errors[member] = error.with_traceback(None)
 
     def _forward(self) -> None:
@@ -391,10 +409,10 @@ class Cohort:
 
     @torch.no_grad()
     def _expel(self) -> bool:
-        """Send those away whose own numbers are not finite: kernels read, and multiply with 0, what is not theirs."""
+        """Exclude members with numbers that are not finite: kernels multiply others' rows by 0, and 0 * inf is nan."""
         broken = [m for m in sorted(self._active) if not _finite([self._requests[m].alone(self._policies[m]).values])]
         for member in broken:
-            log.warning("Member %d of the cohort has numbers that are not finite: it goes on alone.", member)
+            log.warning("Member %d of the cohort has numbers that are not finite: it continues alone.", member)
             self._active.discard(member)
             del self._requests[member]
         return bool(broken)
@@ -411,7 +429,7 @@ class Cohort:
                 gradients.append(leaf.grad)
                 continue
             for parameter in self._policies[member].parameters():
-                if parameter.requires_grad:  # what it would get by itself, and the others must not
+                if parameter.requires_grad:  # what it would get alone; a joint backward pass would spread it
                     parameter.grad = torch.full_like(parameter, torch.nan)
         if values:
             torch.autograd.backward(values, gradients)

@@ -1,4 +1,4 @@
-"""A loss with the policy and the reference that give it its inputs: from groups to `LossInputs`."""
+"""From groups to a loss: scores of the policy and the reference, the loss's inputs, its value."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mismatched_groups(loss: Loss, groups: Sequence[Group]) -> list[Group]:
 def groups_to_reference(
     loss: Loss, groups: Sequence[Group], steps: Sequence[Sequence[int]], eval_groups: Sequence[Group]
 ) -> list[Group]:
-    """Every group that these steps and the evaluation will ask the reference for."""
+    """Every group for which these steps and the evaluation ask the reference."""
     used = {index for step in steps for index in step}
     wanted = [groups[index] for index in sorted(used)] + list(eval_groups)
     for step in steps:
@@ -42,7 +42,7 @@ def groups_to_reference(
 
 
 def evaluated(loss: Loss, groups: Sequence[Group]) -> list[Group]:
-    """Held-out groups in the form in which the loss takes them."""
+    """Held-out groups in the unit of the loss: pairs become rows where it reads rows."""
     return as_rows(groups) if loss.requirements().unit == "row" else list(groups)
 
 
@@ -57,7 +57,7 @@ def step_totals(groups: Sequence[Group]) -> StepTotals:
 
 
 def step_seeds(groups: Sequence[Group], seed: int, step: int) -> Tensor:
-    """(groups,) int64 of each group's content, the run's seed and the step's number, and of nothing else."""
+    """(groups,) int64 seeds that depend on a group's content, the run's seed and the step's number alone."""
     numbers = []
     for group in groups:
         digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8)
@@ -69,12 +69,12 @@ def step_seeds(groups: Sequence[Group], seed: int, step: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The processes that share a step: every one sees all of its groups and works on every `count`-th of them."""
+    """The processes that share a step: each sees all groups and works on every n-th of them."""
 
     accelerator: Any
 
     def own(self, groups: Sequence[Group]) -> list[int]:
-        """Numbers of the groups that this process works on."""
+        """Indices of the groups that this process works on."""
         return list(range(self.accelerator.process_index, len(groups), self.accelerator.num_processes))
 
     def sum(self, values: Tensor) -> Tensor:
@@ -113,27 +113,27 @@ def weighted(groups: Sequence[Group], losses: Tensor) -> Tensor:
 
 
 class PassRunner:
-    """How passes with gradient are run: each by itself."""
+    """Runs passes with gradient, each by itself. A cohort's slot runs them jointly with other trainings."""
 
     def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> TokenScores:
         """Scores of one pass as `logps.score_tokens` gives them, differentiable."""
         return score_tokens(model, batch, quantities)
 
     def finish(self) -> None:
-        """Called when a step has done all of its backward calls and wants the gradients."""
+        """Called after a step's last backward call, when it needs the gradients."""
 
     def separate(self) -> bool:
-        """Called where the memory does not suffice: whether passes were shared until now, and are no more."""
+        """Called when memory runs out: stop sharing passes. Returns whether they were shared until now."""
         return False
 
 
 class Objective:
-    """What a loss needs, computed for groups.
+    """A loss together with the policy and the reference that give it its inputs.
 
     Attributes:
         needs: the loss's requirements.
-        passes: runs the passes of training steps, but not those with a second model beside the policy.
-        state: its running state after the last step.
+        passes: runs the passes of training steps, except those that need a second model beside the policy.
+        state: the loss's running state after the last step.
     """
 
     def __init__(

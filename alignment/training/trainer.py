@@ -1,4 +1,4 @@
-"""The preference stage's loop: transformers' Trainer, with the step, the data and the metrics of our own."""
+"""The preference stage's loop: transformers' Trainer with our own step, data order and metrics."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _STATE = "preference_state.json"
 
 
 @dataclass(slots=True)
-class _Step:
-    """What a step that is being computed has come to: its loss so far, its tokens, metrics of each pass, the state."""
+class _StepProgress:
+    """What a running step has accumulated: its loss, its tokens, the metrics of each pass, the loss's new state."""
 
     loss: Tensor
     num_tokens: int = 0
@@ -50,17 +50,18 @@ class _Step:
 class PreferenceTrainer(Trainer):
     """Trains a policy on groups with a preference loss.
 
-    The dataloader yields all groups of one optimizer step at once, to every process; `training_step` shares them out
-    and splits them into micro-batches. How they are split changes neither the gradient (a mean over the step's items)
-    nor what a loss computes over the step: its `step_statistics`, or all of it where the items of a step are coupled.
-    Then one pass without gradient collects the log-probs, the loss gives its derivative by each of them, and a second
-    pass applies it; one pass does where everything fits into it.
+    The dataloader gives every process all groups of one optimizer step. `training_step` shares them among the processes
+    and splits them into micro-batches. The split changes neither the gradient (a mean over the step's items) nor what
+    a loss computes over the whole step, its `step_statistics`.
+
+    A loss that couples the items of a step needs all log-probs at once. Where they do not fit into one pass, a first
+    pass without gradient collects them, the loss is derived by each of them, and a second pass applies the derivatives.
     """
 
     model: nn.Module
     objective: Objective
     held_out: list[dict[str, Any]]
-    """The held-out groups one by one, as the last evaluation found them."""
+    """The metrics of each held-out group in the last evaluation."""
 
     def __init__(
         self,
@@ -102,18 +103,18 @@ class PreferenceTrainer(Trainer):
         return prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not estimated: transformers' estimate would count the padding."""
+        """Zero, because transformers' estimate would count the padding."""
         del inputs
         return 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one optimizer step, micro-batch by micro-batch; returns the step's mean loss.
 
-        Where a GPU's memory does not suffice, the step is begun again with half the token budget, and at last with
-        every layer checkpointed; the steps after it keep that.
+        If a GPU runs out of memory, the step starts again with half the token budget, and finally with every layer
+        checkpointed. Later steps keep these settings.
 
         Raises:
-            UserError: the largest group does not fit even so.
+            UserError: even then the largest group does not fit.
         """
         del num_items_in_batch
         started = time.monotonic()
@@ -131,35 +132,39 @@ class PreferenceTrainer(Trainer):
         self.train_seconds += time.monotonic() - started
         return step.loss
 
-    def _try_step(self, model: nn.Module, groups: Sequence[Group]) -> _Step | None:
-        """Add the step's gradients; None, and a part of them, where a GPU's memory did not suffice.
+    def _try_step(self, model: nn.Module, groups: Sequence[Group]) -> _StepProgress | None:
+        """Add the step's gradients. None if a GPU ran out of memory; then only a part of them was added.
 
-        The error ends here, since its traceback holds the tensors of the pass.
+        The error is dropped here because its traceback keeps the tensors of the pass alive.
         """
-        step = _Step(torch.zeros((), device=self.args.device), state=self.objective.state)
+        step = _StepProgress(torch.zeros((), device=self.args.device), state=self.objective.state)
         try:
-            with self.accelerator.no_sync(model):  # processes may have different numbers of passes
+            with self.accelerator.no_sync(model):  # the processes may differ in their number of passes
                 self._add_gradients(model, groups, step)
         except torch.cuda.OutOfMemoryError as error:
-            if self.accelerator.num_processes > 1:  # the others would wait for this one
+            if self.accelerator.num_processes > 1:  # starting again here would leave the others waiting
                 raise UserError(
-                    "The memory of a GPU does not suffice: lower trainer.tokens_per_batch, or set "
-                    "trainer.checkpoint_every=1."
+                    "A GPU ran out of memory: lower trainer.tokens_per_batch, or set trainer.checkpoint_every=1."
                 ) from error
             return None
         self._sum_gradients(model)
         step.loss = self._processes.sum(step.loss)
         return step
 
-    def _add_gradients(self, model: nn.Module, groups: Sequence[Group], step: _Step) -> None:
+    def _add_gradients(self, model: nn.Module, groups: Sequence[Group], step: _StepProgress) -> None:
+        # What holds for the whole step, however it is split
         objective = self.objective
         totals, seeds = step_totals(groups), step_seeds(groups, self.args.seed, self.state.global_step)
         step_statistics = objective.step_statistics(groups, self.tokens_per_batch)
+
+        # This process's groups as micro-batches; a coupled loss is derived first if they are not the whole step
         own = self._processes.own(groups)
         batches = list(self.layout.batches([groups[i] for i in own], self.tokens_per_batch, objective.needs.prompts))
         derivative, plan = None, objective.plan(groups)
         if objective.needs.whole_step and (len(batches) > 1 or len(own) < len(groups)):
             derivative = self._derivative(groups, step_statistics, seeds, step)
+
+        # Forward and backward, pass by pass
         for batch in batches:
             indices = [own[i] for i in batch.indices]
             scores = objective.score(model, batch.to(self.args.device))
@@ -180,9 +185,9 @@ class PreferenceTrainer(Trainer):
         objective.passes.finish()
 
     def _derivative(
-        self, groups: Sequence[Group], step_statistics: Tensor | None, seeds: Tensor, step: _Step
+        self, groups: Sequence[Group], step_statistics: Tensor | None, seeds: Tensor, step: _StepProgress
     ) -> Tensor:
-        """(rows, tokens): the step's loss derived by every number that its groups' passes give."""
+        """(rows, tokens): the derivative of the step's loss by every score of its groups."""
         objective = self.objective
         scores = objective.collect(groups, self.tokens_per_batch)
         scores.values.requires_grad_()
@@ -192,13 +197,13 @@ class PreferenceTrainer(Trainer):
             loss = whole.share_of(len(groups))
         (derivative,) = torch.autograd.grad(loss, scores.values)
         step.state = whole.output.state
-        if self.accelerator.is_main_process:  # the others see the same: it is counted once
+        if self.accelerator.is_main_process:  # every process computes the same; count it once
             step.loss += loss.detach().float()
             step.metrics.append(preference_metrics(whole.inputs, whole.output))
         return derivative
 
     def _sum_gradients(self, model: nn.Module) -> None:
-        """Each process has the gradients of its own groups: add them up."""
+        """Add up the gradients of all processes; each has those of its own groups."""
         if self.accelerator.num_processes == 1:
             return
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -209,7 +214,7 @@ class PreferenceTrainer(Trainer):
         vector_to_parameters(self._processes.sum(parameters_to_vector(gradients)), gradients)
 
     def _save_memory(self, model: nn.Module, groups: Sequence[Group]) -> None:
-        """After a step that did not fit: forget its gradients, and take less for the next try."""
+        """After a step that did not fit: drop its gradients and choose settings that need less memory."""
         model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
@@ -218,10 +223,10 @@ class PreferenceTrainer(Trainer):
         elif self.objective.passes.separate():
             pass
         elif decoder_layers(model) and checkpoint_layers(model, 1):
-            log.warning("The GPU's memory does not suffice for a single group: going on with every layer checkpointed.")
+            log.warning("The GPU has too little memory for a single group: continuing with every layer checkpointed.")
         else:
             raise UserError(
-                f"The GPU's memory does not suffice for a group of {largest_group(self.layout, groups)} positions even "
+                f"The GPU has too little memory for a group of {largest_group(self.layout, groups)} positions, even "
                 f"with every layer checkpointed: lower data.max_length, or choose a smaller model or quantization=nf4."
             )
 
@@ -234,7 +239,7 @@ class PreferenceTrainer(Trainer):
         return objective.evaluate(groups, inputs, objective.step_statistics(groups, budget))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the exact means of the steps since the last log to a training log."""
+        """Add to a training log the exact means over the steps since the last one."""
         if "loss" in logs:
             if self.accelerator.num_processes > 1:
                 self._means = Means.joined(gather_object([self._means]))
@@ -242,12 +247,12 @@ class PreferenceTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """Loss and metrics over all held-out groups at once, whatever the batches they were scored in."""
+        """Loss and metrics over all held-out groups; how they are batched makes no difference."""
         del eval_dataset, ignore_keys
         return self._log_evaluation(metric_key_prefix)
 
     def evaluate_start(self) -> dict[str, float]:
-        """The evaluation before the first update: there the policy is the reference, so nothing is scored again."""
+        """The evaluation before the first update: the policy still equals the reference, so nothing is scored again."""
         return self._log_evaluation("eval", at_reference=True)
 
     def _log_evaluation(self, prefix: str, at_reference: bool = False) -> dict[str, float]:
@@ -260,14 +265,14 @@ class PreferenceTrainer(Trainer):
     def held_out_metrics(self, groups: Sequence[Group], at_reference: bool = False) -> dict[str, float]:
         """Exact means over the groups; the loss is computed once over all of them, as if they were one step.
 
-        Nothing is drawn, and the loss's running state stays as training left it. `at_reference` says that the policy
-        is still its reference, whose log-probs then serve for both.
+        Nothing is drawn at random, and the loss's running state does not change. Pass `at_reference` while the policy
+        still equals its reference: then the reference's log-probs serve for both.
         """
         return self._evaluated(groups, at_reference)[0]
 
     @torch.no_grad()
     def _evaluated(self, groups: Sequence[Group], at_reference: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """`held_out_metrics`, and what they are the means of."""
+        """`held_out_metrics`, and the metrics of each group that they are the means of."""
         objective = self.objective
         evaluated_groups = evaluated(self.loss, groups)
         scores = objective.scores_at_reference(evaluated_groups) if at_reference else None
@@ -286,11 +291,11 @@ class PreferenceTrainer(Trainer):
         return means.take(), held_out_rows(groups, inputs, output)
 
     def save_state(self, folder: Path) -> None:
-        """Keep in a checkpoint what the loss and the reference carry from step to step."""
+        """Write the loss's running state into a checkpoint."""
         atomic_write_bytes(folder / _STATE, to_json({"loss": self.objective.state}))
 
     def load_state(self, folder: Path) -> None:
-        """Go on with what `save_state` kept."""
+        """Continue with the state that `save_state` wrote."""
         self.objective.state = json.loads((folder / _STATE).read_text())["loss"]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -300,7 +305,7 @@ class PreferenceTrainer(Trainer):
 
 
 def _paired(inputs: LossInputs, output: LossOutput) -> tuple[LossInputs, LossOutput]:
-    """Rows in the order of `as_rows` as the pairs that they came from; losses and parts stay per row."""
+    """Turn rows made by `as_rows` back into their pairs; losses and parts stay per row."""
     order = pairs_from_rows(len(inputs.policy) // 2)
     reference = None if inputs.reference is None else inputs.reference.select(order)
     pairs = LossInputs(inputs.policy.select(order), reference)
