@@ -32,7 +32,7 @@ from alignment.stages.cohorts import SweepCohort, cohorts
 from alignment.stages.sweep import attempt, member_folders, members_without_result
 
 if TYPE_CHECKING:
-    from alignment.training.cohort import Member
+    from alignment.training.cohort import CohortSlot
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Job:
             sys.exit(f"\nInterrupted; continue with: python -m alignment.run {option}resume={run_dir}")
 
 
-def run_chain(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, slot: Member | None = None) -> None:
+def run_chain(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, slot: CohortSlot | None = None) -> None:
     """Check the configuration and the machine, then go through the stages."""
     path = run_dir / "config.yaml"
     finish_composition(cfg, choices)

@@ -1,4 +1,4 @@
-"""From hidden states to the log-probs of target tokens: the LM head, in chunks, with nothing of its width kept."""
+"""From hidden states to log-probs of target tokens: the LM head in chunks, so that full logits are never kept."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from alignment.scoring.token_scores import TokenScores
 from alignment.types import Quantity
 
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**26}
-"""Logits that exist at one time, by device: 32 or 256 MiB in fp32. Small enough on a CPU for memory that the process
-has to be reused, wide enough on a GPU for a matrix product that fills it."""
+"""How many logits exist at one time, by device: 32 or 256 MiB in fp32. On a CPU this is small enough for the process to
+reuse its memory, on a GPU large enough for a matrix product that fills it."""
 
 # exp of less is a denormal number in fp32: no gradient, and a hundred times slower to compute with.
 _SMALLEST_LOG = -80.0
@@ -30,7 +30,7 @@ _SMALLEST_LOG = -80.0
 class LogitTransform:
     """What some architectures do to the head's output: logits * scale, or cap * tanh(logits / cap).
 
-    `logps.check_scoring` proves that nothing else happens.
+    `logps.check_scoring` checks that nothing else happens.
     """
 
     scale: float = 1.0
@@ -38,7 +38,7 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """That of a model, by its configuration."""
+        """The transform of a model, read from its configuration."""
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             return cls(cap=cap)
         if divisor := getattr(config, "logits_scaling", None):  # Granite
@@ -48,20 +48,20 @@ class LogitTransform:
         return cls()
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Differentiable; fp32 of 16-bit logits."""
+        """Transformed logits, differentiable; 16-bit logits become fp32."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.cap is not None:
             return self.cap * torch.tanh(logits / self.cap)
         return logits * self.scale if self.scale != 1.0 else logits
 
     def slope(self, transformed: Tensor) -> Tensor | float:
-        """Derivative of the transform, from its result."""
+        """Derivative of the transform, computed from its result."""
         return 1 - (transformed / self.cap) ** 2 if self.cap is not None else self.scale
 
 
 @dataclass(frozen=True, slots=True)
 class OtherModel:
-    """What a KL needs of the other model's pass over the same positions.
+    """The other model's pass over the same positions, for a KL.
 
     Attributes:
         head: from (tokens, H) to (tokens, V), its head.
@@ -95,12 +95,11 @@ def _token_scores(
 
 
 class _ScoreOnce(torch.autograd.Function):
-    """Log-probs (and token quantities) and, from the same logits, their derivatives: the backward pass does not run
-    the head again.
+    """Token scores and, from the same logits, their derivatives, so that the backward pass does not run the head again.
 
-    A result depends on its own hidden state alone. For a log-prob, d logp / d h = W[y] - sum over v of p_v W[v]; for
-    a divergence KL(q || p), sum over v of (p_v - q_v) W[v]; both times the slope of the transform. So one row of H
-    numbers per position and result is all that is kept. The head's weights get no gradient: this is for a frozen head.
+    A score depends on its own hidden state alone. For a log-prob, d logp / d h = W[y] - sum over v of p_v W[v]; for
+    a divergence KL(q || p), sum over v of (p_v - q_v) W[v]; both times the slope of the transform. So only one row of
+    H numbers is kept per position and differentiable score. The head's weights get no gradient: they must be frozen.
     """
 
     @staticmethod
@@ -147,7 +146,7 @@ class _ScoreOnce(torch.autograd.Function):
 
 
 def _through_head(weights: Tensor, slope: Tensor | float, head: nn.Linear) -> Tensor:
-    """(tokens, H): derivatives with respect to hidden states, of those with respect to transformed logits."""
+    """(tokens, H): from derivatives by the transformed logits to derivatives by the hidden states."""
     if isinstance(slope, Tensor) or slope != 1.0:
         weights = weights.mul_(slope)
     return matmul(weights.to(head.weight.dtype), head.weight)
@@ -172,25 +171,25 @@ def score_hidden(
     quantities: frozenset[Quantity] = frozenset(),
     other: OtherModel | None = None,
 ) -> Tensor:
-    """Log-probs of target tokens, and quantities of the distributions that they were drawn from.
+    """Log-probs of target tokens, and quantities of the model's distributions at these positions.
 
-    A frozen linear head is run once, with the derivatives taken from the same logits; any other head is run again in
-    the backward pass, which also serves where its own weights train.
+    A frozen linear head runs once, and the derivatives come from the same logits. Any other head, also one that
+    trains, runs again in the backward pass.
 
     Args:
         head: module from (tokens, H) to (tokens, V), with `out_features`.
         hidden: (tokens, H).
         targets: (tokens,) int64.
         transform: what the model does to the head's output.
-        quantities: what is wanted beside the log-probs.
-        other: the model that a divergence is from: KL(other || this).
+        quantities: wanted beside the log-probs.
+        other: the other model of a divergence KL(other || this).
 
     Returns:
         (rows, tokens) fp32 (fp64 for an fp64 head), the `values` of `TokenScores`. A plain tensor, because it passes
         through wrappers of `forward`.
     """
 
-    assert (other is not None) == (Quantity.divergence in quantities), "a divergence is one from another model"
+    assert (other is not None) == (Quantity.divergence in quantities), "another model is for a divergence alone"
 
     def score_one(h: Tensor, y: Tensor, part: slice) -> Tensor:
         logits = transform(head(h))

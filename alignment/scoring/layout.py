@@ -1,7 +1,7 @@
 """How groups become model inputs.
 
-A layout turns groups into `MicroBatch`es: token ids for one forward pass, and for every completion token the flat
-position of the hidden state that scores it. Nothing downstream knows how the rows were laid out.
+A layout turns groups into `MicroBatch`es: token ids for one forward pass, and for every completion token the position
+of the hidden state that scores it. Later steps do not depend on how the rows were laid out.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class MicroBatch:
     """The inputs of one forward pass.
 
     Attributes:
-        indices: which of the given groups are in here, in the order of the ragged result.
+        indices: which of the given groups it has, in the order of the ragged result.
         input_ids: (rows, width) int64.
-        score_positions: (tokens,) int64, index into the flattened (rows * width) hidden states whose prediction each
-            completion token is: the position just before it.
+        score_positions: (tokens,) int64, for each completion token the index, in the flattened (rows * width) hidden
+            states, of the state that predicts it: the position just before it.
         targets: (tokens,) int64, the completion tokens.
         offsets: (S + 1,) int64, where each sequence's tokens start; sequences in group order, completions within.
             Where prompts are scored too, their tokens follow those of all completions, in group order.
-        num_tokens: tokens of all sequences, prompts counted with every completion and padding never: a measure of
-            what was scored, whatever the layout.
-        shared_row: the spans of the one row in which prompts are shared, or None for rows that stand alone.
+        num_tokens: tokens of all sequences. Prompts count once per completion and padding never, so the number is the
+            same for every layout.
+        shared_row: the spans of the one row in which prompts are shared; None if every row holds one completion.
         position_ids: (1, width) int64 of a shared row, else None.
     """
 
@@ -58,7 +58,7 @@ class MicroBatch:
 
 
 class BatchLayout(Protocol):
-    """Interface of a layout."""
+    """A way to lay out groups in micro-batches."""
 
     def batches(self, groups: Sequence[Group], tokens_per_batch: int, prompts: bool = False) -> Iterator[MicroBatch]:
         """Every group in exactly one micro-batch of at most `tokens_per_batch` positions (or of that group alone).
@@ -69,18 +69,17 @@ class BatchLayout(Protocol):
 
 
 PASS_COST = {"cpu": 32, "cuda": 1024}
-"""Positions that a pass costs on top of its own, by device: next to nothing, or the launch of thousands of kernels."""
+"""Fixed cost of a pass in positions, by device: next to nothing on a CPU, thousands of kernel launches on a GPU."""
 
 
 class FlatLayout:
-    """One row per completion, its prompt repeated in front, padded on the right, rows of like length together.
+    """One row per completion with its prompt in front, padded on the right; rows of similar length go together.
 
-    No attention mask is needed: under causal attention (and in a recurrence) a token sees only what stands before it,
-    and padding stands after everything that is scored.
+    No attention mask is needed: under causal attention (and in a recurrence) a token sees only what comes before it,
+    and padding comes after everything that is scored.
 
     Args:
-        pass_cost: the most positions by which the groups of one batch are padded to the length of its longest one;
-            beyond it, a pass of their own is cheaper.
+        pass_cost: at most this many positions of padding in one batch; beyond that, another pass is cheaper.
     """
 
     def __init__(self, pass_cost: int = PASS_COST["cpu"]) -> None:
@@ -108,7 +107,7 @@ class FlatLayout:
     @staticmethod
     def _build(groups: Sequence[Group], members: Sequence[int], prompts: bool) -> MicroBatch:
         rows = [(groups[i].prompt, completion) for i in members for completion in groups[i].completions]
-        # The last token of a row predicts nothing that is scored, so it need not be run.
+        # The last token of a row predicts nothing that is scored, so it is left out.
         width = max(len(prompt) + len(completion) for prompt, completion in rows) - 1
         input_ids = np.zeros((len(rows), width), dtype=np.int64)
         positions = []
@@ -136,9 +135,9 @@ class FlatLayout:
 
 
 class SharedLayout:
-    """One row of many prompts, each followed by its completions: no prompt is run twice and nothing is padded.
+    """One row of many prompts, each followed by its completions: no prompt runs twice and nothing is padded.
 
-    Groups with equal prompts share one too. It needs a model that passed `shared.choose_layout`.
+    Groups with equal prompts share one as well. The model must have passed `prompt_sharing.choose_layout`.
     """
 
     def batches(self, groups: Sequence[Group], tokens_per_batch: int, prompts: bool = False) -> Iterator[MicroBatch]:
@@ -182,7 +181,7 @@ class SharedLayout:
         for family in families:
             prompt = groups[family[0]].prompt
             completions = [c for index in family for c in groups[index].completions]
-            # The last token of a completion predicts nothing that is scored, so it need not be run.
+            # The last token of a completion predicts nothing that is scored, so it is left out.
             span = PromptSpan(start, len(prompt), tuple(len(c) - 1 for c in completions))
             ids += [prompt, *(c[:-1] for c in completions)]
             targets += completions

@@ -1,4 +1,4 @@
-"""From a model and a batch of groups to per-token log-probs of the completions, and of nothing else.
+"""From a model and a batch of groups to the per-token log-probs of the completions.
 
 Only positions that score a completion token reach the LM head.
 """
@@ -54,7 +54,7 @@ def enable_scoring(model: nn.Module) -> None:
             # A mask of four dimensions is handed through as it is: none is made, and attention needs none.
             kwargs |= {"shared_row": shared_row, "attention_mask": targets.new_zeros(1, 1, 1, 1)}
         head = self.get_output_embeddings()  # looked up here, since an adapter may have replaced it
-        # The context is part of the scoring, so that policy and reference are always computed in the same precision.
+        # Autocast is entered here so that policy and reference are always scored in the same precision.
         with torch.autocast(targets.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
             hidden = hidden.flatten(0, 1).index_select(0, score_positions)
@@ -129,9 +129,9 @@ def in_passes(
     device: torch.device,
     prompts: bool = False,
 ) -> Iterator[tuple[MicroBatch, TokenScores]]:
-    """What `run` gives for every micro-batch of many groups, without gradient, on the CPU.
+    """Scores of many groups, micro-batch by micro-batch, without gradient, on the CPU.
 
-    Where a GPU's memory does not suffice, what is left is run with half the budget.
+    If a GPU runs out of memory, the remaining groups run with half the budget.
 
     Raises:
         UserError: not even one group at a time fits.
@@ -149,13 +149,13 @@ def in_passes(
             done.update(indices)
             yield replace(batch, indices=indices), scores
         left = [index for index in left if index not in done]
-        if left:  # out of the handler, whose traceback holds the tensors of the pass
+        if left:  # outside the handler: its traceback keeps the tensors of the pass alive
             torch.cuda.empty_cache()
             smaller = smaller_budget(layout, [groups[index] for index in left], tokens_per_batch)
             if smaller is None:
                 raise UserError(
-                    "The GPU's memory does not suffice to score one group at a time: lower data.max_length, or choose "
-                    "a smaller model or quantization=nf4."
+                    "The GPU has too little memory to score one group at a time: lower data.max_length, or choose a "
+                    "smaller model or quantization=nf4."
                 )
             tokens_per_batch = smaller
 
@@ -171,16 +171,16 @@ def largest_group(layout: BatchLayout, groups: Sequence[Group]) -> int:
 
 
 def smaller_budget(layout: BatchLayout, groups: Sequence[Group], tokens_per_batch: int) -> int | None:
-    """Half the budget that these groups use, but enough for the largest of them; None where they use no more already.
+    """Half the budget that these groups use, but enough for the largest of them; None if they use no more already.
 
-    To be asked for when a GPU's memory did not suffice; it logs what comes next.
+    Call it after a GPU ran out of memory; it logs the new budget.
     """
     used = max(positions(batch) for batch in layout.batches(groups, tokens_per_batch))
     least = largest_group(layout, groups)
     if used <= least:
         return None
     smaller = max(least, used // 2)
-    log.warning("The GPU's memory does not suffice for %d positions a pass: going on with %d.", used, smaller)
+    log.warning("The GPU has too little memory for %d positions a pass: continuing with %d.", used, smaller)
     return smaller
 
 
@@ -195,10 +195,10 @@ def join_scores(groups: Sequence[Group], scored: Sequence[tuple[MicroBatch, Ragg
 
 @torch.no_grad()
 def check_scoring(model: nn.Module, vocabulary: int, device: torch.device) -> None:
-    """Compare the scoring route with the model's own full logits on eight tokens.
+    """Compare scoring with the model's own full logits on eight tokens.
 
     Raises:
-        UserError: an architecture whose logits are not `transform(head(hidden))`; training it would use wrong numbers.
+        UserError: the architecture's logits are not `transform(head(hidden))`, so training would use wrong numbers.
     """
     ids = (torch.arange(9, device=device) * 7919 % vocabulary)[None]
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]

@@ -1,4 +1,4 @@
-"""Whether a model may share prompts: decided by comparing numbers, at the start of every stage."""
+"""Decides at the start of every stage, by comparing numbers, whether a model may share prompts."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from alignment.types import Group
 log = logging.getLogger(__name__)
 
 _SHORT_WINDOW = 6
-"""Stands in for a sliding window in the comparison, so that a few tokens reach beyond it."""
+"""Replaces a model's sliding window in the comparison, so that a few tokens already reach beyond it."""
 
 
 def choose_layout(model: nn.Module, device: torch.device) -> BatchLayout:
-    """The shared layout if this model computes the same with it, else the flat one, with a line that says why.
+    """The shared layout if this model computes the same with it, else the flat one and a log line that says why.
 
-    A few random sequences are scored in both layouts, with gradients. State-space layers, attention that this package
-    does not know and positions that cannot restart all show as other numbers.
+    A few random sequences are scored in both layouts, with gradients. State-space layers, unknown kinds of attention
+    and positions that cannot restart all show as different numbers.
     """
     flat = FlatLayout(PASS_COST[device.type])
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     was_training = model.training
-    model.train()  # as in a step, since some layers compute otherwise in evaluation
+    model.train()  # as in a training step: some layers compute differently in evaluation
     try:
         reason = _why_not(model, base, flat, device)
     finally:
@@ -114,7 +114,7 @@ def _scores_and_gradient(
 
 @torch.no_grad()
 def _leak(model: nn.Module, groups: Sequence[Group], values: Tensor, device: torch.device) -> float:
-    """How much the log-probs of the other sequences change when the first completion of every prompt is another one."""
+    """How much the other sequences' log-probs change when the first completion of every prompt is replaced."""
     changed = [Group(g.prompt, (g.completions[0][::-1].copy(), *g.completions[1:])) for g in groups]
     (batch,) = SharedLayout().batches(changed, 10_000)
     found = join_scores(changed, [(batch, score(model, batch.to(device)).to("cpu"))]).values
@@ -124,7 +124,7 @@ def _leak(model: nn.Module, groups: Sequence[Group], values: Tensor, device: tor
 
 @contextmanager
 def _window(base: Any, window: int | None) -> Iterator[None]:
-    """Every sliding window of the model shortened; None leaves them."""
+    """Shorten every sliding window of the model for a while; None leaves them as they are."""
     if window is None:
         yield
         return

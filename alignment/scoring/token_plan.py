@@ -1,4 +1,4 @@
-"""Per-token results of scoring: how the tokens of several groups are laid end to end, in passes and in whole steps."""
+"""How the scored tokens of several groups are laid end to end, in a pass and in a whole step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignment.types import Group, RaggedLogps
 
 @dataclass(frozen=True, slots=True)
 class TokenPlan:
-    """Where each token of some groups stands: all completions in group order, then all prompts where they are scored.
+    """The position of each scored token: all completions in group order, then all prompts where they are scored.
 
     Attributes:
         offsets: (S + 1,) int64 on the CPU, of the completions' tokens.
@@ -39,11 +39,11 @@ class TokenPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Of completions and prompts."""
+        """Tokens of completions and prompts together."""
         return int(self.offsets[-1] if self.prompt_offsets is None else self.prompt_offsets[-1])
 
     def columns(self, indices: Sequence[int]) -> Tensor:
-        """(tokens,) int64: where the tokens of a pass over the groups of these numbers stand in this plan."""
+        """(tokens,) int64: the positions in this plan of the tokens of a pass over these groups."""
         spans = [(self.first_sequences[i], self.first_sequences[i + 1]) for i in indices]
         ranges = [torch.arange(int(self.offsets[a]), int(self.offsets[b])) for a, b in spans]
         if self.prompt_offsets is not None:

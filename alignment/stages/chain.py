@@ -40,7 +40,7 @@ from alignment.stages.sft import SFTStage
 from alignment.stages.stage import PreferenceResult, Stage, StageResult, Workspace, read_result, write_result
 from alignment.stages.store import STAGES_FOLDER, StageStore
 from alignment.training.callbacks import check_names, last_checkpoint
-from alignment.training.cohort import Member
+from alignment.training.cohort import CohortSlot
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Chain:
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, recipe: str, resolved: dict[str, Any], slot: Member | None = None
+        self, config: RunConfig, run_dir: Path, recipe: str, resolved: dict[str, Any], slot: CohortSlot | None = None
     ) -> None:
         if config.sft is not None:
             check_names("sft.optim", config.sft.optim)

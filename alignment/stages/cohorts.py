@@ -19,7 +19,7 @@ from alignment.files import to_json
 from alignment.losses import Quantity
 
 if TYPE_CHECKING:
-    from alignment.training.cohort import Member
+    from alignment.training.cohort import CohortSlot
 
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class SweepCohort:
     width: int
     has_run: bool = False
 
-    def run(self, run: Callable[[SweepMember, Member], None]) -> None:
+    def run(self, run: Callable[[SweepMember, CohortSlot], None]) -> None:
         """Run all members; each call of `run` has a greenlet of its own, and must keep its failure to itself.
 
         The first member is the one whose job this process is in: its folder exists and its log is open.
@@ -53,7 +53,7 @@ class SweepCohort:
         for member in self.members[1:]:
             member.make_folder()
 
-        def named(slot: Member, member: SweepMember) -> None:
+        def named(slot: CohortSlot, member: SweepMember) -> None:
             _current.set(member.folder.name)
             run(member, slot)
 

@@ -38,7 +38,7 @@ from alignment.training.callbacks import (
     stage_callbacks,
     training_arguments,
 )
-from alignment.training.cohort import Member
+from alignment.training.cohort import CohortSlot
 from alignment.training.early_stopping import StopEarly
 from alignment.training.objective import groups_to_reference
 from alignment.training.planning import memory_result, plan_stage
@@ -164,7 +164,7 @@ class PreferenceStage:
 
     # The parts of `run`, in its order
 
-    def _joined(self, model: nn.Module) -> Member | None:
+    def _joined(self, model: nn.Module) -> CohortSlot | None:
         """The slot in the cohort; None outside of one, and for a policy that cannot share its passes."""
         slot = self._work.slot
         if slot is not None:
@@ -175,7 +175,7 @@ class PreferenceStage:
                 return None
         return slot
 
-    def _planned(self, model: nn.Module, largest: int, slot: Member | None) -> tuple[Plan, int]:
+    def _planned(self, model: nn.Module, largest: int, slot: CohortSlot | None) -> tuple[Plan, int]:
         """The plan of the stage, and how many positions one pass of this run has."""
         config = self._config
         is_joint = slot is not None and slot.is_joint
@@ -224,7 +224,7 @@ class PreferenceStage:
             with_entropies=Quantity.entropy in config.loss.requirements().quantities,
         )
 
-    def _callbacks(self, reference: Reference | None, log_metrics: LogFunction, slot: Member | None) -> list[Any]:
+    def _callbacks(self, reference: Reference | None, log_metrics: LogFunction, slot: CohortSlot | None) -> list[Any]:
         """In the order in which they act; prepares the reference for the steps up to its first refresh."""
         config, data = self._config, self._data
         name = config.loss.name.upper()

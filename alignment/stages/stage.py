@@ -14,7 +14,7 @@ from torch import nn
 from alignment.errors import UserError
 from alignment.files import atomic_write_bytes, to_json
 from alignment.training.callbacks import LogFunction
-from alignment.training.cohort import Member
+from alignment.training.cohort import CohortSlot
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Workspace:
     cache: Path
     device: torch.device
     tokenizer: Any
-    slot: Member | None
+    slot: CohortSlot | None
     final_policy: Path
 
     def folder(self, stage: str) -> Path:

@@ -447,7 +447,7 @@ def test_a_step_that_ran_out_of_memory_is_that_of_the_smaller_budget(loss, faili
     budget = 130
     with caplog.at_level(logging.WARNING):
         trainer, value, gradients, metrics = step_of(tmp_path, budget, loss, failing)
-    assert sum("going on with" in record.message for record in caplog.records) == len(failing)
+    assert sum("continuing with" in record.message for record in caplog.records) == len(failing)
     assert trainer.tokens_per_batch < budget
     expected, *results = step_of(tmp_path, trainer.tokens_per_batch, loss, scoring_budget=budget)
     assert (value, metrics) == (results[0], results[2])
@@ -462,7 +462,7 @@ def test_a_step_that_ran_out_of_memory_is_that_of_the_smaller_budget(loss, faili
 def test_at_last_every_layer_is_checkpointed_and_then_it_ends(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer, value, gradients, metrics = step_of(tmp_path, 1, failing=(0,), every=0)
-    assert "going on with every layer checkpointed" in caplog.text
+    assert "continuing with every layer checkpointed" in caplog.text
     assert all(layer.gradient_checkpointing for layer in decoder_layers(trainer.model))
     _, *expected = step_of(tmp_path, 1)
     assert (value, metrics) == (expected[0], expected[2])
@@ -502,7 +502,7 @@ def test_a_reference_pass_goes_on_with_half_the_budget(layout, budget):
 def test_a_reference_pass_ends_where_no_group_fits():
     model = tiny_policy()
     fail_in_passes(model, range(100), graded=False)
-    with pytest.raises(UserError, match="does not suffice to score one group at a time"):
+    with pytest.raises(UserError, match="too little memory to score one group at a time"):
         list(score_groups(model, random_groups(5), FlatLayout(), 500, CPU))
 
 
