@@ -1,4 +1,4 @@
-"""Memory on the CPU: the C library's allocator, and how torch asks it for tensors."""
+"""Memory on the CPU: settings of the C library's allocator, and how torch asks it for tensors."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # names in glibc's mall
 
 
 def begin_tensors_on_pages() -> None:
-    """Let torch begin every tensor of 2 MiB or more on a page of its own, and ask for huge pages there.
+    """Let torch begin every tensor of 2 MiB or more on its own page, and ask for huge pages there.
 
-    glibc cannot put an aligned block into a hole of just its size, and leaves a sliver beside every such block, where a
-    small object settles that keeps the holes from growing together: a training step so takes half as much memory again
-    as it has tensors at its peak. Beside a block that begins on a page, what is left over is large enough to be used.
+    glibc cannot fit an aligned block into a hole of exactly its size. It leaves a sliver beside it, a small object
+    settles there, and the holes cannot merge again: a training step then takes 1.5 times the memory of its tensors at
+    the peak. Beside a block that begins on a page, the rest is large enough to be used.
 
-    Torch reads the setting with its first tensor, so this has to come before that. A value that the environment has
-    already is kept.
+    Torch reads the setting with its first tensor, so call this before. A value that the environment already has stays.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep what it frees: every pass over a model needs the same tens of megabytes again.
+    """Let the process keep the memory that it frees: every pass over a model needs the same tens of megabytes again.
 
-    By default glibc gives large blocks back to the kernel at once, which has to clear each page when it hands it out
-    the next time. Another C library than glibc is left as it is.
+    By default glibc returns large blocks to the kernel at once, and the kernel clears each page before it hands it out
+    again. Other C libraries than glibc are left alone.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt

@@ -1,7 +1,7 @@
-"""Attention over a row in which every prompt stands once, with all of its completions behind it.
+"""Attention over a row that holds every prompt once, followed by all of its completions.
 
-A completion attends to its prompt and to itself, never to its siblings nor to another prompt of the row. No mask as
-wide as the row is ever made, so packing prompts into one row costs nothing.
+A completion attends to its prompt and to itself, but not to its siblings or to other prompts. No mask of the row's
+width is ever made, so packing prompts into one row costs nothing.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alignment.kernels.block_attention import Part, block_attention
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None  # type: ignore[assignment]
+
 _PREFIX = "shared_prompts_"
 _BLOCKS_FROM = 384
-"""Tokens of a sequence from which on large blocks are faster on a CPU than torch's kernel: by 1.4 there."""
-# What some models hand to their attention beside queries, keys and values; the routes below know nothing of it.
+"""From this length on, large blocks are faster on a CPU than torch's kernel: 1.4 times at this length."""
+# Further arguments that some models pass to their attention; the routes below do not support them.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
@@ -35,7 +39,7 @@ class PromptSpan:
     Attributes:
         start: position of the prompt's first token in the row.
         prompt: tokens of the prompt, at least 1.
-        completions: tokens of each completion that are run, 0 or more.
+        completions: for each completion, how many of its tokens are run, 0 or more.
     """
 
     start: int
@@ -67,7 +71,7 @@ SharedRow = tuple[PromptSpan, ...]
 
 
 def position_ids(row: SharedRow) -> Tensor:
-    """(1, width) int64: every completion goes on counting where its prompt ends."""
+    """(1, width) int64: every completion continues the positions of its prompt."""
     parts = []
     for span in row:
         parts.append(torch.arange(span.prompt))
@@ -102,9 +106,9 @@ def _parts_of(row: SharedRow) -> list[Part]:
 class _CPUAttention(torch.autograd.Function):
     """Queries (1, H, T, D), keys and values (1, H_kv, T, D) -> (1, T, H, D), by torch's flash kernel for CPUs.
 
-    A prompt and its first completion are one causal product. The other completions are attended to their prompt all
-    at once and to themselves one by one, and the two results are joined by their normalisers. The kernel's backward
-    takes the joined result and normaliser, so that each part gives its own share of the gradient.
+    A prompt and its first completion are one causal product. The other completions attend to their prompt all at once
+    and to themselves one by one; their normalisers join the two results. The kernel's backward takes the joined result
+    and normaliser, so each part gives its own share of the gradient.
     """
 
     @staticmethod
@@ -145,7 +149,7 @@ class _CPUAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         by_head, gradient = out.transpose(1, 2), gradient.transpose(1, 2)
-        # Laid out as the projections are, so that what comes before gets contiguous gradients.
+        # Laid out like the projections, so that these receive contiguous gradients.
         grads = [x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v)]
 
         def attend(queries: slice, keys: slice, causal: bool) -> list[Tensor]:
@@ -192,8 +196,8 @@ def _parts(span: PromptSpan, first_end: int) -> tuple[slice, slice, slice]:
 def _variable_lengths(row: SharedRow, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """For kernels of variable length: key positions, ends of queries and of keys, most queries and most keys.
 
-    The queries of every prompt and completion stand in the row already; the keys of a completion are its prompt's
-    and its own, gathered, so that plain causal attention, aligned at the end, is what is wanted.
+    The row already holds the queries of each prompt and completion. The keys of a completion are gathered: its prompt's
+    and its own. Plain causal attention, aligned at the end, then does the right thing.
     """
     sequences = _sequences(row)
     positions = [
@@ -230,8 +234,8 @@ def _variable_length_attention(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, 
 
 
 def _has_flash_kernel(q: Tensor) -> bool:
-    """Flash attention needs 16 bits, an Ampere GPU or newer, and heads of a width that it was compiled for."""
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+    """Flash attention needs 16 bits, an Ampere GPU or newer, and a supported width of heads."""
+    if varlen_attn is None or q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
@@ -239,9 +243,9 @@ def _has_flash_kernel(q: Tensor) -> bool:
 def _masked_attention(
     q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window: int | None = None
 ) -> Tensor:
-    """Any device, any dtype, with a sliding window if there is one: each prompt and completion with a mask of its own.
+    """Works on any device and dtype, with or without a sliding window: one mask for each prompt and completion.
 
-    Joins and splits instead of slices: the backward pass of a slice fills a tensor as long as the row.
+    It splits and joins instead of slicing, because the backward pass of a slice fills a tensor as long as the row.
     """
     sequences = _sequences(row)
     sizes = [end - start for _, start, end in sequences]
@@ -263,15 +267,32 @@ def _masked_attention(
     return torch.cat(results, dim=2).transpose(1, 2).contiguous()
 
 
+@functools.cache
+def _has_cpu_kernel() -> bool:
+    """Whether torch's flash kernel for CPUs, which is private to torch, gives what masked attention gives."""
+    row = (PromptSpan(0, 3, (2, 4)),)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 9, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
+    results = []
+    try:
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            for function in (_CPUAttention.apply, _masked_attention):
+                out = function(q, k, v, row, 0.3)
+                results.append([out.detach(), *torch.autograd.grad(out.sin().sum(), (q, k, v))])
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+        return False
+    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in zip(*results, strict=True))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window: int | None = None) -> Tensor:
     """Attention of a row with shared prompts.
 
     Args:
-        q: (1, H, T, D) queries, after the positions were put in.
+        q: (1, H, T, D) queries, already rotated.
         k, v: (1, H_kv, T, D) with H a multiple of H_kv.
         row: spans that cover the T positions.
-        scale: factor of the products.
-        window: how many positions a token sees at most, itself included; None for all.
+        scale: factor of the products of queries and keys.
+        window: a token sees at most this many positions, itself included; None for all.
 
     Returns:
         (1, T, H, D), contiguous.
@@ -281,14 +302,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window
     if q.device.type == "cpu":
         if longest_sequence(row) >= _BLOCKS_FROM:
             return block_attention(q, k, v, _parts_of(row), scale)
-        return _CPUAttention.apply(q, k, v, row, scale)
+        return (_CPUAttention.apply if _has_cpu_kernel() else _masked_attention)(q, k, v, row, scale)
     if _has_flash_kernel(q):
         return _variable_length_attention(q, k, v, row, scale)
     return _masked_attention(q, k, v, row, scale)
 
 
 def enable_shared_prompts(model: Any) -> bool:
-    """Let the model's attention take a keyword `shared_row`; without it, it stays the attention that it was.
+    """Let the model's attention accept a keyword `shared_row`; calls without it run the original attention.
 
     Returns:
         False if this model's attention cannot be replaced.
@@ -312,7 +333,7 @@ def enable_shared_prompts(model: Any) -> bool:
         if shared_row is None:
             return plain(module, query, key, value, attention_mask, **kwargs)
         if any(kwargs.get(key) is not None for key in _UNSUPPORTED) or kwargs.get("dropout"):
-            raise NotImplementedError("attention over shared prompts knows only scale and window")
+            raise NotImplementedError("attention over shared prompts supports only scale and window")
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         return attend(query, key, value, shared_row, scale, kwargs.get("sliding_window")), None
 

@@ -1,4 +1,4 @@
-"""What the lean layers share: their classes, the shapes and blocks of their rows, and when two forwards agree."""
+"""What the patched layers share: their classes, shapes and blocks of rows, and the comparison of two forwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _Static = TypeVar("_Static", bound=Callable[..., Any])
 
@@ -16,13 +16,27 @@ _BLOCK_VALUES = 2**18
 """A block of this size, 1 MiB in fp32, is still in a core's cache when the next operation reads it."""
 
 
+_HAS_UNSAFE_VIEW = hasattr(torch.ops.aten, "_unsafe_view")
+
+
 def subclass(kind: type, forward: Callable[..., Any]) -> type:
-    """The class with this forward."""
-    return type(f"Lean{kind.__name__}", (kind,), {"forward": forward, "_lean_of": kind, "__doc__": kind.__doc__})
+    """A subclass of a module class with another forward."""
+    members = {"forward": forward, "_original_class": kind, "__doc__": kind.__doc__}
+    return type(f"Patched{kind.__name__}", (kind,), members)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether the module's class is a `subclass`."""
+    return hasattr(type(module), "_original_class")
+
+
+def original_class(module: nn.Module) -> type:
+    """The class that the module had before it was patched."""
+    return getattr(type(module), "_original_class", type(module))
 
 
 def without_autocast(function: _Static) -> _Static:
-    """Every operand has been given its dtype, so nothing may be cast behind it."""
+    """Turn autocast off inside a function whose operands already have their dtypes."""
 
     @functools.wraps(function)
     def wrapper(ctx: Any, first: Tensor, *rest: Any) -> Any:
@@ -33,29 +47,31 @@ def without_autocast(function: _Static) -> _Static:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(rows, width), one after the other in memory: products of expanded or transposed rows are slow."""
+    """(rows, width), contiguous: products of expanded or transposed rows are slow."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """(..., width) from new rows. Not a view, since autograd lets nobody write into a view that a function returned."""
-    return torch.ops.aten._unsafe_view(rows, [*like.shape[:-1], rows.shape[-1]])
+    """(..., width) from new rows. Not a view, because autograd forbids writing into a view that a function returned."""
+    shape = [*like.shape[:-1], rows.shape[-1]]
+    # The operation is private to torch; a copy does the same, slower.
+    return torch.ops.aten._unsafe_view(rows, shape) if _HAS_UNSAFE_VIEW else rows.view(shape).clone()
 
 
 def blocks(rows: Tensor, width: int) -> Iterator[slice]:
-    """Row ranges whose temporaries of that width stay in the cache of a CPU; everything at once elsewhere."""
+    """Row ranges whose temporaries of this width stay in a CPU's cache; all rows at once on other devices."""
     size = max(_MIN_BLOCK_ROWS, _BLOCK_VALUES // width) if rows.device.type == "cpu" else len(rows)
     for start in range(0, len(rows), size):
         yield slice(start, start + size)
 
 
-def normal(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Reproducible normal values that leave the global random state alone."""
+def normal_values(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Reproducible normal values; the global random state does not change."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def agree(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding."""
+def all_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether shape and dtype are equal, and the values up to rounding."""
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
     if found.shape != expected.shape or found.dtype is not expected.dtype:
         return False

@@ -1,7 +1,7 @@
 """Causal attention on a CPU for long sequences: blocks of queries against the keys that they see.
 
-torch's flash kernel for CPUs multiplies small matrices, by the products that are slow on some CPUs and once for every
-query head. Here all query heads of one key head are rows of one matrix, and products are the fastest there are.
+torch's flash kernel for CPUs multiplies small matrices with products that are slow on some CPUs, once per query head.
+Here all query heads of one key head are rows of one matrix, multiplied by the fastest product available.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from alignment.kernels.matmul import matmul, transposed_matmul
 _BLOCK = 128
 """Query tokens of a block."""
 _FINE, _FINE_TO, _COARSE = 64, 512, 256
-"""Numbers of keys are multiples of the first, and of the last above the second: products have few different shapes."""
+"""Numbers of keys are multiples of the first, above the second of the last, so that products have few shapes."""
 
 Part = tuple[range, range]
 """Positions of queries that see each other causally, and of a prompt that all of them see (may be empty)."""
@@ -33,7 +33,7 @@ def _round_up(count: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _future(dtype: torch.dtype) -> Tensor:
-    """(block, 1, columns): -inf where a column lies behind the row."""
+    """(block, 1, columns): -inf where a column is later than the row."""
     hidden = torch.ones(_BLOCK, _BLOCK + _COARSE, dtype=torch.bool).triu(1)
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)[:, None]
 
@@ -47,7 +47,7 @@ def _by_key_head(x: Tensor, num_key_heads: int) -> Tensor:
 
 
 def _seen(rows: Tensor, part: Part) -> Tensor:
-    """(key heads, padded, D): what a part sees, the prompt first; what follows in the row stands for padding."""
+    """(key heads, padded, D): the rows that a part sees, prompt first; the rows that follow serve as padding."""
     own, prompt = part
     padded = _round_up(len(prompt) + len(own))
     own_rows = rows[:, own.start : own.start + padded - len(prompt), 0]
@@ -101,7 +101,7 @@ class _BlockAttention(torch.autograd.Function):
                 (gradient * out).sum(-1, keepdim=True).transpose(1, 2),
             )
         )
-        # Laid out as the projections are, so that what comes before gets contiguous gradients.
+        # Laid out like the projections, so that these receive contiguous gradients.
         dq = torch.empty_like(out)
         dk, dv = (x.new_zeros(1, x.shape[2], x.shape[1], x.shape[3]) for x in (k, v))
         for part in ctx.parts:

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alignment.kernels.base import rows_of, shaped, subclass, without_autocast
+from alignment.kernels.base import original_class, rows_of, shaped, subclass, without_autocast
 from alignment.kernels.matmul import add_matmul, matmul, transposed_matmul
 from alignment.kernels.norm import NormOutput, keep, norm_output, recall
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Rows of a call, and the ranks of a joined adapter that are for them."""
+    """Some rows of a call, and the ranks of a joined adapter that apply to them."""
 
     rows: slice
     ranks: slice
 
     def at(self, rows: slice) -> Share | None:
-        """What of it falls into some of the rows, counted from the first of these; None if nothing does."""
+        """The part within these rows, counted from the first of them; None if there is none."""
         start, stop = max(self.rows.start, rows.start), min(self.rows.stop, rows.stop)
         return Share(slice(start - rows.start, stop - rows.start), self.ranks) if start < stop else None
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A frozen linear layer as one call finds it, and its adapter.
+    """A frozen linear layer and its adapter, as one call uses them.
 
     Attributes:
         weight: (out, in), or packed 4-bit values with `state`.
@@ -39,9 +39,9 @@ class Projection:
         a, b: (r, in) and (out, r), the adapter; None without one.
         scaling: the adapter's factor.
         state: bitsandbytes' QuantState.
-        merged: form `weight + scaling * b @ a` for the call. It costs about r / rows of the product itself and spares
-            two passes over the activations, but in 16 bits it would round the update away.
-        shares: which ranks of the adapter which rows are for, where several adapters are joined; None: all for all.
+        merged: form `weight + scaling * b @ a` for the call. That costs about r / rows of the product itself and saves
+            two passes over the activations, but 16 bits would round the update away.
+        shares: which ranks of the adapter apply to which rows, where several adapters are joined; None: all to all.
     """
 
     weight: Tensor
@@ -65,13 +65,13 @@ class Projection:
         return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))
 
     def at(self, rows: slice) -> Projection:
-        """For some of the rows."""
+        """The projection of some of the rows."""
         if self.shares is None:
             return self
         return replace(self, shares=tuple(part for share in self.shares if (part := share.at(rows)) is not None))
 
     def _adapters(self, num_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Ranges of rows, each with the (r, in) and (out, r) that are for them."""
+        """Ranges of rows, each with the adapter's (r, in) and (out, r) that apply to them."""
         if self.a is None or self.b is None or self.merged:
             return
         if self.shares is None:
@@ -81,15 +81,15 @@ class Projection:
             yield share.rows, self.a[share.ranks], self.b[:, share.ranks]
 
     def _narrow(self, rows: Tensor, right: Tensor) -> Tensor:
-        """A product with few columns: for a part of the rows, padding it for oneDNN would cost more than that gains."""
+        """A product with few columns. For a part of the rows, padding it for oneDNN would cost more than it gains."""
         return matmul(rows, right) if self.shares is None else rows @ right
 
     def without_tensors(self) -> Projection:
-        """What may stay on an autograd node: its tensors are saved, so that hooks see them."""
+        """The part to keep on an autograd node. The tensors are saved separately, so that hooks see them."""
         return replace(self, weight=None, bias=None, a=None, b=None)  # type: ignore[arg-type]
 
     def matrix(self) -> Tensor:
-        """(out, in), what a row is multiplied with."""
+        """(out, in), the matrix that a row is multiplied by."""
         weight = self.weight
         if self.state is not None:
             from bitsandbytes.functional import dequantize_4bit
@@ -100,7 +100,7 @@ class Projection:
         return weight
 
     def forward_matrix(self) -> Tensor | None:
-        """The same; None where bitsandbytes has a product of its own."""
+        """The matrix; None where bitsandbytes multiplies packed weights itself."""
         return None if self.state is not None and not self.merged else self.matrix()
 
     def forward(self, x: Tensor, matrix: Tensor | None) -> Tensor:
@@ -141,7 +141,7 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Linear layers with an adapter, and frozen ones without where another product is faster."""
+    """Linear layers with an adapter, and frozen ones without on a CPU, where oneDNN's product may be faster."""
     if not is_lora_layer(module):
         weight = getattr(module, "weight", None)
         cpu = isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.dtype is torch.float32
@@ -153,7 +153,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether a call of one of these modules does more than its class's forward."""
+    """Whether a call of one of these modules runs more than its class's forward."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
         for m in modules
@@ -164,27 +164,27 @@ _Adapter = tuple[Tensor | None, Tensor | None, float]
 
 
 class Segments:
-    """Which rows of a pass are whose: (member, rows) from the first row on; empty outside a joint pass."""
+    """Which rows of a joint pass belong to which member: (member, rows), in order; empty outside a joint pass."""
 
     def __init__(self) -> None:
         self._parts: tuple[tuple[int, int], ...] = ()
 
     @property
     def members(self) -> list[int]:
-        """Those who take part, in the order of their rows."""
+        """The members that take part, in the order of their rows."""
         return [member for member, _ in self._parts]
 
     @property
     def num_rows(self) -> int:
-        """Of the pass."""
+        """Rows of the whole pass."""
         return sum(rows for _, rows in self._parts)
 
     def set(self, parts: Iterable[tuple[int, int]]) -> None:
-        """Of the next pass, and of whatever its backward pass computes again."""
+        """Set the parts of the next pass, which hold for what its backward pass recomputes as well."""
         self._parts = tuple(parts)
 
     def shares(self, ranks: Sequence[int]) -> tuple[Share, ...]:
-        """Which of the members' ranks, side by side, are for which rows."""
+        """Which of the members' ranks, side by side, apply to which rows."""
         found, row, rank = [], 0, 0
         for (_, rows), own in zip(self._parts, ranks, strict=True):
             if own:
@@ -194,21 +194,21 @@ class Segments:
 
 
 class JointLinear(nn.Module):
-    """A frozen linear layer with the adapters of several members, each for the rows of its own.
+    """A frozen linear layer with the adapters of several members, each for its own rows.
 
-    The rows are multiplied with the base weight once, and with all adapters side by side. Outside a joint pass it is
-    its base layer.
+    One product multiplies all rows by the base weight, and the adapters are laid side by side. Outside a joint pass it
+    acts as its base layer.
 
     Args:
         base_layer: frozen.
-        layers: peft's layer on the same weight of each member that has one there.
+        layers: for each member with an adapter here, its peft layer on the same weight.
         segments: shared by all layers of a model.
     """
 
     def __init__(self, base_layer: nn.Module, layers: Mapping[int, Any], segments: Segments) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._layers = layers  # no module of this one, so that their parameters stay the members' own
+        self._layers = layers  # a dict, not a submodule: the parameters remain the members' own
         self._segments = segments
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,13 +217,13 @@ class JointLinear(nn.Module):
         if projection is not None:
             return _Linear.apply(x, projection.a, projection.b, projection.weight, projection, norm_output(x))
         if self._segments.members:
-            raise NotImplementedError("an adapted layer has no joint form")
+            raise NotImplementedError("a layer with adapters has no joint form")
         return self.base_layer(x)
 
     def adapter(self, x: Tensor) -> tuple[_Adapter, tuple[Share, ...]] | None:
-        """The members' active adapters side by side, and which of their ranks are for which rows.
+        """The members' active adapters side by side, and which of their ranks apply to which rows.
 
-        In the dtype of x, so that what is kept for the backward pass is no larger than it has to be.
+        They are in the dtype of x, so that no more than needed is kept for the backward pass.
         """
         found = [
             _active_adapter(self._layers[member]) if member in self._layers else (None, None, 0.0)
@@ -234,7 +234,7 @@ class JointLinear(nn.Module):
         if not all(adapter is not None and _adapter_computes_in(x, adapter[0]) for adapter in found):
             return None
         shares = self._segments.shares([0 if a is None else len(a) for a, _, _ in found])  # type: ignore[misc]
-        # Transposed, so that the part of a member is one piece: oneDNN has no fast code for rows that lie apart.
+        # Transposed, so that a member's part is contiguous: oneDNN has no fast code for rows that lie apart.
         pairs = [(a, scaling * b.t()) for a, b, scaling in found if a is not None and b is not None]  # type: ignore[misc]
         if not pairs:
             return (None, None, 0.0), shares
@@ -259,7 +259,7 @@ def _active_adapter(layer: Any) -> _Adapter | None:
 
 
 def projection_of(layer: Any, x: Tensor) -> Projection | None:
-    """What the layer computes for this input; None where only its own forward will do."""
+    """What the layer computes for this input; None where only its own forward covers the case."""
     adapted, shares = is_lora_layer(layer), None
     adapter: _Adapter | None = (None, None, 0.0)
     base = layer
@@ -277,7 +277,7 @@ def projection_of(layer: Any, x: Tensor) -> Projection | None:
         return None
     state = getattr(weight, "quant_state", None)
     if state is None:
-        known = _original(base) is nn.Linear and weight.dtype is x.dtype
+        known = original_class(base) is nn.Linear and weight.dtype is x.dtype
     else:
         settled = getattr(base, "compute_type_is_set", False) and not getattr(state, "packing_format_for_cpu", False)
         known = settled and base.compute_dtype is x.dtype and state.dtype is x.dtype
@@ -297,12 +297,8 @@ def _adapter_computes_in(x: Tensor, a: Tensor | None) -> bool:
     return a is None or a.dtype is x.dtype
 
 
-def _original(module: nn.Module) -> type:
-    return getattr(type(module), "_lean_of", type(module))
-
-
 class _Linear(torch.autograd.Function):
-    """A frozen linear layer with its adapter; keeps its input, and not even that without an adapter to train."""
+    """A frozen linear layer with its adapter; keeps its input, and only if the adapter trains."""
 
     @staticmethod
     @without_autocast
@@ -344,7 +340,7 @@ def adapter_leaves(sums: tuple[Tensor, Tensor], a: Tensor, scaling: float) -> tu
 
 
 def linear_class(module: nn.Module) -> type | None:
-    """The lean class of a linear layer, None for any other module."""
+    """The patched class of a linear layer, None for any other module."""
     kind: Any = type(module)
     return _class_of(kind) if _is_linear(module) else None
 

@@ -1,32 +1,46 @@
-"""Matrix products on plain tensors, by the fastest exact routine that this torch has. Nothing is recorded for autograd.
+"""Matrix products on plain tensors by the fastest exact routine of this torch. Autograd records nothing.
 
-On a CPU that is not Intel's, torch's own float32 products run code for an older instruction set: 110 against oneDNN's
-250 GFLOP/s per thread on an AMD EPYC with AVX-512. oneDNN comes with torch, but it compiles code for every new shape
-(about 1 ms) and keeps it (about 0.5 MiB, beyond its own limit), so numbers of rows are cut into few different sizes.
+On CPUs other than Intel's, torch's own float32 products use an older instruction set: 110 GFLOP/s per thread on an AMD
+EPYC with AVX-512, against 250 with oneDNN. oneDNN comes with torch, but it compiles code for every new shape (about
+1 ms) and keeps it (about 0.5 MiB, beyond its own limit). So numbers of rows are cut into few different sizes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
 _LARGEST = 1024
 _UNIT = 32
 _FEWEST = 16
-"""Below it a product is as fast without oneDNN."""
+"""With fewer rows a product is as fast without oneDNN."""
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether this torch multiplies by oneDNN: the operation is private to torch, so it is tried and compared."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    left, right, bias = torch.arange(96.0).view(32, 3), torch.arange(12.0).view(3, 4), torch.arange(4.0)
+    summand = torch.ones(32, 4)
+    try:
+        found = _product(left, right, bias), _binary_add(summand, left, right)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+        return False
+    expected = left @ right + bias, summand + left @ right
+    return all(torch.allclose(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def _by_onednn(left: Tensor) -> bool:
-    return _ONEDNN and left.dtype is torch.float32 and left.device.type == "cpu" and left.numel() > 0
+    return left.dtype is torch.float32 and left.device.type == "cpu" and left.numel() > 0 and _has_onednn()
 
 
 def _pieces(num_rows: int) -> Iterator[tuple[slice, int]]:
-    """Row ranges of 1024, 512 and 256 rows, then what is left, and beside each the rows that it is padded to."""
+    """Row ranges of 1024, 512 and 256 rows, then the rest; with each, the number of rows that it is padded to."""
     start = 0
     while start < num_rows:
         left = num_rows - start
@@ -42,6 +56,10 @@ def _padded(rows: Tensor, size: int) -> Tensor:
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+
+
+def _binary_add(summand: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.binary(left, summand, right.t(), None, "add")
 
 
 def _torch_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -91,7 +109,7 @@ def transposed_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def add_matmul(summand: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`summand + left @ right` in new memory, for shapes that a model has few of: (m, n), (m, k), (k, n)."""
+    """`summand + left @ right` in new memory: (m, n), (m, k), (k, n). Call it with few different shapes."""
     if _by_onednn(left):
-        return torch.ops.mkldnn._linear_pointwise.binary(left, summand, right.t(), None, "add")
+        return _binary_add(summand, left, right)
     return torch.addmm(summand, left, right)

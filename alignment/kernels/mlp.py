@@ -25,27 +25,40 @@ class _Activation:
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
-_ACTIVATIONS = (
-    _Activation(F.silu, torch.ops.aten.silu_backward),
-    _Activation(
-        functools.partial(F.gelu, approximate="tanh"),
-        functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    ),
-)
+@functools.cache
+def _activations() -> tuple[_Activation, ...]:
+    """Activations whose derivative this torch has and computes rightly: the operations are private to torch."""
+    known: list[tuple[Callable[[Tensor], Tensor], str, dict[str, str]]] = [
+        (F.silu, "silu_backward", {}),
+        (functools.partial(F.gelu, approximate="tanh"), "gelu_backward", {"approximate": "tanh"}),
+    ]
+    values = torch.linspace(-8, 8, 257, requires_grad=True)
+    working = []
+    for forward, name, settings in known:
+        with torch.enable_grad():
+            (expected,) = torch.autograd.grad(forward(values).sum(), values)
+        try:
+            backward = functools.partial(getattr(torch.ops.aten, name), **settings)
+            found = backward(torch.ones_like(values), values.detach())
+        except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+            continue
+        if torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
+            working.append(_Activation(forward, backward))
+    return tuple(working)
 
 
 @torch.no_grad()
 def _activation_of(function: Any) -> _Activation | None:
-    """The activation that gives the same values over the range where they differ from each other."""
+    """The known activation that gives the same values over the range where these differ from each other."""
     if not callable(function) or (isinstance(function, nn.Module) and list(function.parameters())):
         return None
     values = torch.linspace(-8, 8, 257)
     found = function(values)
-    return next((a for a in _ACTIVATIONS if torch.allclose(a.forward(values), found, rtol=1e-6, atol=1e-6)), None)
+    return next((a for a in _activations() if torch.allclose(a.forward(values), found, rtol=1e-6, atol=1e-6)), None)
 
 
 class _GatedMLP(torch.autograd.Function):
-    """`down(activation(gate(x)) * up(x))`; keeps x, gate(x) and up(x), and computes the rest again, block by block."""
+    """`down(activation(gate(x)) * up(x))`; keeps x, gate(x) and up(x) and recomputes the rest, block by block."""
 
     @staticmethod
     @without_autocast
@@ -57,7 +70,7 @@ class _GatedMLP(torch.autograd.Function):
         norm: NormOutput | None,
         *weights: Tensor | None,
     ) -> Tensor:
-        # Tensors that autograd has to see come in by themselves too: a, b, weight of gate, up and down.
+        # `weights` are a, b and weight of gate, up and down once more: autograd must see them as arguments.
         ctx.activation = activation
         ctx.projections = [p.without_tensors() for p in projections]
         ctx.form = None if norm is None else norm.shifted
@@ -81,7 +94,8 @@ class _GatedMLP(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # once: a checkpointed layer gives its tensors only once
+        # What was saved. It is read only once, because a checkpointed layer gives its tensors only once.
+        saved = ctx.saved_tensors
         kept, weights, blocked = saved[:3], saved[3:12], saved[12:]
         gates, ups = blocked[: len(blocked) // 2], blocked[len(blocked) // 2 :]
         projections = [
@@ -89,6 +103,8 @@ class _GatedMLP(torch.autograd.Function):
             for i, p in enumerate(ctx.projections)
         ]
         gate, up, down = projections
+
+        # Which gradients are wanted, and the weights for them
         need_x = ctx.needs_input_grad[0]
         trains = [ctx.needs_input_grad[4 + 3 * i] or ctx.needs_input_grad[5 + 3 * i] for i in range(3)]
         matrices = [gate.matrix() if need_x else None, up.matrix() if need_x else None, down.matrix()]
@@ -106,6 +122,7 @@ class _GatedMLP(torch.autograd.Function):
                 for total, part in zip(sums[index], parts, strict=True):  # type: ignore[arg-type]
                     total.add_(part)
 
+        # Block by block: recompute the activation, then go back through down, the product, gate and up
         for s, gated, upped in zip(blocks(rows, gate.num_out), gates, ups, strict=True):
             grad = rows[s]
             gate, up, down = (p.at(s) for p in projections)
@@ -120,6 +137,8 @@ class _GatedMLP(torch.autograd.Function):
                 add(1, up, block, grad_up)
             if need_x:
                 grad_x.append(gate.backward(grad_gate, matrices[0]).add_(up.backward(grad_up, matrices[1])))
+
+        # The adapters' gradients, summed over the blocks
         leaves: list[Tensor | None] = []
         for i, projection in enumerate(projections):
             total = sums[i]
@@ -134,7 +153,7 @@ class _GatedMLP(torch.autograd.Function):
 
 
 def mlp_class(module: nn.Module) -> type | None:
-    """The lean class of a gated MLP, None for any other module."""
+    """The patched class of a gated MLP, None for any other module."""
     children = dict(module.named_children())
     if not {"gate_proj", "up_proj", "down_proj"} <= set(children) <= {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return None

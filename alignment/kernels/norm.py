@@ -1,4 +1,4 @@
-"""RMSNorm, and what it leaves for the layers that read its output."""
+"""RMSNorm, and how layers that read its output recompute it instead of keeping it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alignment.kernels.base import agree, blocks, normal, rows_of, shaped, subclass, without_autocast
+from alignment.kernels.base import all_close, blocks, normal_values, rows_of, shaped, subclass, without_autocast
 
 _ALL = slice(None)
 
@@ -69,7 +69,7 @@ def _scaled(rows: Tensor, factors: Tensor, weight: Tensor, shifted: bool) -> Ten
 
 @dataclass(frozen=True, slots=True)
 class NormOutput:
-    """From what a norm's output can be computed again: layers that read it need not keep it."""
+    """What it takes to recompute a norm's output, so that layers that read it need not keep it."""
 
     x: Tensor
     factors: Tensor
@@ -79,18 +79,18 @@ class NormOutput:
 
 
 def norm_output(x: Any) -> NormOutput | None:
-    """How x came from a lean norm, if it did and has not been written to since."""
-    found = getattr(x, "_lean_norm", None)
+    """How to recompute x, if a patched norm returned it and nothing has written to it since."""
+    found = getattr(x, "_norm_output", None)
     return found if found is not None and found.version == x._version else None
 
 
 def keep(x: Tensor | None, norm: NormOutput | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What a layer saves to have x again in its backward pass."""
+    """What a layer saves to get x back in its backward pass; see `recall`."""
     return (x, None, None) if x is None or norm is None else (norm.x, norm.factors, norm.weight)
 
 
 def recall(kept: Sequence[Any], shifted: bool | None, rows: slice = _ALL) -> Tensor:
-    """Rows of what `keep` kept."""
+    """Rows of the x that was given to `keep`."""
     x, factors, weight = kept
     if factors is None:
         return rows_of(x)[rows]
@@ -98,34 +98,34 @@ def recall(kept: Sequence[Any], shifted: bool | None, rows: slice = _ALL) -> Ten
 
 
 def _norm_eps(module: Any) -> float | None:
-    """The constant in the root, by the names that transformers' norms give it."""
+    """The constant in the root, under either name that transformers' norms use."""
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 @torch.no_grad()
 def _is_shifted(module: Any) -> bool | None:
-    """Whether the norm multiplies with 1 + weight (Gemma) or with the weight; None if it does neither.
+    """Whether the norm multiplies by 1 + weight (Gemma) or by the weight; None if it does neither.
 
-    Compared with other weights than its own, of which all may be 0 or 1, on rows so small that eps counts as well.
+    It is compared with random weights, since its own may all be 0 or 1, and also on rows so small that eps matters.
     """
     eps = _norm_eps(module)
     if not isinstance(eps, float) or module.weight.ndim != 1 or module.weight.is_meta:
         return None
-    # These norms compute in fp32 whatever they are given.
+    # These norms compute in fp32 for any input.
     probe = copy.deepcopy(module).float() if module.weight.dtype is torch.float64 else copy.deepcopy(module)
     weight = probe.weight
-    weight.copy_(normal(weight.shape, weight.device, weight.dtype, seed=1))
-    x = normal((8, len(weight)), weight.device, weight.dtype)
+    weight.copy_(normal_values(weight.shape, weight.device, weight.dtype, seed=1))
+    x = normal_values((8, len(weight)), weight.device, weight.dtype)
     x[::2] *= 1e-3
     expected = probe(x)
     for shifted in (False, True):
-        if agree(_RMSNorm.apply(x, weight, eps, shifted)[0], expected):
+        if all_close(_RMSNorm.apply(x, weight, eps, shifted)[0], expected):
             return shifted
     return None
 
 
 def norm_class(module: nn.Module) -> type | None:
-    """The lean class of a frozen RMSNorm, None for any other module."""
+    """The patched class of a frozen RMSNorm, None for any other module."""
     kind: Any = type(module)
     names = [name for name, _ in module.named_parameters()]
     if list(module.children()) or "RMSNorm" not in kind.__name__ or names != ["weight"]:
@@ -143,7 +143,7 @@ def _class_of(kind: Any, shifted: bool) -> type:
             return kind.forward(self, x, *args, **kwargs)
         result, factors = _RMSNorm.apply(x, weight, _norm_eps(self), shifted)
         if result.requires_grad:
-            result._lean_norm = NormOutput(x.detach(), factors, weight, shifted, result._version)
+            result._norm_output = NormOutput(x.detach(), factors, weight, shifted, result._version)
         return result
 
     return subclass(kind, forward)

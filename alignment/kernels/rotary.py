@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alignment.kernels.base import agree, normal, subclass, without_autocast
+from alignment.kernels.base import all_close, normal_values, subclass, without_autocast
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """Rotated queries and keys; keeps the tables of cosines and sines, which all layers share."""
+    """Rotated queries and keys; keeps only the tables of cosines and sines, which all layers share."""
 
     @staticmethod
     @without_autocast
@@ -51,7 +51,7 @@ class _Rotary(torch.autograd.Function):
 
 
 @functools.cache
-def _lean_rotary(function: Callable[..., Any]) -> Callable[..., Any]:
+def _faster_rotary(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
         whole = cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.shape[-1] % 2 == 0
@@ -67,7 +67,7 @@ _ROTARY_NAME = "apply_rotary_pos_emb"
 
 @functools.cache
 def rotary_function(kind: Any) -> Callable[..., Any] | None:
-    """The function by which an attention class turns queries and keys, if it is the usual one."""
+    """The function by which an attention class rotates queries and keys, if it is the usual one."""
     forward = getattr(kind, "forward", None)
     if not isinstance(forward, types.FunctionType) or _ROTARY_NAME not in forward.__code__.co_names:
         return None
@@ -77,27 +77,28 @@ def rotary_function(kind: Any) -> Callable[..., Any] | None:
     if list(inspect.signature(function).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return None
     shapes = [(2, 4, 5, 8), (2, 2, 5, 8), (2, 5, 8), (2, 5, 8)]
-    q, k, cos, sin = (normal(shape, torch.device("cpu"), torch.float32, seed) for seed, shape in enumerate(shapes))
+    cpu = torch.device("cpu")
+    q, k, cos, sin = (normal_values(shape, cpu, torch.float32, seed) for seed, shape in enumerate(shapes))
     with torch.no_grad():
-        found, expected = _lean_rotary(function)(q, k, cos, sin), function(q, k, cos, sin)
-    if all(map(agree, found, expected)):
+        found, expected = _faster_rotary(function)(q, k, cos, sin), function(q, k, cos, sin)
+    if all(map(all_close, found, expected)):
         return function
-    log.info("%s keeps its own rotary positions: lean ones would give other values.", kind.__name__)
+    log.info("%s keeps its own rotary positions: the faster ones give other values here.", kind.__name__)
     return None
 
 
 def attention_class(module: nn.Module) -> type | None:
-    """The lean class of an attention with the usual rotary positions, None for any other module."""
+    """The patched class of an attention with the usual rotary positions, None for any other module."""
     kind: Any = type(module)
     return None if rotary_function(kind) is None else _class_of(kind)
 
 
 @functools.cache
 def _class_of(kind: Any) -> type:
-    """The class with its own forward, whose one name for the rotary function means the lean one."""
+    """The class with its own forward, in which the rotary function's name stands for the faster function."""
     own, function = kind.forward, rotary_function(kind)
     assert function is not None
-    names = {**own.__globals__, _ROTARY_NAME: _lean_rotary(function)}
+    names = {**own.__globals__, _ROTARY_NAME: _faster_rotary(function)}
     forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     forward.__kwdefaults__ = own.__kwdefaults__
     return subclass(kind, functools.wraps(own)(forward))

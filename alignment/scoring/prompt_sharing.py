@@ -57,7 +57,7 @@ def _why_not(model: nn.Module, base: Any, flat: FlatLayout, device: torch.device
         with _window(base, window):
             try:
                 reason = _difference(model, groups, expected_values, base.dtype, device)
-            except (NotImplementedError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+            except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 reason = f"its architecture cannot do it ({' '.join(str(error).split())[:200]})"
         if reason is not None:
             return reason

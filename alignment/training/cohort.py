@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alignment.kernels.attention import SharedRow, enable_shared_prompts
+from alignment.kernels.base import is_patched
 from alignment.kernels.linear import JointLinear, Segments, is_lora_layer
 from alignment.kernels.patch import patch_layers
 from alignment.losses import Quantity
@@ -138,7 +139,7 @@ def adapted_layers(policy: Any) -> dict[str, nn.Module]:
     trained = {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
     others = [name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in trained]
     head = policy.get_output_embeddings()  # its rows are not those of the layers
-    foreign = others or [n for n, layer in layers.items() if layer is head or not hasattr(type(layer), "_lean_of")]
+    foreign = others or [n for n, layer in layers.items() if layer is head or not is_patched(layer)]
     if foreign or not layers:
         raise ValueError(
             f"a cohort trains only adapters on linear layers, not {foreign[0] if foreign else 'whole weights'}"

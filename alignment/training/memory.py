@@ -125,7 +125,7 @@ def layer_of(layer: nn.Module, hidden: int, value: int, experts_per_token: int, 
     """Count the tensors that the backward pass of one decoder layer reads.
 
     Per position, for the usual layer (attention with separate projections, gated MLP) under a LoRA without dropout,
-    which `lean` computes: the input of each norm; queries and keys before their own norms where there are such;
+    as `kernels` computes it: the input of each norm; queries and keys before their own norms where there are such;
     queries, keys, values and the output of attention; gate and up. With dropout each linear layer keeps its dropped
     input and what was dropped too, and the MLP its activation. Where the base trains, the projections keep their
     inputs, the norms what they multiply with their weight, and the MLP activation and product.

@@ -1,4 +1,4 @@
-"""One decoder layer, forward and backward: lean against peft's own layers, in time and in bytes kept for backward.
+"""One decoder layer, forward and backward: patched against peft's own layers, in time and in bytes kept for backward.
 
     python -m tests.bench.layers [--tokens 1000] [--repetitions 9] [--nf4]
 
@@ -117,13 +117,13 @@ class Layer:
 
 
 def compare(num_tokens: int, repetitions: int, nf4: bool) -> dict[str, dict[str, float]]:
-    """Milliseconds, fastest and median, and KiB kept per token, of "peft" and of "lean"."""
+    """Milliseconds, fastest and median, and KiB kept per token, of "peft" and of "patched"."""
     model = adapted_model("llama", SHAPE, torch.float32, nf4)
-    lean = copy.deepcopy(model)
-    patch_layers(lean)
-    layers = {"peft": Layer(model, num_tokens), "lean": Layer(lean, num_tokens)}
+    patched = copy.deepcopy(model)
+    patch_layers(patched)
+    layers = {"peft": Layer(model, num_tokens), "patched": Layer(patched, num_tokens)}
     kept = {}
-    for (name, layer), whole in zip(layers.items(), (model, lean), strict=True):
+    for (name, layer), whole in zip(layers.items(), (model, patched), strict=True):
         with Saved(whole) as saved:
             output = layer.forward()
         output.backward(layer.gradient)
@@ -147,8 +147,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found = compare(arguments.tokens, arguments.repetitions, arguments.nf4)
     for key in found["peft"]:
-        peft, lean = found["peft"][key], found["lean"][key]
-        print(f"{key:>10}  peft {peft:8.2f}  lean {lean:8.2f}  lean/peft {lean / peft:.2f}")
+        peft, patched = found["peft"][key], found["patched"][key]
+        print(f"{key:>10}  peft {peft:8.2f}  patched {patched:8.2f}  patched/peft {patched / peft:.2f}")
 
 
 if __name__ == "__main__":

@@ -129,11 +129,11 @@ def test_cached_equals_live(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("lean", [False, True], ids=["peft", "lean"])
-def test_shared_prompts(dtype, lean):
+@pytest.mark.parametrize("patched", [False, True], ids=["peft", "patched"])
+def test_shared_prompts(dtype, patched):
     """The same log-probs and gradient as one row per completion: by masks in fp32, by flash attention in bfloat16."""
     model = policy_on(DEVICE, dtype).train()
-    if lean:
+    if patched:
         patch_layers(model)
     groups = random_groups(8, k=3, seed=6)
 

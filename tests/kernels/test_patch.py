@@ -1,4 +1,4 @@
-"""Lean layers against peft's and transformers' own, value by value and gradient by gradient."""
+"""Patched layers against peft's and transformers' own, value by value and gradient by gradient."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from alignment.kernels import base, norm, rotary
+from alignment.kernels import attention, base, mlp, norm, rotary
 from alignment.kernels import matmul as products
 from alignment.kernels.matmul import add_matmul, matmul, transposed_matmul
 from alignment.kernels.patch import patch_layers
@@ -37,12 +37,12 @@ MODELS = {
     },
     "gpt_neox": {},
 }
-SWAPPED = {
-    "llama": {"LeanLinear", "LeanLlamaMLP", "LeanLlamaRMSNorm", "LeanLlamaAttention"},
-    "qwen3": {"LeanLinear", "LeanQwen3MLP", "LeanQwen3RMSNorm", "LeanQwen3Attention"},
-    "gemma": {"LeanLinear", "LeanGemmaMLP", "LeanGemmaRMSNorm", "LeanGemmaAttention"},
-    "qwen3_moe": {"LeanLinear", "LeanQwen3MoeMLP", "LeanQwen3MoeRMSNorm", "LeanQwen3MoeAttention"},
-    "gpt_neox": {"LeanLinear", "LeanGPTNeoXAttention"},
+PATCHED = {
+    "llama": {"PatchedLinear", "PatchedLlamaMLP", "PatchedLlamaRMSNorm", "PatchedLlamaAttention"},
+    "qwen3": {"PatchedLinear", "PatchedQwen3MLP", "PatchedQwen3RMSNorm", "PatchedQwen3Attention"},
+    "gemma": {"PatchedLinear", "PatchedGemmaMLP", "PatchedGemmaRMSNorm", "PatchedGemmaAttention"},
+    "qwen3_moe": {"PatchedLinear", "PatchedQwen3MoeMLP", "PatchedQwen3MoeRMSNorm", "PatchedQwen3MoeAttention"},
+    "gpt_neox": {"PatchedLinear", "PatchedGPTNeoXAttention"},
 }
 FEW, MANY = (1, 5), (2, 40)  # rows for two small products, and for a weight formed with the update
 
@@ -89,7 +89,7 @@ def assert_close(found, expected, tolerance):
 
 
 def classes(model):
-    return {type(m).__name__ for m in model.modules() if hasattr(type(m), "_lean_of")}
+    return {type(m).__name__ for m in model.modules() if base.is_patched(m)}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -97,14 +97,14 @@ def classes(model):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_values_and_gradients_are_those_of_peft(kind, shape, dtype, tolerance):
     own, changed = pair(kind, dtype)
-    assert classes(changed) == SWAPPED[kind]
+    assert classes(changed) == PATCHED[kind]
     assert_close(compute(changed, shape), compute(own, shape), tolerance)
 
 
 @pytest.mark.parametrize("shape", [FEW, MANY])
 def test_a_quantised_base_gives_the_same(shape):
     own, changed = pair("qwen3", nf4=True)
-    assert {"LeanLinear4bit", "LeanQwen3MLP"} <= classes(changed)
+    assert {"PatchedLinear4bit", "PatchedQwen3MLP"} <= classes(changed)
     assert_close(compute(changed, shape), compute(own, shape), 1e-5)
 
 
@@ -159,7 +159,7 @@ def test_norms_on_heads_keep_their_input_too():
     assert kept(changed) == 4 * (2 * h + 2 * i + 2 * q + 2 * k + 2 + 4 + 2 * 8 + q + k + 4 + 2)
 
 
-# Calls that a lean forward is not made for
+# Calls that a patched forward does not cover
 
 
 def last_function(model):
@@ -247,7 +247,7 @@ def test_trained_base_weights_keep_their_layers():
     own = tiny().unload().requires_grad_(True)
     changed = copy.deepcopy(own)
     patch_layers(changed)
-    assert classes(changed) == {"LeanLlamaMLP", "LeanLlamaAttention"}
+    assert classes(changed) == {"PatchedLlamaMLP", "PatchedLlamaAttention"}
     assert_close(compute(changed), compute(own), 1e-5)
 
 
@@ -291,13 +291,13 @@ def test_some_layers_without_an_adapter():
         torch.nn.init.normal_(layer.lora_B["default"].weight)
     changed = copy.deepcopy(own)
     patch_layers(changed)
-    assert classes(changed) == SWAPPED["llama"]
+    assert classes(changed) == PATCHED["llama"]
     assert_close(compute(changed), compute(own), 1e-5)
 
 
 def test_another_activation_keeps_its_mlp():
     own, changed = pair("llama", hidden_act="relu")
-    assert classes(changed) == SWAPPED["llama"] - {"LeanLlamaMLP"}
+    assert classes(changed) == PATCHED["llama"] - {"PatchedLlamaMLP"}
     assert_close(compute(changed), compute(own), 1e-5)
 
 
@@ -332,9 +332,9 @@ def test_a_class_whose_forward_does_something_else_is_left_alone(caplog):
                 module.__class__ = loud
         changed = copy.deepcopy(own)
         patch_layers(changed)
-    assert classes(changed) == SWAPPED["llama"] - {"LeanLlamaMLP"}
+    assert classes(changed) == PATCHED["llama"] - {"PatchedLlamaMLP"}
     messages = [r.message for r in caplog.records]
-    assert messages == ["LoudMLP keeps its own forward: a lean one would give other values."]
+    assert messages == ["LoudMLP keeps its own forward: the faster one gives other values here."]
     assert_close(compute(changed), compute(own), 1e-5)
 
 
@@ -469,3 +469,63 @@ def test_an_mlp_in_blocks_gives_the_same(monkeypatch):
     with torch.no_grad():
         ids = torch.arange(40)[None]
         assert torch.allclose(changed(input_ids=ids).logits, own(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+# Where torch lacks a private operation, or it computes something else
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("no such schema")
+
+
+def zeros(like):
+    return lambda *args, **kwargs: torch.zeros_like(args[like])
+
+
+@pytest.mark.parametrize("operation", [broken, lambda left, right, bias=None: left @ right - 1])
+def test_products_without_onednn_are_torchs_own(operation, monkeypatch):
+    monkeypatch.setattr(products, "_product", operation)
+    products._has_onednn.cache_clear()
+    try:
+        assert not products._has_onednn()
+        left, right = torch.randn(40, 6), torch.randn(6, 5)
+        torch.testing.assert_close(matmul(left, right), left @ right, rtol=0, atol=0)
+        summand = torch.randn(40, 5)
+        torch.testing.assert_close(add_matmul(summand, left, right), torch.addmm(summand, left, right), rtol=0, atol=0)
+    finally:
+        products._has_onednn.cache_clear()
+
+
+@pytest.mark.parametrize("operation", [broken, zeros(0)])
+def test_an_mlp_whose_derivative_is_not_torchs_keeps_its_own_forward(operation, monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "silu_backward", operation)
+    mlp._activations.cache_clear()
+    try:
+        assert "PatchedLlamaMLP" not in classes(pair("llama")[1])
+    finally:
+        mlp._activations.cache_clear()
+    monkeypatch.undo()
+    assert "PatchedLlamaMLP" in classes(pair("llama")[1])
+
+
+@pytest.mark.parametrize("operation", [broken, lambda *args, **kwargs: [torch.zeros_like(x) for x in args[1:4]]])
+def test_attention_without_torchs_cpu_kernel_uses_masks(operation, monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", operation)
+    attention._has_cpu_kernel.cache_clear()
+    try:
+        assert not attention._has_cpu_kernel()
+        row = (attention.PromptSpan(0, 3, (2, 4)),)
+        inputs = [torch.randn(1, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2)]
+        attention.attend(*inputs, row, 0.3).sum().backward()
+        assert all(x.grad.abs().max() > 0 for x in inputs)
+    finally:
+        attention._has_cpu_kernel.cache_clear()
+    monkeypatch.undo()
+    assert attention._has_cpu_kernel()
+
+
+def test_rows_without_unsafe_view_can_be_written_to(monkeypatch):
+    monkeypatch.setattr(base, "_HAS_UNSAFE_VIEW", False)
+    own, changed = pair("llama", torch.float64)
+    assert classes(changed) == PATCHED["llama"]
+    assert_close(compute(changed), compute(own), 1e-12)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from alignment.errors import UserError
-from alignment.kernels import base as lean_base
+from alignment.kernels import base as kernels_base
 from alignment.kernels.attention import enable_shared_prompts
 from alignment.kernels.patch import patch_layers
 from alignment.losses import Quantity
@@ -46,7 +46,7 @@ def frozen_base(dtype=torch.float64, nf4=False, kind="qwen3"):
     return base
 
 
-def policy_on(base, r=4, alpha=8, seed=1, targets="all-linear", shared=True, lean=True):
+def policy_on(base, r=4, alpha=8, seed=1, targets="all-linear", shared=True, patched=True):
     """A policy on the base's tensors whose adapter has an effect; `seed` decides the adapter."""
     torch.manual_seed(seed)
     model = get_peft_model(share(base), LoraConfig(r=r, lora_alpha=alpha, target_modules=targets))
@@ -55,7 +55,7 @@ def policy_on(base, r=4, alpha=8, seed=1, targets="all-linear", shared=True, lea
             parameter.data = parameter.data.to(base.dtype)
             if "lora_B" in name:
                 parameter.data.normal_(std=0.2)
-    if lean:
+    if patched:
         patch_layers(model)
     if shared:
         assert enable_shared_prompts(model.get_base_model())
@@ -86,8 +86,8 @@ def micro_batches(layout, number, seed):
 )
 def test_a_joint_pass_is_every_member_s_own(layout, kind, every, monkeypatch):
     """Values and gradients, against peft's own layers on flat and shared rows, with other tokens for each member."""
-    monkeypatch.setattr(lean_base, "_MIN_BLOCK_ROWS", 16)  # blocks in which rows of two members meet
-    monkeypatch.setattr(lean_base, "_BLOCK_VALUES", 1)
+    monkeypatch.setattr(kernels_base, "_MIN_BLOCK_ROWS", 16)  # blocks in which rows of two members meet
+    monkeypatch.setattr(kernels_base, "_BLOCK_VALUES", 1)
     base = frozen_base(kind=kind)
     policies = [policy_on(base, **sizes) for sizes in SIZES]
     for policy in policies:
@@ -100,7 +100,7 @@ def test_a_joint_pass_is_every_member_s_own(layout, kind, every, monkeypatch):
     weights = {m: torch.randn(values.shape, dtype=values.dtype) for m, values in zip(members, found, strict=True)}
     sum((weights[m] * values).sum() for m, values in zip(members, found, strict=True)).backward()
     for m, values in zip(members, found, strict=True):
-        alone = policy_on(base, **SIZES[m], lean=False)
+        alone = policy_on(base, **SIZES[m], patched=False)
         expected = score_tokens(alone, batches[m], ASKED[m]).values
         (weights[m] * expected).sum().backward()
         torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)

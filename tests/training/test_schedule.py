@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from alignment.kernels.base import is_patched, original_class
 from alignment.config.compose import load
 from alignment.config.schema import ReferenceMode
 from alignment.data.units import as_rows
@@ -29,7 +30,7 @@ from alignment.types import Group
 from tests.conftest import random_groups, tiny_config, tiny_policy
 from tests.helpers.commands import write_project
 from tests.kernels.test_patch import lora_layers
-from tests.kernels.test_patch import pair as lean_pair
+from tests.kernels.test_patch import pair as patched_pair
 from tests.policy.test_policy import start_of
 from tests.reference.test_reference import CPU, ROUNDING, Forwards, books, cached
 from tests.stages.test_resume import TINY, assert_same, at_row, metric_rows, only_run, run
@@ -149,18 +150,18 @@ def test_a_mix_close_to_nothing_keeps_what_was():
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
-def test_lean_layers_take_a_mixed_adapter(nf4, monkeypatch):
-    """Of three times the policy's rank, by their lean forwards alone, with the values of the layers' own."""
+def test_patched_layers_take_a_mixed_adapter(nf4, monkeypatch):
+    """Of three times the policy's rank, by their patched forwards alone, with the values of the layers' own."""
     ids, found = torch.arange(40)[None], []
-    for model, is_lean in zip(lean_pair("qwen3", nf4=nf4), (False, True), strict=True):
+    for model, is_changed in zip(patched_pair("qwen3", nf4=nf4), (False, True), strict=True):
         frozen, layers = FrozenPolicy(model), list(lora_layers(model))
         for factor in (2.0, -1.0):
             for layer in layers:
                 layer.lora_B["default"].weight.data.mul_(factor)
             frozen.mix(0.6)
         rank = layers[0].lora_A["default"].weight.shape[0]
-        assert {hasattr(type(layer), "_lean_of") for layer in layers} == {is_lean}
-        for kind in {type(layer)._lean_of for layer in layers} if is_lean else ():
+        assert {is_patched(layer) for layer in layers} == {is_changed}
+        for kind in {original_class(layer) for layer in layers} if is_changed else ():
             monkeypatch.setattr(kind, "forward", None)
         with torch.no_grad(), frozen.active() as reference:
             found.append(reference(input_ids=ids).logits)
