@@ -1,4 +1,4 @@
-"""Which plan fits into the memory that there is."""
+"""Chooses the fastest plan that fits into the available memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from alignment.scoring.layout import PASS_COST
-from alignment.training.memory import _ROUNDING, RECOMPUTED, USEFUL_TOKENS, Layer, Sizes
+from alignment.training.memory import RECOMPUTED, ROUNDING, USEFUL_TOKENS, Layer, Sizes
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes of a step at its peak, by what they are for."""
+    """Bytes of a step at its peak, by purpose."""
 
     weights: int
     adapter: int
@@ -26,18 +26,18 @@ class Needs:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return sum(asdict(self).values())
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Where a step has to fit.
+    """The memory that a step has to fit into.
 
     Attributes:
         device: "cpu" or "cuda".
-        limit: bytes that all of `Needs` may come to.
-        context: bytes that are taken by other things than the model and its step.
+        limit: bytes that all of `Needs` may add up to.
+        context: bytes taken by anything but the model and its step.
     """
 
     device: str
@@ -47,14 +47,14 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a stage runs its steps, and what it will need.
+    """How a stage runs its steps, and the memory that it will need.
 
     Attributes:
-        tokens_per_batch: positions of one pass, at most.
-        reference_tokens: the same for the reference pass, which keeps nothing for gradients.
+        tokens_per_batch: at most this many positions in one pass.
+        reference_tokens: the same for reference passes, which keep nothing for gradients.
         checkpoint_every: 0: no layer is checkpointed; k: the first of every k layers is.
-        needs: of the largest pass of a step.
-        limit: bytes that were planned with.
+        needs: memory of the step's largest pass.
+        limit: bytes that the plan may use.
         fits: whether the largest group of the data fits.
         estimate: see `Sizes`.
     """
@@ -86,14 +86,14 @@ def describe_checkpointing(every: int) -> str:
     return f"one layer in {every} checkpointed"
 
 
-# What a step needs, and the choice
+# What a step needs, and the choice of a plan
 
 
 def activation_bytes(layers: Sequence[Layer], every: int, tokens: int) -> int:
-    """The most that the layers hold at one time in the forward and backward pass of so many positions.
+    """The most bytes that the layers hold at one time in the forward and backward pass of this many positions.
 
-    The backward pass goes through the layers from the last one. At each, all before it hold what they saved; a layer
-    that is checkpointed is there run again, and holds all that it would have saved.
+    The backward pass starts at the last layer. At each layer all earlier ones still hold what they saved. A
+    checkpointed layer runs again at that point and then holds all that it would have saved.
     """
     held = peak = 0
     for index, layer in enumerate(layers):
@@ -104,7 +104,7 @@ def activation_bytes(layers: Sequence[Layer], every: int, tokens: int) -> int:
 
 
 def step_needs(sizes: Sizes, every: int, tokens: int, context: int) -> Needs:
-    """Memory of a step whose largest pass has so many positions."""
+    """Memory of a step whose largest pass has this many positions."""
     return Needs(
         weights=sizes.weights,
         adapter=sizes.adapter,
@@ -118,21 +118,21 @@ def step_needs(sizes: Sizes, every: int, tokens: int, context: int) -> Needs:
 
 
 def relative_time(layers: int, every: int, tokens: int, device: str) -> float:
-    """Time per position, where 1 is that of an endless pass without checkpointing."""
+    """Time per position, relative to an infinitely long pass without checkpointing."""
     recomputed = math.ceil(layers / every) / layers if every else 0.0
     return (1 + RECOMPUTED * recomputed) * (1 + PASS_COST[device] / tokens)
 
 
 def fitting_tokens(sizes: Sizes, every: int, room: Room, most: int) -> int:
-    """The largest budget up to `most` that fits, a multiple of 64 if it is below `most`; 0 if none does."""
+    """The largest budget up to `most` that fits, a multiple of `ROUNDING` if below `most`; 0 if none fits."""
     if step_needs(sizes, every, most, room.context).total <= room.limit:
         return most
-    low, high = 0, most // _ROUNDING + 1  # in units; `low` fits or is 0, `high` does not
+    low, high = 0, most // ROUNDING + 1  # in units; `low` fits or is 0, `high` does not
     while high - low > 1:
         middle = (low + high) // 2
-        fits = step_needs(sizes, every, middle * _ROUNDING, room.context).total <= room.limit
+        fits = step_needs(sizes, every, middle * ROUNDING, room.context).total <= room.limit
         low, high = (middle, high) if fits else (low, middle)
-    return low * _ROUNDING
+    return low * ROUNDING
 
 
 def make_plan(
@@ -145,17 +145,17 @@ def make_plan(
     checkpoint_every: int | None,
     members: int = 1,
 ) -> Plan:
-    """The fastest way to run a step in the room that there is.
+    """The fastest way to run a step in this room.
 
     Args:
         sizes: of the policy.
-        room: where it has to fit.
-        longest: positions of the largest group, which has to fit a pass whatever the budget is.
-        step_tokens: positions of a whole step, beyond which a larger budget changes nothing.
-        tokens_per_batch: given, or None to choose it.
-        checkpoint_every: given, or None to choose it.
-        members: of a cohort that share a pass. On a CPU the narrow products with the adapter of each want as many rows
-            as in a pass of its own.
+        room: the memory that it has to fit into.
+        longest: positions of the largest group, which must fit into one pass with any budget.
+        step_tokens: positions of a whole step; a larger budget changes nothing.
+        tokens_per_batch: fixed, or None to choose it.
+        checkpoint_every: fixed, or None to choose it.
+        members: how many members of a cohort share a pass. On a CPU the narrow products with each member's adapter
+            need as many rows as in a pass of its own.
     """
     count = len(sizes.layers)
     options = [checkpoint_every] if checkpoint_every is not None else [0, *range(count, 0, -1)]
@@ -176,7 +176,7 @@ def make_plan(
         best = (0.0, options[-1], tokens_per_batch or longest)
     _, every, tokens = best
     largest = max(longest, min(tokens, step_tokens))
-    # Without gradients one layer's values at a time are held, and there is nothing of the optimizer yet.
+    # Reference passes hold one layer's values at a time, and the optimizer does not exist yet.
     passing = replace(sizes, gradients=0, optimizer=0, layers=sizes.layers[:1])
     scoring = tokens_per_batch or max(tokens, fitting_tokens(passing, 0, room, useful))
     needs = step_needs(sizes, every, largest, room.context)

@@ -1,4 +1,4 @@
-"""What both stages need of transformers' Trainer: arguments, progress, records, checkpoints that can be trusted."""
+"""What both stages share around transformers' Trainer: arguments, records, progress, complete checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-"""Those of transformers' schedules that need no further settings."""
+"""The schedules of transformers that need no further settings."""
 _RUNTIME = ("runtime", "samples_per_second", "steps_per_second")
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -39,10 +39,10 @@ LogFunction = Callable[[int, str, Mapping[str, float]], None]
 
 
 def check_names(key: str, optim: OptimConfig) -> None:
-    """Refuse an optimizer or schedule that transformers does not know or that needs settings which we do not have.
+    """Refuse an optimizer or schedule that transformers does not know or that needs further settings.
 
     Args:
-        key: where the settings stand, "optim" or "sft.optim".
+        key: the section of the settings, "optim" or "sft.optim".
     """
     for name, value, accepted in (
         ("name", optim.name, [str(known.value) for known in OptimizerNames]),
@@ -92,13 +92,13 @@ def training_arguments(
 
 
 class RecordCallback(TrainerCallback):
-    """PassRunner what the Trainer logs on to the run's record, without the Trainer's own bookkeeping."""
+    """Hands the Trainer's logs to the run's record, without the Trainer's own bookkeeping."""
 
     def __init__(self, log: LogFunction) -> None:
         self._log = log
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Split a log into its split and its metrics."""
+        """Tell training logs from evaluations, and keep the metrics."""
         if not logs or not state.is_world_process_zero or "train_runtime" in logs:
             return
         split = "eval" if any(name.startswith("eval_") for name in logs) else "train"
@@ -113,7 +113,7 @@ class RecordCallback(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar for the stage, with the numbers that a person watches."""
+    """One bar for the stage, with its most important numbers."""
 
     _SHOWN = (("loss", "loss"), ("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"))
 
@@ -122,7 +122,7 @@ class ProgressBar(TrainerCallback):
         self._bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar, at the step that a resumed stage starts from."""
+        """Open the bar at the step from which the stage starts or resumes."""
         if state.is_world_process_zero:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._title, unit="step")
 
@@ -144,19 +144,19 @@ class ProgressBar(TrainerCallback):
 
 
 class Rhythm(TrainerCallback):
-    """When a stage logs, evaluates and saves, beyond what the Trainer does by itself.
+    """Decides when a stage logs, evaluates and saves, in addition to the Trainer's own rules.
 
-    Every checkpoint is preceded by a log, so that no sum over steps is lost where a run goes on from it, and the last
-    step is logged and evaluated. It needs no checkpoint: the policy itself is saved next, and the Trainer, asked to
-    continue after the last step of a stage that ends within an epoch, would take one step more.
+    A log precedes every checkpoint, so that a resumed run loses no sum over steps. The last step is logged and
+    evaluated but not checkpointed: the policy itself is saved next, and the Trainer would take one step more if asked
+    to continue after the last step of a stage that ends within an epoch.
     """
 
     def __init__(self, eval_every: int | None) -> None:
-        """`eval_every` as in the configuration (0: at the end only); None where nothing is held out."""
+        """`eval_every` as in the configuration (0: at the end only); None if nothing is held out."""
         self._eval_every = eval_every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called after the Trainer's own callback, and whatever ends the stage early, have set their flags."""
+        """Runs after the Trainer's own callback and after early stopping, and adjusts their flags."""
         last = control.should_training_stop
         if self._eval_every is not None and (last or (self._eval_every and state.global_step % self._eval_every == 0)):
             control.should_evaluate = True
@@ -165,16 +165,16 @@ class Rhythm(TrainerCallback):
 
 
 class Checkpoints(TrainerCallback):
-    """Marks a checkpoint once everything in it is written, and only then removes old ones.
+    """Marks a checkpoint once all of it is written, and only then removes old ones.
 
-    So a kill at any moment leaves a whole checkpoint if there ever was one, and the newest that is marked is whole.
+    So a kill at any moment leaves a complete checkpoint if there ever was one: the newest that is marked.
     """
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called when the checkpoint has been written."""
+        """Runs after the checkpoint is written."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             (folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
@@ -203,7 +203,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest whole checkpoint of a stage and its step; torn ones are removed."""
+    """The newest complete checkpoint of a stage and its step; incomplete ones are removed."""
     newest: tuple[Path | None, int] = (None, 0)
     for path in folder.glob("checkpoint-*"):
         if not (path / _COMPLETE).exists():

@@ -1,7 +1,7 @@
-"""Early stopping of the members of a sweep: each looks at how far the others had come where it is now.
+"""Early stopping of the members of a sweep: each compares itself with the others at the same share of training.
 
-Nobody directs them: each keeps its values in its own run folder, and reads those of its siblings. So it does not matter
-whether members run one after the other, in several processes, or together in one.
+There is no central scheduler. Each member writes its values into its own run folder and reads those of its siblings, so
+members can run one after the other, in several processes, or together in one.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ _RUNGS = Path("stages", "preference", "rungs.json")
 
 
 def rung_steps(num_steps: int, config: StoppingConfig) -> dict[int, str]:
-    """The rungs of a stage by their step, each named by the share of the stage that is done there.
+    """The rungs of a stage: step -> the share of the stage that is done there, as a fraction.
 
-    Without those that come too late: the decision falls a step after the rung, and would save nothing.
+    Rungs too close to the end are left out: the decision falls one step later and would save nothing.
     """
     parts = [config.eta**k for k in range(config.rungs, 0, -1)]
     steps = {math.ceil(num_steps / part): f"1/{part}" for part in parts}
     return {step: share for step, share in steps.items() if step + 1 < num_steps}
 
 
-def place(value: float, others: Sequence[float]) -> int:
-    """1 for the best; equal values share a place, and what is no number comes last."""
+def rank(value: float, others: Sequence[float]) -> int:
+    """1 for the best; equal values share a rank, and NaN ranks last."""
     return 1 + sum(other > value or (math.isnan(value) and not math.isnan(other)) for other in others)
 
 
-def stops(place: int, count: int, eta: int) -> bool:
-    """Whether a place is not among the best 1/eta, rounded up, of so many; of fewer than eta none stops."""
-    return count >= eta and (place - 1) * eta >= count
+def stops(rank: int, count: int, eta: int) -> bool:
+    """Whether a rank is outside the best 1/eta, rounded up, of `count` members; with fewer than eta none stops."""
+    return count >= eta and (rank - 1) * eta >= count
 
 
 class StopEarly(TrainerCallback):
-    """Evaluates at every rung, and at the end of the step after it ends the training if the rule says so.
+    """Evaluates at every rung and, one step later, ends the training if the rule says so.
 
-    The rule is that of asynchronous successive halving (Li et al. 2018, arXiv:1810.05934), in the form that stops what
-    is not good enough instead of promoting what is. It is asked a step late since members that train in step have all
-    been evaluated by then, so that it does not matter which of them came first. What it said is kept: a resumed member
-    does not ask again.
+    The rule is asynchronous successive halving (Li et al. 2018, arXiv:1810.05934), in the variant that stops members
+    that are not good enough instead of promoting the good ones. It is applied one step late because by then all members
+    that train in step have been evaluated, so their order makes no difference. Decisions are written to the run folder:
+    a resumed member does not decide again.
 
     Args:
-        run_dir: the member's, beside those of the others.
+        run_dir: this member's folder, next to those of the others.
         num_held_out: how many items the evaluation has.
 
     Attributes:
-        stopped: where and why the training was ended; None where it was not.
+        stopped: where and why the training ended early; None if it did not.
 
     Raises:
         UserError: there is nothing to evaluate, or no rung.
@@ -62,17 +62,17 @@ class StopEarly(TrainerCallback):
 
     def __init__(self, config: StoppingConfig, run_dir: Path, num_steps: int, num_held_out: int) -> None:
         if not num_held_out:
-            raise UserError("stopping compares members on held-out preferences, and none are held out.")
+            raise UserError("stopping compares members on held-out preferences, but none are held out.")
         self._rungs = rung_steps(num_steps, config)
         if not self._rungs:
-            raise UserError(f"stopping has no effect: a stage of {num_steps} steps is too short to be ended early.")
+            raise UserError(f"stopping has no effect: a stage of {num_steps} steps is too short to stop early.")
         self._config = config
         self._run_dir = run_dir
         self._num_steps = num_steps
         self.stopped: dict[str, Any] | None = None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Keep the value of a rung, for this member and for the others.
+        """Write the value of a rung, for this member and for the others.
 
         Raises:
             UserError: the evaluation, the first of which precedes all training, has no such metric.
@@ -81,8 +81,8 @@ class StopEarly(TrainerCallback):
         if f"eval_{metric}" not in metrics:
             known = ", ".join(name for name in STOPPING_METRICS if f"eval_{name}" in metrics)
             raise UserError(
-                f"stopping.metric={metric} is not measured with this loss, reference and data; those to choose from "
-                f"are: {known or 'none'}."
+                f"stopping.metric={metric} is not measured with this loss, reference and data; choose one of: "
+                f"{known or 'none'}."
             )
         share = self._rungs.get(state.global_step)
         kept = self._kept(self._run_dir)
@@ -109,12 +109,12 @@ class StopEarly(TrainerCallback):
             self.stopped["value"] = float(rung["value"])
 
     def _compared(self, share: str, value: float) -> dict[str, Any]:
-        """The place of a value among those that members have had at the same rung up to now, and what follows."""
+        """How a value ranks among those of all members that reached the same rung so far, and the decision."""
         siblings = (path for path in self._run_dir.parent.iterdir() if path.name != self._run_dir.name)
         rungs = [rung for folder in siblings if (rung := self._kept(folder).get(share)) is not None]
         others = [float(rung["value"]) for rung in rungs if rung["metric"] == self._config.metric]
-        found, count = place(value, others), 1 + len(others)
-        return {"place": found, "of_members": count, "stops": stops(found, count, self._config.eta)}
+        own, count = rank(value, others), 1 + len(others)
+        return {"place": own, "of_members": count, "stops": stops(own, count, self._config.eta)}
 
     def _keep(self, rungs: dict[str, Any]) -> None:
         atomic_write_bytes(self._run_dir / _RUNGS, to_json(rungs, indent=2))

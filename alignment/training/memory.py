@@ -1,7 +1,7 @@
-"""What a training step needs of memory, by arithmetic, and the cheapest way to make it fit.
+"""How much memory a training step needs, by arithmetic from the model's shapes.
 
-A model may be on torch's meta device: only its modules and shapes are read. All sizes are bytes. The model of memory is
-good to about 15 %; a run that needs more than predicted halves its budget by itself (see `preference`).
+A model may be on torch's meta device: only its modules and shapes are read. All sizes are bytes. Predictions are good
+to about 15 %; a run that needs more halves its budget by itself (`PreferenceTrainer.training_step`).
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from alignment.scoring.head import LOGITS_PER_CHUNK
 
 GIB = 2**30
 USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Positions of a pass, by device, beyond which larger passes gain nothing and only cost memory."""
+"""Positions of a pass, by device, above which larger passes gain no time and only cost memory."""
 USABLE_SHARE = {"cpu": 0.5, "cuda": 0.9}
-"""Of the memory that is free: on a CPU others want some too, on a GPU the rest is the error of the prediction."""
+"""Share of the free memory that a plan uses: a CPU leaves some to other programs, a GPU a margin for the prediction."""
 CONTEXT = {"cpu": int(0.7 * GIB), "cuda": int(0.6 * GIB)}
-"""What Python and its libraries take on a CPU, and the driver's context and its workspaces on a GPU."""
+"""Memory of Python and its libraries on a CPU, of the driver's context and workspaces on a GPU."""
 RECOMPUTED = 0.5
-"""Share that one more forward pass of a frozen base adds to a step: forward and backward are two passes' worth each."""
-_ROUNDING = 64
+"""Share of a step's time that one more forward pass of a frozen base adds; forward and backward cost the same."""
+ROUNDING = 64
+"""Budgets are multiples of this many positions."""
 _WORKING_MLP, _WORKING_HIDDEN = 4, 3
-"""Tensors, as wide as the MLP and as the layer, that live at once in a layer's backward pass beside what it saved."""
+"""Tensors, as wide as the MLP and as the layer, that a layer's backward pass holds at once beside the saved ones."""
 
 
 _END_TENSORS = 4
 _MASK = 1
-"""Bytes per dropped value: a GPU keeps a mask, a CPU the factors themselves."""
+"""Bytes per value under dropout: a GPU keeps a mask, a CPU the factors themselves."""
 _LOGIT, _TRAINED_LOGIT = 8, 12
 """Bytes per logit: fp32 logits and their log-softmax; where the head trains, two gradients beside the log-softmax."""
 _TRL_ROWS, _TRL_WIDTH, _TRL_LOGIT = 4096, 32768, 36
@@ -42,7 +43,7 @@ _TRL_ROWS, _TRL_WIDTH, _TRL_LOGIT = 4096, 32768, 36
 
 
 def nf4_bytes_per_weight(double: bool) -> float:
-    """Half a byte, and a scale for 64 weights: fp32, or 8 bit with an fp32 scale of its own for 256 of them."""
+    """Half a byte, and one scale per 64 weights: in fp32, or in 8 bits with an fp32 scale per 256 of these scales."""
     return 0.5 + (1 / 64 + 4 / (64 * 256) if double else 4 / 64)
 
 
@@ -50,7 +51,7 @@ def optimizer_bytes(name: str, bytes_per_weight: int) -> float:
     """Bytes per trained weight of the optimizer's states.
 
     Args:
-        name: as transformers has it. Names that are not known here count as Adam's two states.
+        name: as in transformers. Names that are not known here count as Adam's two states.
         bytes_per_weight: of the trained weights; torch keeps states in their dtype, bitsandbytes in fp32 or 8 bit.
     """
     tensors = 2
@@ -71,10 +72,10 @@ class Layer:
     """Bytes of one decoder layer, per position.
 
     Attributes:
-        entering: its input, all that is kept of a layer that is checkpointed.
-        saved: what its backward pass reads, its input included.
-        working: what lives beside that at the widest moment of its backward pass.
-        copies: not per position: copies of weights that its backward pass reads.
+        entering: its input; a checkpointed layer keeps nothing else.
+        saved: what its backward pass reads, including its input.
+        working: what exists beside that at the widest moment of its backward pass.
+        copies: in total, not per position: copies of weights that its backward pass reads.
     """
 
     entering: int
@@ -85,16 +86,16 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Everything about a policy that decides the memory of its step.
+    """The numbers of a policy that decide the memory of its step.
 
     Attributes:
         weights, adapter, gradients, optimizer: bytes.
-        layers: in order; empty for a model whose layers cannot be told apart.
-        ends: bytes per position that are kept outside of the layers: the last norm, the head's input, its derivatives.
+        layers: in order; empty if the model's layers are not known.
+        ends: bytes per position kept outside the layers: the last norm, the head's input, its derivatives.
         head: bytes per position of the logits that exist at one time.
-        head_limit: the most bytes that they come to.
-        buffers: bytes of the largest weight while it is de-quantised or has its adapter added.
-        estimate: why the activations are a rough guess; empty where every tensor is counted.
+        head_limit: upper limit of these logits' bytes.
+        buffers: bytes of the largest weight while it is dequantised or has its adapter added.
+        estimate: why the activations are a rough guess; empty if every tensor is counted.
     """
 
     weights: int
@@ -110,7 +111,7 @@ class Sizes:
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, linear layer) of the base model's linear layers, also where an adapter wraps them."""
+    """(name, linear layer) of every linear layer of the base model, also inside an adapter."""
     for name, child in module.named_modules():
         parts = name.split(".")
         if "base_layer" in parts or any(part.startswith("lora_") for part in parts):
@@ -124,17 +125,17 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def layer_of(layer: nn.Module, hidden: int, value: int, experts_per_token: int, adapted: bool, dropout: bool) -> Layer:
     """Count the tensors that the backward pass of one decoder layer reads.
 
-    Per position, for the usual layer (attention with separate projections, gated MLP) under a LoRA without dropout,
-    as `kernels` computes it: the input of each norm; queries and keys before their own norms where there are such;
-    queries, keys, values and the output of attention; gate and up. With dropout each linear layer keeps its dropped
-    input and what was dropped too, and the MLP its activation. Where the base trains, the projections keep their
-    inputs, the norms what they multiply with their weight, and the MLP activation and product.
+    The usual layer (attention with separate projections, gated MLP) with a LoRA without dropout, as `kernels` computes
+    it, keeps per position: the input of each norm; queries and keys before their own norms, if they have any; queries,
+    keys, values and the output of attention; gate and up. With dropout each linear layer also keeps its dropped input
+    and the mask, and the MLP its activation. If the base trains, the projections also keep their inputs, the norms
+    the normalised values, and the MLP its activation and product.
 
     Args:
-        layer: maybe with an adapter on it, maybe on the meta device.
+        layer: with or without an adapter, also on the meta device.
         hidden: width of the model.
         value: bytes per value of the activations.
-        experts_per_token: of a mixture of experts, else 0.
+        experts_per_token: for a mixture of experts, otherwise 0.
         adapted: whether an adapter trains instead of the layer.
         dropout: whether that adapter drops inputs.
     """
@@ -176,7 +177,7 @@ def layer_of(layer: nn.Module, hidden: int, value: int, experts_per_token: int, 
 
 
 def _expert_weights(module: nn.Module) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes (experts, outputs, inputs) of the stacked weights of every mixture of experts, the way back last."""
+    """Shapes (experts, outputs, inputs) of the stacked weights of each mixture of experts, the down projection last."""
     for child in module.modules():
         weights = dict(child.named_parameters(recurse=False))
         if {"gate_up_proj", "down_proj"} <= weights.keys() and weights["down_proj"].dim() == 3:
@@ -187,7 +188,7 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "dense_h_to_4h", "d
 
 
 def is_counted(layer: nn.Module) -> bool:
-    """Whether the layer is of the usual form, whose tensors are all counted."""
+    """Whether the layer has the usual form, so that all of its tensors are counted."""
     names = {name.rpartition(".")[2] for name, _ in _linears(layer)}
     return {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"} <= names
 
@@ -197,9 +198,9 @@ class Weights:
     """Bytes of a policy's weights.
 
     Attributes:
-        base: of the base model, embeddings and head included.
-        adapter: of its adapter.
-        trained: number of weights that are trained.
+        base: the base model, with embeddings and head.
+        adapter: its adapter.
+        trained: number of weights that train.
         trained_value: bytes of each of them.
         quantised: whether linear layers are packed.
     """
@@ -212,7 +213,7 @@ class Weights:
 
 
 def count_weights(model: nn.Module) -> Weights:
-    """The weights of a policy that is loaded; the scales of packed ones are not counted."""
+    """The weights of a loaded policy, without the scales of packed weights."""
     base = adapter = trained = 0
     trained_value = 4
     quantised = False
@@ -232,7 +233,7 @@ def count_weights(model: nn.Module) -> Weights:
 def plan_weights(
     model: nn.Module, value: int, adapter: AdapterConfig | None, quantization: QuantizationConfig | None
 ) -> Weights:
-    """The weights that a model on the meta device will have when it is loaded as configured.
+    """The weights that a model on the meta device will have once it is loaded as configured.
 
     Args:
         model: a causal LM, not quantised, without adapter.
@@ -281,16 +282,16 @@ def sizes_of(
     dropout: bool = False,
     supervised: bool = False,
 ) -> Sizes:
-    """What of a policy decides the memory of its step.
+    """The sizes of a policy that decide the memory of its step.
 
     Args:
-        model: loaded, or on the meta device and without its adapter.
+        model: loaded, or on the meta device without its adapter.
         weights: its weights.
         value: bytes per value of its activations.
-        optimizer: name, as transformers has it.
+        optimizer: name, as in transformers.
         device: "cpu" or "cuda".
         dropout: whether the adapter drops inputs in this stage.
-        supervised: the SFT stage, whose head is TRL's, instead of a preference stage.
+        supervised: True for the SFT stage, whose head is TRL's.
     """
     causal: Any = model
     config = causal.config.get_text_config()
@@ -303,7 +304,7 @@ def sizes_of(
     if not modules:
         estimate = f"the layers of {type(model).__name__} are not known"
     elif not all(map(is_counted, modules)):
-        estimate = f"the layers of {type(model).__name__} have another form than the one that is counted"
+        estimate = f"the layers of {type(model).__name__} have another form than the usual one"
     else:
         estimate = ""
     if supervised:

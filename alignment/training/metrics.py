@@ -1,4 +1,4 @@
-"""What is reported of a preference step: per-example values and their exact means."""
+"""The metrics of a preference step: per-example values and their exact means."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignment.types import Group
 
 
 class Means:
-    """Means over examples, kept as sums and counts: how the examples were batched leaves no trace."""
+    """Means over examples, kept as sums and counts, so that batching does not change them."""
 
     def __init__(self) -> None:
         self._sums: defaultdict[str, float] = defaultdict(float)
@@ -39,40 +39,40 @@ class Means:
             self._counts[name] += tensor.numel()
 
     def take(self) -> dict[str, float]:
-        """The means so far, in order of first appearance; starts anew."""
+        """Return the means so far, in order of first appearance, and start again."""
         means = {name: self._sums[name] / count for name, count in self._counts.items() if count}
         self._sums.clear()
         self._counts.clear()
         if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
-            # Rows have no partner: their margin is the difference of the two means.
+            # Rows have no pair, so their margin is the difference of the two means.
             for kind, gap in _GAPS.items():
                 if f"{kind}/chosen" in means:
                     means[f"{kind}/{gap}"] = means[f"{kind}/chosen"] - means[f"{kind}/rejected"]
         return means
 
 
-# Differences of chosen and rejected, by the name that each kind's has.
+# What the difference of chosen and rejected is called, for each kind of metric that has one.
 _GAPS = {"rewards": "margins", "nats": "margins", "nats_per_token": "margins", "lengths": "gap"}
-# Kinds of which a pair can be right: what is higher for chosen completions.
+# Kinds of metrics that should be higher for the chosen completion, so that a pair can be right.
 _RANKED = ("rewards", "nats", "nats_per_token")
 
 
 @torch.no_grad()
 def preference_metrics(inputs: LossInputs, output: LossOutput) -> dict[str, Tensor]:
-    """Per-example metrics under TRL's names, and the same quantities in nats, comparable across losses.
+    """Per-example metrics under TRL's names, and the same quantities in nats, which are comparable across losses.
 
-    `rewards/*` is what the objective itself optimises, in its own units; `nats/*` is the log-ratio to the reference,
-    summed over the completion, `nats_per_token/*` its mean over the completion's tokens; `ranking/*` looks at the
-    policy alone; `lengths/gap` is by how many tokens chosen completions are longer. Of a ranked list the best
-    completion is the chosen, the worst the rejected one; `rewards/concordance` says of each two of its completions with
-    different scores whether the rewards order them rightly.
+    - `rewards/*`: what the objective itself optimises, in its own units.
+    - `nats/*`: the log-ratio to the reference, summed over the completion; `nats_per_token/*`: its mean per token.
+    - `ranking/*`: the policy alone.
+    - `lengths/gap`: by how many tokens the chosen completion is longer.
+    - `rewards/concordance`: for two completions of a list with different scores, whether the rewards order them right.
+    - `kl/offline`: the log-ratio of every completion, chosen or not. Its mean stands in for KL(policy || reference),
+      which is defined over the policy's own samples; over other texts it is biased and can be negative.
 
-    `kl/offline` is the log-ratio of every completion, chosen or not. Its mean stands in for KL(policy || reference),
-    which is one over the policy's own samples: over other texts it is biased, and may well be negative.
+    In a ranked list the best completion counts as chosen and the worst as rejected.
 
     Returns:
-        name -> one value per pair (or per row, per completion, or per two completions of a list, that it applies to),
-        detached.
+        name -> detached values, one per pair, row, completion, or two completions of a list.
     """
     per_sequence = _per_sequence(inputs, output)
     metrics = _by_row(inputs, per_sequence) if inputs.labels is not None else _by_pair(inputs, per_sequence)
@@ -88,14 +88,14 @@ def preference_metrics(inputs: LossInputs, output: LossOutput) -> dict[str, Tens
 
 @torch.no_grad()
 def held_out_rows(groups: Sequence[Group], inputs: LossInputs, output: LossOutput) -> list[dict[str, Any]]:
-    """The metrics of each pair, row or list on its own, by their names, for comparisons of the same pairs.
+    """The metrics of each single pair, row or list, for comparisons of the same items across runs.
 
     Args:
         groups: the items of the inputs.
 
     Returns:
-        A row for each: `source`, `key` (a hash of its tokens: equal in runs that share the data and the tokenizer), its
-        metrics (of a labelled row those of its side), and with a reference its log-probs as `reference_logps/*`.
+        One dict per item: `source`, `key` (a hash of its tokens, equal in runs with the same data and tokenizer), its
+        metrics (a labelled row has those of its side), and with a reference its log-probs as `reference_logps/*`.
     """
     per_sequence = _per_sequence(inputs, output)
     if inputs.reference is not None:
@@ -133,7 +133,7 @@ def _by_row(inputs: LossInputs, per_sequence: dict[str, Tensor]) -> dict[str, Te
 
 
 def _by_pair(inputs: LossInputs, per_sequence: dict[str, Tensor]) -> dict[str, Tensor]:
-    """name -> (items,) values, of the best and the worst completion of each item."""
+    """name -> (items,) values from the best and the worst completion of each item."""
     metrics: dict[str, Tensor] = {}
     best = inputs.preferred()
     worst = best.roll(-1)  # the one before the next best one

@@ -1,4 +1,4 @@
-"""The plan of a stage: made when its policy is loaded, kept in the run folder, compared with what it came to."""
+"""The plan of a stage: made once its policy is loaded, kept in the run folder, compared with the memory measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def available_memory() -> int:
-    """Bytes of main memory that a process may still take, a container's limit included."""
+    """Bytes of main memory that a process may still take, within a container's limit."""
     lines = Path("/proc/meminfo").read_text()
     found = re.search(r"^MemAvailable:\s*(\d+) kB", lines, re.MULTILINE)
     assert found is not None
@@ -31,7 +31,7 @@ def available_memory() -> int:
     group = Path("/sys/fs/cgroup")
     limit, used = group / "memory.max", group / "memory.current"
     if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        # Files that the kernel has cached count as used and are given up when memory is asked for.
+        # The kernel's cached files count as used, but it drops them when memory is needed.
         cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
         available = min(available, int(most) - int(used.read_text()) + int(cached[1] if cached else 0))
     return max(0, available)
@@ -52,7 +52,7 @@ def _free(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak: on a GPU of torch's tensors since `plan_stage`, on a CPU of the process since its start."""
+    """Bytes at the peak: torch's tensors since `plan_stage` on a GPU, the process since its start on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -92,7 +92,7 @@ def plan_stage(
         torch.cuda.reset_peak_memory_stats(device)
     if path.exists():
         plan = Plan.from_dict(json.loads(path.read_text()))
-        log.info("Plan, as the stage began: %s.", _sentence(plan))
+        log.info("Plan from the start of the stage: %s.", _sentence(plan))
         return plan
     weights = count_weights(model)
     policy: Any = model
@@ -121,11 +121,11 @@ def plan_stage(
     )
     log.info("Plan: %s.", _sentence(plan))
     if plan.estimate:
-        log.info("The activations in it are a rough estimate: %s.", plan.estimate)
+        log.info("Its activations are a rough estimate: %s.", plan.estimate)
     if not plan.fits:
         log.warning(
-            "By the plan this stage may run out of memory: its largest group has %d positions, and such a pass with %s "
-            "needs %.1f GiB where %.1f GiB are usable.",
+            "This stage may run out of memory: its largest group has %d positions, and a pass of it with %s needs "
+            "%.1f GiB, but only %.1f GiB are usable.",
             passing * longest,
             describe_checkpointing(plan.checkpoint_every),
             plan.needs.total / GIB,
@@ -143,12 +143,12 @@ def _sentence(plan: Plan) -> str:
 
 
 def memory_result(plan: Plan, device: torch.device, tokens_per_batch: int) -> dict[str, int]:
-    """What the record of a stage says of its memory; logs it too.
+    """The memory of a finished stage, for its record; logs it too.
 
     Args:
         plan: of the stage.
         device: where it ran.
-        tokens_per_batch: the budget that it ended with, which is less than planned if memory ran out.
+        tokens_per_batch: the budget at the end, which is smaller than planned if memory ran out.
 
     Returns:
         {"predicted", "measured": bytes at the peak, "tokens_per_batch", "checkpoint_every"}.

@@ -1,7 +1,7 @@
-"""Weights for undesirable rows whose prompts are unlike those of the desirable ones (BCO's distribution matching).
+"""Weights for undesirable rows whose prompts differ from those of the desirable ones (BCO's distribution matching).
 
-A logistic regression on prompt embeddings tells desirable from undesirable prompts. With both labels of equal weight
-its odds p / (1 - p) estimate p(prompt | desirable) / p(prompt | undesirable), by which an undesirable row is weighted.
+A logistic regression on prompt embeddings tells desirable from undesirable prompts. With equal weight for both labels
+its odds p / (1 - p) estimate p(prompt | desirable) / p(prompt | undesirable), the weight of an undesirable row.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from alignment.types import Group
 log = logging.getLogger(__name__)
 
 PROMPTS_PER_LABEL = 1024
-"""Prompts of each label that the classifier is fitted on (as in TRL's BCO trainer)."""
+"""The classifier is fitted on this many prompts of each label (as in TRL's BCO trainer)."""
 
 LEAST_WEIGHT, GREATEST_WEIGHT = 0.5, 10.0
-"""Bounds of a weight (the same)."""
+"""Bounds of a weight (as in TRL's BCO trainer)."""
 
 
 @torch.no_grad()
 def _embedded(
     model: Any, prompts: Sequence[np.ndarray], tokens_per_batch: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """(numbers of the prompts, (n, H) float32 on the CPU) pass by pass, long prompts first.
+    """(indices of the prompts, (n, H) float32 on the CPU) pass by pass, long prompts first.
 
-    Padding stands behind a prompt, where no token of it sees it, and is left out of the mean.
+    Padding follows the prompt, so no token of the prompt sees it, and the mean leaves it out.
     """
     left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while left:
@@ -57,9 +57,9 @@ def prompt_embeddings(
     """(n, H) float32 on the CPU: the mean over a prompt's tokens of the decoder's last hidden states.
 
     Args:
-        model: a causal LM as it is now, adapter included, without dropout.
+        model: a causal LM with its adapter, without dropout.
         prompts: n arrays of token ids.
-        tokens_per_batch: most positions of one pass, padding included, unless a single prompt has more.
+        tokens_per_batch: at most this many positions in a pass, padding included, unless a single prompt has more.
         device: of the model.
     """
     parts = list(_embedded(model, prompts, tokens_per_batch, device))
@@ -70,12 +70,12 @@ def prompt_embeddings(
 def fit_log_odds(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The classifier: (H,) coefficients w and a scalar b, float64, of log p / (1 - p) = w e + b.
 
-    It minimises |w|^2 / 2 + sum_i c_i log(1 + exp(-y_i (w e_i + b))), y = 1 for desirable and -1 for undesirable rows,
-    where c_i makes the labels count the same: n / 2 shared among the rows of either. That is scikit-learn's
-    `LogisticRegression(class_weight="balanced")`, solved to the end, and has one solution.
+    It minimises |w|^2 / 2 + sum_i c_i log(1 + exp(-y_i (w e_i + b))), y = 1 for desirable and -1 for undesirable rows.
+    c_i gives both labels the same weight: the rows of each share n / 2. This is scikit-learn's
+    `LogisticRegression(class_weight="balanced")`, solved exactly; the solution is unique.
 
-    By Newton's method: a few dimensions of hidden states are hundreds of times larger than the others, where methods
-    that know the first derivatives alone stop far from the solution.
+    It uses Newton's method: a few dimensions of hidden states are hundreds of times larger than the others, and there
+    first-order methods stop far from the solution.
 
     Args:
         embeddings: (n, H).
@@ -83,7 +83,7 @@ def fit_log_odds(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     x, y = embeddings.double(), 2.0 * labels.double() - 1
     shares = torch.where(labels, 0.5 / labels.double().mean(), 0.5 / (~labels).double().mean())
-    # w is a combination of the centred embeddings, b taking up their mean: no more unknowns than rows are needed.
+    # w is a combination of the centred embeddings (b absorbs their mean), so there are no more unknowns than rows.
     mean = x.mean(0)
     basis, coordinates = torch.linalg.qr((x - mean).T)
     features = torch.cat([coordinates.T, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
@@ -95,7 +95,7 @@ def fit_log_odds(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     parameters = torch.zeros_like(penalty)
     decrement = torch.inf
-    while decrement > 1e-8:  # from there one full step squares the error
+    while decrement > 1e-8:  # below that, one full step squares the error
         margins = y * (features @ parameters)
         slopes = shares * torch.sigmoid(-margins)
         gradient = penalty * parameters - features.T @ (y * slopes)
@@ -110,17 +110,17 @@ def fit_log_odds(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def density_weights(log_odds: Tensor, labels: Tensor) -> Tensor:
-    """(n,) factors of the rows' losses: p / (1 - p) within the bounds for undesirable rows, 1 for desirable ones."""
+    """(n,) factors of the losses: p / (1 - p) within the bounds for undesirable rows, 1 for desirable ones."""
     return torch.where(labels, 1.0, log_odds.exp().clamp(LEAST_WEIGHT, GREATEST_WEIGHT))
 
 
 def with_density_weights(
     groups: Sequence[Group], model: nn.Module, tokens_per_batch: int, device: torch.device
 ) -> list[Group]:
-    """The labelled rows with their weights multiplied by those of their prompts' density.
+    """The labelled rows, with their weights multiplied by the density weights of their prompts.
 
-    Computed with the policy that the stage starts from, and with nothing drawn: a resumed run computes the same again.
-    Which rows the classifier is fitted on is decided by hashes of their prompts, not by the rows' order.
+    The weights come from the policy that the stage starts from, without randomness, so a resumed run finds the same.
+    Hashes of the prompts, not the order of the rows, decide which rows the classifier is fitted on.
 
     Raises:
         UserError: all rows have the same label, or the policy's hidden states are not finite.

@@ -11,18 +11,17 @@ from torch.utils.data import Sampler
 
 
 class StepSampler(Sampler[list[int]]):
-    """Batch sampler whose batches are whole optimizer steps, shuffled anew in every epoch from (seed, epoch).
+    """Batch sampler whose batches are whole optimizer steps, shuffled in every epoch from (seed, epoch).
 
-    A last step with fewer than `min_groups` groups joins the one before it, for losses that a single row does not
-    define.
+    If the last step has fewer than `min_groups` groups, it joins the one before: some losses need more than one row.
 
-    Several `parts` of the data are trained on one after the other, each as if it were all the data: no step mixes
-    them, and the order within a part is that of a training on this part alone. Every part gets its share of the
-    training, all of its epochs in a row, so that an epoch of this sampler is only a count of steps.
+    With several `parts` of the data, training takes them one after the other. No step mixes parts, and the order within
+    a part is the same as when you train on this part alone. Each part has all of its epochs in a row, so an epoch of
+    this sampler is only a number of steps.
 
     Attributes:
-        num_steps: length of the training, `max_steps` or as many as make `epochs`.
-        starts: steps that are done when each part but the first begins.
+        num_steps: length of the training: `max_steps`, or enough for `epochs`.
+        starts: for each part but the first, how many steps come before it.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class StepSampler(Sampler[list[int]]):
         epochs: float = 1.0,
         max_steps: int | None = None,
     ) -> None:
-        """`parts` holds the numbers of the groups of every part; None: all groups are one part."""
+        """`parts` holds the indices of the groups of every part; None makes all groups one part."""
         self.groups_per_step = groups_per_step
         self.seed = seed
         self.min_groups = min_groups
@@ -49,19 +48,19 @@ class StepSampler(Sampler[list[int]]):
         self.starts = tuple(math.floor(share + 0.5) for share in shares)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose steps are next iterated."""
+        """Choose the epoch to iterate over next."""
         self.epoch = epoch
 
     def steps(self, epoch: int) -> list[list[int]]:
-        """The steps of one epoch, without side effect."""
+        """The steps of one epoch; does not change the current epoch."""
         return list(islice(self._all_steps(), epoch * self._length, (epoch + 1) * self._length))
 
     def first_steps(self, num_steps: int) -> list[list[int]]:
-        """The first `num_steps` steps of the whole training, over as many epochs as they take."""
+        """The first `num_steps` steps of the whole training, over as many epochs as needed."""
         return list(islice(self._all_steps(), num_steps))
 
     def _all_steps(self) -> Iterator[list[int]]:
-        """Every part's steps up to the start of the next one; the last part has no end."""
+        """Each part's steps until the next part starts; the last part never ends."""
         for part, start, end in zip(self._parts, [0, *self.starts], [*self.starts, None], strict=True):
             epochs = chain.from_iterable(self._part_steps(part, epoch) for epoch in count())
             yield from islice(epochs, None if end is None else end - start)

@@ -1,4 +1,4 @@
-"""The steps of a preference stage, and after which of them its reference follows the policy."""
+"""The steps of a preference stage, and after which of them its reference is refreshed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignment.types import Group
 
 
 def consecutive_parts(groups: Sequence[Group], num_parts: int) -> list[list[int]]:
-    """Numbers of the groups of each of `num_parts` parts, consecutive in the data; groups of one row stay together."""
+    """Indices of the groups of `num_parts` consecutive parts of the data; groups made from one row stay together."""
     rows = {source: row for row, source in enumerate(dict.fromkeys(group.source for group in groups))}
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     for number, group in enumerate(groups):
@@ -29,18 +29,18 @@ def consecutive_parts(groups: Sequence[Group], num_parts: int) -> list[list[int]
 class Schedule:
     """All steps of a training, and when its reference is refreshed.
 
-    With `reference.sync_every` the reference moves towards the policy, or becomes it, after every so many steps: TR-DPO
+    With `reference.sync_every=n` the reference moves towards the policy, or becomes it, every n steps. This is TR-DPO
     (Gorbatovski et al. 2024, arXiv:2404.09656), for any loss with a reference. TRL 1.16 refreshes before it evaluates
-    the step, here that comes after: an evaluation at a hard refresh would find the policy equal to its reference.
+    the step; here the evaluation comes first, since right after a hard refresh the policy would equal its reference.
 
-    With `reference.parts` consecutive parts of the data are trained on one after the other, and the reference becomes
-    the policy between them: sDPO (Kim et al. 2024, arXiv:2403.19270). Where that starts a training of its own for every
-    part, this is one training: the optimizer keeps its moments, and the learning rate one schedule over all steps.
+    With `reference.parts=n` training takes n consecutive parts of the data one after the other, and the reference
+    becomes the policy between them. This is sDPO (Kim et al. 2024, arXiv:2403.19270). The paper starts a new training
+    for every part; here it is one training, with one optimizer state and one learning rate schedule over all steps.
 
     Attributes:
         sampler: gives the steps to the Trainer.
         steps: the groups of every step.
-        refreshes: steps that are done at each refresh, ascending; none after the last step.
+        refreshes: how many steps come before each refresh, ascending; there is none after the last step.
     """
 
     sampler: StepSampler
@@ -52,13 +52,13 @@ class Schedule:
         """The schedule of a run on these groups, in the order of the data.
 
         Raises:
-            UserError: the data or the steps are too few for it.
+            UserError: there are too few rows or steps for it.
         """
         trainer, every, num_parts = config.trainer, config.reference.sync_every, config.reference.parts
         least = config.loss.requirements().min_items
         parts = consecutive_parts(groups, num_parts) if num_parts > 1 else None
         if parts is not None and min(map(len, parts)) < least:
-            raise UserError(f"reference.parts={num_parts}: the training rows are too few for so many parts.")
+            raise UserError(f"reference.parts={num_parts}: there are too few training rows for so many parts.")
         sampler = StepSampler(
             len(groups),
             trainer.groups_per_step,
@@ -82,9 +82,9 @@ class Schedule:
 
 
 class FollowPolicy(TrainerCallback):
-    """Refreshes the reference as scheduled, before the step that is the first to see it, and keeps it in checkpoints.
+    """Refreshes the reference before the first step that uses it, and saves it in checkpoints.
 
-    So whatever is logged, evaluated and saved after a step is that of the reference which the step was trained with.
+    So all that is logged, evaluated and saved after a step belongs to the reference that the step trained with.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class FollowPolicy(TrainerCallback):
         schedule: Schedule,
         asked: Callable[[Sequence[Sequence[int]]], list[Group]],
     ) -> None:
-        """`asked` gives all groups of which some steps, and evaluations between them, need the reference."""
+        """`asked` gives all groups whose reference some steps, and the evaluations between them, need."""
         self._reference = reference
         self._schedule = schedule
         self._asked = asked
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refresh."""
+        """Refresh the reference where one is due."""
         step = state.global_step
         if step in self._schedule.refreshes:
             self._reference.refresh(step, self._asked(self._schedule.until_refresh(step)))

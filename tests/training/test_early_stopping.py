@@ -30,7 +30,7 @@ from alignment.files import asset_dir
 from alignment.run import accuracy
 from alignment.runs.record import read_metrics
 from alignment.stages import store as stage_store
-from alignment.training.early_stopping import StopEarly, place, rung_steps, stops
+from alignment.training.early_stopping import StopEarly, rank, rung_steps, stops
 from tests.helpers.commands import command, write_project
 from tests.helpers.run_folders import change_json, make_run
 from tests.stages.test_resume import metric_rows
@@ -72,7 +72,7 @@ def config(metric: str = "nats/accuracies", eta: int = 2, rungs: int = 2) -> Sto
 )
 def test_who_stops(value, others, stopped_with_eta):
     for eta, stopped in stopped_with_eta.items():
-        assert stops(place(value, others), 1 + len(others), eta) is stopped, eta
+        assert stops(rank(value, others), 1 + len(others), eta) is stopped, eta
 
 
 def test_as_many_go_on_as_the_rule_says():
@@ -85,7 +85,7 @@ def test_as_many_go_on_as_the_rule_says():
         bar = sorted(values, reverse=True)[kept - 1]
         for i, value in enumerate(values):
             others = values[:i] + values[i + 1 :]
-            assert stops(place(value, others), count, eta) is (value < bar)
+            assert stops(rank(value, others), count, eta) is (value < bar)
 
 
 @pytest.mark.parametrize(

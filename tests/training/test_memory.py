@@ -469,7 +469,7 @@ def test_at_last_every_layer_is_checkpointed_and_then_it_ends(tmp_path, caplog):
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[1][name], rtol=1e-12, atol=1e-15)
     longest = largest_group(FlatLayout(), random_groups(8, seed=3))
-    with pytest.raises(UserError, match=rf"a group of {longest} positions even with every layer .* lower data.max_len"):
+    with pytest.raises(UserError, match=rf"a group of {longest} positions, even with every layer .* lower data.max"):
         step_of(tmp_path, 1, failing=(0, 1), every=0)
 
 

@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alignment.kernels.base import is_patched, original_class
 from alignment.config.compose import load
 from alignment.config.schema import ReferenceMode
 from alignment.data.units import as_rows
 from alignment.errors import UserError
+from alignment.kernels.base import is_patched, original_class
 from alignment.policy import identity as identities
 from alignment.policy.identity import policy_identity
 from alignment.reference.frozen import FrozenPolicy
