@@ -20,7 +20,7 @@ from alignment.scoring.layout import FlatLayout
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_policy
 from tests.helpers.commands import command, write_project
-from tests.training.test_gradients import moved, sequence_logp
+from tests.helpers.steps import moved, sequence_logp
 
 CPU = torch.device("cpu")
 STOPS = [3, 5]

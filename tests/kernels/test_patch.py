@@ -6,90 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from alignment.kernels import attention, base, mlp, norm, rotary
+from alignment.kernels import base, norm, rotary
 from alignment.kernels import matmul as products
 from alignment.kernels.matmul import add_matmul, matmul, transposed_matmul
 from alignment.kernels.patch import patch_layers
 from alignment.policy.identity import policy_identity
 from alignment.reference.frozen import FrozenPolicy
-from tests.bench.layers import Layer, Saved, adapted_model
-
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-}
-MODELS = {
-    "llama": {"attention_bias": True, "mlp_bias": True},
-    "qwen3": {},
-    "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
-    "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "mlp_only_layers": [1],
-        "experts_implementation": "eager",
-    },
-    "gpt_neox": {},
-}
-PATCHED = {
-    "llama": {"PatchedLinear", "PatchedLlamaMLP", "PatchedLlamaRMSNorm", "PatchedLlamaAttention"},
-    "qwen3": {"PatchedLinear", "PatchedQwen3MLP", "PatchedQwen3RMSNorm", "PatchedQwen3Attention"},
-    "gemma": {"PatchedLinear", "PatchedGemmaMLP", "PatchedGemmaRMSNorm", "PatchedGemmaAttention"},
-    "qwen3_moe": {"PatchedLinear", "PatchedQwen3MoeMLP", "PatchedQwen3MoeRMSNorm", "PatchedQwen3MoeAttention"},
-    "gpt_neox": {"PatchedLinear", "PatchedGPTNeoXAttention"},
-}
-FEW, MANY = (1, 5), (2, 40)  # rows for two small products, and for a weight formed with the update
-
-
-def tiny(kind="llama", dtype=torch.float32, nf4=False, **settings):
-    """A tiny model whose norms and biases matter, with an adapter that has an effect."""
-    model = adapted_model(kind, SIZES | MODELS[kind] | settings, dtype, nf4, r=4)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name or name.endswith("bias") or "lora_B" in name:
-                p.add_(0.2 * torch.randn(p.shape, generator=generator).to(p.dtype))
-    return model.to(dtype)
-
-
-def pair(*args, **settings):
-    own = tiny(*args, **settings)
-    changed = copy.deepcopy(own)
-    patch_layers(changed)
-    return own, changed
-
-
-def compute(model, shape=MANY, autocast=None):
-    """Logits and the gradients of everything that can have one, of a random linear function of the logits."""
-    embeddings = model.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(5)
-    x = 8 * torch.randn(*shape, embeddings.shape[1], generator=generator)
-    x = x.to(embeddings.dtype).requires_grad_()
-    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        logits = model(inputs_embeds=x, use_cache=False).logits
-    model.zero_grad()
-    logits.backward(torch.randn(logits.shape, generator=generator).to(logits.dtype))
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach(), "x": x.grad, **gradients}
-
-
-def assert_close(found, expected, tolerance):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype is value.dtype, name
-        assert found[name].stride() == value.stride(), name
-        error = (found[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-30)
-        assert error <= tolerance, f"{name}: {error:.2g}"
-
-
-def classes(model):
-    return {type(m).__name__ for m in model.modules() if base.is_patched(m)}
+from tests.bench.layers import Layer, Saved
+from tests.helpers.patched import FEW, MANY, MODELS, PATCHED, assert_close, classes, compute, lora_layers, pair, tiny
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -167,10 +91,6 @@ def last_function(model):
     layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.self_attn.q_proj"))
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(7), dtype=layer.weight.dtype)
     return type(layer(x.requires_grad_()).grad_fn).__name__.removesuffix("Backward")
-
-
-def lora_layers(model):
-    return [m for m in model.modules() if hasattr(m, "lora_A")]
 
 
 def two_adapters(model):
@@ -469,63 +389,3 @@ def test_an_mlp_in_blocks_gives_the_same(monkeypatch):
     with torch.no_grad():
         ids = torch.arange(40)[None]
         assert torch.allclose(changed(input_ids=ids).logits, own(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
-
-
-# Where torch lacks a private operation, or it computes something else
-
-
-def broken(*args, **kwargs):
-    raise RuntimeError("no such schema")
-
-
-def zeros(like):
-    return lambda *args, **kwargs: torch.zeros_like(args[like])
-
-
-@pytest.mark.parametrize("operation", [broken, lambda left, right, bias=None: left @ right - 1])
-def test_products_without_onednn_are_torchs_own(operation, monkeypatch):
-    monkeypatch.setattr(products, "_product", operation)
-    products._has_onednn.cache_clear()
-    try:
-        assert not products._has_onednn()
-        left, right = torch.randn(40, 6), torch.randn(6, 5)
-        torch.testing.assert_close(matmul(left, right), left @ right, rtol=0, atol=0)
-        summand = torch.randn(40, 5)
-        torch.testing.assert_close(add_matmul(summand, left, right), torch.addmm(summand, left, right), rtol=0, atol=0)
-    finally:
-        products._has_onednn.cache_clear()
-
-
-@pytest.mark.parametrize("operation", [broken, zeros(0)])
-def test_an_mlp_whose_derivative_is_not_torchs_keeps_its_own_forward(operation, monkeypatch):
-    monkeypatch.setattr(torch.ops.aten, "silu_backward", operation)
-    mlp._activations.cache_clear()
-    try:
-        assert "PatchedLlamaMLP" not in classes(pair("llama")[1])
-    finally:
-        mlp._activations.cache_clear()
-    monkeypatch.undo()
-    assert "PatchedLlamaMLP" in classes(pair("llama")[1])
-
-
-@pytest.mark.parametrize("operation", [broken, lambda *args, **kwargs: [torch.zeros_like(x) for x in args[1:4]]])
-def test_attention_without_torchs_cpu_kernel_uses_masks(operation, monkeypatch):
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", operation)
-    attention._has_cpu_kernel.cache_clear()
-    try:
-        assert not attention._has_cpu_kernel()
-        row = (attention.PromptSpan(0, 3, (2, 4)),)
-        inputs = [torch.randn(1, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2)]
-        attention.attend(*inputs, row, 0.3).sum().backward()
-        assert all(x.grad.abs().max() > 0 for x in inputs)
-    finally:
-        attention._has_cpu_kernel.cache_clear()
-    monkeypatch.undo()
-    assert attention._has_cpu_kernel()
-
-
-def test_rows_without_unsafe_view_can_be_written_to(monkeypatch):
-    monkeypatch.setattr(base, "_HAS_UNSAFE_VIEW", False)
-    own, changed = pair("llama", torch.float64)
-    assert classes(changed) == PATCHED["llama"]
-    assert_close(compute(changed), compute(own), 1e-12)

@@ -23,8 +23,8 @@ from alignment.training.objective import groups_to_reference, mismatched_groups
 from alignment.training.sampler import StepSampler
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_policy
+from tests.helpers.steps import make_loss, make_trainer, sequence_logp
 from tests.policy.test_policy import NF4, adapter, load, start_of, train_adapter
-from tests.training.test_gradients import make_loss, make_trainer, sequence_logp
 
 CPU = torch.device("cpu")
 GROUPS = random_groups(6, seed=11)

@@ -21,7 +21,7 @@ from alignment.scoring.logps import enable_scoring, join_scores, score
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_config, tiny_policy
-from tests.training.test_gradients import SETTINGS, make_loss, make_trainer, moved, step_gradient
+from tests.helpers.steps import SETTINGS, make_loss, make_trainer, moved, step_gradient
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,7 @@ from alignment.training.trainer import PreferenceTrainer
 from alignment.types import Group
 from tests.bench.layers import quantise
 from tests.conftest import random_groups, recommended_loss, tiny_config
-from tests.training.test_split_steps import groups_for
+from tests.helpers.steps import groups_for
 
 CPU = torch.device("cpu")
 LAYOUTS = {"shared": SharedLayout, "flat": FlatLayout}

@@ -35,7 +35,7 @@ from alignment.training.memory import (
 )
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_config, tiny_policy
-from tests.training.test_gradients import make_loss, make_trainer, step_gradient
+from tests.helpers.steps import make_loss, make_trainer, step_gradient
 
 CPU = torch.device("cpu")
 LORA = AdapterConfig(r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)

@@ -14,7 +14,7 @@ from alignment.training.metrics import Means, held_out_rows, preference_metrics
 from alignment.types import Group, RaggedLogps
 from tests.conftest import random_groups, tiny_policy
 from tests.helpers.commands import command, write_project
-from tests.training.test_gradients import make_loss, make_trainer, moved, sequence_logp
+from tests.helpers.steps import make_loss, make_trainer, moved, sequence_logp
 
 POLICY = RaggedLogps.from_sequences([torch.tensor(v).double() for v in ([-1.0, -2.0], [-4.0], [-3.0], [-1.0] * 4)])
 REFERENCE = RaggedLogps.from_sequences([torch.tensor(v).double() for v in ([-2.0, -3.0], [-5.5], [-2.5], [-2.0] * 4)])

@@ -11,7 +11,7 @@ from alignment.scoring.logps import enable_scoring
 from alignment.training.objective import step_seeds, step_totals
 from alignment.types import Group
 from tests.conftest import random_groups, recommended_loss, tiny_config, tiny_policy
-from tests.training.test_gradients import make_trainer, moved
+from tests.helpers.steps import make_trainer, moved
 
 GROUPS = random_groups(4, seed=31)
 

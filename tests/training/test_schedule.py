@@ -29,12 +29,12 @@ from alignment.training.schedule import FollowPolicy, Schedule, consecutive_part
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_config, tiny_policy
 from tests.helpers.commands import write_project
-from tests.kernels.test_patch import lora_layers
-from tests.kernels.test_patch import pair as patched_pair
+from tests.helpers.patched import lora_layers
+from tests.helpers.patched import pair as patched_pair
+from tests.helpers.steps import make_loss, make_trainer, moved, sequence_logp
 from tests.policy.test_policy import start_of
 from tests.reference.test_reference import CPU, ROUNDING, Forwards, books, cached
 from tests.stages.test_resume import TINY, assert_same, at_row, metric_rows, only_run, run
-from tests.training.test_gradients import make_loss, make_trainer, moved, sequence_logp
 
 GROUPS = [
     Group(group.prompt, group.completions, source=f"pairs:{i}") for i, group in enumerate(random_groups(8, seed=21))

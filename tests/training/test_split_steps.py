@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from alignment.data.units import as_rows
 from alignment.losses import LOSSES
 from alignment.reference.live import LiveReference
 from alignment.scoring.layout import FlatLayout, SharedLayout
@@ -19,23 +18,12 @@ from alignment.training.callbacks import Checkpoints, Rhythm, last_checkpoint
 from alignment.training.sampler import StepSampler
 from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import random_groups, recommended_loss, tiny_policy
-from tests.training.test_gradients import make_trainer, moved, step_gradient
+from tests.helpers.steps import groups_for, make_trainer, moved, step_gradient
 
 CPU = torch.device("cpu")
 NAMES = [name for name in LOSSES if name != "mixture"]
 """A mixture without parts is none; `mpo` stands for it."""
 every_loss = pytest.mark.parametrize("name", [*NAMES, "mpo"])
-
-
-def groups_for(loss, num=6, seed=4):
-    """Groups of the loss's unit, with scores and unequal weights."""
-    unit = loss.requirements().unit
-    groups = random_groups(num, k=3 if unit == "list" else 2, seed=seed)
-    groups = [
-        replace(group, scores=tuple(2.0 - 0.3 * i - 0.5 * k for k in range(len(group.completions))), weight=0.5 + i % 3)
-        for i, group in enumerate(groups)
-    ]
-    return as_rows(groups) if unit == "row" else groups
 
 
 @every_loss

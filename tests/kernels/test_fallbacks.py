@@ -1,0 +1,66 @@
+"""Where torch lacks one of its private operations, or it computes something else, another way is taken."""
+
+import pytest
+import torch
+
+from alignment.kernels import attention, base, mlp
+from alignment.kernels import matmul as products
+from alignment.kernels.matmul import add_matmul, matmul
+from tests.helpers.patched import PATCHED, assert_close, classes, compute, pair
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("no such schema")
+
+
+def zeros(like):
+    return lambda *args, **kwargs: torch.zeros_like(args[like])
+
+
+@pytest.mark.parametrize("operation", [broken, lambda left, right, bias=None: left @ right - 1])
+def test_products_without_onednn_are_torchs_own(operation, monkeypatch):
+    monkeypatch.setattr(products, "_product", operation)
+    products._has_onednn.cache_clear()
+    try:
+        assert not products._has_onednn()
+        left, right = torch.randn(40, 6), torch.randn(6, 5)
+        torch.testing.assert_close(matmul(left, right), left @ right, rtol=0, atol=0)
+        summand = torch.randn(40, 5)
+        torch.testing.assert_close(add_matmul(summand, left, right), torch.addmm(summand, left, right), rtol=0, atol=0)
+    finally:
+        products._has_onednn.cache_clear()
+
+
+@pytest.mark.parametrize("operation", [broken, zeros(0)])
+def test_an_mlp_whose_derivative_is_not_torchs_keeps_its_own_forward(operation, monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "silu_backward", operation)
+    mlp._activations.cache_clear()
+    try:
+        assert "PatchedLlamaMLP" not in classes(pair("llama")[1])
+    finally:
+        mlp._activations.cache_clear()
+    monkeypatch.undo()
+    assert "PatchedLlamaMLP" in classes(pair("llama")[1])
+
+
+@pytest.mark.parametrize("operation", [broken, lambda *args, **kwargs: [torch.zeros_like(x) for x in args[1:4]]])
+def test_attention_without_torchs_cpu_kernel_uses_masks(operation, monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", operation)
+    attention._has_cpu_kernel.cache_clear()
+    try:
+        assert not attention._has_cpu_kernel()
+        row = (attention.PromptSpan(0, 3, (2, 4)),)
+        inputs = [torch.randn(1, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2)]
+        attention.attend(*inputs, row, 0.3).sum().backward()
+        assert all(x.grad.abs().max() > 0 for x in inputs)
+    finally:
+        attention._has_cpu_kernel.cache_clear()
+    monkeypatch.undo()
+    assert attention._has_cpu_kernel()
+
+
+def test_rows_without_unsafe_view_can_be_written_to(monkeypatch):
+    monkeypatch.setattr(base, "_HAS_UNSAFE_VIEW", False)
+    own, changed = pair("llama", torch.float64)
+    assert classes(changed) == PATCHED["llama"]
+    assert_close(compute(changed), compute(own), 1e-12)
