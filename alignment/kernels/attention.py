@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from alignment.kernels.base import probing
 from alignment.kernels.block_attention import Part, block_attention
 
 try:
@@ -275,7 +276,7 @@ def _has_cpu_kernel() -> bool:
     q, k, v = (torch.randn(1, heads, 9, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
     results = []
     try:
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with probing(), torch.autocast("cpu", enabled=False):
             for function in (_CPUAttention.apply, _masked_attention):
                 out = function(q, k, v, row, 0.3)
                 results.append([out.detach(), *torch.autograd.grad(out.sin().sum(), (q, k, v))])

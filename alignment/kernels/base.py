@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +34,17 @@ def is_patched(module: nn.Module) -> bool:
 def original_class(module: nn.Module) -> type:
     """The class that the module had before it was patched."""
     return getattr(type(module), "_original_class", type(module))
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """For a probe that runs a backward pass, perhaps in the middle of a model's forward: nobody else sees its tensors.
+
+    A checkpointed layer counts the tensors that its forward saves. A probe runs only once, so the count would differ
+    when the layer is recomputed. Only the innermost hooks see a tensor, so hooks of its own shield the probe.
+    """
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield
 
 
 def without_autocast(function: _Static) -> _Static:

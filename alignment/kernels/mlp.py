@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from alignment.kernels.base import blocks, rows_of, shaped, subclass, without_autocast
+from alignment.kernels.base import blocks, probing, rows_of, shaped, subclass, without_autocast
 from alignment.kernels.linear import Projection, adapter_leaves, hooked, projection_of
 from alignment.kernels.norm import NormOutput, keep, norm_output, recall
 
@@ -35,7 +35,7 @@ def _activations() -> tuple[_Activation, ...]:
     values = torch.linspace(-8, 8, 257, requires_grad=True)
     working = []
     for forward, name, settings in known:
-        with torch.enable_grad():
+        with probing():
             (expected,) = torch.autograd.grad(forward(values).sum(), values)
         try:
             backward = functools.partial(getattr(torch.ops.aten, name), **settings)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from alignment.kernels import attention, base, mlp
 from alignment.kernels import matmul as products
@@ -64,3 +65,16 @@ def test_rows_without_unsafe_view_can_be_written_to(monkeypatch):
     own, changed = pair("llama", torch.float64)
     assert classes(changed) == PATCHED["llama"]
     assert_close(compute(changed), compute(own), 1e-12)
+
+
+def test_the_first_probe_may_run_inside_a_checkpointed_layer():
+    """Its saved tensors are not those of the layer, which has none of them when it is computed again."""
+    row = (attention.PromptSpan(0, 3, (2, 4)),)
+    q, k, v = (torch.randn(1, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
+    gradients = []
+    for _ in range(2):
+        attention._has_cpu_kernel.cache_clear()
+        out = checkpoint(attention.attend, q, k, v, row, 0.3, use_reentrant=False)
+        gradients.append(torch.autograd.grad(out.sin().sum(), q)[0])
+    expected = torch.autograd.grad(attention.attend(q, k, v, row, 0.3).sin().sum(), q)[0]
+    assert all(torch.equal(found, expected) for found in gradients)

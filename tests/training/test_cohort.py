@@ -434,7 +434,7 @@ def test_a_member_without_finite_numbers_does_not_spoil_the_others(where, tmp_pa
     if where == "weights":
         broken.add_callback(BreakAt(2))
     else:
-        monkeypatch.setattr(broken, "loss", BrokenLoss(broken.loss))
+        monkeypatch.setattr(broken.objective, "loss", BrokenLoss(broken.objective.loss))
     found = together(base, [trainers[0], broken, trainers[1]])
     assert found == [trainers[0], broken, trainers[1]]
     assert all(value.isnan().all() for value in weights(broken).values())
