@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl_error, kl_measure
 from alignment.comparison.members import ComparedRun, Variant
 from alignment.comparison.ranking import Comparison, in_rank_order, interval
+from alignment.losses import title as loss_title
 from alignment.runs.folder import MODEL_TITLES, dig, series
 from alignment.runs.style import COLOURS, DASHES, STROKES, SYMBOLS
 from alignment.runs.text import format_value, is_number
@@ -166,7 +167,7 @@ def curves(found: Comparison) -> list[Chart]:
             note = f"One line per member; the seeds of a variant look alike. Values are of {where}"
             note += ", because held-out pairs were evaluated too rarely for a curve." if split == "train" else "."
             there = {line.meta for line in figure.data}
-            absent = {v.loss.upper(): None for index, v in enumerate(found.variants) if index not in there}
+            absent = {loss_title(v.loss): None for index, v in enumerate(found.variants) if index not in there}
             note += f" Not measured for {', '.join(absent)}." if absent else ""
             if metric.endswith("accuracies"):
                 figure.update_yaxes(tickformat=".0%")
@@ -356,7 +357,7 @@ def sensitivity(found: Comparison) -> list[Chart]:
         figure.update_layout(height=280 if all(line.showlegend is False for line in figure.data) else None)
         name = key.removeprefix("loss.")
         note = "Lines join means over seeds with 95% intervals; small points are single seeds."
-        title = f"{loss.upper()}: {name}"
+        title = f"{loss_title(loss)}: {name}"
         drawn.append(_chart(f"over-{_slug(f'{loss} {key}')}", title, note, figure, name, measure.name))
     return drawn
 

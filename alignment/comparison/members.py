@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from alignment.errors import UserError
+from alignment.losses import title as loss_title
 from alignment.runs.folder import (
     RUN_FILES,
     RunFiles,
@@ -70,7 +71,7 @@ class Variant:
     def label(self) -> str:
         """The loss with the settings that tell it from other variants."""
         parts = [f"{key.removeprefix('loss.')} {format_value(value)}" for key, value in self.settings.items()]
-        return ", ".join([self.loss.upper(), *parts])
+        return ", ".join([loss_title(self.loss), *parts])
 
     @property
     def begun(self) -> list[ComparedRun]:

@@ -10,6 +10,7 @@ from alignment.comparison.measures import ACCURACY, WIN_RATE, Measure
 from alignment.comparison.members import ComparedRun, Variant
 from alignment.comparison.ranking import Comparison, Contrast, Standing, interval, rank_variants
 from alignment.comparison.statistics import paired_difference
+from alignment.losses import title as loss_title
 from alignment.runs.cautions import cautions as run_cautions
 from alignment.runs.folder import dig, status
 from alignment.runs.text import format_value, percent, short_hash
@@ -43,7 +44,7 @@ def counted(count: int, what: str) -> str:
 
 def overview(found: Comparison) -> str:
     """What is compared, in one sentence."""
-    losses = list(dict.fromkeys(variant.loss.upper() for variant in found.variants))
+    losses = list(dict.fromkeys(loss_title(variant.loss) for variant in found.variants))
     seeds = list(dict.fromkeys(format_value(member.seed) for member in found.members if member.seed is not None))
     said = [counted(len(found.members), "run")]
     if losses:
@@ -232,7 +233,7 @@ def _who(found: Comparison, members: Sequence[ComparedRun]) -> str:
         for loss in dict.fromkeys(member.loss for member in members)
         if sum(m.loss == loss for m in members) == sum(m.loss == loss for m in found.members) > 1
     ]
-    said = [f"all of {loss.upper()}" for loss in whole]
+    said = [f"all of {loss_title(loss)}" for loss in whole]
     return ", ".join([*said, *(member.name for member in members if member.loss not in whole)])
 
 

@@ -29,6 +29,7 @@ from alignment.comparison.members import ComparedRun, Variant
 from alignment.comparison.ranking import Comparison, interval
 from alignment.comparison.sentences import counted, judge_contrast, points
 from alignment.comparison.statistics import ranks
+from alignment.losses import title as loss_title
 from alignment.runs.folder import as_count, dig, status, stopped_at, submapping
 from alignment.runs.text import DASH, format_value, is_number, percent, short_hash
 
@@ -300,7 +301,7 @@ def settings_and_data(found: Comparison) -> Table:
         for member in variant.begun:
             fixed = {k: v for k, v in member.settings.items() if k.startswith("loss.") and k not in variant.settings}
             said = ", ".join(f"{key.removeprefix('loss.')} {format_value(value)}" for key, value in fixed.items())
-            add(f"settings that all {variant.loss.upper()} runs share", said or None)
+            add(f"settings that all {loss_title(variant.loss)} runs share", said or None)
     facts["what differs between members"] = [", ".join(found.differing_settings) or "nothing but the loss or the seed"]
     rows = [[name, "; ".join(values)] for name, values in facts.items() if values]
     return Table("Settings and data", ["", ""], rows)
@@ -318,7 +319,7 @@ def member_table(found: Comparison) -> Table:
         rows.append(
             [
                 member.name,
-                labels.get(member.name, member.loss.upper() or DASH),
+                labels.get(member.name, loss_title(member.loss) or DASH),
                 format_value(member.seed),
                 status(member.run.summary) or "unfinished",
                 format_value(stage.get("steps")),

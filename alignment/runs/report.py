@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from alignment.evaluation.intervals import wilson_interval
+from alignment.losses import title as loss_title
 from alignment.runs.cautions import cautions
 from alignment.runs.folder import (
     MODEL_TITLES,
@@ -51,9 +52,10 @@ _STAGE_ROWS = {
 """Where the summary of a stage has each row of the table of stages. Metrics are named as in metrics.jsonl."""
 
 _ABOUT_EVALUATION = (
-    "A tie counts as half a win. A direct answer is short and neither hedges nor chats. Reward accuracy, margins and "
-    "ranking accuracy are those of the held-out pairs: a reward compares with the reference, ranking looks at the "
-    "policy alone. The KL is estimated from answers that the policy sampled."
+    "A tie counts as half a win. A direct answer is short and neither hedges nor chats. Accuracies and margins are of "
+    "the held-out pairs: reward accuracy and reward margin use the loss's own reward, the margin vs the reference "
+    "means the same for every loss, and ranking accuracy looks at the policy alone. The KL is estimated from answers "
+    "that the policy sampled."
 )
 
 _ZERO = 1e-4
@@ -75,7 +77,7 @@ def _stage_table(summary: dict[str, Any]) -> tuple[list[str], Rows]:
     rows = [
         [label, *(format_value(dig(entry, *keys)) for entry in entries.values())] for label, keys in _STAGE_ROWS.items()
     ]
-    return ["stage", *("SFT" if stage == "sft" else loss_name(summary).upper() for stage in entries)], _known(rows)
+    return ["stage", *("SFT" if stage == "sft" else loss_title(loss_name(summary)) for stage in entries)], _known(rows)
 
 
 def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> tuple[list[str], Rows]:
@@ -121,7 +123,7 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
     if is_number(kl) and is_number(error):
         around = " to ".join(format_value(kl + z * error) for z in (-1.959964, 1.959964))
     rows = [
-        ["win rate of the final model", *win_rate(lambda entry: percent(entry["rate"]))],
+        ["win rate of final model", *win_rate(lambda entry: percent(entry["rate"]))],
         [_INTERVAL, *win_rate(lambda entry: _range_of_shares((entry["low"], entry["high"])))],
         ["wins / ties / losses", *win_rate(lambda entry: "{wins} / {ties} / {losses}".format(**entry))],
         ["judge score", *answers("judge_score", format_value)],
@@ -130,16 +132,14 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         ["words per answer", *answers("words", format_value)],
         ["number of answers", *answers("n", format_value)],
         *accuracy("reward accuracy", "rewards/accuracies"),
-        ["reward margin, loss's units", *margin("rewards/margins")],
-        ["margin over reference, nats", *margin("nats/margins")],
+        ["reward margin, own units", *margin("rewards/margins")],
+        ["margin vs reference, nats", *margin("nats/margins")],
         *accuracy("ranking accuracy", "ranking/accuracies"),
         ["KL to start, nats/answer", *(format_value(kl if model == "final" else None) for model in models)],
         [_INTERVAL, *(around if model == "final" else DASH for model in models)],
     ]
-    titles = [
-        f"after {loss_name(summary).upper()}" if model == "final" and final else MODEL_TITLES[model] for model in models
-    ]
-    return ["measure", *titles], _known(rows)
+    after = MODEL_TITLES | ({"final": f"after {loss_title(loss_name(summary))}"} if final else {})
+    return ["measure", *(after[model] for model in models)], _known(rows)
 
 
 _INTERVAL = "  95% interval"
@@ -170,7 +170,7 @@ def _settings_and_data(run: RunFiles) -> list[tuple[str, str]]:
     if loss or not config:
         facts["preference data"] = _data_line(run, "preference", dig(config, "data", "source"))
     if settings or dig(summary, "stages", "preference"):
-        facts["loss"] = f"{loss_name(summary)} ({_listed(settings)})"
+        facts["loss"] = f"{loss_title(loss_name(summary))} ({_listed(settings)})"
     facts |= {
         "seed": summary.get("seed", config.get("seed")),
         "seconds": summary.get("seconds"),

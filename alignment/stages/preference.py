@@ -18,6 +18,7 @@ from alignment.data.units import spread_prompts
 from alignment.evaluation.kl import sampled_kl
 from alignment.files import atomic_write_bytes, to_json_lines
 from alignment.losses import Quantity
+from alignment.losses import title as loss_title
 from alignment.policy.adapter import has_adapter
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import checkpoint_layers, disable_dropout
@@ -227,7 +228,7 @@ class PreferenceStage:
     def _callbacks(self, reference: Reference | None, log_metrics: LogFunction, slot: CohortSlot | None) -> list[Any]:
         """In the order in which they act; prepares the reference for the steps up to its first refresh."""
         config, data = self._config, self._data
-        name = config.loss.name.upper()
+        name = loss_title(config.loss.name)
         title = name if slot is None else f"{self._work.run_dir.name} {name}"
         callbacks = stage_callbacks(title, log_metrics, config.trainer, bool(data.eval))
         if self._stopping is not None:

@@ -53,7 +53,7 @@ def sweep(tmp_path):
 def test_variants_are_told_apart_by_what_differs(sweep):
     found = compare([read_member(folder, folder.name) for folder in run_folders([sweep])])
     assert found.differing_settings == ["loss.beta"], "a setting that only one loss has, or a seed, is no difference"
-    labels = ["DPO, beta 0.1", "DPO, beta 0.5", "SIMPO, beta 2", "SIMPO, beta 8"]
+    labels = ["DPO, beta 0.1", "DPO, beta 0.5", "SimPO, beta 2", "SimPO, beta 8"]
     assert [variant.label for variant in found.variants] == labels
     assert [variant.seeds for variant in found.variants] == [[0, 1]] * 4
     assert [member.name for member in found.members] == [f"{i}-made" for i in range(8)]
@@ -73,9 +73,9 @@ def test_means_intervals_and_ranks(sweep):
     ranked = {row[0]: row_of(results(found), row[0])["rank by seed"] for row in results(found).rows}
     assert ranked == {
         "DPO, beta 0.1": "1\nseeds alike",
-        "SIMPO, beta 2": "2\nseeds alike",
+        "SimPO, beta 2": "2\nseeds alike",
         "DPO, beta 0.5": "3.5\nseeds 3, 4",
-        "SIMPO, beta 8": "3.5\nseeds 4, 3",
+        "SimPO, beta 8": "3.5\nseeds 4, 3",
     }
 
 
@@ -84,7 +84,7 @@ def test_the_best_of_each_loss_are_compared_by_pairs(sweep):
     found = compared(*run_folders([sweep]))
     [contrast] = found.contrasts
     difference = contrast.difference
-    assert contrast.other.label == "SIMPO, beta 2"
+    assert contrast.other.label == "SimPO, beta 2"
     assert (difference.better, difference.worse, difference.count) == (5, 0, 20)
     assert difference.value == pytest.approx(0.85 - 0.70)
     assert contrast.p == pytest.approx(2 / 32)
@@ -93,7 +93,7 @@ def test_the_best_of_each_loss_are_compared_by_pairs(sweep):
     assert "None of these can be called the winner" in said[1], "5 of 5 are not enough: p is 0.0625"
     assert "15.0 points behind" in said[2] and "within noise" in said[2]
     rows = differences(found).rows
-    assert [row[0] for row in rows] == ["DPO, beta 0.1", "SIMPO, beta 2"], "the best of each loss, the first on top"
+    assert [row[0] for row in rows] == ["DPO, beta 0.1", "SimPO, beta 2"], "the best of each loss, the first on top"
     assert rows[1][3:] == ["within noise", "5 to 0\nof 20", "0.062"]
 
 
@@ -211,7 +211,7 @@ def test_charts_hold_the_values(sweep):
     assert [choice.label for choice in legend(found)] == [variant.label for variant in found.variants]
     assert list(margins.figure["data"][0]["y"]) == [0.0, 2.0, 4.0, 6.0, 8.0]
     dpo, simpo = sensitivity(found)
-    assert [chart.title for chart in (dpo, simpo)] == ["DPO: beta", "SIMPO: beta"]
+    assert [chart.title for chart in (dpo, simpo)] == ["DPO: beta", "SimPO: beta"]
     seeds, means = dpo.figure["data"]
     assert (list(seeds["x"]), list(seeds["y"])) == ([0.1, 0.1, 0.5, 0.5], [0.8, 0.9, 0.6, 0.5])
     assert (list(means["x"]), list(means["y"])) == ([0.1, 0.5], [pytest.approx(0.85), pytest.approx(0.55)])
@@ -230,7 +230,7 @@ def test_charts_hold_the_values(sweep):
 def test_a_row_for_every_variant_at_a_glance(sweep):
     [chart] = overviews(compared(*run_folders([sweep])))
     means = [trace for trace in chart.figure["data"] if "error_x" in trace]
-    assert [trace["y"][0] for trace in means] == ["DPO, beta 0.1", "SIMPO, beta 2", "DPO, beta 0.5", "SIMPO, beta 8"]
+    assert [trace["y"][0] for trace in means] == ["DPO, beta 0.1", "SimPO, beta 2", "DPO, beta 0.5", "SimPO, beta 8"]
     assert [round(trace["x"][0], 3) for trace in means] == [0.85, 0.7, 0.55, 0.55]
     bars = means[0]["error_x"]  # Wilson at 0.85, n = 20: 0.6396 to 0.9476
     assert (bars["arrayminus"][0], bars["array"][0]) == (

@@ -70,7 +70,7 @@ def test_what_is_more_than_noise_stays_so_among_several_comparisons(tmp_path):
     assert not met[0, 2].is_noise and met[0, 2].rate == pytest.approx(0.5 + 12 / 40)
     assert met[1, 2].p == pytest.approx(2 / 32) and met[1, 2].is_noise
     said = {row[0]: row for row in head_to_head(found).rows}
-    assert said["DPO"][-1].endswith("more than noise") and not said["SIMPO"][-1].endswith("more than noise")
+    assert said["DPO"][-1].endswith("more than noise") and not said["SimPO"][-1].endswith("more than noise")
 
 
 def test_few_variants_all_meet_and_of_many_the_best_of_each_loss(tmp_path):

@@ -30,7 +30,7 @@ def sweep(tmp_path_factory, tiny_model_folder):
 def test_members_and_measures_are_those_of_the_runs(sweep):
     members = [read_member(folder, folder.name) for folder in run_folders([sweep])]
     found = compare(members)
-    assert [variant.label for variant in found.variants] == ["DPO", "SIMPO"]
+    assert [variant.label for variant in found.variants] == ["DPO", "SimPO"]
     assert [variant.seeds for variant in found.variants] == [[0, 1], [0, 1]]
     assert not any(member.run.problems for member in members)
     for member in members:

@@ -26,7 +26,7 @@ def test_the_table_has_plain_numbers_best_first(tmp_path):
     rows = [dict(zip(sent.header, row, strict=True)) for row in sent.rows]
     assert [(row["variant"], row["loss"], row["beta"], row["seeds"], row["rank"]) for row in rows] == [
         ("DPO, beta 0.1", "dpo", 0.1, "0, 1", 1),
-        ("SIMPO", "simpo", None, "0", 2),
+        ("SimPO", "simpo", None, "0", 2),
         ("DPO, beta 0.5", "dpo", 0.5, "0", 3),
     ]
     # (16 + 18) / 2 of 20; Wilson's interval at 0.85 with n = 20.

@@ -194,7 +194,7 @@ def test_a_comparison_is_made_and_read(lab, monkeypatch):
     for row, (folder, _) in zip(numbers, runs.values(), strict=True):
         assert row["margin, nats"] == pytest.approx(final(lab, folder, "nats/margins"))
         assert row["n_pairs"] == 32
-    assert {row[0] for row in rows} == {"DPO", "SIMPO", "IPO"}
+    assert {row[0] for row in rows} == {"DPO", "SimPO", "IPO"}
     assert all(len(row) == len(header) for row in rows)
     assert len(noise) == 3, "the first, and each other one behind it"
     assert rows[0][0] in said[0] and "3 variants" in said[0]

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from alignment import report
+from alignment.losses import LOSSES
 from alignment.runs.record import RunRecord
 from alignment.runs.report import print_summary, write_report
 
@@ -114,7 +115,7 @@ def test_a_whole_run(run_dir: Path) -> None:
     assert "Read this first" not in text, "nothing about this run needs a warning"
     assert "Not available" not in text
     assert cells(text, "measure") == ["before training", "after SFT", "after DPO"]
-    assert cells(text, "win rate of the final model") == ["75.0%", "70.0%", "-"]
+    assert cells(text, "win rate of final model") == ["75.0%", "70.0%", "-"]
     assert cells(text, "wins / ties / losses") == ["44 / 8 / 12", "40 / 10 / 14", "-"]
     assert cells(text, "judge score") == ["0.3", "0.4", "0.6"]
     assert cells(text, "correct answers") == ["36.0%", "42.0%", "66.0%"]
@@ -126,7 +127,7 @@ def test_a_whole_run(run_dir: Path) -> None:
         "63.0% to 84.0% | 58.0% to 80.0% | -",
         "- | - | 71.1% to 86.7%",
     ]
-    assert cells(text, "reward margin, loss's units") == ["-", "0", "1.7"]
+    assert cells(text, "reward margin, own units") == ["-", "0", "1.7"]
     assert cells(text, "stage") == ["SFT", "DPO"]
     assert cells(text, "steps") == ["20", "24"]
     assert cells(text.split("## What ran")[0], "seconds") == ["65.5", "120"]
@@ -134,7 +135,7 @@ def test_a_whole_run(run_dir: Path) -> None:
     assert cells(text, "eval/nats/margins") == ["-", "17"]
     assert "hits 512, misses 7" in text
     assert "abababababababab," in text
-    assert cells(text, "loss") == ["dpo (beta 0.1, label_smoothing 0)"]
+    assert cells(text, "loss") == ["DPO (beta 0.1, label_smoothing 0)"]
     assert cells(text, "preference data")[0].startswith("my_pairs.jsonl; 192 rows to train on; 100 held out")
     links = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert "plots/loss.png" in links
@@ -270,12 +271,21 @@ def test_the_closing_tables_have_a_line_per_row_in_80_columns(terminal: bool, mo
         r"tokens/s +812 +1210",
         r"eval/nats/margins +- +17",
         r"measure +before training +after SFT +after DPO",
-        r"win rate of the final model +75.0% +70.0% +-",
+        r"win rate of final model +75.0% +70.0% +-",
         r"  95% interval +63.0% to 84.0% +58.0% to 80.0% +-",
         r"wins / ties / losses +44 / 8 / 12 +40 / 10 / 14 +-",
         r"correct answers +36.0% +42.0% +66.0%",
     ):
         assert [line for line in lines if re.fullmatch(row, line)], row
+
+
+def test_losses_are_written_as_in_their_papers_and_the_longest_name_fits(run_dir: Path) -> None:
+    for key, loss in LOSSES.items():
+        out = io.StringIO()
+        print_summary(put("stages.preference.loss", key), Console(file=out))
+        lines = out.getvalue().splitlines()
+        assert any(line.endswith(f" after {loss.title}") for line in lines)
+        assert max(map(len, lines)) <= 80, loss.title
 
 
 def test_a_pipe_gets_the_closing_tables_unbroken(run_dir: Path) -> None:
@@ -287,7 +297,7 @@ def test_a_pipe_gets_the_closing_tables_unbroken(run_dir: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "30"}
     )
-    assert "win rate of the final model  75.0%            70.0%           -\n" in done.stdout
+    assert "win rate of final model    75.0%            70.0%           -\n" in done.stdout
     assert "\x1b" not in done.stdout
 
 
