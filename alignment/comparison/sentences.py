@@ -131,7 +131,7 @@ def _lead(standing: Standing, again: bool = False) -> list[str]:
         if again:
             return ["Chance explains this order too."]
         return [
-            f"None of these can be called the winner: with this number of held-out {standing.measure.unit} and seeds, "
+            f"There is no clear winner: with this number of held-out {standing.measure.unit} and seeds, "
             "chance explains the order."
         ]
     if not behind:

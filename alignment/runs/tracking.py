@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from alignment.config.schema import TrackingConfig
 from alignment.errors import UserError
@@ -35,65 +35,25 @@ _out_of_reach: list[str] = []
 """Why W&B could not be reached, if it was tried: no later run of this process waits for it again."""
 
 
-class Tracker(Protocol):
-    """Receives the numbers of a run while it runs. The run folder has them all without it."""
-
-    @property
-    def run_id(self) -> str | None:
-        """Id with which a later process continues the tracked run."""
-
-    def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Send one row; `split` is "train" or "eval", and names are those of metrics.jsonl."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Set final values; secrets are masked."""
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the run; `exit_code` 0 is success. A second call does nothing."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class NullTracker:
-    """A tracker that sends nothing."""
-
-    run_id: str | None = None
-
-    def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Do nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-
 def metric_row(stage: str, step: int, split: str, metrics: Mapping[str, float]) -> dict[str, Any]:
     """One row under its W&B names: `train/rewards/margins` in the preference stage, `sft/train/loss` in SFT."""
     prefix = f"sft/{split}" if stage == "sft" else split
     return {f"{prefix}/{name}": value for name, value in metrics.items()} | {f"{stage}/step": step, "stage": stage}
 
 
-class WandbTracker:
-    """One W&B run. An error in W&B is logged once and ends the tracking, never the training."""
+class Tracker:
+    """Sends the numbers of a run to W&B while it runs; without a W&B run it sends nothing.
 
-    def __init__(self, run: wandb.Run, rows: Sequence[Mapping[str, Any]] = (), num_there: int = 0) -> None:
+    An error in W&B is logged once and ends the tracking, never the training. The run folder has all numbers anyway.
+
+    Attributes:
+        run_id: id with which a later process continues the W&B run; None without one.
+    """
+
+    def __init__(self, run: wandb.Run | None, rows: Sequence[Mapping[str, Any]] = (), num_there: int = 0) -> None:
         """Send the rows of metrics.jsonl that W&B lacks; it has the first `num_there` of `rows`."""
-        self._run: wandb.Run | None = run
-        self.run_id: str | None = run.id
+        self._run = run
+        self.run_id: str | None = run.id if run is not None else None
         self._sent: set[tuple[str, int, str]] = set()
         self._guarded(_define_axes)
         for row in rows[num_there:]:
@@ -102,7 +62,10 @@ class WandbTracker:
         self._sent.update((row["stage"], row["step"], row["split"]) for row in rows)
 
     def log(self, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Send one row in the background, unless W&B has it from before a resume."""
+        """Send one row in the background, unless W&B has it from before a resume.
+
+        `split` is "train" or "eval", and names are those of metrics.jsonl.
+        """
         if (stage, step, split) in self._sent:
             return
         row = metric_row(stage, step, split, metrics)
@@ -170,10 +133,10 @@ def open_tracker(
         name=run_dir.name if sweep else f"{recipe}-{run_dir.name}",
     )
     if run is None:
-        return NullTracker()
+        return Tracker(None)
     path = run_dir / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
-    return WandbTracker(run, rows, run.starting_step)
+    return Tracker(run, rows, run.starting_step)
 
 
 def sweep_name(run_dir: Path) -> str | None:
@@ -210,11 +173,13 @@ def start_run(
         return None
     import wandb
 
+    # What an earlier process left
     id_file = folder / _ID_FILE
     begun_id = id_file.read_text().strip() if id_file.exists() else None
     earlier = list(folder.glob("wandb/offline-run-*/*.wandb"))
     folder.mkdir(parents=True, exist_ok=True)
 
+    # Online if it can be, else offline
     def start(mode: Literal["online", "offline"]) -> wandb.Run:
         return wandb.init(
             project=config.project,
@@ -249,6 +214,8 @@ def start_run(
         logger.warning("W&B keeps this run offline%s; send it with: wandb sync %s", reason, parts)
     else:
         logger.info("W&B: %s", run.url)
+
+    # What a later process needs
     for path in earlier:
         path.with_suffix(".wandb.synced").touch()  # tells `wandb sync` to skip it
     atomic_write_text(id_file, f"{run.id}\n")

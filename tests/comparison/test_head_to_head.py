@@ -5,14 +5,8 @@ import itertools
 import pytest
 
 from alignment.comparison.head_to_head import MAX_ENTRANTS, duels, entrants
-from alignment.comparison.members import read_member
-from alignment.comparison.ranking import compare
 from alignment.comparison.tables import head_to_head
-from tests.helpers.run_folders import change_json, make_run
-
-
-def compared(*folders):
-    return compare([read_member(folder, folder.name) for folder in folders])
+from tests.helpers.run_folders import change_json, compared, make_run
 
 
 @pytest.fixture

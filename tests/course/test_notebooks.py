@@ -199,5 +199,5 @@ def test_a_comparison_is_made_and_read(lab, monkeypatch):
     assert len(noise) == 3, "the first, and each other one behind it"
     assert rows[0][0] in said[0] and "3 variants" in said[0]
     # Four answers of a random model: nobody can win.
-    assert any("none of these can be called the winner" in line for line in said)
+    assert any("There is no clear winner" in line for line in said)
     assert "A win rate could be a draw" in warned

@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from alignment.comparison.members import read_member
+from alignment.comparison.ranking import Comparison, compare
+from alignment.comparison.tables import Table
 from alignment.runs.record import RunRecord
 from tests.helpers.commands import write_lines
 
@@ -133,3 +136,18 @@ def make_run(
 
 def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def right(count: int, of: int = 20) -> list[bool]:
+    """For `make_run`: so many pairs are ranked correctly, the first ones."""
+    return [i < count for i in range(of)]
+
+
+def compared(*folders: Path) -> Comparison:
+    return compare([read_member(folder, folder.name) for folder in folders])
+
+
+def row_of(table: Table, first: str) -> dict[str, str]:
+    """The row of a table that begins with `first`, by its headings."""
+    [row] = [row for row in table.rows if row[0] == first]
+    return dict(zip(table.header, row, strict=True))

@@ -17,7 +17,7 @@ from alignment.errors import UserError
 from alignment.runs import tracking
 from alignment.runs.record import RunRecord
 from alignment.runs.sweep_tracking import SweepSummary, send_summary
-from alignment.runs.tracking import NullTracker, WandbTracker, metric_row, open_tracker, sweep_name
+from alignment.runs.tracking import Tracker, metric_row, open_tracker, sweep_name
 from tests.helpers.wandb_files import history, of_kind, read_wandb
 
 
@@ -26,7 +26,7 @@ def config(**values: Any) -> TrackingConfig:
     return TrackingConfig(**(defaults | values))
 
 
-def start(settings: TrackingConfig | None, run_dir: Path) -> tracking.Tracker:
+def start(settings: TrackingConfig | None, run_dir: Path) -> Tracker:
     return open_tracker(
         settings,
         run_dir=run_dir,
@@ -211,7 +211,7 @@ def test_wandb_mode_goes_before_the_setting(
 
 def test_wandb_mode_disabled_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert isinstance(start(config(mode="online"), tmp_path), NullTracker)
+    assert start(config(mode="online"), tmp_path).run_id is None
     monkeypatch.setenv("WANDB_MODE", "sideways")
     with pytest.raises(UserError, match=r"WANDB_MODE must be one of online, .*not 'sideways'"):
         start(config(), tmp_path)
@@ -233,7 +233,7 @@ class BrokenRun:
 
 def test_what_wandb_raises_ends_the_tracking_only(caplog: pytest.LogCaptureFixture) -> None:
     run = BrokenRun()
-    with WandbTracker(run) as tracker:  # type: ignore[arg-type]
+    with Tracker(run) as tracker:  # type: ignore[arg-type]
         tracker.log("sft", 1, "train", {"loss": 1.0})
         tracker.log("sft", 2, "train", {"loss": 1.0})
         tracker.summary({"a": 1})
@@ -249,7 +249,7 @@ def test_a_run_goes_on_where_wandb_cannot_even_start(
         raise OSError("the disk is full")
 
     nobody_logged_in.setattr("wandb.init", fail)
-    assert isinstance(start(config(), tmp_path), NullTracker)
+    assert start(config(), tmp_path).run_id is None
     assert [record.getMessage() for record in caplog.records if record.name == "alignment.runs.tracking"] == [
         "W&B failed and gets nothing of this run; training goes on: the disk is full"
     ]
@@ -278,7 +278,7 @@ def test_a_continued_run_gets_what_it_lacks_and_nothing_twice() -> None:
         for step, split in ((0, "eval"), (1, "train"), (2, "train"), (3, "train"))
     ]
     run = ListingRun()
-    tracker = WandbTracker(run, rows, 2)  # type: ignore[arg-type]
+    tracker = Tracker(run, rows, 2)  # type: ignore[arg-type]
     lacking = [{"train/loss": float(step), "preference/step": step, "stage": "preference"} for step in (2, 3)]
     assert run.rows == lacking
     # The resume does steps 2 and 3 again, then goes on.

@@ -1,0 +1,133 @@
+"""Charts of folders made by hand: they hold the known values."""
+
+import json
+
+import pytest
+
+from alignment.comparison.charts import curves, frontiers, legend, lengths, overviews, sensitivity
+from alignment.comparison.measures import KLS, kl_measure
+from alignment.comparison.members import read_member, run_folders
+from alignment.comparison.ranking import compare
+from alignment.comparison.tables import results
+from alignment.runs.style import COLOURS
+from tests.helpers.run_folders import change_json, compared, make_run, right
+
+
+def test_charts_hold_the_values(sweep):
+    found = compared(*run_folders([sweep]))
+    margins = next(chart for chart in curves(found) if chart.name == "nats-margins")
+    assert len(margins.figure["data"]) == 8
+    assert margins.num_entries == 4, "seeds of a variant share an entry of the legend"
+    assert [line["meta"] for line in margins.figure["data"]] == [0, 0, 1, 1, 2, 2, 3, 3], "places in the legend of all"
+    assert [choice.label for choice in legend(found)] == [variant.label for variant in found.variants]
+    assert list(margins.figure["data"][0]["y"]) == [0.0, 2.0, 4.0, 6.0, 8.0]
+    dpo, simpo = sensitivity(found)
+    assert [chart.title for chart in (dpo, simpo)] == ["DPO: beta", "SimPO: beta"]
+    seeds, means = dpo.figure["data"]
+    assert (list(seeds["x"]), list(seeds["y"])) == ([0.1, 0.1, 0.5, 0.5], [0.8, 0.9, 0.6, 0.5])
+    assert (list(means["x"]), list(means["y"])) == ([0.1, 0.5], [pytest.approx(0.85), pytest.approx(0.55)])
+    assert list(simpo.figure["data"][1]["y"]) == [pytest.approx(0.7), pytest.approx(0.55)]
+    heights = [chart.figure["layout"]["yaxis"]["range"] for chart in (dpo, simpo)]
+    assert heights[0] == heights[1], "so that losses can be laid beside each other"
+    assert lengths(found) == [], "nothing was answered"
+    assert dpo.figure["layout"]["xaxis"]["type"] == "log", "values that lie many times apart"
+    bars = means["error_y"]  # Wilson at 0.85, n = 20: 0.6396 to 0.9476
+    assert (bars["arrayminus"][0], bars["array"][0]) == (
+        pytest.approx(0.85 - 0.6396, abs=5e-5),
+        pytest.approx(0.9476 - 0.85, abs=5e-5),
+    )
+
+
+def test_a_row_for_every_variant_at_a_glance(sweep):
+    [chart] = overviews(compared(*run_folders([sweep])))
+    means = [trace for trace in chart.figure["data"] if "error_x" in trace]
+    assert [trace["y"][0] for trace in means] == ["DPO, beta 0.1", "SimPO, beta 2", "DPO, beta 0.5", "SimPO, beta 8"]
+    assert [round(trace["x"][0], 3) for trace in means] == [0.85, 0.7, 0.55, 0.55]
+    bars = means[0]["error_x"]  # Wilson at 0.85, n = 20: 0.6396 to 0.9476
+    assert (bars["arrayminus"][0], bars["array"][0]) == (
+        pytest.approx(0.85 - 0.6396, abs=5e-5),
+        pytest.approx(0.9476 - 0.85, abs=5e-5),
+    )
+    seeds = [trace for trace in chart.figure["data"] if "error_x" not in trace]
+    assert [list(trace["x"]) for trace in seeds][:2] == [[0.8, 0.9], [0.75, 0.65]]
+
+
+def luminance(colour):
+    def linear(value):
+        return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+
+    red, green, blue = (linear(int(colour[i : i + 2], 16) / 255) for i in (1, 3, 5))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#14181d"])
+def test_colours_can_be_seen_on_both_pages(page):
+    for colour in COLOURS:
+        light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 3, colour
+
+
+def test_the_distance_is_the_sampled_kl_only_where_all_have_it(tmp_path):
+    a, b = make_run(tmp_path / "a", kl=3.0), make_run(tmp_path / "b", settings={"beta": 0.5})
+    members = [read_member(folder, folder.name) for folder in (a, b)]
+    assert kl_measure(members) is KLS[1]
+    assert KLS[1].value(members[0]) == -3.0
+    for folder, mean in ((a, 2.5), (b, 4.0)):
+        change_json(folder / "summary.json", evaluation={"kl/sampled": {"n": 8, "mean": mean, "se": 0.1}})
+        members = [read_member(each, each.name) for each in (a, b)]
+        assert kl_measure(members) is (KLS[0] if folder == b else KLS[1])
+    assert [KLS[0].value(member) for member in members] == [2.5, 4.0]
+    [chart] = frontiers(compare(members))
+    points = chart.figure["data"]
+    assert [list(point["x"]) for point in points] == [[2.5], [4.0]]
+    assert [list(point["error_x"]["array"]) for point in points] == [[pytest.approx(0.196)]] * 2
+
+
+def test_without_the_offline_metric_it_is_the_mean_of_both_sides(tmp_path):
+    a = make_run(tmp_path / "a")
+    metrics = {"eval/nats/chosen": -1.0, "eval/nats/rejected": -4.0}
+    change_json(a / "summary.json", stages={"preference": {"loss": "dpo", "metrics": metrics}})
+    member = read_member(a, "a")
+    assert kl_measure([member]) is KLS[1]
+    assert KLS[1].value(member) == -2.5
+
+
+def test_the_kl_has_its_interval(tmp_path):
+    """Two seeds with errors of 0.1 and 0.3, which were asked the same: 3 with 1.96 times 0.2 to either side."""
+    for seed, (mean, error) in enumerate(((2.0, 0.1), (4.0, 0.3))):
+        folder = make_run(tmp_path / str(seed), seed=seed)
+        change_json(folder / "summary.json", evaluation={"kl/sampled": {"n": 8, "mean": mean, "se": error}})
+    found = compared(tmp_path / "0", tmp_path / "1")
+    [row] = results(found).rows
+    assert "3\n(2.61 to 3.39)\nseeds 2, 4" in row
+    large = frontiers(found)[0].figure["data"][-1]
+    assert list(large["x"]) == [3.0] and list(large["error_x"]["array"]) == [pytest.approx(0.392)]
+
+
+def test_curves_are_of_training_where_the_held_out_pairs_were_looked_at_twice_only(tmp_path):
+    folder = make_run(tmp_path / "a", steps=4)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    ends = [row for row in rows if row["step"] in (0, 4)]
+    trained = [row | {"split": "train", "nats/margins": 100.0 + row["step"]} for row in rows]
+    trained.append(trained[-1] | {"step": 5, "nats/margins": 105.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ends + trained))
+    charts = {chart.name: chart for chart in curves(compared(folder))}
+    trailing = [100.0, 100.5, 101.0, 101.5, 102.0, 103.0]  # means of up to the last five
+    assert list(charts["nats-margins"].figure["data"][0]["y"]) == trailing
+    assert "mean of the last 5 steps" in charts["nats-margins"].note
+
+
+def test_a_chart_says_whose_line_is_not_in_it(tmp_path):
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", "kto")
+    (b / "metrics.jsonl").write_text((b / "metrics.jsonl").read_text().replace("nats/accuracies", "other"))
+    notes = {chart.name: chart.note for chart in curves(compared(a, b))}
+    assert notes["nats-accuracies"].endswith("Not measured for KTO.")
+    assert "Not measured" not in notes["nats-margins"]
+
+
+def test_of_many_variants_the_best_of_each_loss_are_drawn_first(tmp_path):
+    for i in range(8):
+        loss = ("dpo", "kto")[i % 2]
+        make_run(tmp_path / str(i), loss, {"beta": 0.1 * (i + 1)}, right=right(10 + i))
+    shown = [choice.label for choice in legend(compared(*sorted(tmp_path.iterdir()))) if choice.is_shown]
+    assert shown == ["DPO, beta 0.7", "KTO, beta 0.8"]
