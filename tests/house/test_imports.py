@@ -16,7 +16,7 @@ ONLY_IN = {
     "omegaconf": {"run", "config", "stages.cohorts"},
     "wandb": {"runs.tracking", "runs.sweep_tracking"},
     "trl": {"stages.sft"},
-    "matplotlib": {"runs.plots", "course.figures"},
+    "matplotlib": {"runs.plots", "runs.style", "course.figures"},
     "plotly": {"comparison.charts", "comparison.tracked"},
     "sqlite3": {"reference.store", "cache"},
     "greenlet": {"training.cohort"},
