@@ -14,6 +14,7 @@ import pytest
 from tests.bench.job import ROOT
 from tests.bench.slices import Side, run_sides
 from tests.bench.turns import Command
+from tests.helpers.patience import patience
 
 BUSY = """
 import sys, time
@@ -47,17 +48,16 @@ def test_sides_run_in_turns_and_only_their_own_time_counts(command, tmp_path):
     counts = blocks(tmp_path)
     assert sum(count for name, count in counts if name == "a") == 60
     # Side by side they would change at almost every one of the 120 letters; one after the other there are two blocks.
-    assert 4 <= len(counts) <= 40
+    assert 4 <= len(counts) <= elapsed / 0.2 + 2
     for spent in found.values():
         assert 0.6 <= spent.user + spent.system <= spent.seconds + 0.05
-    assert sum(spent.seconds for spent in found.values()) == pytest.approx(elapsed, abs=0.1)
+    assert sum(spent.seconds for spent in found.values()) == pytest.approx(elapsed, rel=0.2)
 
 
 def test_a_share_is_so_many_slices_in_a_row(command, tmp_path):
     list(run_sides([Side("a", (command(BUSY, "a"),), share=5), Side("b", (command(BUSY, "b"),))], 0.05))
-    first, second = blocks(tmp_path)[:2]
-    assert first[0] == "a" and second[0] == "b"
-    assert first[1] > 2 * second[1]
+    written = (tmp_path / "diary").read_text()
+    assert written[: written.rindex("a")].count("b") < 30
 
 
 def outside(code, folder):
@@ -97,12 +97,12 @@ def test_a_failure_ends_its_side_alone(command, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-NOTE_AND_SLEEP = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+NOTE_AND_SLEEP = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(3600)"
 
 
 def gone(path, seconds=5.0):
     """Whether the process that noted its id there ends in time."""
-    pid, end = int(path.read_text()), time.monotonic() + seconds
+    pid, end = int(path.read_text()), time.monotonic() + patience(seconds)
     while time.monotonic() < end:
         try:
             if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
@@ -115,7 +115,7 @@ def gone(path, seconds=5.0):
 
 def test_who_stops_listening_ends_them_all(command, tmp_path):
     sides = [Side("a", (command(NOTE_AND_SLEEP, "pid"),)), Side("b", (command(""),))]
-    running = run_sides(sides, 0.5)
+    running = run_sides(sides, 1.0)
     assert next(running)[0] == "b"
     running.close()
     assert gone(tmp_path / "pid")
@@ -124,7 +124,7 @@ def test_who_stops_listening_ends_them_all(command, tmp_path):
 def test_stopped_processes_end_with_who_stopped_them(tmp_path):
     """The second side runs when the process is killed, the first one is stopped, and would be so for ever."""
     process = outside(f"list(run_sides([side(n, {NOTE_AND_SLEEP!r}) for n in 'ab'], 1.0))", tmp_path)
-    end = time.monotonic() + 30
+    end = time.monotonic() + patience(30)
     while not (tmp_path / "b").exists() or not (tmp_path / "b").read_text():
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.02)

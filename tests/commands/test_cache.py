@@ -215,6 +215,7 @@ def test_a_mistake_is_one_sentence(
     assert left(folder) == {OLD, NEW}
 
 
+@pytest.mark.slow
 def test_as_a_module(folder: Path) -> None:
     command = [sys.executable, "-m", "alignment.cache"]
     listed = subprocess.run([*command, "list", "--path", str(folder)], capture_output=True, text=True, check=False)

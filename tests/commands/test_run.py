@@ -16,6 +16,7 @@ from alignment.config.arguments import check_arguments
 from alignment.config.compose import load
 from alignment.errors import UserError
 from tests.helpers.commands import Ended, command, pair, write_lines, write_project
+from tests.helpers.patience import patience
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +282,7 @@ def test_wrong_data(name, arguments, said, tiny, tmp_path, tmp_path_factory):
     assert_refused(tiny(f"data.source='{source}'", *arguments), tmp_path, *said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -310,10 +312,11 @@ def real_command(cwd: Path, *arguments: str) -> Ended:
     """The command as a user types it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "alignment.run", *arguments]
-    ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=patience(120))
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"), [(["loss.bta=1"], "bta"), (["recipe=tiny", "data.source=absent.jsonl"], "absent.jsonl")]
 )
@@ -368,6 +371,7 @@ def logits_of(model, run_dir: Path) -> torch.Tensor:
 SHORT = ("sft=none", "trainer.max_steps=2", "evaluation.prompts=0", "trainer.eval_every=0")
 
 
+@pytest.mark.slow
 def test_every_loss(tiny, tmp_path, tiny_model_folder):
     """One sweep over the losses; pairs ask for one reference, which the first run computes for the others."""
     losses = ("dpo", "ipo", "simpo", "orpo", "kto")
@@ -386,6 +390,7 @@ def test_every_loss(tiny, tmp_path, tiny_model_folder):
             assert (reference["misses"], reference["hits"]) == (0, 24)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_values_computes_the_reference_once(tiny, tmp_path):
     ended = tiny("-m", "loss.beta=0.1,0.2", *SHORT)
     assert ended.code == 0, ended.err
@@ -408,6 +413,7 @@ def test_a_run_of_sft_alone(tiny, tmp_path, tiny_model_folder):
     assert not logits_of(load_policy(run_dir, base), run_dir).allclose(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_merged_model_computes_what_the_policy_computes(quantization, tiny, tmp_path, tiny_model_folder):
     ended = tiny(*SHORT, f"quantization={quantization}", "export.merge=true", "export.dtype=float32")

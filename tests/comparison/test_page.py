@@ -8,7 +8,10 @@ import subprocess
 import pytest
 
 from alignment.comparison import write_comparison
+from tests.helpers.patience import patience
 from tests.helpers.run_folders import make_run
+
+pytestmark = pytest.mark.slow
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROBE = """<script>
@@ -78,7 +81,7 @@ def look(page, folder, *flags):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(120),
         check=True,
     )
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)

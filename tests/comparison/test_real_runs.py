@@ -12,6 +12,8 @@ from alignment.comparison.members import Variant, read_member, run_folders
 from alignment.comparison.ranking import compare, interval
 from tests.helpers.commands import command, write_project
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory, tiny_model_folder):

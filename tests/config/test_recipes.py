@@ -21,6 +21,7 @@ from alignment.files import asset_dir
 from alignment.losses import DPO, IPO, KTO, LOSSES, ORPO, SimPO
 from alignment.losses.ipo import Reduction
 from alignment.losses.nll import NLLReduction, NLLScope
+from tests.helpers.patience import patience
 
 ROOT = Path(__file__).parents[2]
 RECIPES = asset_dir("recipes")
@@ -279,6 +280,7 @@ def test_a_dead_network_is_waited_for_once(name, monkeypatch):
     assert str(caught.value).count("the hub cannot be reached") == 1
 
 
+@pytest.mark.slow
 def test_without_the_hub_a_qwen3_recipe_stops_at_once(tmp_path):
     """By the command: status 1, one sentence, nothing written, and no heavy import on the way."""
     done = subprocess.run(
@@ -287,7 +289,7 @@ def test_without_the_hub_a_qwen3_recipe_stops_at_once(tmp_path):
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(300),
     )
     lines = done.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}

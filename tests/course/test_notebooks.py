@@ -12,6 +12,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.helpers.patience import patience
+
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 FIGURES = ("histograms(", "curves(", "metric_curves(", "planes(")
@@ -42,7 +44,7 @@ def execute(number: int, lab: Path, monkeypatch: pytest.MonkeyPatch, asked: str,
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({asked}))"))
     monkeypatch.setenv("ALIGNMENT_FAST", "1")
     monkeypatch.setenv("ALIGNMENT_CACHE", str(lab / "cache"))
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(lab)}}).execute()
+    NotebookClient(notebook, timeout=int(patience(300)), resources={"metadata": {"path": str(lab)}}).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code" and cell.source.split("\n")[-1].startswith(FIGURES):
             assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.source
@@ -79,6 +81,7 @@ def test_they_begin_with_an_aim_and_end_with_questions(path):
     assert last.startswith("## Questions")
 
 
+@pytest.mark.slow
 def test_data_of_ones_own_are_explored(lab, monkeypatch):
     """Four pairs by hand: the chosen one is longer in three; one comparison is judged in both directions."""
     pairs = [
@@ -106,6 +109,7 @@ def test_data_of_ones_own_are_explored(lab, monkeypatch):
     assert leaks == 0
 
 
+@pytest.mark.slow
 def test_the_bundled_data_favour_short_answers(lab, monkeypatch):
     asked = "[len(rows), len(held_out), agreements.to_dict('index'), groups.chosen_longer.max()]"
     train, held_out, agreements, longer = execute(1, lab, monkeypatch, asked)
@@ -115,6 +119,7 @@ def test_the_bundled_data_favour_short_answers(lab, monkeypatch):
     assert longer < 0.5
 
 
+@pytest.mark.slow
 def test_the_gradient_is_what_the_text_says(lab, monkeypatch):
     asked = "[{name: f.push_up.tolist() for name, f in found.items()}, at_start.to_dict(), by_length.T.to_dict()]"
     push, start, by_length = execute(2, lab, monkeypatch, asked)
@@ -150,6 +155,7 @@ def final(lab: Path, folder: str, name: str) -> float:
     return [row for row in rows if row["stage"] == "preference" and row["split"] == "eval"][-1][name]
 
 
+@pytest.mark.slow
 def test_two_losses_are_trained_and_their_metrics_read(lab, monkeypatch):
     runs, table, samples = execute(3, lab, monkeypatch, f"[{RUNS}, table.to_dict('index'), len(samples)]")
     assert list(runs) == list(table) == ["loss=dpo", "loss=simpo"]
@@ -167,6 +173,7 @@ def test_two_losses_are_trained_and_their_metrics_read(lab, monkeypatch):
     assert samples == 8
 
 
+@pytest.mark.slow
 def test_beta_is_swept_and_the_curves_are_of_it(lab, monkeypatch):
     runs, table, lines = execute(
         4, lab, monkeypatch, f"[{RUNS}, table.to_dict('index'), {{k: [x, list(y)] for k, (x, y) in lines.items()}}]"
@@ -180,6 +187,7 @@ def test_beta_is_swept_and_the_curves_are_of_it(lab, monkeypatch):
     assert lines["reward accuracy"] == [betas, [row["reward accuracy"] for row in table.values()]]
 
 
+@pytest.mark.slow
 def test_a_comparison_is_made_and_read(lab, monkeypatch):
     asked = (
         f"[{RUNS}, str(page), numbers.to_dict('records'), table.header, table.rows, noise.rows, headline(found),"

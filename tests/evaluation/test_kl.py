@@ -150,6 +150,7 @@ def finish(project: Path, cwd: Path, *overrides: str) -> tuple[dict, str]:
     return json.loads((folder / "summary.json").read_text()), ended.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "n"),
     [
@@ -171,6 +172,7 @@ def test_the_command_estimates_it(project, tmp_path, overrides, n):
     assert [mean, low, high] == pytest.approx([found["mean"], found["mean"] - half, found["mean"] + half], rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.patience import patience
+
 # A run that starts from scratch imports torch, transformers, trl and peft for many seconds; one forked from a server
 # that has them takes one. To the code under test both are a process whose main() gets the arguments.
 FORKS = multiprocessing.get_context("forkserver")
@@ -78,6 +80,13 @@ class Ended:
     err: str
 
 
+def _leave_pictures_empty() -> None:
+    """Plots are made but not rendered, a third of a small run's time; tests/runs/test_plots.py looks at pictures."""
+    from matplotlib.figure import Figure
+
+    Figure.savefig = lambda self, file, **settings: file.write(b"")
+
+
 def _child(arguments: list[str], cwd: Path, cache: Path, patch: Callable[[], None] | None) -> None:
     import torch
 
@@ -88,6 +97,7 @@ def _child(arguments: list[str], cwd: Path, cache: Path, patch: Callable[[], Non
     os.chdir(cwd)
     os.environ["ALIGNMENT_CACHE"] = str(cache)
     torch.set_num_threads(1)
+    _leave_pictures_empty()
     if patch is not None:
         patch()
     from alignment.run import main
@@ -98,13 +108,16 @@ def _child(arguments: list[str], cwd: Path, cache: Path, patch: Callable[[], Non
 def command(
     *arguments: str, cwd: Path, cache: Path, patch: Callable[[], None] | None = None, timeout: float = 120
 ) -> Ended:
-    """Run `python -m alignment.run` with the arguments in `cwd`; `patch` runs in the new process before it."""
+    """Run `python -m alignment.run` with the arguments in `cwd`; `patch` runs in the new process before it.
+
+    `timeout` is the seconds that it may take on a quiet machine.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     process = FORKS.Process(target=_child, args=(list(arguments), cwd, cache, patch))
     process.start()
-    process.join(timeout)
+    process.join(patience(timeout))
     if process.exitcode is None:
         process.kill()
         process.join()
-        raise TimeoutError(f"{arguments} took longer than {timeout} s")
+        raise TimeoutError(f"{arguments} took longer than {patience(timeout)} s")
     return Ended(process.exitcode, (cache / "stdout").read_text(), (cache / "stderr").read_text())

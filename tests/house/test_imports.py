@@ -48,6 +48,7 @@ def lint_imports(checkout: Path) -> subprocess.CompletedProcess:
     return subprocess.run([tool, "--no-cache"], cwd=checkout, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "line"),
     [

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import alignment
+from tests.helpers.patience import patience
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -27,12 +28,13 @@ def canonical(requirement: str) -> str:
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=patience(300))
     (path,) = folder.iterdir()
     assert path.name == f"alignment-{alignment.__version__}-py3-none-any.whl"
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_code_configuration_recipes_and_data(wheel):
     """Every file under the package, `conf` and `recipes`, byte by byte, and no file of anything else."""
     expected = {}
@@ -54,6 +56,7 @@ def test_the_wheel_holds_code_configuration_recipes_and_data(wheel):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
 
 
+@pytest.mark.slow
 def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     """It composes from its own copies and reads its own bundled rows."""
     wheel.extractall(tmp_path / "site")
@@ -75,7 +78,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(300),
     )
     assert done.returncode == 0, done.stderr
     package = tmp_path / "site" / "alignment"

@@ -261,6 +261,7 @@ def test_a_class_whose_forward_does_something_else_is_left_alone(caplog):
 # Everything around
 
 
+@pytest.mark.slow
 def test_once_and_again_and_the_random_state_are_untouched():
     model = tiny()
     state = torch.get_rng_state()

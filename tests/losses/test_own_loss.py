@@ -59,6 +59,7 @@ def test_the_documented_example_is_ten_lines_long():
     assert len(own) == 10
 
 
+@pytest.mark.slow
 def test_the_documented_example_runs_and_resumes(folder):
     ended = run(folder)
     assert ended.code == 0, ended.err
@@ -74,6 +75,7 @@ def test_the_documented_example_runs_and_resumes(folder):
     assert numbers(folder / "killed") == numbers(whole)
 
 
+@pytest.mark.slow
 def test_it_is_swept_over_and_mixed(folder):
     ended = run(folder, "-m", "loss.margin=0.0,2.0")
     assert ended.code == 0, ended.err

@@ -118,6 +118,7 @@ def test_everything_that_changes_the_policy_changes_its_identity(tiny_model_fold
     assert len(set(identities.values())) == len(identities), identities
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["all-linear", "embed_tokens"])
 def test_identity_survives_saving_and_another_process(tiny_model_folder, tmp_path, target):
     model = train_adapter(attach_adapter(load(tiny_model_folder), adapter(target_modules=[target]), 0))

@@ -22,6 +22,8 @@ from alignment.reference.store import ReferenceStore
 from tests.conftest import shared_data, tiny_config
 from tests.policy.test_policy import scores
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 151_936
 
 

@@ -23,6 +23,7 @@ from alignment.training.objective import groups_to_reference, mismatched_groups
 from alignment.training.sampler import StepSampler
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_policy
+from tests.helpers.patience import patience
 from tests.helpers.steps import make_loss, make_trainer, sequence_logp
 from tests.policy.test_policy import NF4, adapter, load, start_of, train_adapter
 
@@ -99,7 +100,7 @@ def test_who_wants_what_another_computes_waits_and_finds_it(tmp_path, monkeypatc
 
         monkeypatch.setattr(CachedReference, "_compute", patched)
         _, first = prepared(model, tmp_path)
-        _, second = asked[0].result(timeout=30)
+        _, second = asked[0].result(patience(30))
     count = first["misses"]
     assert count > 0 and (first["hits"], second["hits"], second["misses"]) == (0, count, 0)
 

@@ -18,6 +18,7 @@ import pytest
 from alignment.errors import UserError
 from alignment.files import cache_dir
 from alignment.reference.store import REFERENCE_FILE, ReferenceStore, damaged_files
+from tests.helpers.patience import patience
 
 A, B = "a" * 64, "b" * 64
 
@@ -75,10 +76,10 @@ def test_an_identity_is_computed_by_one_at_a_time(path: Path) -> None:
                 pass
 
         with first.locked(A):
-            other.submit(enter, B).result(timeout=10)
+            other.submit(enter, B).result(patience(10))
             waiting = other.submit(enter, A)
             assert wait([waiting], timeout=0.2).not_done
-        waiting.result(timeout=10)
+        waiting.result(patience(10))
 
 
 def test_identities_never_mix(path: Path) -> None:
@@ -215,6 +216,7 @@ def start_writer(path: Path, first: int, count: int, size: int) -> subprocess.Po
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged_before", [False, True])
 def test_four_processes_create_and_write_at_once(path: Path, damaged_before: bool) -> None:
     if damaged_before:
@@ -235,6 +237,7 @@ def test_four_processes_create_and_write_at_once(path: Path, damaged_before: boo
     assert len(damaged_files(path)) == damaged_before, "only the first to come moves it aside"
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_whole_transactions(path: Path) -> None:
     size = 50
     for round_ in range(3):
@@ -416,6 +419,7 @@ def left_by_a_killed_writer(path: Path) -> Path:
     return log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "database truncated", "some bytes"])
 def test_a_damaged_log_never_changes_a_value(path: Path, damage: str) -> None:
     log = left_by_a_killed_writer(path)

@@ -13,6 +13,8 @@ from alignment.runs.record import read_metrics
 from tests.helpers.commands import command, write_project
 from tests.helpers.wandb_files import history, of_kind, read_wandb
 
+pytestmark = pytest.mark.slow
+
 
 def offline(home: Path, killed_at: int | None) -> None:
     """Nothing of the user's own W&B; the second member may be killed at a step of its preference stage."""

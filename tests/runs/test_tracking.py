@@ -178,6 +178,7 @@ def test_metric_names(stage: str, split: str, name: str, sent: str) -> None:
     assert metric_row(stage, 4, split, {name: 0.5}) == {sent: 0.5, f"{stage}/step": 4, "stage": stage}
 
 
+@pytest.mark.slow
 def test_without_tracking_wandb_is_not_imported(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"

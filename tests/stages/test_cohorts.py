@@ -169,6 +169,7 @@ def assert_close(run: Path, other: Path) -> None:
 NAMES = ("dpo", "ipo", "simpo", "kto", "orpo")
 
 
+@pytest.mark.slow
 def test_a_cohort_is_its_members_one_by_one(project, one_by_one, tmp_path):
     """The five losses of one sweep, three at a time: two begin where others have ended."""
     ended = sweep_in(tmp_path, project, *JOINT)
@@ -203,6 +204,7 @@ def killed_at(step, how=signal.SIGKILL):
     RunRecord.log = patched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
 def test_a_cohort_goes_on_where_it_stopped(how, project, one_by_one, tmp_path):
     four = ("trainer.cohort=4", "trainer.joint_passes=true")
@@ -235,6 +237,7 @@ def test_a_cohort_goes_on_where_it_stopped(how, project, one_by_one, tmp_path):
         assert_close(sweep / f"{number}-tiny", one_by_one / f"{number}-tiny")
 
 
+@pytest.mark.slow
 def test_a_failed_member_ends_no_other(project, one_by_one, tmp_path):
     ended = sweep_in(tmp_path, project, *JOINT, patch=failing_second, code=1)
     *_, error, last = ended.err.splitlines()
@@ -266,6 +269,7 @@ def too_small_for_three():
     preference_stage.plan_stage = patched
 
 
+@pytest.mark.slow
 def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_path):
     ended = sweep_in(tmp_path, project, *JOINT, patch=too_small_for_three)
     assert ended.out.count("The members of the cohort take turns from here on") == 1
@@ -273,6 +277,7 @@ def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_pa
         assert_close(tmp_path / "sweep" / f"{number}-tiny", one_by_one / f"{number}-tiny")
 
 
+@pytest.mark.slow
 def test_on_a_cpu_members_take_turns(project, one_by_one, tmp_path):
     ended = sweep_in(tmp_path, project, "trainer.cohort=3")
     assert ended.out.count("The members of the cohort take turns") == 1
@@ -283,6 +288,7 @@ def test_on_a_cpu_members_take_turns(project, one_by_one, tmp_path):
         assert all((value == weights[1][name]).all() for name, value in weights[0].items())
 
 
+@pytest.mark.slow
 def test_members_of_a_cohort_are_runs_of_their_own_in_wandb(project, tmp_path):
     offline = ("tracking=wandb", "tracking.mode=offline", *JOINT, "loss=dpo,simpo,kto")
     sweep_in(tmp_path, project, *offline)

@@ -21,6 +21,7 @@ from alignment.errors import UserError
 from alignment.files import file_lock
 from alignment.run import end_sweep
 from tests.helpers.commands import command, write_project
+from tests.helpers.patience import patience
 
 LOSS = '''\
 """A loss whose run is killed, as by a system without memory."""
@@ -71,7 +72,7 @@ def sweep(project: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(300),
         check=False,
     )
 
@@ -80,6 +81,7 @@ def summary(member: Path) -> dict:
     return json.loads((member / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_joblib_shares_what_members_have_in_common(project, tmp_path):
     needs("hydra_joblib_launcher")
     ended = sweep(project, tmp_path, "loss.beta=0.1,0.2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
@@ -92,6 +94,7 @@ def test_joblib_shares_what_members_have_in_common(project, tmp_path):
     assert (tmp_path / "sweep" / "comparison.html").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_ends_no_other(tiny_model_folder, tmp_path):
     needs("hydra_submitit_launcher")
     project = write_project(tmp_path / "project", tiny_model_folder)
@@ -128,6 +131,7 @@ def test_members_that_still_run_are_waited_for(tmp_path, monkeypatch):
         ended.result()
 
 
+@pytest.mark.slow
 def test_a_search(project, tmp_path, monkeypatch):
     needs("hydra_optuna_sweeper")
     search = ("-m", *QUICK, "loss.beta=interval(0.1,1)", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2")

@@ -17,6 +17,9 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.helpers.commands import command, write_project
+from tests.helpers.patience import patience
+
+pytestmark = pytest.mark.slow
 
 TINY = ("recipe=tiny",)
 
@@ -291,12 +294,12 @@ def test_ctrl_c_says_how_to_go_on(project, uninterrupted, tmp_path):
     arguments = [sys.executable, "-m", "alignment.run", "--config-dir", str(project), *TINY]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=out, stderr=err)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patience(120)
     while not any(path.stat().st_size for path in tmp_path.glob("outputs/tiny/*/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "err").read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 1
+    assert process.wait(patience(60)) == 1
     said = (tmp_path / "err").read_text()
     assert "Traceback" not in said
     *_, last = said.splitlines()

@@ -16,6 +16,7 @@ from alignment.stages import store as stage_store
 from alignment.stages.store import StageStore, StoredStage, stage_key
 from tests.conftest import tiny_policy
 from tests.helpers.commands import command, write_project
+from tests.helpers.patience import patience
 from tests.stages.test_resume import at_row, metric_rows
 
 KEY = "0123456789abcdef" * 2
@@ -145,7 +146,7 @@ def test_a_second_process_waits(policy, tmp_path, caplog):
             time.sleep(0.01)
         order.append("first")
         store.put(KEY, policy, {"identity": "abc"})
-    thread.join(30)
+    thread.join(patience(30))
     assert order[0] == "first" and order[1]["identity"] == "abc"
     assert "waiting" in caplog.text
 
@@ -196,6 +197,7 @@ def assert_same(found: Path, expected: Path) -> None:
     assert (found / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [(), ("adapter=none",)], ids=["adapter", "whole model"])
 def test_sft_is_done_once_and_the_runs_are_the_same(settings, project, tmp_path):
     cache = tmp_path / "cache"
@@ -220,6 +222,7 @@ def test_sft_is_done_once_and_the_runs_are_the_same(settings, project, tmp_path)
     assert metric_rows(first) != metric_rows(second), "beta is another one"
 
 
+@pytest.mark.slow
 def test_what_changes_sft_is_trained_and_what_does_not_is_not(project, tmp_path):
     cache = tmp_path / "cache"
     for number, (arguments, count) in enumerate(
@@ -237,6 +240,7 @@ def test_what_changes_sft_is_trained_and_what_does_not_is_not(project, tmp_path)
         assert len(results(cache, "sft")) == count, arguments
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_trained_again(project, tmp_path):
     cache = tmp_path / "cache"
     _, first = run(project, tmp_path / "first", cache)
@@ -253,6 +257,7 @@ def test_a_damaged_result_is_trained_again(project, tmp_path):
     assert_same(third, first)
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_not_the_one_that_was_kept_is_trained_again(project, tmp_path):
     """From the adapter that was drawn for it, although another's weights were put in its place."""
     cache = tmp_path / "cache"
@@ -266,6 +271,7 @@ def test_a_policy_that_is_not_the_one_that_was_kept_is_trained_again(project, tm
     assert_same(second, first)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_sft_takes_over_what_another_has_done_since(project, tmp_path):
     cache = tmp_path / "cache"
     killed, second = run(project, tmp_path / "second", cache, patch=at_step_6)

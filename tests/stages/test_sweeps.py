@@ -169,6 +169,7 @@ def uninterrupted(project, tmp_path_factory) -> Path:
     return cwd / "sweep"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
 def test_a_sweep_goes_on_where_it_stopped(how, project, uninterrupted, tmp_path):
     sweep = tmp_path / "sweep"
@@ -199,6 +200,7 @@ def test_a_sweep_goes_on_where_it_stopped(how, project, uninterrupted, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*.jsonl")} == before
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_same_folder_is_refused(project, uninterrupted, tmp_path):
     before = contents(uninterrupted)
     ended = command(
@@ -226,6 +228,7 @@ def failing_second():
     PreferenceStage.run = patched
 
 
+@pytest.mark.slow
 def test_a_failed_member_ends_no_other(project, uninterrupted, tmp_path):
     sweep = tmp_path / "sweep"
     arguments = ("--config-dir", str(project), *GRID)
@@ -246,6 +249,7 @@ def test_a_failed_member_ends_no_other(project, uninterrupted, tmp_path):
     assert_same(sweep / "1-tiny", uninterrupted / "1-tiny")
 
 
+@pytest.mark.slow
 def test_members_that_cannot_begin(project, tmp_path):
     ended = command(
         *("--config-dir", str(project), *GRID, "model.name=./absent"), cwd=tmp_path, cache=tmp_path / "cache"
@@ -258,6 +262,7 @@ def test_members_that_cannot_begin(project, tmp_path):
     assert not (tmp_path / "sweep" / "comparison.html").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_with_members_runs_and_each_is_as_if_alone(project, tmp_path):
     arguments = ("--config-dir", str(project), "recipe=sub/many", "-m", "evaluation.prompts=0", "hydra.sweep.dir=sweep")
     ended = command(*arguments, cwd=tmp_path, cache=tmp_path / "cache", patch=same_code)

@@ -518,17 +518,19 @@ class Interrupt(TrainerCallback):
 
 def test_an_interrupt_reaches_a_member_that_computes():
     """Wherever it is, and not only where it waits for the others."""
-    ended = []
+    began, ended = threading.Event(), []
 
     def forever(member):
         try:
+            began.set()
             while True:
                 time.sleep(0.01)
         finally:
             ended.append(member)
 
     def interrupt():
-        time.sleep(0.3)
+        began.wait()
+        time.sleep(0.1)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

@@ -373,6 +373,7 @@ def rows_of(run: Path, split: str) -> dict[int, dict]:
     return {row["step"]: row for row in rows if row["stage"] == "preference" and row["split"] == split}
 
 
+@pytest.mark.slow
 def test_the_worse_member_is_stopped(sweep):
     good, bad = sweep / "0-tiny", sweep / "1-tiny"
     assert summary_of(good)["status"] == "finished"
@@ -397,6 +398,7 @@ def test_the_worse_member_is_stopped(sweep):
     assert not (bad / "failed.json").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_member_is_saved_but_answers_nothing_more(sweep):
     good, bad = sweep / "0-tiny", sweep / "1-tiny"
     adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (good, bad)]
@@ -408,6 +410,7 @@ def test_a_stopped_member_is_saved_but_answers_nothing_more(sweep):
     assert summary_of(good)["evaluation"]["kl/sampled"]["n"] == 2 and (good / "samples.md").exists()
 
 
+@pytest.mark.slow
 def test_what_reports_say_of_it(sweep):
     said = "stopped at step 3 of 8: at step 2 number 2 of 2 members by nats/margins"
     own = (sweep / "1-tiny" / "report.md").read_text()
@@ -447,6 +450,7 @@ def killed_in_the_second(when: str):
         stages.save_policy = saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["at the rung", "before it is saved"])
 def test_a_killed_member_ends_where_it_would_have(when, project, sweep, tmp_path):
     arguments = ("--config-dir", str(project), *SWEEP)
@@ -471,6 +475,7 @@ def test_a_killed_member_ends_where_it_would_have(when, project, sweep, tmp_path
     assert stages[0]["stopped"] == stages[1]["stopped"] and stages[0]["metrics"] == stages[1]["metrics"]
 
 
+@pytest.mark.slow
 def test_a_stopped_member_stays_stopped(project, sweep):
     before = (sweep / "1-tiny" / "summary.json").stat().st_mtime_ns
     ended = command(
@@ -480,6 +485,7 @@ def test_a_stopped_member_stays_stopped(project, sweep):
     assert (sweep / "1-tiny" / "summary.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_members_that_train_together_are_compared_whoever_is_first(project, sweep, tmp_path):
     """One after the other the first would have had nobody to lose to; the third begins in the place that it frees."""
     shutil.copytree(sweep.parent / "cache", tmp_path / "cache")

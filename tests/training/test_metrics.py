@@ -173,6 +173,7 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_file_of_a_run_holds_what_the_logged_metrics_are_means_of(runs):
     for loss, folder in runs.items():
         by_moment = defaultdict(list)
@@ -190,6 +191,7 @@ def test_the_file_of_a_run_holds_what_the_logged_metrics_are_means_of(runs):
         assert any(abs(row["nats/chosen"]) > 0.1 for row in by_moment["final"])
 
 
+@pytest.mark.slow
 def test_pairs_are_the_same_in_runs_of_different_losses(runs):
     """A comparison can be paired: the same keys in the same order, the same start, the same reference."""
     kept = ("moment", "source", "key", "lengths/chosen", "reference_logps/chosen", "reference_logps/rejected")
@@ -201,6 +203,7 @@ def test_pairs_are_the_same_in_runs_of_different_losses(runs):
     assert tables["dpo"] == tables["orpo"] == tables["kto"]
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_a_comparison_asks_for(runs):
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in runs.values()]
     for summary in summaries:

@@ -463,6 +463,7 @@ RUNS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_killed_between_refreshes_ends_like_one_that_was_not(kind, project, tmp_path):
     """The store is lost meanwhile: what the start has to say is computed again, the rest is in the checkpoint."""
@@ -489,6 +490,7 @@ def test_a_run_killed_between_refreshes_ends_like_one_that_was_not(kind, project
     assert refreshes(only_run(cwd)) == refreshes(expected)
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_every_refresh_in_the_store(project, tmp_path):
     """Its policy is the same at every refresh, to the last bit."""
     for attempt in range(2):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from alignment.training.callbacks import Checkpoints, Rhythm, last_checkpoint
 from alignment.training.sampler import StepSampler
 from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import random_groups, recommended_loss, tiny_policy
+from tests.helpers.patience import patience
 from tests.helpers.steps import groups_for, make_trainer, moved, step_gradient
 
 CPU = torch.device("cpu")
@@ -26,6 +28,7 @@ NAMES = [name for name in LOSSES if name != "mixture"]
 every_loss = pytest.mark.parametrize("name", [*NAMES, "mpo"])
 
 
+@pytest.mark.slow
 @every_loss
 def test_the_split_into_micro_batches_does_not_matter(name, tmp_path):
     """One micro-batch per group, some, or one for all: loss, gradient, metrics and running state are the same."""
@@ -46,6 +49,7 @@ def test_the_split_into_micro_batches_does_not_matter(name, tmp_path):
         assert state == pytest.approx(results[0][3], rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.slow
 @every_loss
 def test_the_layout_does_not_matter(name, tmp_path):
     """Prompts shared or repeated, also for losses that read prompts or whole distributions."""
@@ -142,6 +146,13 @@ def worker(folder: Path) -> None:
         torch.save(results, folder / f"results_{os.environ.get('WORLD_SIZE', '1')}.pt")
 
 
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """Weights, state, logged metrics and evaluation after three steps, the last of which has an odd share."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ALIGNMENT_CACHE": str(tmp_path / "cache")}
@@ -151,13 +162,18 @@ def test_two_processes_are_one(tmp_path):
         f"from tests.training.test_split_steps import worker, Path; worker(Path({str(tmp_path)!r}))",
     ]
     alone = subprocess.Popen(command, env=environment)
-    assert alone.wait(timeout=600) == 0
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    assert alone.wait(patience(600)) == 0
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+    }
     both = [
         subprocess.Popen(command, env=environment | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
-    assert [process.wait(timeout=600) for process in both] == [0, 0]
+    assert [process.wait(patience(600)) for process in both] == [0, 0]
     one, two = (torch.load(tmp_path / f"results_{count}.pt", weights_only=False) for count in (1, 2))
     for name, (expected, state, metrics, log) in one.items():
         found, found_state, found_metrics, found_log = two[name]
