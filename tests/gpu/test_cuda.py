@@ -26,8 +26,8 @@ from alignment.training.sampler import StepSampler
 from alignment.training.start_check import check_start
 from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import random_groups, tiny_policy
+from tests.helpers.policies import adapter, train_adapter
 from tests.helpers.steps import SETTINGS, make_loss, moved, plain_loss, step_gradient
-from tests.policy.test_policy import adapter, train_adapter
 
 DEVICE = torch.device("cuda")
 

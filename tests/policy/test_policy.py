@@ -8,48 +8,21 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from alignment.config.schema import AdapterConfig, Device, Dtype, ModelConfig, QuantizationConfig
+from alignment.config.schema import Device, Dtype, QuantizationConfig
 from alignment.errors import UserError
 from alignment.policy import identity as identities
 from alignment.policy.adapter import attach_adapter, check_adapter_gradients, load_adapter, starts_at_base
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import disable_dropout
-from alignment.policy.load import load_base, resolve_device, save_policy
+from alignment.policy.load import resolve_device, save_policy
 from alignment.reference.frozen import FrozenPolicy
 from alignment.scoring.layout import FlatLayout
-from alignment.scoring.logps import enable_scoring, join_scores, score, score_groups
+from alignment.scoring.logps import enable_scoring, score
 from alignment.training.cohort import share
 from tests.conftest import random_groups, tiny_config, tiny_policy
+from tests.helpers.policies import NF4, adapter, load, scores, start_of, train_adapter
 
-CPU = torch.device("cpu")
 GROUPS = random_groups(4, seed=1)
-NF4 = QuantizationConfig(double=True, compute_dtype=Dtype.float32)
-
-
-def adapter(**settings):
-    defaults = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["all-linear"], "init": "default"}
-    return AdapterConfig(**(defaults | {"rslora": False} | settings))
-
-
-def load(folder, quantization=None, dtype=Dtype.float32, attention="sdpa"):
-    config = ModelConfig(
-        name=str(folder), revision=None, dtype=dtype, attention=attention, chat_template=None, trust_remote_code=False
-    )
-    return load_base(config, quantization, str(folder), CPU)
-
-
-def scores(model, groups=GROUPS):
-    return join_scores(groups, list(score_groups(model, groups, FlatLayout(), 10_000, CPU))).values
-
-
-def train_adapter(model, seed=5, std=0.2):
-    """Give the adapter an effect, as training would."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "lora_embedding_A" in name:
-                parameter.normal_(std=std)
-    return model
 
 
 def identity(model):
@@ -189,22 +162,6 @@ def test_a_frozen_base_is_read_once_until_something_is_written_to_it(quantizatio
 # The frozen start
 
 
-def start_of(kind):
-    torch.manual_seed(0)
-    if kind in ("pissa", "olora", "embedding"):
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_config(tiny_config())
-        model.requires_grad_(False)
-        enable_scoring(model)
-        if kind == "embedding":
-            model = get_peft_model(model, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
-            return train_adapter(model)
-        return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=kind))
-    model = tiny_policy(torch.float32, r=None if kind == "full" else 4, trained=kind == "trained")
-    return model.requires_grad_(True) if kind == "full" else model
-
-
 KINDS = {
     "fresh": "adapter switched off",
     "trained": "frozen copy of the adapter",
@@ -219,27 +176,27 @@ KINDS = {
 def test_the_frozen_start_stays_while_the_policy_moves(kind, tmp_path):
     """Taking, running and dropping the copy changes nothing of the policy; moving the policy nothing of the copy."""
     model = start_of(kind)
-    expected, before = scores(model), identity(model)
+    expected, before = scores(model, GROUPS), identity(model)
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     start = FrozenPolicy(model)
     assert start.form == KINDS[kind]
     assert starts_at_base(model) == (kind == "fresh")
-    assert torch.equal(scores(model), expected)
+    assert torch.equal(scores(model, GROUPS), expected)
     assert identity(model) == before
     with start.active() as frozen:
-        assert torch.equal(scores(frozen), expected)
+        assert torch.equal(scores(frozen, GROUPS), expected)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in trainable:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    moved = scores(model)
+    moved = scores(model, GROUPS)
     assert (moved - expected).abs().max() > 1e-2
     with start.active() as frozen:
-        assert torch.equal(scores(frozen), expected)
-    assert torch.equal(scores(model), moved)
+        assert torch.equal(scores(frozen, GROUPS), expected)
+    assert torch.equal(scores(model, GROUPS), moved)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == trainable
     start.close()
-    assert torch.equal(scores(model), moved)
+    assert torch.equal(scores(model, GROUPS), moved)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == trainable
     if kind != "full":
         assert list(model.peft_config) == ["default"]
@@ -267,12 +224,12 @@ def test_no_dropout_is_left(source):
     enable_scoring(model)
     if source == "adapter":
         model = train_adapter(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)))
-    expected = scores(model.eval())
+    expected = scores(model.eval(), GROUPS)
     model.train()
-    assert (scores(model) - scores(model)).abs().max() > 1e-3
+    assert (scores(model, GROUPS) - scores(model, GROUPS)).abs().max() > 1e-3
     disable_dropout(model)
     # eval and train mode may take different attention kernels, whose sums are rounded differently
-    torch.testing.assert_close(scores(model), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores(model, GROUPS), expected, rtol=1e-5, atol=1e-5)
 
 
 # Loading
@@ -320,8 +277,8 @@ def test_evaluating_first_does_not_change_the_gradient(tiny_model_folder, comput
         model = train_adapter(attach_adapter(load(tiny_model_folder, quantization), adapter(), 0))
         if evaluate_first:
             model.eval()
-            before = scores(model)
-            assert torch.equal(scores(model), before)
+            before = scores(model, GROUPS)
+            assert torch.equal(scores(model, GROUPS), before)
         model.train()
         norms.append(gradient_norms(model, batch))
     assert norms[0] == norms[1]

@@ -20,7 +20,7 @@ from alignment.policy.load import load_base
 from alignment.policy.tiny_model import CHATML
 from alignment.reference.store import ReferenceStore
 from tests.conftest import shared_data, tiny_config
-from tests.policy.test_policy import scores
+from tests.helpers.policies import scores
 
 pytestmark = pytest.mark.slow
 

@@ -24,35 +24,9 @@ from alignment.training.sampler import StepSampler
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_policy
 from tests.helpers.patience import patience
-from tests.helpers.steps import make_loss, make_trainer, sequence_logp
-from tests.policy.test_policy import NF4, adapter, load, start_of, train_adapter
-
-CPU = torch.device("cpu")
-GROUPS = random_groups(6, seed=11)
-
-ROUNDING = 2e-5
-"""Nats per token between two fp32 scorings of the same tokens in batches of other shapes: sums over 32 to 97 terms of
-size 1, in another order, are rounded by some 1e-7 each; the largest seen over these models is 1e-6."""
-
-
-def cached(model, path, tokens_per_batch=10_000, spot_checks=0):
-    return CachedReference(
-        ReferenceStore(path / "reference.sqlite"), model, FlatLayout(), tokens_per_batch, CPU, spot_checks
-    )
-
-
-def live(model, tokens_per_batch=10_000):
-    return LiveReference(model, FlatLayout(), tokens_per_batch, CPU)
-
-
-def prepared(model, path, groups=GROUPS, **settings):
-    """Values of the groups and the summary after one preparation."""
-    reference = cached(model, path, **settings)
-    reference.prepare(groups)
-    values = reference.logps(groups)
-    summary = reference.summary()
-    reference.close()
-    return values, summary
+from tests.helpers.policies import CPU, NF4, adapter, load, start_of, train_adapter
+from tests.helpers.references import GROUPS, ROUNDING, Forwards, books, cached, live, prepared
+from tests.helpers.steps import make_loss, make_trainer
 
 
 def test_constructors_refuse_numbers_that_make_no_sense(tmp_path):
@@ -66,23 +40,6 @@ def test_constructors_refuse_numbers_that_make_no_sense(tmp_path):
     ):
         with pytest.raises(UserError, match=r"must be (at least|in)"):
             make()
-
-
-class Forwards:
-    """Counts the rows of a model's forward passes."""
-
-    def __init__(self, model):
-        self.rows = 0
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, module, args, kwargs):
-        self.rows += len(kwargs["input_ids"])
-
-
-def books(model, groups):
-    """Per-token log-probs by the book, one sequence at a time."""
-    with torch.no_grad():
-        return torch.cat([sequence_logp(model, g.prompt, c) for g in groups for c in g.completions])
 
 
 def test_who_wants_what_another_computes_waits_and_finds_it(tmp_path, monkeypatch):

@@ -31,9 +31,9 @@ from tests.conftest import random_groups, tiny_config, tiny_policy
 from tests.helpers.commands import write_project
 from tests.helpers.patched import lora_layers
 from tests.helpers.patched import pair as patched_pair
+from tests.helpers.policies import CPU, start_of
+from tests.helpers.references import ROUNDING, Forwards, books, cached
 from tests.helpers.steps import make_loss, make_trainer, moved, sequence_logp
-from tests.policy.test_policy import start_of
-from tests.reference.test_reference import CPU, ROUNDING, Forwards, books, cached
 from tests.stages.test_resume import TINY, assert_same, at_row, metric_rows, only_run, run
 
 GROUPS = [

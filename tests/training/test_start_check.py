@@ -13,9 +13,9 @@ from alignment.losses.base import Loss
 from alignment.policy.adapter import attach_adapter
 from alignment.training.start_check import check_start
 from tests.conftest import random_groups, tiny_policy
-from tests.helpers.steps import SETTINGS, make_loss, make_trainer
-from tests.policy.test_policy import NF4, adapter, load, start_of, train_adapter
-from tests.reference.test_reference import cached, live, prepared, sequence_logp
+from tests.helpers.policies import NF4, adapter, load, start_of, train_adapter
+from tests.helpers.references import cached, live, prepared
+from tests.helpers.steps import SETTINGS, make_loss, make_trainer, sequence_logp
 
 PAIRS = random_groups(4, seed=21)
 
