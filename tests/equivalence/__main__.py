@@ -94,7 +94,9 @@ def write_inputs(project: Path) -> None:
         data / "rows.jsonl",
         [{"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"} for p, side in sides],
     )
-    write_lines(data / "scored.jsonl", [p | {"score_chosen": 3.0, "score_rejected": 1.0} for p in pairs])
+    scored = [p | {"score_chosen": 3.0, "score_rejected": 1.0} for p in pairs]
+    write_lines(data / "scored.jsonl", scored[:9])
+    write_lines(data / "held_out_scored.jsonl", scored[9:])
     lists = [
         {
             "prompt": p["prompt"],

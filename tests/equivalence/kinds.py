@@ -8,7 +8,7 @@ PAIRS = ("sft=none", "evaluation.prompts=0", "evaluation.kl_prompts=0", "trainer
 """A preference stage alone, four steps of it."""
 ROWS = ("data.source={data}/rows.jsonl", "data.eval_source={data}/held_out.jsonl")
 LISTS = ("data.source={data}/lists.jsonl", "data.eval_source={data}/held_out_lists.jsonl")
-SCORED = ("data.source={data}/scored.jsonl", "data.eval_source={data}/scored.jsonl")
+SCORED = ("data.source={data}/scored.jsonl", "data.eval_source={data}/held_out_scored.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
