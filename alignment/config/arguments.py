@@ -54,9 +54,11 @@ def check_arguments(arguments: list[str]) -> CommandLine:
     passed_on = CommandLine([*options, *overrides], config_dir)
     if {"--hydra-help", "--version"} & set(options):
         return passed_on
+    if {"-r", "--resolve"} & set(options) and not {"-c", "--cfg"} & set(options):
+        raise UserError("--resolve belongs to --cfg, which shows the configuration: add --cfg job.")
     if set(_MULTIRUN) & set(options):
         if set(options) - set(_MULTIRUN):
-            return passed_on
+            raise UserError("--cfg shows the configuration of one run: leave -m out and give each setting one value.")
         sweep = check_sweep(overrides, arguments)
         return CommandLine([*options, *pin_folder(overrides, sweep)], config_dir, sweep)
     node = compose_node(overrides, with_hydra=True)

@@ -17,7 +17,13 @@ from yaml import YAMLError
 
 from alignment.config import schema
 from alignment.config.messages import sentence
-from alignment.config.overrides import WITH_NONE, parse_overrides, refuse_settings_of_none, refuse_without_effect
+from alignment.config.overrides import (
+    WITH_NONE,
+    parse_overrides,
+    refuse_groups_without_option,
+    refuse_settings_of_none,
+    refuse_without_effect,
+)
 from alignment.config.registry import register
 from alignment.errors import UserError, did_you_mean
 from alignment.files import asset_dir
@@ -33,6 +39,7 @@ def compose_node(overrides: Sequence[str], *, with_hydra: bool = False) -> DictC
         UserError: an unknown option or key, a value of the wrong type, an unreadable file.
     """
     parsed = parse_overrides(overrides)
+    refuse_groups_without_option(parsed)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(asset_dir("conf")), version_base=VERSION_BASE):

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Sweep
 from hydra.errors import HydraException
 
 from alignment.config import schema
 from alignment.config.renamed import refuse_renamed
 from alignment.errors import UserError
+from alignment.files import asset_dir
 
 WITH_NONE = ("quantization", "adapter", "sft", "loss", "stopping", "tracking")
 """Groups whose option `none` sets the whole group to null."""
@@ -35,6 +36,17 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         parsed.append(override)
     refuse_renamed(override.key_or_group for override in parsed)
     return parsed
+
+
+def refuse_groups_without_option(parsed: Sequence[Override]) -> None:
+    """Refuse a group that is given anything but the name of an option, such as null, a number or a mapping."""
+    groups = {"recipe", *(path.name for path in asset_dir("conf").iterdir() if path.is_dir())}
+    for override in parsed:
+        key = override.key_or_group
+        value = override.value()
+        if key in groups and not isinstance(value, str | list | Sweep):
+            off = f", or {key}=none to leave it out" if key in WITH_NONE else ""
+            raise UserError(f"{override.input_line}: {key} takes the name of an option{off}; --help lists them.")
 
 
 def refuse_settings_of_none(parsed: Sequence[Override], choices: Mapping[str, Any]) -> None:

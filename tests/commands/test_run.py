@@ -138,6 +138,9 @@ WRONG = [
     (["--cfg"], ["--cfg", "job"]),
     (["--cfg", "loss.beta=1"], ["--cfg", "job"]),
     (["--cfg", "job", "loss.bta=1"], ["bta"]),
+    (["-m", "--cfg", "job"], ["--cfg", "-m"]),
+    (["--resolve"], ["--resolve", "--cfg job"]),
+    (["data=null"], ["data=null", "name of an option"]),
     (["--config-dir"], ["--config-dir"]),
     (["--config-dir", "absent"], ["--config-dir", "absent"]),
     # A sweep is looked at as a whole

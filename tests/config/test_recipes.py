@@ -247,6 +247,15 @@ def test_a_mistake_on_the_command_line_lists_what_is_accepted(override, expected
         load(override)
 
 
+@pytest.mark.parametrize("value", ["null", "3", "true", "0.5", "{a: 1}"])
+@pytest.mark.parametrize(
+    "group", sorted({"recipe", *(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())})
+)
+def test_a_group_takes_the_name_of_an_option_and_nothing_else(group, value):
+    with pytest.raises(UserError, match=f"{group} takes the name of an option"):
+        load(f"{group}={value}")
+
+
 # Machines that lack something
 
 
