@@ -1,4 +1,4 @@
-"""The command lines of `plan`, `cache` and `report`: short help, and one sentence for a mistake."""
+"""The parser of the commands `plan` and `cache`: short help, and one sentence for a mistake."""
 
 from __future__ import annotations
 

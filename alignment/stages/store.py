@@ -1,9 +1,9 @@
-"""Results of stages that are done, kept under all that they depend on: runs that would repeat a stage take them over.
+"""Results of finished stages: a run that would repeat a stage takes over the stored result.
 
-A result is a folder `<cache>/stages/<key>` with the policy and `entry.json`, which holds what else the stage left and a
-digest of every file. Answers of a policy are a result too, one without a policy of its own. The key is a hash of the
-policy that the stage starts from, its tokens, its settings, the device, the versions of the libraries and the code of
-this package: what could change the result changes the key.
+A result is a folder `<cache>/stages/<key>` with the policy and `entry.json`. That file holds everything else that the
+stage leaves, and a digest of every file. Answers of a policy are a result too, without a policy. The key is a hash of
+the policy at the start of the stage, its tokens, its settings, the device, the versions of the libraries and the code
+of this package: whatever could change the result changes the key.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _KEY_DIGITS = 32
 
 @functools.cache
 def _code() -> str:
-    """Digest of the package's sources: which of them a stage runs through is not known without running it."""
+    """Digest of all sources of the package: nobody knows which of them a stage uses without running it."""
     digest = hashlib.blake2b(digest_size=32)
     package = Path(alignment.__file__).parent
     for path in sorted(package.rglob("*.py")):
@@ -59,10 +59,10 @@ def stage_key(
     """Name of the result that a stage would have.
 
     Args:
-        model: the policy that the stage starts from. A fresh adapter has no effect, and so no trace in the policy's
-            identity, but training goes on from what was drawn for it: its tensors count by themselves.
+        model: the policy at the start of the stage. A fresh adapter has no effect, so the identity of the policy does
+            not show it; but training starts from its random tensors, so these count too.
         sequences: the tokens of the training and of the held-out examples.
-        settings: whatever else decides the result: optimizer, loop, seed.
+        settings: everything else that decides the result: optimizer, loop, seed.
     """
     digest = _begun_key(model, settings)
     for name, parameter in model.named_parameters() if has_adapter(model) else ():
@@ -79,12 +79,12 @@ def stage_key(
 
 
 def answers_key(model: nn.Module, prompts: Sequence[np.ndarray], settings: Mapping[str, Any]) -> str:
-    """Name of what a policy answers to tokenised prompts; `settings` are whatever else decides it."""
+    """Name of the answers of a policy to tokenised prompts; `settings` is everything else that decides them."""
     return _begun_key(model, {"prompts": [prompt.tolist() for prompt in prompts], **settings}).hexdigest()
 
 
 def _begun_key(model: Any, settings: Mapping[str, Any]) -> Any:
-    """Digest of what the model computes, of settings, and of how, where and with which code it runs."""
+    """Digest of the model, the settings, the device, the libraries and the code."""
     digest = hashlib.blake2b(digest_size=_KEY_DIGITS // 2)
     identity, description = policy_identity(model)
     device = next(model.parameters()).device
@@ -96,7 +96,7 @@ def _begun_key(model: Any, settings: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class StoredStage:
-    """One result; `last_used` in seconds since 1970. `content` is empty where it cannot be read."""
+    """One result; `last_used` in seconds since 1970. `content` is empty if it cannot be read."""
 
     key: str
     content: dict[str, Any]
@@ -105,22 +105,23 @@ class StoredStage:
 
 
 class StageStore:
-    """The results in one folder; several processes may use it at once."""
+    """The results in one folder. Several processes may use it at once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
-        """Work on a key alone: another process that wants the same result waits, and finds it."""
+        """Hold a key: another process that wants the same result waits, and then finds it."""
         waiting = f"Another run is doing this stage ({key[:12]}); waiting for its result ..."
         with file_lock(self.folder / f"{key}.lock", waiting):
             yield
 
     def take(self, key: str, policy: Path | None = None) -> dict[str, Any] | None:
-        """What was kept, its policy copied to a folder that does not exist yet.
+        """Read a result and copy its policy to a folder that does not exist yet.
 
-        None where there is no such result. One that is damaged is removed, and said to be.
+        Returns:
+            The content; None if there is no such result. A damaged one is removed, with a warning.
         """
         entry = self.folder / key
         if not entry.is_dir():
@@ -131,13 +132,13 @@ class StageStore:
                 _copy(entry / "policy", policy, content["files"])
             os.utime(entry / _ENTRY)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("The kept result %s is damaged (%s): it is dropped and computed again.", key[:12], error)
+            log.warning("The stored result %s is damaged (%s): it is dropped and computed again.", key[:12], error)
             self.drop(key)
             return None
         return content
 
     def put(self, key: str, policy: Path | None, content: Mapping[str, Any]) -> None:
-        """Keep a policy, if there is one, and what belongs to it; a crash at any moment leaves nothing or all of it."""
+        """Store a result, with its policy if there is one; a crash at any moment leaves all of it or nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{key}-"))
         try:
@@ -190,7 +191,7 @@ class StageStore:
         return sorted(found, key=lambda stage: (-stage.last_used, stage.key))
 
     def verify(self) -> tuple[int, list[str]]:
-        """Read every result; returns how many are sound, and the keys of those that were damaged and are removed."""
+        """Read every result and remove damaged ones; returns the number of sound ones and the keys of the removed."""
         damaged = []
         keys = [stage.key for stage in self.stored()]
         for key in keys:
@@ -217,7 +218,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _copy(policy: Path, target: Path, digests: Mapping[str, str]) -> None:
-    """Copy a policy whole or not at all."""
+    """Copy a whole policy or nothing."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
