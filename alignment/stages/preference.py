@@ -63,9 +63,7 @@ def _with_live_reference(config: RunConfig) -> RunConfig:
         return config
     if Quantity.divergence not in config.loss.requirements().quantities:
         return config
-    log.info(
-        "Loss %s compares whole distributions with the reference's, which runs beside it.", loss_title(config.loss.name)
-    )
+    log.info("%s compares whole distributions, so the reference runs beside the policy.", loss_title(config.loss.name))
     return replace(config, reference=replace(config.reference, mode=ReferenceMode.live))
 
 
@@ -210,9 +208,8 @@ class PreferenceStage:
             if not config.reference.for_metrics:
                 return None
             log.info(
-                "Loss %s needs no reference. One is read for the metrics alone; reference.for_metrics=false leaves it "
-                "out.",
-                config.loss.name,
+                "%s needs no reference. One is read for the metrics alone; reference.for_metrics=false leaves it out.",
+                loss_title(config.loss.name),
             )
         if config.reference.mode is ReferenceMode.live:
             budget = plan.tokens_per_batch  # beside what a step keeps

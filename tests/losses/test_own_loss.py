@@ -13,7 +13,7 @@ from alignment.config.compose import load
 from alignment.errors import UserError
 from alignment.files import asset_dir
 from tests.helpers.commands import command, write_project
-from tests.stages.test_resume import at_row
+from tests.helpers.runs import at_row
 
 SHORT = ("recipe=tiny", "sft=none", "trainer.max_steps=4", "trainer.log_every=1", "evaluation.prompts=0")
 

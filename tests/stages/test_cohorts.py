@@ -23,9 +23,8 @@ from alignment.errors import UserError
 from alignment.stages import cohorts as sweep_cohorts
 from alignment.stages.cohorts import cohorts
 from tests.helpers.commands import command, write_project
+from tests.helpers.runs import failing_second, metric_rows, same_code
 from tests.helpers.wandb_files import history, read_wandb
-from tests.stages.test_resume import metric_rows
-from tests.stages.test_sweeps import failing_second, same_code
 
 
 @pytest.fixture(scope="module")

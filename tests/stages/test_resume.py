@@ -1,6 +1,5 @@
 """A run that is killed anywhere and resumed ends as if nothing had happened."""
 
-import json
 import os
 import re
 import shlex
@@ -14,30 +13,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.helpers.commands import command, write_project
 from tests.helpers.patience import patience
+from tests.helpers.runs import TINY, assert_same, at_row, contents, only_run, run
 
 pytestmark = pytest.mark.slow
-
-TINY = ("recipe=tiny",)
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, tiny_model_folder):
     """The configuration folder with the recipe `tiny`."""
     return write_project(tmp_path_factory.mktemp("project"), tiny_model_folder)
-
-
-def run(project: Path, cwd: Path, *arguments: str, patch=None):
-    cwd.mkdir(exist_ok=True)
-    return command("--config-dir", str(project), *arguments, cwd=cwd, cache=cwd / "cache", patch=patch)
-
-
-def only_run(cwd: Path) -> Path:
-    [folder] = (cwd / "outputs" / "tiny").iterdir()
-    return folder
 
 
 def finish(project: Path, cwd: Path, *arguments: str) -> Path:
@@ -56,23 +43,6 @@ def uninterrupted(project, tmp_path_factory) -> Path:
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_row(stage, step, how=signal.SIGKILL):
-    """At the training row of this step, half of which is written if the process is killed."""
-    from alignment.runs.record import RunRecord
-
-    log = RunRecord.log
-
-    def patched(self, at_stage, at_step, split, metrics):
-        if (at_stage, at_step, split) == (stage, step, "train"):
-            if how is signal.SIGKILL:
-                with self.metrics_path.open("ab") as file:
-                    file.write(b'{"stage": "' + stage.encode())
-            os.kill(os.getpid(), how)
-        log(self, at_stage, at_step, split, metrics)
-
-    RunRecord.log = patched
 
 
 def in_checkpoint(step):
@@ -171,53 +141,6 @@ def before_summary():
     RunRecord.write_summary = lambda self, summary: die()
 
 
-# What is compared.
-
-
-def metric_rows(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("time", "wall_s")} for row in rows]
-
-
-def summary(folder: Path) -> dict:
-    """The summary without what depends on time and memory, on where the run stands, on what the store had already."""
-    found = json.loads((folder / "summary.json").read_text())
-    for stage in found["stages"].values():
-        del stage["seconds"], stage["tokens_per_second"], stage["memory"]["predicted"], stage["memory"]["measured"]
-    found["reference"] = {key: found["reference"].get(key) for key in ("mode", "identity")}
-    return {key: value for key, value in found.items() if key not in ("seconds", "files", "git_commit")}
-
-
-def weights(folder: Path) -> dict:
-    [file] = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
-    return load_file(file)
-
-
-def assert_whole(folder: Path) -> None:
-    """Every file can be read, and nothing is left of what was under way."""
-    for path in folder.rglob("*"):
-        assert not path.name.startswith("checkpoint") and path.suffix not in (".tmp", ".partial"), path
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".jsonl":
-            assert all(json.loads(line) for line in path.read_text().splitlines())
-        elif path.suffix == ".safetensors":
-            load_file(path)
-    assert (folder / "report.md").is_file()
-
-
-def assert_same(folder: Path, expected: Path) -> None:
-    """Bit for bit: a resumed run has done the very same arithmetic."""
-    assert metric_rows(folder) == metric_rows(expected)
-    assert summary(folder) == summary(expected)
-    for name in ("samples.jsonl", "held_out.jsonl"):
-        assert (folder / name).read_text() == (expected / name).read_text()
-    found, wanted = weights(folder), weights(expected)
-    assert found.keys() == wanted.keys()
-    assert all(found[name].equal(wanted[name]) for name in wanted)
-    assert_whole(folder)
-
-
 CHAIN = [
     # Where the process is killed, and what the next one says of where it goes on. The rows of SFT, 8 steps in 2 epochs,
     # are at the steps 2, 3, 4, 6, 8, its checkpoints at 3, 6; those of DPO, 8 steps in 3 epochs, are at 2, 3, 4, 6, 8,
@@ -307,10 +230,6 @@ def test_ctrl_c_says_how_to_go_on(project, uninterrupted, tmp_path):
     ended = command(*shlex.split(last)[6:], cwd=tmp_path, cache=tmp_path / "cache")
     assert ended.code == 0, ended.err
     assert_same(only_run(tmp_path), uninterrupted)
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_what_cannot_be_resumed_is_left_as_it_is(project, uninterrupted, tmp_path):

@@ -17,7 +17,7 @@ from alignment.stages.store import StageStore, StoredStage, stage_key
 from tests.conftest import tiny_policy
 from tests.helpers.commands import command, write_project
 from tests.helpers.patience import patience
-from tests.stages.test_resume import at_row, metric_rows
+from tests.helpers.runs import at_row, metric_rows, same_code
 
 KEY = "0123456789abcdef" * 2
 TOKENS = [[{"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1]}], []]
@@ -157,11 +157,6 @@ def test_a_second_process_waits(policy, tmp_path, caplog):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, tiny_model_folder) -> Path:
     return write_project(tmp_path_factory.mktemp("project"), tiny_model_folder)
-
-
-def same_code():
-    """Edits of the package while the tests run would make every stage another one."""
-    stage_store._code = lambda: "code"
 
 
 def counting_loads():

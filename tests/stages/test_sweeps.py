@@ -19,9 +19,8 @@ from alignment.config.registry import register
 from alignment.errors import UserError
 from alignment.files import asset_dir
 from alignment.run import accuracy
-from alignment.stages import store as stage_store
 from tests.helpers.commands import command, write_project
-from tests.stages.test_resume import assert_same, contents, metric_rows
+from tests.helpers.runs import assert_same, contents, failing_second, metric_rows, same_code
 
 SWEEP = """\
 # @package _global_
@@ -138,7 +137,7 @@ def killed_in_the_second(how=signal.SIGKILL):
     """In the last training row but one of the second member; the first is finished."""
     from alignment.runs.record import RunRecord
 
-    stage_store._code = lambda: "code"
+    same_code()
     log = RunRecord.log
 
     def patched(self, stage, step, split, metrics):
@@ -147,10 +146,6 @@ def killed_in_the_second(how=signal.SIGKILL):
         log(self, stage, step, split, metrics)
 
     RunRecord.log = patched
-
-
-def same_code():
-    stage_store._code = lambda: "code"
 
 
 GRID = ("-m", "recipe=tiny", "loss.beta=0.1,0.2,0.3", "hydra.sweep.dir=sweep")
@@ -212,20 +207,6 @@ def test_another_sweep_in_the_same_folder_is_refused(project, uninterrupted, tmp
     [line] = ended.err.splitlines()
     assert "holds another sweep" in line and "1-tiny" in line and "loss.beta (0.2 then, 0.4 now)" in line
     assert contents(uninterrupted) == before
-
-
-def failing_second():
-    from alignment.stages.preference import PreferenceStage
-
-    same_code()
-    run = PreferenceStage.run
-
-    def patched(self, *arguments):
-        if self._work.run_dir.name == "1-tiny":
-            raise RuntimeError("out of\nmemory")
-        return run(self, *arguments)
-
-    PreferenceStage.run = patched
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from alignment.stages import store as stage_store
 from alignment.training.early_stopping import StopEarly, rank, rung_steps, stops
 from tests.helpers.commands import command, write_project
 from tests.helpers.run_folders import change_json, make_run
-from tests.stages.test_resume import metric_rows
+from tests.helpers.runs import metric_rows
 
 NAN = math.nan
 

@@ -33,8 +33,8 @@ from tests.helpers.patched import lora_layers
 from tests.helpers.patched import pair as patched_pair
 from tests.helpers.policies import CPU, start_of
 from tests.helpers.references import ROUNDING, Forwards, books, cached
+from tests.helpers.runs import TINY, assert_same, at_row, metric_rows, only_run, run
 from tests.helpers.steps import make_loss, make_trainer, moved, sequence_logp
-from tests.stages.test_resume import TINY, assert_same, at_row, metric_rows, only_run, run
 
 GROUPS = [
     Group(group.prompt, group.completions, source=f"pairs:{i}") for i, group in enumerate(random_groups(8, seed=21))
