@@ -124,7 +124,7 @@ def test_members_that_still_run_are_waited_for(tmp_path, monkeypatch):
         held.close()
 
     with ExitStack() as stack, ThreadPoolExecutor(1) as other:
-        other.submit(stack.enter_context, file_lock(tmp_path / "1-tiny" / ".lock")).result()
+        other.submit(stack.enter_context, file_lock(tmp_path / "1-tiny" / ".lock", "")).result()
         held = stack.pop_all()
         ended = other.submit(end)
         end_sweep(Sweep(tmp_path, [], "hydra/launcher=submitit_slurm", "again"), None)
