@@ -178,22 +178,16 @@ class PreferenceStage:
 
     def _planned(self, model: nn.Module, largest: int, slot: CohortSlot | None) -> tuple[Plan, int]:
         """The plan of the stage, and how many positions one pass of this run has."""
-        config = self._config
-        is_joint = slot is not None and slot.is_joint
         plan = plan_stage(
             model,
-            config.trainer,
-            optimizer=config.optim.name,
+            self._config,
+            supervised=False,
             folder=self._folder,
             device=self._device,
             longest=largest,
-            adapter=config.adapter,
-            supervised=False,
-            copies=config.reference.mode is ReferenceMode.live and config.adapter is None,
-            members=1 if slot is None else slot.width,
-            is_joint=is_joint,
+            slot=slot,
         )
-        if slot is None or not is_joint:
+        if slot is None or not slot.is_joint:
             return plan, plan.tokens_per_batch
         if plan.fits:
             return plan, max(plan.tokens_per_batch // slot.width, min(largest, plan.tokens_per_batch))

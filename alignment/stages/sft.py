@@ -91,13 +91,11 @@ class SFTStage:
         lengths = [len(example["input_ids"]) for example in examples]
         plan = plan_stage(
             model,
-            loop,
-            optimizer=self._config.optim.name,
+            self._run_config,
+            supervised=True,
             folder=self._folder,
             device=self._work.device,
             longest=max(lengths),
-            adapter=self._run_config.adapter,
-            supervised=True,
         )
         checkpoint_layers(model, plan.checkpoint_every)
         steps_per_epoch = math.ceil(len(examples) / loop.groups_per_step)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignment.config.schema import AdapterConfig, TrainerConfig
+from alignment.config.schema import ReferenceMode, RunConfig
 from alignment.files import atomic_write_bytes, to_json
 from alignment.training.budget import Plan, Room, describe_checkpointing, make_plan
+from alignment.training.cohort import CohortSlot
 from alignment.training.memory import GIB, USABLE_SHARE, count_weights, sizes_of
 
 log = logging.getLogger(__name__)
@@ -60,33 +61,27 @@ def peak_memory(device: torch.device) -> int:
 
 def plan_stage(
     model: nn.Module,
-    trainer: TrainerConfig,
+    config: RunConfig,
     *,
-    optimizer: str,
+    supervised: bool,
     folder: Path,
     device: torch.device,
     longest: int,
-    adapter: AdapterConfig | None,
-    supervised: bool,
-    copies: bool = False,
-    members: int = 1,
-    is_joint: bool = False,
+    slot: CohortSlot | None = None,
 ) -> Plan:
     """How a stage runs its steps on this machine as it is now; a resumed stage keeps the plan that it began with.
 
     Args:
         model: the policy, loaded.
-        trainer: its numbers are kept, what is null is planned.
-        optimizer: name, as transformers has it.
+        config: of the run. Numbers that are set are kept, null ones are planned.
+        supervised: True for the SFT stage, False for the preference stage.
         folder: of the stage; plan.json is written there, or read if it exists.
         device: where the policy is.
-        longest: positions of the largest group of the data for each of the members, or of the longest conversation.
-        adapter: the policy's adapter, if it has one.
-        supervised: the SFT stage instead of a preference stage.
-        copies: whether a frozen copy of a whole model will be made for the reference.
-        members: of a cohort that train at once, each with gradients and optimizer states of its own.
-        is_joint: whether they share a pass, whose groups are one then.
+        longest: positions of the largest group of the data, or of the longest conversation.
+        slot: in the cohort that the stage trains in. Each member has its own gradients and optimizer states, and where
+            the members' passes are joint, one pass holds a group of each.
     """
+    # A resumed stage has its plan already
     path = folder / "plan.json"
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -94,20 +89,29 @@ def plan_stage(
         plan = Plan.from_dict(json.loads(path.read_text()))
         log.info("Plan from the start of the stage: %s.", _sentence(plan))
         return plan
+
+    # What the policy needs, and the optimizers of all members
+    stage = config.sft if supervised else config
+    assert stage is not None
+    trainer, adapter = stage.trainer, config.adapter
     weights = count_weights(model)
     policy: Any = model
     sizes = sizes_of(
         model,
         weights,
         value=policy.dtype.itemsize,
-        optimizer=optimizer,
+        optimizer=stage.optim.name,
         device=device.type,
         dropout=supervised and adapter is not None and adapter.dropout > 0,
         supervised=supervised,
     )
+    members = 1 if slot is None else slot.width
     sizes = replace(sizes, gradients=members * sizes.gradients, optimizer=members * sizes.optimizer)
-    passing = members if is_joint else 1
+    passing = members if slot is not None and slot.is_joint else 1
+
+    # The room for it: a live reference of a whole model will be a second copy
     taken = _taken(device)
+    copies = not supervised and adapter is None and config.reference.mode is ReferenceMode.live
     other = max(0, taken - weights.base - weights.adapter) + (weights.base if copies else 0)
     room = Room(device.type, taken + round(USABLE_SHARE[device.type] * _free(device)), other)
     plan = make_plan(
@@ -119,6 +123,8 @@ def plan_stage(
         checkpoint_every=trainer.checkpoint_every,
         members=passing,
     )
+
+    # Say it and keep it
     log.info("Plan: %s.", _sentence(plan))
     if plan.estimate:
         log.info("Its activations are a rough estimate: %s.", plan.estimate)

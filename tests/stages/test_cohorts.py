@@ -261,9 +261,9 @@ def too_small_for_three():
     same_code()
     plan = preference_stage.plan_stage
 
-    def patched(*arguments, is_joint, **settings):
-        found = plan(*arguments, is_joint=is_joint, **settings)
-        return replace(found, fits=False) if is_joint else found
+    def patched(*arguments, slot, **settings):
+        found = plan(*arguments, slot=slot, **settings)
+        return replace(found, fits=False) if slot.is_joint else found
 
     preference_stage.plan_stage = patched
 

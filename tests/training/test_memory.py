@@ -14,7 +14,15 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from alignment.config.schema import AdapterConfig, Dtype, ModelConfig, Planning, QuantizationConfig, TrainerConfig
+from alignment.config.schema import (
+    AdapterConfig,
+    Dtype,
+    ModelConfig,
+    Planning,
+    QuantizationConfig,
+    ReferenceMode,
+    TrainerConfig,
+)
 from alignment.errors import UserError
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.layers import checkpoint_layers, decoder_layers
@@ -375,9 +383,33 @@ TRAINER = TrainerConfig(
 )  # fmt: skip
 
 
-def stage_plan(model, folder, **settings):
-    given = {"optimizer": "adamw_torch", "folder": folder, "device": CPU, "longest": 64, "adapter": LORA}
-    return planning.plan_stage(model, TRAINER, **(given | {"supervised": False} | settings))
+def stage_plan(model, folder, adapter=LORA, mode=ReferenceMode.cache, slot=None):
+    config = SimpleNamespace(
+        trainer=TRAINER,
+        optim=SimpleNamespace(name="adamw_torch"),
+        adapter=adapter,
+        reference=SimpleNamespace(mode=mode),
+    )
+    return planning.plan_stage(model, config, supervised=False, folder=folder, device=CPU, longest=64, slot=slot)
+
+
+def test_members_and_a_second_copy_are_counted(tmp_path):
+    """Each member has gradients and optimizer states; a live reference of a whole model holds its weights again."""
+    model = policy_of(tiny_of("qwen3", 4), torch.float32, "lora")
+    alone, apart, joint = (
+        stage_plan(model, tmp_path / str(i), slot=slot)
+        for i, slot in enumerate((None, *(SimpleNamespace(width=3, is_joint=is_joint) for is_joint in (False, True))))
+    )
+    for found in (apart, joint):
+        assert found.needs.gradients == 3 * alone.needs.gradients > 0
+        assert found.needs.optimizer == 3 * alone.needs.optimizer > 0
+    assert apart.tokens_per_batch == alone.tokens_per_batch == 1024 and joint.tokens_per_batch == 3072
+    whole = policy_of(tiny_of("qwen3", 4), torch.float32, "full")
+    cached, live = (
+        stage_plan(whole, tmp_path / mode.value, adapter=None, mode=mode)
+        for mode in (ReferenceMode.cache, ReferenceMode.live)
+    )
+    assert live.needs.context >= cached.needs.context + cached.needs.weights > cached.needs.context
 
 
 def test_a_stage_keeps_the_plan_that_it_began_with(tmp_path, monkeypatch):
