@@ -151,3 +151,10 @@ def row_of(table: Table, first: str) -> dict[str, str]:
     """The row of a table that begins with `first`, by its headings."""
     [row] = [row for row in table.rows if row[0] == first]
     return dict(zip(table.header, row, strict=True))
+
+
+def change_values(run_dir: Path, value: float) -> None:
+    """Give a member of a sweep this value at each of its rungs."""
+    path = run_dir / "stages" / "preference" / "rungs.json"
+    rungs = json.loads(path.read_text())
+    path.write_text(json.dumps({share: rung | {"value": value} for share, rung in rungs.items()}))
