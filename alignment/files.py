@@ -1,4 +1,4 @@
-"""Files and folders: atomic writes, JSON, where assets and caches lie, and what must never be written."""
+"""Files and folders: atomic writes, locks, JSON, the folders of assets and caches, and secrets hidden from files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SECRET_WORDS = frozenset({"token", "key", "apikey", "password", "passwd", "secr
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds the old content or the new one, never a part."""
+    """Write a file atomically: readers see the old content or the new one, never a part, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -44,7 +44,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """`atomic_write_bytes` of UTF-8 text."""
+    """Write UTF-8 text like `atomic_write_bytes`."""
     atomic_write_bytes(path, text.encode())
 
 
@@ -65,14 +65,14 @@ def file_lock(path: Path, waiting: str) -> Iterator[None]:
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
-    """Strict JSON as UTF-8: non-finite floats become the strings NaN, Infinity, -Infinity; paths and enums, text."""
+    """Strict JSON as UTF-8. Infinities and NaN become strings like "-Infinity"; paths and enums become text."""
     text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
-    # A lone surrogate (half an emoji from a cut model answer) is no UTF-8; written as \udxxx it is valid JSON.
+    # UTF-8 cannot encode a lone surrogate (half an emoji, where a model's answer was cut); \udxxx is valid JSON.
     return text.encode("utf-8", "backslashreplace")
 
 
 def to_json_lines(rows: Iterable[Any]) -> bytes:
-    """`to_json` of each, a line for each."""
+    """`to_json` of each row, one per line."""
     return b"".join(to_json(row) + b"\n" for row in rows)
 
 
@@ -91,10 +91,10 @@ def _plain(value: Any) -> Any:
 
 
 def redact(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy whose values under keys such as api_key, hf_token, password are '***', at any depth.
+    """A copy with '***' for every value under a key like api_key, hf_token or password, at any depth.
 
-    A key is split into words at case changes and at everything but letters and digits; `tokens_per_batch` has no
-    secret word in it. Null stays null: that nothing was set is no secret.
+    Keys are split into words at case changes and at all characters but letters and digits, so `tokens_per_batch` holds
+    no secret word. Null stays null: it shows that nothing was set.
     """
     return {key: _redacted(str(key), value) for key, value in mapping.items()}
 
@@ -111,5 +111,5 @@ def _redacted(key: str, value: Any) -> Any:
 
 
 def cache_dir(path: str | None) -> Path:
-    """The cache folder: `path`, or else `$ALIGNMENT_CACHE`, or else `~/.cache/alignment`; not created here."""
+    """The cache folder: `path`, else `$ALIGNMENT_CACHE`, else `~/.cache/alignment`. It is not created here."""
     return Path(path or os.environ.get("ALIGNMENT_CACHE") or "~/.cache/alignment").expanduser().absolute()

@@ -51,6 +51,7 @@ def test_the_wheel_holds_code_configuration_recipes_and_data(wheel):
         "alignment/_assets/conf/loss/README.md",
         "alignment/_assets/recipes/quickstart.yaml",
         "alignment/data/bundled/quickstart_train.jsonl",
+        "alignment/py.typed",
     ):
         assert name in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
