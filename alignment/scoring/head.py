@@ -160,7 +160,7 @@ def _other_log_probs(other: OtherModel | None, part: slice, transform: LogitTran
 
 
 def _chunk_size(head: Any, device: torch.device) -> int:
-    return max(1, LOGITS_PER_CHUNK[device.type] // head.out_features)
+    return max(1, LOGITS_PER_CHUNK[device.type] // int(head.out_features))
 
 
 def score_hidden(
@@ -200,7 +200,10 @@ def score_hidden(
 
     frozen = isinstance(head, nn.Linear) and head.weight.is_floating_point() and not head.weight.requires_grad
     if torch.is_grad_enabled() and frozen:
-        return _ScoreOnce.apply(hidden, head, targets, transform, quantities, other)
+        scores: Tensor = _ScoreOnce.apply(  # type: ignore[no-untyped-call]
+            hidden, head, targets, transform, quantities, other
+        )
+        return scores
     score = functools.partial(checkpoint, score_one, use_reentrant=False) if torch.is_grad_enabled() else score_one
     size = _chunk_size(head, hidden.device)
     parts = [slice(start, start + size) for start in range(0, len(hidden), size)]

@@ -55,7 +55,7 @@ def enable_scoring(model: nn.Module) -> None:
             kwargs |= {"shared_row": shared_row, "attention_mask": targets.new_zeros(1, 1, 1, 1)}
         head = self.get_output_embeddings()  # looked up here, since an adapter may have replaced it
         # Autocast is entered here so that policy and reference are always scored in the same precision.
-        with torch.autocast(targets.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+        with torch.autocast(targets.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
             hidden = hidden.flatten(0, 1).index_select(0, score_positions)
             return hidden if hidden_only else score_hidden(head, hidden, targets, transform, quantities, other)
@@ -66,7 +66,10 @@ def enable_scoring(model: nn.Module) -> None:
 def _pass(model: nn.Module, batch: MicroBatch, **options: Any) -> Tensor:
     if batch.shared_row is not None:
         options |= {"shared_row": batch.shared_row, "position_ids": batch.position_ids}
-    return model(input_ids=batch.input_ids, score_positions=batch.score_positions, targets=batch.targets, **options)
+    scores: Tensor = model(
+        input_ids=batch.input_ids, score_positions=batch.score_positions, targets=batch.targets, **options
+    )
+    return scores
 
 
 def score_tokens(
