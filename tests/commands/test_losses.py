@@ -23,7 +23,7 @@ from alignment.losses.__main__ import (
 from alignment.losses.parity import ABSENT, CHECKS
 from alignment.types import RaggedLogps
 from tests.helpers.loss_examples import EXAMPLES
-from tests.losses.test_contract import make_step, statistics_of, with_policy
+from tests.helpers.loss_steps import make_step, statistics_of, with_policy
 
 SINGLE = [name for name in LOSSES if name != "mixture"]
 

@@ -15,25 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignment.config.arguments import check_arguments
 from alignment.config.compose import load
 from alignment.errors import UserError
-from tests.helpers.commands import Ended, command, pair, write_lines, write_project
+from tests.helpers.commands import Ended, command, pair, write_lines
 from tests.helpers.patience import patience
+from tests.helpers.tiny_runs import project, tiny
 
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, tiny_model_folder) -> Path:
-    """The configuration folder with the recipe `tiny`."""
-    return write_project(tmp_path_factory.mktemp("project"), tiny_model_folder)
-
-
-@pytest.fixture
-def tiny(project, tmp_path, tmp_path_factory):
-    """Run the recipe `tiny` in an empty folder."""
-
-    def run(*arguments: str, patch=None) -> Ended:
-        arguments = ("--config-dir", str(project), "recipe=tiny", *arguments)
-        return command(*arguments, cwd=tmp_path, cache=tmp_path_factory.mktemp("cache"), patch=patch)
-
-    return run
+__all__ = ["project", "tiny"]
 
 
 def assert_refused(ended: Ended, cwd: Path, *said: str) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from alignment.losses import DPO, KTO, LossInputs, PlackettLuce, Quantity
 from alignment.types import Group, RaggedLogps
+from tests.helpers.loss_steps import make_step
 from tests.losses.conftest import make_ragged
-from tests.losses.test_contract import make_step
 
 FOUR = make_ragged([[-1.0]] * 4)
 OTHERS = make_ragged([[-1.0]] * 3 + [[-1.0, -2.0]])

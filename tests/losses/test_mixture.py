@@ -29,9 +29,9 @@ from alignment.losses.ipo import Reduction
 from alignment.losses.nll import NLL, NLLReduction, NLLScope
 from alignment.training.objective import mismatched_groups
 from alignment.types import Group, RaggedLogps
-from tests.commands.test_run import project, tiny
 from tests.conftest import random_groups
-from tests.losses.test_contract import make_step
+from tests.helpers.loss_steps import make_step
+from tests.helpers.tiny_runs import project, tiny
 
 __all__ = ["project", "tiny"]
 

@@ -11,7 +11,7 @@ import torch
 from alignment.errors import UserError
 from alignment.losses import BCO, DPO, AlphaDPO, BCOPair, BetaDPO, SimPO
 from tests.helpers.loss_examples import EXAMPLES
-from tests.losses.test_contract import MOVING, make_step, sequences_of, take, with_policy
+from tests.helpers.loss_steps import MOVING, make_step, sequences_of, take, with_policy
 
 every_moving_loss = pytest.mark.parametrize("loss", [EXAMPLES[name] for name in MOVING], ids=MOVING)
 

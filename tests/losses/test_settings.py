@@ -13,7 +13,7 @@ from alignment.errors import UserError, within
 from alignment.losses import IPO, LOSSES
 from alignment.losses.__main__ import read_option
 from alignment.losses.gpo import Shape
-from tests.losses.test_contract import make_step, statistics_of
+from tests.helpers.loss_steps import make_step, statistics_of
 
 TYPES = {
     (name, field.name): get_type_hints(kind)[field.name]

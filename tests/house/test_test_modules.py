@@ -1,0 +1,32 @@
+"""Test modules stand alone: what several of them need is in tests/helpers or in a conftest.py."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
+
+def imported_tests(source: str) -> list[str]:
+    """The test modules that a module imports."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [name for name in found if name.startswith("tests.") and name.split(".")[-1].startswith("test_")]
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.relative_to(TESTS).as_posix())
+def test_no_module_imports_a_test_module(path):
+    assert imported_tests(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from tests.losses.test_dpo import helper", "from tests.losses import test_dpo", "import tests.losses.test_dpo"],
+)
+def test_such_an_import_is_found(line):
+    assert imported_tests(f"def late():\n    {line}") == ["tests.losses.test_dpo"]
