@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from alignment.config.parser import CommandParser
-from alignment.errors import UserError
+from alignment.errors import CommandParser, UserError
 from alignment.files import cache_dir
 from alignment.reference.store import REFERENCE_FILE, IdentityInfo, ReferenceStore, damaged_files
 from alignment.stages.store import STAGES_FOLDER, StageStore

@@ -1,10 +1,13 @@
-"""The one exception that means "you can fix this", and the checks that raise it."""
+"""The one exception that means "you can fix this", the checks that raise it, and a command line that does."""
 
 from __future__ import annotations
 
+import argparse
 import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -43,3 +46,31 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The text " (did you mean ...?)" with the known word that is most similar; empty if none is."""
     found = get_close_matches(word, list(known), 1)
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`, with the word that you may have meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the mistake as one sentence.
+
+        Raises:
+            UserError: always.
+        """
+        hint = ""
+        if option := re.search(r"unrecognized arguments: (--[^ =]+)", message):
+            hint = did_you_mean(option[1], self._options())
+        elif choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            hint = did_you_mean(choice[1], re.findall(r"'([^']+)'", choice[2]))
+        raise UserError(f"{message[0].upper()}{message[1:]}{hint}; see {self.prog} --help.")
+
+    def _options(self) -> set[str]:
+        """All options, those of subcommands too."""
+        found = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found |= {name for parser in action.choices.values() for name in parser._option_string_actions}
+        return found

@@ -16,9 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from alignment.config.compose import load
-from alignment.config.parser import CommandParser
 from alignment.config.schema import Device, RunConfig
-from alignment.errors import UserError
+from alignment.errors import CommandParser, UserError
 from alignment.training.budget import Plan, describe_checkpointing
 from alignment.training.forecast import Machine, StagePlan, build_model, plan_stages, read_config, this_machine
 from alignment.training.memory import GIB, USABLE_SHARE

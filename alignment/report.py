@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from alignment.comparison import is_run, write_comparison
-from alignment.errors import UserError
+from alignment.errors import CommandParser, UserError
 from alignment.runs.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the report of one run folder, or compare several runs or a sweep; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m alignment.report",
         description="Give one run folder to rewrite its report.md. Give several, or the folder of a sweep, to compare "
         "the runs: comparison.html, .md and .csv are written beside them.",
@@ -23,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="a run folder, or the folder of a sweep"
     )
-    folders: list[Path] = parser.parse_args(arguments).folders
     try:
+        folders: list[Path] = parser.parse_args(arguments).folders
         if len(folders) > 1:
             beside = Path(os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders]))
             path = write_comparison(folders, beside)

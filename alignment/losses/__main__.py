@@ -6,7 +6,6 @@ All three read the same sources: the classes, the values and comments of `conf/l
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 import shutil
@@ -15,11 +14,11 @@ import textwrap
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
-from alignment.errors import UserError, did_you_mean
+from alignment.errors import CommandParser, UserError, did_you_mean
 from alignment.files import asset_dir
 from alignment.losses import LDDPO, LOSSES, Loss, Mixture, Quantity, SamPO, title
 from alignment.losses.parity import CHECKS, Check, value_here
@@ -180,6 +179,7 @@ def _parity_row(check: Check) -> tuple[str, ...]:
 def page() -> str:
     """The page of the losses, in Markdown: how to choose one, the table, a section per loss, and the parity table."""
     without = [kind.title for kind in LOSSES.values() if kind not in {type(check.loss) for check in CHECKS}]
+    # How to read it
     lines = [
         "# Losses",
         "",
@@ -205,6 +205,7 @@ def page() -> str:
         "- **defaults**: the settings that you get. Each section below gives the source of every value.",
         "- **\\***: something could not be checked against the paper. The list after the table says what.",
         "",
+        # The table
         *_markdown_table(COLUMNS, [_table_row(row) for row in rows()]),
         "",
         *(
@@ -219,10 +220,12 @@ def page() -> str:
         "",
         "The [parity table](#parity) shows the value of each loss on one pair, here and in TRL.",
     ]
+    # A section for each loss
     for name, kind in LOSSES.items():
         text, settings = explanation(name)
         lines += ["", f"## {name}", "", f"**{kind.title}**: {kind.purpose}.", "", text, ""]
         lines += [f"- `{line.replace(' ', '` ', 1)}" for line in settings]
+    # Parity
     lines += [
         "",
         "## Parity",
@@ -286,14 +289,9 @@ def _named(name: str | None) -> str:
     raise UserError(f"{what}; python -m alignment.losses lists all of them.")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = _Parser(prog="python -m alignment.losses", description="List the losses that you can train with.")
+    parser = CommandParser(prog="python -m alignment.losses", description="List the losses that you can train with.")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands")
     show = commands.add_parser("show", help="explain one loss: formula, paper, gradient, settings")
     show.add_argument("key", metavar="KEY", nargs="?", help="as in the list, for example simpo")
