@@ -131,12 +131,14 @@ def test_tables_of_a_sweep(whole):
     assert "| ours, cohort, checkpointed, against ours, one run, checkpointed: of its memory | at most 1.30 |" in text
 
 
-def test_readme_shows_the_newest_sweep_beside_the_rows(whole, tmp_path):
+def test_the_pages_show_the_newest_sweep_beside_the_rows(whole, tmp_path):
     for folder, changed in (("2026-11-23-cpu", {}), ("2026-11-24-cpu-quick", {"model": "quickly", "quick": True})):
         path = tmp_path / "results" / folder / "sweep.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(whole | changed))
-    block = tables.readme_block(tmp_path / "results", tmp_path)
+    said = "4.0 times faster as a multirun, 5.0 times faster as a cohort"
+    assert said in tables.readme_block(tmp_path / "results")
+    block = tables.speed_block(tmp_path / "results", tmp_path / "speed.md")
     assert "| TRL, a run each | 100 |  | 10.0 GiB |" in block
     assert "| ours, cohort | 20 | 5.0 | 4.0 GiB |" in block
     assert ", checkpointed" not in block and "quickly" not in block

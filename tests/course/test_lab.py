@@ -89,6 +89,6 @@ def test_runs_are_named_in_order_and_done_once(monkeypatch, tmp_path):
 
 
 def test_a_command_that_fails_says_why(capsys):
-    with pytest.raises(UserError, match="status 1: Error: There is no loss named 'dppo'"):
+    with pytest.raises(UserError, match="status 1: Error: There is no loss 'dppo'"):
         lab._command("alignment.losses", "show", "dppo")
     assert capsys.readouterr().out == "python -m alignment.losses show dppo\n"
