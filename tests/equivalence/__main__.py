@@ -118,12 +118,14 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="keep everything in this new folder")
     parser.add_argument("--renamed", action="append", default=[], metavar="OLD=NEW", help="a key renamed on purpose")
     parser.add_argument(
-        "--not-compared", action="append", default=[], metavar="NAME", help="a file left out on purpose"
+        "--except", action="append", default=[], dest="left_out", metavar="NAME", help="a file changed on purpose"
     )
     options = parser.parse_args()
     names = options.kinds.split(",") if options.kinds else [*KINDS, ON_OLD_CACHE]
     if unknown := set(names) - {*KINDS, ON_OLD_CACHE}:
         parser.error(f"no kind of run is called {', '.join(unknown)}")
+
+    # The two checkouts
     work = options.work or Path(tempfile.mkdtemp(prefix="equivalence-"))
     renamed = dict(text.split("=", 1) for text in options.renamed)
     write_inputs(work / "project")
@@ -138,11 +140,13 @@ def main() -> int:
         nonlocal total
         found = {name: contents(work / name / kind, renamed) for name in sides}
         for files in found.values():
-            for left_out in [file for file in files if Path(file).name in options.not_compared]:
-                del files[left_out]
-        differing = sorted(
-            file for file in set().union(*found.values()) if len({f.get(file) for f in found.values()}) > 1
-        )
+            for file in list(files):
+                # The version before takes its own SFT result over; the one now trains, and adds its results.
+                own = kind == ON_OLD_CACHE and file.startswith("cache/stages")
+                if own or Path(file).name in options.left_out:
+                    del files[file]
+        every = set().union(*found.values())
+        differing = sorted(file for file in every if len({files.get(file) for files in found.values()}) > 1)
         total += len(found["after"])
         ends = codes["before"] == codes["after"] and (codes["after"][-1] == 0)
         if differing or not ends or not found["after"]:
@@ -150,12 +154,14 @@ def main() -> int:
         verdict = f"{len(differing)} DIFFER: {', '.join(differing[:8])}" if differing else "equal"
         console.print(f"{kind:24} {len(found['after']):3} files  {verdict}" + ("" if ends else f"  exit codes {codes}"))
 
+    # Kinds of runs, both sides at once
     for kind in (name for name in names if name in KINDS):
         for side in sides.values():
             side.start(kind, KINDS[kind], work / "project")
         compare(kind, {name: side.codes() for name, side in sides.items()})
+
+    # Both continue on a cache that the version before has filled: equal results, and the reference is found there
     if ON_OLD_CACHE in names:
-        # Both continue on a cache that the version before has filled: equal results, and the reference found there.
         again = Kind(((*PAIRS, "sft=quickstart", "sft.trainer.max_steps=2", "sft.data.source={data}/sft.jsonl"),))
         sides["before"].start("filled", again, work / "project")
         sides["before"].codes()
@@ -169,6 +175,8 @@ def main() -> int:
             failed.append("the reference cache before is not found again")
         if "taken_over" in summary["stages"]["sft"]:
             failed.append("an SFT result of other code was taken over")
+
+    # The verdict
     for side in sides.values():
         side.close()
     if options.work is None and not failed:
