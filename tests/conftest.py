@@ -1,6 +1,8 @@
 """Shared fixtures: tiny random models that behave like the real ones, and real data where it is at hand."""
 
 import functools
+import gc
+import itertools
 import os
 from pathlib import Path
 
@@ -16,6 +18,14 @@ from alignment.types import Group
 
 torch.set_num_threads(2)
 
+
+def pytest_collection_finish() -> None:
+    """No later collection walks the libraries and the tests again: a trainer collects at each of its ends."""
+    gc.collect()
+    gc.freeze()
+
+
+_NUMBERS = itertools.count()
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -27,18 +37,23 @@ def shared_data(name: str) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def _caches(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's cache."""
-    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("cache")))
+def _own_cache(_caches, monkeypatch):
+    """No test reads or writes the user's cache, or another test's. A run makes the folder when it writes there."""
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(_caches / str(next(_NUMBERS))))
 
 
 @functools.cache
 def recommended_loss(name: str, *settings: str):
     """The loss as `loss=<name> loss.<setting>` gives it to a run; losses are pure, so tests may share one."""
-    from alignment.config.compose import load
+    from alignment.config.compose import load_loss
 
-    return load("recipe=quickstart", f"loss={name}", *(f"loss.{setting}" for setting in settings)).loss
+    return load_loss(name, *settings)
 
 
 def tiny_config(vocab_size: int = 97, model_type: str = "qwen3", **overrides):

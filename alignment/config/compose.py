@@ -27,7 +27,7 @@ from alignment.config.overrides import (
 from alignment.config.registry import register
 from alignment.errors import UserError, did_you_mean
 from alignment.files import asset_dir
-from alignment.losses import LOSSES, Mixture
+from alignment.losses import LOSSES, Loss, Mixture
 
 VERSION_BASE = "1.3"
 
@@ -153,6 +153,27 @@ def load(*overrides: str, config_dir: Path | None = None) -> schema.RunConfig:
     config = to_run_config(compose_node(overrides))
     refuse_without_effect(overrides, config)
     return config
+
+
+def load_loss(name: str, *settings: str) -> Loss:
+    """The loss that `loss=<name> loss.<setting>` gives to a run, without the rest of the run.
+
+    Raises:
+        UserError: an unknown loss or setting, or a value that it does not take.
+    """
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(asset_dir("conf")), version_base=VERSION_BASE):
+            node = compose(f"loss/{name}", overrides=[f"loss.{setting}" for setting in settings])
+            finish_composition(node, {})
+    except MissingConfigException as error:
+        hint = did_you_mean(name, list(LOSSES))
+        raise UserError(f"There is no loss {name}{hint}; python -m alignment.losses lists them.") from error
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UserError(sentence(error)) from error
+    _check_mixture(node)
+    return OmegaConf.to_object(node.loss)  # type: ignore[return-value]
 
 
 def as_plain(cfg: DictConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -46,18 +47,8 @@ def register(config_dir: Path | None = None) -> None:
     Raises:
         UserError: a file that cannot be read, or has the name of a shipped file.
     """
-    # Hydra's grid sweeper knows nothing of a recipe's `sweep:` block. We patch it, since Hydra refuses a sweeper of our
-    # own outside of the namespace hydra_plugins, which would be a second top-level package.
-    grid: Any = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"]
-    grid.split_arguments = staticmethod(split_arguments)
+    _register_shipped()
     store = ConfigStore.instance()
-    store.store(group="schema", name="run", node=schema.RunConfig, package="_global_")
-    for name, part in SCHEMAS.items():
-        store.store(group="schema", name=name, node=_schema(part), package=name)
-    for name, loss in LOSSES.items():
-        store.store(group="schema/loss", name=name, node=_schema(loss), package="loss")
-    for path in sorted(asset_dir("recipes").rglob("*.yaml")):
-        _store_recipe(path, asset_dir("recipes"))
     if config_dir is not None:
         if not config_dir.is_dir():
             raise UserError(f"--config-dir: the folder {config_dir} does not exist.")
@@ -77,6 +68,23 @@ def register(config_dir: Path | None = None) -> None:
                 if group == "loss" and "_target_" in node:
                     _store_schema(node, path)
                 store.store(group=group, name=path.stem, node=node, provider=str(path))
+
+
+@functools.cache
+def _register_shipped() -> None:
+    """Schemas and recipes of the package, once: they are the same for every composition of a process."""
+    # Hydra's grid sweeper knows nothing of a recipe's `sweep:` block. We patch it, since Hydra refuses a sweeper of our
+    # own outside of the namespace hydra_plugins, which would be a second top-level package.
+    grid: Any = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"]
+    grid.split_arguments = staticmethod(split_arguments)
+    store = ConfigStore.instance()
+    store.store(group="schema", name="run", node=schema.RunConfig, package="_global_")
+    for name, part in SCHEMAS.items():
+        store.store(group="schema", name=name, node=_schema(part), package=name)
+    for name, loss in LOSSES.items():
+        store.store(group="schema/loss", name=name, node=_schema(loss), package="loss")
+    for path in sorted(asset_dir("recipes").rglob("*.yaml")):
+        _store_recipe(path, asset_dir("recipes"))
 
 
 def _schema(of: type) -> DictConfig:

@@ -1,5 +1,7 @@
 """Imported by the fork server of `tests.helpers.commands`: everything that takes long to import."""
 
+import gc
+
 import matplotlib.pyplot
 import peft
 import transformers.models.qwen3.modeling_qwen3
@@ -9,3 +11,7 @@ import alignment.run
 import alignment.stages.chain
 
 __all__ = ["alignment", "matplotlib", "peft", "transformers", "trl"]
+
+# No later collection walks the libraries again: a trainer collects at each of its ends.
+gc.collect()
+gc.freeze()
