@@ -7,7 +7,7 @@ from alignment.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("dpo", ()), ("simpo", ("gamma=0.3",)), ("mpo", ("settings.dpo.beta=0.4",))]
+    ("name", "settings"), [("dpo", ()), ("simpo", ("gamma_beta_ratio=0.3",)), ("mpo", ("settings.dpo.beta=0.4",))]
 )
 def test_a_loss_by_itself_is_that_of_a_run(name, settings):
     alone = load_loss(name, *settings)
