@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,10 @@ import torch
 from alignment.types import Group
 
 torch.set_num_threads(2)
+
+# The same examples in every run, and no time limit: others may share the machine.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, max_examples=60)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_finish() -> None:
