@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 from collections import Counter
@@ -72,14 +73,14 @@ class ReadPreferences:
     held_out: TokenizedData
 
 
-def read_preferences(config: DataConfig, tokenizer: Any) -> ReadPreferences:
-    """Read, check and tokenise the preference data.
+def read_preferences(config: DataConfig, tokenizer: Any, *, day: datetime.date | None = None) -> ReadPreferences:
+    """Read, check and tokenise the preference data; `day` is the date that a chat template writes, None for today's.
 
     Raises:
         UserError: the data cannot be used.
     """
     loaded = load_rows(config, stage="preference")
-    train, held_out = (tokenize_groups(rows, tokenizer, config) for rows in (loaded.train, loaded.eval))
+    train, held_out = (tokenize_groups(rows, tokenizer, config, day=day) for rows in (loaded.train, loaded.eval))
     return ReadPreferences(loaded, train, held_out)
 
 
@@ -136,15 +137,17 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
     return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
 
 
-def load_conversations(config: DataConfig, tokenizer: Any) -> tuple[SFTData, list[BadRow]]:
-    """Read, check and tokenise the SFT data.
+def load_conversations(
+    config: DataConfig, tokenizer: Any, *, day: datetime.date | None = None
+) -> tuple[SFTData, list[BadRow]]:
+    """Read, check and tokenise the SFT data; `day` is the date that a chat template writes, None for today's.
 
     Raises:
         UserError: the data cannot be used, or nothing is left to train on.
     """
     loaded = load_rows(config, stage="sft")
-    train = tokenize_sft(loaded.train, tokenizer, config)
-    held_out = tokenize_sft(loaded.eval, tokenizer, config)
+    train = tokenize_sft(loaded.train, tokenizer, config, day=day)
+    held_out = tokenize_sft(loaded.eval, tokenizer, config, day=day)
     drops = [*train.drops, *held_out.drops]
     info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
     _log_data("SFT data", info)

@@ -6,6 +6,7 @@ afterwards. Nothing here looks for padding or end tokens by id to mask them: len
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,13 @@ class TokenizedSFT:
     counts: dict[str, int]
 
 
-def tokenize_groups(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> TokenizedData:
+def tokenize_groups(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    day: datetime.date | None = None,
+) -> TokenizedData:
     """Groups of token ids: one prompt and its completions.
 
     The prompt's tokens are the longest common prefix of the rendered prompt and of prompt plus completion, for all
@@ -82,10 +89,13 @@ def tokenize_groups(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, con
 
     With a chat template, only the template adds a BOS; plain text gets the BOS that the tokenizer adds.
 
+    Args:
+        day: the date that a template writes; None for today's.
+
     Raises:
         UserError: messages without a chat template, text without an EOS token, or no row is left.
     """
-    writer = _Writer(tokenizer, config)
+    writer = _Writer(tokenizer, config, day)
     groups: list[Group] = []
     kept: list[Row] = []
     drops: list[BadRow] = []
@@ -141,16 +151,25 @@ def _group(
     return Group(prompt, tuple(completions[k] for k in kept), row.labels, scores, row.weight, row.source), notes
 
 
-def tokenize_sft(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> TokenizedSFT:
+def tokenize_sft(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    day: datetime.date | None = None,
+) -> TokenizedSFT:
     """Whole conversations with the assistant's tokens marked, each answer with its end-of-turn token.
 
     Every assistant turn is scored if the template only appends as a conversation grows, otherwise only the last one.
     A token across the beginning of an answer counts as the answer's. The first `max_length` tokens are kept.
 
+    Args:
+        day: the date that a template writes; None for today's.
+
     Raises:
         UserError: messages without a chat template, text without an EOS token, or no row is left.
     """
-    writer = _Writer(tokenizer, config)
+    writer = _Writer(tokenizer, config, day)
     sequences: list[dict[str, list[int]]] = []
     kept: list[Row] = []
     drops: list[BadRow] = []
@@ -201,6 +220,7 @@ class _Writer:
 
     tokenizer: PreTrainedTokenizerBase
     config: DataConfig
+    day: datetime.date | None
     chat: bool = field(init=False)
     bos: list[int] = field(init=False)
     special: set[int] = field(init=False)
