@@ -7,10 +7,14 @@ import peft
 import transformers.models.qwen3.modeling_qwen3
 import trl.trainer.sft_trainer
 
+import alignment.config.registry
 import alignment.run
 import alignment.stages.chain
 
 __all__ = ["alignment", "matplotlib", "peft", "transformers", "trl"]
+
+# What every process of ours does first is the same in each: reading Hydra's plugins, the schemas and the recipes.
+alignment.config.registry.register()
 
 # No later collection walks the libraries again: a trainer collects at each of its ends.
 gc.collect()
