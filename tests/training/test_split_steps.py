@@ -3,8 +3,6 @@
 import math
 import os
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +10,16 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from alignment.kernels.attention import enable_shared_prompts
 from alignment.losses import LOSSES
+from alignment.losses.base import Loss
 from alignment.reference.live import LiveReference
 from alignment.scoring.layout import FlatLayout, SharedLayout
 from alignment.training.callbacks import Checkpoints, Rhythm, last_checkpoint
 from alignment.training.sampler import StepSampler
 from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import random_groups, recommended_loss, tiny_policy
+from tests.helpers.commands import FORKS
 from tests.helpers.patience import patience
 from tests.helpers.steps import groups_for, make_trainer, moved, step_gradient
 
@@ -33,13 +34,11 @@ every_loss = pytest.mark.parametrize("name", [*NAMES, "mpo"])
 def test_the_split_into_micro_batches_does_not_matter(name, tmp_path):
     """One micro-batch per group, some, or one for all: loss, gradient, metrics and running state are the same."""
     loss = recommended_loss(name)
-    groups = groups_for(loss)
-    results = []
-    for tokens_per_batch in (1, 70, 10_000):
-        policy = tiny_policy(trained=True)
-        trainer = make_trainer(policy, groups, loss, tmp_path, tokens_per_batch)
-        moved(policy)
-        results.append((*step_gradient(trainer, groups), trainer._means.take(), trainer.objective.state))
+    groups = groups_for(loss, num=4)
+    policy = tiny_policy(trained=True)
+    trainers = [make_trainer(policy, groups, loss, tmp_path, tokens) for tokens in (1, 70, 10_000)]
+    moved(policy)
+    results = [(*step_gradient(t, groups), t._means.take(), t.objective.state) for t in trainers]
     for loss_value, gradient, metrics, state in results[1:]:
         assert math.isclose(loss_value, results[0][0], rel_tol=1e-6)
         assert max(value.abs().max().item() for value in gradient.values()) > 1e-6
@@ -53,18 +52,16 @@ def test_the_split_into_micro_batches_does_not_matter(name, tmp_path):
 @every_loss
 def test_the_layout_does_not_matter(name, tmp_path):
     """Prompts shared or repeated, also for losses that read prompts or whole distributions."""
-    from alignment.kernels.attention import enable_shared_prompts
-
     loss = recommended_loss(name)
-    groups = groups_for(loss, seed=8)
-    results = []
-    for layout in (FlatLayout(), SharedLayout()):
-        policy = tiny_policy(trained=True)
-        if isinstance(layout, SharedLayout):
-            enable_shared_prompts(policy)
-        trainer = make_trainer(policy, groups, loss, tmp_path, 150, layout=layout)
-        moved(policy)
-        results.append(step_gradient(trainer, groups))
+    groups = groups_for(loss, num=4, seed=8)
+    policy = tiny_policy(trained=True)
+    trainers = [
+        make_trainer(policy, groups, loss, tmp_path, 150, layout=layout) for layout in (FlatLayout(), SharedLayout())
+    ]
+    moved(policy)
+    results = [step_gradient(trainers[0], groups)]
+    enable_shared_prompts(policy)
+    results.append(step_gradient(trainers[1], groups))
     assert math.isclose(results[0][0], results[1][0], rel_tol=1e-5)
     flat, shared = (torch.cat([value.flatten() for value in gradient.values()]) for _, gradient in results)
     assert flat.norm() > 1e-6
@@ -115,7 +112,7 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-STATEFUL = [name for name, loss in LOSSES.items() if name != "mixture" and recommended_loss(name).initial_state()]
+STATEFUL = [name for name in NAMES if LOSSES[name].initial_state is not Loss.initial_state]
 
 
 @pytest.mark.parametrize("name", [*STATEFUL, "kto", "sampo", "mpo"])
@@ -134,16 +131,25 @@ SHARED = ["dpo", "orpo", "kto", "sampo", "aot", "tdpo1", *STATEFUL, "mpo"]
 """Every kind of loss: plain, of tokens and prompts, mismatched rows, draws, coupled items, a state, distributions."""
 
 
-def worker(folder: Path) -> None:
-    """What each of two processes does: three steps of a few losses, and the evaluation after them."""
+def train_all(folder: Path, processes: int) -> dict:
+    """Three steps of each kind of loss, and the evaluation after them."""
     results = {}
     for name in SHARED:
-        trainer = train(name, folder / f"{name}_{os.environ.get('RANK', 'one')}", max_steps=3)
+        trainer = train(name, folder / name, max_steps=3)
+        assert trainer.accelerator.num_processes == processes
         metrics = trainer.held_out_metrics(groups_for(trainer.loss, num=5, seed=6))
         log = [row for row in trainer.state.log_history if "loss" in row]
         results[name] = (weights(trainer), trainer.objective.state, metrics, log)
-    if os.environ.get("RANK", "0") == "0":
-        torch.save(results, folder / f"results_{os.environ.get('WORLD_SIZE', '1')}.pt")
+    return results
+
+
+def worker(folder: Path, rendezvous: dict[str, str], rank: int) -> None:
+    """What each of two processes does."""
+    os.environ.update(rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    torch.set_num_threads(1)
+    results = train_all(folder / str(rank), 2)
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
 
 
 def free_port() -> str:
@@ -155,30 +161,23 @@ def free_port() -> str:
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """Weights, state, logged metrics and evaluation after three steps, the last of which has an odd share."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ALIGNMENT_CACHE": str(tmp_path / "cache")}
-    command = [
-        sys.executable,
-        "-c",
-        f"from tests.training.test_split_steps import worker, Path; worker(Path({str(tmp_path)!r}))",
-    ]
-    alone = subprocess.Popen(command, env=environment)
-    assert alone.wait(patience(600)) == 0
     rendezvous = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
         "WORLD_SIZE": "2",
         "ACCELERATE_USE_CPU": "true",
     }
-    both = [
-        subprocess.Popen(command, env=environment | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [process.wait(patience(600)) for process in both] == [0, 0]
-    one, two = (torch.load(tmp_path / f"results_{count}.pt", weights_only=False) for count in (1, 2))
-    for name, (expected, state, metrics, log) in one.items():
+    both = [FORKS.Process(target=worker, args=(tmp_path, rendezvous, rank)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(patience(120))
+    assert [process.exitcode for process in both] == [0, 0]
+    two = torch.load(tmp_path / "results.pt", weights_only=False)
+    for name, (expected, state, metrics, log) in train_all(tmp_path / "alone", 1).items():
         found, found_state, found_metrics, found_log = two[name]
         for key, value in expected.items():
-            torch.testing.assert_close(found[key.removeprefix("module.")], value, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-10)
         assert found_state == pytest.approx(state, rel=1e-9, abs=1e-12), name
         assert found_metrics == pytest.approx(metrics, rel=1e-7, abs=1e-9), name
         for row, other in zip(log, found_log, strict=True):
