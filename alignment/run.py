@@ -120,7 +120,7 @@ def accuracy(summary: Path) -> float | None:
 def _remove_traces(run_dir: Path) -> None:
     """Remove what was written for a run that never began, and the folders that were made for it alone."""
     shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
-    for name in ("run.log", "config.yaml", "rejected_rows.jsonl"):
+    for name in ("run.log", "config.yaml"):  # the rows that were refused stay, for you to read
         (run_dir / name).unlink(missing_ok=True)
     for folder in (run_dir, *(parent for parent in run_dir.parents if Path.cwd() in parent.parents)):
         if {path.name for path in folder.iterdir()} - {"multirun.yaml"}:

@@ -10,9 +10,8 @@ from alignment.comparison.head_to_head import MAX_ENTRANTS
 from alignment.comparison.measures import start_model, verdict
 from alignment.comparison.members import rows_by_key
 from alignment.comparison.ranking import Comparison
-from alignment.evaluation.judge import Verdict
 from alignment.runs.folder import MODEL_TITLES
-from alignment.runs.text import DASH, MAX_SAMPLES, clip, format_value
+from alignment.runs.text import DASH, MAX_SAMPLES, clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +93,5 @@ def _question(found: Comparison, samples: dict[str, dict[str, Any]]) -> Question
 
 
 def _answer(model: str, sample: dict[str, Any], name: str) -> Answer:
-    return Answer(model, clip(sample.get(name)), _in_words(verdict(sample, name)))
-
-
-def _in_words(found: Verdict | None) -> str:
-    if found is None:
-        return DASH
-    return ", ".join(["right" if found.correct else "wrong", f"score {format_value(found.score)}", *found.reasons])
+    found = verdict(sample, name)
+    return Answer(model, clip(sample.get(name)), DASH if found is None else str(found))

@@ -9,10 +9,10 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from alignment.config.schema import WHEEL_PREFIX, DataConfig, Device, QuantizationConfig, RunConfig
+from alignment.config.places import is_on_hub
+from alignment.config.schema import WHEEL_PREFIX, Device, QuantizationConfig, RunConfig
 from alignment.errors import UserError
 
-_LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _UNREACHABLE = "not in the local cache, and the hub cannot be reached"
 _TIMEOUT = 5  # seconds
 
@@ -27,7 +27,8 @@ def check_machine(config: RunConfig) -> None:
     sources: dict[str, str] = {} if _is_local_model(config.model.name) else {config.model.name: "model"}
     for data in (config.sft.data if config.sft else None, config.data if config.loss is not None else None):
         if data is not None:
-            sources.update(dict.fromkeys(_hub_sources(data), "data set"))
+            named = [source for source in (data.source, data.eval_source) if source is not None and is_on_hub(source)]
+            sources.update(dict.fromkeys(named, "data set"))
     absent: dict[str, list[str]] = {}
     for name, kind in sources.items():
         reason = _hub_problem(name, kind, ask=_UNREACHABLE not in absent)  # a dead network is waited for once
@@ -68,17 +69,6 @@ def _refuse(missing: list[str], remedy: str) -> None:
 def model_problem(name: str) -> str | None:
     """Why a model cannot be read, found out within seconds; None where nothing stands in the way."""
     return None if _is_local_model(name) else _hub_problem(name, "model", ask=True)
-
-
-def _hub_sources(data: DataConfig) -> list[str]:
-    sources = [source for source in (data.source, data.eval_source) if source is not None]
-    return [
-        source
-        for source in sources
-        if not source.startswith(("bundled:", ".", "/", "~"))
-        and not source.endswith(_LOCAL_SUFFIXES)
-        and not Path(source).exists()
-    ]
 
 
 def _is_local_model(name: str) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.schema import DataConfig
+from alignment.data.reasons import in_words
 from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, require_scores
 from alignment.data.sources import LoadedData, load_rows
 from alignment.data.tokens import TokenizedData, tokenize_groups, tokenize_sft
@@ -61,7 +62,7 @@ def _log_data(title: str, info: dict[str, Any]) -> None:
     log.info("%s: %s.", title, info["source"])
     for name in ("bad_rows", "dropped", "tokens"):
         if info[name]:
-            log.info("  %s: %s", name.replace("_", " "), ", ".join(f"{k} {v}" for k, v in info[name].items()))
+            log.info("  %s: %s", name.replace("_", " "), in_words(info[name]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from alignment.config.places import ACCEPTED_FILES, BUNDLED_PREFIX, ending_of, is_on_hub
 from alignment.config.schema import DataConfig
+from alignment.data.formats import is_data_file, read_file
 from alignment.data.layouts import Layout, Stage, recognise, to_row
+from alignment.data.reasons import UnusableRows, in_words
 from alignment.data.rows import BadRow, Row, count_reasons, fingerprint
 from alignment.errors import UserError
 
 BUNDLED = Path(__file__).parent / "bundled"
 SPLIT_WORDS = ("train", "test", "eval", "validation", "valid", "dev")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-Numbered = Iterator[tuple[int, Any]]
-"""(row number from 1, record); a `BadRow` in place of a record that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
     """
     train = _load(config.source, config.split, config, stage)
     evaluation = None
-    if config.source.startswith("bundled:") and config.eval_source is None:
+    if config.source.startswith(BUNDLED_PREFIX) and config.eval_source is None:
         if stage == "preference" and _bundled(config.source, "eval").is_file():
             evaluation = _read_bundled(config.source, "eval", config, stage)
     elif config.eval_source is not None or config.eval_split is not None:
@@ -83,9 +81,7 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
     notes = [f"{config.source}: {len(rows)} training and {len(held_out)} held-out rows, layout {train.layout.name}"]
     notes += [part.note for part in parts if part.note]
     if bad:
-        notes.append(
-            f"{len(bad)} bad rows left out ({', '.join(f'{n} {reason}' for reason, n in count_reasons(bad).items())})"
-        )
+        notes.append(f"{len(bad)} bad rows left out: {in_words(count_reasons(bad))}")
     if shared:
         notes.append(f"{len(shared)} held-out prompts are training prompts too")
     return LoadedData(rows, held_out, train.layout.name, bad, fingerprint(rows, held_out), "; ".join(notes))
@@ -93,9 +89,9 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
 
 def _load_eval(config: DataConfig, stage: Stage) -> _Part:
     source, split = config.eval_source or config.source, config.eval_split or config.split
-    if source.startswith("bundled:") and stage == "preference":
+    if source.startswith(BUNDLED_PREFIX) and stage == "preference":
         return _read_bundled(source, "eval", config, stage)
-    if source == config.source and _same_rows(source, split, config.split):
+    if source == config.source and _same_rows(source, split, config):
         raise UserError(
             f"The held-out rows would be the training rows ({source}, split {split}): "
             "give another data.eval_source or data.eval_split, or set data.eval_size."
@@ -103,22 +99,22 @@ def _load_eval(config: DataConfig, stage: Stage) -> _Part:
     return _load(source, split, config, stage)
 
 
-def _same_rows(source: str, split: str, other: str) -> bool:
+def _same_rows(source: str, split: str, config: DataConfig) -> bool:
     path = Path(source).expanduser()
     if path.is_dir():
-        return _files_of(path, split) == _files_of(path, other)
-    return split == other or path.is_file() or source.startswith("bundled:")
+        return _files_of(path, split, config.name) == _files_of(path, config.split, config.name)
+    return split == config.split or path.is_file() or source.startswith(BUNDLED_PREFIX)
 
 
 def _load(source: str, split: str, config: DataConfig, stage: Stage) -> _Part:
-    if source.startswith("bundled:"):
+    if source.startswith(BUNDLED_PREFIX):
         return _read_bundled(source, "sft" if stage == "sft" else "train", config, stage)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_part(_files_of(path, split), config, stage)
+        return _read_part(_files_of(path, split, config.name), config, stage)
     if path.exists():
         return _read_part([path], config, stage)
-    if path.suffix in READERS or source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
+    if not is_on_hub(source):
         raise UserError(f"There is no file or folder '{source}', and this is not the name of a hub data set either.")
     name = f"{source}[{split}]"
     return _to_part(
@@ -135,26 +131,56 @@ def _read_bundled(source: str, part: str, config: DataConfig, stage: Stage) -> _
     if not file.is_file():
         names = ", ".join(sorted(path.stem.removesuffix(f"_{part}") for path in BUNDLED.glob(f"*_{part}.jsonl")))
         raise UserError(f"There is no file {file.name} behind '{source}'; bundled {part} data are: {names or 'none'}.")
-    return _to_part([(file.name, number, record) for number, record in _read_file(file)], config, stage, file.name, 0)
+    return _to_part([(file.name, number, record) for number, record in read_file(file)], config, stage, file.name, 0)
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
-    """The folder's data files; if they are named after splits (train-00000-of-00002), those of `split`."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in READERS and path.is_file())
-    suffixes = sorted({path.suffix for path in files})
-    if len(suffixes) != 1:
-        found = " and ".join(suffixes) or "none"
-        raise UserError(f"Folder {folder} must hold data files of one kind ({', '.join(READERS)}), and has {found}.")
+def _files_of(folder: Path, split: str, name: str | None) -> list[Path]:
+    """The folder's data files; if the folder or its files are divided into splits, those of `split`.
+
+    The folder may be what the datasets library saves, or the clone of a hub set, whose files lie deeper: in a folder
+    named after the configuration `name`, after the split, or `data`, or in the only one that holds any.
+    """
+    # Saved by the datasets library: a folder for each split, or the files of one
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        if split not in splits:
+            raise UserError(f"Folder {folder} holds the splits {', '.join(splits)} and none named '{split}'.")
+        return _files_of(folder / split, split, None)
+    if all((folder / file).is_file() for file in ("state.json", "dataset_info.json")):
+        saved = json.loads((folder / "state.json").read_bytes())
+        return [folder / entry["filename"] for entry in saved["_data_files"]]
+
+    # Deeper in a clone
+    files = sorted(path for path in folder.iterdir() if is_data_file(path))
+    if not files:
+        below = sorted({path.relative_to(folder).parts[0] for path in folder.glob("[!.]*/**/*") if is_data_file(path)})
+        found = next((part for part in (name, split, "data") if part in below), below[0] if len(below) == 1 else None)
+        if found is not None:
+            return _files_of(folder / found, split, None if found == name else name)
+        if below:
+            raise UserError(
+                f"Folder {folder} has data files in {', '.join(below)}, and none of these is named after the split "
+                f"'{split}': choose one by data.split or data.name, or give its path to data.source."
+            )
+
+    # Files side by side
+    kinds = sorted({"".join(ending_of(path)[:1]) for path in files})
+    if len(kinds) != 1:
+        found_kinds = " and ".join(kinds) or "none"
+        raise UserError(f"Folder {folder} must hold data files of one kind ({ACCEPTED_FILES}), and has {found_kinds}.")
+    stems = {path: path.name[: -len("".join(ending_of(path)))] for path in files}
     part = re.compile(rf"(.*[-_.])?{re.escape(split)}(-\d+)?(-of-\d+)?")
-    of_split = [path for path in files if part.fullmatch(path.stem)]
-    if not of_split and any(word in re.split(r"[-_.]", path.stem) for path in files for word in SPLIT_WORDS):
-        names = ", ".join(path.name for path in files)
-        raise UserError(f"Folder {folder} has files named after splits ({names}) but none for the split '{split}'.")
+    of_split = [path for path in files if part.fullmatch(stems[path])]
+    if not of_split and any(word in re.split(r"[-_.]", stem) for stem in stems.values() for word in SPLIT_WORDS):
+        names_found = ", ".join(path.name for path in files)
+        raise UserError(
+            f"Folder {folder} has files named after splits ({names_found}) but none for the split '{split}'."
+        )
     return of_split or files
 
 
 def _read_part(files: Sequence[Path], config: DataConfig, stage: Stage) -> _Part:
-    records = [(str(path), number, record) for path in files for number, record in _read_file(path)]
+    records = [(str(path), number, record) for path in files for number, record in read_file(path)]
     source = str(files[0] if len(files) == 1 else files[0].parent)
     return _to_part(records, config, stage, source, 0)
 
@@ -177,13 +203,12 @@ def _to_part(
     rows = [result for result in results if isinstance(result, Row)]
     allowed = config.max_bad_rows if config.max_bad_rows is not None else allowed
     if allowed is not None and len(bad) > allowed:
-        first = ", ".join(f"{'' if b.file == source else f'{b.file} '}row {b.row}: {b.reason}" for b in bad[:5])
-        raise UserError(
-            f"{source} has {len(bad)} bad row(s), and data.max_bad_rows allows {allowed}: {first}"
-            f"{', ...' if len(bad) > 5 else ''}."
-        )
+        count = f"{len(bad)} bad row{'s' if len(bad) > 1 else ''}"
+        raise UnusableRows(f"{source} has {count}, and data.max_bad_rows allows {allowed}", bad, source)
+    if not rows and bad:
+        raise UnusableRows(f"{source} has no usable row, and {len(bad)} bad ones", bad, source)
     if not rows:
-        raise UserError(f"{source} has no usable row{f' ({len(bad)} bad rows)' if bad else ''}.")
+        raise UserError(f"{source} has no usable row.")
     note = ""
     if stage == "sft" and layout.family == "labelled":
         desirable = [replace(row, labels=None) for row in rows if row.labels == (True,)]
@@ -222,78 +247,6 @@ def _hold_out(rows: list[Row], size: int, source: str) -> tuple[list[Row], list[
     return train, [rows[index] for index in sorted(held)]
 
 
-def _read_file(path: Path) -> Numbered:
-    if path.suffix not in READERS:
-        raise UserError(f"{path} is no data file: accepted are {', '.join(READERS)}.")
-    return READERS[path.suffix](path)
-
-
-def _read_jsonl(path: Path) -> Numbered:
-    with path.open("rb") as lines:  # split at "\n" only: text may hold U+2028 and its like
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield number, json.loads(text)
-            except UnicodeDecodeError as error:
-                yield number, BadRow("not_utf8", f"byte {error.start} of the line", str(path), number)
-            except (ValueError, RecursionError) as error:
-                yield number, BadRow("broken_json", str(error), str(path), number)
-
-
-def _read_json(path: Path) -> Numbered:
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if head == b"{":  # JSON Lines under another name
-        yield from _read_jsonl(path)
-        return
-    try:
-        records = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}).") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(records, list):
-        raise UserError(f"{path} must hold a JSON array of rows or JSON Lines, not {type(records).__name__}.")
-    yield from enumerate(records, 1)
-
-
-def _read_csv(path: Path) -> Numbered:
-    csv.field_size_limit(sys.maxsize)  # the module's 128 KiB are less than a long answer
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for number, record in enumerate(reader, 1):
-                yield number, _checked_cells(record, str(path), number)
-        except csv.Error as error:
-            raise UserError(f"{path} is not valid CSV after line {reader.line_num}: {error}.") from None
-
-
-def _checked_cells(record: dict[Any, Any], file: str, number: int) -> Any:
-    if None in record:
-        return BadRow("too_many_cells", f"{len(record[None])} cells more than the header has", file, number)
-    for name, cell in record.items():
-        try:
-            (cell or "").encode("utf-8")
-        except UnicodeEncodeError as error:
-            return BadRow("not_utf8", f"character {error.start} of column '{name}'", file, number)
-    return record
-
-
-def _read_parquet(path: Path) -> Numbered:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}.") from None
-
-
 def _read_hub(source: str, split: str, config: DataConfig) -> Iterator[dict[str, Any]]:
     import datasets
 
@@ -307,6 +260,3 @@ def _read_hub(source: str, split: str, config: DataConfig) -> Iterator[dict[str,
             "HF_HOME to a cache that has it, or HF_ENDPOINT to a mirror."
         ) from error
     yield from data
-
-
-READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from alignment.config.schema import DataConfig, Keep
+from alignment.data.reasons import UnusableRows
 from alignment.data.rows import BadRow, Message, Rejected, Row
 from alignment.errors import UserError
 from alignment.types import Group
@@ -386,8 +387,4 @@ def _truncate_prompt(prompt: np.ndarray, config: DataConfig, bos: int | None) ->
 
 def _require_some(rows: Sequence[Row], done: Sequence[Any], drops: list[BadRow]) -> None:
     if rows and not done:
-        first = drops[0]
-        raise UserError(
-            f"None of the {len(rows)} rows can be tokenised; the first is {first.file} row {first.row}, "
-            f"{first.reason}: {first.message}."
-        )
+        raise UnusableRows(f"None of the {len(rows)} rows can be tokenised", drops, "")

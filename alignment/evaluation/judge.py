@@ -49,6 +49,9 @@ class Verdict:
     words: int
     reasons: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return ", ".join(["right" if self.correct else "wrong", f"score {self.score:.4g}", *self.reasons])
+
 
 @dataclass(frozen=True, slots=True)
 class WinRate:

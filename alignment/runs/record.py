@@ -17,6 +17,7 @@ from typing import Any
 
 import alignment
 from alignment.errors import UserError
+from alignment.evaluation.judge import Verdict
 from alignment.files import atomic_write_bytes, atomic_write_text, to_json, to_json_lines
 from alignment.runs.text import escape_markdown
 
@@ -156,9 +157,8 @@ class RunRecord:
             for key, title in (("start", "Before training"), ("sft", "After SFT"), ("final", "Final")):
                 if sample.get(key) is not None:
                     parts.append(f"**{title}:** {escape_markdown(str(sample[key]))}\n")
-            if sample.get("verdicts"):
-                verdicts = json.dumps(sample["verdicts"], ensure_ascii=False)
-                parts.append(f"**Verdicts:** {escape_markdown(verdicts)}\n")
+                if found := sample.get("verdicts", {}).get(key):
+                    parts.append(f"**Judged:** {escape_markdown(str(Verdict(**found)))}\n")
         atomic_write_text(paths[1], "\n".join(parts))
         return paths
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from alignment.data.reasons import in_words
 from alignment.evaluation.intervals import wilson_interval
 from alignment.losses import title as loss_title
 from alignment.runs.cautions import cautions
@@ -190,6 +191,9 @@ def _data_line(run: RunFiles, stage: str, source: Any) -> str | None:
         for key, title in (("train", "rows to train on"), ("eval", "held out"))
         if info.get(key) is not None
     ]
+    for key in ("bad_rows", "dropped"):
+        if counts := submapping(info, key):
+            parts.append(f"left out: {in_words(counts)}")
     if info.get("fingerprint") is not None:
         parts.append(f"fingerprint {short_hash(info['fingerprint'])}")
     return "; ".join(parts) or None

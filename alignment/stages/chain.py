@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from alignment.data.prepare import (
     read_preferences,
     require_same_data,
 )
+from alignment.data.reasons import UnusableRows
 from alignment.data.rows import BadRow, write_rejected
+from alignment.errors import UserError
 from alignment.files import cache_dir
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter import attach_adapter, load_adapter
@@ -108,8 +111,10 @@ class Chain:
     def run(self) -> dict[str, Any]:
         """Do what is not done yet, and return the summary."""
         if self.bad:
-            write_rejected(self.bad, self.run_dir / "rejected_rows.jsonl")
-            log.info("%d rows were left out; rejected_rows.jsonl says which and why.", len(self.bad))
+            write_rejected(self.bad, self._rejected)
+            log.info("%d rows were left out; %s says which and why.", len(self.bad), self._rejected.name)
+        else:
+            self._rejected.unlink(missing_ok=True)  # of a start that was refused
         with open_tracker(
             self.config.tracking,
             run_dir=self.run_dir,
@@ -132,16 +137,36 @@ class Chain:
 
     # Data
 
+    @property
+    def _rejected(self) -> Path:
+        return self.run_dir / "rejected_rows.jsonl"
+
+    @contextmanager
+    def _keeping_bad_rows(self) -> Iterator[None]:
+        """Data that are refused leave their bad rows in the folder of the run.
+
+        Raises:
+            UserError: what was wrong, and where the rows are.
+        """
+        try:
+            yield
+        except UnusableRows as error:
+            write_rejected([*self.bad, *error.rows], self._rejected)
+            raise UserError(f"{str(error).rstrip('.')}. All of them are in {self._rejected}.") from error
+
     def _read_conversations(self) -> SFTData:
         assert self.config.sft is not None
         load = partial(load_conversations, self.config.sft.data, self.work.tokenizer)
-        data, rows = self.work.once("conversations", load)
+        with self._keeping_bad_rows():
+            data, rows = self.work.once("conversations", load)
         self.bad += rows
         return data
 
     def _read_preferences(self) -> PreferenceData:
         assert self.config.data is not None
-        read = self.work.once("preferences", partial(read_preferences, self.config.data, self.work.tokenizer))
+        load = partial(read_preferences, self.config.data, self.work.tokenizer)
+        with self._keeping_bad_rows():
+            read = self.work.once("preferences", load)
         data, rows = fit_preferences(read, self.config.data, self.config.loss)
         self.bad += rows
         return data

@@ -22,13 +22,15 @@ from tests.helpers.tiny_runs import project, tiny
 __all__ = ["project", "tiny"]
 
 
-def assert_refused(ended: Ended, cwd: Path, *said: str) -> None:
+def assert_refused(ended: Ended, cwd: Path, *said: str, left: tuple[str, ...] = ()) -> None:
+    """The command ends in one sentence, and leaves no file but those named."""
     assert ended.code == 1
     [line] = ended.err.splitlines()
     assert line.startswith("Error: ") and line.endswith(".")
     assert all(part in line for part in said), line
     assert "Traceback" not in ended.out
-    assert not list(cwd.iterdir())
+    assert [path.name for path in cwd.rglob("*") if path.is_file()] == list(left)
+    assert left or not list(cwd.iterdir())
 
 
 def read_summary(run_dir: Path) -> dict:
@@ -225,6 +227,9 @@ def hide_gpus():
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+REJECTED = "rejected_rows.jsonl"
+
+
 def broken_data(folder: Path, name: str) -> Path:
     """One of the ways in which a data file can be wrong, in its second row where it is a matter of rows."""
     path = folder / f"{name}.jsonl"
@@ -256,9 +261,9 @@ def broken_data(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("broken_line", [], ["broken_line.jsonl", "row 2"]),
-        ("not_utf8", [], ["not_utf8.jsonl", "row 2"]),
-        ("empty_answer", [], ["empty_answer.jsonl", "row 2", "empty_answer"]),
+        ("broken_line", [], ["broken_line.jsonl", "row 2: the line is not valid JSON", REJECTED]),
+        ("not_utf8", [], ["not_utf8.jsonl", "row 2: the line is not UTF-8", REJECTED]),
+        ("empty_answer", [], ["empty_answer.jsonl", "row 2: the answer is empty", REJECTED]),
         ("no_file", [], ["no_file.jsonl"]),
         ("empty_folder", [], ["empty_folder", ".jsonl"]),
         ("unknown_layout", [], ["unknown_layout.jsonl", "question", "chosen", "data.columns"]),
@@ -268,7 +273,11 @@ def broken_data(folder: Path, name: str) -> Path:
 )
 def test_wrong_data(name, arguments, said, tiny, tmp_path, tmp_path_factory):
     source = broken_data(tmp_path_factory.mktemp("data"), name)
-    assert_refused(tiny(f"data.source='{source}'", *arguments), tmp_path, *said)
+    left = tuple(part for part in said if part == REJECTED)
+    assert_refused(tiny(f"data.source='{source}'", *arguments), tmp_path, *said, left=left)
+    for path in tmp_path.rglob(REJECTED):
+        [row] = [json.loads(line) for line in path.read_text().splitlines()]
+        assert row["file"] == str(source) and row["row"] == 2
 
 
 @pytest.mark.slow

@@ -73,19 +73,22 @@ def test_broken_lines_are_named_by_their_line(tmp_path, config):
     ]
     assert [row.source for row in data.train] == [f"{path}:1", f"{path}:7"]
     assert data.train[0].completions[0] == "two\u2028lines"
-    assert "4 bad rows left out (1 broken_json, 1 not_utf8" in data.description
+    assert "4 bad rows left out: 1 that are no valid JSON, 1 that are not UTF-8" in data.description
     with pytest.raises(UserError) as error:
         load(config(path, max_bad_rows=3))
     assert str(error.value) == (
-        f"{path} has 4 bad row(s), and data.max_bad_rows allows 3: "
-        "row 3: broken_json, row 4: not_utf8, row 5: lone_surrogate, row 6: wrong_type."
+        f"{path} has 4 bad rows, and data.max_bad_rows allows 3: "
+        "row 3: the line is not valid JSON (Expecting value, column 11); "
+        "row 4: the line is not UTF-8 (byte 12); row 5: character 0 is half of a surrogate pair; "
+        "row 6: the row is list, not an object."
     )
+    assert error.value.rows == data.bad
 
 
 def test_local_files_allow_no_bad_row_by_default_and_the_first_five_are_named(jsonl, config):
     path = jsonl([pair(0), *(pair(i, chosen="") for i in range(1, 8))])
     with pytest.raises(
-        UserError, match=r"7 bad row\(s\).*allows 0: row 2: empty_answer,.*row 6: empty_answer, \.\.\.\.$"
+        UserError, match=r"7 bad rows, .*allows 0: rows 2, 3, 4, 5 and 6: the answer is empty; \.\.\.\.$"
     ):
         load(config(path))
     assert len(load(config(path, max_bad_rows=7)).bad) == 7
@@ -116,7 +119,7 @@ def test_long_cells_are_read(tmp_path, config):
         ("a.json", b"[]", "no usable row"),
         ("a.jsonl", b"", "no usable row"),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),
-        ("a.txt", b"p", "no data file: accepted are .json, .jsonl, .csv, .parquet"),
+        ("a.txt", b"p", "no data file: accepted are .json, .jsonl, .ndjson, .csv"),
     ],
 )
 def test_unreadable_files(tmp_path, config, name, content, message):
@@ -184,7 +187,7 @@ def test_folder_with_splits(jsonl, tmp_path, config):
 def test_folder_names_the_file_of_a_bad_row(jsonl, tmp_path, config):
     jsonl([pair(1)], "a.jsonl")
     path = jsonl([pair(1, prompt="")], "b.jsonl")
-    with pytest.raises(UserError, match=f"{tmp_path} has 1 bad.*: {path} row 1: empty_prompt"):
+    with pytest.raises(UserError, match=f"{tmp_path} has 1 bad row, .*: {path} row 1: the prompt is empty"):
         load(config(tmp_path))
 
 

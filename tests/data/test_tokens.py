@@ -140,7 +140,7 @@ def test_template_that_refuses_a_row(tiny, config):
     tiny.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     )
-    with pytest.raises(UserError, match=r"None of the 1 rows.*template_error.*no system role"):
+    with pytest.raises(UserError, match=r"None of the 1 rows.*row 1: the chat template refuses it: no system role"):
         tokenize_groups([chat("x", "y", "z")], tiny, config(system="Be brief"))
 
 

@@ -139,7 +139,8 @@ def test_summary_and_samples(tmp_path: Path) -> None:
         "a": {"loss": "NaN", "path": "x/y"},
         "n": [1, "Infinity"],
     }
-    samples = [{"prompt": "Grüße\n# x", "start": "half \ud83d", "final": "<b>|", "verdicts": {"final": 1}}]
+    verdict = {"score": 0.85, "correct": True, "direct": False, "words": 16, "reasons": ["says 8", "long: 16 words"]}
+    samples = [{"prompt": "Grüße\n# x", "start": "half \ud83d", "final": "<b>|", "verdicts": {"final": verdict}}]
     jsonl, markdown = record.write_samples(samples)
     assert [json.loads(line) for line in jsonl.read_text("utf-8").splitlines()] == samples
     assert "Grüße" in jsonl.read_text("utf-8")
@@ -147,6 +148,7 @@ def test_summary_and_samples(tmp_path: Path) -> None:
     assert "Before training" in text
     assert "After SFT" not in text
     assert "<b>" not in text
+    assert "**Judged:** right, score 0.85, says 8, long: 16 words\n" in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,240 @@
+"""How the data files of each format are read: one numbered record after another, whatever they are packed in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from alignment.config.places import ACCEPTED_FILES, DATA_ENDINGS, ending_of
+from alignment.data.layouts import OUR_COLUMNS
+from alignment.data.rows import BadRow
+from alignment.errors import UserError
+
+Numbered = Iterator[tuple[int, Any]]
+"""(row number from 1, record); a `BadRow` in place of a record that cannot be read."""
+
+_HEAD = 4096
+"""Bytes at the beginning of a file that show what it holds."""
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether the file's name says that it holds rows: not what libraries write beside them."""
+    beside = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+    return ending_of(path)[0] in DATA_ENDINGS and path.name not in beside and path.is_file()
+
+
+def read_file(path: Path) -> Numbered:
+    """The records of a file.
+
+    Raises:
+        UserError: the file has another ending, another encoding than UTF-8, or is damaged as a whole.
+    """
+    ending, packed = ending_of(path)
+    if ending not in _READERS or (packed and ending in _BINARY):
+        raise UserError(f"{path} is no data file: accepted are {ACCEPTED_FILES}.")
+    try:
+        if path.stat().st_size < _HEAD and path.read_bytes().startswith(b"version https://git-lfs."):
+            raise UserError(f"{path} is a pointer of Git LFS and holds no rows: run git lfs pull in its folder.")
+        if ending not in _BINARY:
+            _refuse_encodings(path)
+        yield from _READERS[ending](path)
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        cause = " ".join(str(error).split()).rstrip(".")
+        kind = f" as a {packed} file" if packed else ""
+        raise UserError(f"{path} cannot be read{kind}: {cause}.") from None
+
+
+def _open(path: Path) -> Any:
+    """The file's bytes, unpacked, as an open file."""
+    packed = ending_of(path)[1]
+    if packed == ".gz":
+        import gzip
+
+        return gzip.open(path)
+    if packed == ".xz":
+        return lzma.open(path)
+    if packed == ".bz2":
+        import bz2
+
+        return bz2.open(path)
+    if packed == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(path, compression="zstd"))
+    return path.open("rb")
+
+
+def _refuse_encodings(path: Path) -> None:
+    """Refuse text in 16 or 32 bits: by its mark at the beginning, or by the zeros that ASCII has there."""
+    with _open(path) as file:
+        head = file.read(_HEAD)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) or b"\0" in head:
+        raise UserError(f"{path} is no UTF-8 text (it looks like UTF-16): save it as UTF-8.")
+
+
+# JSON
+
+
+def _read_json(path: Path) -> Numbered:
+    """JSON Lines, one array of rows, or one object around such an array, whatever the ending says."""
+    with _open(path) as file:
+        lines = (line.removeprefix(b"" if number else _BOM).strip() for number, line in enumerate(file))
+        filled = filter(None, lines)
+        first, second = next(filled, b""), next(filled, b"")
+    if not first or (second and _first_value(first)):
+        return _read_lines(path)
+
+    # One document, or lines of which the first is broken
+    with _open(path) as file:
+        content = file.read().removeprefix(_BOM)
+    try:
+        document = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        if "\n" in _first_value(content):
+            raise UserError(
+                f"{path} holds objects that are broken over several lines: write each on a line of its own (jq -c . "
+                f"does so), or put them into one array."
+            ) from None
+        if first == b"{" or first.startswith(b"["):
+            raise UserError(f"{path} is not {_fault(error)}.") from None
+        return _read_lines(path)
+    rows = document if isinstance(document, list) else _unwrapped(document)
+    if rows is None:
+        raise UserError(f"{path} must hold a JSON array of rows or JSON Lines, not {type(document).__name__}.")
+    return enumerate(rows, 1)
+
+
+def _fault(error: Exception) -> str:
+    """What a text is not, and why."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"UTF-8 (byte {error.start})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"valid JSON ({error.msg}, line {error.lineno} column {error.colno})"
+    return f"valid JSON ({error})"
+
+
+def _first_value(content: bytes) -> str:
+    """The text of the JSON value at the beginning; empty if there is none."""
+    text = content.decode("utf-8", "replace").strip()
+    try:
+        return text[: json.JSONDecoder().raw_decode(text)[1]]
+    except (ValueError, RecursionError):
+        return ""
+
+
+def _unwrapped(document: Any) -> list[Any] | None:
+    """The rows of one object: those of the array under its only key, or itself, which is a row."""
+    if not isinstance(document, dict):
+        return None
+    if len(document) == 1:
+        [(key, value)] = document.items()
+        if key not in OUR_COLUMNS and isinstance(value, list) and all(isinstance(row, dict) for row in value):
+            return value
+    return [document]
+
+
+def _read_lines(path: Path) -> Numbered:
+    with _open(path) as lines:  # split at "\n" only: text may hold U+2028 and its like
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    yield number, json.loads(text)
+            except UnicodeDecodeError as error:
+                yield number, BadRow("not_utf8", f"the line is not {_fault(error)}", str(path), number)
+            except (ValueError, RecursionError) as error:
+                fault = _fault(error).replace("line 1 column", "column")
+                yield number, BadRow("broken_json", f"the line is not {fault}", str(path), number)
+
+
+# Tables
+
+
+def _read_csv(path: Path) -> Numbered:
+    csv.field_size_limit(sys.maxsize)  # the module's 128 KiB are less than a long answer
+    tab = ending_of(path)[0] == ".tsv"
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, strict=True, delimiter="\t" if tab else ",")
+        try:
+            _check_header(path, list(reader.fieldnames or []))
+            for number, record in enumerate(reader, 1):
+                yield number, _checked_cells(record, str(path), number)
+        except csv.Error as error:
+            raise UserError(f"{path} is not valid CSV after line {reader.line_num}: {error}.") from None
+
+
+def _check_header(path: Path, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path} has several columns '{twice[0]}': give each column a name of its own.")
+    for sign, called in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
+        if len(names) == 1 and sign in names[0]:
+            raise UserError(
+                f"{path} has the one column '{names[0]}', which looks like several with {called} between them: "
+                f"separate the columns of a .csv file by commas, those of a .tsv file by tabs."
+            )
+
+
+def _checked_cells(record: dict[Any, Any], file: str, number: int) -> Any:
+    if None in record:
+        return BadRow("too_many_cells", f"it has {len(record[None])} cells more than the header", file, number)
+    for name, cell in record.items():
+        try:
+            (cell or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            return BadRow("not_utf8", f"character {error.start} of column '{name}' is not UTF-8", file, number)
+    return record
+
+
+def _read_parquet(path: Path) -> Numbered:
+    from pyarrow import parquet
+
+    return _read_batches(path, "Parquet", lambda: parquet.ParquetFile(path).iter_batches())
+
+
+def _read_arrow(path: Path) -> Numbered:
+    """Arrow as the datasets library saves it: a stream of batches, or a file of them."""
+    import pyarrow as pa
+
+    def batches() -> Iterator[Any]:
+        with pa.memory_map(str(path)) as source:
+            if source.read(6) == b"ARROW1":
+                file = pa.ipc.open_file(source)
+                yield from (file.get_batch(number) for number in range(file.num_record_batches))
+            else:
+                source.seek(0)
+                yield from pa.ipc.open_stream(source)
+
+    return _read_batches(path, "Arrow", batches)
+
+
+def _read_batches(path: Path, kind: str, batches: Callable[[], Iterator[Any]]) -> Numbered:
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for batch in batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not a readable {kind} file: {str(error).splitlines()[0]}.") from None
+
+
+_READERS: dict[str, Callable[[Path], Numbered]] = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), _read_json),
+    **dict.fromkeys((".csv", ".tsv"), _read_csv),
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+_BINARY = (".parquet", ".arrow")
+"""Formats that are packed inside, so that no file of theirs is packed again."""
