@@ -5,8 +5,7 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from alignment.run import main
 from tests.helpers.commands import command, write_project
-from tests.helpers.patience import patience
 from tests.helpers.runs import TINY, assert_same, at_row, contents, only_run, run
 
 pytestmark = pytest.mark.slow
@@ -182,15 +181,13 @@ def test_a_run_killed_everywhere_ends_like_one_that_was_not(project, uninterrupt
     ("settings", "kills"),
     [
         (["adapter=none"], [partial(before_answers, "sft"), partial(at_row, "preference", 6)]),
-        (["reference=live"], [partial(at_row, "preference", 6)]),
-        (["loss=kto", "sft=none", "quantization=nf4"], [partial(at_row, "preference", 8)]),
-        (["loss=beta_dpo", "sft=none"], [partial(at_row, "preference", 6)]),
+        (["loss=beta_dpo", "sft=none", "reference=live"], [partial(at_row, "preference", 6)]),
         (
-            ["loss=bco", "loss.density_weights=true"],
+            ["loss=bco", "loss.density_weights=true", "sft=none", "quantization=nf4"],
             [partial(at_row, "preference", 3), partial(at_row, "preference", 8)],
         ),
     ],
-    ids=["full fine-tuning", "live reference", "kto on nf4 without sft", "running state and draws", "prompt weights"],
+    ids=["full fine-tuning", "running state and draws, live reference", "prompt weights, nf4, without sft"],
 )
 def test_other_kinds_of_runs(settings, kills, project, tmp_path):
     expected = finish(project, tmp_path / "expected", *TINY, *settings)
@@ -211,28 +208,30 @@ def test_a_member_of_a_sweep_is_resumed_on_its_own(project, uninterrupted, tmp_p
     assert_same(member, uninterrupted)
 
 
+def interrupted_once_it_trains():
+    """Ctrl-C, wherever the process is by then."""
+
+    def interrupt():
+        while not any(path.stat().st_size for path in Path().glob("outputs/tiny/*/metrics.jsonl")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+
+
 def test_ctrl_c_says_how_to_go_on(project, uninterrupted, tmp_path):
-    """A process as a user starts it, interrupted wherever it is once it trains."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ALIGNMENT_CACHE": str(tmp_path / "cache")}
-    arguments = [sys.executable, "-m", "alignment.run", "--config-dir", str(project), *TINY]
-    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-        process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=out, stderr=err)
-    deadline = time.monotonic() + patience(120)
-    while not any(path.stat().st_size for path in tmp_path.glob("outputs/tiny/*/metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "err").read_text()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(patience(60)) == 1
-    said = (tmp_path / "err").read_text()
-    assert "Traceback" not in said
-    *_, last = said.splitlines()
-    assert last.startswith("Interrupted; continue with: python -m alignment.run --config-dir ")
-    ended = command(*shlex.split(last)[6:], cwd=tmp_path, cache=tmp_path / "cache")
+    ended = run(project, tmp_path, *TINY, patch=interrupted_once_it_trains)
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    [said] = (line for line in ended.err.splitlines() if line.startswith("Interrupted; "))
+    assert said.startswith("Interrupted; continue with: python -m alignment.run --config-dir ")
+    ended = command(*shlex.split(said)[6:], cwd=tmp_path, cache=tmp_path / "cache")
     assert ended.code == 0, ended.err
     assert_same(only_run(tmp_path), uninterrupted)
 
 
-def test_what_cannot_be_resumed_is_left_as_it_is(project, uninterrupted, tmp_path):
+def test_what_cannot_be_resumed_is_left_as_it_is(project, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     unfinished = tmp_path / "outputs" / "tiny" / "2026-01-01_00-00-00"
     shutil.copytree(uninterrupted, unfinished)
     (unfinished / "summary.json").unlink()
@@ -245,9 +244,9 @@ def test_what_cannot_be_resumed_is_left_as_it_is(project, uninterrupted, tmp_pat
         (["recipe=quickstart", "resume=true"], ["no unfinished run", "quickstart"]),
     ):
         before = contents(tmp_path / "outputs"), contents(uninterrupted)
-        ended = run(project, tmp_path, *arguments)
-        assert ended.code == 1
-        [line] = ended.err.splitlines()
+        with pytest.raises(SystemExit) as caught:
+            main(["--config-dir", str(project), *arguments])
+        [line] = str(caught.value).splitlines()
         assert line.startswith("Error: ") and line.endswith(".") and all(part in line for part in said), line
         assert (contents(tmp_path / "outputs"), contents(uninterrupted)) == before
     # The same settings once more are no change.
