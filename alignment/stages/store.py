@@ -21,17 +21,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import nn
 
 import alignment
 from alignment.files import atomic_write_bytes, file_lock, to_json
-from alignment.policy.adapter import has_adapter
-from alignment.policy.identity import policy_identity
 from alignment.runs.record import versions
+
+if TYPE_CHECKING:
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +63,10 @@ def stage_key(
         sequences: the tokens of the training and of the held-out examples.
         settings: everything else that decides the result: optimizer, loop, seed.
     """
+    import torch  # here: `alignment.cache` lists and removes results without the libraries of models
+
+    from alignment.policy.adapter import has_adapter
+
     digest = _begun_key(model, settings)
     for name, parameter in model.named_parameters() if has_adapter(model) else ():
         if parameter.requires_grad:
@@ -85,6 +88,10 @@ def answers_key(model: nn.Module, prompts: Sequence[np.ndarray], settings: Mappi
 
 def _begun_key(model: Any, settings: Mapping[str, Any]) -> Any:
     """Digest of the model, the settings, the device, the libraries and the code."""
+    import torch
+
+    from alignment.policy.identity import policy_identity
+
     digest = hashlib.blake2b(digest_size=_KEY_DIGITS // 2)
     identity, description = policy_identity(model)
     device = next(model.parameters()).device

@@ -217,10 +217,13 @@ def test_a_mistake_is_one_sentence(
 
 @pytest.mark.slow
 def test_as_a_module(folder: Path) -> None:
-    command = [sys.executable, "-m", "alignment.cache"]
+    """It starts at once: no library of models is imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "alignment.cache"]
     listed = subprocess.run([*command, "list", "--path", str(folder)], capture_output=True, text=True, check=False)
     assert listed.returncode == 0
     assert OLD[:12] in listed.stdout
-    mistaken = subprocess.run([*command, "lost"], capture_output=True, text=True, check=False)
+    imported = {line.rpartition("|")[2].strip() for line in listed.stderr.splitlines()}
+    assert "alignment.stages.store" in imported and not imported & {"torch", "transformers", "peft"}
+    mistaken = subprocess.run([*command[:1], *command[3:], "lost"], capture_output=True, text=True, check=False)
     assert mistaken.returncode == 1
     assert "Traceback" not in mistaken.stderr

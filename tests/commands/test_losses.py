@@ -7,7 +7,6 @@ from dataclasses import fields
 import pytest
 import torch
 
-from alignment.config.compose import load
 from alignment.losses import LOSSES, title
 from alignment.losses.__main__ import (
     COLUMNS,
@@ -22,6 +21,7 @@ from alignment.losses.__main__ import (
 )
 from alignment.losses.parity import ABSENT, CHECKS
 from alignment.types import RaggedLogps
+from tests.conftest import recommended_loss
 from tests.helpers.loss_examples import EXAMPLES
 from tests.helpers.loss_steps import make_step, statistics_of, with_policy
 
@@ -108,7 +108,7 @@ def test_every_loss_is_titled_as_its_paper_writes_it():
 @pytest.mark.parametrize("name", SINGLE)
 def test_recommended_settings_are_those_of_a_run(name):
     """And each of them has a source."""
-    assert recommended(name) == load(f"loss={name}").loss
+    assert recommended(name) == recommended_loss(name)
     sources = read_option(name).sources
     assert sources.keys() == {field.name for field in fields(LOSSES[name])}
     assert all(len(source) > 5 for source in sources.values())

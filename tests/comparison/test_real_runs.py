@@ -15,21 +15,16 @@ from tests.helpers.commands import command, write_project
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory, tiny_model_folder):
-    project = write_project(tmp_path_factory.mktemp("project"), tiny_model_folder)
-    cwd = tmp_path_factory.mktemp("cwd")
+def test_members_measures_and_the_page_are_those_of_the_runs(tmp_path, tiny_model_folder):
     ended = command(
-        *("--config-dir", str(project), "-m", "recipe=tiny", "loss=dpo,simpo", "seed=0,1", "hydra.sweep.dir=sweep"),
-        *("evaluation.judge=rules", "trainer.eval_every=4"),
-        cwd=cwd,
-        cache=tmp_path_factory.mktemp("cache"),
+        *("--config-dir", str(write_project(tmp_path / "project", tiny_model_folder)), "-m", "recipe=tiny"),
+        *("loss=dpo,simpo", "seed=0,1", "hydra.sweep.dir=sweep", "evaluation.judge=rules", "sft.seed=0"),
+        *("sft.trainer.epochs=1", "trainer.max_steps=2", "trainer.eval_every=1", "trainer.save_every=0"),
+        cwd=tmp_path,
+        cache=tmp_path / "cache",
     )
     assert ended.code == 0, ended.err
-    return cwd / "sweep"
-
-
-def test_members_and_measures_are_those_of_the_runs(sweep):
+    sweep = tmp_path / "sweep"
     members = [read_member(folder, folder.name) for folder in run_folders([sweep])]
     found = compare(members)
     assert [variant.label for variant in found.variants] == ["DPO", "SimPO"]
@@ -48,8 +43,7 @@ def test_members_and_measures_are_those_of_the_runs(sweep):
     assert set(ACCURACY.items(members[0])) == set(ACCURACY.items(members[-1])), "pairs have the same key in every run"
     assert kl_measure(members) is not None
 
-
-def test_the_page_shows_what_the_models_said(sweep):
+    # The page shows what the models said.
     page = write_comparison([sweep], sweep).read_text()
     first = next(iter(run_folders([sweep])))
     for line in (first / "samples.jsonl").read_text().splitlines():

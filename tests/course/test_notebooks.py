@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
+from alignment.course import lab as lab_module
+from tests.helpers.commands import command
 from tests.helpers.patience import patience
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -30,21 +35,49 @@ def lab(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("lab")
 
 
-def execute(number: int, lab: Path, monkeypatch: pytest.MonkeyPatch, asked: str, **replaced: str) -> Any:
+@pytest.fixture(scope="module")
+def kernel(lab) -> Iterator[KernelManager]:
+    """One kernel for all notebooks, which forgets before each what another has defined: it imports libraries once."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(lab), env=os.environ | {"ALIGNMENT_FAST": "1", "ALIGNMENT_CACHE": str(lab / "cache")})
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+def notebook_of(number: int) -> Any:
+    [path] = FOLDER.glob(f"{number}_*.ipynb")
+    return nbformat.read(path, as_version=4)
+
+
+def train_beforehand(number: int, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the notebook's cell that trains here, and its command in a forked process; the notebook finds the runs."""
+
+    def forked(module: str, *arguments: str) -> None:
+        assert module == "alignment.run"
+        ended = command(*arguments, cwd=lab, cache=lab / "cache")
+        assert ended.code == 0, ended.err
+
+    code = [cell.source for cell in notebook_of(number).cells if cell.cell_type == "code"]
+    [training] = [source for source in code if "lab.train(" in source]
+    monkeypatch.setattr(lab_module, "_command", forked)
+    monkeypatch.setenv("ALIGNMENT_FAST", "1")
+    monkeypatch.chdir(lab)
+    exec(training, {"lab": lab_module})
+
+
+def execute(number: int, kernel: KernelManager, asked: str, **replaced: str) -> Any:
     """Execute a notebook in fast mode; returns the value of an expression at its end, by way of JSON.
 
     Args:
         replaced: new right-hand sides of assignments by the name that is assigned to.
     """
-    [path] = FOLDER.glob(f"{number}_*.ipynb")
-    notebook = nbformat.read(path, as_version=4)
+    notebook = notebook_of(number)
     for name, value in replaced.items():
         [cell] = [cell for cell in notebook.cells if cell.source.startswith(f"{name} = ")]
         cell.source = f"{name} = {value}"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({asked}))"))
-    monkeypatch.setenv("ALIGNMENT_FAST", "1")
-    monkeypatch.setenv("ALIGNMENT_CACHE", str(lab / "cache"))
-    NotebookClient(notebook, timeout=int(patience(300)), resources={"metadata": {"path": str(lab)}}).execute()
+    NotebookClient(notebook, km=kernel, timeout=int(patience(300))).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code" and cell.source.split("\n")[-1].startswith(FIGURES):
             assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.source
@@ -82,7 +115,7 @@ def test_they_begin_with_an_aim_and_end_with_questions(path):
 
 
 @pytest.mark.slow
-def test_data_of_ones_own_are_explored(lab, monkeypatch):
+def test_data_of_ones_own_are_explored(lab, kernel):
     """Four pairs by hand: the chosen one is longer in three; one comparison is judged in both directions."""
     pairs = [
         ("What is twice 7?", "It is 14.", "15"),
@@ -97,7 +130,7 @@ def test_data_of_ones_own_are_explored(lab, monkeypatch):
         "[lengths, groups.to_dict('records'), agreements.to_dict('index'), overlaps,"
         " [[d.first, d.second, d.similarity] for d in within], len(leaks)]"
     )
-    lengths, groups, agreements, overlaps, within, leaks = execute(1, lab, monkeypatch, asked, SOURCE=repr(str(path)))
+    lengths, groups, agreements, overlaps, within, leaks = execute(1, kernel, asked, SOURCE=repr(str(path)))
     assert lengths == {"prompt": [4, 4, 3, 3], "chosen": [3, 3, 3, 1], "rejected": [1, 1, 1, 3]}
     assert groups == [{"low": 2, "high": 2, "n": 4, "chosen_longer": 0.75}]
     assert agreements == {
@@ -110,9 +143,9 @@ def test_data_of_ones_own_are_explored(lab, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_bundled_data_favour_short_answers(lab, monkeypatch):
+def test_the_bundled_data_favour_short_answers(kernel):
     asked = "[len(rows), len(held_out), agreements.to_dict('index'), groups.chosen_longer.max()]"
-    train, held_out, agreements, longer = execute(1, lab, monkeypatch, asked)
+    train, held_out, agreements, longer = execute(1, kernel, asked)
     assert (train, held_out) == (629, 133)
     assert agreements["rules"] == {"n": 629, "ties": 0, "share": 1.0}
     assert agreements["longer"]["share"] < 0.25
@@ -120,9 +153,9 @@ def test_the_bundled_data_favour_short_answers(lab, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_gradient_is_what_the_text_says(lab, monkeypatch):
+def test_the_gradient_is_what_the_text_says(kernel):
     asked = "[{name: f.push_up.tolist() for name, f in found.items()}, at_start.to_dict(), by_length.T.to_dict()]"
-    push, start, by_length = execute(2, lab, monkeypatch, asked)
+    push, start, by_length = execute(2, kernel, asked)
     margins = [m / 2 for m in range(-80, 81)]
     zero, far_left, far_right = margins.index(0), 0, -1
     # DPO: beta S(-beta m).
@@ -156,8 +189,9 @@ def final(lab: Path, folder: str, name: str) -> float:
 
 
 @pytest.mark.slow
-def test_two_losses_are_trained_and_their_metrics_read(lab, monkeypatch):
-    runs, table, samples = execute(3, lab, monkeypatch, f"[{RUNS}, table.to_dict('index'), len(samples)]")
+def test_two_losses_are_trained_and_their_metrics_read(lab, kernel):
+    """By the command as a process of the notebook's own."""
+    runs, table, samples = execute(3, kernel, f"[{RUNS}, table.to_dict('index'), len(samples)]")
     assert list(runs) == list(table) == ["loss=dpo", "loss=simpo"]
     for name, (folder, status) in runs.items():
         assert status == "finished"
@@ -174,9 +208,10 @@ def test_two_losses_are_trained_and_their_metrics_read(lab, monkeypatch):
 
 
 @pytest.mark.slow
-def test_beta_is_swept_and_the_curves_are_of_it(lab, monkeypatch):
+def test_beta_is_swept_and_the_curves_are_of_it(lab, kernel, monkeypatch):
+    train_beforehand(4, lab, monkeypatch)
     runs, table, lines = execute(
-        4, lab, monkeypatch, f"[{RUNS}, table.to_dict('index'), {{k: [x, list(y)] for k, (x, y) in lines.items()}}]"
+        4, kernel, f"[{RUNS}, table.to_dict('index'), {{k: [x, list(y)] for k, (x, y) in lines.items()}}]"
     )
     betas = [0.03, 0.1, 0.3]
     assert list(runs) == [f"loss.beta={beta}" for beta in betas]
@@ -188,12 +223,13 @@ def test_beta_is_swept_and_the_curves_are_of_it(lab, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_comparison_is_made_and_read(lab, monkeypatch):
+def test_a_comparison_is_made_and_read(lab, kernel, monkeypatch):
+    train_beforehand(5, lab, monkeypatch)
     asked = (
         f"[{RUNS}, str(page), numbers.to_dict('records'), table.header, table.rows, noise.rows, headline(found),"
         " [title for title, _ in warned]]"
     )
-    runs, page, numbers, header, rows, noise, said, warned = execute(5, lab, monkeypatch, asked)
+    runs, page, numbers, header, rows, noise, said, warned = execute(5, kernel, asked)
     assert list(runs) == [f"loss={loss}, seed={seed}" for loss in ("dpo", "simpo", "ipo") for seed in (0, 1)]
     assert "<table" in (lab / page).read_text()
     assert [(row["loss"], row["seed"]) for row in numbers] == [

@@ -1,6 +1,7 @@
 """The KL from samples: of the tokens that were sampled, by hand, unbiased, and 0 where nothing was learnt."""
 
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -10,13 +11,15 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from alignment.config.compose import load
+from alignment.config.compose import as_plain, compose_node, load, to_run_config
+from alignment.config.registry import register
 from alignment.config.schema import EvaluationConfig
 from alignment.data.units import spread_prompts
 from alignment.evaluation.generate import sample, without_presets
 from alignment.evaluation.kl import sampled_kl
 from alignment.reference.frozen import FrozenPolicy
 from alignment.scoring.layout import FlatLayout
+from alignment.stages.chain import Chain
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_policy
 from tests.helpers.commands import command, write_project
@@ -142,46 +145,59 @@ def project(tmp_path_factory, tiny_model_folder) -> Path:
     return write_project(tmp_path_factory.mktemp("project"), tiny_model_folder)
 
 
-def finish(project: Path, cwd: Path, *overrides: str) -> tuple[dict, str]:
-    short = ("recipe=tiny", "trainer.max_steps=2")
-    ended = command("--config-dir", str(project), *short, *overrides, cwd=cwd, cache=cwd / "cache")
-    assert ended.code == 0, ended.err
-    [folder] = (cwd / "outputs" / "tiny").iterdir()
-    return json.loads((folder / "summary.json").read_text()), ended.out
+SHORT = ("recipe=tiny", "sft=none", "trainer.max_steps=2", "trainer.eval_every=0", "trainer.save_every=0")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("overrides", "n"),
-    [
-        ([], 2),  # as many as evaluation.prompts
-        (["loss=simpo", "reference.for_metrics=false", "evaluation.prompts=0", "evaluation.kl_prompts=4"], 4),
-        (["adapter=none", "sft=none", "optim.lr=1e-3", "reference=live"], 2),
-    ],
-    ids=["adapter", "no reference, no other answers", "whole model"],
-)
-def test_the_command_estimates_it(project, tmp_path, overrides, n):
-    summary, _ = finish(project, tmp_path, *overrides)
+def finish(project: Path, folder: Path, *overrides: str) -> dict:
+    """The summary of a run in this process."""
+    register(project)
+    node = compose_node([*SHORT, "tracking=none", *overrides])
+    return Chain(to_run_config(node), folder, "tiny", as_plain(node)).run()
+
+
+def assert_estimated(summary: dict, report: str, n: int) -> None:
     found = summary["evaluation"]["kl/sampled"]
     assert found["n"] == n and found["mean"] != 0 and 0 < found["tokens"] <= 4 * n
     assert ("answers" in summary["evaluation"]) == ("samples" in summary["files"]) == (n == 2)
-    report = (tmp_path / summary["files"]["report"]).read_text()
     [lines] = re.findall(r"^\| KL to start, nats/answer (.*\n.*)", report, re.MULTILINE)
     mean, low, high = map(float, re.findall(r"-?\d[\d.e-]*", lines.replace("95%", "")))
     half = 1.96 * found["se"]
     assert [mean, low, high] == pytest.approx([found["mean"], found["mean"] - half, found["mean"] + half], rel=2e-3)
 
 
+WHOLE_MODEL = ("adapter=none", "optim.lr=1e-3")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "n"),
     [
-        (["evaluation.kl_prompts=0"], False),
-        (["adapter=none", "sft=none", "optim.lr=1e-3"], True),
+        (["loss=simpo", "reference.for_metrics=false", "evaluation.prompts=0", "evaluation.kl_prompts=4"], 4),
+        ([*WHOLE_MODEL, "reference=live"], 2),
     ],
-    ids=["off", "whole model"],
+    ids=["no reference, no other answers", "whole model"],
 )
-def test_the_command_leaves_it_out(project, tmp_path, overrides, said):
-    summary, out = finish(project, tmp_path, *overrides)
+def test_a_run_estimates_it(project, tmp_path, overrides, n):
+    summary = finish(project, tmp_path, *overrides)
+    assert_estimated(summary, (tmp_path / "report.md").read_text(), n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "said"), [(["evaluation.kl_prompts=0"], False), (WHOLE_MODEL, True)], ids=["off", "whole model"]
+)
+def test_a_run_leaves_it_out(project, tmp_path, overrides, said, caplog):
+    with caplog.at_level(logging.INFO):
+        summary = finish(project, tmp_path, *overrides)
     assert "kl/sampled" not in summary["evaluation"] and "kl" not in summary["stages"]["preference"]
-    assert ("The KL from samples is left out" in out) == said
+    assert ("The KL from samples is left out" in caplog.text) == said
+
+
+@pytest.mark.slow
+def test_the_command_estimates_it_after_sft(project, tmp_path):
+    """From as many prompts as are answered; the start of the stage is an adapter."""
+    arguments = ("--config-dir", str(project), "recipe=tiny", "trainer.max_steps=2")
+    ended = command(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
+    assert ended.code == 0, ended.err
+    [folder] = (tmp_path / "outputs" / "tiny").iterdir()
+    assert_estimated(json.loads((folder / "summary.json").read_text()), (folder / "report.md").read_text(), 2)

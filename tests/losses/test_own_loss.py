@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.config.arguments import check_arguments
 from alignment.config.compose import load
 from alignment.errors import UserError
 from alignment.files import asset_dir
@@ -73,6 +74,9 @@ def test_the_documented_example_runs_and_resumes(folder):
     ended = run(folder, "resume=killed")
     assert ended.code == 0, ended.err
     assert numbers(folder / "killed") == numbers(whole)
+    wrong = run(folder, "loss.bata=1", "hydra.run.dir=wrong")
+    [line] = wrong.err.splitlines()
+    assert wrong.code == 1 and "beta, margin" in line and not (folder / "wrong").exists()
 
 
 @pytest.mark.slow
@@ -98,10 +102,13 @@ def test_it_is_swept_over_and_mixed(folder):
     ],
     ids=lambda value: value[-1],
 )
-def test_its_settings_are_checked_like_those_of_every_loss(arguments, said, folder):
-    ended = run(folder, *arguments)
-    [line] = ended.err.splitlines()
-    assert ended.code == 1 and all(part in line for part in said), line
+def test_its_settings_are_checked_like_those_of_every_loss(arguments, said, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
+    with pytest.raises(UserError) as caught:
+        check_arguments([*documented()[1], *SHORT, *arguments])
+    assert all(part in str(caught.value) for part in said), caught.value
     assert not (folder / "outputs").exists()
 
 

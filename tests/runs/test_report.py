@@ -233,19 +233,18 @@ def test_an_interrupted_run_has_a_report(tmp_path: Path) -> None:
     assert "plots/loss.png" in text
 
 
-def test_command_line(run_dir: Path, tmp_path: Path) -> None:
+def test_command_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = write_report(run_dir).read_bytes()
     (run_dir / "report.md").unlink()
-
-    def command(*folders: Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "alignment.report", *map(str, folders)], capture_output=True, text=True, check=False
-        )
-
-    done = command(run_dir)
-    assert (done.returncode, done.stdout.splitlines()) == (0, [str(run_dir / "report.md")])
+    assert report.main([str(run_dir)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(run_dir / "report.md")]
     assert (run_dir / "report.md").read_bytes() == before, "the same files give the same report"
-    done = command(tmp_path / "none", run_dir)
+    done = subprocess.run(
+        [sys.executable, "-m", "alignment.report", str(tmp_path / "none"), str(run_dir)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"Error: {tmp_path / 'none'} is no run folder and holds none: neither it nor a folder in it has any of "
@@ -288,17 +287,14 @@ def test_losses_are_written_as_in_their_papers_and_the_longest_name_fits(run_dir
         assert max(map(len, lines)) <= 80, loss.title
 
 
-def test_a_pipe_gets_the_closing_tables_unbroken(run_dir: Path) -> None:
-    code = f"""if True:
-        import json
-        from alignment.runs.report import print_summary
-        print_summary(json.load(open({str(run_dir / "summary.json")!r})))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "30"}
-    )
-    assert "win rate of final model    75.0%            70.0%           -\n" in done.stdout
-    assert "\x1b" not in done.stdout
+def test_a_pipe_gets_the_closing_tables_unbroken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    print_summary(SUMMARY)
+    out = capsys.readouterr().out
+    assert "win rate of final model    75.0%            70.0%           -\n" in out
+    assert "\x1b" not in out
 
 
 def write_without_space(path: Path, data: bytes) -> None:

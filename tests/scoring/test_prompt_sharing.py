@@ -81,7 +81,7 @@ def everything_in_fp64(monkeypatch):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_equals_the_flat_layout_in_fp64(name, everything_in_fp64):
     model = tiny_model(name, torch.float64)
-    for k in range(1, 6):
+    for k in (1, 2, 5):
         groups = random_groups(4, k=k, seed=k)
         expected = scores_and_gradient(model, groups, FlatLayout(), 10_000)
         assert enable_shared_prompts(model)

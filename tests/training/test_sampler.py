@@ -123,7 +123,7 @@ def recorder(groups, folder, max_steps, sampler):
     ids=["plain", "merged", "in parts"],
 )
 def test_training_takes_the_first_steps_also_when_resumed(min_groups, parts, tmp_path):
-    """Nine groups in steps of four, seven steps over three epochs; then again from every checkpoint."""
+    """Nine groups in steps of four, seven steps over three epochs; then again from checkpoints in and between these."""
     groups = random_groups(9, seed=2)
 
     def sampler():
@@ -134,7 +134,7 @@ def test_training_takes_the_first_steps_also_when_resumed(min_groups, parts, tmp
     trainer.train()
     assert trainer.seen == expected
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    for done in (1, 2, 3, 4, 5):
+    for done in (2, 3, 5):
         resumed = recorder(groups, tmp_path, 7, sampler())
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{done}"))
         assert resumed.seen == expected[done:], f"after step {done}"

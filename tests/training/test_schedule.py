@@ -201,8 +201,7 @@ def policy_of(kind):
     return tiny_policy(trained=kind == "trained")
 
 
-@pytest.mark.parametrize("mix", [0.6, 1.0], ids=["soft", "hard"])
-@pytest.mark.parametrize("kind", ["fresh", "trained", "full"])
+@pytest.mark.parametrize(("kind", "mix"), [("fresh", 1.0), ("trained", 0.6), ("full", 0.6), ("full", 1.0)])
 def test_tr_dpo_equals_a_plain_loop(kind, mix, tmp_path):
     """Seven steps, a refresh after every second: the reference at each refresh, and the policy at the end."""
     model, oracle = policy_of(kind), policy_of(kind)
