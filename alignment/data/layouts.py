@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
+from alignment.data.messages import (
+    TURN,
+    WRITTEN_MESSAGES,
+    dialogue_of,
+    found,
+    meaning,
+    messages_of,
+    read_written,
+    text_of,
+    without_empty,
+)
 from alignment.data.rows import BadRow, Message, Rejected, Row, Text
 from alignment.errors import UserError
 
 Record = dict[str, Any]
 Stage = Literal["preference", "sft"]
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-FOLLOWS = {
-    "start": {"system", "user"},
-    "system": {"user"},
-    "user": {"assistant"},
-    "assistant": {"user", "tool"},
-    "tool": {"tool", "assistant"},
-}
+VARIABLES = ("tools", "documents", "chat_template_kwargs")
+"""Columns that the chat template reads, the last one as several variables by name."""
 OUR_COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "label", "messages", "conversations", "system"),
-    *("score_chosen", "score_rejected", "completions", "scores", "steps", "weight"),
+    *("score_chosen", "score_rejected", "completions", "scores", "steps", "weight", *VARIABLES),
 )
-TURN = re.compile(r"\n\n(Human|Assistant):")
 SAMPLE = 32
 """Number of records whose values tell apart layouts with the same columns."""
 
@@ -64,45 +57,6 @@ class Layout:
         return "sft"
 
 
-def messages_of(value: Any, column: str) -> list[Message]:
-    """Messages {role, content}, from one message or a list of them, in that form or in ShareGPT's {from, value}."""
-    value = [value] if isinstance(value, dict) else value
-    if not isinstance(value, list):
-        raise Rejected("wrong_type", f"column '{column}' holds {type(value).__name__}, not messages")
-    messages = []
-    for item in value:
-        if not isinstance(item, dict):
-            raise Rejected("wrong_type", f"a message in column '{column}' is {type(item).__name__}, not an object")
-        role, content = ("role", "content") if "role" in item else ("from", "value")
-        if role not in item or content not in item:
-            raise Rejected("missing_field", f"a message in column '{column}' has no role and content")
-        if not isinstance(item[content], str) or item.get("tool_calls"):
-            raise Rejected("wrong_type", f"a message in column '{column}' is not plain text")
-        known = ROLES.get(str(item[role]))
-        if known is None:
-            raise Rejected("bad_roles", f"unknown role {item[role]!r} in column '{column}'")
-        messages.append({"role": known, "content": item[content]})
-    return messages
-
-
-def dialogue_of(text: Any, column: str) -> list[Message]:
-    """Messages from one string with the turns "\\n\\nHuman:" and "\\n\\nAssistant:", as in Anthropic HH."""
-    if not isinstance(text, str):
-        raise Rejected("wrong_type", f"column '{column}' holds {type(text).__name__}, not a dialogue in one string")
-    before, *turns = TURN.split(text)
-    if before.strip() or not turns:
-        raise Rejected("bad_roles", f"column '{column}' does not begin with '\\n\\nHuman:'")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[role], "content": content.strip()} for role, content in zip(turns[::2], turns[1::2], strict=True)
-    ]
-
-
-def text_of(value: Any, column: str) -> Text:
-    """A string as it is, anything else as messages."""
-    return value if isinstance(value, str) else messages_of(value, column)
-
-
 def _split(dialogue: list[Message]) -> tuple[list[Message], list[Message]]:
     return dialogue[:-1], dialogue[-1:]
 
@@ -112,7 +66,7 @@ def _split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Me
     if not chosen or not rejected:
         raise Rejected("empty_answer", "a conversation has no messages")
     (prompt, best), (other, worst) = _split(chosen), _split(rejected)
-    if prompt != other:
+    if meaning(prompt) != meaning(other):
         raise Rejected("prompts_differ", "chosen and rejected differ before their last answers")
     return prompt, [best, worst]
 
@@ -131,7 +85,7 @@ def _pair(record: Record) -> tuple[Text, list[Text]]:
     if isinstance(prompt, str):  # UltraFeedback repeats the first question; others the last one
         same = prompt.strip() in {m["content"].strip() for m in (*turns[:1], *turns[-1:])}
     else:
-        same = turns == [m for m in prompt if m["role"] != "system"]
+        same = meaning(turns) == meaning([m for m in prompt if m["role"] != "system"])
     if not same:
         raise Rejected("prompts_differ", "column 'prompt' is not what the conversations in chosen and rejected share")
     # the longer of the two has the system message
@@ -155,7 +109,7 @@ def _list(prompt: str) -> Callable[[Record], tuple[Text, list[Text]]]:
     def convert(record: Record) -> tuple[Text, list[Text]]:
         completions = record["completions"]
         if not isinstance(completions, list):
-            raise Rejected("wrong_type", f"column 'completions' holds {type(completions).__name__}, not a list")
+            raise Rejected("wrong_type", f"column 'completions' holds {found(completions)}, not a list")
         answers = [c["response"] if _is_rated(c) else c for c in completions]
         return text_of(record[prompt], prompt), [text_of(answer, "completions") for answer in answers]
 
@@ -189,7 +143,8 @@ def _holds_list(record: Record) -> bool:
 
 
 def _holds_messages(record: Record) -> bool:
-    return isinstance(record["chosen"], list)
+    chosen = record["chosen"]
+    return isinstance(chosen, list) or (isinstance(chosen, str) and WRITTEN_MESSAGES.match(chosen) is not None)
 
 
 def _holds_whole_conversations(record: Record) -> bool:
@@ -274,7 +229,7 @@ def to_row(record: Any, layout: Layout, columns: Mapping[str, str], file: str, n
     """The record as a checked row, or as a bad row with the first thing that is wrong."""
     try:
         if not isinstance(record, dict):
-            raise Rejected("wrong_type", f"the row is {type(record).__name__}, not an object")
+            raise Rejected("wrong_type", f"the row is {found(record)}, not an object")
         return _to_row(rename(record, columns), layout, f"{file}:{number}")
     except Rejected as rejected:
         return BadRow(rejected.reason, str(rejected), file, number)
@@ -288,12 +243,12 @@ def _to_row(record: Record, layout: Layout, source: str) -> Row:
     prompt, answers = layout.convert(record)
     system = record.get("system")
     if system is not None and not isinstance(system, str):
-        raise Rejected("wrong_type", f"column 'system' holds {type(system).__name__}, not text")
+        raise Rejected("wrong_type", f"column 'system' holds {found(system)}, not text")
     if system or isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         answers = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
-        if system and (not prompt or prompt[0]["role"] != "system"):
+        if system and (not prompt or prompt[0]["role"] not in ("system", "developer")):
             prompt = [{"role": "system", "content": system}, *prompt]
 
     # Check the texts
@@ -327,10 +282,33 @@ def _to_row(record: Record, layout: Layout, source: str) -> Row:
     if layout.steps is not None:
         steps = record[layout.steps]
         if not isinstance(steps, str):
-            raise Rejected("wrong_type", f"column '{layout.steps}' holds {type(steps).__name__}, not text")
+            raise Rejected("wrong_type", f"column '{layout.steps}' holds {found(steps)}, not text")
         _check_text(steps)
+    variables = _variables(record)
+    used.update(VARIABLES)
     meta = {name: value for name, value in record.items() if name not in used}
-    return Row(prompt, tuple(answers), labels, scores, meta, source, weight, steps)
+    return Row(prompt, tuple(answers), labels, scores, meta, source, weight, steps, variables)
+
+
+def _variables(record: Record) -> dict[str, Any]:
+    """Variables of the chat template by name, from the columns that hold some."""
+    variables: dict[str, Any] = {}
+    for name in VARIABLES:
+        value = record.get(name)
+        if isinstance(value, str) and value.strip():
+            value = read_written(value, name)
+        if value in (None, "", [], {}):
+            continue
+        if name == "chat_template_kwargs":
+            if not isinstance(value, dict):
+                raise Rejected("wrong_type", f"column '{name}' holds {found(value)}, not variables by name")
+            variables |= {key: kept for key, kept in value.items() if kept is not None}
+            continue
+        value = [value] if isinstance(value, dict) else value
+        if not isinstance(value, list):
+            raise Rejected("wrong_type", f"column '{name}' holds {found(value)}, not a list")
+        variables[name] = without_empty(value)
+    return variables
 
 
 def _check_prompt(prompt: Text) -> None:
@@ -341,14 +319,16 @@ def _check_prompt(prompt: Text) -> None:
         return
     if not prompt:
         raise Rejected("empty_prompt", "the prompt has no messages")
-    previous = "start"
+    previous = ""
     for message in prompt:
         _check_text(message["content"])
-        if message["role"] not in FOLLOWS[previous]:
-            raise Rejected("bad_roles", f"a {message['role']} turn cannot follow '{previous}' in a prompt")
+        if message["role"] == "tool" and previous not in ("assistant", "tool"):
+            raise Rejected("bad_roles", "a tool turn stands where no assistant turn is before it")
         previous = message["role"]
     if previous not in ("user", "tool"):
-        raise Rejected("bad_roles", f"the prompt ends with a {previous} turn, not with a user or tool turn")
+        raise Rejected(
+            "bad_roles", f"what stands before the answer ends with the turn of {previous}, not of user or tool"
+        )
     if previous == "user" and not prompt[-1]["content"].strip():
         raise Rejected("empty_prompt", "the last user turn is empty")
 
@@ -359,7 +339,9 @@ def _check_answer(answer: Text) -> None:
             raise Rejected("empty_answer", "the answer has no message")
         if [m["role"] for m in answer] != ["assistant"]:
             roles = ", ".join(m["role"] for m in answer)
-            raise Rejected("bad_roles", f"an answer is one assistant message, not {roles}")
+            raise Rejected("bad_roles", f"an answer is one assistant message, and this one has {roles}")
+        if answer[0].get("tool_calls"):
+            return
         answer = answer[0]["content"]
     _check_text(answer)
     if not answer.strip():

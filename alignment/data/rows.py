@@ -13,8 +13,8 @@ from typing import Any
 
 from alignment.errors import UserError
 
-Message = dict[str, str]
-"""{"role": system | user | assistant | tool, "content": text}."""
+Message = dict[str, Any]
+"""{"role": system | developer | user | assistant | tool, "content": text}, and keys that a chat template may read."""
 
 Text = str | list[Message]
 
@@ -41,6 +41,7 @@ class Row:
         source: "file:row", rows counted from 1; the line number in JSON Lines.
         weight: factor of the row's loss.
         steps: the beginning of the answer, which each completion continues by one step; None for whole answers.
+        variables: of the chat template, for this row alone, e.g. its tools.
     """
 
     prompt: Text
@@ -51,6 +52,7 @@ class Row:
     source: str = ""
     weight: float = 1.0
     steps: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ def fingerprint(*parts: Sequence[Row]) -> str:
     for rows in parts:
         for row in rows:
             content = [row.prompt, row.completions, row.labels, row.scores, row.weight, row.steps, row.meta]
+            content += [row.variables] if row.variables else []
             digest.update(json.dumps(content, sort_keys=True, default=str).encode("ascii") + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()

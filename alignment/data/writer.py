@@ -1,0 +1,331 @@
+"""Rows as text, written by the chat template; what the template does not write, and what the text should not hold."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from jinja2 import TemplateError
+
+from alignment.config.schema import DataConfig
+from alignment.data.findings import Findings
+from alignment.data.messages import TRAIN_KEYS, WRITTEN_MESSAGES, learned
+from alignment.data.rows import Message, Rejected, Row
+from alignment.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+OURS = {"conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
+"""Arguments of the rendering that no data may set."""
+MEANINGFUL = {"tools", "documents", "tool_calls", "reasoning_content", "reasoning", "thinking", "name"}
+"""Keys whose loss changes what a row says: it is warned of."""
+ROLE_NAME = re.compile(r"\s*#*\s*(assistant|user|human|system|ai|bot|gpt|model)\s*(:|\n)", re.IGNORECASE)
+TRIES = 256
+"""Rows in which a key may show that the template reads it."""
+
+
+@dataclass(slots=True)
+class _Use:
+    """Rows with a key, and whether the text of one changes without it."""
+
+    rows: int = 0
+    read: bool = False
+
+
+@dataclass(slots=True)
+class Writer:
+    """Writes rows as text, and notes what is wrong with them.
+
+    Args:
+        supervised: for SFT, which reads the keys of messages that say what to learn.
+        day: the date that a template is told; None: today.
+
+    Raises:
+        UserError: settings that the tokenizer cannot follow.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    config: DataConfig
+    supervised: bool = False
+    day: datetime.date | None = None
+    findings: Findings = field(init=False)
+    chat: bool = field(init=False)
+    _uses: dict[str, _Use] = field(init=False, default_factory=dict)
+    _markers: list[str] = field(init=False, default_factory=list)
+    _special: re.Pattern[str] | None = field(init=False, default=None)
+    _headers_seen: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        tokenizer, config = self.tokenizer, self.config
+        taken = sorted(OURS & config.template_kwargs.keys())
+        if taken:
+            raise UserError(f"data.template_kwargs cannot set {', '.join(taken)}, only variables of the chat template.")
+        self.findings = Findings("sft.data.allow" if self.supervised else "data.allow", config.allow)
+        self.chat = tokenizer.chat_template is not None
+        if config.system is not None and not self.chat:
+            raise UserError("data.system needs a tokenizer with a chat template: set model.chat_template.")
+        if self.chat:
+            special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+            special |= set(tokenizer.all_special_tokens)
+            longest_first = sorted(special, key=len, reverse=True)
+            self._special = re.compile("|".join(map(re.escape, longest_first))) if special else None
+            self._markers = self._turn_markers()
+
+    # Text
+
+    def messages(self, row: Row) -> list[Message]:
+        """The row's prompt as messages; if it has no system message, with that of the settings."""
+        prompt = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        if "developer" not in str(self.tokenizer.chat_template):  # the newer name of the same role
+            prompt = [m | {"role": "system"} if m["role"] == "developer" else m for m in prompt]
+        if self.config.system is not None and prompt[0]["role"] not in ("system", "developer"):
+            return [{"role": "system", "content": self.config.system}, *prompt]
+        return prompt
+
+    def render(self, messages: list[Message], generation: bool, variables: Mapping[str, Any]) -> str:
+        """The chat template's text. `variables` are the row's own."""
+        given = {**self.config.template_kwargs, **variables}
+        taken = sorted(OURS & given.keys())
+        if taken:
+            raise Rejected("bad_variables", f"its variables of the chat template cannot set {', '.join(taken)}")
+        if self.day is not None:
+            given["strftime_now"] = self.day.strftime
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation, **given
+            )
+            return cast(str, text)
+        except TemplateError as error:
+            hint = ""
+            if messages[0]["role"] == "system" and self.config.system == messages[0]["content"]:
+                hint = " (data.system=null leaves the system text of the settings out)"
+            raise Rejected("template_error", f"the chat template refuses it: {error}{hint}") from None
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise Rejected("template_error", f"the chat template cannot write it: {error}") from None
+
+    def plain(self, row: Row) -> bool:
+        """Whether the row is written as plain text."""
+        if not self.chat and not isinstance(row.prompt, str):
+            raise UserError(
+                f"Row {row.source} is a conversation, and the tokenizer has no chat template: set model.chat_template."
+            )
+        return not self.chat
+
+    def group_texts(self, row: Row) -> tuple[str, list[str]]:
+        """The prompt as for a generation, and prompt plus completion for each completion."""
+        if self.plain(row):
+            self._note_unread(row.variables)
+            prompt = f"{row.prompt}{row.steps or ''}"
+            return prompt, [prompt + _as_message(completion)["content"] for completion in row.completions]
+        messages = self.messages(row)
+        prompt = self.render(messages, True, row.variables)
+        if row.steps is not None:
+            prompt += row.steps
+            self._inspect(row, messages, prompt, [prompt])
+            return prompt, [prompt + _as_message(completion)["content"] for completion in row.completions]
+        answers = [_as_message(completion) for completion in row.completions]
+        wholes = [self.render([*messages, answer], False, row.variables) for answer in answers]
+        for whole in wholes:
+            self._require_same_prompt(row, messages, prompt, whole)
+        self._inspect(row, messages, prompt, wholes)
+        return prompt, wholes
+
+    def spans(self, row: Row) -> tuple[str, list[tuple[int, int]], str]:
+        """The whole text, the character spans of the scored answers, and the prompt where only the last is scored.
+
+        An answer is scored unless it is empty, or a key of its message says that it is not to be learnt.
+        """
+        if self.plain(row):
+            self._note_unread(row.variables)
+            text = f"{row.prompt}{row.completions[0]}"
+            return text, [(len(row.prompt), len(text))], ""
+        prompt, answer = self.messages(row), _as_message(row.completions[0])
+        messages = [*prompt, answer]
+        whole = self.render(messages, False, row.variables)
+        for_generation = self.render(prompt, True, row.variables)
+        self._require_same_prompt(row, prompt, for_generation, whole)
+        self._inspect(row, prompt, for_generation, [whole])
+
+        # Where each answer stands
+        wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and learned(m) and not _is_empty(m)]
+        if any(_is_empty(m) for m in prompt if m["role"] == "assistant"):
+            self.findings.note("empty_turns", row)
+        if not wanted:
+            raise Rejected("nothing_to_learn", "its messages say that none of its answers is to be learnt")
+        spans = []
+        for index in wanted:
+            if index == len(prompt) and whole.startswith(for_generation):
+                spans.append((len(for_generation), len(whole)))
+                continue
+            before = self.render(messages[:index], True, row.variables)
+            after = self.render(messages[: index + 1], False, row.variables)
+            if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
+                if wanted[-1] != len(prompt):
+                    raise Rejected(
+                        "template_not_prefix",
+                        "only earlier answers are to be learnt, and the chat template writes them differently once "
+                        "more turns follow",
+                    )
+                return whole, [], for_generation
+            spans.append((len(before), len(after)))
+        return whole, spans, ""
+
+    def _require_same_prompt(self, row: Row, messages: list[Message], prompt: str, whole: str) -> None:
+        """Refuse a row whose prompt the template writes differently once an answer follows.
+
+        For a generation, thinking templates may add something after the prompt that they leave out before a given
+        answer. That is fine as long as the prompt's messages are written the same.
+        """
+        if not whole.startswith(prompt) and not whole.startswith(self.render(messages, False, row.variables)):
+            raise Rejected(
+                "template_not_prefix",
+                "the chat template writes the prompt differently once an answer follows; data.template_kwargs may help",
+            )
+
+    # What is wrong with it
+
+    def _inspect(self, row: Row, prompt: list[Message], for_generation: str, wholes: Sequence[str]) -> None:
+        """Note what the row's text should not hold, and what of the row the template has not written."""
+        answers = [] if row.steps is not None else [_as_message(completion) for completion in row.completions]
+        for message in (*prompt, *answers):
+            self._inspect_text(row, message)
+        question = prompt[-1]["content"].strip()
+        for answer, whole in zip(answers, wholes, strict=False):
+            text = answer["content"].strip()
+            if ROLE_NAME.match(text):
+                self.findings.note("role_names", row, f"'{text[:30]}'")
+            if len(question) >= 8 and text.startswith(question) and len(text) > len(question):
+                self.findings.note("repeated_prompts", row)
+            self._inspect_written(row, [*prompt, answer], whole)
+            if self._headers_seen < TRIES and text:
+                self._headers_seen += 1
+                header = whole[len(for_generation) : max(whole.rfind(text), 0)].strip()
+                if header and for_generation == self.render(prompt, False, row.variables):
+                    self.findings.note("generation_prompt", row, f"'{header[:40]}'")
+        if not answers:
+            self._inspect_written(row, prompt, wholes[0])
+
+    def _inspect_text(self, row: Row, message: Message) -> None:
+        text = message["content"]
+        marker = next((marker for marker in self._markers if marker in text), None)
+        if marker is not None:
+            self.findings.note("formatted", row, f"'{marker[:40]}' in a turn of {message['role']}")
+        elif self._special is not None and (token := self._special.search(text)):
+            self.findings.note("special_tokens", row, f"{token[0]} in a turn of {message['role']}")
+        if WRITTEN_MESSAGES.match(text):
+            self.findings.note("message_lists", row)
+
+    def _inspect_written(self, row: Row, messages: list[Message], whole: str) -> None:
+        """Every text in the order of the messages, and every other key of a message and variable of the row."""
+        start = 0
+        for message in messages:
+            if message["role"] == "tool":  # templates write results in forms of their own
+                continue
+            text = message["content"].strip()
+            if message["role"] == "assistant":  # earlier thoughts are left out
+                text = text.rpartition("</think>")[2].strip()
+            place = whole.find(text, start)
+            if place < 0:
+                self.findings.note("unwritten", row, f"a turn of {message['role']}: '{text[:40]}'")
+                break
+            start = place + len(text)
+        for key in {key for message in messages for key in message} - {"role", "content"}:
+            if self.supervised and key in TRAIN_KEYS:
+                continue
+            bare = [{name: value for name, value in message.items() if name != key} for message in messages]
+            if not self._reads(key, whole, bare, row.variables) and key == "tool_calls":
+                self.findings.note("unwritten", row, "the tool calls of an answer")
+        for key in row.variables:
+            self._reads(key, whole, messages, {k: v for k, v in row.variables.items() if k != key})
+        for key in self.config.template_kwargs:
+            self._reads(f"data.template_kwargs.{key}", whole, messages, row.variables, without=key)
+
+    def _reads(
+        self, key: str, whole: str, messages: list[Message], variables: Mapping[str, Any], without: str | None = None
+    ) -> bool:
+        """Whether the template reads a key, as far as is known: some row is written differently without it."""
+        use = self._uses.setdefault(key, _Use())
+        use.rows += 1
+        if not use.read and use.rows <= TRIES:
+            try:
+                if without is None:
+                    use.read = self.render(messages, False, variables) != whole
+                else:
+                    kept = {k: v for k, v in self.config.template_kwargs.items() if k != without}
+                    text = self.tokenizer.apply_chat_template(messages, tokenize=False, **{**kept, **variables})
+                    use.read = text != whole
+            except (Rejected, TemplateError):
+                use.read = True  # it cannot do without
+        return use.read
+
+    def _note_unread(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._uses.setdefault(name, _Use()).rows += 1
+
+    def settle(self, rows: int) -> dict[str, int]:
+        """Say what was found in the rows, and what of them nothing reads; returns the counts.
+
+        Raises:
+            UserError: something that would spoil the training.
+        """
+        counts = self.findings.settle(rows)
+        for key, use in self._uses.items():
+            if not use.read:
+                counts[f"unread: {key}"] = use.rows
+                level = logging.WARNING if key in MEANINGFUL or key.startswith("data.") else logging.INFO
+                reader = "the chat template" if self.chat else "plain text without a chat template"
+                log.log(level, "%s is not read: %s has no place for it (%d rows have it).", key, reader, use.rows)
+        return counts
+
+    # The template by itself
+
+    def _turn_markers(self) -> list[str]:
+        """What the template writes between turns: text that holds it was formatted before."""
+        marks = ["Aa0aA", "Bb1bB", "Cc2cC"]
+        turns: list[Message] = [
+            {"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)
+        ]
+        try:
+            whole = self.render(turns, False, {})
+        except Rejected:  # a template of single questions
+            return []
+        between = re.fullmatch(f".*{marks[0]}(.*){marks[1]}(.*){marks[2]}.*", whole, re.DOTALL)
+        found = {marker for part in (between.groups() if between else ()) for marker in _headers(part, self._special)}
+        return sorted(found, key=len, reverse=True)
+
+
+def _headers(part: str, special: re.Pattern[str] | None) -> Iterator[str]:
+    """The beginnings of turns in what a template writes between two: special tokens with the words after them."""
+    starts = [match.start() for match in special.finditer(part)] if special is not None else []
+    for start, end in zip(starts, [*starts[1:], len(part)], strict=True):
+        header = part[start:end].strip()
+        if special is not None and special.sub("", header).strip():  # more than an end-of-turn token
+            yield header
+    if not starts and len(part.strip()) >= 4:
+        yield part.strip()
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens with which the chat template ends an answer, up to the first special one; empty without a template."""
+    if tokenizer.chat_template is None:
+        return []
+    raise NotImplementedError
+
+
+def _as_message(completion: Any) -> Message:
+    return {"role": "assistant", "content": completion} if isinstance(completion, str) else completion[0]
+
+
+def _is_empty(message: Message) -> bool:
+    return not message["content"].strip() and not message.get("tool_calls")
+
+
+__all__ = ["Counter", "Writer"]
