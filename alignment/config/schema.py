@@ -122,7 +122,8 @@ class DataConfig:
     `source` is `bundled:<name>`, a local file or folder (JSON, JSONL, CSV, Parquet), or a hub id. Held-out rows come
     from `eval_source` (its split `eval_split`), or else `eval_size` rows are set aside from the training rows.
     `columns` maps our column names to the file's own, e.g. {prompt: question, chosen: best}.
-    `max_bad_rows` null means 0 for local files and no limit for hub sets.
+    `max_bad_rows` null means 0 for local files and no limit for hub sets. `allow` names findings in the text that do
+    not stop the run (see `alignment.data.findings`).
     """
 
     source: str
@@ -137,6 +138,7 @@ class DataConfig:
     max_prompt_length: int
     truncate_prompt: Keep
     max_bad_rows: int | None
+    allow: list[str]
     limit: int | None
     eval_limit: int | None
     template_kwargs: dict[str, Any]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from alignment.data.rows import Row
 from alignment.errors import UserError, did_you_mean
@@ -65,6 +65,42 @@ FINDINGS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one pass has found of one kind: in how many of the rows, and what to say of it.
+
+    Attributes:
+        text: follows "12 of 300 rows".
+        quiet: it changes nothing that a row says.
+    """
+
+    kind: str
+    rows: int
+    of: int
+    text: str
+    quiet: bool = False
+
+
+def report(parts: Iterable[Found]) -> tuple[dict[str, int], list[str]]:
+    """Log what was found, each kind once for all parts of the data.
+
+    Returns:
+        The number of rows by kind, and the sentences that are worth a second look.
+    """
+    merged: dict[str, Found] = {}
+    for found in parts:
+        before = merged.get(found.kind)
+        merged[found.kind] = (
+            found if before is None else replace(before, rows=before.rows + found.rows, of=before.of + found.of)
+        )
+    sentences = []
+    for found in merged.values():
+        sentence = f"{found.rows} of {found.of} rows {found.text}."
+        log.log(logging.INFO if found.quiet else logging.WARNING, "  %s", sentence)
+        sentences += [] if found.quiet else [sentence]
+    return {kind: found.rows for kind, found in merged.items()}, sentences
+
+
 class Findings:
     """The findings of one pass over a data set.
 
@@ -96,19 +132,20 @@ class Findings:
         self._counts[kind] += 1
         self._first.setdefault(kind, (row, detail))
 
-    def settle(self, rows: int) -> dict[str, int]:
-        """Warn of what was found, and return the counts.
+    def settle(self, rows: int) -> list[Found]:
+        """What was found.
 
         Raises:
             UserError: something that would spoil the training was found in more than a few rows.
         """
+        found = []
         for kind, count in self._counts.items():
             finding, (first, detail) = FINDINGS[kind], self._first[kind]
-            where = f"the first is {first.source}{f', {detail}' if detail else ''}"
-            text = f"{count} of {rows} rows {finding.what} ({where})"
+            text = f"{finding.what} (the first is {first.source}{f', {detail}' if detail else ''})"
             if finding.share is not None and count > finding.share * rows and kind not in self._allow:
                 raise UserError(
-                    f"{text}: {finding.remedy}, or set {self._setting}=[{kind}] to train on them as they are."
+                    f"{count} of {rows} rows {text}: {finding.remedy}, or set {self._setting}=[{kind}] to train on "
+                    f"them as they are."
                 )
-            log.warning("%s.", text)
-        return dict(self._counts)
+            found.append(Found(kind, count, rows, text))
+        return found

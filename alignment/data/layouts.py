@@ -342,9 +342,9 @@ def _check_answer(answer: Text) -> None:
             raise Rejected("bad_roles", f"an answer is one assistant message, and this one has {roles}")
         if answer[0].get("tool_calls"):
             return
-        answer = answer[0]["content"]
-    _check_text(answer)
-    if not answer.strip():
+    text = answer if isinstance(answer, str) else answer[0]["content"]
+    _check_text(text)
+    if not text.strip():
         raise Rejected("empty_answer", "the answer is empty")
 
 

@@ -94,8 +94,9 @@ def _content(value: Any, column: str, empty_is_fine: bool) -> str:
                     f"a message in column '{column}' has a part of type {part['type']!r}, and only text is read",
                 )
         parts = [part.get("text") if isinstance(part, dict) else part for part in value]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(parts)
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(parts):
+            return "".join(texts)
     if not isinstance(value, str):
         raise Rejected("wrong_type", f"the content of a message in column '{column}' is {found(value)}, not text")
     return value
@@ -173,7 +174,9 @@ def _written_messages(text: str, column: str) -> list[Any] | None:
         return None
     read = [read] if isinstance(read, dict) else read
     pairs = ({"role", "content"}, {"from", "value"})
-    are_messages = isinstance(read, list) and all(isinstance(m, dict) and any(p <= m.keys() for p in pairs) for m in read)
+    are_messages = isinstance(read, list) and all(
+        isinstance(m, dict) and any(p <= m.keys() for p in pairs) for m in read
+    )
     return read if are_messages else None
 
 

@@ -6,16 +6,17 @@ import datetime
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment.config.schema import DataConfig
+from alignment.data.findings import report
 from alignment.data.reasons import in_words
-from alignment.data.rows import BadRow, Row, count_reasons, require_pairs, require_scores
+from alignment.data.rows import BadRow, Row, count_reasons, left_out, require_pairs, require_scores
 from alignment.data.sources import LoadedData, load_rows
-from alignment.data.tokens import TokenizedData, tokenize_groups, tokenize_sft
+from alignment.data.tokens import TokenizedData, TokenizedSFT, tokenize_groups, tokenize_sft
 from alignment.data.units import are_lists, as_pairs, as_rows
 from alignment.errors import UserError
 from alignment.files import atomic_write_bytes, to_json
@@ -43,7 +44,16 @@ class SFTData:
     info: dict[str, Any]
 
 
-def _data_info(loaded: LoadedData, drops: Sequence[BadRow], counts: dict[str, int]) -> dict[str, Any]:
+def _data_info(title: str, loaded: LoadedData, *parts: TokenizedData | TokenizedSFT) -> dict[str, Any]:
+    """What the summary says of the data; the log says it too."""
+    drops = [row for part in parts for row in part.drops]
+    counts = _sum_counts(*(part.counts for part in parts))
+    log.info("%s: %s.", title, loaded.description)
+    log.info("  tokens: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
+    for sentence in left_out([*loaded.bad, *drops]):
+        log.warning("  %s", sentence)
+    _log_columns(loaded)
+    findings, sentences = report(found for part in parts for found in part.findings)
     return {
         "source": loaded.description,
         "layout": loaded.layout,
@@ -51,18 +61,41 @@ def _data_info(loaded: LoadedData, drops: Sequence[BadRow], counts: dict[str, in
         "bad_rows": count_reasons(loaded.bad),
         "dropped": count_reasons(drops),
         "tokens": {name: count for name, count in counts.items() if count},
+        "findings": findings,
+        "notes": left_out([*loaded.bad, *drops]) + sentences,
     }
+
+
+def _log_columns(loaded: LoadedData) -> None:
+    """Say which columns change the loss, with their range, and which ones the training does not read."""
+    rows = [*loaded.train, *loaded.eval]
+    for column, values in (
+        ("weight", [row.weight for row in rows]),
+        ("scores", [score for row in rows for score in row.scores or ()]),
+    ):
+        if values and (column == "scores" or set(values) != {1.0}):
+            use = "multiplies the loss of its row" if column == "weight" else "is read by losses of scores"
+            log.info("  The column %s (%g to %g) %s.", column, min(values), max(values), use)
+    if any(row.steps is not None for row in rows):
+        log.info("  The column of steps begins the answers: its text belongs to the prompt and is not scored.")
+    unread = Counter(name for row in rows for name, value in row.meta.items() if value is not None)
+    if unread:
+        log.info("  Training does not read these columns: %s.", ", ".join(sorted(unread)))
+
+
+def _warn_of_cuts(cut: int, answers: int, config: DataConfig, prefix: str) -> None:
+    if 2 * cut > answers:
+        log.warning(
+            "%d of %d answers are cut at %sdata.max_length=%d: the policy does not learn how they end, so raise it.",
+            cut,
+            answers,
+            prefix,
+            config.max_length,
+        )
 
 
 def _sum_counts(*parts: dict[str, int]) -> dict[str, int]:
     return dict(sum((Counter(part) for part in parts), Counter()))
-
-
-def _log_data(title: str, info: dict[str, Any]) -> None:
-    log.info("%s: %s.", title, info["source"])
-    for name in ("bad_rows", "dropped", "tokens"):
-        if info[name]:
-            log.info("  %s: %s", name.replace("_", " "), in_words(info[name]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +139,9 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
     if needs.scores:
         require_scores([*loaded.train, *loaded.eval], loss.name)
     drops = [*train.drops, *held_out.drops]
-    info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
-    _log_data("Preferences", info)
+    info = _data_info("Preferences", loaded, train, held_out)
+    answers = sum(len(group.completions) for group in (*train.groups, *held_out.groups))
+    _warn_of_cuts(info["tokens"].get("truncated_completions", 0), answers, config, "")
 
     # Lists to pairs, pairs to rows
     parts = {"training": train.groups, "held-out": held_out.groups}
@@ -150,8 +184,8 @@ def load_conversations(
     train = tokenize_sft(loaded.train, tokenizer, config, day=day)
     held_out = tokenize_sft(loaded.eval, tokenizer, config, day=day)
     drops = [*train.drops, *held_out.drops]
-    info = _data_info(loaded, drops, _sum_counts(train.counts, held_out.counts))
-    _log_data("SFT data", info)
+    info = _data_info("SFT data", loaded, train, held_out)
+    _warn_of_cuts(info["tokens"].get("truncated", 0), len(train.sequences) + len(held_out.sequences), config, "sft.")
     info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
     return SFTData(train.sequences, held_out.sequences, info), [*loaded.bad, *drops]
 

@@ -109,6 +109,16 @@ def count_reasons(bad: Iterable[BadRow]) -> dict[str, int]:
     return dict(Counter(b.reason for b in bad).most_common())
 
 
+def left_out(bad: Sequence[BadRow]) -> list[str]:
+    """One sentence per reason: how many rows are left out, and what is wrong with the first of them."""
+    first = {row.reason: row for row in reversed(bad)}
+    return [
+        f"{count} row{'s are' if count > 1 else ' is'} left out, the first {first[reason].file} row "
+        f"{first[reason].row}: {first[reason].message}."
+        for reason, count in count_reasons(bad).items()
+    ]
+
+
 def write_rejected(rows: Iterable[BadRow], path: Path) -> None:
     """Write one JSON line {file, row, reason, message} per bad row; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

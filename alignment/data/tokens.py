@@ -14,11 +14,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from jinja2 import TemplateError
 
 from alignment.config.schema import DataConfig, Keep
+from alignment.data.findings import Found
 from alignment.data.reasons import UnusableRows
-from alignment.data.rows import BadRow, Message, Rejected, Row
+from alignment.data.rows import BadRow, Rejected, Row
+from alignment.data.writer import Writer, special_ids
 from alignment.errors import UserError
 from alignment.types import Group
 
@@ -46,12 +47,14 @@ class TokenizedData:
             keep the better-placed one); seam_moves (tokens merged where prompt and completion meet, so the completion
             begins a few characters early); template_splits (after the prompt, the template writes one thing before an
             answer and another for a generation); eos_appended (by us).
+        findings: what was found in the text of the rows, and which of their keys nothing reads.
     """
 
     groups: list[Group]
     rows: list[Row]
     drops: list[BadRow]
     counts: dict[str, int]
+    findings: list[Found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +65,14 @@ class TokenizedSFT:
         drops: rows left out: template_error, template_not_prefix, no_completion_tokens, completion_truncated_away.
         counts: sequences; truncated; eos_appended; last_turn_only (conversations of which only the last answer is
             scored, because the template writes earlier ones differently once more turns follow).
+        findings: what was found in the text of the rows, and which of their keys nothing reads.
     """
 
     sequences: list[dict[str, list[int]]]
     rows: list[Row]
     drops: list[BadRow]
     counts: dict[str, int]
+    findings: list[Found]
 
 
 def tokenize_groups(
@@ -96,7 +101,8 @@ def tokenize_groups(
     Raises:
         UserError: messages without a chat template, text without an EOS token, or no row is left.
     """
-    writer = _Writer(tokenizer, config, day)
+    writer = Writer(tokenizer, config, day=day)
+    encoder = _Encoder(tokenizer, writer.chat)
     groups: list[Group] = []
     kept: list[Row] = []
     drops: list[BadRow] = []
@@ -108,39 +114,41 @@ def tokenize_groups(
                 drafts.append((row, *writer.group_texts(row)))
             except Rejected as rejected:
                 drops.append(BadRow.of(row, rejected.reason, str(rejected)))
-        ids = iter(writer.encode([text for _, prompt, wholes in drafts for text in (prompt, *wholes)]))
+        ids = iter(encoder.encode([text for _, prompt, wholes in drafts for text in (prompt, *wholes)]))
         for row, prompt, wholes in drafts:
             rendered = next(ids)
             try:
-                group, notes = _group(row, rendered, list(islice(ids, len(wholes))), writer, config)
+                group, notes = _group(row, rendered, list(islice(ids, len(wholes))), encoder, config)
             except Rejected as rejected:
                 drops.append(BadRow.of(row, rejected.reason, str(rejected)))
                 continue
             if not all(whole.startswith(prompt) for whole in wholes):
                 notes |= {"template_splits": 1, "seam_moves": 0}
+            if _has_two_bos(rendered, tokenizer):
+                writer.findings.note("double_bos", row)
             counts.update(notes)
             groups.append(group)
             kept.append(row)
     _require_some(rows, groups, drops)
-    return TokenizedData(groups, kept, drops, {"groups": len(groups), **counts})
+    return TokenizedData(groups, kept, drops, {"groups": len(groups), **counts}, writer.settle(len(rows)))
 
 
 def _group(
-    row: Row, rendered: np.ndarray, wholes: list[np.ndarray], writer: _Writer, config: DataConfig
+    row: Row, rendered: np.ndarray, wholes: list[np.ndarray], encoder: _Encoder, config: DataConfig
 ) -> tuple[Group, dict[str, int]]:
     boundary = min(_common_prefix(rendered, whole) for whole in wholes)
     if boundary == 0:
         raise Rejected("no_prompt_tokens", "no token of the prompt is left before the completions")
-    prompt = _truncate_prompt(rendered[:boundary], config, writer.tokenizer.bos_token_id)
+    prompt = _truncate_prompt(rendered[:boundary], config, encoder.tokenizer.bos_token_id)
     room = config.max_length - len(prompt)
     notes = {"seam_moves": int(boundary < len(rendered)), "truncated_prompts": int(len(prompt) < boundary)}
     notes |= {"truncated_completions": 0, "eos_appended": 0}
     completions = []
     for whole in wholes:
-        completion, appended = (whole[boundary:], 0) if row.steps is not None else writer.ended(whole[boundary:])
+        completion, appended = (whole[boundary:], 0) if row.steps is not None else encoder.ended(whole[boundary:])
         if len(completion) == appended:
             raise Rejected("no_completion_tokens", "the chat template leaves nothing of the completion")
-        notes["eos_appended"] += appended * writer.chat
+        notes["eos_appended"] += appended * encoder.chat
         notes["truncated_completions"] += len(completion) > room
         completions.append(completion[:room])
     first = {completion.tobytes(): k for k, completion in reversed(list(enumerate(completions)))}
@@ -170,7 +178,8 @@ def tokenize_sft(
     Raises:
         UserError: messages without a chat template, text without an EOS token, or no row is left.
     """
-    writer = _Writer(tokenizer, config, day)
+    writer = Writer(tokenizer, config, supervised=True, day=day)
+    encoder = _Encoder(tokenizer, writer.chat)
     sequences: list[dict[str, list[int]]] = []
     kept: list[Row] = []
     drops: list[BadRow] = []
@@ -179,12 +188,12 @@ def tokenize_sft(
         drafts = []
         for row in batch:
             try:
-                drafts.append((row, *writer.spans(row)))
+                drafts.append((row, *writer.spans(row, encoder.answer_start)))
             except Rejected as rejected:
                 drops.append(BadRow.of(row, rejected.reason, str(rejected)))
-        encoded = writer.encode_with_offsets([text for _, text, _, _ in drafts])
+        encoded = encoder.encode_with_offsets([text for _, text, _, _ in drafts])
         for (row, _, spans, last_only), (ids, offsets) in zip(drafts, encoded, strict=True):
-            ids, mask, appended = _scored(ids, offsets, spans, writer)
+            ids, mask, appended = _scored(ids, offsets, spans, encoder)
             truncated = len(ids) > config.max_length
             ids, mask = ids[: config.max_length], mask[: config.max_length]
             if not mask.any():
@@ -192,14 +201,16 @@ def tokenize_sft(
                 drops.append(BadRow.of(row, "completion_truncated_away", message))
                 continue
             counts.update(last_turn_only=last_only, truncated=truncated, eos_appended=appended * writer.chat)
+            if _has_two_bos(ids, tokenizer):
+                writer.findings.note("double_bos", row)
             sequences.append({"input_ids": ids.tolist(), "completion_mask": mask.tolist()})
             kept.append(row)
     _require_some(rows, sequences, drops)
-    return TokenizedSFT(sequences, kept, drops, {"sequences": len(sequences), **counts})
+    return TokenizedSFT(sequences, kept, drops, {"sequences": len(sequences), **counts}, writer.settle(len(rows)))
 
 
 def _scored(
-    ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]], writer: _Writer
+    ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]], encoder: _Encoder
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Ids up to the end of the last answer, their 0/1 mask, and how many EOS were appended."""
     mask = np.zeros(len(ids), dtype=np.int64)
@@ -207,7 +218,7 @@ def _scored(
     for start, stop in spans:
         (inside,) = np.nonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
         first, last = inside[0], inside[-1] + 1
-        answer, appended = writer.ended(ids[first:last])
+        answer, appended = encoder.ended(ids[first:last])
         mask[first : first + len(answer) - appended] = 1
     ids = np.concatenate([ids[:first], answer])  # a missing end of turn is added to the last answer only
     mask = np.concatenate([mask, np.ones(appended, dtype=np.int64)])[: len(ids)]
@@ -216,81 +227,19 @@ def _scored(
 
 
 @dataclass(slots=True)
-class _Writer:
-    """Writes rows as text and tokenises them, by the tokenizer and the settings."""
+class _Encoder:
+    """Tokenises the text of a writer, and knows how an answer ends."""
 
     tokenizer: PreTrainedTokenizerBase
-    config: DataConfig
-    day: datetime.date | None
-    chat: bool = field(init=False)
+    chat: bool
     bos: list[int] = field(init=False)
     special: set[int] = field(init=False)
     blank: dict[int, bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        tokenizer, kwargs = self.tokenizer, self.config.template_kwargs
-        taken = sorted({"conversation", "chat_template", "tokenize", "add_generation_prompt"} & kwargs.keys())
-        if taken:
-            raise UserError(f"data.template_kwargs cannot set {', '.join(taken)}, only variables of the chat template.")
-        self.chat = tokenizer.chat_template is not None
-        if self.config.system is not None and not self.chat:
-            raise UserError("data.system needs a tokenizer with a chat template: set model.chat_template.")
-        added = tokenizer("a", verbose=False)["input_ids"][:1]
-        self.bos = added if not self.chat and added == [tokenizer.bos_token_id] else []
-        marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special = marked | set(tokenizer.all_special_ids)
-
-    def messages(self, row: Row) -> list[Message]:
-        """The row's prompt as messages; if it has no system message, with that of the settings."""
-        prompt = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-        if self.config.system is not None and prompt[0]["role"] != "system":
-            return [{"role": "system", "content": self.config.system}, *prompt]
-        return prompt
-
-    def render(self, messages: list[Message], generation: bool) -> str:
-        """The chat template's text."""
-        kwargs: dict[str, Any] = self.config.template_kwargs
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, **kwargs
-            )
-            return cast(str, text)
-        except TemplateError as error:
-            raise Rejected("template_error", f"the chat template refuses it: {error}") from None
-
-    def plain(self, row: Row) -> bool:
-        """Whether the row is written as plain text."""
-        if not self.chat and not isinstance(row.prompt, str):
-            raise UserError(
-                f"Row {row.source} is a conversation, and the tokenizer has no chat template: set model.chat_template."
-            )
-        return not self.chat
-
-    def group_texts(self, row: Row) -> tuple[str, list[str]]:
-        """The prompt as for a generation, and prompt plus completion for each completion."""
-        if row.steps is not None:
-            prompt = (str(row.prompt) if self.plain(row) else self.render(self.messages(row), True)) + row.steps
-            return prompt, [prompt + _answer(completion)[0]["content"] for completion in row.completions]
-        if self.plain(row):
-            return str(row.prompt), [f"{row.prompt}{completion}" for completion in row.completions]
-        messages = self.messages(row)
-        prompt = self.render(messages, True)
-        wholes = [self.render([*messages, *_answer(completion)], False) for completion in row.completions]
-        for whole in wholes:
-            self.require_same_prompt(messages, prompt, whole)
-        return prompt, wholes
-
-    def require_same_prompt(self, messages: list[Message], prompt: str, whole: str) -> None:
-        """Refuse a row whose prompt the template writes differently once an answer follows.
-
-        For a generation, thinking templates may add something after the prompt that they leave out before a given
-        answer. That is fine as long as the prompt's messages are written the same.
-        """
-        if not whole.startswith(prompt) and not whole.startswith(self.render(messages, False)):
-            raise Rejected(
-                "template_not_prefix",
-                "the chat template writes the prompt differently once an answer follows; data.template_kwargs may help",
-            )
+        added = self.tokenizer("a", verbose=False)["input_ids"][:1]
+        self.bos = added if not self.chat and added == [self.tokenizer.bos_token_id] else []
+        self.special = special_ids(self.tokenizer)
 
     def answer_start(self, prompt: str, whole: str) -> int:
         """Where the answer begins in `whole`, in characters: after `prompt`, or after the tokens that both share."""
@@ -299,27 +248,6 @@ class _Writer:
         (rendered, _), (ids, offsets) = self.encode_with_offsets([prompt, whole])
         shared = _common_prefix(rendered, ids)
         return int(offsets[shared, 0]) if shared < len(ids) else len(whole)
-
-    def spans(self, row: Row) -> tuple[str, list[tuple[int, int]], bool]:
-        """The whole text, the character spans of the scored answers, and whether only the last answer is scored."""
-        if self.plain(row):
-            text = f"{row.prompt}{row.completions[0]}"
-            return text, [(len(row.prompt), len(text))], False
-        prompt = self.messages(row)
-        messages = [*prompt, *_answer(row.completions[0])]
-        whole = self.render(messages, False)
-        for_generation = self.render(prompt, True)
-        self.require_same_prompt(prompt, for_generation, whole)
-        last = (self.answer_start(for_generation, whole), len(whole))
-        if last[0] == last[1]:
-            raise Rejected("no_completion_tokens", "the chat template leaves nothing of the completion")
-        spans = []
-        for index in [i for i, message in enumerate(prompt) if message["role"] == "assistant"]:
-            before, after = self.render(messages[:index], True), self.render(messages[: index + 1], False)
-            if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
-                return whole, [last], True
-            spans.append((len(before), len(after)))
-        return whole, [*spans, last], False
 
     def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
         """(tokens,) int32 per text, with a BOS if the text is plain and the tokenizer adds one."""
@@ -361,10 +289,6 @@ class _Writer:
         return self.blank[index]
 
 
-def _answer(completion: Any) -> list[Message]:
-    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-
-
 def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     for start in range(0, len(rows), ROWS_PER_CALL):
         yield rows[start : start + ROWS_PER_CALL]
@@ -383,6 +307,11 @@ def _truncate_prompt(prompt: np.ndarray, config: DataConfig, bos: int | None) ->
         return prompt[: config.max_prompt_length]
     kept = int(bos is not None and prompt[0] == bos)
     return np.concatenate([prompt[:kept], prompt[len(prompt) - config.max_prompt_length + kept :]])
+
+
+def _has_two_bos(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos
 
 
 def _require_some(rows: Sequence[Row], done: Sequence[Any], drops: list[BadRow]) -> None:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
 from alignment.config.schema import DataConfig
-from alignment.data.findings import Findings
+from alignment.data.findings import Findings, Found
 from alignment.data.messages import TRAIN_KEYS, WRITTEN_MESSAGES, learned
 from alignment.data.rows import Message, Rejected, Row
 from alignment.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 OURS = {"conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
 """Arguments of the rendering that no data may set."""
@@ -38,6 +34,11 @@ class _Use:
 
     rows: int = 0
     read: bool = False
+    last: Row | None = None
+
+    def count(self, row: Row) -> None:
+        self.rows += row is not self.last
+        self.last = row
 
 
 @dataclass(slots=True)
@@ -58,6 +59,7 @@ class Writer:
     day: datetime.date | None = None
     findings: Findings = field(init=False)
     chat: bool = field(init=False)
+    _template: str | None = field(init=False, default=None)
     _uses: dict[str, _Use] = field(init=False, default_factory=dict)
     _markers: list[str] = field(init=False, default_factory=list)
     _special: re.Pattern[str] | None = field(init=False, default=None)
@@ -73,6 +75,8 @@ class Writer:
         if config.system is not None and not self.chat:
             raise UserError("data.system needs a tokenizer with a chat template: set model.chat_template.")
         if self.chat:
+            if self.day is not None:
+                self._template = dated(str(tokenizer.chat_template), self.day)
             special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
             special |= set(tokenizer.all_special_tokens)
             longest_first = sorted(special, key=len, reverse=True)
@@ -90,26 +94,26 @@ class Writer:
             return [{"role": "system", "content": self.config.system}, *prompt]
         return prompt
 
-    def render(self, messages: list[Message], generation: bool, variables: Mapping[str, Any]) -> str:
-        """The chat template's text. `variables` are the row's own."""
-        given = {**self.config.template_kwargs, **variables}
+    def render(
+        self, messages: list[Message], generation: bool, variables: Mapping[str, Any], without: str | None = None
+    ) -> str:
+        """The chat template's text; with the row's own variables, and without one of the settings if it is named."""
+        given = {k: v for k, v in self.config.template_kwargs.items() if k != without} | dict(variables)
         taken = sorted(OURS & given.keys())
         if taken:
             raise Rejected("bad_variables", f"its variables of the chat template cannot set {', '.join(taken)}")
-        if self.day is not None:
-            given["strftime_now"] = self.day.strftime
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, **given
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation, **given
             )
             return cast(str, text)
         except TemplateError as error:
             hint = ""
             if messages[0]["role"] == "system" and self.config.system == messages[0]["content"]:
                 hint = " (data.system=null leaves the system text of the settings out)"
-            raise Rejected("template_error", f"the chat template refuses it: {error}{hint}") from None
+            raise Rejected("template_error", f"the chat template refuses it: {str(error).rstrip('.')}{hint}") from None
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise Rejected("template_error", f"the chat template cannot write it: {error}") from None
+            raise Rejected("template_error", f"the chat template cannot write it: {str(error).rstrip('.')}") from None
 
     def plain(self, row: Row) -> bool:
         """Whether the row is written as plain text."""
@@ -122,7 +126,7 @@ class Writer:
     def group_texts(self, row: Row) -> tuple[str, list[str]]:
         """The prompt as for a generation, and prompt plus completion for each completion."""
         if self.plain(row):
-            self._note_unread(row.variables)
+            self._note_unread(row)
             prompt = f"{row.prompt}{row.steps or ''}"
             return prompt, [prompt + _as_message(completion)["content"] for completion in row.completions]
         messages = self.messages(row)
@@ -138,45 +142,54 @@ class Writer:
         self._inspect(row, messages, prompt, wholes)
         return prompt, wholes
 
-    def spans(self, row: Row) -> tuple[str, list[tuple[int, int]], str]:
-        """The whole text, the character spans of the scored answers, and the prompt where only the last is scored.
+    def spans(self, row: Row, answer_start: Callable[[str, str], int]) -> tuple[str, list[tuple[int, int]], bool]:
+        """The whole text, the character spans of the scored answers, and whether only the last answer is scored.
 
         An answer is scored unless it is empty, or a key of its message says that it is not to be learnt.
+
+        Args:
+            answer_start: where the answer begins in a text, given the prompt as for a generation and the text.
         """
         if self.plain(row):
-            self._note_unread(row.variables)
+            self._note_unread(row)
             text = f"{row.prompt}{row.completions[0]}"
-            return text, [(len(row.prompt), len(text))], ""
+            return text, [(len(row.prompt), len(text))], False
         prompt, answer = self.messages(row), _as_message(row.completions[0])
         messages = [*prompt, answer]
         whole = self.render(messages, False, row.variables)
         for_generation = self.render(prompt, True, row.variables)
         self._require_same_prompt(row, prompt, for_generation, whole)
         self._inspect(row, prompt, for_generation, [whole])
+        start = answer_start(for_generation, whole)
+        if start == len(whole):
+            raise Rejected("no_completion_tokens", "the chat template leaves nothing of the completion")
+        last = [(start, len(whole))] if learned(answer) else []
 
-        # Where each answer stands
-        wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and learned(m) and not _is_empty(m)]
-        if any(_is_empty(m) for m in prompt if m["role"] == "assistant"):
+        # The answers before it, which stand in `whole` as they would at the end of a shorter conversation
+        earlier = [i for i, message in enumerate(prompt) if message["role"] == "assistant"]
+        if any(_is_empty(prompt[i]) for i in earlier):
             self.findings.note("empty_turns", row)
-        if not wanted:
-            raise Rejected("nothing_to_learn", "its messages say that none of its answers is to be learnt")
         spans = []
-        for index in wanted:
-            if index == len(prompt) and whole.startswith(for_generation):
-                spans.append((len(for_generation), len(whole)))
-                continue
-            before = self.render(messages[:index], True, row.variables)
+        for index in (i for i in earlier if learned(prompt[i]) and not _is_empty(prompt[i])):
+            # No prompt stands before a first turn: it is learnt from its text on.
+            before = (
+                self.render(messages[:index], True, row.variables)
+                if index
+                else whole[: whole.find(prompt[0]["content"].strip())]
+            )
             after = self.render(messages[: index + 1], False, row.variables)
             if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
-                if wanted[-1] != len(prompt):
-                    raise Rejected(
-                        "template_not_prefix",
-                        "only earlier answers are to be learnt, and the chat template writes them differently once "
-                        "more turns follow",
-                    )
-                return whole, [], for_generation
+                if last:
+                    return whole, last, True
+                raise Rejected(
+                    "template_not_prefix",
+                    "only earlier answers are to be learnt, and the chat template writes them differently once more "
+                    "turns follow",
+                )
             spans.append((len(before), len(after)))
-        return whole, spans, ""
+        if not spans + last:
+            raise Rejected("nothing_to_learn", "its messages say that none of its answers is to be learnt")
+        return whole, spans + last, False
 
     def _require_same_prompt(self, row: Row, messages: list[Message], prompt: str, whole: str) -> None:
         """Refuse a row whose prompt the template writes differently once an answer follows.
@@ -208,10 +221,21 @@ class Writer:
             if self._headers_seen < TRIES and text:
                 self._headers_seen += 1
                 header = whole[len(for_generation) : max(whole.rfind(text), 0)].strip()
-                if header and for_generation == self.render(prompt, False, row.variables):
+                starts_alike = whole.startswith(for_generation) and answer.keys() == {"role", "content"}
+                if starts_alike and header and for_generation == self.render(prompt, False, row.variables):
                     self.findings.note("generation_prompt", row, f"'{header[:40]}'")
         if not answers:
             self._inspect_written(row, prompt, wholes[0])
+        for key in self.config.template_kwargs:
+            use = self._uses.setdefault(f"data.template_kwargs.{key}", _Use())
+            use.count(row)
+            if not use.read and use.rows <= TRIES:  # some say how a generation begins, some how an answer is written
+                texts = ((prompt, True), ([*prompt, *answers[:1]], False))
+                use.read = any(
+                    self.render(messages, generation, row.variables)
+                    != self.render(messages, generation, row.variables, without=key)
+                    for messages, generation in texts
+                )
 
     def _inspect_text(self, row: Row, message: Message) -> None:
         text = message["content"]
@@ -241,49 +265,40 @@ class Writer:
             if self.supervised and key in TRAIN_KEYS:
                 continue
             bare = [{name: value for name, value in message.items() if name != key} for message in messages]
-            if not self._reads(key, whole, bare, row.variables) and key == "tool_calls":
+            if not self._reads(row, key, whole, bare, row.variables) and key == "tool_calls":
                 self.findings.note("unwritten", row, "the tool calls of an answer")
         for key in row.variables:
-            self._reads(key, whole, messages, {k: v for k, v in row.variables.items() if k != key})
-        for key in self.config.template_kwargs:
-            self._reads(f"data.template_kwargs.{key}", whole, messages, row.variables, without=key)
+            self._reads(row, key, whole, messages, {k: v for k, v in row.variables.items() if k != key})
 
-    def _reads(
-        self, key: str, whole: str, messages: list[Message], variables: Mapping[str, Any], without: str | None = None
-    ) -> bool:
+    def _reads(self, row: Row, key: str, whole: str, messages: list[Message], variables: Mapping[str, Any]) -> bool:
         """Whether the template reads a key, as far as is known: some row is written differently without it."""
         use = self._uses.setdefault(key, _Use())
-        use.rows += 1
+        use.count(row)
         if not use.read and use.rows <= TRIES:
             try:
-                if without is None:
-                    use.read = self.render(messages, False, variables) != whole
-                else:
-                    kept = {k: v for k, v in self.config.template_kwargs.items() if k != without}
-                    text = self.tokenizer.apply_chat_template(messages, tokenize=False, **{**kept, **variables})
-                    use.read = text != whole
-            except (Rejected, TemplateError):
-                use.read = True  # it cannot do without
+                use.read = self.render(messages, False, variables) != whole
+            except Rejected:  # it cannot do without
+                use.read = True
         return use.read
 
-    def _note_unread(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._uses.setdefault(name, _Use()).rows += 1
+    def _note_unread(self, row: Row) -> None:
+        for name in row.variables:
+            self._uses.setdefault(name, _Use()).count(row)
 
-    def settle(self, rows: int) -> dict[str, int]:
-        """Say what was found in the rows, and what of them nothing reads; returns the counts.
+    def settle(self, rows: int) -> list[Found]:
+        """What was found in the rows, and what of them nothing reads.
 
         Raises:
             UserError: something that would spoil the training.
         """
-        counts = self.findings.settle(rows)
+        found = self.findings.settle(rows)
+        reader = "the chat template" if self.chat else "plain text"
         for key, use in self._uses.items():
             if not use.read:
-                counts[f"unread: {key}"] = use.rows
-                level = logging.WARNING if key in MEANINGFUL or key.startswith("data.") else logging.INFO
-                reader = "the chat template" if self.chat else "plain text without a chat template"
-                log.log(level, "%s is not read: %s has no place for it (%d rows have it).", key, reader, use.rows)
-        return counts
+                quiet = key not in MEANINGFUL
+                text = f"have {key}, and {reader} has no place for it: it is not read"
+                found.append(Found(f"unread: {key}", use.rows, rows, text, quiet))
+        return found
 
     # The template by itself
 
@@ -305,7 +320,7 @@ class Writer:
 def _headers(part: str, special: re.Pattern[str] | None) -> Iterator[str]:
     """The beginnings of turns in what a template writes between two: special tokens with the words after them."""
     starts = [match.start() for match in special.finditer(part)] if special is not None else []
-    for start, end in zip(starts, [*starts[1:], len(part)], strict=True):
+    for start, end in zip(starts, [*starts, len(part)][1:], strict=True):
         header = part[start:end].strip()
         if special is not None and special.sub("", header).strip():  # more than an end-of-turn token
             yield header
@@ -313,11 +328,33 @@ def _headers(part: str, special: re.Pattern[str] | None) -> Iterator[str]:
         yield part.strip()
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens with which the chat template ends an answer, up to the first special one; empty without a template."""
+def dated(template: str, day: datetime.date) -> str:
+    """The template with that day's date in place of today's."""
+
+    def date(call: re.Match[str]) -> str:
+        return repr(day.strftime(call[2]))
+
+    return re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", date, template)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of the tokens that are no text."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int | None:
+    """The special token with which the chat template ends an answer; None where it has none."""
+    mark = "Aa0aA"
+    turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     if tokenizer.chat_template is None:
-        return []
-    raise NotImplementedError
+        return None
+    try:
+        tail = Writer(tokenizer, config).render(turns, False, {}).rpartition(mark)[2]
+    except Rejected:  # a template that wants more than a question
+        return None
+    special = special_ids(tokenizer)
+    ids = tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
+    return next((token for token in ids if token in special), None)
 
 
 def _as_message(completion: Any) -> Message:
@@ -326,6 +363,3 @@ def _as_message(completion: Any) -> Message:
 
 def _is_empty(message: Message) -> bool:
     return not message["content"].strip() and not message.get("tool_calls")
-
-
-__all__ = ["Counter", "Writer"]

@@ -12,17 +12,19 @@ from torch import nn
 from transformers import GenerationConfig
 
 from alignment.policy.adapter import has_adapter
-from alignment.types import Group
 
 
-def stop_tokens(tokenizer: Any, groups: Sequence[Group]) -> list[int]:
-    """The tokens that end an answer: the tokenizer's EOS, and the last token of most training answers.
+def stop_tokens(tokenizer: Any, end_of_turn: int | None, own: Sequence[int]) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS, the template's end of turn, and the model's own.
 
-    A base model's EOS often differs from the end-of-turn token of its chat template.
+    A base model's EOS often differs from the end-of-turn token of its chat template. Nothing is learnt from the data,
+    whose answers may be cut.
+
+    Args:
+        end_of_turn: of the chat template, if it has one.
+        own: the EOS tokens of the model's generation settings.
     """
-    last = np.array([completion[-1] for group in groups for completion in group.completions])
-    stops = {int(np.bincount(last).argmax())} if len(last) else set()
-    return sorted(stops | {tokenizer.eos_token_id})
+    return sorted({token for token in (tokenizer.eos_token_id, end_of_turn, *own) if token is not None})
 
 
 @torch.no_grad()

@@ -78,6 +78,17 @@ def load_tokenizer(config: ModelConfig, source: str) -> Any:
     return tokenizer
 
 
+def own_stop_tokens(config: ModelConfig, source: str) -> list[int]:
+    """The EOS tokens of the model's own generation settings; empty where it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        own = GenerationConfig.from_pretrained(source, revision=config.revision or "main").eos_token_id
+    except (OSError, ValueError):  # no such file, or one that is not to be read
+        return []
+    return list(own) if isinstance(own, list) else [own] if own is not None else []
+
+
 def load_base(
     config: ModelConfig, quantization: QuantizationConfig | None, source: str, device: torch.device
 ) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,7 @@ from alignment.data.prepare import PreferenceData
 from alignment.data.rows import Row
 from alignment.data.units import spread_prompts
 from alignment.errors import UserError
-from alignment.evaluation.generate import as_text, presets, sample, stop_tokens
+from alignment.evaluation.generate import as_text, presets, sample
 from alignment.evaluation.judge import Verdict, compare, judge, win_rate
 from alignment.files import atomic_write_bytes, to_json
 from alignment.runs.record import RunRecord
@@ -28,17 +29,17 @@ class HeldOutAnswers:
     """Answers of the policy to the same held-out prompts at several moments.
 
     Args:
-        data: the prompts are spread over all held-out groups; the training groups show which token ends an answer.
+        data: the prompts are spread over all held-out groups.
         store: keeps the answers for all runs, so that no policy is asked the same prompts twice.
-
-    Attributes:
         stops: the tokens that end an answer.
 
     Raises:
         UserError: the judge is asked for and a row has no accepted answers.
     """
 
-    def __init__(self, config: RunConfig, data: PreferenceData, work: Workspace, store: StageStore) -> None:
+    def __init__(
+        self, config: RunConfig, data: PreferenceData, work: Workspace, store: StageStore, stops: Sequence[int]
+    ) -> None:
         groups, rows = data.eval, data.eval_rows
         picked = spread_prompts(groups, config.evaluation.prompts)
         self.rows = [rows[i] for i in picked]
@@ -54,9 +55,7 @@ class HeldOutAnswers:
         self._seed = config.seed
         self._work = work
         self._store = store
-        # Where rows hold single steps of an answer, the last token of a completion need not end the answer.
-        whole = [] if any(row.steps is not None for row in rows) else data.train
-        self.stops = stop_tokens(work.tokenizer, whole)
+        self._stops = list(stops)
         self.answers: dict[str, list[str]] = {}
 
     def collect(self, name: str, model: nn.Module) -> None:
@@ -68,7 +67,7 @@ class HeldOutAnswers:
             self.answers[name] = json.loads(path.read_text())
             return
         tokens = self._answered(name, model)
-        self.answers[name] = [as_text(self._work.tokenizer, answer, self.stops) for answer in tokens]
+        self.answers[name] = [as_text(self._work.tokenizer, answer, self._stops) for answer in tokens]
         atomic_write_bytes(path, to_json(self.answers[name]))
 
     def _answered(self, name: str, model: Any) -> list[list[int]]:
@@ -79,7 +78,7 @@ class HeldOutAnswers:
             "batch_size": self._config.batch_size,
         }
         drawn = {"seed": self._seed} if self._config.temperature > 0 else {}
-        others = {"stops": self.stops, "presets": presets(model), **drawn}
+        others = {"stops": self._stops, "presets": presets(model), **drawn}
         key = answers_key(model, self._prompts, settings | others)
         with self._store.locked(key):
             kept = self._store.take(key)
@@ -87,7 +86,7 @@ class HeldOutAnswers:
                 log.info("The held-out prompts (%s) were answered before (%s).", name, key[:12])
                 return kept["answers"]
             log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
-            sampled = sample(model, self._prompts, self.stops, **settings, device=self._work.device, seed=self._seed)
+            sampled = sample(model, self._prompts, self._stops, **settings, device=self._work.device, seed=self._seed)
             answers = [tokens.tolist() for tokens in sampled]
             described = {"stage": "answers", "model": model.config.name_or_path}
             self._store.put(key, None, {"description": described, "answers": answers})

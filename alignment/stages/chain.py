@@ -25,12 +25,14 @@ from alignment.data.prepare import (
 )
 from alignment.data.reasons import UnusableRows
 from alignment.data.rows import BadRow, write_rejected
+from alignment.data.writer import end_of_turn
 from alignment.errors import UserError
+from alignment.evaluation.generate import stop_tokens
 from alignment.files import cache_dir
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter import attach_adapter, load_adapter
 from alignment.policy.identity import policy_identity
-from alignment.policy.load import load_base, load_tokenizer, model_source, resolve_device, save_policy
+from alignment.policy.load import load_base, load_tokenizer, model_source, own_stop_tokens, resolve_device, save_policy
 from alignment.policy.merge import export_merged
 from alignment.runs.folder import status
 from alignment.runs.record import RunRecord, git_commit, machine, versions
@@ -102,8 +104,11 @@ class Chain:
             self.sft = SFTStage(config, self.conversations, self.work)
         if config.loss is not None:
             self.preferences = self._read_preferences()
-            self.answers = HeldOutAnswers(config, self.preferences, self.work, self.store)
-            self.preference = PreferenceStage(config, self.preferences, self.work, self.answers.stops)
+            assert config.data is not None
+            ends = end_of_turn(self.work.tokenizer, config.data), own_stop_tokens(config.model, self.source)
+            stops = stop_tokens(self.work.tokenizer, *ends)
+            self.answers = HeldOutAnswers(config, self.preferences, self.work, self.store, stops)
+            self.preference = PreferenceStage(config, self.preferences, self.work, stops)
         self.stages: list[Stage] = [stage for stage in (self.sft, self.preference) if stage is not None]
         self.record = RunRecord(run_dir)
         self.results: dict[str, StageResult] = {}

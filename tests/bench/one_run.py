@@ -101,6 +101,7 @@ def data_config(source: str) -> DataConfig:
         max_prompt_length=MAX_PROMPT_LENGTH,
         truncate_prompt=Keep.end,
         max_bad_rows=None,
+        allow=[],
         limit=None,
         eval_limit=None,
         template_kwargs={},

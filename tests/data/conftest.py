@@ -23,8 +23,13 @@ def config():
     def make(source="data.jsonl", **fields):
         defaults = {
             **dict.fromkeys(("name", "eval_source", "eval_split", "system", "max_bad_rows", "limit", "eval_limit")),
-            **{"split": "train", "eval_size": 0, "columns": {}, "template_kwargs": {}, "truncate_prompt": Keep.end},
-            **{"max_length": 512, "max_prompt_length": 256, "list_pairs": ListPairs.best_vs_worst},
+            **{"split": "train", "eval_size": 0, "columns": {}, "template_kwargs": {}, "allow": []},
+            **{
+                "max_length": 512,
+                "max_prompt_length": 256,
+                "list_pairs": ListPairs.best_vs_worst,
+                "truncate_prompt": Keep.end,
+            },
         }
         return DataConfig(source=str(source), **(defaults | fields))
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,7 +20,6 @@ from alignment.stages import store as stage_store
 from alignment.stages.answers import HeldOutAnswers
 from alignment.stages.stage import Workspace
 from alignment.stages.store import StageStore
-from alignment.types import Group
 from tests.conftest import random_groups, tiny_policy
 
 GROUPS = random_groups(5, seed=3)
@@ -49,7 +47,7 @@ class Asker:
         self.asked = 0
         self._runs = 0
 
-    def __call__(self, model=None, groups=GROUPS, train=GROUPS, seed=0, separator=" ", **settings) -> list[str]:
+    def __call__(self, model=None, groups=GROUPS, stops=(96,), seed=0, separator=" ", **settings) -> list[str]:
         self._runs += 1
         config = SimpleNamespace(evaluation=replace(CONFIG, **settings), seed=seed)
         rows = [SimpleNamespace(steps=None, meta={}, source="")] * len(groups)
@@ -61,7 +59,7 @@ class Asker:
             slot=None,
             final_policy=self.folder / "adapter",
         )
-        answers = HeldOutAnswers(config, PreferenceData(train, groups, rows, {}), work, self.store)
+        answers = HeldOutAnswers(config, PreferenceData(GROUPS, groups, rows, {}), work, self.store, stops)
         answers.collect("start", model or tiny_policy())
         return answers.answers["start"]
 
@@ -98,7 +96,6 @@ def eager():
     return model
 
 
-ENDING_IN_7 = [Group(g.prompt, tuple(np.append(c, np.int32(7)) for c in g.completions)) for g in GROUPS]
 ORDERED_ANEW = [GROUPS[i] for i in (1, 0, 2, 3, 4)]
 
 SAME = {
@@ -117,7 +114,7 @@ OTHER = {
     "prompts": lambda: {"groups": random_groups(5, seed=4)},
     "fewer prompts": lambda: {"prompts": 2},
     "order": lambda: {"groups": ORDERED_ANEW},
-    "stops": lambda: {"train": ENDING_IN_7},
+    "stops": lambda: {"stops": (7, 96)},
     "max_new_tokens": lambda: {"max_new_tokens": 5},
     "batch_size": lambda: {"batch_size": 1},
     "temperature": lambda: {"temperature": 1.0},
