@@ -49,7 +49,7 @@ def _data_info(title: str, loaded: LoadedData, *parts: TokenizedData | Tokenized
     drops = [row for part in parts for row in part.drops]
     counts = _sum_counts(*(part.counts for part in parts))
     log.info("%s: %s.", title, loaded.description)
-    log.info("  tokens: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
+    log.info("  %s", in_words({name: count for name, count in counts.items() if count}))
     for sentence in left_out([*loaded.bad, *drops]):
         log.warning("  %s", sentence)
     _log_columns(loaded)

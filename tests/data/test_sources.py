@@ -80,7 +80,7 @@ def test_broken_lines_are_named_by_their_line(tmp_path, config):
         f"{path} has 4 bad rows, and data.max_bad_rows allows 3: "
         "row 3: the line is not valid JSON (Expecting value, column 11); "
         "row 4: the line is not UTF-8 (byte 12); row 5: character 0 is half of a surrogate pair; "
-        "row 6: the row is list, not an object."
+        "row 6: the row is a list, not an object."
     )
     assert error.value.rows == data.bad
 
