@@ -49,6 +49,7 @@ def job(tiny_model_folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_all_runs_follow_one_trajectory(job):
     turns = dict.fromkeys(RUNS, 0)
 
@@ -69,6 +70,7 @@ def test_all_runs_follow_one_trajectory(job):
     assert sum(results["ours_warm"]["profile"]["shares"].values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_trl_trains_on_the_same_quantised_base(job):
     results = {
         run: one_run.run(replace(job, run=run, nf4=nf4))["losses"]

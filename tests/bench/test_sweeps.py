@@ -153,6 +153,7 @@ def sweep(tiny_model_folder, tmp_path):
     return sweeps.Sweep(case, one_run.prepare(preparation), (0.1, 0.5), 3e-2, None, tmp_path)
 
 
+@pytest.mark.slow
 def test_our_command_and_trl_train_the_same_members(sweep, tmp_path, monkeypatch):
     """Ours in a process of its own, TRL in this one. The files of a cohort are those of a multirun."""
 
@@ -182,6 +183,7 @@ def test_our_command_and_trl_train_the_same_members(sweep, tmp_path, monkeypatch
     assert (tmp_path / "trl-1" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_sides_differ_in_nothing_but_how_they_run(sweep, monkeypatch):
     """By the configurations of their members."""
     configs, slices = {}, {}

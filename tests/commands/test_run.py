@@ -129,6 +129,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), WRONG, ids=[" ".join(arguments) or "nothing" for arguments, _ in WRONG])
 def test_wrong_settings(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -296,6 +297,7 @@ def broken_data(folder: Path, name: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
@@ -315,6 +317,7 @@ def test_wrong_data(name, arguments, said, project, tmp_path):
     assert (tmp_path / "run" / REJECTED).exists() == (REJECTED in said)
 
 
+@pytest.mark.slow
 def test_wrong_data_leave_the_bad_rows_behind_and_nothing_else(tiny, tmp_path, tmp_path_factory):
     source = broken_data(tmp_path_factory.mktemp("data"), "broken_line")
     said = ("broken_line.jsonl", "row 2: the line is not valid JSON", REJECTED)
@@ -324,6 +327,7 @@ def test_wrong_data_leave_the_bad_rows_behind_and_nothing_else(tiny, tmp_path, t
     assert row["file"] == str(source) and row["row"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -369,6 +373,7 @@ def test_a_process_of_its_own_ends_with_status_1(project, tmp_path):
     assert_refused(real_command(tmp_path, f"--config-dir={project}", "loss.bta=1"), tmp_path, "bta")
 
 
+@pytest.mark.slow
 def test_help_and_configuration(tmp_path, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     shown = command("--help", cwd=tmp_path, cache=cache)
@@ -438,6 +443,7 @@ def test_a_sweep_over_losses_and_values_computes_the_reference_once(tiny, tmp_pa
     assert found[2]["hits"] > 0 and found[3]["misses"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_of_sft_alone(tiny, tmp_path, tiny_model_folder):
     ended = tiny("loss=none")
     assert ended.code == 0, ended.err

@@ -76,6 +76,7 @@ SWEPT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWEPT)
 def test_the_members_of_a_sweep_differ_in_its_setting_alone(name):
     """By what the members are given; the last one is composed and is the recipe that the sweep is of, but for it."""
@@ -97,6 +98,7 @@ def test_the_members_of_a_sweep_differ_in_its_setting_alone(name):
     assert last == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compare_quickstart", "compare_qwen3"])
 def test_the_members_of_a_comparison(name):
     """They are given a loss, a value of its key setting, how it trains, a seed; one of each loss is composed."""
@@ -369,6 +371,7 @@ def local_copies(tmp_path_factory) -> dict[str, Path]:
 
 
 # One recipe for each kind of run: simpo_qwen3 and ipo_qwen3 differ from dpo_qwen3 in the values of the loss alone.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft_qwen3", "dpo_qwen3", "kto_qwen3", "orpo_qwen3"])
 def test_a_qwen3_recipe_runs_on_a_tiny_model(name, local_copies, tiny_model_folder, tmp_path):
     """NF4, LoRA, paged 8-bit AdamW and sampling as the recipe has them, with layers checkpointed, on a CPU."""

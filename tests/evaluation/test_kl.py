@@ -85,6 +85,7 @@ def test_by_hand(trained):
     assert math.isclose(found["per_token_se"], np.std(beside, ddof=1) / 3 / np.mean(lengths), rel_tol=1e-9)
 
 
+@pytest.mark.slow
 def test_unbiased():
     """Answers of one token, where the KL is a sum over the vocabulary: the estimate is as far off as it says it is."""
     model, start = tiny_policy(), tiny_policy()

@@ -101,6 +101,7 @@ def values(word: str) -> list[str]:
     return [f"{key}={one}" for one in (found if key in ("recipe", "loss") else found[:1])]
 
 
+@pytest.mark.slow
 @each_document
 def test_commands_compose(path):
     for words in commands(text_of(path)):
@@ -192,6 +193,7 @@ def test_a_page_outside_the_navigation_stops_the_build(tmp_path, capsys):
     assert "attic.md" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("zensical") is None, reason="NO SITE: zensical is not installed here")
 def test_the_site_builds_and_broken_links_fail_it(tmp_path, capsys):
     site = tmp_path / "site"

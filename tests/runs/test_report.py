@@ -233,6 +233,7 @@ def test_an_interrupted_run_has_a_report(tmp_path: Path) -> None:
     assert "plots/loss.png" in text
 
 
+@pytest.mark.slow
 def test_command_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = write_report(run_dir).read_bytes()
     (run_dir / "report.md").unlink()

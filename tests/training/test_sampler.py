@@ -117,6 +117,7 @@ def recorder(groups, folder, max_steps, sampler):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("min_groups", "parts"),
     [(1, None), (2, None), (1, [range(3), range(3, 9)])],
