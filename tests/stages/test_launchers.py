@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,12 @@ def test_joblib_shares_what_members_have_in_common(project, tmp_path):
     assert (tmp_path / "sweep" / "comparison.html").exists()
 
 
+def finding_modules_in(folder: Path) -> None:
+    """As `python -m` does for the folder that it is started in, here also for the jobs."""
+    sys.path.insert(0, str(folder))
+    os.environ.update({"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}", "OMP_NUM_THREADS": "1"})
+
+
 @pytest.mark.slow
 def test_a_job_that_is_killed_ends_no_other(tiny_model_folder, tmp_path):
     needs("hydra_submitit_launcher")
@@ -101,9 +108,17 @@ def test_a_job_that_is_killed_ends_no_other(tiny_model_folder, tmp_path):
     (project / "loss").mkdir()
     (project / "loss" / "hazard.yaml").write_text("_target_: hazard.Hazard\nbeta: 0.1\nlabel_smoothing: 0\n")
     (tmp_path / "hazard.py").write_text(LOSS)
-    ended = sweep(project, tmp_path, "loss=hazard", "loss.fault=killed,none", "hydra/launcher=submitit_local")
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    gave_up, failed, again = ended.stderr.splitlines()[-3:]
+    small = ("recipe=tiny", "sft=none", "trainer.max_steps=4", "evaluation.prompts=0", "hydra.sweep.dir=sweep")
+    ended = command(
+        *("--config-dir", str(project), "-m", *small),
+        *("loss=hazard", "loss.fault=killed,none", "hydra/launcher=submitit_local"),
+        cwd=tmp_path,
+        cache=tmp_path / "cache",
+        patch=partial(finding_modules_in, tmp_path),
+        timeout=300,
+    )
+    assert ended.code == 1 and "Traceback" not in ended.err
+    gave_up, failed, again = ended.err.splitlines()[-3:]
     assert gave_up.startswith("Error: hydra/launcher=submitit_local gave up: UncompletedJobError: ")
     assert failed == "Error: 0-tiny did not end."
     assert again.startswith("1 of 2 members have no result; try them again with: python -m alignment.run --config-dir ")
