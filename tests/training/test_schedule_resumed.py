@@ -86,9 +86,11 @@ RUNS = {
     # The preference stage has 8 steps; rows are written at 2, 3, 4, 6, 8, checkpoints at 2, 4, 6.
     "soft, after SFT": (["reference=tr_dpo", "reference.sync_every=3"], [3, 6], [6]),
     "soft, whole model": (["reference=tr_dpo", "reference.sync_every=3", "adapter=none", "sft=none"], [3, 6], [6]),
+    # The checkpoint of step 6, from which the second killed process goes on, is that of the refresh itself.
     "hard, cached": (["reference.sync_every=3", "sft=none"], [3, 6], [6, 8]),
-    # The checkpoint of step 4 is that of the refresh itself.
-    "parts, rows on nf4": (["reference=sdpo", "loss=kto", "sft=none", "quantization=nf4"], [4], [6]),
+    "parts, rows on nf4": (
+        ["reference=sdpo", "reference.parts=3", "loss=kto", "sft=none", "quantization=nf4"], [3, 5], [6],
+    ),
 }  # fmt: skip
 
 
