@@ -41,6 +41,7 @@ def blocks(tmp_path):
     return [(name, len(list(group))) for name, group in groupby((tmp_path / "diary").read_text())]
 
 
+@pytest.mark.slow
 def test_sides_run_in_turns_and_only_their_own_time_counts(command, tmp_path):
     started = time.monotonic()
     found = {name: spent for name, _, spent in run_sides([Side(n, (command(BUSY, n),)) for n in "ab"], 0.2)}
@@ -54,6 +55,7 @@ def test_sides_run_in_turns_and_only_their_own_time_counts(command, tmp_path):
     assert sum(spent.seconds for spent in found.values()) == pytest.approx(elapsed, rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_share_is_so_many_slices_in_a_row(command, tmp_path):
     list(run_sides([Side("a", (command(BUSY, "a"),), share=5), Side("b", (command(BUSY, "b"),))], 0.05))
     written = (tmp_path / "diary").read_text()

@@ -26,6 +26,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 def test_every_file_broken_in_every_way(tmp_path):
     """One sweep of whole members and of one for each file and damage: one page."""
     for seed in (0, 1):

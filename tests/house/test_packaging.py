@@ -93,6 +93,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_every_imported_package_is_declared():
     """A package that only came along with another one would be gone one day."""
     declared = {canonical(line) for line in PROJECT["dependencies"]}
