@@ -86,7 +86,7 @@ RUNS = {
     # The preference stage has 8 steps; rows are written at 2, 3, 4, 6, 8, checkpoints at 2, 4, 6.
     "soft, after SFT": (["reference=tr_dpo", "reference.sync_every=3"], [3, 6], [6]),
     "soft, whole model": (["reference=tr_dpo", "reference.sync_every=3", "adapter=none", "sft=none"], [3, 6], [6]),
-    # The checkpoint of step 6, from which the second killed process goes on, is that of the refresh itself.
+    # The checkpoint of step 6, from which the last process goes on, is that of the refresh itself.
     "hard, cached": (["reference.sync_every=3", "sft=none"], [3, 6], [6, 8]),
     "parts, rows on nf4": (
         ["reference=sdpo", "reference.parts=3", "loss=kto", "sft=none", "quantization=nf4"], [3, 5], [6],
