@@ -186,6 +186,7 @@ def run(arguments: Sequence[str] | None) -> None:
         machine = Machine(f"a GPU of {options.gpu_memory}", "cuda", memory)
     config = load(*options.overrides, config_dir=options.config_dir)
     if options.config is not None:
+        options.config = options.config.expanduser()
         config = replace(config, model=replace(config.model, name=str(options.config)))
     stages = plan_stages(config, build_model(read_config(config, options.config)), machine, options.length)
     if options.json:

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from alignment.config.compose import VERSION_BASE, as_plain, finish_composition,
 from alignment.config.preflight import check_machine
 from alignment.config.resume import require_new
 from alignment.config.sweep import Sweep
+from alignment.config.typed_text import typed_path
 from alignment.errors import UserError
 from alignment.files import asset_dir, atomic_write_text, redact
 from alignment.kernels.allocator import begin_tensors_on_pages
@@ -89,8 +91,9 @@ class Job:
             if not path.exists():
                 _remove_traces(run_dir)
                 raise
-            option = f"--config-dir {self.config_dir} " if self.config_dir is not None else ""
-            sys.exit(f"\nInterrupted; continue with: python -m alignment.run {option}resume={run_dir}")
+            option = f"--config-dir {shlex.quote(str(self.config_dir))} " if self.config_dir is not None else ""
+            resume = typed_path("resume", run_dir)
+            sys.exit(f"\nInterrupted; continue with: python -m alignment.run {option}{resume}")
 
 
 def run_chain(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, slot: CohortSlot | None = None) -> None:

@@ -15,11 +15,13 @@ from alignment.config.overrides import refuse_without_effect
 from alignment.config.registry import register
 from alignment.config.resume import FREE, require_new, resumed_overrides
 from alignment.config.sweep import Sweep, check_sweep, pin_folder
+from alignment.config.typed_text import as_text, quoted_path
 from alignment.errors import UserError, did_you_mean
 
 _HELP = ("-h", "--help")
 _MULTIRUN = ("-m", "--multirun")
 _SWITCHES = (*_HELP, "--hydra-help", "--version", "-c", "--cfg", "-r", "--resolve", *_MULTIRUN)
+_RUN_DIR = "hydra.run.dir="
 _SHOWN = ("job", "hydra", "all")
 
 
@@ -47,7 +49,8 @@ def check_arguments(arguments: list[str]) -> CommandLine:
         UserError: what is wrong, and what is accepted.
     """
     rest, config_dir = _take_config_dir(arguments)
-    options, overrides = _split(rest)
+    options, typed = _split(rest)
+    overrides = as_text(typed, sweeps=not set(_MULTIRUN).isdisjoint(options))
     register(config_dir)
     if set(_HELP) & set(options):
         return CommandLine([], config_dir, help=help_text())
@@ -68,6 +71,9 @@ def check_arguments(arguments: list[str]) -> CommandLine:
     # A single run
     HydraConfig.instance().set_config(node)
     run_dir, recipe = Path(node.hydra.run.dir), node.hydra.runtime.choices["recipe"]
+    if run_dir != run_dir.expanduser():
+        run_dir = run_dir.expanduser()
+        overrides = [*(o for o in overrides if not o.startswith(_RUN_DIR)), f"{_RUN_DIR}{quoted_path(run_dir)}"]
     with open_dict(node):
         del node["hydra"]
     config = to_run_config(node)
@@ -96,9 +102,9 @@ def _take_config_dir(arguments: list[str]) -> tuple[list[str], Path | None]:
             value = next(names, None)
             if value is None:
                 raise UserError("--config-dir needs the path of a folder.")
-            folder = Path(value)
+            folder = Path(value).expanduser()
         elif argument.startswith("--config-dir="):
-            folder = Path(argument.partition("=")[2])
+            folder = Path(argument.partition("=")[2]).expanduser()
         else:
             rest.append(argument)
     return rest, folder

@@ -25,6 +25,7 @@ from alignment.config.overrides import (
     refuse_without_effect,
 )
 from alignment.config.registry import register
+from alignment.config.typed_text import as_text
 from alignment.errors import UserError, did_you_mean
 from alignment.files import asset_dir
 from alignment.losses import LOSSES, Loss, Mixture
@@ -116,6 +117,7 @@ def to_run_config(cfg: DictConfig) -> schema.RunConfig:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise UserError(f"No value is given for: {', '.join(missing)}.")
+        schema.check_seed("seed", cfg.seed)  # first, since the SFT stage has the same unless it is given another
         _check_sft(cfg)
         _check_mixture(cfg)
         return OmegaConf.to_object(cfg)  # type: ignore[return-value]
@@ -150,6 +152,7 @@ def _is_mixture(cfg: DictConfig) -> bool:
 def load(*overrides: str, config_dir: Path | None = None) -> schema.RunConfig:
     """The run that `python -m alignment.run <overrides>` would do, composed and checked."""
     register(config_dir)
+    overrides = tuple(as_text(overrides, sweeps=False))
     config = to_run_config(compose_node(overrides))
     refuse_without_effect(overrides, config)
     return config

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignment.config.overrides import parse_overrides
 from alignment.config.renamed import refuse_renamed
+from alignment.config.typed_text import is_text, quoted
 from alignment.errors import UserError
 
 _SWEEPS = "schema/sweep"
@@ -49,15 +50,17 @@ def _sweep_entries(sweep: Any, path: Path) -> list[list[str]]:
         for key, value in settings.items():
             if value == [] or isinstance(value, dict):
                 raise UserError(f"{path}: sweep: {key} must be a value or a list of values, one for each member.")
-        entries.append([f"{key}={_as_typed(value)}" for key, value in settings.items()])
+        entries.append([f"{key}={_as_typed(value, is_text(key))}" for key, value in settings.items()])
     return entries
 
 
-def _as_typed(value: Any) -> str:
-    """A YAML value as you would type it after a key on the command line."""
+def _as_typed(value: Any, of_text: bool) -> str:
+    """A YAML value as you would type it after a key on the command line; text has no commas between members."""
     if isinstance(value, list):
-        return ",".join(map(_as_typed, value))
-    return value if isinstance(value, str) else json.dumps(value)
+        return ",".join(_as_typed(item, of_text) for item in value)
+    if isinstance(value, str):
+        return quoted(value) if of_text else value
+    return json.dumps(value)
 
 
 def is_sweep(recipe: str) -> bool:
@@ -87,13 +90,14 @@ def sweep_members(overrides: Sequence[str]) -> list[list[str]]:
         return []
     members: list[list[str]] = []
     for member in _combinations(parsed):
-        recipe = next((o.partition("=")[2] for o in reversed(member) if o.startswith("recipe=")), "")
+        chosen = [str(o.value()) for o in parse_overrides(member) if o.key_or_group == "recipe"]
+        recipe = chosen[-1] if chosen else ""
         entries = ConfigStore.instance().load(_sweep_file(recipe)).node.members if is_sweep(recipe) else [[]]
         for entry in entries:
             own = [override for override in parse_overrides(entry) if override.key_or_group not in given]
             for combination in _combinations(own):
                 name = f"{len(members)}-{Path(recipe).name or 'run'}"
-                members.append([*member, *combination, f"hydra.sweep.subdir='{name}'"])
+                members.append([*member, *combination, f"hydra.sweep.subdir={quoted(name)}"])
     return members
 
 

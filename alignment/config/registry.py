@@ -50,6 +50,7 @@ def register(config_dir: Path | None = None) -> None:
     _register_shipped()
     store = ConfigStore.instance()
     if config_dir is not None:
+        config_dir = config_dir.expanduser()
         if not config_dir.is_dir():
             raise UserError(f"--config-dir: the folder {config_dir} does not exist.")
         for path in sorted(config_dir.rglob("*.yaml")):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from alignment.config.compose import as_plain, compose_node
 from alignment.config.renamed import flat, refuse_renamed
+from alignment.config.typed_text import quoted_path, typed_path
 from alignment.errors import UserError
 from alignment.files import redact
 
@@ -19,7 +21,8 @@ def require_new(run_dir: Path) -> None:
     """Refuse a folder that holds a run already."""
     if (run_dir / "config.yaml").exists():
         raise UserError(
-            f"The folder {run_dir} holds a run already: continue it with resume={run_dir}, or choose another."
+            f"The folder {run_dir} holds a run already: continue it with {typed_path('resume', run_dir)}, or choose "
+            f"another."
         )
 
 
@@ -53,14 +56,16 @@ def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str
         UserError: nothing to resume, or the command line or the code asks for other settings than the run began with.
     """
     folder = _resume_dir(value, recipe)
-    saved = [str(o) for o in OmegaConf.load(folder / ".hydra" / "overrides.yaml") if not str(o).startswith("resume=")]
+    # Nothing in them is resolved: they may name other settings.
+    begun: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
+    saved = [str(override) for override in begun if not str(override).startswith("resume=")]
     extra = [o for o in overrides if not o.startswith("resume=") and o not in saved]
     changed = changes(folder, compose_node([*saved, *extra]))
     if changed:
         raise UserError(f"A resumed run keeps its settings, and {changed} differs from those of {folder}.")
-    quoted = str(folder).replace("'", "\\'")
+    quoted = quoted_path(folder)
     # Without an output folder of its own Hydra leaves the first start's overrides as they are.
-    return [*saved, f"resume='{quoted}'", f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
+    return [*saved, f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]
 
 
 def _unfinished(folder: Path) -> bool:
@@ -70,7 +75,7 @@ def _unfinished(folder: Path) -> bool:
 def _resume_dir(value: str, recipe: str) -> Path:
     """The run folder that `resume=` means."""
     if value.lower() != "true":
-        folder = Path(value)
+        folder = Path(value).expanduser()
         if not (folder / "config.yaml").is_file():
             raise UserError(f"resume={value}: this is no run folder (it holds no config.yaml).")
         if not _unfinished(folder):

@@ -18,6 +18,11 @@ WHEEL_PREFIX = "wheel:"
 """A model name with this prefix names an installed Python package that contains the model."""
 
 
+def check_seed(key: str, value: int) -> None:
+    """Refuse a seed that the random generators of the libraries do not take."""
+    require(0 <= value < 2**32, f"{key} must be in [0, {2**32}), not {value}.")
+
+
 class Dtype(Enum):
     """Dtype of weights and compute; `auto` is float32 on CPU and bfloat16 on a GPU."""
 
@@ -119,7 +124,7 @@ class AdapterConfig:
 class DataConfig:
     """One data set and how it becomes tokens.
 
-    `source` is `bundled:<name>`, a local file or folder (JSON, JSONL, CSV, Parquet), or a hub id. Held-out rows come
+    `source` is `bundled:<name>`, a local file or folder (`places.DATA_ENDINGS`), or a hub id. Held-out rows come
     from `eval_source` (its split `eval_split`), or else `eval_size` rows are set aside from the training rows.
     `columns` maps our column names to the file's own, e.g. {prompt: question, chosen: best}.
     `max_bad_rows` null means 0 for local files and no limit for hub sets. `allow` names findings in the text that do
@@ -241,6 +246,9 @@ class SFTConfig:
     data: DataConfig
     optim: OptimConfig
     trainer: TrainerConfig
+
+    def __post_init__(self) -> None:
+        check_seed("sft.seed", self.seed)
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,7 @@ from alignment.config.members import is_sweep, single_values, sweep_members
 from alignment.config.overrides import refuse_without_effect
 from alignment.config.resume import changes
 from alignment.config.schema import RunConfig
+from alignment.config.typed_text import quoted_path, typed_path
 from alignment.errors import UserError
 from alignment.files import atomic_write_text
 
@@ -77,13 +78,13 @@ def check_sweep(overrides: list[str], typed: list[str]) -> Sweep:
     tried = members or [single_values(overrides)]
     nodes = [compose_node(member, with_hydra=True) for member in tried]
     HydraConfig.instance().set_config(nodes[0])
-    folder, choices = Path(nodes[0].hydra.sweep.dir), nodes[0].hydra.runtime.choices
+    folder, choices = Path(nodes[0].hydra.sweep.dir).expanduser(), nodes[0].hydra.runtime.choices
     plugin = next((f"{group}={choices[group]}" for group in _PLUGGED if choices[group] != "basic"), None)
     if not members:
         _check_search(nodes[0].hydra, folder)
     found = [_checked_member(member, node, folder, plugin) for member, node in zip(tried, nodes, strict=True)]
     words = [word for word in typed if not word.startswith(_SWEEP_DIR)]
-    command = shlex.join(["python", "-m", "alignment.run", *words, f"{_SWEEP_DIR}{folder}"])
+    command = f"{shlex.join(['python', '-m', 'alignment.run', *words])} {typed_path('hydra.sweep.dir', folder)}"
     return Sweep(folder, found if members else [], plugin, command)
 
 
@@ -130,7 +131,10 @@ def _check_search(hydra_config: DictConfig, folder: Path) -> None:
 
 def pin_folder(overrides: list[str], sweep: Sweep) -> list[str]:
     """Overrides that pin the folder of the sweep, so that every later composition sees the same one."""
-    quoted = str(sweep.folder).replace("'", "\\'")
     # The members of a search have no names: their folders would lie deeper where a recipe's name has a slash.
     subdir = [] if sweep.members else ["hydra.sweep.subdir=${hydra:job.num}-run"]
-    return [*(o for o in overrides if not o.startswith(_SWEEP_DIR)), f"{_SWEEP_DIR}'{quoted}'", *subdir]
+    return [
+        *(o for o in overrides if not o.startswith(_SWEEP_DIR)),
+        f"{_SWEEP_DIR}{quoted_path(sweep.folder)}",
+        *subdir,
+    ]

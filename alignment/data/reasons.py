@@ -72,4 +72,4 @@ def first_rows(bad: Sequence[BadRow], source: str) -> str:
         *others, last = numbers
         rows = f"rows {', '.join(others)} and {last}" if others else f"row {last}"
         said.append(f"{'' if file == source else f'{file} '}{rows}: {message}")
-    return "; ".join(said) + ("; ..." if len(bad) > SHOWN else "")
+    return "; ".join(said) + (f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")

@@ -69,7 +69,7 @@ def load_tokenizer(config: ModelConfig, source: str) -> Any:
         source, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
     if config.chat_template is not None:
-        path = Path(config.chat_template)
+        path = Path(config.chat_template).expanduser()
         if not path.is_file():
             raise UserError(f"model.chat_template: the file {path} does not exist.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,8 @@ _ENVIRONMENT_MODES = {
     "disabled": "disabled",
 }
 _ID_FILE = "wandb_run_id"
+_IDENTITY = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
+"""Variables of the environment with which W&B would make one run of two."""
 _INIT_SECONDS = 30.0
 _FINISH_SECONDS = 120.0
 _out_of_reach: list[str] = []
@@ -173,9 +176,21 @@ def start_run(
         return None
     import wandb
 
-    # What an earlier process left
+    # Which run it is
     id_file = folder / _ID_FILE
     begun_id = id_file.read_text().strip() if id_file.exists() else None
+    for name_of_variable in () if _is_run_of_agent(folder) else _IDENTITY:
+        os.environ.pop(name_of_variable, None)
+    try:
+        wandb.setup()
+    except Exception as error:
+        why = f"W&B cannot be used with the variables WANDB_* of the environment ({' '.join(str(error).split())})"
+        if mode == "online":
+            raise UserError(f"{why}: unset them, or set tracking=none.") from error
+        logger.warning("%s; training goes on without it.", why)
+        return None
+
+    # What an earlier process left
     earlier = list(folder.glob("wandb/offline-run-*/*.wandb"))
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -210,7 +225,7 @@ def start_run(
         except Exception as error:
             logger.warning("W&B failed and gets nothing of this run; training goes on: %s", error)
             return None
-        parts = folder / "wandb" / "offline-run-*"
+        parts = f"{shlex.quote(str(folder / 'wandb'))}/offline-run-*"
         logger.warning("W&B keeps this run offline%s; send it with: wandb sync %s", reason, parts)
     else:
         logger.info("W&B: %s", run.url)
@@ -220,6 +235,12 @@ def start_run(
         path.with_suffix(".wandb.synced").touch()  # tells `wandb sync` to skip it
     atomic_write_text(id_file, f"{run.id}\n")
     return run
+
+
+def _is_run_of_agent(folder: Path) -> bool:
+    """Whether an agent of a W&B sweep started this command as one run, whose id it chose."""
+    is_one_run = sweep_name(folder) is None and not (folder / "multirun.yaml").exists()
+    return "WANDB_SWEEP_ID" in os.environ and is_one_run
 
 
 def _start_online(start: Callable[[], wandb.Run], required: bool) -> tuple[wandb.Run | None, str]:

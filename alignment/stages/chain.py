@@ -157,7 +157,7 @@ class Chain:
             yield
         except UnusableRows as error:
             write_rejected([*self.bad, *error.rows], self._rejected)
-            raise UserError(f"{str(error).rstrip('.')}. All of them are in {self._rejected}.") from error
+            raise UserError(f"{str(error).rstrip('.')}; all of them are in {self._rejected}.") from error
 
     def _read_conversations(self) -> SFTData:
         assert self.config.sft is not None

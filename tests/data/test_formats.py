@@ -231,7 +231,7 @@ def test_bad_rows_are_said_in_words():
     bad = [BadRow("bad_roles", f"a {role} turn is out of order.", "f", n) for n, role in enumerate("ababcx", 1)]
     assert first_rows(bad, "f") == (
         "rows 1 and 3: a a turn is out of order; rows 2 and 4: a b turn is out of order; "
-        "row 5: a c turn is out of order; ..."
+        "row 5: a c turn is out of order; and 1 more"
     )
     assert first_rows(bad[:1], "folder") == "f row 1: a a turn is out of order"
     assert in_words({"bad_roles": 2, "of_its_own": 1}) == "2 with roles out of order, 1 of its own"

@@ -70,6 +70,40 @@ def test_members_of_a_sweep_are_one_group(tmp_path: Path, nobody_logged_in: pyte
         assert (run.run_group, run.job_type, run.display_name) == ("betas", "sweep member", name)
 
 
+@pytest.mark.parametrize("agent", [{}, {"WANDB_SWEEP_ID": "sweep1"}], ids=["alone", "under an agent"])
+def test_two_members_are_two_runs_whatever_the_environment_sets(
+    agent: dict[str, str], tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch
+) -> None:
+    """A fixed id, name, group or way to resume in the environment merges no members; folders have any character."""
+    fixed = {"RUN_ID": "fixed", "RESUME": "must", "NAME": "same", "RUN_GROUP": "all", "FORK_FROM": "fixed?_step=1"}
+    for name, value in ({f"WANDB_{key}": value for key, value in fixed.items()} | agent).items():
+        nobody_logged_in.setenv(name, value)
+    sweep = tmp_path / "größe=1, 'a' \"b\" [c] 50%"
+    trackers = []
+    for name in ("0-tiny", "1-tiny"):
+        (sweep / name).mkdir(parents=True)
+        (sweep / "multirun.yaml").touch()
+        with start(config(), sweep / name) as tracker:
+            trackers.append(tracker.run_id)
+    assert len({*trackers, "fixed"}) == 3
+    for name, run_id in zip(("0-tiny", "1-tiny"), trackers, strict=True):
+        [folder] = sweep.glob(f"{name}/wandb/offline-run-*")
+        [run] = of_kind(read_wandb(folder), "run")
+        assert (run.run_id, run.run_group, run.display_name) == (run_id, sweep.name, name)
+        assert (sweep / name / "wandb_run_id").read_text().strip() == run_id
+
+
+def test_variables_that_wandb_refuses_are_named(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They end no training unless W&B is required."""
+    nobody_logged_in.setenv("WANDB_INIT_TIMEOUT", "soon")
+    assert start(config(), tmp_path / "a").run_id is None
+    assert "WANDB_*" in caplog.text and "training goes on" in caplog.text
+    with pytest.raises(UserError, match=r"WANDB_\*.*tracking=none"):
+        start(config(mode="online"), tmp_path / "b")
+
+
 def test_a_member_is_known_by_what_other_sweepers_leave_too(
     tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch
 ) -> None:
