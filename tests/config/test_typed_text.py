@@ -165,6 +165,7 @@ def test_what_is_typed_is_what_the_run_gets():
 ODD_FOLDER = "größe=1, 'a' [b] {c} 50% #2 ${d}"
 
 
+@pytest.mark.slow
 def test_folders_of_runs_have_any_character_and_the_home_folder(tmp_path, monkeypatch):
     """hydra.run.dir, resume and the folder of a sweep."""
     monkeypatch.setenv("HOME", str(tmp_path))

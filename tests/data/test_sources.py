@@ -88,7 +88,7 @@ def test_broken_lines_are_named_by_their_line(tmp_path, config):
 def test_local_files_allow_no_bad_row_by_default_and_the_first_five_are_named(jsonl, config):
     path = jsonl([pair(0), *(pair(i, chosen="") for i in range(1, 8))])
     with pytest.raises(
-        UserError, match=r"7 bad rows, .*allows 0: rows 2, 3, 4, 5 and 6: the answer is empty; \.\.\.\.$"
+        UserError, match=r"7 bad rows, .*allows 0: rows 2, 3, 4, 5 and 6: the answer is empty; and 2 more\.$"
     ):
         load(config(path))
     assert len(load(config(path, max_bad_rows=7)).bad) == 7
