@@ -147,8 +147,11 @@ def _files_of(folder: Path, split: str, name: str | None) -> list[Path]:
             raise UserError(f"Folder {folder} holds the splits {', '.join(splits)} and none named '{split}'.")
         return _files_of(folder / split, split, None)
     if all((folder / file).is_file() for file in ("state.json", "dataset_info.json")):
-        saved = json.loads((folder / "state.json").read_bytes())
-        return [folder / entry["filename"] for entry in saved["_data_files"]]
+        try:
+            saved = json.loads((folder / "state.json").read_bytes())
+            return [folder / entry["filename"] for entry in saved["_data_files"]]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{folder / 'state.json'} does not name the data files: save the set again.") from None
 
     # Deeper in a clone
     files = sorted(path for path in folder.iterdir() if is_data_file(path))

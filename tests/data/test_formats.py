@@ -183,6 +183,15 @@ def test_a_folder_that_datasets_saved(tmp_path, config):
         load_rows(config(tmp_path / "several", split="train_prefs"), stage="preference")
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"_data_files": null}', "{}"])
+def test_a_saved_folder_that_lost_its_list_of_files(content, tmp_path, config):
+    """It is named in one sentence."""
+    saved(tmp_path / "one", ROWS)
+    (tmp_path / "one" / "state.json").write_text(content)
+    with pytest.raises(UserError, match=r"state\.json does not name the data files"):
+        load_rows(config(tmp_path / "one"), stage="preference")
+
+
 @pytest.mark.parametrize("place", ["data/{split}-00000-of-00001", "{split}/0000", "default/{split}/0000", "{split}"])
 def test_a_clone_of_a_hub_set(tmp_path, config, place):
     """Wherever a clone keeps the files of a split, they are found; its other files are no data."""
