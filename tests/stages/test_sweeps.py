@@ -133,15 +133,15 @@ def test_what_an_agent_of_wandb_runs_composes(monkeypatch):
 # The runs
 
 
-def killed_in_the_second(how=signal.SIGKILL):
-    """In the last training row but one of the second member; the first is finished."""
+def ended_in(member, how):
+    """In the last training row but one of this member; those before it are finished."""
     from alignment.runs.record import RunRecord
 
     same_code()
     log = RunRecord.log
 
     def patched(self, stage, step, split, metrics):
-        if self.run_dir.name == "1-tiny" and (stage, step, split) == ("preference", 6, "train"):
+        if self.run_dir.name == member and (stage, step, split) == ("preference", 6, "train"):
             os.kill(os.getpid(), how)
         log(self, stage, step, split, metrics)
 
@@ -165,32 +165,39 @@ def uninterrupted(project, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
-def test_a_sweep_goes_on_where_it_stopped(how, project, uninterrupted, tmp_path):
+def test_a_sweep_goes_on_where_it_stopped(project, uninterrupted, tmp_path):
+    """Interrupted in the second member, killed in the third, and started once more than there is anything to do."""
     sweep = tmp_path / "sweep"
-    arguments = ("--config-dir", str(project), *GRID)
-    patch = partial(killed_in_the_second, how)
-    ended = command(*arguments, cwd=tmp_path, cache=tmp_path / "cache", patch=patch)
-    if how is signal.SIGINT:
-        assert ended.code == 1 and "Traceback" not in ended.err
-        [line] = (line for line in ended.err.splitlines() if line.startswith("Interrupted"))
-        arguments = tuple(shlex.split(line.removeprefix("Interrupted; continue with: "))[3:])
-    else:
-        assert ended.code == -signal.SIGKILL, ended.err
+
+    def sweep_again(*arguments, patch=same_code):
+        return command(*arguments, cwd=tmp_path, cache=tmp_path / "cache", patch=patch)
+
+    ended = sweep_again("--config-dir", str(project), *GRID, patch=partial(ended_in, "1-tiny", signal.SIGINT))
+    assert ended.code == 1 and "Traceback" not in ended.err
     assert (sweep / "0-tiny" / "summary.json").exists()
     assert not (sweep / "1-tiny" / "summary.json").exists() and not (sweep / "2-tiny").exists()
     first = {path: data for path, data in contents(sweep / "0-tiny").items() if ".hydra" not in path.parts}
-    ended = command(*arguments, cwd=tmp_path, cache=tmp_path / "cache", patch=same_code)
-    assert ended.code == 0, ended.err
+    [line] = (line for line in ended.err.splitlines() if line.startswith("Interrupted"))
+    printed = shlex.split(line.removeprefix("Interrupted; continue with: "))[3:]
+
+    ended = sweep_again(*printed, patch=partial(ended_in, "2-tiny", signal.SIGKILL))
+    assert ended.code == -signal.SIGKILL, ended.err
     assert "0-tiny is finished already." in ended.out
+    assert "The preference stage continues from step 4." in ended.out
+    assert (sweep / "1-tiny" / "summary.json").exists() and not (sweep / "2-tiny" / "summary.json").exists()
+
+    ended = sweep_again("--config-dir", str(project), *GRID)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("is finished already.") == 2
     assert "The preference stage continues from step 4." in ended.out
     for number in range(3):
         assert_same(sweep / f"{number}-tiny", uninterrupted / f"{number}-tiny")
     after = contents(sweep / "0-tiny")
     assert all(after[path] == data for path, data in first.items() if path.name != "run.log")
+
     # Once more there is nothing to do.
     before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*.jsonl")}
-    ended = command(*arguments, cwd=tmp_path, cache=tmp_path / "cache", patch=same_code)
+    ended = sweep_again(*printed)
     assert ended.code == 0 and ended.out.count("is finished already.") == 3
     assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*.jsonl")} == before
 
@@ -243,21 +250,25 @@ def test_members_that_cannot_begin(project, tmp_path):
     assert not (tmp_path / "sweep" / "comparison.html").exists()
 
 
+FEW = ("loss.beta=0.5", "evaluation.prompts=0", "sft.trainer.epochs=1")
+"""The given beta leaves the recipe four members."""
+
+
 @pytest.mark.slow
 def test_a_recipe_with_members_runs_and_each_is_as_if_alone(project, tmp_path):
-    arguments = ("--config-dir", str(project), "recipe=sub/many", "-m", "evaluation.prompts=0", "hydra.sweep.dir=sweep")
+    arguments = ("--config-dir", str(project), "recipe=sub/many", "-m", *FEW, "hydra.sweep.dir=sweep")
     ended = command(*arguments, cwd=tmp_path, cache=tmp_path / "cache", patch=same_code)
     assert ended.code == 0, ended.err
     sweep = tmp_path / "sweep"
-    assert sorted(path.name for path in sweep.glob("*-*")) == [f"{number}-many" for number in range(6)]
-    # Of the six SFT stages two are different: those of the two seeds.
-    assert ended.out.count("SFT was done before") == 4
+    assert sorted(path.name for path in sweep.glob("*-*")) == [f"{number}-many" for number in range(4)]
+    # Of the four SFT stages two are different: those of the two seeds.
+    assert ended.out.count("SFT was done before") == 2
     alone = (
         "recipe=tiny",
         "trainer.max_steps=2",
         "trainer.save_every=1",
         "trainer.log_every=1",
-        "evaluation.prompts=0",
+        *FEW,
     )
     ended = command(
         *("--config-dir", str(project), *alone, "loss=simpo", "optim.lr=1e-3", "seed=1", "hydra.run.dir=alone"),
@@ -265,4 +276,4 @@ def test_a_recipe_with_members_runs_and_each_is_as_if_alone(project, tmp_path):
         cache=tmp_path / "other",
     )
     assert ended.code == 0, ended.err
-    assert metric_rows(sweep / "5-many") == metric_rows(tmp_path / "alone")
+    assert metric_rows(sweep / "3-many") == metric_rows(tmp_path / "alone")
