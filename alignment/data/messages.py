@@ -52,10 +52,19 @@ def messages_of(value: Any, column: str) -> list[Message]:
     """
     if isinstance(value, str):
         value = read_written(value, column)
-    value = [value] if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        value = _rows_of(value) or [value]
     if not isinstance(value, list):
         raise Rejected("wrong_type", f"column '{column}' holds {found(value)}, not messages")
     return [_message(item, column) for item in value]
+
+
+def _rows_of(table: dict[str, Any]) -> list[Any]:
+    """Messages from columns, {"role": [...], "content": [...]}, as older versions of datasets hold them."""
+    columns = list(table.values())
+    if not columns or not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return []
+    return [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _message(item: Any, column: str) -> Message:

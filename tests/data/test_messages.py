@@ -24,6 +24,7 @@ CALL = {"function": {"name": "add", "arguments": {"x": 1}}}
             [USER | {"content": "pq"}],
         ),
         ({"role": "user", "content": ["p", "q"]}, [USER | {"content": "pq"}]),
+        ({"role": ["user", "user"], "content": ["p", "q"]}, [USER, USER | {"content": "q"}]),
         (USER | {"name": "Ada", "id": 3, "tags": [], "note": ""}, [USER | {"name": "Ada", "id": 3}]),
         (
             {

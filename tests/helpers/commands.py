@@ -80,11 +80,16 @@ class Ended:
     err: str
 
 
-def _leave_pictures_empty() -> None:
-    """Plots are made but not rendered, a third of a small run's time; tests/runs/test_plots.py looks at pictures."""
+def _leave_out_pictures() -> None:
+    """Plots are made but not rendered, a third of a small run's time; tests/runs/test_plots.py looks at pictures.
+
+    Nor is the card that peft writes beside each adapter, for each of which it compiles a template.
+    """
     from matplotlib.figure import Figure
+    from peft import PeftModel
 
     Figure.savefig = lambda self, file, **settings: file.write(b"")
+    PeftModel.create_or_update_model_card = lambda self, folder: None
 
 
 def _child(arguments: list[str], cwd: Path, cache: Path, patch: Callable[[], None] | None) -> None:
@@ -97,7 +102,7 @@ def _child(arguments: list[str], cwd: Path, cache: Path, patch: Callable[[], Non
     os.chdir(cwd)
     os.environ["ALIGNMENT_CACHE"] = str(cache)
     torch.set_num_threads(1)
-    _leave_pictures_empty()
+    _leave_out_pictures()
     if patch is not None:
         patch()
     from alignment.run import main
