@@ -58,6 +58,10 @@ class Layout:
 
 
 def _split(dialogue: list[Message]) -> tuple[list[Message], list[Message]]:
+    if dialogue and dialogue[-1]["role"] != "assistant":
+        raise Rejected(
+            "bad_roles", f"the conversation ends with a turn of {dialogue[-1]['role']}, and the last one must be the assistant's answer"
+        )
     return dialogue[:-1], dialogue[-1:]
 
 
@@ -325,9 +329,11 @@ def _check_prompt(prompt: Text) -> None:
         if message["role"] == "tool" and previous not in ("assistant", "tool"):
             raise Rejected("bad_roles", "a tool turn stands where no assistant turn is before it")
         previous = message["role"]
+    if previous == "assistant":
+        raise Rejected("bad_roles", "another turn of assistant stands right before the answer")
     if previous not in ("user", "tool"):
         raise Rejected(
-            "bad_roles", f"what stands before the answer ends with the turn of {previous}, not of user or tool"
+            "bad_roles", f"a turn of {previous} stands right before the answer, and there belongs one of user or tool"
         )
     if previous == "user" and not prompt[-1]["content"].strip():
         raise Rejected("empty_prompt", "the last user turn is empty")
