@@ -1,0 +1,60 @@
+"""What the log says of the data that a stage is given: columns that change the loss, answers that are cut."""
+
+import logging
+
+import pytest
+
+from alignment.data.prepare import fit_preferences, load_conversations, read_preferences
+from tests.conftest import recommended_loss
+from tests.helpers.chat_templates import CHATML
+
+
+def pair(number, **more):
+    return {"prompt": f"x{number}", "chosen": "y" * 20, "rejected": "z" * 20, **more}
+
+
+@pytest.fixture
+def said(tiny, config, jsonl, caplog):
+    """The log's lines about these pairs."""
+    tiny.chat_template = CHATML
+    caplog.set_level(logging.INFO)
+
+    def say(*pairs, **fields):
+        settings = config(jsonl(pairs), **fields)
+        fit_preferences(read_preferences(settings, tiny), settings, recommended_loss("dpo"))
+        return [record.getMessage().strip() for record in caplog.records]
+
+    return say
+
+
+def test_columns_that_change_the_loss_are_named_with_their_range(said):
+    lines = said(pair(1, weight=60), pair(2, weight=74), pair(3, weight=66, id=5, source="s"))
+    assert "The column weight (60 to 74) multiplies the loss of its row." in lines
+    assert "Training does not read these columns: id, source." in lines
+
+
+def test_scores_and_steps_are_named(said):
+    lines = said(
+        pair(1, score_chosen=2, score_rejected=-1, steps="w"), pair(2, score_chosen=9, score_rejected=1, steps="v")
+    )
+    assert "The column scores (-1 to 9) is read by losses of scores." in lines
+    assert any(line.startswith("The column of steps begins the answers") for line in lines)
+
+
+def test_nothing_is_said_of_plain_pairs(said):
+    assert not [line for line in said(pair(1), pair(2)) if "column" in line or "cut" in line]
+
+
+def test_most_answers_cut_is_a_warning(said, caplog):
+    """Those answers do not show how one ends, and nothing is learnt from where they were cut."""
+    said(pair(1), pair(2), max_length=24, max_prompt_length=20)
+    [warning] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.getMessage().startswith("4 of 4 answers are cut at data.max_length=24")
+
+
+def test_sft_says_so_too(tiny, config, jsonl, caplog):
+    tiny.chat_template = CHATML
+    load_conversations(
+        config(jsonl([{"prompt": "x", "completion": "y" * 50}]), max_length=40, max_prompt_length=30), tiny
+    )
+    assert "1 of 1 answers are cut at sft.data.max_length=40" in caplog.text
