@@ -19,6 +19,10 @@ class UserError(ValueError):
     """
 
 
+class NotFinite(UserError):
+    """A training met a number that is not finite. The same settings would meet it again, so the run cannot go on."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless the condition holds."""
     if not condition:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import json
+import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
+
+import numpy as np
 
 from alignment.config.schema import DataConfig
 from alignment.data.findings import report
@@ -19,7 +20,6 @@ from alignment.data.sources import LoadedData, load_rows
 from alignment.data.tokens import TokenizedData, TokenizedSFT, tokenize_groups, tokenize_sft
 from alignment.data.units import are_lists, as_pairs, as_rows
 from alignment.errors import UserError
-from alignment.files import atomic_write_bytes, to_json
 from alignment.types import Group
 
 log = logging.getLogger(__name__)
@@ -37,10 +37,11 @@ class PreferenceData:
 
 @dataclass(slots=True)
 class SFTData:
-    """Tokenised conversations of a run; `info` goes into the summary."""
+    """Tokenised conversations of a run; `sources` are those of `train`, `info` goes into the summary."""
 
     train: list[dict[str, list[int]]]
     eval: list[dict[str, list[int]]]
+    sources: list[str]
     info: dict[str, Any]
 
 
@@ -169,6 +170,7 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
         if (problem := loss.problem(len(group.completions), group.scores)) is not None:
             raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
     info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
+    info["tokens_digest"] = _groups_digest(parts["training"], eval_groups)
     return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
 
 
@@ -187,22 +189,34 @@ def load_conversations(
     info = _data_info("SFT data", loaded, train, held_out)
     _warn_of_cuts(info["tokens"].get("truncated", 0), len(train.sequences) + len(held_out.sequences), config, "sft.")
     info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
-    return SFTData(train.sequences, held_out.sequences, info), [*loaded.bad, *drops]
+    info["tokens_digest"] = _sequences_digest(train.sequences, held_out.sequences)
+    sources = [row.source for row in train.rows]
+    return SFTData(train.sequences, held_out.sequences, sources, info), [*loaded.bad, *drops]
 
 
-def require_same_data(path: Path, infos: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the fingerprints of each stage's data to `path`; a resumed run, which finds the file, must have the same.
+_BESIDE_TOKENS = tuple(f.name for f in fields(Group) if f.name not in ("prompt", "completions", "source"))
 
-    Raises:
-        UserError: the data have changed since the run began.
-    """
-    prints = {name: info["fingerprint"] for name, info in infos.items()}
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, to_json(prints))
-    elif (before := json.loads(path.read_text())) != prints:
-        changed = " and the ".join(f"{name} data" for name in prints if before.get(name) != prints[name])
-        raise UserError(
-            f"A resumed run keeps its data, but the {changed} have changed since {path.parents[1]} began: bring them "
-            f"back, or start a new run."
-        )
+
+def _groups_digest(*parts: Sequence[Group]) -> str:
+    """Digest of groups as they train: tokens, weights, labels and scores, but not where they came from."""
+    digest = hashlib.blake2b(digest_size=16)
+    for groups in parts:
+        digest.update(f"{len(groups)} groups;".encode())
+        for group in groups:
+            for tokens in (group.prompt, *group.completions):
+                digest.update(f"{len(tokens)}:".encode())
+                digest.update(np.ascontiguousarray(tokens, dtype="<i4").data)
+            digest.update(repr([getattr(group, name) for name in _BESIDE_TOKENS]).encode())
+    return digest.hexdigest()
+
+
+def _sequences_digest(*parts: Sequence[Mapping[str, Sequence[float]]]) -> str:
+    """The same for SFT sequences."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sequences in parts:
+        digest.update(f"{len(sequences)} sequences;".encode())
+        for sequence in sequences:
+            for name, values in sorted(sequence.items()):
+                digest.update(f"{name}{len(values)}:".encode())
+                digest.update(np.asarray(values, dtype="<f8").data)
+    return digest.hexdigest()

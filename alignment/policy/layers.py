@@ -1,8 +1,10 @@
-"""A model's decoder layers, their checkpointing and their dropout."""
+"""A model's decoder layers, their checkpointing and their dropout, and what a stage may not leave on a model."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -60,3 +62,43 @@ def checkpoint_layers(model: nn.Module, every: int) -> bool:
         layer.gradient_checkpointing = chosen
         layer._gradient_checkpointing_func = _recompute
     return changed
+
+
+_WRAPPERS = ("forward", "_original_forward", "gradient_checkpointing", "_gradient_checkpointing_func")
+
+
+def _wrappers(module: nn.Module) -> dict[str, Any]:
+    return {name: vars(module)[name] for name in _WRAPPERS if name in vars(module)}
+
+
+def _hooks(module: nn.Module) -> dict[str, dict[int, Any]]:
+    return {name: own for name, own in vars(module).items() if name.endswith("_hooks") and isinstance(own, dict)}
+
+
+@contextmanager
+def as_found(model: Any) -> Iterator[None]:
+    """Leave a model as it was found: no wrapper, hook, flag or switch of a trainer outlives the block.
+
+    TRL and accelerate replace forwards, register hooks on the embeddings and switch the cache off, and would slow down
+    or change whatever the next stage computes.
+    """
+    modules = [
+        (module, _wrappers(module), {name: dict(own) for name, own in _hooks(module).items()})
+        for module in model.modules()
+    ]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        for module, wrappers, hooks in modules:
+            for name in _wrappers(module):
+                delattr(module, name)
+            vars(module).update(wrappers)
+            for name, own in _hooks(module).items():  # in place: who registered a hook earlier can still remove it
+                own.clear()
+                own.update(hooks.get(name, {}))
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        if use_cache is not None:
+            model.config.use_cache = use_cache

@@ -13,7 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from alignment.errors import UserError, require
+from alignment.errors import NotFinite, require
 from alignment.reference.base import Reference, comparison_tolerance
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import BatchLayout, MicroBatch
@@ -166,11 +166,11 @@ class CachedReference(Reference):
             for batch, values in self._score(groups):
                 if not values.isfinite().all():
                     if self.refreshes:
-                        raise UserError(
+                        raise NotFinite(
                             f"After step {self.refreshes[-1]['step']} the policy, which becomes the reference, gives "
                             f"log-probs that are not finite: the training has diverged, try a lower optim.lr."
                         )
-                    raise UserError(
+                    raise NotFinite(
                         "The policy that this stage starts from gives log-probs that are not finite: its weights are "
                         "damaged or overflow in this dtype (model.dtype, quantization.compute_dtype)."
                     )

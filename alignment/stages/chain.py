@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import set_seed
 
@@ -21,14 +23,13 @@ from alignment.data.prepare import (
     fit_preferences,
     load_conversations,
     read_preferences,
-    require_same_data,
 )
 from alignment.data.reasons import UnusableRows
 from alignment.data.rows import BadRow, write_rejected
 from alignment.data.writer import end_of_turn
-from alignment.errors import UserError
+from alignment.errors import NotFinite, UserError
 from alignment.evaluation.generate import stop_tokens
-from alignment.files import cache_dir
+from alignment.files import atomic_write_bytes, cache_dir, to_json
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter import attach_adapter, load_adapter
 from alignment.policy.identity import policy_identity
@@ -39,6 +40,7 @@ from alignment.runs.record import RunRecord, git_commit, machine, versions
 from alignment.runs.report import print_summary, write_report
 from alignment.runs.tracking import Tracker, open_tracker
 from alignment.stages.answers import HeldOutAnswers
+from alignment.stages.beginning import begin, first_day
 from alignment.stages.preference import PreferenceStage
 from alignment.stages.reuse import reuse_stage, save_stage
 from alignment.stages.sft import SFTStage
@@ -46,8 +48,13 @@ from alignment.stages.stage import PreferenceResult, Stage, StageResult, Workspa
 from alignment.stages.store import STAGES_FOLDER, StageStore
 from alignment.training.callbacks import check_names, last_checkpoint
 from alignment.training.cohort import CohortSlot
+from alignment.training.stage_trainer import last_good
 
 log = logging.getLogger(__name__)
+
+_NOT_FINITE = "not_finite.json"
+"""In the folder of a stage: why it cannot go on."""
+_TOKENS_ASKED = 32
 
 
 class Chain:
@@ -71,8 +78,11 @@ class Chain:
             check_names("sft.optim", config.sft.optim)
         if config.loss is not None:
             check_names("optim", config.optim)
+        _require_no_stop(run_dir)
         self.config = config
         self.run_dir = run_dir
+        self._beginning = run_dir / "stages" / "beginning.json"
+        self._day = first_day(self._beginning)
         self.recipe = recipe
         self.resolved = resolved
 
@@ -128,7 +138,13 @@ class Chain:
             stages=[stage.name for stage in self.stages],
         ) as tracker:
             model = self._load_policy()
-            require_same_data(self.run_dir / "stages" / "data.json", self._data())
+            fresh = not self._finished()
+            begin(self._beginning, self._day, self.work.tokenizer, self._data(), model, fresh)
+            if fresh and not self._is_finite(model):
+                raise UserError(
+                    f"model.name={self.config.model.name} gives log-probs that are not finite: its weights are damaged "
+                    f"or overflow in this dtype (model.dtype, quantization.compute_dtype)."
+                )
             self._answer("start", model)
             if self.sft is not None:
                 model = self._run_stage(self.sft, model, tracker)
@@ -161,17 +177,17 @@ class Chain:
 
     def _read_conversations(self) -> SFTData:
         assert self.config.sft is not None
-        load = partial(load_conversations, self.config.sft.data, self.work.tokenizer)
+        load = partial(load_conversations, self.config.sft.data, self.work.tokenizer, day=self._day)
         with self._keeping_bad_rows():
-            data, rows = self.work.once("conversations", load)
+            data, rows = self.work.once(f"conversations of {self._day}", load)
         self.bad += rows
         return data
 
     def _read_preferences(self) -> PreferenceData:
         assert self.config.data is not None
-        load = partial(read_preferences, self.config.data, self.work.tokenizer)
+        load = partial(read_preferences, self.config.data, self.work.tokenizer, day=self._day)
         with self._keeping_bad_rows():
-            read = self.work.once("preferences", load)
+            read = self.work.once(f"preferences of {self._day}", load)
         data, rows = fit_preferences(read, self.config.data, self.config.loss)
         self.bad += rows
         return data
@@ -184,8 +200,12 @@ class Chain:
 
     def _load_policy(self) -> nn.Module:
         """The policy as the last finished stage left it, or a fresh one."""
-        finished = [s.policy for s in self.stages if read_result(self.work.folder(s.name), s.result_type) is not None]
+        finished = self._finished()
         return self._load_trained(finished[-1] if finished else None)
+
+    def _finished(self) -> list[Path]:
+        """The policies of the finished stages."""
+        return [s.policy for s in self.stages if read_result(self.work.folder(s.name), s.result_type) is not None]
 
     def _load_trained(self, trained: Path | None) -> nn.Module:
         config = self.config
@@ -205,6 +225,15 @@ class Chain:
         shutil.rmtree(folder, ignore_errors=True)
         save_policy(model, self.work.tokenizer, unfinished)
         unfinished.rename(folder)
+
+    @torch.no_grad()
+    def _is_finite(self, model: nn.Module) -> bool:
+        """Whether the policy computes numbers at all, asked with the beginning of a prompt."""
+        prompt = self._check_prompts()[0][:_TOKENS_ASKED]
+        was_training = model.training
+        logits = model.eval()(input_ids=torch.from_numpy(prompt.astype(np.int64))[None].to(self.work.device)).logits
+        model.train(was_training)
+        return bool(logits.amax(-1).isfinite().all())  # the largest: a head may rule tokens out with -inf
 
     # Stages
 
@@ -238,7 +267,16 @@ class Chain:
         checkpoint, step = last_checkpoint(checkpoints)
         self.record.rewind(stage.name, step if checkpoint else -1)
         set_seed(stage.seed)
-        result = stage.run(model, partial(self._log, tracker, stage.name))
+        try:
+            result = stage.run(model, partial(self._log, tracker, stage.name))
+            if not self._is_finite(model):
+                raise NotFinite(
+                    f"{stage.title} ended with a policy whose log-probs are not finite; {last_good(checkpoints)}: "
+                    f"start a new run with a lower learning rate or stricter clipping of gradients."
+                )
+        except NotFinite as error:
+            atomic_write_bytes(folder / _NOT_FINITE, to_json({"error": str(error)}))
+            raise
         self._save_policy(model, stage.policy)
         write_result(folder, result)
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -339,3 +377,12 @@ class Chain:
         if self.config.export.merge:
             files["merged"] = self.run_dir / "merged"
         return {name: str(path) for name, path in files.items()}
+
+
+def _require_no_stop(run_dir: Path) -> None:
+    """Refuse a run of which a stage has met a number that is not finite: it would meet it again."""
+    for path in run_dir.glob(f"stages/*/{_NOT_FINITE}"):
+        raise UserError(
+            f"{run_dir} cannot go on, because it would stop where it stopped: {json.loads(path.read_bytes())['error']} "
+            f"Remove {path} to try all the same."
+        )

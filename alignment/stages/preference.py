@@ -21,7 +21,7 @@ from alignment.losses import Quantity
 from alignment.losses import title as loss_title
 from alignment.policy.adapter import has_adapter
 from alignment.policy.identity import policy_identity
-from alignment.policy.layers import checkpoint_layers, disable_dropout
+from alignment.policy.layers import as_found, checkpoint_layers, disable_dropout
 from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
@@ -112,6 +112,10 @@ class PreferenceStage:
 
     def run(self, model: nn.Module, log_metrics: LogFunction) -> PreferenceResult:
         """Train the policy, from the newest checkpoint if there is one."""
+        with as_found(model):
+            return self._trained(model, log_metrics)
+
+    def _trained(self, model: nn.Module, log_metrics: LogFunction) -> PreferenceResult:
         started = time.monotonic()
 
         # How the passes run
@@ -294,6 +298,7 @@ class PreferenceStage:
                 reference.load_state(checkpoint)
             log.info("The preference stage continues from step %d.", done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.require_finite_weights()
         if self._data.eval:
             both = start_rows.read_bytes() + _moment("final", trainer.held_out)
             atomic_write_bytes(self._work.run_dir / "held_out.jsonl", both)

@@ -15,8 +15,7 @@ from torch import nn
 
 from alignment.config.schema import RunConfig
 from alignment.data.prepare import SFTData
-from alignment.policy.adapter import has_adapter
-from alignment.policy.layers import checkpoint_layers
+from alignment.policy.layers import as_found, checkpoint_layers
 from alignment.stages.stage import StageResult, Workspace
 from alignment.stages.store import stage_key
 from alignment.training.budget import Plan
@@ -28,6 +27,7 @@ from alignment.training.callbacks import (
     training_arguments,
 )
 from alignment.training.planning import memory_result, plan_stage
+from alignment.training.stage_trainer import StageTrainer
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,10 @@ class SFTStage:
 
     def run(self, model: nn.Module, log_metrics: LogFunction) -> StageResult:
         """Train on the conversations, from the newest checkpoint if there is one."""
+        with as_found(model):
+            return self._trained(model, log_metrics)
+
+    def _trained(self, model: nn.Module, log_metrics: LogFunction) -> StageResult:
         started = time.monotonic()
         examples, loop = self._data.train, self._config.trainer
         lengths = [len(example["input_ids"]) for example in examples]
@@ -102,15 +106,11 @@ class SFTStage:
         num_steps = loop.max_steps or math.ceil(loop.epochs * steps_per_epoch)
         checkpoint, done = last_checkpoint(self._folder / "checkpoints")
 
-        base = model.get_base_model() if has_adapter(model) else model
-        forward = base.forward
         trainer = self._trainer(model, plan, max(lengths), num_steps, log_metrics)
-        try:
-            if checkpoint is not None:
-                log.info("SFT continues from step %d.", done)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            base.forward = forward  # without the head that TRL put in front of ours
+        if checkpoint is not None:
+            log.info("SFT continues from step %d.", done)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.require_finite_weights()
 
         num_tokens = round((num_steps - done) * loop.groups_per_step * (sum(lengths) / len(lengths)))
         memory = memory_result(plan, self._work.device, plan.tokens_per_batch)
@@ -125,7 +125,6 @@ class SFTStage:
 
     def _trainer(self, model: nn.Module, plan: Plan, longest: int, num_steps: int, log_metrics: LogFunction) -> Any:
         from trl import SFTConfig as TRLConfig
-        from trl import SFTTrainer
 
         config, device = self._config, self._work.device
         rows, passes = split_step(config.trainer.groups_per_step, longest, plan.tokens_per_batch)
@@ -140,13 +139,14 @@ class SFTStage:
             per_device_train_batch_size=rows,
             per_device_eval_batch_size=rows,
             gradient_accumulation_steps=passes,
+            gradient_checkpointing=False,  # the plan has chosen the layers that run again
             bf16=device.type == "cuda" and model.dtype is torch.bfloat16,
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
         )
         weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-        trainer = SFTTrainer(
-            model=model,  # type: ignore[arg-type]
+        trainer = _trainer_class(self._data)(
+            model=model,
             args=arguments,
             train_dataset=_dataset(self._data.train),
             eval_dataset=_dataset(self._data.eval) if self._data.eval else None,
@@ -159,6 +159,33 @@ class SFTStage:
             if name in weights:
                 parameter.data = weights[name]
         return trainer
+
+
+def _trainer_class(data: SFTData) -> Any:
+    """TRL's trainer on these data as a trainer of ours; TRL takes seconds to import, so it waits until it is needed."""
+    from trl import SFTTrainer
+
+    class SupervisedTrainer(StageTrainer, SFTTrainer):
+        title = SFTStage.title
+        settings = "sft.optim"
+        _step = -1
+        _passes: list[Any]
+
+        def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            if self._step != self.state.global_step:
+                self._step, self._passes = self.state.global_step, []
+            self._passes.append(inputs)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        def step_rows(self) -> Sequence[str]:
+            seen = [
+                ids[mask.bool()].tolist()
+                for inputs in self._passes
+                for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+            ]
+            return [s for e, s in zip(data.train, data.sources, strict=True) if e["input_ids"] in seen]
+
+    return SupervisedTrainer
 
 
 def _final_metrics(history: Sequence[dict[str, float]], has_eval: bool) -> dict[str, float]:

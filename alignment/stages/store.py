@@ -77,7 +77,7 @@ def stage_key(
         for example in part:
             for name, tokens in sorted(example.items()):
                 digest.update(f"{name}{len(tokens)}".encode())
-                digest.update(np.asarray(tokens, dtype=np.int32).data)
+                digest.update(np.asarray(tokens, dtype="<f8").data)
     return digest.hexdigest()
 
 

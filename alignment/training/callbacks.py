@@ -30,6 +30,8 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 """The schedules of transformers that need no further settings."""
+_POLYNOMIAL_END = 1e-7
+"""Where transformers' polynomial schedule ends."""
 _RUNTIME = ("runtime", "samples_per_second", "steps_per_second")
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -44,6 +46,11 @@ def check_names(key: str, optim: OptimConfig) -> None:
     Args:
         key: the section of the settings, "optim" or "sft.optim".
     """
+    if optim.schedule == "polynomial" and optim.lr <= _POLYNOMIAL_END:
+        raise UserError(
+            f"{key}.schedule=polynomial ends at a rate of {_POLYNOMIAL_END:g}, so {key}.lr must be above it, not "
+            f"{optim.lr:g}: choose a higher one, or another schedule."
+        )
     for name, value, accepted in (
         ("name", optim.name, [str(known.value) for known in OptimizerNames]),
         ("schedule", optim.schedule, SCHEDULES),
@@ -202,12 +209,15 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all complete checkpoints of a stage, in order."""
+    return sorted((_step(path), path) for path in folder.glob("checkpoint-*") if (path / _COMPLETE).exists())
+
+
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
     """The newest complete checkpoint of a stage and its step; incomplete ones are removed."""
-    newest: tuple[Path | None, int] = (None, 0)
     for path in folder.glob("checkpoint-*"):
         if not (path / _COMPLETE).exists():
             shutil.rmtree(path)
-        elif _step(path) > newest[1]:
-            newest = (path, _step(path))
-    return newest
+    step, newest = max(complete_checkpoints(folder), default=(0, None))
+    return newest, step

@@ -413,7 +413,7 @@ class Cohort:
         """Exclude members with numbers that are not finite: kernels multiply others' rows by 0, and 0 * inf is nan."""
         broken = [m for m in sorted(self._active) if not _finite([self._requests[m].alone(self._policies[m]).values])]
         for member in broken:
-            log.warning("Member %d of the cohort has numbers that are not finite: it continues alone.", member)
+            log.warning("Member %d of the cohort has numbers that are not finite: it leaves their passes.", member)
             self._active.discard(member)
             del self._requests[member]
         return bool(broken)

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from alignment.errors import UserError
 from alignment.files import atomic_write_bytes, to_json
@@ -30,6 +30,7 @@ from alignment.scoring.logps import largest_group, smaller_budget
 from alignment.training.metrics import Means, held_out_rows, preference_metrics
 from alignment.training.objective import Evaluation, Objective, Processes, evaluated, step_seeds, step_totals
 from alignment.training.sampler import StepSampler
+from alignment.training.stage_trainer import StageTrainer
 from alignment.types import Group, pairs_from_rows
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class _StepProgress:
     state: dict[str, float] = field(default_factory=dict)
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(StageTrainer):
     """Trains a policy on groups with a preference loss.
 
     The dataloader gives every process all groups of one optimizer step. `training_step` shares them among the processes
@@ -58,6 +59,8 @@ class PreferenceTrainer(Trainer):
     pass without gradient collects them, the loss is derived by each of them, and a second pass applies the derivatives.
     """
 
+    title = "The preference stage"
+    settings = "optim"
     model: nn.Module
     objective: Objective
     held_out: list[dict[str, Any]]
@@ -89,6 +92,7 @@ class PreferenceTrainer(Trainer):
         self.train_seconds = 0.0
         self._means = Means()
         self._gradients_checked = False
+        self._step_groups: Sequence[Group] = ()
         super().__init__(model=model, args=args, train_dataset=list(groups), callbacks=callbacks)
         self._processes = Processes(self.accelerator)
         self.objective = Objective(loss, model, reference, layout, args.device, self._processes)
@@ -120,6 +124,7 @@ class PreferenceTrainer(Trainer):
         started = time.monotonic()
         model.train()
         groups: list[Group] = inputs["groups"]
+        self._step_groups = groups
         while (step := self._try_step(model, groups)) is None:
             self._save_memory(model, groups)
         for metrics in step.metrics:
@@ -169,6 +174,7 @@ class PreferenceTrainer(Trainer):
             indices = [own[i] for i in batch.indices]
             scores = objective.score(model, batch.to(self.args.device))
             step.num_tokens += batch.num_tokens
+            step.loss += 0 * scores.values.detach().sum().float()  # nan where a log-prob is not finite
             if derivative is not None:
                 columns = plan.columns(indices).to(derivative.device)
                 self.accelerator.backward((scores.values * derivative[:, columns]).sum())
@@ -230,6 +236,16 @@ class PreferenceTrainer(Trainer):
                 f"with every layer checkpointed: lower data.max_length, or choose a smaller model or quantization=nf4."
             )
 
+    def step_rows(self) -> Sequence[str]:
+        """The sources of the groups with a loss or a log-prob that is not finite; of all of the step if none has."""
+        found = self.evaluate_step(self._step_groups)
+        sequences = iter(found.inputs.policy.sums().isfinite().tolist())
+        sound = [
+            all([next(sequences) for _ in group.completions] + [loss])
+            for group, loss in zip(self._step_groups, found.losses.isfinite().tolist(), strict=True)
+        ]
+        return [g.source for g, is_sound in zip(self._step_groups, sound, strict=True) if all(sound) or not is_sound]
+
     @torch.no_grad()
     def evaluate_step(self, groups: Sequence[Group]) -> Evaluation:
         """The loss of a step of these groups as it would be now, in training mode, without training."""
@@ -259,6 +275,7 @@ class PreferenceTrainer(Trainer):
         found, self.held_out = self._evaluated(self.eval_groups, at_reference)
         metrics = {f"{prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
+        self.require_finite_evaluation(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -264,6 +264,8 @@ def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, tiny_model_folde
     pairs.write_text(lines.replace("Perhaps", "Possibly", 1), encoding="utf-8")
     ended = run(project, cwd, f"resume={only_run(cwd)}")
     assert ended.code == 1
-    assert ended.err.splitlines()[-1].startswith("Error: A resumed run keeps its data, but the preference data have")
+    assert ended.err.splitlines()[-1].startswith(
+        "Error: A resumed run keeps its data and its policy, but the rows of the preference data have"
+    )
     pairs.write_text(lines, encoding="utf-8")
     assert run(project, cwd, f"resume={only_run(cwd)}").code == 0

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
-from alignment.errors import UserError
+from alignment.errors import NotFinite, UserError
 from alignment.policy.layers import checkpoint_layers, decoder_layers
 from alignment.policy.load import save_policy
 from alignment.reference.live import LiveReference
@@ -300,16 +300,21 @@ class FailAt(TrainerCallback):
 
 @pytest.mark.parametrize("where", ["weights", "gradient"])
 def test_a_member_without_finite_numbers_does_not_spoil_the_others(where, tmp_path, monkeypatch, alone):
+    """It stops before its next update, and the others end as they would without it."""
     base = frozen_base()
     trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
     broken = trainer_of(base, Training("simpo", steps=4), tmp_path / "broken")
     if where == "weights":
-        broken.add_callback(BreakAt(2))
+        broken.add_callback(BreakAt(1))
     else:
         monkeypatch.setattr(broken.objective, "loss", BrokenLoss(broken.objective.loss))
-    found = together(base, [trainers[0], broken, trainers[1]])
-    assert found == [trainers[0], broken, trainers[1]]
-    assert all(value.isnan().all() for value in weights(broken).values())
+    before = weights(broken)
+    first, error, last = together(base, [trainers[0], broken, trainers[1]])
+    assert [first, last] == trainers
+    step = 2 if where == "weights" else 1
+    assert isinstance(error, NotFinite) and str(error).startswith(f"The preference stage stopped at step {step}, ")
+    if where == "gradient":
+        assert all(torch.equal(value, before[name]) for name, value in weights(broken).items())
     for member, training in zip(trainers, FEW, strict=True):
         assert_same(member, alone(training))
 

@@ -1,0 +1,117 @@
+"""What the trainers of both stages add to transformers' Trainer: every step has a rate, none goes on from NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+from transformers.trainer_utils import SchedulerType
+
+from alignment.errors import NotFinite
+from alignment.training.callbacks import complete_checkpoints
+
+_SHOWN_ROWS = 5
+
+
+def warmed_rate(rate: Callable[[int], float], warmup: int, num_steps: int, step: int) -> float:
+    """The factor of the learning rate at a step, counted from 0: transformers' own, but with no warm-up step at 0.
+
+    Args:
+        rate: of transformers, which gives step i of w warm-up steps i/w.
+        warmup: number of warm-up steps, w. Step i of them has (i+1)/w here, and all later steps keep their factor.
+        num_steps: of the training. Its end asks for one factor more, which no step uses and not every schedule has.
+        step: number of the step.
+    """
+    return (step + 1) / warmup if step < warmup else rate(min(step, num_steps - 1))
+
+
+def last_good(checkpoints: Path, sound: float = math.inf) -> str:
+    """Names the newest complete checkpoint in a folder that was made after fewer than `sound` steps."""
+    good = [path for step, path in complete_checkpoints(checkpoints) if step < sound]
+    return f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
+
+
+class StageTrainer(Trainer):
+    """A Trainer that warms up from the first step on, and stops at the first number that is not finite.
+
+    Attributes:
+        title: of the stage.
+        settings: where its optimizer's settings are: "optim" or "sft.optim".
+    """
+
+    title: ClassVar[str]
+    settings: ClassVar[str]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of transformers, with a rate above 0 in the first step."""
+        if self.lr_scheduler is None:
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            if warmup and isinstance(scheduler, LambdaLR) and self.args.lr_scheduler_type != SchedulerType.CONSTANT:
+                rates: list[Callable[[int], float]] = [
+                    partial(warmed_rate, rate, warmup, num_training_steps) for rate in scheduler.lr_lambdas
+                ]
+                self.lr_scheduler = LambdaLR(scheduler.optimizer, rates)
+        return self.lr_scheduler
+
+    def step_rows(self) -> Sequence[str]:
+        """The sources of the rows of the running step, only those at fault where that is known."""
+        return ()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm before the update; stops where it, or the loss, is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # One number for both: each look makes the host wait for a GPU.
+        if not math.isfinite(float(norm + self._tr_loss)):
+            is_loss = not math.isfinite(float(self._tr_loss))
+            rows = list(self.step_rows())
+            shown = ", ".join(rows[:_SHOWN_ROWS]) + (f" and {len(rows) - _SHOWN_ROWS} more" * (len(rows) > _SHOWN_ROWS))
+            self._stop(
+                f"at step {self.state.global_step + 1}, before its update, because its "
+                f"{'loss or log-probs are' if is_loss else 'gradient is'} not finite"
+                f"{f' (rows {shown})' if rows else ''}",
+                sound=self.state.global_step + (not is_loss),
+            )
+        return norm
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers does; stops where the held-out loss is not finite."""
+        metrics = super().evaluate(*args, **kwargs)
+        self.require_finite_evaluation(metrics)
+        return metrics
+
+    def require_finite_evaluation(self, metrics: dict[str, float]) -> None:
+        """Stop where the held-out loss is not finite."""
+        if not math.isfinite(metrics.get("eval_loss", 0.0)):
+            step = self.state.global_step
+            self._stop(f"after step {step}, because its held-out loss is {metrics['eval_loss']}", sound=step)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.require_finite_weights()
+        super()._save_checkpoint(*args, **kwargs)
+
+    @torch.no_grad()
+    def require_finite_weights(self) -> None:
+        """Stop where a trained weight is not finite."""
+        model: Any = self.model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not torch.stack([parameter.isfinite().all() for parameter in trained]).all():
+            step = self.state.global_step
+            self._stop(f"after step {step}, because the update left weights that are not finite", sound=step)
+
+    def _stop(self, what: str, sound: int) -> NoReturn:
+        """Raise the sentence; checkpoints of fewer than `sound` steps gave finite numbers."""
+        last = last_good(Path(str(self.args.output_dir)), sound)
+        norm, key = self.args.max_grad_norm, f"{self.settings}.max_grad_norm"
+        clipping = f"a lower {key} (now {norm:g})" if norm > 0 else f"with {key}=1 (now 0, which clips nothing)"
+        raise NotFinite(
+            f"{self.title} stopped {what}; {last}: start a new run with a lower {self.settings}.lr "
+            f"(now {self.args.learning_rate:g}) or {clipping}."
+        )
