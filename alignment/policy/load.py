@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 
 from alignment.config.preflight import require_machine
-from alignment.config.schema import WHEEL_PREFIX, Device, Dtype, ModelConfig, QuantizationConfig
-from alignment.errors import UserError
-from alignment.policy.wheel_model import wheel_model_folder
+from alignment.config.schema import Device, Dtype, ModelConfig, QuantizationConfig
+from alignment.errors import UserError, did_you_mean
+from alignment.policy.layers import disable_dropout
 from alignment.scoring.logps import check_scoring, enable_scoring
+
+log = logging.getLogger(__name__)
 
 # Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
 NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
@@ -43,36 +46,32 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype.value)
 
 
-def model_source(config: ModelConfig, cache: Path) -> str:
-    """What transformers can load: a folder, or the hub id as it is.
+def load_tokenizer(config: ModelConfig, source: str) -> Any:
+    """The tokenizer, with the template and the end token that `model.chat_template` and `model.eos_token` ask for.
+
+    Args:
+        source: `tokenizer` of what `model_source` gives.
 
     Raises:
-        UserError: a local folder that does not exist or holds no model.
+        UserError: it cannot be loaded, or has no such template or token.
     """
-    if config.name.startswith(WHEEL_PREFIX):
-        return str(wheel_model_folder(config.name, cache))
-    path = Path(config.name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model.name: the folder {path} holds no config.json, so it is not a model.")
-        return str(path)
-    if config.name.startswith((".", "/", "~")):
-        raise UserError(f"model.name: the folder {config.name} does not exist.")
-    return config.name
-
-
-def load_tokenizer(config: ModelConfig, source: str) -> Any:
-    """The model's tokenizer, with `model.chat_template` in place of its own template if one is given."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        source, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
-    if config.chat_template is not None:
-        path = Path(config.chat_template).expanduser()
-        if not path.is_file():
-            raise UserError(f"model.chat_template: the file {path} does not exist.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.name={config.name}: its tokenizer cannot be loaded: {one_line(error)}") from error
+    tokenizer.chat_template = _chat_template(tokenizer, config)
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+            raise UserError(
+                f"model.eos_token: the tokenizer has no token {config.eos_token}"
+                f"{did_you_mean(config.eos_token, added)}; its special tokens are {', '.join(added)}."
+            )
+        tokenizer.eos_token = config.eos_token
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -89,18 +88,46 @@ def own_stop_tokens(config: ModelConfig, source: str) -> list[int]:
     return list(own) if isinstance(own, list) else [own] if own is not None else []
 
 
+def _chat_template(tokenizer: Any, config: ModelConfig) -> str | None:
+    """The template that is asked for: a file's, or one of the tokenizer's own by its name; else its default one."""
+    own, asked = tokenizer.chat_template, config.chat_template
+    named: dict[str, str] = own if isinstance(own, dict) else {}
+    if asked is None:
+        if not named:
+            return own
+        if "default" not in named:
+            raise UserError(
+                f"model.name={config.name}: the tokenizer has several chat templates and none is called default: set "
+                f"model.chat_template to one of {', '.join(named)}."
+            )
+        others = ", ".join(name for name in named if name != "default")
+        if others:
+            log.info(
+                "The tokenizer's chat template `default` is used; model.chat_template may name another: %s.", others
+            )
+        return named["default"]
+    if asked in named:
+        return named[asked]
+    path = Path(asked).expanduser()
+    if not path.is_file():
+        names = f", nor a template of the tokenizer, which has {', '.join(named)}" if named else ""
+        raise UserError(f"model.chat_template: the file {path} does not exist{did_you_mean(asked, named)}{names}.")
+    return path.read_text(encoding="utf-8")
+
+
 def load_base(
     config: ModelConfig, quantization: QuantizationConfig | None, source: str, device: torch.device
 ) -> nn.Module:
     """Load the base model, quantised if asked, with every weight frozen, ready to score completions.
 
     Embeddings, norms and the head keep the model's dtype: casting them to fp32 would cost gigabytes and buy nothing.
+    Its own dropout is off: only that of an adapter acts, where the settings ask for it.
 
     Args:
-        source: what `model_source` gives.
+        source: `base` of what `model_source` gives, or the folder of a whole trained model.
 
     Raises:
-        UserError: bitsandbytes is needed and missing, or transformers cannot load the model.
+        UserError: bitsandbytes is needed and missing, transformers cannot load the model, or its files lack weights.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -116,7 +143,7 @@ def load_base(
             llm_int8_skip_modules=NEVER_QUANTIZED,
         )
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -125,12 +152,16 @@ def load_base(
             quantization_config=quantization_config,
             device_map={"": device},
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"model.name={config.name} cannot be loaded with model.attention={config.attention}: {one_line(error)}"
         ) from error
+    model, found = loaded
+    _require_all_weights(config, model, found)
     model.requires_grad_(False)
+    disable_dropout(model)
     # The padding token is often the end-of-turn token too, whose embedding is trained with all others.
     model.get_input_embeddings().padding_idx = None
     for module in model.modules():
@@ -140,6 +171,23 @@ def load_base(
     enable_scoring(model)
     check_scoring(model, model.get_input_embeddings().num_embeddings, device)
     return model
+
+
+def _require_all_weights(config: ModelConfig, model: Any, found: dict[str, Any]) -> None:
+    """Refuse a model that transformers would complete with random numbers, or has put an adapter into by itself."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model.name={config.name} is an adapter on the hub: download it, and set model.name to its folder."
+        )
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if missing:
+        raise UserError(
+            f"model.name={config.name}: its files lack {len(missing)} weights of a {type(model).__name__} (the first: "
+            f"{missing[0]}), which would be random numbers: use the files of the whole model."
+        )
+    unused = sorted(found["unexpected_keys"])
+    if unused:
+        log.info("%d weights in the model's files are no part of it (the first: %s).", len(unused), unused[0])
 
 
 def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -15,7 +15,7 @@ from alignment.data.prepare import PreferenceData
 from alignment.data.rows import Row
 from alignment.data.units import spread_prompts
 from alignment.errors import UserError
-from alignment.evaluation.generate import as_text, presets, sample
+from alignment.evaluation.generate import as_text, presets, presets_in_words, sample
 from alignment.evaluation.judge import Verdict, compare, judge, win_rate
 from alignment.files import atomic_write_bytes, to_json
 from alignment.runs.record import RunRecord
@@ -66,6 +66,8 @@ class HeldOutAnswers:
         if path.exists():
             self.answers[name] = json.loads(path.read_text())
             return
+        if not self.answers and (sentence := presets_in_words(model, self._config.temperature)) is not None:
+            log.info("%s", sentence)
         tokens = self._answered(name, model)
         self.answers[name] = [as_text(self._work.tokenizer, answer, self._stops) for answer in tokens]
         atomic_write_bytes(path, to_json(self.answers[name]))

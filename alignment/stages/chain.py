@@ -31,10 +31,12 @@ from alignment.errors import NotFinite, UserError
 from alignment.evaluation.generate import stop_tokens
 from alignment.files import atomic_write_bytes, cache_dir, to_json
 from alignment.kernels.allocator import keep_freed_memory
-from alignment.policy.adapter import attach_adapter, load_adapter
+from alignment.policy.adapter import attach_adapter, continue_adapter, load_adapter
 from alignment.policy.identity import policy_identity
-from alignment.policy.load import load_base, load_tokenizer, model_source, own_stop_tokens, resolve_device, save_policy
-from alignment.policy.merge import export_merged
+from alignment.policy.load import load_base, load_tokenizer, own_stop_tokens, resolve_device, save_policy
+from alignment.policy.merge import export_merged, merge_adapter
+from alignment.policy.model_check import check_model
+from alignment.policy.source import model_source
 from alignment.runs.folder import status
 from alignment.runs.record import RunRecord, git_commit, machine, versions
 from alignment.runs.report import print_summary, write_report
@@ -97,10 +99,11 @@ class Chain:
             run_dir=run_dir,
             cache=cache,
             device=device,
-            tokenizer=load_tokenizer(config.model, self.source),
+            tokenizer=load_tokenizer(config.model, self.source.tokenizer),
             slot=slot,
             final_policy=run_dir / ("adapter" if config.adapter is not None else "model"),
         )
+        check_model(config, self.source, self.work.tokenizer)
 
         # Data and stages
         self.bad: list[BadRow] = []
@@ -115,7 +118,7 @@ class Chain:
         if config.loss is not None:
             self.preferences = self._read_preferences()
             assert config.data is not None
-            ends = end_of_turn(self.work.tokenizer, config.data), own_stop_tokens(config.model, self.source)
+            ends = end_of_turn(self.work.tokenizer, config.data), own_stop_tokens(config.model, self.source.base)
             stops = stop_tokens(self.work.tokenizer, *ends)
             self.answers = HeldOutAnswers(config, self.preferences, self.work, self.store, stops)
             self.preference = PreferenceStage(config, self.preferences, self.work, stops)
@@ -208,15 +211,23 @@ class Chain:
         return [s.policy for s in self.stages if read_result(self.work.folder(s.name), s.result_type) is not None]
 
     def _load_trained(self, trained: Path | None) -> nn.Module:
-        config = self.config
-        source = str(trained) if trained is not None and config.adapter is None else self.source
+        config, start = self.config, self.source.adapter
+        is_whole = trained is not None and config.adapter is None
+        source = str(trained) if is_whole else self.source.base
         log.info("Loading %s on %s ...", config.model.name, self.work.device)
         load = partial(load_base, config.model, config.quantization, source, self.work.device)
         model: Any = load() if self.work.slot is None else self.work.slot.base(load)
-        model.config.name_or_path = self.source  # also where its weights come from the run folder
+        model.config.name_or_path = self.source.base  # also where its weights come from the run folder
         if config.adapter is not None and trained is not None:
             return load_adapter(model, trained)
-        return attach_adapter(model, config.adapter, config.seed if config.sft is None else config.sft.seed)
+        seed = config.seed if config.sft is None else config.sft.seed
+        if start is None or is_whole:
+            return attach_adapter(model, config.adapter, seed)
+        if config.adapter is None:
+            log.info("%s is an adapter: it is added to the weights of %s.", start, source)
+            return attach_adapter(merge_adapter(model, start), None, seed)
+        log.info("%s is an adapter: the policy, and its reference, start at %s with it.", start, source)
+        return continue_adapter(model, start, config.adapter, seed)
 
     def _save_policy(self, model: nn.Module, folder: Path) -> None:
         """Save beside the folder and rename, so that a folder of this name always holds a whole policy."""
@@ -349,9 +360,9 @@ class Chain:
         return outcome
 
     def _export(self, model: nn.Module) -> dict[str, Any]:
-        folder = self.run_dir / "merged"
+        folder, work = self.run_dir / "merged", self.work
         prompts = self._check_prompts()
-        return export_merged(model, self.work.tokenizer, folder, self.config, self.source, self.work.device, prompts)
+        return export_merged(model, work.tokenizer, folder, self.config, self.source.base, work.device, prompts)
 
     def _check_prompts(self) -> list[np.ndarray]:
         """A few prompts that the merged model and the policy must continue alike."""

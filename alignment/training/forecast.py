@@ -15,7 +15,8 @@ from alignment.config.preflight import model_problem
 from alignment.config.schema import ReferenceMode, RunConfig, SFTConfig
 from alignment.errors import UserError
 from alignment.files import cache_dir
-from alignment.policy.load import model_source, resolve_dtype
+from alignment.policy.load import resolve_dtype
+from alignment.policy.source import model_source
 from alignment.training.budget import Plan, Room, make_plan, relative_time
 from alignment.training.memory import CONTEXT, USABLE_SHARE, plan_weights, sizes_of
 from alignment.training.planning import available_memory
@@ -76,7 +77,7 @@ def read_config(config: RunConfig, file: Path | None) -> Any:
             return AutoConfig.from_pretrained(str(file), trust_remote_code=config.model.trust_remote_code)
         if problem := model_problem(config.model.name):
             raise UserError(f"model.name={config.model.name}: {problem}; give its config.json with --config FILE.")
-        source = model_source(config.model, cache_dir(config.reference.path))
+        source = model_source(config.model, cache_dir(config.reference.path)).base
         return AutoConfig.from_pretrained(
             source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
         )

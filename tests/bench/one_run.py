@@ -82,7 +82,13 @@ TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 def model_config(source: str) -> ModelConfig:
     """The dtype is float32 on a CPU and bfloat16 on a GPU."""
     return ModelConfig(
-        name=source, revision=None, dtype=Dtype.auto, attention="sdpa", chat_template=None, trust_remote_code=False
+        name=source,
+        revision=None,
+        dtype=Dtype.auto,
+        attention="sdpa",
+        chat_template=None,
+        eos_token=None,
+        trust_remote_code=False,
     )
 
 

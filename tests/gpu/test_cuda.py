@@ -159,7 +159,13 @@ def test_shared_prompts(dtype, patched):
 
 def quantised(folder, compute):
     config = ModelConfig(
-        name=str(folder), revision=None, dtype=compute, attention="sdpa", chat_template=None, trust_remote_code=False
+        name=str(folder),
+        revision=None,
+        dtype=compute,
+        attention="sdpa",
+        chat_template=None,
+        eos_token=None,
+        trust_remote_code=False,
     )
     quantization = QuantizationConfig(double=True, compute_dtype=compute)
     return attach_adapter(load_base(config, quantization, str(folder), DEVICE), adapter(), 0)

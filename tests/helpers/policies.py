@@ -20,7 +20,13 @@ def adapter(**settings):
 
 def load(folder, quantization=None, dtype=Dtype.float32, attention="sdpa"):
     config = ModelConfig(
-        name=str(folder), revision=None, dtype=dtype, attention=attention, chat_template=None, trust_remote_code=False
+        name=str(folder),
+        revision=None,
+        dtype=dtype,
+        attention=attention,
+        chat_template=None,
+        eos_token=None,
+        trust_remote_code=False,
     )
     return load_base(config, quantization, str(folder), CPU)
 

@@ -117,7 +117,7 @@ def test_equals_the_flat_layout_on_a_quantised_base(tiny_model_folder):
 
     config = ModelConfig(
         name=str(tiny_model_folder), revision=None, dtype=Dtype.float32, attention="sdpa", chat_template=None,
-        trust_remote_code=False,
+        eos_token=None, trust_remote_code=False,
     )  # fmt: skip
     quantization = QuantizationConfig(double=True, compute_dtype=Dtype.float32)
     adapter = AdapterConfig(r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)

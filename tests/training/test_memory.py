@@ -106,7 +106,7 @@ def test_nf4_bytes_are_those_of_bitsandbytes(tiny_model_folder):
     """Packed weights and their scales, storage by storage."""
     config = ModelConfig(
         name=str(tiny_model_folder), revision=None, dtype=Dtype.float32, attention="sdpa", chat_template=None,
-        trust_remote_code=False,
+        eos_token=None, trust_remote_code=False,
     )  # fmt: skip
     for double in (True, False):
         quantization = QuantizationConfig(double=double, compute_dtype=Dtype.float32)

@@ -1,0 +1,103 @@
+"""Model and tokenizer together: what would go wrong later, found out before any weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from alignment.config.schema import RunConfig
+from alignment.data.writer import end_of_turn
+from alignment.errors import UserError
+from alignment.policy.adapter import require_same_form
+from alignment.policy.load import one_line
+from alignment.policy.source import ModelSource
+
+log = logging.getLogger(__name__)
+
+
+def check_model(config: RunConfig, source: ModelSource, tokenizer: Any) -> None:
+    """Refuse a model that the tokenizer or the settings do not fit.
+
+    Args:
+        config: of the run.
+        source: of its model.
+        tokenizer: from `load_tokenizer`; it gets an EOS and a padding token if it has none.
+
+    Raises:
+        UserError: what does not fit.
+    """
+    from transformers import AutoConfig
+
+    model = config.model
+    if config.sft is not None and not tokenizer.is_fast:
+        raise UserError(
+            f"model.name={model.name}: its tokenizer, a {type(tokenizer).__name__}, does not say where in the text its "
+            f"tokens are, which the SFT stage must know: use a model with a fast tokenizer (tokenizer.json), or set "
+            f"sft=none."
+        )
+    try:
+        shape: Any = AutoConfig.from_pretrained(
+            source.base, revision=model.revision, trust_remote_code=model.trust_remote_code
+        ).get_text_config()
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.name={model.name} cannot be loaded: {one_line(error)}") from error
+    if source.adapter is not None:
+        require_same_form(source.adapter, config.adapter)
+    _settle_ends(config, tokenizer)
+    _check_vocabulary(model.name, tokenizer, getattr(shape, "vocab_size", None))
+    _check_positions(config, shape)
+
+
+def _settle_ends(config: RunConfig, tokenizer: Any) -> None:
+    """An answer must end with a token: without an EOS of the tokenizer, with the chat template's end of turn."""
+    if tokenizer.eos_token_id is None:
+        data = config.data if config.sft is None else config.sft.data
+        assert data is not None
+        end = end_of_turn(tokenizer, data)
+        if end is None:
+            raise UserError(
+                f"model.name={config.model.name}: the tokenizer has no EOS token, and no chat template that ends an "
+                f"answer with a special token: set model.eos_token to the token that ends one."
+            )
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        log.info("The tokenizer has no EOS token: answers end with %s, as the template says.", tokenizer.eos_token)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _check_vocabulary(name: str, tokenizer: Any, rows: int | None) -> None:
+    """The embeddings must have a row for every token; more rows than tokens are padding."""
+    # A text model may lack the tokens that stand for pictures and sound.
+    media = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "video", "audio")}
+    ids = {token: index for token, index in tokenizer.get_vocab().items() if token not in media}
+    last = max(ids, key=lambda token: ids[token])
+    if rows is not None and ids[last] >= rows:
+        raise UserError(
+            f"model.name={name}: the tokenizer's largest id is {ids[last]} ({last}), and the model has {rows} "
+            f"embeddings: use the tokenizer that belongs to the model, or resize the model's embeddings."
+        )
+
+
+def _check_positions(config: RunConfig, shape: Any) -> None:
+    """Learned positions end where the model's table ends; rotary ones go on, less well than the model has learnt."""
+    limit = getattr(shape, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return
+    stages = {
+        "sft.data": config.sft.data if config.sft is not None else None,
+        "data": config.data if config.loss is not None else None,
+    }
+    wanted = {f"{name}.max_length={data.max_length}": data.max_length for name, data in stages.items() if data}
+    if stages["data"] is not None and (config.evaluation.prompts or config.evaluation.kl_prompts):
+        prompt, new = stages["data"].max_prompt_length, config.evaluation.max_new_tokens
+        wanted[f"data.max_prompt_length={prompt} with evaluation.max_new_tokens={new}"] = prompt + new
+    beyond = [setting for setting, length in wanted.items() if length > limit]
+    if not beyond:
+        return
+    if any(key.startswith("rope") for key in shape.to_dict()):
+        log.info("%s is beyond the %d positions that the model was made for.", " and ".join(beyond), limit)
+        return
+    raise UserError(
+        f"model.name={config.model.name}: the model has {limit} positions, and {' and '.join(beyond)} asks for more: "
+        f"lower it."
+    )
