@@ -87,20 +87,19 @@ def presets(model: nn.Module) -> str:
     return _inner(model).generation_config.to_json_string(keys_to_pop=["bos_token_id", "eos_token_id", "pad_token_id"])
 
 
+_REPLACED = ("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens")
+"""Generation settings in whose place `sample` puts ours."""
+_BESIDE = ("output_", "return_", "use_cache", "cache_", "transformers_version", "_from_model_config")
+"""Beginnings of those that do not change which token is drawn."""
+
+
 def presets_in_words(model: nn.Module, temperature: float) -> str | None:
-    """A sentence on the model's own generation settings: which of them act on answers that `sample` draws; None if it
-    has none."""
-    own = json.loads(presets(model))
-    own = {key: value for key, value in own.items() if key not in ("transformers_version", "_from_model_config")}
-    ours = {"do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens"}
-    act, idle = (
-        ", ".join(f"{key}={value}" for key, value in own.items() if (key in ours) is not_ours)
-        for not_ours in (False, True)
-    )
-    parts = [f"{act} acts on sampled answers"] if act else []
-    parts += (
-        [f"{idle} does not: evaluation.temperature={temperature:g} and evaluation.max_new_tokens count"] if idle else []
-    )
+    """A sentence on the model's own generation settings and which of them act on sampled answers; None without any."""
+    own = {key: value for key, value in json.loads(presets(model)).items() if not key.startswith(_BESIDE)}
+    acts = ", ".join(f"{key}={value}" for key, value in own.items() if key not in _REPLACED)
+    idle = ", ".join(f"{key}={value}" for key, value in own.items() if key in _REPLACED)
+    parts = [f"{acts} acts on sampled answers"] if acts else []
+    parts += [f"{idle} does not, in place of which evaluation.temperature={temperature:g} counts"] if idle else []
     return f"Of the model's own generation settings, {'; '.join(parts)}." if parts else None
 
 
