@@ -46,6 +46,14 @@ def within(key: str, value: float, interval: str) -> None:
     require(inside, f"{key} must be in {interval}, not {value}.")
 
 
+def as_names(key: str, value: Any) -> list[str]:
+    """A list of names, each once; a single one may stand without a list. Anything else is refused."""
+    found = value if isinstance(value, list) else [value]
+    are_names = all(isinstance(name, str | int) and not isinstance(name, bool) and name != "" for name in found)
+    require(are_names, f"{key} must be a name or a list of names like [a,b], not {value}.")
+    return list(dict.fromkeys(map(str, found)))
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The text " (did you mean ...?)" with the known word that is most similar; empty if none is."""
     found = get_close_matches(word, list(known), 1)

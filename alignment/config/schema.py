@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from alignment.errors import require
+from alignment.errors import as_names, require
 
 WHEEL_PREFIX = "wheel:"
 """A model name with this prefix names an installed Python package that contains the model."""
@@ -21,18 +21,6 @@ WHEEL_PREFIX = "wheel:"
 def check_seed(key: str, value: int) -> None:
     """Refuse a seed that the random generators of the libraries do not take."""
     require(0 <= value < 2**32, f"{key} must be in [0, {2**32}), not {value}.")
-
-
-def names(key: str, value: Any) -> list[str]:
-    """A list of names; a single one may stand without a list.
-
-    Raises:
-        UserError: it is anything else.
-    """
-    found = value if isinstance(value, list) else [value]
-    are_names = all(isinstance(name, str | int) and not isinstance(name, bool) and name != "" for name in found)
-    require(are_names, f"{key} must be a name or a list of names like [a,b], not {value}.")
-    return list(dict.fromkeys(map(str, found)))
 
 
 class Dtype(Enum):
@@ -132,7 +120,7 @@ class AdapterConfig:
         require(self.r >= 1, f"adapter.r must be at least 1, not {self.r}.")
         require(0 < self.alpha < math.inf, f"adapter.alpha must be a finite number above 0, not {self.alpha}.")
         require(0 <= self.dropout < 1, f"adapter.dropout must be in [0, 1), not {self.dropout}.")
-        self.target_modules = names("adapter.target_modules", self.target_modules)
+        self.target_modules = as_names("adapter.target_modules", self.target_modules)
         require(bool(self.target_modules), "adapter.target_modules must name at least one module, or all-linear.")
 
 
@@ -378,7 +366,7 @@ class TrackingConfig:
     tags: Any  # words, or one word
 
     def __post_init__(self) -> None:
-        self.tags = names("tracking.tags", self.tags)
+        self.tags = as_names("tracking.tags", self.tags)
         modes = ("auto", "online", "offline")
         require(self.mode in modes, f"tracking.mode must be one of {', '.join(modes)}, not '{self.mode}'.")
 

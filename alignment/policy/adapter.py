@@ -69,12 +69,16 @@ def _require_targets(model: nn.Module, targets: list[str]) -> None:
     if "all-linear" in targets:
         raise UserError("adapter.target_modules: all-linear stands for all linear layers, so it must stand alone.")
     modules = {name: module for name, module in model.named_modules() if name}
-    leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if _is_matrix(module)})
+    leaves = {name.rpartition(".")[2] for name, module in modules.items() if _is_matrix(module)}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3:  # all experts in one; peft knows them by the names of the single ones
+            leaf = name.rpartition(".")[2]
+            leaves |= {leaf, "gate_proj", "up_proj"} if leaf == "gate_up_proj" else {leaf}
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
+        if target not in leaves and not any(name == target or name.endswith(f".{target}") for name in modules):
             raise UserError(
                 f"adapter.target_modules: the model has no module {target}{did_you_mean(target, leaves)}; "
-                f"its layers are {', '.join(leaves)}."
+                f"its layers are {', '.join(sorted(leaves))}."
             )
 
 

@@ -45,15 +45,19 @@ def _turned(weight: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The de-quantised weight as (out, in), adapter added, of every adapted or quantised layer, by its plain name.
+    """Every adapted or quantised weight, de-quantised, adapter added, by its plain name; of linear layers (out, in).
 
     Quantised layers always store (out, in), also in place of a `Conv1D`, which stores (in, out).
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer, ParamWrapper
 
     weights: dict[str, Tensor] = {}
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, ParamWrapper):  # all experts of a mixture in one parameter, in wrappers of wrappers
+            deltas = [module.get_delta_weight(adapter).float() for adapter in module.active_adapters]
+            plain = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+            weights[plain] = sum(deltas, module.get_param().detach().float())
+        elif isinstance(module, LoraLayer):
             base: Any = module.base_layer
             weight = _base_weight(base)
             for adapter in module.active_adapters:
@@ -61,27 +65,30 @@ def _merged_weights(model: nn.Module) -> dict[str, Tensor]:
                     weight = module.lora_variant[adapter].merge_safe(module, adapter, weight)
                 else:
                     weight = weight + module.get_delta_weight(adapter).float()  # type: ignore[attr-defined]
-            weights[name] = _turned(weight, base)
+            weights[f"{name}.weight"] = _turned(weight, base)
         elif getattr(getattr(module, "weight", None), "quant_state", None) is not None and "base_layer" not in name:
-            weights[name] = _base_weight(module)
+            weights[f"{name}.weight"] = _base_weight(module)
     return weights
 
 
 def _put_weights(model: Any, weights: dict[str, Tensor]) -> None:
-    """Write (out, in) weights into a plain model.
+    """Write weights of `_merged_weights` into a plain model.
 
     Embeddings and head that are one tensor become two where only one of them was adapted.
     """
     ends = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     shared = ends["head"] is not None and ends["head"].weight is ends["embeddings"].weight
-    if shared and any(model.get_submodule(name) in ends.values() for name in weights):
+    if shared and any(_layer(model, name) in ends.values() for name in weights):
         ends["head"].weight = nn.Parameter(ends["head"].weight.detach().clone(), requires_grad=False)
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
         model.tie_weights()  # nothing is tied any more, which what is saved goes by
     for name, weight in weights.items():
-        layer = model.get_submodule(name)
-        layer.weight.data.copy_(_turned(weight, layer))
+        model.get_parameter(name).data.copy_(_turned(weight, _layer(model, name)))
+
+
+def _layer(model: nn.Module, weight: str) -> nn.Module:
+    return model.get_submodule(weight.rpartition(".")[0])
 
 
 @torch.no_grad()

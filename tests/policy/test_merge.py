@@ -25,9 +25,11 @@ PROMPTS = [np.arange(3, 12, dtype=np.int32), np.arange(40, 55, dtype=np.int32)]
 def folders(tmp_path_factory, tiny_model_folder):
     """Models of each kind, with weights that are large enough for differences to show. Vocabularies are padded."""
     found = {}
-    for name in ("untied", "tied", "gpt2"):
+    for name in ("untied", "tied", "gpt2", "experts"):
         found[name] = tmp_path_factory.mktemp(name)
         config = tiny_config(300, tie_word_embeddings=name == "tied")
+        if name == "experts":
+            config = tiny_config(300, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
         if name == "gpt2":
             config = AutoConfig.for_model("gpt2", vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=128)
         torch.manual_seed(0)
@@ -54,6 +56,7 @@ def export(model, source, folder, config):
 QWEN = (["all-linear"], ["q_proj", "down_proj"], ["lm_head", "q_proj"], ["embed_tokens"], ["embed_tokens", "lm_head"])
 GPT2 = (["all-linear"], ["c_attn", "c_proj"], ["lm_head"], ["wte"], ["wte", "lm_head", "c_fc"])
 SPACE = [(k, q, t) for k in ("untied", "tied", "gpt2") for q in (None, NF4) for t in (GPT2 if k == "gpt2" else QWEN)]
+SPACE += [("experts", None, ["all-linear"]), ("experts", None, ["gate_proj", "up_proj", "down_proj"])]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +73,9 @@ def test_what_is_written_is_the_policy(kind, quantization, targets, folders, con
     assert (after - before).abs().max() > 0.05
     written = load(tmp_path / "merged")
     assert (scores(written, GROUPS) - after).abs().max() < 1e-3
-    one_end = kind != "untied" and bool({"lm_head", "embed_tokens", "wte"} & set(targets))
-    assert written.config.tie_word_embeddings == (kind != "untied" and not one_end)
+    is_tied = kind in ("tied", "gpt2")
+    one_end = is_tied and bool({"lm_head", "embed_tokens", "wte"} & set(targets))
+    assert written.config.tie_word_embeddings == (is_tied and not one_end)
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "gpt2"])
