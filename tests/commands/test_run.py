@@ -63,7 +63,7 @@ WRONG = [
     (["data.limit=1.5"], ["1.5", "data.limit"]),
     (["evaluation.judge=gpt"], ["gpt", "rules"]),
     (["model.dtype=int8"], ["int8", "bfloat16"]),
-    (["adapter.target_modules=7"], ["int", "tuple, at key adapter.target_modules"]),
+    (["adapter.target_modules=null"], ["adapter.target_modules", "a name or a list of names"]),
     (["data.columns=[prompt]"], ["data.columns"]),
     (["tracking.mode=sometimes"], ["tracking.mode", "sometimes", "offline"]),
     # Out of range; more of this in OUT_OF_RANGE
