@@ -153,6 +153,7 @@ def load_base(
             device_map={"": device},
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in a sentence
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
@@ -182,8 +183,8 @@ def _require_all_weights(config: ModelConfig, model: Any, found: dict[str, Any])
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:
         raise UserError(
-            f"model.name={config.name}: its files lack {len(missing)} weights of a {type(model).__name__} (the first: "
-            f"{missing[0]}), which would be random numbers: use the files of the whole model."
+            f"model.name={config.name}: its files lack {len(missing)} weights of a {type(model).__name__}, or have them "
+            f"in another size (the first: {missing[0]}), so they would be random numbers: use the whole model's files."
         )
     unused = sorted(found["unexpected_keys"])
     if unused:

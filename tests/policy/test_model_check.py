@@ -18,7 +18,7 @@ from alignment.policy.load import load_tokenizer
 from alignment.policy.model_check import check_model
 from alignment.policy.source import ModelSource
 from tests.conftest import random_groups, tiny_config
-from tests.helpers.policies import load, scores
+from tests.helpers.policies import NF4, load, scores
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +149,17 @@ def test_weights_that_are_not_in_the_files_are_refused(copied):
     weights = load_file(copied / "model.safetensors")
     name = next(key for key in weights if "q_proj" in key)
     save_file({k: v for k, v in weights.items() if k != name}, copied / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        UserError, match=rf"its files lack 1 weights of a Qwen3ForCausalLM \(the first: {re.escape(name)}"
-    ):
+    with pytest.raises(UserError, match=rf"lack 1 weights of a Qwen3ForCausalLM, .* \(the first: {re.escape(name)}"):
         load(copied)
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["full", "nf4"])
+def test_weights_of_another_size_than_the_configuration_says_are_refused(copied, quantization):
+    """They would be left out; those of a quantised model change their size and are right."""
+    load(copied, quantization)
+    rewrite(copied / "config.json", vocab_size=300)
+    with pytest.raises(UserError, match=r"lack 2 weights of a Qwen3ForCausalLM, or .* \(the first: lm_head"):
+        load(copied, quantization)
 
 
 def test_the_dropout_of_the_model_itself_is_off(copied):
