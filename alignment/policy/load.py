@@ -184,7 +184,7 @@ def _require_all_weights(config: ModelConfig, model: Any, found: dict[str, Any])
     if missing:
         raise UserError(
             f"model.name={config.name}: its files lack {len(missing)} weights of a {type(model).__name__}, or have them "
-            f"in another size (the first: {missing[0]}), so they would be random numbers: use the whole model's files."
+            f"in another size (the first: {missing[0]}), so they would be random: use the whole model's files."
         )
     unused = sorted(found["unexpected_keys"])
     if unused:
