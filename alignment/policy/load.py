@@ -183,8 +183,8 @@ def _require_all_weights(config: ModelConfig, model: Any, found: dict[str, Any])
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:
         raise UserError(
-            f"model.name={config.name}: its files lack {len(missing)} weights of a {type(model).__name__}, or have them "
-            f"in another size (the first: {missing[0]}), so they would be random: use the whole model's files."
+            f"model.name={config.name}: its files lack {len(missing)} weights of a {type(model).__name__}, or have "
+            f"them in another size (the first: {missing[0]}), so they would be random: use the whole model's files."
         )
     unused = sorted(found["unexpected_keys"])
     if unused:
