@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -168,6 +169,8 @@ def end_sweep(sweep: Sweep, gave_up: str | None) -> None:
 def _start(job: Job, arguments: list[str]) -> None:
     # hydra.main reads sys.argv and nothing else; the function behind it that takes arguments is private to Hydra.
     sys.argv = [sys.argv[0], *arguments]
+    # Hydra would compose the whole configuration once more to look for a mode, and we accept none but -m.
+    Hydra.get_mode = lambda self, config_name, overrides: None  # type: ignore[method-assign]
     hydra.main(config_path=str(asset_dir("conf")), config_name="config", version_base=VERSION_BASE)(job)()
 
 

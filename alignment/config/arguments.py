@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import open_dict
 
 from alignment.config.compose import compose_node, to_run_config
@@ -69,6 +70,8 @@ def check_arguments(arguments: list[str]) -> CommandLine:
         return passed_on
 
     # A single run
+    if node.hydra.mode is RunMode.MULTIRUN:
+        raise UserError("hydra.mode=MULTIRUN would start a sweep unchecked: leave it out and start the sweep with -m.")
     HydraConfig.instance().set_config(node)
     run_dir, recipe = Path(node.hydra.run.dir), node.hydra.runtime.choices["recipe"]
     if run_dir != run_dir.expanduser():

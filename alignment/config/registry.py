@@ -78,6 +78,7 @@ def _register_shipped() -> None:
     # own outside of the namespace hydra_plugins, which would be a second top-level package.
     grid: Any = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"]
     grid.split_arguments = staticmethod(split_arguments)
+    grid.validate_batch_is_legal = lambda self, batch: None  # `check_sweep` has composed every member already
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=schema.RunConfig, package="_global_")
     for name, part in SCHEMAS.items():

@@ -60,7 +60,8 @@ class Layout:
 def _split(dialogue: list[Message]) -> tuple[list[Message], list[Message]]:
     if dialogue and dialogue[-1]["role"] != "assistant":
         raise Rejected(
-            "bad_roles", f"the conversation ends with a turn of {dialogue[-1]['role']}, and the last one must be the assistant's answer"
+            "bad_roles",
+            f"the conversation ends with a turn of {dialogue[-1]['role']}, and the last one must be the assistant's",
         )
     return dialogue[:-1], dialogue[-1:]
 

@@ -100,7 +100,7 @@ WRONG = [
     (["=3"], ["'=3'", "key=value"]),
     (["a b"], ["'a b'", "key=value"]),
     ([""], ["''", "key=value"]),
-    (["loss.beta=[1"], ["'loss.beta=[1'"]),
+    (["loss.beta=[1"], ["loss.beta=[1 cannot be read"]),
     (["loss.beta=???"], ["loss.beta"]),
     (["loss.beta=0.1,0.2"], ["loss.beta", "--multirun"]),
     # Options of the command
@@ -122,6 +122,7 @@ WRONG = [
     (["-m", "loss.beta=0.1,0.2", "resume=true"], ["resume"]),
     (["-m", "loss.beta"], ["'loss.beta'"]),
     # Nothing to resume
+    (["hydra.mode=MULTIRUN"], ["hydra.mode", "-m"]),
     (["resume=true"], ["resume=true", "quickstart"]),
     (["recipe=quickstart", "resume=True"], ["resume=true", "quickstart"]),
     (["resume=tru"], ["resume=tru", "config.yaml"]),
