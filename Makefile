@@ -12,7 +12,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast check lint format types docs bench profile notebooks wheel clean
+.PHONY: help install run test test-fast check lint format types docs bench faults profile notebooks wheel clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ docs: $(DEV_STAMP) ## Build the site into site/; a broken link fails
 
 bench: $(DEV_STAMP) ## Compare speed and memory with TRL: make bench ARGS=--quick
 	$(VENV)/bin/python -m tests.bench.against_trl $(ARGS)
+
+faults: $(DEV_STAMP) ## Disturb runs at random moments for ten minutes: make faults ARGS="--seed 1"
+	$(VENV)/bin/python -m tests.faults $(ARGS)
 
 profile: $(DEV_STAMP) ## Show where one training step spends its time: make profile RECIPE=quickstart
 	$(VENV)/bin/python -m tests.bench.profile_recipe recipe=$(RECIPE) $(ARGS)

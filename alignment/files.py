@@ -1,7 +1,9 @@
-"""Files and folders: atomic writes, locks, JSON, the folders of assets and caches, and secrets hidden from files."""
+"""Files and folders: atomic writes, digests, locks, JSON, the folders of assets and caches, secrets kept from files."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
 import math
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from alignment.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,65 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Write UTF-8 text like `atomic_write_bytes`."""
     atomic_write_bytes(path, text.encode())
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+_DISK_WORDS = re.compile(r"No space left on device|Read-only file system|Permission denied|PytorchStreamWriter failed")
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """A sentence, without its end, for an error of the file system that you can mend; None for any other error."""
+    if isinstance(error, OSError):
+        if error.errno not in _DISK_ERRORS:
+            return None
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; free the disk or mend the rights"
+    # Writers that are not Python's know no errno; that of torch gives no reason either.
+    if found := _DISK_WORDS.search(str(error)):
+        return f"A file could not be written ({found[0]}); free the disk or mend the rights"
+    return None
+
+
+def write_sealed(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write a value as JSON, with a digest by which `read_sealed` knows that it is whole."""
+    atomic_write_bytes(path, to_json({"digest": _digest(to_json(content)), "content": content}, indent))
+
+
+def read_sealed(path: Path) -> Any:
+    """The value that `write_sealed` wrote.
+
+    Raises:
+        UserError: the file cannot be read, or a byte of its content is another.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        content = found["content"]
+        if found["digest"] == _digest(to_json(content)):
+            return content
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise damaged(path)
+
+
+def damaged(path: Path) -> UserError:
+    """The error for a file of an unfinished run that is not what the run wrote."""
+    return UserError(f"{path} is damaged, or of another version of this package: start the run anew in another folder.")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=32).hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Digest of every file below a folder, by its path in it."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
+            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
 
 
 @contextmanager

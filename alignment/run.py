@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import warnings
@@ -29,7 +30,7 @@ from alignment.config.resume import require_new
 from alignment.config.sweep import Sweep
 from alignment.config.typed_text import typed_path
 from alignment.errors import UserError
-from alignment.files import asset_dir, atomic_write_text, redact
+from alignment.files import asset_dir, atomic_write_text, disk_problem, redact
 from alignment.kernels.allocator import begin_tensors_on_pages
 from alignment.stages.cohorts import SweepCohort, cohorts
 from alignment.stages.sweep import attempt, member_folders, members_without_result
@@ -92,9 +93,17 @@ class Job:
             if not path.exists():
                 _remove_traces(run_dir)
                 raise
-            option = f"--config-dir {shlex.quote(str(self.config_dir))} " if self.config_dir is not None else ""
-            resume = typed_path("resume", run_dir)
-            sys.exit(f"\nInterrupted; continue with: python -m alignment.run {option}{resume}")
+            sys.exit(f"\nInterrupted; continue with: {self._again(run_dir)}")
+        except Exception as error:
+            if (problem := disk_problem(error)) is None:
+                raise
+            again = f", then continue with: {self._again(run_dir)}" if path.exists() else "."
+            sys.exit(f"\nError: {problem}{again}")  # on a line of its own, below a progress bar
+
+    def _again(self, run_dir: Path) -> str:
+        """The command that continues the run."""
+        option = f"--config-dir {shlex.quote(str(self.config_dir))} " if self.config_dir is not None else ""
+        return f"python -m alignment.run {option}{typed_path('resume', run_dir)}"
 
 
 def run_chain(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, slot: CohortSlot | None = None) -> None:
@@ -178,6 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; leaves the process with status 1 and one sentence where you can mend something."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handlers below as they are
     begin_tensors_on_pages()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's stop is Ctrl-C
+    logging.raiseExceptions = False  # a log on a full disk is no second error, with a traceback for every line
     sweep = None
     try:
         checked = check_arguments(list(sys.argv[1:] if arguments is None else arguments))
@@ -201,6 +212,10 @@ def main(arguments: list[str] | None = None) -> None:
         end_sweep(sweep, gave_up)
     except UserError as error:
         sys.exit(f"Error: {error}")
+    except Exception as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        sys.exit(f"Error: {problem}.")
     except KeyboardInterrupt:
         if sweep is not None and sweep.folder.exists():
             sys.exit(f"\nInterrupted; continue with: {sweep.command}")

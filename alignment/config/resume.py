@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config.compose import as_plain, compose_node
 from alignment.config.renamed import flat, refuse_renamed
 from alignment.config.typed_text import quoted_path, typed_path
 from alignment.errors import UserError
-from alignment.files import redact
+from alignment.files import damaged, redact
 
 FREE = ("trainer.cohort", "trainer.joint_passes")
 """Settings of a sweep that do not touch its results, so they may change when it goes on."""
@@ -34,9 +36,7 @@ def changes(folder: Path, node: DictConfig) -> str:
     """
     with open_dict(node):
         node.resume = None
-    before, now = (
-        flat(c) for c in (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), redact(as_plain(node)))
-    )
+    before, now = (flat(c) for c in (_loaded(folder / "config.yaml"), redact(as_plain(node))))
     refuse_renamed(before, f"{folder} was begun by an earlier version and cannot go on")
     for key in ("resume", *FREE):
         before[key] = now.get(key)
@@ -57,7 +57,7 @@ def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str
     """
     folder = _resume_dir(value, recipe)
     # Nothing in them is resolved: they may name other settings.
-    begun: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
+    begun: Any = _loaded(folder / ".hydra" / "overrides.yaml")
     saved = [str(override) for override in begun if not str(override).startswith("resume=")]
     extra = [o for o in overrides if not o.startswith("resume=") and o not in saved]
     changed = changes(folder, compose_node([*saved, *extra]))
@@ -66,6 +66,18 @@ def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str
     quoted = quoted_path(folder)
     # Without an output folder of its own Hydra leaves the first start's overrides as they are.
     return [*saved, f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]
+
+
+def _loaded(path: Path) -> Any:
+    """A file of an unfinished run.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):
+        raise damaged(path) from None
 
 
 def _unfinished(folder: Path) -> bool:

@@ -14,11 +14,12 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import alignment
 from alignment.errors import UserError
 from alignment.evaluation.judge import Verdict
-from alignment.files import atomic_write_bytes, atomic_write_text, to_json, to_json_lines
+from alignment.files import atomic_write_bytes, atomic_write_text, damaged, to_json, to_json_lines
 from alignment.runs.text import escape_markdown
 
 STAGES = ("sft", "preference")
@@ -37,7 +38,8 @@ PACKAGES = (
 )
 
 LINE_KEYS = ("stage", "split", "step", "time", "wall_s")
-"""The keys of a row of metrics.jsonl that are no metrics."""
+"""The keys of a row of metrics.jsonl that are no metrics. Its last key, the checksum, is left out when it is read."""
+_CHECKSUM = "crc32"
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -76,11 +78,22 @@ def json_row(line: bytes) -> dict[str, Any] | None:
 
 
 def metrics_row(line: bytes) -> dict[str, Any] | None:
-    """A row of metrics.jsonl, with non-finite numbers as floats; None if the line is no such row."""
+    """A row of metrics.jsonl, with non-finite numbers as floats; None if the line is no such row, or has changed."""
     row = json_row(line)
     if row is None or not {"stage", "split", "step"} <= row.keys():
         return None
-    return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+    checksum = row.pop(_CHECKSUM, None)  # earlier versions wrote none
+    row = {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+    known = all(isinstance(value, int | float) for key, value in row.items() if key not in LINE_KEYS)
+    return row if known and checksum in (None, _checksum(row)) else None
+
+
+def _checksum(row: Mapping[str, Any]) -> str:
+    return f"{crc32(to_json(row)):08x}"  # no number, as metrics are: a damaged name cannot make one of it
+
+
+def _metrics_line(row: Mapping[str, Any]) -> bytes:
+    return to_json({**row, _CHECKSUM: _checksum(row)}) + b"\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -107,7 +120,7 @@ class RunRecord:
 
     def _keep(self, rows: Sequence[Mapping[str, Any]], rewrite: bool) -> None:
         if rewrite:
-            atomic_write_bytes(self.metrics_path, to_json_lines(rows))
+            atomic_write_bytes(self.metrics_path, b"".join(map(_metrics_line, rows)))
         self._start = time.monotonic() - (rows[-1]["wall_s"] if rows else 0.0)
 
     @property
@@ -129,17 +142,29 @@ class RunRecord:
             **{name: float(value) for name, value in metrics.items()},
         }
         with self.metrics_path.open("ab") as file:
-            file.write(to_json(row) + b"\n")
+            file.write(_metrics_line(row))
 
     def rewind(self, stage: str, step: int) -> None:
         """Delete the rows that a resume from `step` of `stage` will write again: later steps and later stages."""
         assert stage in STAGES, stage
+        if step >= 0:
+            self.require(stage, step)
         if not self.metrics_path.exists():
             return
         rows = read_metrics(self.metrics_path)
         order = STAGES.index(stage)
         kept = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (order, step)]
         self._keep(kept, rewrite=True)
+
+    def require(self, stage: str, step: int) -> None:
+        """Refuse metrics that end before this step: rows are only ever appended, so the others are there too.
+
+        Raises:
+            UserError: the row is missing.
+        """
+        rows = read_metrics(self.metrics_path)
+        if not any((row["stage"], row["step"], row["split"]) == (stage, step, "train") for row in rows):
+            raise damaged(self.metrics_path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Write summary.json."""

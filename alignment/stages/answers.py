@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from alignment.data.units import spread_prompts
 from alignment.errors import UserError
 from alignment.evaluation.generate import as_text, presets, presets_in_words, sample
 from alignment.evaluation.judge import Verdict, compare, judge, win_rate
-from alignment.files import atomic_write_bytes, to_json
+from alignment.files import read_sealed, write_sealed
 from alignment.runs.record import RunRecord
 from alignment.stages.stage import Workspace
 from alignment.stages.store import StageStore, answers_key
@@ -64,13 +63,13 @@ class HeldOutAnswers:
             return
         path = self._work.run_dir / "stages" / f"answers_{name}.json"
         if path.exists():
-            self.answers[name] = json.loads(path.read_text())
+            self.answers[name] = read_sealed(path)
             return
         if not self.answers and (sentence := presets_in_words(model, self._config.temperature)) is not None:
             log.info("%s", sentence)
         tokens = self._answered(name, model)
         self.answers[name] = [as_text(self._work.tokenizer, answer, self._stops) for answer in tokens]
-        atomic_write_bytes(path, to_json(self.answers[name]))
+        write_sealed(path, self.answers[name])
 
     def _answered(self, name: str, model: Any) -> list[list[int]]:
         """The tokens of every answer; read from the store if this policy has answered these prompts before."""

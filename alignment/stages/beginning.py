@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from alignment.errors import UserError
-from alignment.files import atomic_write_bytes, to_json
+from alignment.files import damaged, read_sealed, to_json, write_sealed
 from alignment.policy.adapter import has_adapter
 from alignment.policy.identity import policy_identity
 
@@ -46,7 +45,7 @@ def first_day(path: Path) -> datetime.date:
     """The day on which the run of this record began; today if there is none.
 
     Raises:
-        UserError: the record is none of this version's.
+        UserError: the record is damaged, or none of this version's.
     """
     return datetime.date.today() if not path.exists() else datetime.date.fromisoformat(_read(path).day)
 
@@ -80,7 +79,7 @@ def begin(
     )
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, to_json(asdict(now)))
+        write_sealed(path, asdict(now))
     elif (changed := _changed(_read(path), now)) is not None:
         raise UserError(
             f"A resumed run keeps its data and its policy, but {changed} since {path.parents[1]} began: bring back "
@@ -108,9 +107,9 @@ def _changed(before: Beginning, now: Beginning) -> str | None:
 
 
 def _read(path: Path) -> Beginning:
-    found = json.loads(path.read_bytes())
+    found = read_sealed(path)
     if not isinstance(found, dict) or found.keys() != {field.name for field in fields(Beginning)}:
-        raise UserError(f"{path} was written by another version of this package: start the run anew in another folder.")
+        raise damaged(path)
     return Beginning(**found)
 
 

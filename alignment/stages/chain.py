@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,7 +28,7 @@ from alignment.data.rows import BadRow, write_rejected
 from alignment.data.writer import end_of_turn
 from alignment.errors import NotFinite, UserError
 from alignment.evaluation.generate import stop_tokens
-from alignment.files import atomic_write_bytes, cache_dir, to_json
+from alignment.files import cache_dir, read_sealed, write_sealed
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter import attach_adapter, continue_adapter, load_adapter
 from alignment.policy.identity import policy_identity
@@ -46,9 +45,17 @@ from alignment.stages.beginning import begin, first_day
 from alignment.stages.preference import PreferenceStage
 from alignment.stages.reuse import reuse_stage, save_stage
 from alignment.stages.sft import SFTStage
-from alignment.stages.stage import PreferenceResult, Stage, StageResult, Workspace, read_result, write_result
+from alignment.stages.stage import (
+    PreferenceResult,
+    Stage,
+    StageResult,
+    Workspace,
+    read_result,
+    require_whole,
+    write_result,
+)
 from alignment.stages.store import STAGES_FOLDER, StageStore
-from alignment.training.callbacks import check_names, last_checkpoint
+from alignment.training.callbacks import check_names, last_checkpoint, remove_damaged
 from alignment.training.cohort import CohortSlot
 from alignment.training.stage_trainer import last_good
 
@@ -204,11 +211,12 @@ class Chain:
     def _load_policy(self) -> nn.Module:
         """The policy as the last finished stage left it, or a fresh one."""
         finished = self._finished()
-        return self._load_trained(finished[-1] if finished else None)
+        for stage in finished:
+            require_whole(self.work.folder(stage.name), stage.policy)
+        return self._load_trained(finished[-1].policy if finished else None)
 
-    def _finished(self) -> list[Path]:
-        """The policies of the finished stages."""
-        return [s.policy for s in self.stages if read_result(self.work.folder(s.name), s.result_type) is not None]
+    def _finished(self) -> list[Stage]:
+        return [s for s in self.stages if read_result(self.work.folder(s.name), s.result_type) is not None]
 
     def _load_trained(self, trained: Path | None) -> nn.Module:
         config, start = self.config, self.source.adapter
@@ -253,6 +261,8 @@ class Chain:
         result = read_result(self.work.folder(stage.name), stage.result_type)
         if result is not None:
             log.info("Stage %s is done already.", stage.name)
+            self.record.require(stage.name, result.steps)
+            shutil.rmtree(self.work.folder(stage.name) / "checkpoints", ignore_errors=True)  # a kill may leave them
             self._keep(stage, result)
             return model
         key = stage.key(model)
@@ -275,6 +285,7 @@ class Chain:
         folder = self.work.folder(stage.name)
         checkpoints = folder / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
+        remove_damaged(checkpoints)
         checkpoint, step = last_checkpoint(checkpoints)
         self.record.rewind(stage.name, step if checkpoint else -1)
         set_seed(stage.seed)
@@ -286,10 +297,10 @@ class Chain:
                     f"start a new run with a lower learning rate or stricter clipping of gradients."
                 )
         except NotFinite as error:
-            atomic_write_bytes(folder / _NOT_FINITE, to_json({"error": str(error)}))
+            write_sealed(folder / _NOT_FINITE, {"error": str(error)})
             raise
         self._save_policy(model, stage.policy)
-        write_result(folder, result)
+        write_result(folder, result, stage.policy)
         shutil.rmtree(checkpoints, ignore_errors=True)
         self._keep(stage, result)
         return result
@@ -394,6 +405,6 @@ def _require_no_stop(run_dir: Path) -> None:
     """Refuse a run of which a stage has met a number that is not finite: it would meet it again."""
     for path in run_dir.glob(f"stages/*/{_NOT_FINITE}"):
         raise UserError(
-            f"{run_dir} cannot go on, because it would stop where it stopped: {json.loads(path.read_bytes())['error']} "
+            f"{run_dir} cannot go on, because it would stop where it stopped: {read_sealed(path)['error']} "
             f"Remove {path} to try all the same."
         )

@@ -16,7 +16,7 @@ from alignment.config.schema import ReferenceMode, RunConfig
 from alignment.data.prepare import PreferenceData
 from alignment.data.units import spread_prompts
 from alignment.evaluation.kl import sampled_kl
-from alignment.files import atomic_write_bytes, to_json_lines
+from alignment.files import atomic_write_bytes, read_sealed, to_json_lines, write_sealed
 from alignment.losses import Quantity
 from alignment.losses import title as loss_title
 from alignment.policy.adapter import has_adapter
@@ -288,10 +288,10 @@ class PreferenceStage:
     def _train(self, trainer: PreferenceTrainer, reference: Reference | None) -> None:
         """Train to the end, and write how the held-out rows were before and after."""
         checkpoint, done = last_checkpoint(self._folder / "checkpoints")
-        start_rows = self._folder / "held_out_start.jsonl"
+        start_rows = self._folder / "held_out_start.json"
         if self._data.eval and checkpoint is None:
             trainer.evaluate_start()
-            atomic_write_bytes(start_rows, _moment("start", trainer.held_out))
+            write_sealed(start_rows, trainer.held_out)
         if checkpoint is not None:
             trainer.load_state(checkpoint)
             if reference is not None and self._schedule.refreshes:
@@ -300,7 +300,7 @@ class PreferenceStage:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.require_finite_weights()
         if self._data.eval:
-            both = start_rows.read_bytes() + _moment("final", trainer.held_out)
+            both = _moment("start", read_sealed(start_rows)) + _moment("final", trainer.held_out)
             atomic_write_bytes(self._work.run_dir / "held_out.jsonl", both)
 
     def _kl(self, model: nn.Module, start: FrozenPolicy, layout: BatchLayout, plan: Plan) -> dict[str, Any]:

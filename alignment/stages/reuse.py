@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from alignment.files import atomic_write_bytes, to_json
+from alignment.files import read_sealed, write_sealed
 from alignment.policy.adapter import has_adapter, load_adapter
 from alignment.policy.identity import policy_identity
 from alignment.runs.record import RunRecord, read_metrics
@@ -31,7 +30,7 @@ def save_stage(
         "identity": identity,
         "description": {"stage": stage.name, "model": name, "dtype": description["dtype"]},
         "result": result.to_dict(),
-        "plan": json.loads((stage.policy.parent / "plan.json").read_bytes()),
+        "plan": read_sealed(stage.policy.parent / "plan.json"),
         "rows": [{k: v for k, v in row.items() if k not in ("stage", "time", "wall_s")} for row in rows],
     }
     store.put(key, stage.policy, content)
@@ -77,8 +76,8 @@ def reuse_stage(
     for row in content["rows"]:
         step, split = row.pop("step"), row.pop("split")
         log_metrics(step, split, {name: float(value) for name, value in row.items()})
-    atomic_write_bytes(folder / "plan.json", to_json(content["plan"], indent=2))
+    write_sealed(folder / "plan.json", content["plan"], indent=2)
     result = stage.result_type(**content["result"] | {"taken_over": key})
-    write_result(folder, result)
+    write_result(folder, result, stage.policy)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return policy, result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import nn
 
-from alignment.errors import UserError
-from alignment.files import atomic_write_bytes, to_json
+from alignment.files import damaged, digests, read_sealed, write_sealed
 from alignment.training.callbacks import LogFunction
 from alignment.training.cohort import CohortSlot
 
@@ -133,23 +131,35 @@ class Stage(Protocol):
         ...
 
 
-def write_result(folder: Path, result: StageResult) -> None:
-    """Mark the stage of this folder as done."""
-    atomic_write_bytes(folder / "done.json", to_json(result.to_dict(), indent=2))
+def write_result(folder: Path, result: StageResult, policy: Path) -> None:
+    """Mark the stage of this folder as done, with this policy."""
+    write_sealed(folder / "done.json", {"result": result.to_dict(), "policy": digests(policy)}, indent=2)
 
 
 def read_result(folder: Path, kind: type[StageResult]) -> StageResult | None:
     """The result of the stage of this folder; None while it is not done.
 
     Raises:
-        UserError: the file is none of this version's.
+        UserError: the file is damaged, or none of this version's.
     """
     path = folder / "done.json"
     if not path.exists():
         return None
-    found = json.loads(path.read_bytes())
+    found = read_sealed(path)["result"]
     known = {field.name: field for field in fields(kind)}
     needed = {name for name, field in known.items() if field.default is MISSING}
     if not isinstance(found, dict) or not needed <= found.keys() <= known.keys():
-        raise UserError(f"{path} was written by another version of this package: start the run anew in another folder.")
+        raise damaged(path)
     return kind(**found)
+
+
+def require_whole(folder: Path, policy: Path) -> None:
+    """Refuse what a finished stage has left if it is not as the stage left it, whether it is needed again or not.
+
+    Raises:
+        UserError: a file in the folder of the stage, or of its policy, has changed.
+    """
+    for path in folder.glob("*.json"):
+        read_sealed(path)
+    if read_sealed(folder / "done.json")["policy"] != digests(policy):
+        raise damaged(policy)

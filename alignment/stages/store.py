@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import alignment
-from alignment.files import atomic_write_bytes, file_lock, to_json
+from alignment.files import digests, file_lock, read_sealed, to_json, write_sealed
 from alignment.runs.record import versions
 
 if TYPE_CHECKING:
@@ -151,8 +150,7 @@ class StageStore:
         try:
             if policy is not None:
                 shutil.copytree(policy, partial / "policy")
-            text = to_json({**content, "files": _digests(policy) if policy is not None else {}})
-            atomic_write_bytes(partial / _ENTRY, to_json({"digest": _digest(text), "content": text.decode()}))
+            write_sealed(partial / _ENTRY, {**content, "files": digests(policy) if policy is not None else {}})
             os.replace(partial, self.folder / key)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -190,7 +188,7 @@ class StageStore:
         found = []
         for entry in self.folder.glob("[0-9a-f]" * _KEY_DIGITS):
             try:
-                content, used = _content(entry), (entry / _ENTRY).stat().st_mtime
+                content, used = read_sealed(entry / _ENTRY), (entry / _ENTRY).stat().st_mtime
             except (OSError, ValueError, KeyError, TypeError):
                 content, used = {}, 0.0
             size = sum(path.stat().st_size for path in entry.rglob("*") if path.is_file())
@@ -210,42 +208,21 @@ class StageStore:
         return len(keys) - len(damaged), damaged
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=32).hexdigest()
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """Digest of every file below a folder, by its path in it."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
-            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
-    return found
-
-
-def _copy(policy: Path, target: Path, digests: Mapping[str, str]) -> None:
+def _copy(policy: Path, target: Path, expected: Mapping[str, str]) -> None:
     """Copy a whole policy or nothing."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(policy, partial)
-        if _digests(partial) != digests:
+        if digests(partial) != expected:
             raise ValueError("its copy differs from it")
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _content(entry: Path) -> dict[str, Any]:
-    written = json.loads((entry / _ENTRY).read_bytes())
-    if written["digest"] != _digest(written["content"].encode()):
-        raise ValueError(f"{_ENTRY} has changed")
-    return json.loads(written["content"])
-
-
 def _checked(entry: Path) -> dict[str, Any]:
-    content = _content(entry)
-    if _digests(entry / "policy") != content["files"]:
+    content = read_sealed(entry / _ENTRY)
+    if digests(entry / "policy") != content["files"]:
         raise ValueError("its files have changed")
     return content

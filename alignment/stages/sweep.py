@@ -10,7 +10,7 @@ from pathlib import Path
 
 from alignment.config.sweep import Sweep
 from alignment.errors import UserError
-from alignment.files import atomic_write_bytes, file_lock, to_json
+from alignment.files import atomic_write_bytes, disk_problem, file_lock, to_json
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,9 @@ def attempt(run_dir: Path, run: Callable[[], None]) -> None:
         try:
             run()
         except Exception as error:
-            if isinstance(error, UserError):
-                sentence = str(error)
+            problem = disk_problem(error)
+            if isinstance(error, UserError) or problem is not None:
+                sentence = str(error) if problem is None else f"{problem}."
                 log.error("Error: %s", sentence)
             else:
                 sentence = f"{type(error).__name__}: {' '.join(str(error).split())}"

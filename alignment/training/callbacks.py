@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,6 +17,9 @@ from transformers.training_args import OptimizerNames
 
 from alignment.config.schema import OptimConfig, TrainerConfig
 from alignment.errors import UserError
+from alignment.files import digests, read_sealed, write_sealed
+
+log = logging.getLogger(__name__)
 
 _COMPLETE = "complete"
 # TRL's count of tokens starts anew in every process, so that a resumed run would log other numbers.
@@ -184,7 +188,8 @@ class Checkpoints(TrainerCallback):
         """Runs after the checkpoint is written."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
-            (folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            checkpoint = folder / f"checkpoint-{state.global_step}"
+            write_sealed(checkpoint / _COMPLETE, digests(checkpoint))
             for path in sorted(folder.glob("checkpoint-*"), key=_step)[: -self._keep]:
                 shutil.rmtree(path)
 
@@ -212,6 +217,19 @@ def _step(checkpoint: Path) -> int:
 def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of all complete checkpoints of a stage, in order."""
     return sorted((_step(path), path) for path in folder.glob("checkpoint-*") if (path / _COMPLETE).exists())
+
+
+def remove_damaged(folder: Path) -> None:
+    """Remove the checkpoints of a stage of which a byte has changed since they were written."""
+    for path in folder.glob(f"checkpoint-*/{_COMPLETE}"):
+        checkpoint = path.parent
+        try:
+            expected = read_sealed(path)
+        except UserError:
+            expected = None
+        if expected != {name: digest for name, digest in digests(checkpoint).items() if name != _COMPLETE}:
+            log.warning("%s is damaged: it is removed, and the stage goes on from an earlier step.", checkpoint)
+            shutil.rmtree(checkpoint)
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:

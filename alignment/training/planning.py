@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import resource
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from alignment.config.schema import ReferenceMode, RunConfig
-from alignment.files import atomic_write_bytes, to_json
+from alignment.files import read_sealed, write_sealed
 from alignment.training.budget import Plan, Room, describe_checkpointing, make_plan
 from alignment.training.cohort import CohortSlot
 from alignment.training.memory import GIB, USABLE_SHARE, count_weights, sizes_of
@@ -86,7 +85,7 @@ def plan_stage(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if path.exists():
-        plan = Plan.from_dict(json.loads(path.read_text()))
+        plan = Plan.from_dict(read_sealed(path))
         log.info("Plan from the start of the stage: %s.", _sentence(plan))
         return plan
 
@@ -137,7 +136,7 @@ def plan_stage(
             plan.needs.total / GIB,
             plan.limit / GIB,
         )
-    atomic_write_bytes(path, to_json(plan.to_dict(), indent=2))
+    write_sealed(path, plan.to_dict(), indent=2)
     return plan
 
 

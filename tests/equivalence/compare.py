@@ -13,7 +13,18 @@ from typing import Any
 import yaml
 
 VOLATILE = {
-    *("time", "wall_s", "seconds", "tokens_per_second", "train_seconds", "memory", "versions", "machine", "git_commit"),
+    *(
+        "time",
+        "wall_s",
+        "crc32",
+        "seconds",
+        "tokens_per_second",
+        "train_seconds",
+        "memory",
+        "versions",
+        "machine",
+        "git_commit",
+    ),
     *("created", "last_used", "files", "path", "taken_over", "plan"),
 }
 """Keys whose values are other in every run of the same code."""
@@ -87,7 +98,7 @@ def _entry(path: Path, folder: Path) -> Any:
     weights = [
         hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.parent.glob("policy/*.safetensors"))
     ]
-    return [_without_digests(json.loads(entry["content"])), weights]
+    return [_without_digests(entry["content"]), weights]
 
 
 def _without_digests(content: dict[str, Any]) -> Any:

@@ -72,13 +72,14 @@ def failing_second():
 
 def metric_rows(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("time", "wall_s")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("time", "wall_s", "crc32")} for row in rows]
 
 
 def summary(folder: Path) -> dict:
     """The summary without what depends on time and memory, on where the run stands, on what the store had already."""
     found = json.loads((folder / "summary.json").read_text())
     for stage in found["stages"].values():
+        stage.pop("taken_over", None)
         del stage["seconds"], stage["tokens_per_second"], stage["memory"]["predicted"], stage["memory"]["measured"]
     found["reference"] = {key: found["reference"].get(key) for key in ("mode", "identity")}
     return {key: value for key, value in found.items() if key not in ("seconds", "files", "git_commit")}

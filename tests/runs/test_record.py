@@ -68,7 +68,7 @@ ALL = (("sft", 0), ("sft", 1), ("sft", 2), ("preference", 0), ("preference", 1),
     [
         ("preference", 1, ALL[:5], 104.0),
         ("preference", -1, ALL[:3], 102.0),
-        ("preference", 9, ALL, 105.0),
+        ("preference", 2, ALL, 105.0),
         ("sft", 1, ALL[:2], 101.0),
         ("sft", -1, (), 0.0),
     ],
@@ -84,6 +84,24 @@ def test_rewind_forgets_later_steps_and_stages(
     assert points(tmp_path) == [*kept, ("preference", 7)]
     assert wall <= read_metrics(tmp_path / "metrics.jsonl")[-1]["wall_s"] < wall + 5, "time goes on where it stopped"
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"], "no temporary file is left"
+
+
+def test_metrics_that_lost_their_end_are_not_continued(tmp_path: Path) -> None:
+    """The checkpoint is of a later step than the last row: whole lines are gone."""
+    (tmp_path / "metrics.jsonl").write_text(rows(*ALL))
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        RunRecord(tmp_path).rewind("preference", 4)
+
+
+@pytest.mark.parametrize("old", ["loss", "1.5", "train", "crc32"])
+def test_a_row_of_which_a_byte_has_changed_is_named(tmp_path: Path, old: str) -> None:
+    """A changed digit is still a number, and another name is still a name: the checksum knows."""
+    RunRecord(tmp_path).log("sft", 1, "train", {"loss": 1.5})
+    path = tmp_path / "metrics.jsonl"
+    assert len(read_metrics(path)) == 1
+    path.write_text(path.read_text().replace(old, chr(ord(old[0]) ^ 1) + old[1:]))
+    with pytest.raises(UserError, match=r"Line 1 of .*metrics\.jsonl"):
+        read_metrics(path)
 
 
 def test_every_cut_of_the_last_line_is_survived(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_damaged_answers_are_asked_for_again(damage, ask, caplog):
     expected = ask()
     [entry] = ask.store.folder.glob("*/entry.json")
     text = entry.read_text()
-    [token, *_] = json.loads(json.loads(text)["content"])["answers"][0]
+    [token, *_] = json.loads(text)["content"]["answers"][0]
     entry.write_text(text[:-9] if damage == "cut" else text.replace(f"[[{token}", f"[[{token + 1}"))
     assert entry.read_text() != text
     with caplog.at_level(logging.WARNING):

@@ -1,7 +1,6 @@
 """What binds a resumed run: the tokens as they train, the base's weights and the adapter's start, not rows or names."""
 
 import datetime
-import json
 import shutil
 
 import pytest
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from alignment.config.compose import load
 from alignment.data.prepare import fit_preferences, load_conversations, read_preferences
 from alignment.errors import UserError
+from alignment.files import read_sealed
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.load import load_base, load_tokenizer
 from alignment.stages.beginning import begin, first_day
@@ -52,7 +52,7 @@ def start(tmp_path, tiny_model_folder):
         }
         model = attach_adapter(load_base(config.model, None, str(tmp_path / folder), CPU), config.adapter, seed)
         begin(record, day, tokenizer, infos, model, fresh)
-        return json.loads(record.read_bytes())
+        return read_sealed(record)
 
     begun.pairs = pairs
     return begun
@@ -130,5 +130,5 @@ def test_the_day_on_which_a_run_began_stays(start, tmp_path):
 def test_a_record_of_another_version_is_refused(tmp_path):
     """In one sentence, before anything is loaded."""
     (tmp_path / "beginning.json").write_text('{"preference": "abc"}')
-    with pytest.raises(UserError, match=r"beginning\.json was written by another version of this package: start"):
+    with pytest.raises(UserError, match=r"beginning\.json is damaged, or of another version of this package: start"):
         first_day(tmp_path / "beginning.json")

@@ -1,0 +1,29 @@
+"""A short form of `make faults`: a few disturbed runs end equal to the undisturbed one, or say what is wrong."""
+
+import subprocess
+
+import pytest
+
+from tests.faults.campaign import Campaign, mounted
+
+CASES = [
+    ("full disk", "sft"),
+    ("terminate", "preference"),
+    ("kill", "reference"),
+    ("checkpoint model", "flip"),
+]
+
+
+@pytest.mark.slow
+def test_disturbed_runs_end_right(tmp_path):
+    """Each kind of fault once or so; `make faults` has all of them, at many moments."""
+    (tmp_path / "disk").mkdir()
+    try:
+        with mounted("-t", "tmpfs", "tmpfs", tmp_path / "disk"):
+            can_mount = True
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        can_mount = False
+    campaign = Campaign(tmp_path / "work", can_mount)
+    for kind, moment in CASES[0 if can_mount else 1 :]:
+        verdict = campaign.case(kind, moment, "0")
+        assert verdict.outcome != "wrong", f"{kind}, {moment}: {verdict.said}"
