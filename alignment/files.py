@@ -53,7 +53,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
-_DISK_WORDS = re.compile(r"No space left on device|Read-only file system|Permission denied|PytorchStreamWriter failed")
+_DISK_WORDS = ("No space left on device", "Read-only file system", "Permission denied", "inline_container.cc")
 
 
 def disk_problem(error: BaseException) -> str | None:
@@ -63,9 +63,9 @@ def disk_problem(error: BaseException) -> str | None:
             return None
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; free the disk or mend the rights"
-    # Writers that are not Python's know no errno; that of torch gives no reason either.
-    if found := _DISK_WORDS.search(str(error)):
-        return f"A file could not be written ({found[0]}); free the disk or mend the rights"
+    # Writers that are not Python's know no errno; that of torch, in inline_container.cc, gives no reason either.
+    if any(words in str(error) for words in _DISK_WORDS):
+        return "A file could not be written; free the disk or mend the rights"
     return None
 
 
@@ -101,14 +101,16 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """Digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Digest of every file below a folder, by its path in it."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
-            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
-    return found
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class Job:
             if (problem := disk_problem(error)) is None:
                 raise
             again = f", then continue with: {self._again(run_dir)}" if path.exists() else "."
-            sys.exit(f"\nError: {problem}{again}")  # on a line of its own, below a progress bar
+            sys.exit(f"Error: {problem}{again}")
 
     def _again(self, run_dir: Path) -> str:
         """The command that continues the run."""

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from alignment.errors import UserError
-from alignment.files import atomic_write_text
-from alignment.runs.record import json_row, metrics_row, read_lines
+from alignment.files import atomic_write_text, file_digest, read_sealed
+from alignment.runs.record import SEAL, json_row, metrics_row, read_lines
 from alignment.runs.text import format_value, is_number
 
 RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
@@ -51,7 +51,21 @@ def read_run(folder: Path) -> RunFiles:
     run.metrics = read_rows(run, "metrics.jsonl", metrics_row)
     if (folder / "samples.jsonl").exists() or dig(run.summary, "evaluation", "prompts"):
         run.samples = read_rows(run, "samples.jsonl")
+    run.problems += _changed(folder)
     return run
+
+
+def _changed(folder: Path) -> list[str]:
+    """A sentence for each file of a finished run that is not as the run left it."""
+    try:
+        sealed = read_sealed(folder / SEAL) if (folder / SEAL).exists() else {}
+        return [
+            f"{name} has changed since the run ended."
+            for name, digest in sealed.items()
+            if (folder / name).is_file() and file_digest(folder / name) != digest
+        ]
+    except (UserError, OSError):
+        return [f"{SEAL} cannot be read, so nobody knows whether files have changed since the run ended."]
 
 
 def _read_mapping(run: RunFiles, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -19,7 +19,15 @@ from zlib import crc32
 import alignment
 from alignment.errors import UserError
 from alignment.evaluation.judge import Verdict
-from alignment.files import atomic_write_bytes, atomic_write_text, damaged, to_json, to_json_lines
+from alignment.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    damaged,
+    file_digest,
+    to_json,
+    to_json_lines,
+    write_sealed,
+)
 from alignment.runs.text import escape_markdown
 
 STAGES = ("sft", "preference")
@@ -40,6 +48,10 @@ PACKAGES = (
 LINE_KEYS = ("stage", "split", "step", "time", "wall_s")
 """The keys of a row of metrics.jsonl that are no metrics. Its last key, the checksum, is left out when it is read."""
 _CHECKSUM = "crc32"
+
+SEAL = "checksums.json"
+"""In the folder of a finished run: the digests of its files."""
+_SEALED = ("config.yaml", "summary.json", "metrics.jsonl", "samples.jsonl", "held_out.jsonl")
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -113,6 +125,8 @@ class RunRecord:
         self.run_dir = run_dir
         self.metrics_path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
+        for path in run_dir.rglob(".*.tmp"):  # a kill leaves what was being written
+            path.unlink()
         self._start = time.monotonic()
         if self.metrics_path.exists():
             rows, torn = read_lines(self.metrics_path, metrics_row)
@@ -147,8 +161,6 @@ class RunRecord:
     def rewind(self, stage: str, step: int) -> None:
         """Delete the rows that a resume from `step` of `stage` will write again: later steps and later stages."""
         assert stage in STAGES, stage
-        if step >= 0:
-            self.require(stage, step)
         if not self.metrics_path.exists():
             return
         rows = read_metrics(self.metrics_path)
@@ -156,14 +168,14 @@ class RunRecord:
         kept = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (order, step)]
         self._keep(kept, rewrite=True)
 
-    def require(self, stage: str, step: int) -> None:
-        """Refuse metrics that end before this step: rows are only ever appended, so the others are there too.
+    def require(self, stage: str, step: int, split: str) -> None:
+        """Refuse metrics that end before this row: rows are only ever appended, so the others are there too.
 
         Raises:
             UserError: the row is missing.
         """
         rows = read_metrics(self.metrics_path)
-        if not any((row["stage"], row["step"], row["split"]) == (stage, step, "train") for row in rows):
+        if not any((row["stage"], row["step"], row["split"]) == (stage, step, split) for row in rows):
             raise damaged(self.metrics_path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
@@ -171,6 +183,11 @@ class RunRecord:
         path = self.run_dir / "summary.json"
         atomic_write_bytes(path, to_json(summary, indent=2) + b"\n")
         return path
+
+    def seal(self) -> None:
+        """Keep the digests of the files that reports are made from, now that the run is finished."""
+        found = {name: file_digest(self.run_dir / name) for name in _SEALED if (self.run_dir / name).exists()}
+        write_sealed(self.run_dir / SEAL, found)
 
     def write_samples(self, samples: Sequence[Mapping[str, Any]]) -> list[Path]:
         """Write samples.jsonl, and samples.md for reading: every prompt with the answer of each model."""

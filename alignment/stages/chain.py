@@ -55,7 +55,7 @@ from alignment.stages.stage import (
     write_result,
 )
 from alignment.stages.store import STAGES_FOLDER, StageStore
-from alignment.training.callbacks import check_names, last_checkpoint, remove_damaged
+from alignment.training.callbacks import check_names, last_checkpoint, last_split, remove_damaged
 from alignment.training.cohort import CohortSlot
 from alignment.training.stage_trainer import last_good
 
@@ -261,7 +261,8 @@ class Chain:
         result = read_result(self.work.folder(stage.name), stage.result_type)
         if result is not None:
             log.info("Stage %s is done already.", stage.name)
-            self.record.require(stage.name, result.steps)
+            split = "eval" if any(name.startswith("eval/") for name in result.metrics) else "train"
+            self.record.require(stage.name, result.steps, split)
             shutil.rmtree(self.work.folder(stage.name) / "checkpoints", ignore_errors=True)  # a kill may leave them
             self._keep(stage, result)
             return model
@@ -287,6 +288,8 @@ class Chain:
         folder.mkdir(parents=True, exist_ok=True)
         remove_damaged(checkpoints)
         checkpoint, step = last_checkpoint(checkpoints)
+        if checkpoint:
+            self.record.require(stage.name, step, last_split(checkpoint))
         self.record.rewind(stage.name, step if checkpoint else -1)
         set_seed(stage.seed)
         try:
@@ -350,6 +353,7 @@ class Chain:
         summary["seconds"] = self.record.wall_seconds
         summary["files"] = self._files(bool(samples))
         self.record.write_summary(summary)
+        self.record.seal()
         write_report(self.run_dir)
         tracker.summary(summary)
         print_summary(summary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -149,6 +150,10 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line, also where the training ends early: what is said next begins on a line of its own."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -230,6 +235,12 @@ def remove_damaged(folder: Path) -> None:
         if expected != {name: digest for name, digest in digests(checkpoint).items() if name != _COMPLETE}:
             log.warning("%s is damaged: it is removed, and the stage goes on from an earlier step.", checkpoint)
             shutil.rmtree(checkpoint)
+
+
+def last_split(checkpoint: Path) -> str:
+    """What was logged last before a checkpoint: "train" or "eval"."""
+    history = json.loads((checkpoint / "trainer_state.json").read_bytes())["log_history"]
+    return "eval" if "eval_loss" in history[-1] else "train"
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:

@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 
 from alignment.errors import NotFinite
-from alignment.training.callbacks import complete_checkpoints
+from alignment.training.callbacks import ProgressBar, complete_checkpoints
 
 _SHOWN_ROWS = 5
 
@@ -64,6 +64,15 @@ class StageTrainer(Trainer):
     def step_rows(self) -> Sequence[str]:
         """The sources of the rows of the running step, only those at fault where that is known."""
         return ()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressBar):
+                    callback.close()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm before the update; stops where it, or the loss, is not finite."""

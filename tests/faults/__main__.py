@@ -27,7 +27,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults.campaign import FILES, MOMENTS, WAYS, Campaign
+from tests.faults.campaign import FILES, FINISHED, MOMENTS, WAYS, Campaign
 
 OUTCOMES = ("equal", "sentence", "wrong")
 _INSIDE = "ALIGNMENT_FAULTS_INSIDE"
@@ -46,7 +46,7 @@ def enter_namespace() -> bool:
 
 def cases(kinds: list[str], rng: random.Random) -> Iterator[tuple[str, str]]:
     """Every kind at every moment in a random order, then all again in another order."""
-    every = [(kind, moment) for kind in kinds for moment in (WAYS if kind in FILES else MOMENTS)]
+    every = [(kind, moment) for kind in kinds for moment in (WAYS if kind in (*FILES, FINISHED) else MOMENTS)]
     while True:
         yield from rng.sample(every, len(every))
 
@@ -77,7 +77,7 @@ def main() -> int:
     console = Console(highlight=False, soft_wrap=True)
     work = Path(tempfile.mkdtemp(prefix="faults-")).resolve()
     campaign = Campaign(work, can_mount)
-    known = [*campaign.kinds, *FILES]
+    known = sorted([*campaign.kinds, *FILES], key=lambda kind: kind in (*FILES, FINISHED))
     kinds = options.kinds.split(",") if options.kinds else known
     if unknown := set(kinds) - set(known):
         parser.error(f"no kind is called {', '.join(sorted(unknown))}; known are {', '.join(known)}")
@@ -106,7 +106,8 @@ def main() -> int:
             done.result()
 
     # The tables
-    of_runs, of_files = [k for k in kinds if k not in FILES], [k for k in kinds if k in FILES]
+    of_files = [kind for kind in kinds if kind in (*FILES, FINISHED)]
+    of_runs = [kind for kind in kinds if kind not in of_files]
     if of_runs:
         console.print(table("Disturbed in (equal/sentence/wrong)", of_runs, MOMENTS, counts))
     if of_files:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.policy.tiny_model import write_tiny_model
-from tests.faults.moments import PHASES, ClockJump, Disturbed, FullDisk, Marked, ReadOnly, Signalled
+from tests.faults.moments import PHASES, ClockJump, Disturbed, FullDisk, Marked, ReadOnly, Signalled, report_instead
 from tests.helpers.commands import Ended, command, write_project
 from tests.helpers.runs import assert_same
 
@@ -45,6 +45,9 @@ FILES = {
     "metrics.jsonl": "run/one/metrics.jsonl",
 }
 """The kinds of files whose bytes are damaged, and where they are."""
+REPORTED = ("config.yaml", "summary.json", "metrics.jsonl", "samples.jsonl", "held_out.jsonl", "checksums.json")
+"""The files of a finished run that reports are made from."""
+FINISHED = "finished run"
 WAYS = ("flip", "truncate", "zero")
 
 
@@ -114,6 +117,7 @@ class Campaign:
             "terminate": self.terminated,
             "clock jump": self.clock,
             "two on one cache": self.two,
+            FINISHED: self.reported,
         }
         if can_mount:
             self.kinds |= {"full disk": self.full_disk, "read-only cache": self.read_only}
@@ -189,6 +193,12 @@ class Campaign:
             arguments = arguments[2:] if arguments[0] == "--config-dir" else arguments
         elif moment != "sweep" and (folder / "config.yaml").exists():
             if (folder / "summary.json").exists():
+                # Killed once it was finished: what was being written then, the report, is written again.
+                for path in folder.rglob(".*.tmp"):
+                    path.unlink()
+                printed = self.work / "said" / place.name / "report"
+                ended = command("one", cwd=place / run, cache=printed, patch=report_instead)
+                require(ended.code == 0, words(ended))
                 self._compare(place, moment, run)
                 return ""
             arguments = ("resume=one",)
@@ -280,6 +290,8 @@ class Campaign:
         while True:
             phase = rng.choice(PHASES[1:])
             killed = self._killed_in(rng, phase)
+            if (killed / "run" / "one" / "summary.json").exists():
+                continue  # nothing goes on with it
             found = sorted(p for p in killed.glob(FILES[file]) if p.is_file() and p.stat().st_size)
             if found:
                 break
@@ -291,6 +303,25 @@ class Campaign:
         except Exception as error:
             raise WrongError(f"{target.relative_to(place)} after {phase}: {error}") from error
         return Verdict("sentence" if said else "equal", f"{target.relative_to(place)}: {said}")
+
+    def reported(self, place: Path, rng: random.Random, way: str) -> Verdict:
+        """A finished run of which a file is damaged before its report, or a comparison, is written again."""
+        run = place / "run"
+        for name in ("one", "two"):
+            shutil.copytree(self.whole(RUN) / "one", run / name)
+        folders, page = rng.choice([(("one",), run / "one" / "report.md"), (("one", "two"), run / "comparison.md")])
+        target, pages = run / "one" / rng.choice(REPORTED), []
+        for number in range(2):
+            if number:
+                damage(target, way, rng)
+            said = self.work / "said" / place.name / str(number)
+            ended = command(*folders, cwd=run, cache=said, patch=report_instead)
+            if ended.code:
+                return Verdict("sentence", said_in(ended))
+            pages.append(page.read_text())
+        named = [line for line in pages[1].splitlines() if target.name in line]
+        require(pages[0] == pages[1] or bool(named), f"another report, without a word of {target}")
+        return Verdict("equal" if pages[0] == pages[1] else "sentence", f"{target.name}: {' '.join(named)}")
 
     def _killed_in(self, rng: random.Random, phase: str) -> Path:
         """One of a few runs that were killed in this phase."""

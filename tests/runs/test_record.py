@@ -90,7 +90,7 @@ def test_metrics_that_lost_their_end_are_not_continued(tmp_path: Path) -> None:
     """The checkpoint is of a later step than the last row: whole lines are gone."""
     (tmp_path / "metrics.jsonl").write_text(rows(*ALL))
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
-        RunRecord(tmp_path).rewind("preference", 4)
+        RunRecord(tmp_path).require("preference", 4, "train")
 
 
 @pytest.mark.parametrize("old", ["loss", "1.5", "train", "crc32"])
