@@ -31,7 +31,7 @@ VOLATILE = {
 RENDERED = {".md", ".html", ".png", ".csv", ".log", ".txt"}
 """Files made for reading: their numbers stand in the files that are compared."""
 
-UNCOMPARED = {"plan.json", "multirun.yaml"}
+UNCOMPARED = {"plan.json", "multirun.yaml", "checksums.json"}
 """A plan counts the memory that is free; Hydra's own file names the checkout."""
 
 
