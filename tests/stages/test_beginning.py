@@ -16,6 +16,8 @@ from alignment.policy.load import load_base, load_tokenizer
 from alignment.stages.beginning import begin, first_day
 from tests.helpers.commands import pair, write_lines
 
+pytestmark = pytest.mark.slow
+
 DAY = datetime.date(2026, 3, 1)
 CPU = torch.device("cpu")
 

@@ -26,6 +26,8 @@ from tests.helpers.commands import command, write_project
 from tests.helpers.runs import failing_second, metric_rows, same_code
 from tests.helpers.wandb_files import history, read_wandb
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, tiny_model_folder) -> Path:
@@ -166,7 +168,6 @@ def assert_close(run: Path, other: Path) -> None:
     assert summaries[0]["reference"]["identity"] == summaries[1]["reference"]["identity"]
 
 
-@pytest.mark.slow
 def test_a_cohort_is_its_members_one_by_one(project, one_by_one, tmp_path):
     """The five losses of one sweep, three at a time: two begin where others have ended."""
     ended = sweep_in(tmp_path, project, NAMES, *JOINT)
@@ -201,7 +202,6 @@ def killed_at(step, how=signal.SIGKILL):
     RunRecord.log = patched
 
 
-@pytest.mark.slow
 def test_a_cohort_goes_on_where_it_stopped(project, one_by_one, tmp_path):
     """Killed with two members begun and one waiting; interrupted when all have begun; ended in two other ways."""
     sweep = tmp_path / "sweep"
@@ -233,7 +233,6 @@ def test_a_cohort_goes_on_where_it_stopped(project, one_by_one, tmp_path):
         assert_close(sweep / f"{number}-tiny", one_by_one / f"{number}-tiny")
 
 
-@pytest.mark.slow
 def test_a_failed_member_ends_no_other(project, one_by_one, tmp_path):
     two_at_once = ("trainer.cohort=2", "trainer.joint_passes=true")
     ended = sweep_in(tmp_path, project, NAMES[:3], *two_at_once, patch=failing_second, code=1)
@@ -266,7 +265,6 @@ def too_small_for_two():
     preference_stage.plan_stage = patched
 
 
-@pytest.mark.slow
 def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_path):
     ended = sweep_in(tmp_path, project, NAMES[:2], *JOINT, patch=too_small_for_two)
     assert ended.out.count("The members of the cohort take turns from here on") == 1
@@ -274,7 +272,6 @@ def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_pa
         assert_close(tmp_path / "sweep" / f"{number}-tiny", one_by_one / f"{number}-tiny")
 
 
-@pytest.mark.slow
 def test_on_a_cpu_members_take_turns(project, one_by_one, tmp_path):
     ended = sweep_in(tmp_path, project, NAMES[:2], "trainer.cohort=2")
     assert ended.out.count("The members of the cohort take turns") == 1
@@ -285,7 +282,6 @@ def test_on_a_cpu_members_take_turns(project, one_by_one, tmp_path):
         assert all((value == weights[1][name]).all() for name, value in weights[0].items())
 
 
-@pytest.mark.slow
 def test_members_of_a_cohort_are_runs_of_their_own_in_wandb(project, tmp_path):
     ended = command(
         *("--config-dir", str(project), "-m", "recipe=tiny", "loss=dpo,simpo", *JOINT, "hydra.sweep.dir=sweep"),

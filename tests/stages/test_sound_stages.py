@@ -17,6 +17,8 @@ from alignment.stages.store import StageStore
 from tests.conftest import tiny_policy
 from tests.helpers.commands import pair, write_lines
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def chain_of(tmp_path, tiny_model_folder, monkeypatch):

@@ -25,6 +25,8 @@ from tests.conftest import recommended_loss
 from tests.helpers.cohorts import LAYOUTS, frozen_base, policy_on
 from tests.helpers.steps import groups_for
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -28,6 +28,8 @@ from tests.helpers.policies import CPU, start_of
 from tests.helpers.references import ROUNDING, Forwards, books, cached
 from tests.helpers.steps import make_loss, make_trainer, moved, sequence_logp
 
+pytestmark = pytest.mark.slow
+
 GROUPS = [
     Group(group.prompt, group.completions, source=f"pairs:{i}") for i, group in enumerate(random_groups(8, seed=21))
 ]

@@ -25,6 +25,8 @@ from tests.helpers.references import ROUNDING, cached
 from tests.helpers.runs import TINY, assert_same, at_row, metric_rows, only_run, run
 from tests.helpers.steps import moved
 
+pytestmark = pytest.mark.slow
+
 GROUPS = [
     Group(group.prompt, group.completions, source=f"pairs:{i}") for i, group in enumerate(random_groups(8, seed=21))
 ]
@@ -94,7 +96,6 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_killed_between_refreshes_ends_like_one_that_was_not(kind, project, tmp_path):
     """The store is lost meanwhile: what the start has to say is computed again, the rest is in the checkpoint."""
@@ -121,7 +122,6 @@ def test_a_run_killed_between_refreshes_ends_like_one_that_was_not(kind, project
     assert refreshes(only_run(cwd)) == refreshes(expected)
 
 
-@pytest.mark.slow
 def test_a_second_run_finds_every_refresh_in_the_store(project, tmp_path):
     """Its policy is the same at every refresh, to the last bit."""
     for attempt in range(2):
