@@ -129,7 +129,10 @@ class RunRecord:
             path.unlink()
         self._start = time.monotonic()
         if self.metrics_path.exists():
-            rows, torn = read_lines(self.metrics_path, metrics_row)
+            try:
+                rows, torn = read_lines(self.metrics_path, metrics_row)
+            except UserError as error:
+                raise UserError(f"{str(error).rstrip('.')}: start the run anew in another folder.") from error
             self._keep(rows, rewrite=torn)
 
     def _keep(self, rows: Sequence[Mapping[str, Any]], rewrite: bool) -> None:

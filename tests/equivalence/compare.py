@@ -17,6 +17,7 @@ VOLATILE = {
         "time",
         "wall_s",
         "crc32",
+        "digest",
         "seconds",
         "tokens_per_second",
         "train_seconds",

@@ -9,7 +9,6 @@ from tests.faults.campaign import Campaign, mounted
 CASES = [
     ("full disk", "sft"),
     ("terminate", "preference"),
-    ("kill", "reference"),
     ("checkpoint model", "flip"),
 ]
 
