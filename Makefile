@@ -23,10 +23,10 @@ run: $(RUN_STAMP) ## Run a recipe: make run RECIPE=quickstart ARGS="optim.lr=1e-
 	$(VENV)/bin/python -m alignment.run recipe=$(RECIPE) $(ARGS)
 
 test: $(DEV_STAMP) ## Run the whole test suite: make test ARGS="-k kto"
-	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-fast: $(DEV_STAMP) ## Run the tests that take seconds
-	$(VENV)/bin/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 check: lint types test ## Lint, check types, test
 

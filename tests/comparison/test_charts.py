@@ -1,7 +1,5 @@
 """Charts of folders made by hand: they hold the known values."""
 
-import json
-
 import pytest
 
 from alignment.comparison.charts import curves, frontiers, legend, lengths, overviews, sensitivity
@@ -10,7 +8,7 @@ from alignment.comparison.members import read_member, run_folders
 from alignment.comparison.ranking import compare
 from alignment.comparison.tables import results
 from alignment.runs.style import COLOURS
-from tests.helpers.run_folders import change_json, compared, make_run, right
+from tests.helpers.run_folders import change_json, change_metrics, compared, make_run, right
 
 
 def test_charts_hold_the_values(sweep):
@@ -106,11 +104,13 @@ def test_the_kl_has_its_interval(tmp_path):
 
 def test_curves_are_of_training_where_the_held_out_pairs_were_looked_at_twice_only(tmp_path):
     folder = make_run(tmp_path / "a", steps=4)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    ends = [row for row in rows if row["step"] in (0, 4)]
-    trained = [row | {"split": "train", "nats/margins": 100.0 + row["step"]} for row in rows]
-    trained.append(trained[-1] | {"step": 5, "nats/margins": 105.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ends + trained))
+
+    def ends_and_training(rows):
+        trained = [row | {"split": "train", "nats/margins": 100.0 + row["step"]} for row in rows]
+        trained.append(trained[-1] | {"step": 5, "nats/margins": 105.0})
+        return [row for row in rows if row["step"] in (0, 4)] + trained
+
+    change_metrics(folder, ends_and_training)
     charts = {chart.name: chart for chart in curves(compared(folder))}
     trailing = [100.0, 100.5, 101.0, 101.5, 102.0, 103.0]  # means of up to the last five
     assert list(charts["nats-margins"].figure["data"][0]["y"]) == trailing
@@ -119,7 +119,7 @@ def test_curves_are_of_training_where_the_held_out_pairs_were_looked_at_twice_on
 
 def test_a_chart_says_whose_line_is_not_in_it(tmp_path):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", "kto")
-    (b / "metrics.jsonl").write_text((b / "metrics.jsonl").read_text().replace("nats/accuracies", "other"))
+    change_metrics(b, lambda rows: [{k: v for k, v in row.items() if k != "nats/accuracies"} for row in rows])
     notes = {chart.name: chart.note for chart in curves(compared(a, b))}
     assert notes["nats-accuracies"].endswith("Not measured for KTO.")
     assert "Not measured" not in notes["nats-margins"]

@@ -89,7 +89,7 @@ def harmless(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shift", range(0, len(HOSTILE), 5))
+@pytest.mark.parametrize("shift", range(0, len(HOSTILE), 8))
 @pytest.mark.parametrize("between", [" ", "\n\n"])
 def test_no_text_becomes_a_part_of_a_page(shift, between, harmless, tmp_path):
     """All texts in each place, in several orders: one that is cut off, or that quotes another, hides none for long."""

@@ -10,7 +10,7 @@ from alignment.comparison.measures import WIN_RATE
 from alignment.comparison.ranking import interval
 from alignment.comparison.sentences import cautions, headline, judge_contrast
 from alignment.comparison.tables import results
-from tests.helpers.run_folders import change_json, compared, make_run, right
+from tests.helpers.run_folders import change_json, change_metrics, compared, make_run, right
 
 
 def test_one_loss_compares_its_settings_and_says_noise(tmp_path):
@@ -79,8 +79,7 @@ def test_unequal_steps_and_falling_log_probs_are_warned_of(tmp_path):
     found = dict(cautions(compared(a, b)))
     assert found["Members trained for different numbers of steps"] == ["24: a", "48: b"]
     assert "One seed per variant: you cannot tell how much a result depends on the seed" in found
-    text = (a / "metrics.jsonl").read_text()
-    (a / "metrics.jsonl").write_text(text.replace('"logps/chosen": -40.5', '"logps/chosen": -47.5'))
+    change_metrics(a, lambda rows: [*rows[:-1], rows[-1] | {"logps/chosen": -47.5}])
     found = dict(cautions(compared(a, b)))
     [said] = found["The log-prob of chosen completions fell"]
     assert said.startswith("DPO, beta 0.1, seed 0: ") and "fell by 7.5 nats" in said

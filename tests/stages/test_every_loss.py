@@ -39,7 +39,7 @@ COMMON = [
 ]
 
 FEW_STEPS = ("trainer.max_steps=6", "optim.lr=0.04")
-MORE_STEPS = {"cpo", "mpo", "plackett_luce"}
+MORE_STEPS = {"cpo", "mpo", "plackett_luce", "mallows_po", "r_dpo"}
 """They raise the likelihood of both answers first, or need more rows than so few steps see."""
 
 LESS_ANCHOR = {
