@@ -187,6 +187,7 @@ def test_a_second_run_with_another_beta_computes_no_reference(sft, chain, qwen_f
     folder, first, cache = chain
     if sft == "taken over":
         shutil.copytree(folder / "stages" / "sft", tmp_path / "stages" / "sft")
+        shutil.copy(folder / "metrics.jsonl", tmp_path)
     summary = run(tmp_path, qwen_folder, short_pairs, cache, "loss.beta=0.5", "trainer.max_steps=2")
     reference = summary["reference"]
     assert reference["identity"] == first["reference"]["identity"]

@@ -22,6 +22,8 @@ from alignment.reference.frozen import FrozenPolicy
 from tests.conftest import random_groups
 from tests.helpers.policies import adapter, load, scores, train_adapter
 
+pytestmark = pytest.mark.slow
+
 GROUPS = random_groups(3, seed=4)
 
 
@@ -203,7 +205,6 @@ def test_what_is_no_name_is_refused():
 # A whole second run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "whole model"])
 def test_a_second_run_goes_on_from_the_first(adapted, saved, tiny_model_folder, tmp_path):
     """Its reference is the policy that the first has ended with; without an adapter, as one whole model."""

@@ -10,6 +10,8 @@ from alignment.data.units import as_rows
 from tests.conftest import random_groups, tiny_policy
 from tests.helpers.steps import SETTINGS, make_loss, make_trainer, moved, plain_loss, sequence_logp, step_gradient
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("name", sorted(SETTINGS))

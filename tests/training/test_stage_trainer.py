@@ -16,6 +16,8 @@ from alignment.training.stage_trainer import StageTrainer, last_good
 from tests.conftest import random_groups, tiny_policy
 from tests.helpers.steps import groups_for, make_loss, make_trainer
 
+pytestmark = pytest.mark.slow
+
 LR = 1e-2
 
 
