@@ -51,7 +51,8 @@ def _data_info(title: str, loaded: LoadedData, *parts: TokenizedData | Tokenized
     counts = _sum_counts(*(part.counts for part in parts))
     log.info("%s: %s.", title, loaded.description)
     log.info("  %s", in_words({name: count for name, count in counts.items() if count}))
-    for sentence in left_out([*loaded.bad, *drops]):
+    missing = left_out([*loaded.bad, *drops])
+    for sentence in missing:
         log.warning("  %s", sentence)
     _log_columns(loaded)
     findings, sentences = report(found for part in parts for found in part.findings)
@@ -63,7 +64,7 @@ def _data_info(title: str, loaded: LoadedData, *parts: TokenizedData | Tokenized
         "dropped": count_reasons(drops),
         "tokens": {name: count for name, count in counts.items() if count},
         "findings": findings,
-        "notes": left_out([*loaded.bad, *drops]) + sentences,
+        "notes": missing + sentences,
     }
 
 
@@ -189,7 +190,7 @@ def load_conversations(
     info = _data_info("SFT data", loaded, train, held_out)
     _warn_of_cuts(info["tokens"].get("truncated", 0), len(train.sequences) + len(held_out.sequences), config, "sft.")
     info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
-    info["tokens_digest"] = _sequences_digest(train.sequences, held_out.sequences)
+    info["tokens_digest"] = sequences_digest(train.sequences, held_out.sequences)
     sources = [row.source for row in train.rows]
     return SFTData(train.sequences, held_out.sequences, sources, info), [*loaded.bad, *drops]
 
@@ -210,8 +211,8 @@ def _groups_digest(*parts: Sequence[Group]) -> str:
     return digest.hexdigest()
 
 
-def _sequences_digest(*parts: Sequence[Mapping[str, Sequence[float]]]) -> str:
-    """The same for SFT sequences."""
+def sequences_digest(*parts: Sequence[Mapping[str, Sequence[float]]]) -> str:
+    """The same for SFT sequences; it names their stage's result too."""
     digest = hashlib.blake2b(digest_size=16)
     for sequences in parts:
         digest.update(f"{len(sequences)} sequences;".encode())

@@ -87,6 +87,16 @@ def _base_digest(model: nn.Module, config: dict[str, Any], quantization: Any) ->
     return digest.hexdigest()
 
 
+def trained_digest(model: nn.Module) -> str:
+    """Digest of the tensors that train: an adapter that has no effect yet does not show in the policy's identity."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            _hash_tensor(digest, parameter)
+    return digest.hexdigest()
+
+
 def _without_volatile(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: _without_volatile(value) if isinstance(value, dict) else value

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from alignment.errors import UserError
 from alignment.files import damaged, read_sealed, to_json, write_sealed
 from alignment.policy.adapter import has_adapter
-from alignment.policy.identity import policy_identity
+from alignment.policy.identity import policy_identity, trained_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def begin(
         rows={name: info["fingerprint"] for name, info in infos.items()},
         tokens={name: info["tokens_digest"] for name, info in infos.items()},
         base=policy_identity(model)[1]["base"] if fresh or has_adapter(model) else None,
-        adapter=_adapter_digest(model) if fresh and has_adapter(model) else None,
+        adapter=trained_digest(model) if fresh and has_adapter(model) else None,
     )
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,13 +114,3 @@ def _read(path: Path) -> Beginning:
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(to_json(value), digest_size=16).hexdigest()
-
-
-def _adapter_digest(model: nn.Module) -> str:
-    """Of the trained tensors: a fresh adapter has no effect, so the policy's identity does not show it."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            digest.update(parameter.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

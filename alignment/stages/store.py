@@ -62,21 +62,15 @@ def stage_key(
         sequences: the tokens of the training and of the held-out examples.
         settings: everything else that decides the result: optimizer, loop, seed.
     """
-    import torch  # here: `alignment.cache` lists and removes results without the libraries of models
-
+    # Imported here: `alignment.cache` lists and removes results without the libraries of models.
+    from alignment.data.prepare import sequences_digest
     from alignment.policy.adapter import has_adapter
+    from alignment.policy.identity import trained_digest
 
     digest = _begun_key(model, settings)
-    for name, parameter in model.named_parameters() if has_adapter(model) else ():
-        if parameter.requires_grad:
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            digest.update(parameter.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    for part in sequences:
-        digest.update(f"{len(part)}".encode())
-        for example in part:
-            for name, tokens in sorted(example.items()):
-                digest.update(f"{name}{len(tokens)}".encode())
-                digest.update(np.asarray(tokens, dtype="<f8").data)
+    if has_adapter(model):
+        digest.update(trained_digest(model).encode())
+    digest.update(sequences_digest(*sequences).encode())
     return digest.hexdigest()
 
 
