@@ -378,7 +378,7 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
             TrainingArguments,
             folder=Path(job.cache) / job.run,
             optim=OptimConfig(
-                name="adamw_torch", lr=job.lr, weight_decay=0.0, beta1=0.9, beta2=0.999, schedule="constant",
+                name="adamw_torch_fused", lr=job.lr, weight_decay=0.0, beta1=0.9, beta2=0.999, schedule="constant",
                 warmup_ratio=0.0, max_grad_norm=1.0,
             ),
             trainer=TrainerConfig(

@@ -51,7 +51,7 @@ def dpo_trainer(
             precompute_ref_log_probs=job.run == "trl_precomputed",
             gradient_checkpointing=False,
             train_sampling_strategy="sequential",
-            optim="adamw_torch",
+            optim="adamw_torch_fused",
             learning_rate=job.lr,
             lr_scheduler_type="constant",
             max_grad_norm=1.0,

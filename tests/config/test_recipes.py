@@ -193,7 +193,7 @@ def test_a_users_recipe_and_options(tmp_path):
     config = load("recipe=ours", config_dir=folder)
     assert config.loss == SimPO(beta=2.0, gamma_beta_ratio=0.3)
     assert (config.data.limit, config.model.name) == (7, "Qwen/Qwen3-1.7B-Base")
-    assert config.optim.name == "adamw_torch"
+    assert config.optim.name == "adamw_torch_fused"
     assert config.optim.lr == 5e-6, "a value of the inherited recipe stands over the option"
     assert load("recipe=ours", "loss=dpo", config_dir=folder).loss == load_loss("dpo")
 

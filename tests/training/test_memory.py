@@ -127,8 +127,8 @@ def test_nf4_bytes_are_those_of_bitsandbytes(tiny_model_folder):
 
 @pytest.mark.parametrize(
     "name",
-    ["adamw_torch", "sgd", "adafactor", "adagrad", "rmsprop", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit",
-     "lion_8bit", "lion_32bit", "ademamix", "ademamix_8bit"],
+    ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop", "paged_adamw_8bit",
+     "adamw_bnb_8bit", "paged_adamw_32bit", "lion_8bit", "lion_32bit", "ademamix", "ademamix_8bit"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_optimizer_states_are_those_of_the_optimizer(name, dtype, tmp_path):
