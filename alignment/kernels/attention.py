@@ -7,9 +7,11 @@ width is ever made, so packing prompts into one row costs nothing.
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -25,6 +27,9 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch
     varlen_attn = None  # type: ignore[assignment]
+
+_VARLEN_ARGUMENTS = frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
+"""Torch 2.10 has no `scale` and no `window_size`; 2.11 has no `enable_gqa`, and takes grouped heads unasked."""
 
 _PREFIX = "shared_prompts_"
 _BLOCKS_FROM = 384
@@ -94,8 +99,11 @@ def _sequences(row: SharedRow) -> list[tuple[PromptSpan, int, int]]:
     return found
 
 
-def _parts_of(row: SharedRow) -> list[Part]:
-    """The row for attention in blocks: a prompt with its first completion, then the other completions."""
+def parts_of(row: SharedRow) -> list[Part]:
+    """The row as causal sequences: a prompt with its first completion is one, every other completion one more.
+
+    Each is (own positions, positions of the prompt that it sees before its own; none for the first).
+    """
     parts: list[Part] = []
     for span in row:
         (_, first_end), *others = span.completion_ranges()
@@ -197,27 +205,23 @@ def _parts(span: PromptSpan, first_end: int) -> tuple[slice, slice, slice]:
 def _variable_lengths(row: SharedRow, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """For kernels of variable length: key positions, ends of queries and of keys, most queries and most keys.
 
-    The row already holds the queries of each prompt and completion. The keys of a completion are gathered: its prompt's
-    and its own. Plain causal attention, aligned at the end, then does the right thing.
+    The row already holds the queries, in order. The keys of a second or later completion are gathered: its prompt's and
+    its own. Plain causal attention, aligned at the end, then does the right thing.
     """
-    sequences = _sequences(row)
-    positions = [
-        torch.arange(start, end)
-        if start == span.start
-        else torch.cat([torch.arange(span.start, span.prompt_end), torch.arange(start, end)])
-        for span, start, end in sequences
-    ]
-    lengths = [end - start for _, start, end in sequences]
-    key_lengths = [len(p) for p in positions]
+    parts = parts_of(row)
+    positions = np.concatenate([np.arange(p.start, p.stop) for own, prompt in parts for p in (prompt, own)])
+    lengths = [len(own) for own, _ in parts]
+    key_lengths = [len(own) + len(prompt) for own, prompt in parts]
 
     def ends(counts: list[int]) -> Tensor:
         return torch.tensor([0, *counts]).cumsum(0).to(device, torch.int32)
 
-    return torch.cat(positions).to(device), ends(lengths), ends(key_lengths), max(lengths), max(key_lengths)
+    return torch.from_numpy(positions).to(device), ends(lengths), ends(key_lengths), max(lengths), max(key_lengths)
 
 
 def _variable_length_attention(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float) -> Tensor:
     positions, query_ends, key_ends, most_queries, most_keys = _variable_lengths(row, q.device)
+    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _VARLEN_ARGUMENTS else {}
     out = varlen_attn(
         q[0].transpose(0, 1).contiguous(),
         k[0].transpose(0, 1).index_select(0, positions),
@@ -228,7 +232,7 @@ def _variable_length_attention(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, 
         most_keys,
         scale=scale,
         window_size=(-1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out[None]
@@ -236,7 +240,9 @@ def _variable_length_attention(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, 
 
 def _has_flash_kernel(q: Tensor) -> bool:
     """Flash attention needs 16 bits, an Ampere GPU or newer, and a supported width of heads."""
-    if varlen_attn is None or q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if not {"scale", "window_size"} <= _VARLEN_ARGUMENTS:
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
@@ -302,7 +308,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window
         return _masked_attention(q, k, v, row, scale, window)
     if q.device.type == "cpu":
         if longest_sequence(row) >= _BLOCKS_FROM:
-            return block_attention(q, k, v, _parts_of(row), scale)
+            return block_attention(q, k, v, parts_of(row), scale)
         return (_CPUAttention.apply if _has_cpu_kernel() else _masked_attention)(q, k, v, row, scale)
     if _has_flash_kernel(q):
         return _variable_length_attention(q, k, v, row, scale)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from alignment.errors import NotFinite, require
-from alignment.reference.base import Reference, comparison_tolerance
+from alignment.reference.base import Reference, agreement_limit
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.logps import in_passes, join_scores, score_tokens
@@ -133,12 +133,13 @@ class CachedReference(Reference):
         self._summary["spot_checks"] += len(picks)
         self._summary["spot_check_max_diff"] = float(difference.max())
         # The mean over all checks: in 16 bits, a single token of a short completion may be off by more.
-        if not difference.mean() <= comparison_tolerance(self._model, len(difference)):
+        mean = float(difference.mean())
+        if not mean <= agreement_limit(self._model, groups, mean, len(difference), self._layout):
             log.warning(
                 "Stored reference log-probs of %s differ from fresh ones by %.3g nats per token; they are dropped and "
                 "computed again.",
                 self.identity[:12],
-                difference.mean(),
+                mean,
             )
             return False
         return True

@@ -18,6 +18,15 @@ from alignment.types import Group
 
 log = logging.getLogger(__name__)
 
+_PRECISE_FLOOR, _FLOOR, _CEILING = (1e-5, 1e-3), (0.1, 0.35), (0.25, 0.6)
+"""Differences of log-probs, in nats per token, and of the gradient, as a share of its norm.
+
+Up to the floor (of 32 bits, of 16 bits) both layouts count as equal. Beyond it they may differ by three times what
+another shape of the flat batches changes, but never by more than the ceiling. A real model of 135M parameters in
+bfloat16 differs by 0.07 and 0.03, packed in NF4 by 0.06 and 0.26. Wrong layouts differ by more: positions that go on
+from one completion to the next by 0.47 and 0.92, completions that see each other by 1.4 and 0.90, a causal mask that is
+aligned at the start by 2.0 and 4.8.
+"""
 _SHORT_WINDOW = 6
 """Replaces a model's sliding window in the comparison, so that a few tokens already reach beyond it."""
 
@@ -59,6 +68,9 @@ def _why_not(model: nn.Module, base: Any, flat: FlatLayout, device: torch.device
                 reason = _difference(model, groups, expected_values, base.dtype, device)
             except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 reason = f"its architecture cannot do it ({' '.join(str(error).split())[:200]})"
+                if device.type == "cuda" and not isinstance(error, NotImplementedError):
+                    # A GPU's launch error hides here just as well, and costs a third of the speed.
+                    log.warning("Sharing prompts failed on the GPU with %s.", type(error).__name__, exc_info=error)
         if reason is not None:
             return reason
     return None
@@ -72,19 +84,31 @@ def _difference(
     device: torch.device,
 ) -> str | None:
     precise = dtype in (torch.float32, torch.float64)
-    values, gradient = expected
-    found, found_gradient = _scores_and_gradient(model, groups, SharedLayout(), device)
-    difference = (found - values).abs().mean().item()
-    relative = ((found_gradient - gradient).norm() / gradient.norm().clamp_min(1e-30)).item()
-    if not (difference <= (1e-5 if precise else 3e-2) and relative <= (1e-3 if precise else 0.1)):
+    found = _scores_and_gradient(model, groups, SharedLayout(), device)
+    differences, limits = _distance(found, expected), _PRECISE_FLOOR if precise else _FLOOR
+    if not _within(differences, limits):
+        noise = _distance(_scores_and_gradient(model, groups, FlatLayout(), device, tokens_per_batch=1), expected)
+        limits = tuple(min(most, max(least, 3 * n)) for least, n, most in zip(limits, noise, _CEILING, strict=True))  # type: ignore[assignment]
+    if not _within(differences, limits):
         return (
-            f"with shared prompts its log-probs differ by {difference:.2g} nats per token and its gradient by "
-            f"{relative:.2g} of its norm"
+            f"with shared prompts its log-probs differ by {differences[0]:.2g} nats per token and its gradient by "
+            f"{differences[1]:.2g} of its norm"
         )
-    leak = _leak(model, groups, found, device)
+    leak = _leak(model, groups, found[0], device)
     if not leak <= (1e-6 if precise else 5e-3):
         return f"its completions see each other (log-probs change by {leak:.2g} nats per token)"
     return None
+
+
+def _distance(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Mean difference of the log-probs, and difference of the gradients as a share of the expected one's norm."""
+    (values, gradient), (expected_values, expected_gradient) = found, expected
+    norm = expected_gradient.norm().clamp_min(1e-30)
+    return (values - expected_values).abs().mean().item(), ((gradient - expected_gradient).norm() / norm).item()
+
+
+def _within(differences: tuple[float, float], limits: tuple[float, float]) -> bool:
+    return all(found <= limit for found, limit in zip(differences, limits, strict=True))
 
 
 def _probe(vocabulary: int) -> list[Group]:
@@ -97,13 +121,13 @@ def _probe(vocabulary: int) -> list[Group]:
 
 
 def _scores_and_gradient(
-    model: nn.Module, groups: Sequence[Group], layout: BatchLayout, device: torch.device
+    model: nn.Module, groups: Sequence[Group], layout: BatchLayout, device: torch.device, tokens_per_batch: int = 10_000
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of all completions, and the gradient of a few trainable tensors close to the input."""
     parameters = [p for p in model.parameters() if p.requires_grad][:4]
     total = torch.zeros((), device=device)
     scored = []
-    for batch in layout.batches(groups, 10_000):
+    for batch in layout.batches(groups, tokens_per_batch):
         logps = score(model, batch := batch.to(device))
         # Weights that belong to the tokens, so that the order of the sequences does not matter.
         total = total + (logps.values * torch.cos(batch.targets.to(logps.values))).sum()

@@ -10,7 +10,7 @@ import torch
 
 from alignment.errors import UserError
 from alignment.losses import LossInputs, Quantity
-from alignment.reference.base import comparison_tolerance
+from alignment.reference.base import agreement_limit
 from alignment.training.objective import weighted
 from alignment.training.trainer import PreferenceTrainer
 from alignment.types import Group, RaggedLogps
@@ -53,11 +53,12 @@ def check_start(trainer: PreferenceTrainer, groups: Sequence[Group]) -> dict[str
 
     # Is the reference the policy that training starts from?
     difference = (found.inputs.policy.values.double() - exact.policy.values).abs()
-    tolerance = comparison_tolerance(trainer.model, len(difference))
-    if not difference.mean().item() <= tolerance:
+    mean = difference.mean().item()
+    tolerance = agreement_limit(trainer.model, groups, mean, len(difference), trainer.layout)
+    if not mean <= tolerance:
         raise UserError(
             f"The reference of loss {loss.name} is not the policy that this stage starts from: their log-probs differ "
-            f"by {difference.mean():.3g} nats per token on the first step (up to {tolerance:g} is rounding)."
+            f"by {mean:.3g} nats per token on the first step (up to {tolerance:g} is rounding)."
         )
 
     # Does the loss start where its formula says? In float64 on equal log-probs it must be exact. What the model

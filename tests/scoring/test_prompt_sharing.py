@@ -1,5 +1,6 @@
 """Shared prompts: the same log-probs and gradients as one row per completion, or the flat layout."""
 
+import inspect
 import logging
 import math
 
@@ -178,9 +179,9 @@ def inputs(row):
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def by_loops(q, k, v, query_ends, key_ends, most_queries, most_keys, *, scale, window_size, enable_gqa):
+def by_loops(q, k, v, query_ends, key_ends, most_queries, most_keys, *, scale, window_size):
     """What a kernel for variable lengths computes: each sequence alone, causal, aligned at the end."""
-    assert window_size == (-1, 0) and enable_gqa
+    assert window_size == (-1, 0)
     results = []
     for i in range(len(query_ends) - 1):
         queries, keys, values = (
@@ -197,6 +198,7 @@ def by_loops(q, k, v, query_ends, key_ends, most_queries, most_keys, *, scale, w
 @pytest.mark.parametrize("route", ["cpu", "blocks", "small blocks", "masked", "window", "variable lengths"])
 def test_every_route_equals_a_dense_mask(route, monkeypatch):
     monkeypatch.setattr(alignment.kernels.attention, "varlen_attn", by_loops)
+    monkeypatch.setattr(alignment.kernels.attention, "_VARLEN_ARGUMENTS", set(inspect.signature(by_loops).parameters))
     window = 3 if route == "window" else None
     q, k, v = inputs(ROW)
     mask = dense_mask(ROW, window)
