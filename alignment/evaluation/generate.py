@@ -51,7 +51,7 @@ def sample(
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # its default: every GPU it sees
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]

@@ -52,7 +52,8 @@ def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) ->
         use_rslora=config.rslora,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # its default: every GPU it sees
         torch.manual_seed(seed)  # the same adapter whatever was drawn before, in a resumed run too
         try:
             adapted = get_peft_model(model, lora)

@@ -146,7 +146,9 @@ def in_passes(
         for batch in layout.batches(rest, tokens_per_batch, prompts):
             try:
                 scores = run(batch.to(device)).to("cpu")
-            except torch.cuda.OutOfMemoryError:
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
                 break
             indices = tuple(left[index] for index in batch.indices)
             done.update(indices)
@@ -161,6 +163,14 @@ def in_passes(
                     "smaller model or quantization=nf4."
                 )
             tokens_per_batch = smaller
+
+
+_OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU ran out of memory: torch's own allocator says so, or a library that takes memory beside it."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
 def positions(batch: MicroBatch) -> int:

@@ -76,7 +76,7 @@ def training_arguments(
     **extra: Any,
 ) -> Arguments:
     """Arguments of one stage of exactly `num_steps` optimizer steps."""
-    return kind(
+    arguments = kind(
         output_dir=str(folder),
         max_steps=num_steps,
         learning_rate=optim.lr,
@@ -101,6 +101,11 @@ def training_arguments(
         fp16=False,
         **extra,
     )
+    if arguments.n_gpu > 1:
+        # Without a launcher one process sees several GPUs. The Trainer would split its inputs among them by their
+        # first dimension (DataParallel), which a row of shared prompts does not have; TRL refuses to start.
+        arguments._n_gpu = 1
+    return arguments
 
 
 class RecordCallback(TrainerCallback):

@@ -26,7 +26,7 @@ from alignment.policy.adapter import check_adapter_gradients
 from alignment.policy.layers import checkpoint_layers, decoder_layers
 from alignment.reference.base import Reference
 from alignment.scoring.layout import BatchLayout
-from alignment.scoring.logps import largest_group, smaller_budget
+from alignment.scoring.logps import largest_group, ran_out_of_memory, smaller_budget
 from alignment.training.metrics import Means, held_out_rows, preference_metrics
 from alignment.training.objective import Evaluation, Objective, Processes, evaluated, step_seeds, step_totals
 from alignment.training.sampler import StepSampler
@@ -146,7 +146,9 @@ class PreferenceTrainer(StageTrainer):
         try:
             with self.accelerator.no_sync(model):  # the processes may differ in their number of passes
                 self._add_gradients(model, groups, step)
-        except torch.cuda.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             if self.accelerator.num_processes > 1:  # starting again here would leave the others waiting
                 raise UserError(
                     "A GPU ran out of memory: lower trainer.tokens_per_batch, or set trainer.checkpoint_every=1."

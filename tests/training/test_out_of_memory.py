@@ -21,7 +21,15 @@ from tests.helpers.steps import make_loss, make_trainer, step_gradient
 CPU = torch.device("cpu")
 
 
-def fail_in_passes(model, numbers, graded=True):
+OUT_OF_MEMORY = (
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."),
+)
+"""As torch's allocator, cuBLAS and the driver say it."""
+
+
+def fail_in_passes(model, numbers, graded=True, error=OUT_OF_MEMORY[0]):
     """Let a GPU's memory run out in passes of these numbers, counted from 0 over those with (or without) gradient."""
     base = model.get_base_model()
     forward, passes = base.forward, iter(range(10**6))
@@ -29,7 +37,7 @@ def fail_in_passes(model, numbers, graded=True):
     def failing(*args, **kwargs):
         result = forward(*args, **kwargs)
         if torch.is_grad_enabled() == graded and next(passes) in numbers:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return result
 
     base.forward = failing
@@ -66,6 +74,26 @@ def test_a_step_that_ran_out_of_memory_is_that_of_the_smaller_budget(loss, faili
     assert len(list(other.layout.batches(other.groups, budget))) < len(
         list(other.layout.batches(other.groups, trainer.tokens_per_batch))
     )
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "cublas", "driver"])
+def test_whoever_lacks_the_memory(error, tmp_path):
+    """In a step and in a reference pass."""
+    model, groups = tiny_policy(trained=True), random_groups(8, seed=3)
+    trainer = make_trainer(model, groups, make_loss("dpo"), tmp_path, 130)
+    fail_in_passes(model, (1,), error=error)
+    step_gradient(trainer, groups)
+    assert trainer.tokens_per_batch < 130
+    fail_in_passes(model, (1,), graded=False, error=error)
+    assert len(list(score_groups(model, groups, FlatLayout(), 130, CPU))) > len(list(FlatLayout().batches(groups, 130)))
+
+
+def test_another_error_of_a_gpu_is_no_lack_of_memory(tmp_path):
+    model, groups = tiny_policy(), random_groups(4)
+    trainer = make_trainer(model, groups, make_loss("dpo"), tmp_path, 130)
+    fail_in_passes(model, (0,), error=RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        step_gradient(trainer, groups)
 
 
 def test_at_last_every_layer_is_checkpointed_and_then_it_ends(tmp_path, caplog):
