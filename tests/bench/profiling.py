@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -69,7 +70,9 @@ def profile_step(model: Any, step: Callable[[], object], trace: Path | None = No
     Returns:
         {"seconds": self time of all operators, on the GPU where there is one,
          "shares": kind of work -> its share of that,
-         "operators": [[name, calls, share], ...] of the 15 that take longest}.
+         "operators": [[name, calls, share], ...] of the 15 that take longest,
+         "wall": seconds of the step under the profiler,
+         "kernels": [[name, calls, milliseconds], ...] of the 40 GPU kernels that take longest}.
     """
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -77,15 +80,23 @@ def profile_step(model: Any, step: Callable[[], object], trace: Path | None = No
         _marked(model, _FORWARD, stack)
         _marked(model.get_decoder(), _DECODER, stack)
         with profile(activities=activities) as found:
+            started = perf_counter()
             step()
+            if cuda:
+                torch.cuda.synchronize()
+            wall = perf_counter() - started
     if trace is not None:
         found.export_chrome_trace(str(trace))
     time: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
+    kernels: dict[str, list[float]] = {}
     for event in found.events():
-        if event.device_type != DeviceType.CPU:
-            continue  # a kernel: its time stands at the operator that launched it too
+        if event.device_type != DeviceType.CPU:  # a kernel: its time stands at the operator that launched it too
+            count = kernels.setdefault(event.name[:150], [0, 0.0])
+            count[0] += 1
+            count[1] += event.device_time / 1e3
+            continue
         own = event.self_device_time_total if cuda else event.self_cpu_time_total
         time[event.name] += own
         calls[event.name] += 1
@@ -95,4 +106,6 @@ def profile_step(model: Any, step: Callable[[], object], trace: Path | None = No
         "seconds": total / 1e6,
         "shares": {kind: own / total for kind, own in kinds.most_common()},
         "operators": [[name, calls[name], own / total] for name, own in time.most_common(15)],
+        "wall": wall,
+        "kernels": [[name, *count] for name, count in sorted(kernels.items(), key=lambda item: -item[1][1])[:40]],
     }

@@ -49,7 +49,7 @@ def dpo_trainer(
             max_length=None,  # nothing is left to cut
             beta=job.beta,
             precompute_ref_log_probs=job.run == "trl_precomputed",
-            gradient_checkpointing=False,
+            gradient_checkpointing=job.run == "trl_checkpointed",
             train_sampling_strategy="sequential",
             optim="adamw_torch_fused",
             learning_rate=job.lr,

@@ -1,0 +1,118 @@
+"""Speed and memory of DPO on an NF4 Qwen3 with random weights, ours against TRL's: `python -m tests.gpu.speed`.
+
+prepare SIZE            makes the model, one adapter for both sides and the pairs
+measure SIZE RUN        one run, alone in its process
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignment.config.schema import AdapterConfig, Device, Dtype, QuantizationConfig
+from alignment.policy.adapter import attach_adapter
+from alignment.policy.load import load_base, load_tokenizer, resolve_device
+from alignment.policy.tiny_model import write_tiny_model
+from tests.bench import one_run
+from tests.bench.job import QWEN3_SIZES, Job
+from tests.gpu.check import work_folder
+from tests.gpu.lines import is_dry, note, out_folder
+
+QWEN3_SIZES["tiny"] = (64, 128, 2, 16, True)
+STEPS = {"tiny": (2, 3), "1.7B": (16, 9), "8B": (4, 8)}
+"""Pairs of a step, and steps; the first is a warm-up."""
+ADAPTER = AdapterConfig(r=32, alpha=64, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
+
+
+def pairs_of(size: str) -> list[list[list[int]]]:
+    """Random tokens in lengths like UltraFeedback's: prompts around 150, answers around 270, cut at 512."""
+    rng = np.random.default_rng(0)
+    per_step, steps = STEPS[size]
+
+    def tokens(middle: float) -> list[int]:
+        length = int(np.clip(rng.lognormal(np.log(middle), 0.6), 16, 512))
+        return rng.integers(0, 151_000, 12 if is_dry() else length).tolist()
+
+    return [[tokens(150), tokens(270), tokens(270)] for _ in range(per_step * steps)]
+
+
+def folder_of(size: str) -> Path:
+    """Where the model of that size lies."""
+    return work_folder(out_folder()) / size
+
+
+def job_of(size: str, run: str) -> Job:
+    """The run on what `prepare` made."""
+    folder = folder_of(size)
+    return Job(
+        run=run, model=(folder / "source").read_text(), adapter=str(folder / "adapter"),
+        pairs=str(folder / "pairs.json"), pairs_per_step=STEPS[size][0], nf4=True, cache=str(folder / "cache"),
+        beta=0.1, lr=1e-4, tokens_per_batch=None, profile=run == "ours_warm",
+    )  # fmt: skip
+
+
+def prepare(size: str) -> None:
+    """Write the model, the adapter and the pairs."""
+    out, folder, device = out_folder(), folder_of(size), resolve_device(Device.auto)
+    write_tiny_model(folder / "tokenizer")
+    tokenizer = load_tokenizer(one_run.model_config(str(folder / "tokenizer")), str(folder / "tokenizer"))
+    started = time.monotonic()
+    source = one_run.random_qwen3(size, tokenizer, folder, device)
+    made = time.monotonic() - started
+    quantization = QuantizationConfig(double=True, compute_dtype=Dtype.auto)
+    base = load_base(one_run.model_config(source), quantization, source, device)
+    attached: Any = attach_adapter(base, ADAPTER, 0)
+    attached.save_pretrained(str(folder / "adapter"))
+    (folder / "pairs.json").write_text(json.dumps(pairs_of(size)))
+    (folder / "source").write_text(source)
+    gib = torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else None
+    note(out, "prepare", size=size, made=made, loaded=time.monotonic() - started - made, weights_gib=gib)
+
+
+def measure(size: str, run: str) -> None:
+    """One run: tokens a second, as 2 P + C + R of every pair, and the peak of memory."""
+    out, job = out_folder(), job_of(size, run)
+    cache = Path(job.cache)
+    if run == "ours_cold":
+        shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir(exist_ok=True)
+    per_step, _ = STEPS[size]
+    lengths = [2 * len(p) + len(c) + len(r) for p, c, r in json.loads(Path(job.pairs).read_text())]
+    oom = None
+    try:
+        result = one_run.run(job)
+    except torch.cuda.OutOfMemoryError as error:
+        oom = " ".join(str(error).split())[:200]
+    if oom:
+        note(out, "measure", size=size, run=run, out_of_memory=oom)
+        return
+    seconds = result["seconds"]["wall"][1:]
+    counted = sum(lengths[per_step:])
+    reference = result["reference_seconds"]["wall"]
+    if profile := result.pop("profile", None):
+        note(out, "profile", size=size, **profile)
+    note(
+        out, "measure", size=size, run=run, step=statistics.median(seconds), seconds=seconds,
+        tokens_per_second=counted / sum(seconds), reference=reference,
+        # The reference pass also covers the warm-up step.
+        with_reference=counted / (sum(seconds) + reference * counted / sum(lengths)),
+        peak_gib=result["peak_bytes"] / 2**30, setup=result["setup_seconds"], losses=result["losses"],
+    )  # fmt: skip
+
+
+def main() -> None:
+    """`prepare SIZE` or `measure SIZE RUN`."""
+    what, *rest = sys.argv[1:]
+    {"prepare": prepare, "measure": measure}[what](*rest)
+
+
+if __name__ == "__main__":
+    main()
