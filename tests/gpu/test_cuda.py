@@ -215,6 +215,7 @@ def test_the_quantised_chain(tiny_model_folder, tmp_path):
     assert stage["metrics"]["train/loss"] < 0.65
     assert summary["reference"]["misses"] > 0
     shutil.copytree(tmp_path / "first" / "stages" / "sft", tmp_path / "second" / "stages" / "sft")
+    shutil.copy(tmp_path / "first" / "metrics.jsonl", tmp_path / "second")
     second = run(tmp_path / "second", "loss.beta=0.5", "trainer.max_steps=2")
     assert second["reference"]["identity"] == summary["reference"]["identity"]
     assert (second["reference"]["misses"], second["reference"]["spot_checks"]) == (0, 4)
