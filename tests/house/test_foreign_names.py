@@ -1,0 +1,121 @@
+"""What the code needs of other libraries' own names: a version that lacks one fails here, by that name.
+
+The lowest versions in pyproject.toml are true as long as this module, and with it the suite, passes with them too.
+"""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import alignment
+from alignment.training.stage_trainer import StageTrainer
+from alignment.training.trainer import PreferenceTrainer
+
+PACKAGE = Path(alignment.__file__).parent
+LIBRARIES = {
+    "accelerate", "bitsandbytes", "datasets", "huggingface_hub", "hydra", "omegaconf", "peft", "safetensors",
+    "tokenizers", "torch", "transformers", "trl",
+}  # fmt: skip
+
+
+def imported_names() -> list[str]:
+    """`module:name` of all that the package imports from the libraries, inside functions too."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in LIBRARIES:
+                found |= {f"{node.module}:{alias.name}" for alias in node.names}
+    return sorted(found)
+
+
+def test_the_imports_are_found():
+    assert {"torch.nn.attention.varlen:varlen_attn", "trl:SFTTrainer"} < set(imported_names())
+
+
+@pytest.mark.parametrize("name", imported_names())
+def test_an_imported_name_is_there(name):
+    module, attribute = name.split(":")
+    if not hasattr(importlib.import_module(module), attribute):
+        importlib.import_module(f"{module}.{attribute}")
+
+
+def parameters(function) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("trainer", [StageTrainer, PreferenceTrainer])
+def test_overridden_methods_take_what_the_trainer_passes(trainer):
+    for name, method in vars(trainer).items():
+        theirs = getattr(Trainer, name, None)
+        if not inspect.isfunction(method) or theirs is None or name == "__init__":
+            continue
+        ours = inspect.signature(method).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in ours.values()):
+            assert parameters(theirs) <= set(ours), name
+
+
+@pytest.mark.parametrize(
+    "name", ["_get_grad_norm", "_save_checkpoint", "create_scheduler", "floating_point_ops", "log", "training_step"]
+)
+def test_the_trainer_calls_what_is_overridden(name):
+    """An override that is no longer called would leave a run without its checks, and nothing would say so."""
+    assert name in vars(Trainer) and name in {**vars(StageTrainer), **vars(PreferenceTrainer)}
+    assert f"self.{name}(" in inspect.getsource(Trainer)
+
+
+def test_the_trainer_sums_the_loss_where_the_check_looks():
+    assert "self._tr_loss += " in inspect.getsource(Trainer)
+
+
+def test_arguments_of_the_trainer():
+    assert {"num_training_steps"} <= parameters(TrainingArguments.get_warmup_steps)
+
+
+def test_models_change_their_attention():
+    assert callable(PreTrainedModel._can_set_attn_implementation)
+    assert {"attn_implementation"} <= parameters(PreTrainedModel.set_attn_implementation)
+    assert isinstance(PreTrainedConfig._attn_implementation, property)
+
+
+def test_layers_run_again_through_the_function_that_is_set():
+    assert "_gradient_checkpointing_func(" in inspect.getsource(GradientCheckpointingLayer)
+
+
+def test_flash_attention_of_variable_length():
+    assert list(inspect.signature(varlen_attn).parameters)[:7] == [
+        "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k",
+    ]  # fmt: skip
+    assert {"scale", "window_size"} <= parameters(varlen_attn)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+def test_products_by_onednn():
+    assert {"default", "binary"} <= set(torch.ops.mkldnn._linear_pointwise.overloads())
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("_scaled_dot_product_flash_attention_for_cpu", {"is_causal", "scale"}),
+        ("_scaled_dot_product_flash_attention_for_cpu_backward", {"logsumexp", "is_causal", "scale"}),
+        ("_unsafe_view", {"size"}),
+    ],
+)
+def test_operations_of_torch(name, needed):
+    operation = getattr(torch.ops.aten, name).default
+    assert needed <= {argument.name for argument in operation._schema.arguments}
+
+
+def test_products_of_bitsandbytes():
+    from bitsandbytes import matmul_4bit
+    from bitsandbytes.functional import dequantize_4bit
+
+    assert {"A", "B", "quant_state", "bias"} <= parameters(matmul_4bit)
+    assert {"A", "quant_state"} <= parameters(dequantize_4bit)
