@@ -12,6 +12,17 @@ import torch
 from torch import Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on that device, without making the host wait for a GPU.
+
+    A copy from ordinary memory starts only when the GPU has done everything that it was given before, and the host
+    waits for it. A copy from pinned memory queues up like all other work, and torch keeps the memory until it is made.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda" and tensor.numel():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def rows_from_pairs(num_pairs: int) -> list[int]:
     """Which sequence of the pairs each row is, where pairs become rows: all chosen ones, then all rejected ones.
 
@@ -118,7 +129,7 @@ class RaggedLogps:
         """Join S one-dimensional tensors; gradients flow through."""
         lengths = torch.tensor([0, *(len(s) for s in sequences)], dtype=torch.int64)
         values = torch.cat(list(sequences)) if sequences else torch.zeros(0)
-        return cls(values, lengths.cumsum(0).to(values.device))
+        return cls(values, to_device(lengths.cumsum(0), values.device))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -150,4 +161,4 @@ class RaggedLogps:
 
     def to(self, device: torch.device | str) -> RaggedLogps:
         """The same log-probs on that device."""
-        return RaggedLogps(self.values.to(device), self.offsets.to(device))
+        return RaggedLogps(to_device(self.values, device), to_device(self.offsets, device))

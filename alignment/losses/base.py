@@ -103,7 +103,7 @@ class LossInputs:
         if self.sizes is None:
             preferred[0::2] = True
         else:
-            preferred[self.sizes.cumsum(0) - self.sizes] = True
+            preferred.index_fill_(0, self.sizes.cumsum(0) - self.sizes, True)
         return preferred
 
     def step_totals(self) -> StepTotals:

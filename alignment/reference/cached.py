@@ -145,7 +145,7 @@ class CachedReference(Reference):
         return True
 
     def _score(self, groups: Sequence[Group]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """(rows, tokens) of each pass, in the order of the rows that are stored."""
+        """(rows, tokens) of each pass on the CPU, in the order of the rows that are stored."""
         passes = in_passes(
             lambda batch: score_tokens(self._model, batch, self._quantities),
             groups,
@@ -154,7 +154,7 @@ class CachedReference(Reference):
             self._device,
         )
         for batch, scores in passes:
-            yield batch, torch.stack([scores.logps, *scores.by_quantity().values()])
+            yield batch, torch.stack([scores.logps, *scores.by_quantity().values()]).to("cpu")
 
     def _compute(self, missing: dict[bytes, Group]) -> None:
         if not missing:

@@ -15,7 +15,7 @@ from alignment.reference.frozen import FrozenPolicy
 from alignment.scoring.head import OtherModel
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.logps import hidden_states, in_passes, join_scores, score_groups, score_tokens
-from alignment.types import Group, Quantity, RaggedLogps
+from alignment.types import Group, Quantity, RaggedLogps, to_device
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,10 @@ class LiveReference(Reference):
                 self._tokens_per_batch,
                 self._device,
             )
-            scored = [(batch, RaggedLogps(scores[Quantity.entropy], batch.offsets)) for batch, scores in passes]
+            scored = [
+                (batch, RaggedLogps(scores[Quantity.entropy], to_device(batch.offsets, self._device)))
+                for batch, scores in passes
+            ]
         return join_scores(groups, scored)
 
     def other_model(self, batch: MicroBatch) -> OtherModel:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alignment.kernels.attention import PromptSpan, SharedRow, position_ids
-from alignment.types import Group
+from alignment.types import Group, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,11 @@ class MicroBatch:
         """The same batch with its tensors on that device."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            score_positions=self.score_positions.to(device),
-            targets=self.targets.to(device),
-            offsets=self.offsets.to(device),
-            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+            input_ids=to_device(self.input_ids, device),
+            score_positions=to_device(self.score_positions, device),
+            targets=to_device(self.targets, device),
+            offsets=to_device(self.offsets, device),
+            position_ids=None if self.position_ids is None else to_device(self.position_ids, device),
         )
 
 

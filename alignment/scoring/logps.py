@@ -21,7 +21,7 @@ from alignment.scoring.head import LogitTransform, OtherModel, score_hidden
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.token_plan import TokenPlan
 from alignment.scoring.token_scores import TokenScores
-from alignment.types import Group, Quantity, RaggedLogps
+from alignment.types import Group, Quantity, RaggedLogps, to_device
 
 log = logging.getLogger(__name__)
 
@@ -114,13 +114,13 @@ def score(model: nn.Module, batch: MicroBatch) -> RaggedLogps:
 def score_groups(
     model: nn.Module, groups: Sequence[Group], layout: BatchLayout, tokens_per_batch: int, device: torch.device
 ) -> Iterator[tuple[MicroBatch, RaggedLogps]]:
-    """Score many groups without gradient, micro-batch by micro-batch, results on the CPU.
+    """Score many groups without gradient, micro-batch by micro-batch, results on the device.
 
     Raises:
         UserError: not even one group at a time fits.
     """
     for batch, scores in in_passes(lambda b: score_tokens(model, b), groups, layout, tokens_per_batch, device):
-        yield batch, RaggedLogps(scores.logps, batch.offsets)
+        yield batch, RaggedLogps(scores.logps, to_device(batch.offsets, device))
 
 
 @torch.no_grad()
@@ -132,9 +132,10 @@ def in_passes(
     device: torch.device,
     prompts: bool = False,
 ) -> Iterator[tuple[MicroBatch, TokenScores]]:
-    """Scores of many groups, micro-batch by micro-batch, without gradient, on the CPU.
+    """Scores of many groups, micro-batch by micro-batch, without gradient.
 
-    If a GPU runs out of memory, the remaining groups run with half the budget.
+    The scores are on the device: the next pass may start before they are known. The batches are on the CPU. If a GPU
+    runs out of memory, the remaining groups run with half the budget.
 
     Raises:
         UserError: not even one group at a time fits.
@@ -145,7 +146,7 @@ def in_passes(
         done: set[int] = set()
         for batch in layout.batches(rest, tokens_per_batch, prompts):
             try:
-                scores = run(batch.to(device)).to("cpu")
+                scores = run(batch.to(device))
             except RuntimeError as error:
                 if not ran_out_of_memory(error):
                     raise
@@ -202,7 +203,7 @@ def join_scores(groups: Sequence[Group], scored: Sequence[tuple[MicroBatch, Ragg
     plan = TokenPlan.of(groups)
     values = scored[0][1].values.new_empty(plan.num_tokens) if scored else torch.zeros(0)
     for batch, logps in scored:
-        values[plan.columns(batch.indices).to(values.device)] = logps.values
+        values[to_device(plan.columns(batch.indices), values.device)] = logps.values
     return plan.policy(values)
 
 

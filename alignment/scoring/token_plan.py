@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignment.types import Group, RaggedLogps
+from alignment.types import Group, RaggedLogps, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +53,14 @@ class TokenPlan:
 
     def policy(self, values: Tensor) -> RaggedLogps:
         """The completions' part of (tokens,) values."""
-        offsets = self.offsets.to(values.device)
-        return RaggedLogps(values[: int(self.offsets[-1])], offsets)
+        return RaggedLogps(values[: int(self.offsets[-1])], to_device(self.offsets, values.device))
 
     def prompts(self, values: Tensor) -> RaggedLogps | None:
         """The prompts' part of (tokens,) values."""
         if self.prompt_offsets is None:
             return None
         start = self.offsets[-1]
-        return RaggedLogps(values[int(start) :], (self.prompt_offsets - start).to(values.device))
+        return RaggedLogps(values[int(start) :], to_device(self.prompt_offsets - start, values.device))
 
 
 def _offsets(lengths: Iterable[int]) -> Tensor:

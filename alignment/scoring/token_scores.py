@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from alignment.types import Quantity
+from alignment.types import Quantity, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class TokenScores:
 
     def to(self, device: torch.device | str) -> TokenScores:
         """The same scores on that device."""
-        return replace(self, values=self.values.to(device))
+        return replace(self, values=to_device(self.values, device))
 
     def _row(self, quantity: Quantity) -> int:
         return 1 + _ordered(self.quantities).index(quantity)

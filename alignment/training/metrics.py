@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,58 @@ from torch import Tensor
 
 from alignment.losses import LossInputs, LossOutput
 from alignment.losses.lists import better_pairs, table
-from alignment.types import Group
+from alignment.types import Group, RaggedLogps
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What `preference_metrics` reads of a pass: tensors without gradient, still on the device, of any shape."""
+
+    tensors: dict[str, Tensor]
+    parts: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, inputs: LossInputs, output: LossOutput) -> Observed:
+        """Of a pass that was just made; looks at no value, so the host need not wait for a GPU."""
+        found = {
+            "policy": inputs.policy.values.detach(),
+            "offsets": inputs.policy.offsets,
+            "reference": None if inputs.reference is None else inputs.reference.values,
+            "labels": inputs.labels,
+            "sizes": inputs.sizes,
+            "scores": inputs.scores,
+            "losses": output.losses.detach(),
+            "rewards": output.rewards.detach(),
+        }
+        return cls({name: tensor for name, tensor in found.items() if tensor is not None}, output.parts)
+
+
+def read(passes: Sequence[Observed]) -> Iterator[tuple[LossInputs, LossOutput]]:
+    """The inputs and outputs of these passes on the CPU, with one copy for all of them."""
+    copied = iter(_on_cpu([x for seen in passes for x in (*seen.tensors.values(), *seen.parts.values())]))
+    for seen in passes:
+        found = {name: next(copied) for name in seen.tensors}
+        offsets = found["offsets"]
+        reference = RaggedLogps(found["reference"], offsets) if "reference" in found else None
+        yield (
+            LossInputs(
+                RaggedLogps(found["policy"], offsets),
+                reference,
+                found.get("labels"),
+                sizes=found.get("sizes"),
+                scores=found.get("scores"),
+            ),
+            LossOutput(found["losses"], found["rewards"], {name: next(copied) for name in seen.parts}),
+        )
+
+
+def _on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on the CPU. They travel as float64, which holds float32, booleans and counts exactly."""
+    if not tensors:
+        return []
+    joined = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu()
+    pieces = joined.split([tensor.numel() for tensor in tensors])
+    return [piece.to(x.dtype).reshape(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
 
 
 class Means:

@@ -19,7 +19,7 @@ from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.logps import in_passes, score_tokens
 from alignment.scoring.token_plan import TokenPlan
 from alignment.scoring.token_scores import TokenScores
-from alignment.types import Group
+from alignment.types import Group, to_device
 
 
 def mismatched_groups(loss: Loss, groups: Sequence[Group]) -> list[Group]:
@@ -109,7 +109,7 @@ def weighted(groups: Sequence[Group], losses: Tensor) -> Tensor:
     """(items,) the losses, each times its group's weight from the data."""
     if all(group.weight == 1.0 for group in groups):
         return losses
-    return losses * losses.new_tensor([group.weight for group in groups])
+    return losses * to_device(torch.tensor([group.weight for group in groups], dtype=losses.dtype), losses.device)
 
 
 class PassRunner:
@@ -182,11 +182,11 @@ class Objective:
         whole: TokenScores | None = None
         for batch, part in in_passes(run, mine, self._layout, tokens_per_batch, self._device, prompts):
             if whole is None:
-                values = torch.zeros(len(part.values), plan.num_tokens, dtype=part.values.dtype)
-                whole = TokenScores(values, part.quantities)
-            whole.values[:, plan.columns([own[i] for i in batch.indices])] = part.values
+                whole = TokenScores(part.values.new_zeros(len(part.values), plan.num_tokens), part.quantities)
+            columns = plan.columns([own[i] for i in batch.indices])
+            whole.values[:, to_device(columns, part.values.device)] = part.values
         assert whole is not None, "every process has at least one group"
-        return replace(whole, values=self._processes.sum(whole.values.to(self._device)))
+        return replace(whole, values=self._processes.sum(whole.values))
 
     def scores_at_reference(self, groups: Sequence[Group]) -> TokenScores | None:
         """What `collect` gives where the policy equals its reference; None where only a pass can tell."""
@@ -224,7 +224,7 @@ class Objective:
             quantities=quantities,
             state=self.state,
             totals=totals,
-            seeds=None if seeds is None else seeds.to(device),
+            seeds=None if seeds is None else to_device(seeds, device),
         )
 
     def evaluate(self, groups: Sequence[Group], inputs: LossInputs, step_statistics: Tensor | None) -> Evaluation:
@@ -258,15 +258,15 @@ class Objective:
 
 
 def _labels(groups: Sequence[Group], device: torch.device) -> Tensor:
-    return torch.tensor([label for group in groups for label in group.labels or ()], device=device)
+    return to_device(torch.tensor([label for group in groups for label in group.labels or ()]), device)
 
 
 def _sizes(groups: Sequence[Group], device: torch.device) -> Tensor:
-    return torch.tensor([len(group.completions) for group in groups], device=device)
+    return to_device(torch.tensor([len(group.completions) for group in groups]), device)
 
 
 def _scores(groups: Sequence[Group], device: torch.device) -> Tensor | None:
     if all(group.scores is None for group in groups):
         return None
     scores = [s for group in groups for s in group.scores or (math.nan,) * len(group.completions)]
-    return torch.tensor(scores, dtype=torch.float64, device=device)
+    return to_device(torch.tensor(scores, dtype=torch.float64), device)

@@ -27,11 +27,11 @@ from alignment.policy.layers import checkpoint_layers, decoder_layers
 from alignment.reference.base import Reference
 from alignment.scoring.layout import BatchLayout
 from alignment.scoring.logps import largest_group, ran_out_of_memory, smaller_budget
-from alignment.training.metrics import Means, held_out_rows, preference_metrics
+from alignment.training.metrics import Means, Observed, held_out_rows, preference_metrics, read
 from alignment.training.objective import Evaluation, Objective, Processes, evaluated, step_seeds, step_totals
 from alignment.training.sampler import StepSampler
 from alignment.training.stage_trainer import StageTrainer
-from alignment.types import Group, pairs_from_rows
+from alignment.types import Group, pairs_from_rows, to_device
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,11 @@ _STATE = "preference_state.json"
 
 @dataclass(slots=True)
 class _StepProgress:
-    """What a running step has accumulated: its loss, its tokens, the metrics of each pass, the loss's new state."""
+    """What a running step has accumulated: its loss, its tokens, what each pass gave, the loss's new state."""
 
     loss: Tensor
     num_tokens: int = 0
-    metrics: list[dict[str, Tensor]] = field(default_factory=list)
+    observed: list[Observed] = field(default_factory=list)
     state: dict[str, float] = field(default_factory=dict)
 
 
@@ -127,8 +127,8 @@ class PreferenceTrainer(StageTrainer):
         self._step_groups = groups
         while (step := self._try_step(model, groups)) is None:
             self._save_memory(model, groups)
-        for metrics in step.metrics:
-            self._means.add(metrics)
+        for inputs_and_output in read(step.observed):  # at the step's end: each look makes the host wait for a GPU
+            self._means.add(preference_metrics(*inputs_and_output))
         self.objective.state = step.state
         self.num_tokens += step.num_tokens
         if not self._gradients_checked:
@@ -178,7 +178,7 @@ class PreferenceTrainer(StageTrainer):
             step.num_tokens += batch.num_tokens
             step.loss += 0 * scores.values.detach().sum().float()  # nan where a log-prob is not finite
             if derivative is not None:
-                columns = plan.columns(indices).to(derivative.device)
+                columns = to_device(plan.columns(indices), derivative.device)
                 self.accelerator.backward((scores.values * derivative[:, columns]).sum())
                 continue
             members = [groups[i] for i in indices]
@@ -187,7 +187,7 @@ class PreferenceTrainer(StageTrainer):
             loss = part.share_of(len(groups))
             self.accelerator.backward(loss)
             step.loss += loss.detach().float()
-            step.metrics.append(preference_metrics(part.inputs, part.output))
+            step.observed.append(Observed.of(part.inputs, part.output))
             if objective.needs.whole_step:
                 step.state = part.output.state
         objective.passes.finish()
@@ -207,7 +207,7 @@ class PreferenceTrainer(StageTrainer):
         step.state = whole.output.state
         if self.accelerator.is_main_process:  # every process computes the same; count it once
             step.loss += loss.detach().float()
-            step.metrics.append(preference_metrics(whole.inputs, whole.output))
+            step.observed.append(Observed.of(whole.inputs, whole.output))
         return derivative
 
     def _sum_gradients(self, model: nn.Module) -> None:
@@ -303,7 +303,7 @@ class PreferenceTrainer(StageTrainer):
         found = objective.evaluate(evaluated_groups, inputs, objective.step_statistics(evaluated_groups, budget))
         means = Means()
         means.add({"loss": found.losses})
-        output = found.output
+        [(inputs, output)] = read([Observed.of(inputs, found.output)])
         if len(evaluated_groups) > len(groups):  # the loss took pairs as rows; the metrics are those of the pairs
             inputs, output = _paired(inputs, output)
         means.add(preference_metrics(inputs, output))

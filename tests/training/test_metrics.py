@@ -10,7 +10,7 @@ import torch
 
 from alignment.data.units import as_rows
 from alignment.losses import LossInputs, LossOutput
-from alignment.training.metrics import Means, held_out_rows, preference_metrics
+from alignment.training.metrics import Means, Observed, held_out_rows, preference_metrics, read
 from alignment.types import Group, RaggedLogps
 from tests.conftest import random_groups, tiny_policy
 from tests.helpers.commands import command, write_project
@@ -51,6 +51,30 @@ def values(metrics):
 def test_pairs_by_hand():
     found = values(preference_metrics(LossInputs(POLICY, REFERENCE), LossOutput(torch.zeros(2), REWARDS)))
     assert found == BY_HAND | {"kl/offline": [2, 1.5, -0.5, 4]}
+
+
+def test_what_passes_gave_is_read_with_one_copy_and_to_the_last_bit(monkeypatch):
+    """In every dtype: float32 log-probs, boolean labels, counts, scores that are not a number."""
+    policy, reference = (RaggedLogps(x.values.float() / 3, x.offsets) for x in (POLICY, REFERENCE))
+    policy.values.requires_grad_()
+    scores = torch.tensor([1 / 3, math.nan, 0.1, 2.0], dtype=torch.float64)
+    sizes, labels = torch.tensor([2, 2]), torch.tensor([True, False, False, True])
+    output = LossOutput(policy.sums()[:2], REWARDS.float(), parts={"nll": torch.tensor([0.1, -math.inf])})
+    given = [LossInputs(policy, reference, sizes=sizes, scores=scores), LossInputs(policy, labels=labels)]
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor) or cpu(tensor))
+    observed = [Observed.of(inputs, output) for inputs in given]
+    assert not any(tensor.requires_grad for seen in observed for tensor in seen.tensors.values()), "they keep the graph"
+    found = list(read(observed))
+    assert len(copies) == 1
+    for (inputs, out), expected in zip(found, given, strict=True):
+        assert (inputs.reference is None, inputs.sizes is None) == (expected.reference is None, expected.sizes is None)
+        theirs = preference_metrics(expected, output)
+        ours = preference_metrics(inputs, out)
+        assert ours.keys() == theirs.keys()
+        for name, column in theirs.items():
+            torch.testing.assert_close(ours[name], column, rtol=0, atol=0, equal_nan=True)
+    assert list(read([])) == []
 
 
 def test_without_a_reference_nothing_is_in_nats():
