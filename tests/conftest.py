@@ -18,6 +18,8 @@ import torch
 from alignment.types import Group
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 # The same examples in every run, and no time limit: others may share the machine.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, max_examples=60)

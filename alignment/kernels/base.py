@@ -77,6 +77,11 @@ def blocks(rows: Tensor, width: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """The rows of all blocks; one block, as on a GPU, is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def normal_values(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Reproducible normal values; the global random state does not change."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)

@@ -115,9 +115,11 @@ class Projection:
             y[rows].addmm_(self._narrow(x[rows], a.t()), b.t(), alpha=self.scaling)
         return y
 
-    def backward(self, gradient: Tensor, matrix: Tensor) -> Tensor:
-        """(rows, out) to (rows, in)."""
-        result = matmul(gradient, matrix)
+    def backward(self, gradient: Tensor, matrix: Tensor, total: Tensor | None = None) -> Tensor:
+        """(rows, out) to (rows, in); added to `total` if there is one, which may be overwritten."""
+        if total is not None and not total.is_cuda:
+            return total.add_(self.backward(gradient, matrix))
+        result = matmul(gradient, matrix) if total is None else total.addmm_(gradient, matrix)
         for rows, a, b in self._adapters(len(gradient)):
             result[rows].addmm_(self._narrow(gradient[rows], b), a, alpha=self.scaling)
         return result

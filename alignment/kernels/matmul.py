@@ -113,3 +113,21 @@ def add_matmul(summand: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if _by_onednn(left):
         return _binary_add(summand, left, right)
     return torch.addmm(summand, left, right)
+
+
+def wide_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` in fp32, on CUDA also summed in fp32 by every routine: (m, k) and (k, n) to (m, n)."""
+    if left.device.type == "cuda" and left.dtype is not torch.float32 and _has_wide_product(left.dtype, left.device):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
+
+
+@functools.cache
+def _has_wide_product(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this torch and this device multiply 16 bits into fp32."""
+    left, right = torch.eye(16, dtype=dtype, device=device), torch.full((16, 16), 3.0, dtype=dtype, device=device)
+    try:
+        found = torch.mm(left, right, out_dtype=torch.float32)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return found.dtype is torch.float32 and bool((found == 3.0).all())

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from alignment.kernels.base import blocks, probing, rows_of, shaped, subclass, without_autocast
+from alignment.kernels.base import (
+    blocks,
+    joined,
+    normal_values,
+    probing,
+    rows_of,
+    shaped,
+    subclass,
+    without_autocast,
+)
+from alignment.kernels.fused import Fused
 from alignment.kernels.linear import Projection, adapter_leaves, hooked, projection_of
 from alignment.kernels.norm import NormOutput, keep, norm_output, recall
 
@@ -21,6 +31,7 @@ from alignment.kernels.norm import NormOutput, keep, norm_output, recall
 class _Activation:
     """A function of one value and its derivative times an incoming gradient."""
 
+    name: str
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
@@ -28,22 +39,22 @@ class _Activation:
 @functools.cache
 def _activations() -> tuple[_Activation, ...]:
     """Activations whose derivative this torch has and computes rightly: the operations are private to torch."""
-    known: list[tuple[Callable[[Tensor], Tensor], str, dict[str, str]]] = [
-        (F.silu, "silu_backward", {}),
-        (functools.partial(F.gelu, approximate="tanh"), "gelu_backward", {"approximate": "tanh"}),
+    known: list[tuple[str, Callable[[Tensor], Tensor], str, dict[str, str]]] = [
+        ("silu", F.silu, "silu_backward", {}),
+        ("gelu_tanh", functools.partial(F.gelu, approximate="tanh"), "gelu_backward", {"approximate": "tanh"}),
     ]
     values = torch.linspace(-8, 8, 257, requires_grad=True)
     working = []
-    for forward, name, settings in known:
+    for name, forward, operation, settings in known:
         with probing():
             (expected,) = torch.autograd.grad(forward(values).sum(), values)
         try:
-            backward = functools.partial(getattr(torch.ops.aten, name), **settings)
+            backward = functools.partial(getattr(torch.ops.aten, operation), **settings)
             found = backward(torch.ones_like(values), values.detach())
         except (RuntimeError, AttributeError, TypeError, NotImplementedError):
             continue
         if torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
-            working.append(_Activation(forward, backward))
+            working.append(_Activation(name, forward, backward))
     return tuple(working)
 
 
@@ -55,6 +66,49 @@ def _activation_of(function: Any) -> _Activation | None:
     values = torch.linspace(-8, 8, 257)
     found = function(values)
     return next((a for a in _activations() if torch.allclose(a.forward(values), found, rtol=1e-6, atol=1e-6)), None)
+
+
+def _eager_gated(gate: Tensor, up: Tensor, activation: _Activation) -> Tensor:
+    """`activation(gate) * up`."""
+    return activation.forward(gate).mul_(up)
+
+
+def _eager_gated_backward(
+    gate: Tensor, up: Tensor, gradient: Tensor, activation: _Activation, needs_product: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """From the gradient of `activation(gate) * up` to those of gate and up, and the product itself if it is needed.
+
+    The gradient of up takes the place of the incoming one.
+    """
+    active = activation.forward(gate)
+    grad_gate = activation.backward(gradient * up, gate)
+    gradient.mul_(active)
+    return grad_gate, gradient, active.mul_(up) if needs_product else None
+
+
+def _fit(*tensors: Tensor) -> bool:
+    """Whether the kernels cover these values and gradients."""
+    return all(x.dtype is tensors[0].dtype and x.is_contiguous() for x in tensors)
+
+
+def _examples(like: Tensor) -> list[tuple[Tensor, ...]]:
+    """(gate, up, gradient) of an even and an odd size."""
+    shapes = ((9, 1536), (3, 77))
+    return [tuple(normal_values(shape, like.device, like.dtype, seed) for seed in range(3)) for shape in shapes]
+
+
+_gated = Fused(
+    _eager_gated,
+    "gated_forward",
+    fits=lambda gate, up, activation: _fit(gate, up),
+    examples=lambda gate, up, activation: [(*tensors[:2], activation) for tensors in _examples(gate)],
+)
+_gated_backward = Fused(
+    _eager_gated_backward,
+    "gated_backward",
+    fits=lambda gate, up, gradient, *options: _fit(gate, up, gradient),
+    examples=lambda gate, up, gradient, *options: [(*tensors, *options) for tensors in _examples(gate)],
+)
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -81,14 +135,14 @@ class _GatedMLP(torch.autograd.Function):
         parts, gates, ups = [], [], []
         for s in blocks(rows, gate.num_out):
             gated, upped = gate.at(s).forward(rows[s], matrices[0]), up.at(s).forward(rows[s], matrices[1])
-            active = activation.forward(gated).mul_(upped)
+            active = _gated(gated, upped, activation)
             parts.append(down.at(s).forward(active, matrices[2]))
             if keeps:
                 gates.append(gated)
                 ups.append(upped)
         first_adapters = any(ctx.needs_input_grad[i] for i in (4, 5, 7, 8))
         ctx.save_for_backward(*keep(x if first_adapters else None, norm), *weights, *gates, *ups)
-        return shaped(torch.cat(parts), x)
+        return shaped(joined(parts), x)
 
     @staticmethod
     @once_differentiable
@@ -126,17 +180,17 @@ class _GatedMLP(torch.autograd.Function):
         for s, gated, upped in zip(blocks(rows, gate.num_out), gates, ups, strict=True):
             grad = rows[s]
             gate, up, down = (p.at(s) for p in projections)
-            active = ctx.activation.forward(gated)
-            grad_up = down.backward(grad, matrices[2])
-            add(2, down, active * upped, grad)
-            grad_gate = ctx.activation.backward(grad_up * upped, gated)
-            grad_up.mul_(active)
+            grad_product = down.backward(grad, matrices[2])
+            grad_gate, grad_up, product = _gated_backward(gated, upped, grad_product, ctx.activation, trains[2])
+            if product is not None:
+                add(2, down, product, grad)
+            del product
             if kept[0] is not None:
                 block = recall(kept, ctx.form, s)
                 add(0, gate, block, grad_gate)
                 add(1, up, block, grad_up)
             if need_x:
-                grad_x.append(gate.backward(grad_gate, matrices[0]).add_(up.backward(grad_up, matrices[1])))
+                grad_x.append(up.backward(grad_up, matrices[1], gate.backward(grad_gate, matrices[0])))
 
         # The adapters' gradients, summed over the blocks
         leaves: list[Tensor | None] = []
@@ -148,8 +202,8 @@ class _GatedMLP(torch.autograd.Function):
                 else adapter_leaves((total[0], total[1]), weights[3 * i], projection.scaling)
             )
             leaves += [*pair, None]
-        joined = shaped(torch.cat(grad_x), gradient) if need_x else None
-        return joined, None, None, None, *leaves
+        total_x = shaped(joined(grad_x), gradient) if need_x else None
+        return total_x, None, None, None, *leaves
 
 
 def mlp_class(module: nn.Module) -> type | None:

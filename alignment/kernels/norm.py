@@ -13,12 +13,95 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alignment.kernels.base import all_close, blocks, normal_values, rows_of, shaped, subclass, without_autocast
+from alignment.kernels.fused import Fused
 
 _ALL = slice(None)
 
 
+def _norm_scale(weight: Tensor, dtype: torch.dtype, shifted: bool) -> Tensor:
+    return 1.0 + weight.to(dtype) if shifted else weight.to(dtype)
+
+
+def _eager_scaled(rows: Tensor, factors: Tensor, weight: Tensor, shifted: bool) -> Tensor:
+    """The norm's output from its input and its factors, in the weight's dtype and rounded as the norm does it."""
+    wide = rows * factors
+    if shifted or weight.dtype is wide.dtype:
+        return wide.mul_(_norm_scale(weight, wide.dtype, shifted)).to(weight.dtype)
+    return wide.to(weight.dtype).mul_(weight)
+
+
+def _eager_forward(rows: Tensor, weight: Tensor, eps: float, shifted: bool) -> tuple[Tensor, Tensor]:
+    """The norm's output and the factors, (rows, 1), with statistics in fp32 or better."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    result = torch.empty_like(rows)
+    factors = torch.empty(len(rows), 1, dtype=wide, device=rows.device)
+    for s in blocks(rows, rows.shape[1]):
+        block = rows[s].to(wide)
+        factors[s] = torch.rsqrt(block.square().mean(-1, keepdim=True).add_(eps))
+        result[s] = _eager_scaled(block, factors[s], weight, shifted)
+    return result, factors
+
+
+def _eager_backward(incoming: Tensor, rows: Tensor, factors: Tensor, weight: Tensor, shifted: bool) -> Tensor:
+    """The gradient of the norm's input."""
+    result = torch.empty_like(rows)
+    scale = _norm_scale(weight, factors.dtype, shifted)
+    for s in blocks(rows, rows.shape[1]):
+        block, factor = rows[s].to(factors.dtype), factors[s]
+        grad = incoming[s] * scale
+        slope = (grad * block).mean(-1, keepdim=True).mul_(factor**3)
+        result[s] = grad.mul_(factor).addcmul_(block, slope, value=-1)
+    return result
+
+
+_WIDEST = 2**15
+"""A fused norm holds whole rows in registers."""
+
+
+def _fit(*tensors: Tensor) -> bool:
+    """Whether the kernels cover these rows, weights and gradients."""
+    first = tensors[0]
+    return first.shape[1] <= _WIDEST and all(x.dtype is first.dtype and x.is_contiguous() for x in tensors)
+
+
+def _examples(weight: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(rows, factors, weight, gradient) of the weight's width and of odd ones."""
+    found = []
+    for count, width in ((37, len(weight)), (5, 77)):
+        x, gradient, scale = (
+            normal_values(shape, weight.device, weight.dtype, seed)
+            for seed, shape in enumerate([(count, width), (count, width), (width,)])
+        )
+        x[::2] *= 1e-3
+        factors = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        found.append((x, factors, scale, gradient))
+    return found
+
+
+_scaled = Fused(
+    _eager_scaled,
+    "norm_recompute",
+    fits=lambda rows, factors, weight, shifted: _fit(rows, weight) and factors.is_contiguous(),
+    examples=lambda rows, factors, weight, shifted: [(x, f, w, shifted) for x, f, w, _ in _examples(weight)],
+)
+_forward = Fused(
+    _eager_forward,
+    "norm_forward",
+    fits=lambda rows, weight, eps, shifted: _fit(rows, weight),
+    examples=lambda rows, weight, eps, shifted: [(x, w, eps, shifted) for x, _, w, _ in _examples(weight)],
+)
+_backward = Fused(
+    _eager_backward,
+    "norm_backward",
+    fits=lambda gradient, rows, factors, weight, shifted: _fit(rows, gradient, weight),
+    examples=lambda gradient, rows, factors, weight, shifted: [
+        (g, x, f, w, shifted) for x, f, w, g in _examples(weight)
+    ],
+)
+
+
 class _RMSNorm(torch.autograd.Function):
-    """Root-mean-square norm with a frozen weight, statistics in fp32 or better; keeps x and one factor per row.
+    """Root-mean-square norm with a frozen weight; keeps x and one factor per row.
 
     Returns the output and the factors, (rows, 1).
     """
@@ -26,14 +109,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, shifted: bool) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        rows = rows_of(x)
-        result = torch.empty_like(rows)
-        factors = torch.empty(len(rows), 1, dtype=wide, device=x.device)
-        for s in blocks(rows, rows.shape[1]):
-            block = rows[s].to(wide)
-            factors[s] = torch.rsqrt(block.square().mean(-1, keepdim=True).add_(eps))
-            result[s] = _scaled(block, factors[s], weight, shifted)
+        result, factors = _forward(rows_of(x), weight, eps, shifted)
         ctx.save_for_backward(x, factors, weight)
         ctx.mark_non_differentiable(factors)
         ctx.shifted = shifted
@@ -44,27 +120,7 @@ class _RMSNorm(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         x, factors, weight = ctx.saved_tensors
-        rows, incoming = rows_of(x), rows_of(gradient)
-        result = torch.empty_like(rows)
-        scale = _norm_scale(weight, factors.dtype, ctx.shifted)
-        for s in blocks(rows, rows.shape[1]):
-            block, factor = rows[s].to(factors.dtype), factors[s]
-            grad = incoming[s] * scale
-            slope = (grad * block).mean(-1, keepdim=True).mul_(factor**3)
-            result[s] = grad.mul_(factor).addcmul_(block, slope, value=-1)
-        return shaped(result, x), None, None, None
-
-
-def _norm_scale(weight: Tensor, dtype: torch.dtype, shifted: bool) -> Tensor:
-    return 1.0 + weight.to(dtype) if shifted else weight.to(dtype)
-
-
-def _scaled(rows: Tensor, factors: Tensor, weight: Tensor, shifted: bool) -> Tensor:
-    """The norm's output from its input and its factors, in the weight's dtype and rounded as the norm does it."""
-    wide = rows * factors
-    if shifted or weight.dtype is wide.dtype:
-        return wide.mul_(_norm_scale(weight, wide.dtype, shifted)).to(weight.dtype)
-    return wide.to(weight.dtype).mul_(weight)
+        return shaped(_backward(rows_of(gradient), rows_of(x), factors, weight, ctx.shifted), x), None, None, None
 
 
 @dataclass(frozen=True, slots=True)

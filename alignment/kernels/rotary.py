@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alignment.kernels.base import all_close, normal_values, subclass, without_autocast
+from alignment.kernels.fused import Fused
 
 log = logging.getLogger(__name__)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+def _eager_rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     """`x * cos + rotate_half(x) * sin`, or the transposed map."""
     half = x.shape[-1] // 2
     result = torch.empty_like(x)
@@ -31,6 +32,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
         torch.mul(x1, cos1, out=y1).addcmul_(x2, sin1, value=-1)
         torch.mul(x2, cos2, out=y2).addcmul_(x1, sin2)
     return result
+
+
+def _examples(x: Tensor, backward: bool) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
+    """Both layouts of heads, tables for each row and for all, and an odd width."""
+    found = []
+    for batch, heads, tokens, width in ((1, 3, 37, x.shape[-1]), (2, 2, 5, 14)):
+        q = normal_values((batch, tokens, heads, width), x.device, x.dtype)
+        for tables in (1, batch):
+            cos, sin = (normal_values((tables, 1, tokens, width), x.device, x.dtype, seed) for seed in (1, 2))
+            found.append((q.transpose(1, 2), cos, sin, backward))
+            found.append((q, cos.transpose(1, 2), sin.transpose(1, 2), backward))
+    return found
+
+
+_rotate = Fused(
+    _eager_rotate,
+    "rotate",
+    fits=lambda x, cos, sin, backward: x.ndim == 4 and x.dtype is cos.dtype is sin.dtype,
+    examples=lambda x, cos, sin, backward: _examples(x, backward),
+)
 
 
 class _Rotary(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from alignment.kernels.matmul import matmul
+from alignment.kernels.fused import is_fused
+from alignment.kernels.linear import hooked
+from alignment.kernels.log_probs import target_log_probs
+from alignment.kernels.matmul import matmul, wide_matmul
 from alignment.scoring.token_scores import TokenScores
 from alignment.types import Quantity
 
-LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**26}
-"""How many logits exist at one time, by device: 32 or 256 MiB in fp32. On a CPU this is small enough for the process to
+LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**27}
+"""How many logits exist at one time, by device: 32 or 512 MiB in fp32. On a CPU this is small enough for the process to
 reuse its memory, on a GPU large enough for a matrix product that fills it."""
 
 # exp of less is a denormal number in fp32: no gradient, and a hundred times slower to compute with.
@@ -112,12 +115,15 @@ class _ScoreOnce(torch.autograd.Function):
         quantities: frozenset[Quantity],
         other: OtherModel | None,
     ) -> Tensor:
-        results = []
         diverges = Quantity.divergence in quantities
         derivatives = hidden.new_empty((1 + diverges, *hidden.shape), dtype=head.weight.dtype)
-        size = _chunk_size(head, hidden.device)
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
+        ctx.quantities = quantities
+        if not quantities and _is_fused(head, hidden):
+            logps = _log_probs(head, hidden, targets, transform, derivatives[0])
+            ctx.save_for_backward(derivatives)
+            return TokenScores.stack(logps).values
+        results = []
+        for part in _chunks(head, hidden):
             logits = transform(head(hidden[part]))
             slope = transform.slope(logits)
             log_probs = torch.log_softmax(logits, dim=-1)
@@ -131,7 +137,6 @@ class _ScoreOnce(torch.autograd.Function):
             weights.scatter_add_(1, y[:, None], torch.ones_like(weights[:, :1]))
             derivatives[0, part] = _through_head(weights, slope, head)
         ctx.save_for_backward(derivatives)
-        ctx.quantities = quantities
         return torch.cat(results, dim=1)
 
     @staticmethod
@@ -143,6 +148,32 @@ class _ScoreOnce(torch.autograd.Function):
         if Quantity.divergence in ctx.quantities:
             total = total + incoming[Quantity.divergence][:, None] * derivatives[1]
         return total.to(derivatives.dtype), None, None, None, None, None
+
+
+def _is_fused(head: nn.Module, hidden: Tensor) -> bool:
+    """Whether log-probs alone come from fp32 logits by one kernel: a plain head in the dtype of the hidden states."""
+    plain = type(head) is nn.Linear and head.bias is None and not hooked(head)
+    return plain and head.weight.dtype is hidden.dtype and is_fused(hidden)
+
+
+def _log_probs(
+    head: nn.Linear, hidden: Tensor, targets: Tensor, transform: LogitTransform, derivatives: Tensor | None
+) -> Tensor:
+    """(tokens,) log-probs of the targets; fills (tokens, H), their derivatives by the hidden states, if given."""
+    weight = head.weight.detach()
+    dtype = None if derivatives is None else weight.dtype
+    results = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part in _chunks(head, hidden):
+            logits = wide_matmul(hidden[part], weight.t())
+            logps, by_logits = target_log_probs(logits, targets[part], transform.scale, transform.cap, dtype)
+            results.append(logps)
+            del logits
+            if derivatives is not None:
+                assert by_logits is not None
+                derivatives[part] = wide_matmul(by_logits, weight)
+            del by_logits
+    return torch.cat(results)
 
 
 def _through_head(weights: Tensor, slope: Tensor | float, head: nn.Linear) -> Tensor:
@@ -159,8 +190,11 @@ def _other_log_probs(other: OtherModel | None, part: slice, transform: LogitTran
         return torch.log_softmax(transform(other.head(other.hidden[part])), dim=-1)
 
 
-def _chunk_size(head: Any, device: torch.device) -> int:
-    return max(1, LOGITS_PER_CHUNK[device.type] // int(head.out_features))
+def _chunks(head: Any, hidden: Tensor) -> Iterator[slice]:
+    """Ranges of positions whose logits exist at one time."""
+    size = max(1, LOGITS_PER_CHUNK[hidden.device.type] // int(head.out_features))
+    for start in range(0, len(hidden), size):
+        yield slice(start, start + size)
 
 
 def score_hidden(
@@ -204,7 +238,7 @@ def score_hidden(
             hidden, head, targets, transform, quantities, other
         )
         return scores
+    if frozen and not quantities and _is_fused(head, hidden):
+        return TokenScores.stack(_log_probs(head, hidden, targets, transform, None)).values
     score = functools.partial(checkpoint, score_one, use_reentrant=False) if torch.is_grad_enabled() else score_one
-    size = _chunk_size(head, hidden.device)
-    parts = [slice(start, start + size) for start in range(0, len(hidden), size)]
-    return torch.cat([score(hidden[part], targets[part], part) for part in parts], dim=1)
+    return torch.cat([score(hidden[part], targets[part], part) for part in _chunks(head, hidden)], dim=1)

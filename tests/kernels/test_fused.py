@@ -1,0 +1,251 @@
+"""Fused kernels against the eager code and exact arithmetic; on a CPU by Triton's interpreter.
+
+The interpreter must be chosen before anything imports Triton, so tests/conftest.py does it.
+"""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from alignment.kernels import fused, log_probs, mlp, norm, rotary
+from alignment.scoring.head import LOGITS_PER_CHUNK, LogitTransform, score_hidden
+
+pytest.importorskip("triton", reason="NO TRITON: it is not installed, so no fused kernel was checked")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2**-6 if DEVICE.type == "cuda" else 2**-5, torch.float16: 2**-9}
+"""Relative to a value or to 1: what roundings to the other side do. The interpreter cuts bfloat16 off, not float16."""
+
+
+@pytest.fixture(autouse=True)
+def on_any_device(monkeypatch):
+    """Kernels run on this machine's device, and a failing one fails its test instead of falling back."""
+    monkeypatch.setattr(fused, "DEVICE_TYPES", {DEVICE.type})
+    monkeypatch.setattr(fused.Fused, "_give_up", broken)
+    monkeypatch.delenv("ALIGNMENT_FUSED", raising=False)
+    fused._kernels.cache_clear()
+    yield
+    fused._kernels.cache_clear()
+
+
+def broken(self, reason):
+    raise AssertionError(f"{self.name}: {reason}")
+
+
+def random(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return (scale * values).to(DEVICE, dtype)
+
+
+def check(operation, *args, exact_to=None):
+    """The kernel gives what the eager function gives; both are run by name, so that neither can stand in."""
+    assert operation._usable(args)
+    found, expected = (run(fused._copied(args)) for run in (operation._run, lambda copies: operation.eager(*copies)))
+    pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+    for one, other in pairs:
+        if other is None:
+            assert one is None
+            continue
+        assert one.shape == other.shape and one.dtype is other.dtype and one.stride() == other.stride()
+        tolerance = TOLERANCES[other.dtype] if exact_to is None else exact_to
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (300, 64), (70, 96), (33, 128), (5, 1000), (2, 2048), (1, 5120)])
+def test_norms(shape, shifted, dtype):
+    rows, gradient = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    rows[::3] *= 1e-3  # so small that eps matters
+    weight = random(shape[1], dtype=dtype, seed=2)
+    _, factors = check(norm._forward, rows, weight, 1e-6, shifted)
+    result = check(norm._scaled, rows, factors, weight, shifted)
+    torch.testing.assert_close(result, norm._forward(rows, weight, 1e-6, shifted)[0], rtol=0, atol=0)
+    rows = random(*shape, dtype=dtype, seed=3)
+    factors = norm._forward.eager(rows, weight, 1e-6, shifted)[1]
+    check(norm._backward, gradient, rows, factors, weight, shifted, exact_to=4 * TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (31, 77), (9, 512), (2, 6144)])
+def test_gated_products(shape, name, dtype):
+    (activation,) = [a for a in mlp._activations() if a.name == name]
+    gate, up, gradient = (random(*shape, dtype=dtype, seed=i, scale=2) for i in range(3))
+    check(mlp._gated, gate, up, activation)
+    for needs_product in (True, False):
+        check(mlp._gated_backward, gate, up, gradient, activation, needs_product, exact_to=2 * TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("width", [128, 64, 96, 14, 2])
+@pytest.mark.parametrize(("batch", "heads", "tokens"), [(1, 5, 33), (1, 1, 1), (3, 2, 9)])
+def test_rotation(batch, heads, tokens, width, backward, dtype):
+    cos, sin = (random(batch, 1, tokens, width, dtype=dtype, seed=i) for i in (1, 2))
+    by_head, by_token = (
+        random(batch, heads, tokens, width, dtype=dtype),
+        random(batch, tokens, heads, width, dtype=dtype),
+    )
+    part = random(batch, tokens, heads, 2 * width, dtype=dtype)[..., width:].transpose(1, 2)  # rows that lie apart
+    for x in (by_head, by_token.transpose(1, 2), part):
+        check(rotary._rotate, x, cos, sin, backward)
+        check(rotary._rotate, x, cos[:1], sin[:1], backward)
+    check(rotary._rotate, by_token, cos.transpose(1, 2), sin.transpose(1, 2), backward)
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 30.0)])
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize(("count", "vocabulary"), [(1, 2), (5, 97), (3, 8192), (3, 8193), (2, 151936)])
+def test_log_probs(count, vocabulary, dtype, scale, cap):
+    logits = random(count, vocabulary, scale=8)
+    logits[0] *= 4
+    targets = torch.arange(count, device=DEVICE) * 7919 % vocabulary
+    targets[-1] = vocabulary - 1
+    logps, derivatives = check(
+        log_probs.target_log_probs,
+        logits,
+        targets,
+        scale,
+        cap,
+        dtype,
+        exact_to=2e-5 if dtype in (None, torch.float32) else None,
+    )
+    exact = logits.double().requires_grad_()
+    transformed = exact * scale if cap is None else cap * torch.tanh(exact / cap)
+    expected = transformed.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=2e-5)
+    if dtype is not None:
+        (gradient,) = torch.autograd.grad(expected.sum(), exact)
+        limit = 1e-5 if dtype is torch.float32 else TOLERANCES[dtype]
+        torch.testing.assert_close(derivatives.double(), gradient, rtol=limit, atol=min(limit, 1e-3))
+
+
+def in_float64(function, *inputs):
+    """Value and gradients of the inputs, by autograd in float64."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    value = function(*exact)
+    weights = random(*value.shape, seed=9).double()
+    return value, torch.autograd.grad((value * weights).sum(), exact), weights
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_norm_and_rotation_against_exact_gradients(shifted):
+    x, weight = random(2, 3, 4, 96).requires_grad_(), random(96, seed=1)
+
+    def exact_norm(x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (weight.double() + shifted)
+
+    expected, (gradient,), weights = in_float64(exact_norm, x)
+    found = norm._RMSNorm.apply(x, weight, 1e-6, shifted)[0]
+    (own,) = torch.autograd.grad((found * weights).sum(), x)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own.double(), gradient, rtol=1e-4, atol=1e-5)
+
+    cos, sin = random(2, 1, 3, 96, seed=2), random(2, 1, 3, 96, seed=3)
+    q, k = (random(2, 3, heads, 96, seed=heads).transpose(1, 2).requires_grad_() for heads in (4, 2))
+
+    def exact_rotation(q):
+        first, second = q.chunk(2, -1)
+        return q * cos.double() + torch.cat([-second, first], -1) * sin.double()
+
+    for index, x in enumerate((q, k)):
+        expected, (gradient,), weights = in_float64(exact_rotation, x)
+        found = rotary._Rotary.apply(q, k, cos, sin)[index]
+        (own,) = torch.autograd.grad((found * weights).sum(), x)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(own.double(), gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.5), LogitTransform(cap=5.0)])
+def test_the_head_in_chunks_against_exact_gradients(transform, monkeypatch):
+    monkeypatch.setitem(LOGITS_PER_CHUNK, DEVICE.type, 3 * 211)
+    head = nn.Linear(32, 211, bias=False, device=DEVICE).requires_grad_(False)
+    nn.init.normal_(head.weight, generator=torch.Generator(DEVICE).manual_seed(0))
+    hidden, targets = random(10, 32).requires_grad_(), torch.arange(10, device=DEVICE) * 20
+
+    def exact(hidden):
+        logits = hidden @ head.weight.double().t()
+        logits = (
+            logits * transform.scale if transform.cap is None else transform.cap * torch.tanh(logits / transform.cap)
+        )
+        return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+    expected, (gradient,), weights = in_float64(exact, hidden)
+    found = score_hidden(head, hidden, targets, transform)
+    (own,) = torch.autograd.grad((found[0] * weights).sum(), hidden)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own.double(), gradient, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(score_hidden(head, hidden, targets, transform), found.detach(), rtol=0, atol=0)
+
+
+def faulty(operation, monkeypatch, kernel):
+    """The operation with another kernel, and its real way of giving up."""
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "DEVICE_TYPES", {DEVICE.type})
+    monkeypatch.setattr(operation, "_agrees", {})
+    monkeypatch.setattr(operation, "_failed", False)
+    fused._kernels.cache_clear()
+    monkeypatch.setattr(fused._kernels(), operation.name, kernel)
+
+
+def does_not_compile(*args):
+    raise RuntimeError("no C compiler\nand more")
+
+
+@pytest.mark.parametrize("kernel", [does_not_compile, lambda rows, factors, weight, shifted: rows * 1.1])
+def test_a_kernel_that_fails_or_differs_leaves_the_eager_code_and_one_warning(kernel, monkeypatch, caplog):
+    faulty(norm._scaled, monkeypatch, kernel)
+    rows, factors, weight = random(4, 8), torch.ones(4, 1, device=DEVICE), torch.ones(8, device=DEVICE)
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            torch.testing.assert_close(norm._scaled(rows, factors, weight, False), rows, rtol=0, atol=0)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "norm_recompute" in record.message and "\n" not in record.message
+    assert "no C compiler" in record.message or "differs by" in record.message
+
+
+def test_a_kernel_that_fails_later_leaves_the_eager_code(monkeypatch, caplog):
+    kernels, calls = fused._kernels(), []
+
+    def later(*args):
+        calls.append(args)
+        return genuine(*args) if len(calls) < 4 else does_not_compile()
+
+    genuine = kernels.norm_recompute
+    faulty(norm._scaled, monkeypatch, later)
+    rows, factors, weight = random(4, 8), torch.ones(4, 1, device=DEVICE), torch.ones(8, device=DEVICE)
+    for _ in range(3):
+        torch.testing.assert_close(norm._scaled(rows, factors, weight, False), rows, rtol=0, atol=0)
+    assert len(calls) == 4 and len(caplog.records) == 1
+
+
+def test_out_of_memory_is_not_a_reason_to_give_up(monkeypatch):
+    def out_of_memory(*args):
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    faulty(norm._scaled, monkeypatch, out_of_memory)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        norm._scaled(random(4, 8), torch.ones(4, 1, device=DEVICE), torch.ones(8, device=DEVICE), False)
+    assert not norm._scaled._failed
+
+
+def test_the_switch_and_a_missing_triton(monkeypatch, caplog):
+    x = random(4, 8)
+    assert fused.is_fused(x)
+    assert not fused.is_fused(x.double())
+    monkeypatch.setenv("ALIGNMENT_FUSED", "0")
+    fused._kernels.cache_clear()
+    assert not fused.is_fused(x) and not caplog.records
+    monkeypatch.delenv("ALIGNMENT_FUSED")
+    fused._kernels.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "alignment.kernels.triton_kernels", None)
+    assert not fused.is_fused(x)
+    torch.testing.assert_close(norm._scaled(x, x[:, :1] * 0 + 1, x[0] * 0 + 1, False), x, rtol=0, atol=0)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "Triton" in record.message
