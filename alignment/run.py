@@ -31,7 +31,7 @@ from alignment.config.sweep import Sweep
 from alignment.config.typed_text import typed_path
 from alignment.errors import UserError
 from alignment.files import asset_dir, atomic_write_text, disk_problem, redact
-from alignment.kernels.allocator import begin_tensors_on_pages
+from alignment.kernels.allocator import begin_tensors_on_pages, grow_gpu_segments
 from alignment.stages.cohorts import SweepCohort, cohorts
 from alignment.stages.sweep import attempt, member_folders, members_without_result
 
@@ -187,6 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; leaves the process with status 1 and one sentence where you can mend something."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handlers below as they are
     begin_tensors_on_pages()
+    grow_gpu_segments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's stop is Ctrl-C
     logging.raiseExceptions = False  # a log on a full disk is no second error, with a traceback for every line
     sweep = None

@@ -1,4 +1,4 @@
-"""Memory on the CPU: settings of the C library's allocator, and how torch asks it for tensors."""
+"""Settings of the allocators: the C library's, how torch asks it for tensors, and torch's own for a GPU."""
 
 from __future__ import annotations
 
@@ -18,6 +18,19 @@ def begin_tensors_on_pages() -> None:
     Torch reads the setting with its first tensor, so call this before. A value that the environment already has stays.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def grow_gpu_segments() -> None:
+    """Let torch's blocks of a GPU's memory grow in place.
+
+    Every pass has another width. By default, a tensor that fits into no free block gets a new one of its own size; in
+    the end much of the memory is free in pieces that are all too small, and a plan for 90 % of it does not hold.
+
+    Torch reads the setting when it first uses a GPU, so call this before. Every version that we support reads this
+    name; with a value in the environment, under it or under the newer name, that value stays.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def keep_freed_memory() -> None:
