@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from alignment.policy.adapter import has_adapter
+from alignment.scoring.logps import autocast
 
 
 def stop_tokens(tokenizer: Any, end_of_turn: int | None, own: Sequence[int]) -> list[int]:
@@ -42,6 +43,7 @@ def sample(
 ) -> list[np.ndarray]:
     """One answer per tokenised prompt, in order: int32 tokens up to and including the first stop token.
 
+    The model computes in the precision in which it is scored, so the policy that answers is the one that was trained.
     Greedy at temperature 0. Otherwise drawn with `seed`; the global random state is left alone.
     """
     answers: dict[int, np.ndarray] = {}
@@ -61,14 +63,15 @@ def sample(
             for row, index in enumerate(members):
                 ids[row, width - len(prompts[index]) :] = torch.from_numpy(prompts[index].astype(np.int64))
                 mask[row, width - len(prompts[index]) :] = 1
-            output = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(stops),
-                pad_token_id=stops[0],  # the padding after an answer's end is cut off below
-                **sampling,
-            )
+            with autocast(model, device):
+                output = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=list(stops),
+                    pad_token_id=stops[0],  # the padding after an answer's end is cut off below
+                    **sampling,
+                )
             for row, index in enumerate(members):
                 new = output[row, width:].to("cpu", torch.int32).numpy()
                 ends = np.flatnonzero(np.isin(new, stops))

@@ -26,6 +26,11 @@ from alignment.types import Group, Quantity, RaggedLogps, to_device
 log = logging.getLogger(__name__)
 
 
+def autocast(model: Any, device: torch.device) -> torch.autocast:
+    """The precision in which a model scores and samples: bfloat16 around bfloat16 weights, else the weights' own."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype == torch.bfloat16)
+
+
 def enable_scoring(model: nn.Module) -> None:
     """Teach a causal LM's `forward` to score: with `score_positions` and `targets` it returns per-token results.
 
@@ -55,7 +60,7 @@ def enable_scoring(model: nn.Module) -> None:
             kwargs |= {"shared_row": shared_row, "attention_mask": targets.new_zeros(1, 1, 1, 1)}
         head = self.get_output_embeddings()  # looked up here, since an adapter may have replaced it
         # Autocast is entered here so that policy and reference are always scored in the same precision.
-        with torch.autocast(targets.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with autocast(self, targets.device):
             hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
             hidden = hidden.flatten(0, 1).index_select(0, score_positions)
             return hidden if hidden_only else score_hidden(head, hidden, targets, transform, quantities, other)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alignment.errors import UserError
+from alignment.scoring.logps import autocast
 from alignment.types import Group
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def _embedded(
         for row, i in enumerate(members):
             ids[row, : len(prompts[i])] = prompts[i]
         lengths = torch.tensor([len(prompts[i]) for i in members], device=device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype is torch.bfloat16):
+        with autocast(model, device):
             hidden = model.get_decoder()(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
         real = torch.arange(width, device=device) < lengths[:, None]
         yield members, (hidden.float().masked_fill(~real[..., None], 0).sum(1) / lengths[:, None]).cpu()
