@@ -29,6 +29,14 @@ class Share:
         return Share(slice(start - rows.start, stop - rows.start), self.ranks) if start < stop else None
 
 
+_UNPACKED_FROM = 2048
+"""From so many rows on, bitsandbytes too unpacks the weights and multiplies them by cuBLAS."""
+
+
+def _is_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 @dataclass(frozen=True, slots=True)
 class Projection:
     """A frozen linear layer and its adapter, as one call uses them.
@@ -103,8 +111,22 @@ class Projection:
         """The matrix; None where bitsandbytes multiplies packed weights itself."""
         return None if self.state is not None and not self.merged else self.matrix()
 
+    def _adds_into_adapter(self, rows: Tensor) -> bool:
+        """Whether the adapter's part comes first and the large product is added to it as it is computed.
+
+        On a GPU that saves a pass over the result.
+        """
+        return _is_gpu(rows) and self.a is not None and self.b is not None and not self.merged and self.shares is None
+
     def forward(self, x: Tensor, matrix: Tensor | None) -> Tensor:
         """(rows, in) to (rows, out)."""
+        if matrix is None and _is_gpu(x) and len(x) >= _UNPACKED_FROM:
+            matrix = self.matrix()
+        if matrix is not None and self._adds_into_adapter(x):
+            assert self.a is not None and self.b is not None
+            narrow, b = (x @ self.a.t()).mul_(self.scaling), self.b.t()
+            y = narrow @ b if self.bias is None else torch.addmm(self.bias, narrow, b)
+            return y.addmm_(x, matrix.t())
         if matrix is None:
             from bitsandbytes import matmul_4bit
 
@@ -117,12 +139,15 @@ class Projection:
 
     def backward(self, gradient: Tensor, matrix: Tensor, total: Tensor | None = None) -> Tensor:
         """(rows, out) to (rows, in); added to `total` if there is one, which may be overwritten."""
-        if total is not None and not total.is_cuda:
-            return total.add_(self.backward(gradient, matrix))
-        result = matmul(gradient, matrix) if total is None else total.addmm_(gradient, matrix)
+        if self._adds_into_adapter(gradient):
+            assert self.a is not None and self.b is not None
+            narrow = (gradient @ self.b).mul_(self.scaling)
+            total = narrow @ self.a if total is None else total.addmm_(narrow, self.a)
+            return total.addmm_(gradient, matrix)
+        result = matmul(gradient, matrix)
         for rows, a, b in self._adapters(len(gradient)):
             result[rows].addmm_(self._narrow(gradient[rows], b), a, alpha=self.scaling)
-        return result
+        return result if total is None else total.add_(result)
 
     def adapter_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `a` and of the transposed `b` from these rows, without the factor `scaling`."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from alignment.kernels import base, norm, rotary
+from alignment.kernels import base, linear, norm, rotary
 from alignment.kernels import matmul as products
 from alignment.kernels.matmul import add_matmul, matmul, transposed_matmul
 from alignment.kernels.patch import patch_layers
@@ -30,6 +30,19 @@ def test_a_quantised_base_gives_the_same(shape):
     own, changed = pair("qwen3", nf4=True)
     assert {"PatchedLinear4bit", "PatchedQwen3MLP"} <= classes(changed)
     assert_close(compute(changed, shape), compute(own, shape), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+@pytest.mark.parametrize("nf4", [False, True])
+def test_products_added_to_the_adapters_as_on_a_gpu_give_the_same(kind, nf4, monkeypatch):
+    dtype, tolerance = (torch.float32, 1e-5) if nf4 else (torch.float64, 1e-12)
+    own, changed = pair(kind, dtype=dtype, nf4=nf4)
+    calls = []
+    monkeypatch.setattr(linear, "_is_gpu", lambda x: calls.append(x) or True)
+    monkeypatch.setattr(linear, "_UNPACKED_FROM", 1)
+    for shape in (FEW, MANY):  # with many rows a CPU forms the merged weight, which a GPU never does
+        assert_close(compute(changed, shape), compute(own, shape), tolerance)
+    assert calls
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
