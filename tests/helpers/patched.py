@@ -70,11 +70,11 @@ def compute(model, shape=MANY, autocast=None):
     embeddings = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(5)
     x = 8 * torch.randn(*shape, embeddings.shape[1], generator=generator)
-    x = x.to(embeddings.dtype).requires_grad_()
+    x = x.to(embeddings).requires_grad_()
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         logits = model(inputs_embeds=x, use_cache=False).logits
     model.zero_grad()
-    logits.backward(torch.randn(logits.shape, generator=generator).to(logits.dtype))
+    logits.backward(torch.randn(logits.shape, generator=generator).to(logits))
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), "x": x.grad, **gradients}
 

@@ -9,11 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from alignment.kernels import fused, log_probs, mlp, norm, rotary
+from alignment.kernels import base, fused, log_probs, mlp, norm, rotary
 from alignment.scoring.head import LOGITS_PER_CHUNK, LogitTransform, score_hidden
+from tests.helpers.patched import FEW, assert_close, compute, pair
 
 pytest.importorskip("triton", reason="NO TRITON: it is not installed, so no fused kernel was checked")
 
+OPERATIONS = [
+    norm._scaled,
+    norm._forward,
+    norm._backward,
+    mlp._gated,
+    mlp._gated_backward,
+    rotary._rotate,
+    log_probs.target_log_probs,
+]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2**-6 if DEVICE.type == "cuda" else 2**-5, torch.float16: 2**-9}
@@ -182,6 +192,17 @@ def test_the_head_in_chunks_against_exact_gradients(transform, monkeypatch):
     torch.testing.assert_close(own.double(), gradient, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(score_hidden(head, hidden, targets, transform), found.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma"])
+def test_a_whole_model_gives_the_same(kind, monkeypatch):
+    """Every operation is called with the arguments that its kernel expects."""
+    own, changed = (model.to(DEVICE) for model in pair(kind))
+    monkeypatch.setattr(base, "_MIN_BLOCK_ROWS", 2**20)  # one block, as on a GPU
+    run, names = fused.Fused._run, set()
+    monkeypatch.setattr(fused.Fused, "_run", lambda self, args: names.add(self.name) or run(self, args))
+    assert_close(compute(changed, FEW), compute(own, FEW), 1e-5)
+    assert names == {op.name for op in OPERATIONS} - {"target_log_probs"}
 
 
 def faulty(operation, monkeypatch, kernel):
