@@ -124,13 +124,14 @@ def _scores_and_gradient(
     model: nn.Module, groups: Sequence[Group], layout: BatchLayout, device: torch.device, tokens_per_batch: int = 10_000
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of all completions, and the gradient of a few trainable tensors close to the input."""
-    parameters = [p for p in model.parameters() if p.requires_grad][:4]
+    parameters = [p for p in model.parameters() if p.requires_grad][:8]
     total = torch.zeros((), device=device)
     scored = []
     for batch in layout.batches(groups, tokens_per_batch):
         logps = score(model, batch := batch.to(device))
-        # Weights that belong to the tokens, so that the order of the sequences does not matter.
-        total = total + (logps.values * torch.cos(batch.targets.to(logps.values))).sum()
+        # Weights that belong to the tokens, so that the order of the sequences does not matter. All are positive, so
+        # that the gradient is no difference of large numbers, of which 16 bits would leave little.
+        total = total + (logps.values * (2 + torch.cos(batch.targets.to(logps.values)))).sum()
         scored.append((batch, logps.detach().to("cpu")))
     gradients = torch.autograd.grad(total, parameters) if parameters else [torch.ones(1)]
     return join_scores(groups, scored).values, torch.cat([g.float().flatten() for g in gradients])

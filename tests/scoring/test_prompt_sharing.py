@@ -22,6 +22,7 @@ from alignment.scoring.logps import enable_scoring, join_scores, score
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_config, tiny_policy
+from tests.helpers.masks import dense_mask
 from tests.helpers.steps import SETTINGS, make_loss, make_trainer, moved, step_gradient
 
 CPU = torch.device("cpu")
@@ -153,24 +154,6 @@ def test_a_training_step_is_the_same(name, tmp_path):
 # Attention by itself
 
 ROW = (PromptSpan(0, 5, (4, 3, 1)), PromptSpan(13, 2, (0, 6)), PromptSpan(21, 7, (2,)), PromptSpan(30, 1, (0, 0)))
-
-
-def dense_mask(row, window=None):
-    """(T, T) bool, written out token by token."""
-    owner, position = [], []
-    for number, span in enumerate(row):
-        owner += [(number, None)] * span.prompt
-        position += list(range(span.prompt))
-        for k, length in enumerate(span.completions):
-            owner += [(number, k)] * length
-            position += list(range(span.prompt, span.prompt + length))
-    size = len(owner)
-    mask = torch.zeros(size, size, dtype=torch.bool)
-    for q in range(size):
-        for k in range(size):
-            seen = owner[k] == owner[q] or owner[k] == (owner[q][0], None)
-            mask[q, k] = seen and 0 <= position[q] - position[k] < (window or size)
-    return mask
 
 
 def inputs(row):
