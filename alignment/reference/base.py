@@ -104,11 +104,11 @@ class Reference(ABC):
 
     @abstractmethod
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
-        """Log-probs of all completions, in order, on the CPU."""
+        """Log-probs of all completions, in order: on the CPU if they were stored, else on the device."""
 
     @abstractmethod
     def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
-        """Normalised entropy of the reference at every completion token (`Quantity.entropy`), on the CPU."""
+        """Normalised entropy of the reference at every completion token (`Quantity.entropy`), where `logps` are."""
 
     @abstractmethod
     def close(self) -> None:

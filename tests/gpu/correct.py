@@ -208,7 +208,7 @@ def steps(size: str, model: Any, groups: list[Group], layout: BatchLayout) -> No
     again = CachedReference(ReferenceStore(path), model, layout, 16384, DEVICE, 16)
     again.prepare(groups)
     live = LiveReference(model, layout, 2048, DEVICE)
-    difference = (cached.logps(groups).values - live.logps(groups).values).abs()
+    difference = (cached.logps(groups).values - live.logps(groups).values.cpu()).abs()
     note(
         OUT, "cached", size=size, mean=difference.mean().item(), max=difference.max().item(),
         limit=comparison_tolerance(model, len(difference)), again=again.summary(),
