@@ -100,11 +100,13 @@ class LossInputs:
         if self.labels is not None:
             return self.labels
         preferred = torch.zeros(len(self.policy), dtype=torch.bool, device=self.policy.values.device)
-        if self.sizes is None:
-            preferred[0::2] = True
-        else:
-            preferred.index_fill_(0, self.sizes.cumsum(0) - self.sizes, True)
-        return preferred
+        return preferred.index_fill_(0, self.first_sequences(), True)
+
+    def first_sequences(self) -> Tensor:
+        """(items,) int64: the first sequence of each pair or list. As an index it makes no host wait; a mask does."""
+        if self.sizes is not None:
+            return self.sizes.cumsum(0) - self.sizes
+        return torch.arange(0, len(self.policy), 2, device=self.policy.values.device)
 
     def step_totals(self) -> StepTotals:
         """Counts over the whole step: `totals`, or counted here if these inputs are the whole step."""

@@ -39,15 +39,15 @@ def nll(inputs: LossInputs, reduction: NLLReduction, scope: NLLScope) -> Tensor:
     An undesirable row favours nothing and counts as 0. For `token_mean` a sequence's sum is multiplied by items over
     tokens of the whole step, so that the split of a step into parts changes nothing.
     """
-    preferred = inputs.preferred()
     sums, lengths = inputs.policy.sums(), inputs.policy.lengths
     if inputs.labels is None:
-        sums, lengths = sums[preferred], lengths[preferred]
+        first = inputs.first_sequences()
+        sums, lengths = sums.index_select(0, first), lengths.index_select(0, first)
     if scope is NLLScope.prompt_and_response:
         prompts = given(inputs.prompts, "LossInputs.prompts")
         sums, lengths = sums + prompts.sums(), lengths + prompts.lengths
     if inputs.labels is not None:
-        sums = torch.where(preferred, sums, torch.zeros_like(sums))
+        sums = torch.where(inputs.labels, sums, torch.zeros_like(sums))
     if reduction is NLLReduction.sequence_sum:
         return -sums
     if reduction is NLLReduction.sequence_mean:
