@@ -180,7 +180,7 @@ def _require_all_weights(config: ModelConfig, model: Any, found: dict[str, Any])
         raise UserError(
             f"model.name={config.name} is an adapter on the hub: download it, and set model.name to its folder."
         )
-    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"]), *_resized(model)})
     if missing:
         raise UserError(
             f"model.name={config.name}: its files lack {len(missing)} weights of a {type(model).__name__}, or have "
@@ -189,6 +189,21 @@ def _require_all_weights(config: ModelConfig, model: Any, found: dict[str, Any])
     unused = sorted(found["unexpected_keys"])
     if unused:
         log.info("%d weights in the model's files are no part of it (the first: %s).", len(unused), unused[0])
+
+
+def _resized(model: nn.Module) -> list[str]:
+    """Weights of another size than their layer's: older transformers let them into a quantised model without a word."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            size = (module.num_embeddings, module.embedding_dim)
+        elif type(module) is nn.Linear:  # not one of 4 bits: its weight is packed
+            size = (module.out_features, module.in_features)
+        else:
+            continue
+        if module.weight.shape != size:
+            found.append(f"{name}.weight")
+    return found
 
 
 def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:
