@@ -37,6 +37,8 @@ def on_any_device(monkeypatch):
     monkeypatch.setattr(fused.Fused, "_give_up", broken)
     monkeypatch.delenv("ALIGNMENT_FUSED", raising=False)
     fused._kernels.cache_clear()
+    for operation in OPERATIONS:
+        monkeypatch.setattr(operation, "_failed", False)
     yield
     fused._kernels.cache_clear()
 
@@ -93,7 +95,7 @@ def test_gated_products(shape, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("width", [128, 64, 96, 14, 2])
+@pytest.mark.parametrize("width", [128, 96, 14])
 @pytest.mark.parametrize(("batch", "heads", "tokens"), [(1, 5, 33), (1, 1, 1), (3, 2, 9)])
 def test_rotation(batch, heads, tokens, width, backward, dtype):
     cos, sin = (random(batch, 1, tokens, width, dtype=dtype, seed=i) for i in (1, 2))
@@ -110,8 +112,16 @@ def test_rotation(batch, heads, tokens, width, backward, dtype):
 
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 30.0)])
 @pytest.mark.parametrize("dtype", [None, *DTYPES])
-@pytest.mark.parametrize(("count", "vocabulary"), [(1, 2), (5, 97), (3, 8192), (3, 8193), (2, 151936)])
+@pytest.mark.parametrize(("count", "vocabulary"), [(1, 2), (5, 97), (3, 8193)])
 def test_log_probs(count, vocabulary, dtype, scale, cap):
+    check_log_probs(count, vocabulary, dtype, scale, cap)
+
+
+def test_log_probs_of_a_large_vocabulary():
+    check_log_probs(2, 151_936, torch.bfloat16, 1.0, None)
+
+
+def check_log_probs(count, vocabulary, dtype, scale, cap):
     logits = random(count, vocabulary, scale=8)
     logits[0] *= 4
     targets = torch.arange(count, device=DEVICE) * 7919 % vocabulary
