@@ -27,6 +27,7 @@ WAITS: collections.Counter[tuple[str, str]] = collections.Counter()
 
 _PROJECT = f"{Path(alignment.__file__).parent}/"
 _HERE = torch.device("cpu")
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 aten = torch.ops.aten
 # CUDA takes index tensors from the CPU, and copies them over.
 _INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
@@ -295,6 +296,13 @@ def _is_gpu(device: Any) -> bool:
     return device is not None and not isinstance(device, int) and torch.device(device).type == "cuda"
 
 
+def _placed(out: Any, given: Any) -> Any:
+    """A result of tensors on the GPU is there as well, also where C++ made it on the CPU, as `pad_sequence` does."""
+    if type(out) is not Tensor or not _has_gpu_tensor(given):
+        return out
+    return _Meant.apply(out) if out.requires_grad else to_gpu(out)
+
+
 class GPUFunctions(TorchFunctionMode):
     """Takes `cuda` out of the arguments of functions, which would want a build with CUDA, and puts results there."""
 
@@ -305,6 +313,15 @@ class GPUFunctions(TorchFunctionMode):
         if func is Tensor.tolist and isinstance(args[0], GPUTensor):
             wait("tolist")
             return args[0].on_host.tolist()
+        if func == _SET_DATA and isinstance(args[0], GPUTensor):
+            args[0].on_host = to_gpu(args[1]).on_host
+            return func(*args)
+        if func is torch._C._nn.pad_sequence:
+            waits = WAITS.copy()  # C++ fills a tensor where it believes its arguments to be: no copies on a GPU
+            out = _placed(func(*args, **kwargs), args)
+            WAITS.clear()
+            WAITS.update(waits)
+            return out
         if func is Tensor.pin_memory:
             return _pinned(args[0])
         if func is Tensor.is_pinned:
@@ -318,7 +335,4 @@ class GPUFunctions(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func is Tensor.new_tensor and isinstance(out, GPUTensor):
             wait("copy to the device")
-        if type(out) is Tensor and _has_gpu_tensor((args, kwargs)):
-            # C++ made it where it believes its arguments to be, as `pad_sequence` does.
-            out = _Meant.apply(out) if out.requires_grad else to_gpu(out)
-        return out
+        return _placed(out, (args, kwargs))

@@ -138,7 +138,7 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
         with GPUFunctions():  # torch has switched it off around the call of the engine
             return engine(*args, **kwargs)
 
-    def here(kind: Any = None) -> Any:
+    def here(kind: str = "cuda") -> str:  # torch, too, speaks of CUDA where no device is named
         return "cpu" if kind == "cuda" else kind
 
     yield AutoModelForCausalLM, "from_pretrained", classmethod(from_pretrained)
@@ -148,8 +148,8 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
     yield safetensors.torch, "_flatten_as_ptr", lambda t, keep: flatten({n: to_host(x) for n, x in t.items()}, keep)
     yield torch.autograd, "_engine_run_backward", run_backward
     yield torch, "autocast", _Autocast
-    yield torch, "is_autocast_enabled", lambda *a: enabled(*map(here, a))
-    yield torch, "get_autocast_dtype", lambda *a: autocast_dtype(*map(here, a))
+    yield torch, "is_autocast_enabled", lambda *a: enabled(here(*a))
+    yield torch, "get_autocast_dtype", lambda *a: autocast_dtype(here(*a))
     yield torch.cuda.random, "get_rng_state_all", lambda: [torch.get_rng_state()]
 
 
