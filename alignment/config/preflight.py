@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from alignment.config.gpu import bitsandbytes_problem, compiler_problem, gpu_problems, is_hidden, why_no_gpu
 from alignment.config.places import is_on_hub
 from alignment.config.schema import WHEEL_PREFIX, Device, QuantizationConfig, RunConfig
 from alignment.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _UNREACHABLE = "not in the local cache, and the hub cannot be reached"
 _TIMEOUT = 5  # seconds
@@ -24,6 +27,12 @@ def check_machine(config: RunConfig) -> None:
         UserError: everything that is missing, in one sentence, and what to do.
     """
     missing = _missing_on_machine(config.device, config.quantization)
+    if _uses_gpu(config.device):
+        missing += gpu_problems()
+        if config.sft is not None and (problem := compiler_problem()) is not None:  # TRL's head has no other way
+            missing.append(problem)
+    elif config.device is Device.auto and is_hidden():
+        log.warning("This run is on the CPU, though the machine has a GPU: %s.", why_no_gpu())
     sources: dict[str, str] = {} if _is_local_model(config.model.name) else {config.model.name: "model"}
     for data in (config.sft.data if config.sft else None, config.data if config.loss is not None else None):
         if data is not None:
@@ -42,20 +51,25 @@ def require_machine(*, device: Device = Device.auto, quantization: QuantizationC
     """Refuse a device or a quantisation that this machine does not offer.
 
     Raises:
-        UserError: torch sees no GPU, or bitsandbytes is not installed.
+        UserError: torch sees no GPU, or bitsandbytes is not installed or not for this CUDA.
     """
     _refuse(_missing_on_machine(device, quantization), "")
 
 
 def _missing_on_machine(device: Device, quantization: QuantizationConfig | None) -> list[str]:
+    missing = []
+    on_gpu = _uses_gpu(device)
+    if device is Device.cuda and not on_gpu:
+        missing.append(f"a CUDA GPU ({why_no_gpu()})")
+    if quantization is not None and (problem := bitsandbytes_problem(on_gpu)) is not None:
+        missing.append(problem)
+    return missing
+
+
+def _uses_gpu(device: Device) -> bool:
     import torch
 
-    missing = []
-    if device is Device.cuda and not torch.cuda.is_available():
-        missing.append("a CUDA GPU (torch sees none)")
-    if quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        missing.append("the package bitsandbytes (pip install bitsandbytes, or set quantization=none)")
-    return missing
+    return device is not Device.cpu and torch.cuda.is_available()
 
 
 def _refuse(missing: list[str], remedy: str) -> None:

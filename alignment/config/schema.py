@@ -24,7 +24,7 @@ def check_seed(key: str, value: int) -> None:
 
 
 class Dtype(Enum):
-    """Dtype of weights and compute; `auto` is float32 on CPU and bfloat16 on a GPU."""
+    """Dtype of weights and compute; `auto` is bfloat16 on a GPU that computes in it, else float32."""
 
     auto = "auto"
     float32 = "float32"

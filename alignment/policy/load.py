@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignment.config.gpu import computes_in_bfloat16
 from alignment.config.preflight import require_machine
 from alignment.config.schema import Device, Dtype, ModelConfig, QuantizationConfig
 from alignment.errors import UserError, did_you_mean
@@ -40,9 +41,13 @@ def resolve_device(device: Device) -> torch.device:
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU, where 16-bit arithmetic is mostly emulated."""
+    """`auto` is bfloat16 on a GPU from Ampere on, and float32 on an older one or on a CPU, which mostly emulate it.
+
+    A plan may ask for a GPU that this machine has not; it counts as a new one.
+    """
     if dtype is Dtype.auto:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        native = device.type == "cuda" and (not torch.cuda.is_available() or computes_in_bfloat16())
+        return torch.bfloat16 if native else torch.float32
     return getattr(torch, dtype.value)
 
 
@@ -132,9 +137,12 @@ def load_base(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = resolve_dtype(config.dtype, device)
+    if device.type == "cuda" and config.dtype is Dtype.auto and dtype is torch.float32:
+        log.info("This GPU is older than Ampere and does not compute in bfloat16: the model is in float32.")
     quantization_config = None
     if quantization is not None:
-        require_machine(quantization=quantization)
+        where = Device.cpu if device.type == "cpu" else Device.cuda
+        require_machine(device=where, quantization=quantization)
         quantization_config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -253,7 +253,7 @@ def _start_online(start: Callable[[], wandb.Run], required: bool) -> tuple[wandb
 
     if _out_of_reach:
         return None, _out_of_reach[0]
-    if why := _login_problem():
+    if why := login_problem():
         if required:
             raise UserError(
                 f"W&B cannot be used online because {why}; run 'wandb login', or set tracking.mode=offline."
@@ -294,7 +294,7 @@ def _mode(config: TrackingConfig | None) -> str:
     return _ENVIRONMENT_MODES[wanted]
 
 
-def _login_problem() -> str:
+def login_problem() -> str:
     """Why W&B has no login, by the environment, netrc and settings files; empty if it has one."""
     import wandb
     from wandb.sdk.lib import wbauth

@@ -194,7 +194,7 @@ def test_an_unreachable_server_leaves_an_offline_run(
 
     assert [row["sft/train/loss"] for row in history(read_wandb(folder))] == [1.0]
 
-    nobody_logged_in.setattr(tracking, "_login_problem", lambda: pytest.fail("it was known to be out of reach"))
+    nobody_logged_in.setattr(tracking, "login_problem", lambda: pytest.fail("it was known to be out of reach"))
     start(config(), tmp_path / "next").finish()
 
 
