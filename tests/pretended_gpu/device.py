@@ -8,6 +8,7 @@ kernels do, nor what memory they need.
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterator
@@ -96,6 +97,25 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
+LARGEST: list[int] = []
+"""Bytes of the largest tensor for which the GPU has room; empty if it has room for all."""
+
+
+def _require_room(x: Tensor) -> None:
+    if x.nbytes > LARGEST[-1]:
+        raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {x.nbytes} bytes.")
+
+
+@contextlib.contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """Inside, the GPU runs out of memory where a tensor takes more bytes than that."""
+    LARGEST.append(num_bytes)
+    try:
+        yield
+    finally:
+        LARGEST.pop()
+
+
 class GPUTensor(Tensor):
     """A CPU tensor, `on_host`, that says it is on the GPU."""
 
@@ -143,7 +163,7 @@ class GPUTensor(Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return to_gpu, (self.on_host,)
+        return self.on_host.__reduce_ex__(protocol)  # loaded again, it is on the CPU until somebody moves it
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -173,6 +193,9 @@ class GPUTensor(Tensor):
             changed = kwargs.get("out", args[0])
             assert changed.shape == out.shape, f"{func} changes a shape in place, which is not modelled"
             return changed
+        if LARGEST and not any(value.alias_info for value in func._schema.returns):
+            for x in _tensors(out):
+                _require_room(x)
         return _mapped(out, lambda x: GPUTensor(x) if type(x) is Tensor else x)
 
 

@@ -67,9 +67,9 @@ class Side:
         entropies = Quantity.entropy in quantities
         return CachedReference(store, self.model, self._layout, 10_000, self.device, 1, with_entropies=entropies)
 
-    def trainer(self, loss: Loss, *, live: bool = False, tokens_per_batch: int = 10_000) -> PreferenceTrainer:
+    def trainer(self, loss: Loss, *, live: bool = False, num_groups: int = 4) -> PreferenceTrainer:
         """A trainer of groups for this loss, with its reference prepared."""
-        groups = groups_for(loss, num=4)
+        groups = groups_for(loss, num=num_groups)
         lists = loss.requirements().unit == "list"
         held_out = [
             replace(group, scores=(3.0, 2.0, 1.0)[: len(group.completions)])
@@ -83,7 +83,7 @@ class Side:
         reference.prepare(groups_to_reference(loss, groups, [range(len(groups))], held_out))
         return PreferenceTrainer(
             model=self.model, args=arguments, groups=groups, eval_groups=held_out, loss=loss, reference=reference,
-            layout=self._layout, tokens_per_batch=tokens_per_batch,
+            layout=self._layout, tokens_per_batch=10_000,
             sampler=StepSampler(len(groups), len(groups), 0), callbacks=[],
         )  # fmt: skip
 
