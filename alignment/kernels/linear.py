@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alignment.kernels.base import original_class, rows_of, shaped, subclass, without_autocast
-from alignment.kernels.matmul import add_matmul, matmul, transposed_matmul
+from alignment.kernels.matmul import add_matmul, matmul, transposed_matmul, wide_matmul
 from alignment.kernels.norm import NormOutput, keep, norm_output, recall
 
 
@@ -111,22 +111,28 @@ class Projection:
         """The matrix; None where bitsandbytes multiplies packed weights itself."""
         return None if self.state is not None and not self.merged else self.matrix()
 
-    def _adds_into_adapter(self, rows: Tensor) -> bool:
-        """Whether the adapter's part comes first and the large product is added to it as it is computed.
-
-        On a GPU that saves a pass over the result.
-        """
+    def _narrows(self, rows: Tensor) -> bool:
         return _is_gpu(rows) and self.a is not None and self.b is not None and not self.merged and self.shares is None
 
-    def forward(self, x: Tensor, matrix: Tensor | None) -> Tensor:
-        """(rows, in) to (rows, out)."""
+    def narrowed(self, x: Tensor) -> Tensor | None:
+        """(rows, r): a GPU's rows in the adapter's own width, kept for the backward pass; None elsewhere.
+
+        They are a hundredth of what a layer keeps, and save a pass over its input.
+        """
+        return x @ self.a.t() if self._narrows(x) else None  # type: ignore[union-attr]
+
+    def narrowed_gradient(self, gradient: Tensor) -> Tensor | None:
+        """(rows, r): a GPU's gradient in the adapter's own width; None elsewhere."""
+        return gradient @ self.b if self._narrows(gradient) else None  # type: ignore[operator]
+
+    def forward(self, x: Tensor, matrix: Tensor | None, narrow: Tensor | None = None) -> Tensor:
+        """(rows, in) to (rows, out); `narrow` is from `narrowed`."""
         if matrix is None and _is_gpu(x) and len(x) >= _UNPACKED_FROM:
             matrix = self.matrix()
-        if matrix is not None and self._adds_into_adapter(x):
-            assert self.a is not None and self.b is not None
-            narrow, b = (x @ self.a.t()).mul_(self.scaling), self.b.t()
-            y = narrow @ b if self.bias is None else torch.addmm(self.bias, narrow, b)
-            return y.addmm_(x, matrix.t())
+        if matrix is not None and narrow is not None:
+            # The large product is added to the adapter's part as it is computed: no pass over the result.
+            y = (narrow @ self.b.t()).addmm_(x, matrix.t(), beta=self.scaling)  # type: ignore[union-attr]
+            return y if self.bias is None else y.add_(self.bias)
         if matrix is None:
             from bitsandbytes import matmul_4bit
 
@@ -134,32 +140,44 @@ class Projection:
         else:
             y = matmul(x, matrix.t(), self.bias)
         for rows, a, b in self._adapters(len(x)):
-            y[rows].addmm_(self._narrow(x[rows], a.t()), b.t(), alpha=self.scaling)
+            part = self._narrow(x[rows], a.t()) if narrow is None else narrow
+            y[rows].addmm_(part, b.t(), alpha=self.scaling)
         return y
 
-    def backward(self, gradient: Tensor, matrix: Tensor, total: Tensor | None = None) -> Tensor:
-        """(rows, out) to (rows, in); added to `total` if there is one, which may be overwritten."""
-        if self._adds_into_adapter(gradient):
-            assert self.a is not None and self.b is not None
-            narrow = (gradient @ self.b).mul_(self.scaling)
-            total = narrow @ self.a if total is None else total.addmm_(narrow, self.a)
-            return total.addmm_(gradient, matrix)
+    def backward(
+        self, gradient: Tensor, matrix: Tensor, narrow: Tensor | None = None, total: Tensor | None = None
+    ) -> Tensor:
+        """(rows, out) to (rows, in); added to `total` if there is one, which may be overwritten.
+
+        `narrow` is the gradient times `b` where it is known already.
+        """
+        if narrow is not None:
+            if total is None:
+                return (narrow @ self.a).addmm_(gradient, matrix, beta=self.scaling)  # type: ignore[operator]
+            return total.addmm_(narrow, self.a, alpha=self.scaling).addmm_(gradient, matrix)  # type: ignore[arg-type]
         result = matmul(gradient, matrix)
         for rows, a, b in self._adapters(len(gradient)):
             result[rows].addmm_(self._narrow(gradient[rows], b), a, alpha=self.scaling)
         return result if total is None else total.add_(result)
 
-    def adapter_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `a` and of the transposed `b` from these rows, without the factor `scaling`."""
+    def adapter_gradients(
+        self, x: Tensor, gradient: Tensor, narrow: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `a` and of `b` from these rows, without the factor `scaling`.
+
+        `narrow` has what a GPU knows already: x times the transposed `a`, and the gradient times `b`.
+        """
         assert self.a is not None and self.b is not None
+        if narrow is not None:
+            return wide_matmul(narrow[1].t(), x), wide_matmul(gradient.t(), narrow[0])
         if self.shares is None:
             down, up = matmul(gradient, self.b), matmul(x, self.a.t())
-            return transposed_matmul(down, x), transposed_matmul(up, gradient)
+            return transposed_matmul(down, x), transposed_matmul(up, gradient).t()
         grad_a, grad_b = torch.zeros_like(self.a), self.b.new_zeros(self.b.shape[::-1])
         for share, (rows, a, b) in zip(self.shares, self._adapters(len(x)), strict=True):
             grad_a[share.ranks] = (gradient[rows] @ b).t() @ x[rows]
             grad_b[share.ranks] = (x[rows] @ a.t()).t() @ gradient[rows]
-        return grad_a, grad_b
+        return grad_a, grad_b.t()
 
 
 def is_lora_layer(module: nn.Module) -> bool:
@@ -338,32 +356,39 @@ class _Linear(torch.autograd.Function):
         projection: Projection,
         norm: NormOutput | None,
     ) -> Tensor:
-        ctx.projection = projection.without_tensors()
         ctx.form = None if norm is None else norm.shifted
-        ctx.save_for_backward(*keep(x if any(ctx.needs_input_grad[1:3]) else None, norm), a, b, weight)
+        ctx.leaf = None if a is None else a.dtype
         projection = projection.cast(x.dtype)
-        return shaped(projection.forward(rows_of(x), projection.forward_matrix()), x)
+        ctx.projection = projection.without_tensors()
+        rows, trains = rows_of(x), any(ctx.needs_input_grad[1:3])
+        narrow = projection.narrowed(rows)
+        kept = keep(x if trains else None, norm)
+        ctx.save_for_backward(*kept, projection.a, projection.b, weight, narrow if trains else None)
+        return shaped(projection.forward(rows, projection.forward_matrix(), narrow), x)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, a, b, weight = ctx.saved_tensors
-        projection = replace(ctx.projection, weight=weight, a=a, b=b).cast(gradient.dtype)
+        *kept, a, b, weight, narrow = ctx.saved_tensors
+        projection = replace(ctx.projection, weight=weight, a=a, b=b)
         rows = rows_of(gradient)
+        back = projection.narrowed_gradient(rows)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = shaped(projection.backward(rows, projection.matrix()), gradient)
+            grad_x = shaped(projection.backward(rows, projection.matrix(), back), gradient)
         if kept[0] is not None:
-            sums = projection.adapter_gradients(recall(kept, ctx.form), rows)
-            grad_a, grad_b = adapter_leaves(sums, a, projection.scaling)
+            known = None if narrow is None or back is None else (narrow, back)
+            sums = projection.adapter_gradients(recall(kept, ctx.form), rows, known)
+            grad_a, grad_b = adapter_leaves(sums, ctx.leaf, projection.scaling)
         return grad_x, grad_a, grad_b, None, None, None
 
 
-def adapter_leaves(sums: tuple[Tensor, Tensor], a: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def adapter_leaves(sums: tuple[Tensor, Tensor], dtype: torch.dtype, scaling: float) -> tuple[Tensor, Tensor]:
     """The adapter's own gradients, in its dtype."""
-    grad_a, grad_b = (part.to(a.dtype).mul_(scaling) for part in sums)
-    return grad_a, grad_b.t()
+    grad_a, grad_b = (part.to(dtype) for part in sums)
+    torch._foreach_mul_([grad_a, grad_b], scaling)
+    return grad_a, grad_b
 
 
 def linear_class(module: nn.Module) -> type | None:

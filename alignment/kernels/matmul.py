@@ -116,10 +116,10 @@ def add_matmul(summand: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def wide_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` in fp32, on CUDA also summed in fp32 by every routine: (m, k) and (k, n) to (m, n)."""
+    """`left @ right` in fp32 or better, on CUDA also summed in fp32: (m, k) and (k, n) to (m, n)."""
     if left.device.type == "cuda" and left.dtype is not torch.float32 and _has_wide_product(left.dtype, left.device):
         return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()
+    return (left @ right).to(torch.promote_types(left.dtype, torch.float32))
 
 
 @functools.cache

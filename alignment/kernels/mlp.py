@@ -124,24 +124,32 @@ class _GatedMLP(torch.autograd.Function):
         norm: NormOutput | None,
         *weights: Tensor | None,
     ) -> Tensor:
-        # `weights` are a, b and weight of gate, up and down once more: autograd must see them as arguments.
+        # `weights` are a, b and weight of gate, up and down: autograd must see them as arguments.
         ctx.activation = activation
+        ctx.leaf = next((a.dtype for a in weights[::3] if a is not None), None)
+        projections = tuple(p.cast(x.dtype) for p in projections)
         ctx.projections = [p.without_tensors() for p in projections]
         ctx.form = None if norm is None else norm.shifted
-        gate, up, down = (p.cast(x.dtype) for p in projections)
+        gate, up, down = projections
         matrices = [p.forward_matrix() for p in (gate, up, down)]
         rows = rows_of(x)
         keeps = any(ctx.needs_input_grad)
         parts, gates, ups = [], [], []
+        narrow: list[Tensor | None] = [None, None, None]  # of the only block, as a GPU has it
         for s in blocks(rows, gate.num_out):
-            gated, upped = gate.at(s).forward(rows[s], matrices[0]), up.at(s).forward(rows[s], matrices[1])
+            narrow[:2] = gate.narrowed(rows[s]), up.narrowed(rows[s])
+            gated = gate.at(s).forward(rows[s], matrices[0], narrow[0])
+            upped = up.at(s).forward(rows[s], matrices[1], narrow[1])
             active = _gated(gated, upped, activation)
-            parts.append(down.at(s).forward(active, matrices[2]))
+            narrow[2] = down.narrowed(active)
+            parts.append(down.at(s).forward(active, matrices[2], narrow[2]))
             if keeps:
                 gates.append(gated)
                 ups.append(upped)
         first_adapters = any(ctx.needs_input_grad[i] for i in (4, 5, 7, 8))
-        ctx.save_for_backward(*keep(x if first_adapters else None, norm), *weights, *gates, *ups)
+        tensors = [tensor for p in projections for tensor in (p.a, p.b, p.weight)]
+        kept = keep(x if first_adapters else None, norm)
+        ctx.save_for_backward(*kept, *tensors, *(narrow if keeps else [None] * 3), *gates, *ups)
         return shaped(joined(parts), x)
 
     @staticmethod
@@ -150,10 +158,10 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         # What was saved. It is read only once, because a checkpointed layer gives its tensors only once.
         saved = ctx.saved_tensors
-        kept, weights, blocked = saved[:3], saved[3:12], saved[12:]
+        kept, weights, narrow, blocked = saved[:3], saved[3:12], saved[12:15], saved[15:]
         gates, ups = blocked[: len(blocked) // 2], blocked[len(blocked) // 2 :]
         projections = [
-            replace(p, a=weights[3 * i], b=weights[3 * i + 1], weight=weights[3 * i + 2]).cast(gradient.dtype)
+            replace(p, a=weights[3 * i], b=weights[3 * i + 1], weight=weights[3 * i + 2])
             for i, p in enumerate(ctx.projections)
         ]
         gate, up, down = projections
@@ -166,10 +174,11 @@ class _GatedMLP(torch.autograd.Function):
         sums: list[list[Tensor] | None] = [None, None, None]
         grad_x = []
 
-        def add(index: int, projection: Projection, block: Tensor, grad: Tensor) -> None:
+        def add(index: int, projection: Projection, block: Tensor, grad: Tensor, back: Tensor | None) -> None:
             if not trains[index]:
                 return
-            parts = projection.adapter_gradients(block, grad)
+            known = None if back is None or narrow[index] is None else (narrow[index], back)
+            parts = projection.adapter_gradients(block, grad, known)
             if sums[index] is None:
                 sums[index] = list(parts)
             else:
@@ -180,27 +189,25 @@ class _GatedMLP(torch.autograd.Function):
         for s, gated, upped in zip(blocks(rows, gate.num_out), gates, ups, strict=True):
             grad = rows[s]
             gate, up, down = (p.at(s) for p in projections)
-            grad_product = down.backward(grad, matrices[2])
+            back_down = down.narrowed_gradient(grad)
+            grad_product = down.backward(grad, matrices[2], back_down)
             grad_gate, grad_up, product = _gated_backward(gated, upped, grad_product, ctx.activation, trains[2])
             if product is not None:
-                add(2, down, product, grad)
+                add(2, down, product, grad, back_down)
             del product
+            back_gate, back_up = gate.narrowed_gradient(grad_gate), up.narrowed_gradient(grad_up)
             if kept[0] is not None:
                 block = recall(kept, ctx.form, s)
-                add(0, gate, block, grad_gate)
-                add(1, up, block, grad_up)
+                add(0, gate, block, grad_gate, back_gate)
+                add(1, up, block, grad_up, back_up)
             if need_x:
-                grad_x.append(up.backward(grad_up, matrices[1], gate.backward(grad_gate, matrices[0])))
+                total = gate.backward(grad_gate, matrices[0], back_gate)
+                grad_x.append(up.backward(grad_up, matrices[1], back_up, total))
 
         # The adapters' gradients, summed over the blocks
         leaves: list[Tensor | None] = []
-        for i, projection in enumerate(projections):
-            total = sums[i]
-            pair = (
-                (None, None)
-                if total is None
-                else adapter_leaves((total[0], total[1]), weights[3 * i], projection.scaling)
-            )
+        for projection, own in zip(projections, sums, strict=True):
+            pair = (None, None) if own is None else adapter_leaves((own[0], own[1]), ctx.leaf, projection.scaling)
             leaves += [*pair, None]
         total_x = shaped(joined(grad_x), gradient) if need_x else None
         return total_x, None, None, None, *leaves

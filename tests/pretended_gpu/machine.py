@@ -115,6 +115,7 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
     flatten = safetensors.torch._flatten_as_ptr
     engine = torch.autograd.graph._engine_run_backward
     enabled, autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    set_autocast = torch.set_autocast_enabled
 
     def from_pretrained(cls: Any, *args: Any, device_map: Any = None, **kwargs: Any) -> Any:
         with mock.patch.object(torch.cuda, "is_available", return_value=False):
@@ -152,6 +153,7 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
     yield torch, "get_autocast_dtype", lambda *a: autocast_dtype(here(*a))
     yield torch.cuda.random, "get_rng_state", lambda *a: torch.get_rng_state()
     yield torch.cuda.random, "set_rng_state", lambda *a: None
+    yield torch, "set_autocast_enabled", lambda kind, value: set_autocast(here(kind), value)
 
 
 @contextlib.contextmanager
