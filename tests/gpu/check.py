@@ -66,6 +66,7 @@ def parts(sizes: Sequence[str]) -> list[list[Part]]:
     alone = [
         *(Part("measure", "tests.gpu.speed", ("measure", sizes[0], run), 75, sizes[0]) for run in RUNS),
         Part("measure", "tests.gpu.speed", ("measure", sizes[0], "ours_warm"), 75, sizes[0], {"ALIGNMENT_FUSED": "0"}),
+        Part("host", "tests.gpu.host", (sizes[0],), 60, sizes[0]),
         Part("micro", "tests.gpu.micro", (), 60),
         *(Part("measure", "tests.gpu.speed", ("measure", size, run), 75, size) for size in sizes[1:] for run in RUNS),
     ]
