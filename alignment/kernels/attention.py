@@ -7,7 +7,6 @@ width is ever made, so packing prompts into one row costs nothing.
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alignment.kernels.base import probing
 from alignment.kernels.block_attention import Part, block_attention
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older torch
-    varlen_attn = None  # type: ignore[assignment]
-
-_VARLEN_ARGUMENTS = frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
-"""Torch 2.10 has no `scale` and no `window_size`; 2.11 has no `enable_gqa`, and takes grouped heads unasked."""
+from alignment.kernels.gather import sum_rows
+from alignment.types import to_device
 
 _PREFIX = "shared_prompts_"
 _BLOCKS_FROM = 384
@@ -201,48 +194,94 @@ def _parts(span: PromptSpan, first_end: int) -> tuple[slice, slice, slice]:
     return slice(span.start, span.prompt_end), slice(span.start, first_end), slice(first_end, span.end)
 
 
-@functools.lru_cache(maxsize=4)
-def _variable_lengths(row: SharedRow, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """For kernels of variable length: key positions, ends of queries and of keys, most queries and most keys.
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """A row for kernels of variable length.
 
     The row already holds the queries, in order. The keys of a second or later completion are gathered: its prompt's and
     its own. Plain causal attention, aligned at the end, then does the right thing.
+
+    Attributes:
+        keys: (K,) int32, the position of every gathered key.
+        order, starts: (K,) and (T,) int32, which gathered keys each of the row's positions is; see `sum_rows`.
+        query_ends, key_ends: (sequences + 1,) int32, where each sequence starts, and the end.
+        most_queries, most_keys: of the longest sequence.
     """
+
+    keys: Tensor
+    order: Tensor
+    starts: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    most_queries: int
+    most_keys: int
+
+
+@functools.lru_cache(maxsize=4)
+def _variable_lengths(row: SharedRow, device: torch.device) -> _Lengths:
     parts = parts_of(row)
-    positions = np.concatenate([np.arange(p.start, p.stop) for own, prompt in parts for p in (prompt, own)])
+    keys = np.concatenate([np.arange(p.start, p.stop) for own, prompt in parts for p in (prompt, own)])
     lengths = [len(own) for own, _ in parts]
     key_lengths = [len(own) + len(prompt) for own, prompt in parts]
+    by_position = np.argsort(keys, kind="stable")
+    first = np.searchsorted(keys[by_position], np.arange(row[-1].end))
+    tables = [keys, by_position, first, np.cumsum([0, *lengths]), np.cumsum([0, *key_lengths])]
+    joined = to_device(torch.from_numpy(np.concatenate(tables).astype(np.int32)), device)  # one copy
+    positions, order, starts, query_ends, key_ends = joined.split([len(t) for t in tables])
+    return _Lengths(positions, order, starts, query_ends, key_ends, max(lengths), max(key_lengths))
 
-    def ends(counts: list[int]) -> Tensor:
-        return torch.tensor([0, *counts]).cumsum(0).to(device, torch.int32)
 
-    return torch.from_numpy(positions).to(device), ends(lengths), ends(key_lengths), max(lengths), max(key_lengths)
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, lengths: _Lengths, scale: float) -> tuple[Tensor, ...]:
+    """torch's flash kernel: (queries, H, D), the normalisers, and two tensors that its backward asks for."""
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, lengths.query_ends, lengths.key_ends, lengths.most_queries, lengths.most_keys, 0.0, True, False,
+        scale=scale, window_size_left=-1, window_size_right=0,
+    )[:4]  # fmt: skip
 
 
-def _variable_length_attention(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float) -> Tensor:
-    positions, query_ends, key_ends, most_queries, most_keys = _variable_lengths(row, q.device)
-    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _VARLEN_ARGUMENTS else {}
-    out = varlen_attn(
-        q[0].transpose(0, 1).contiguous(),
-        k[0].transpose(0, 1).index_select(0, positions),
-        v[0].transpose(0, 1).index_select(0, positions),
-        query_ends,
-        key_ends,
-        most_queries,
-        most_keys,
-        scale=scale,
-        window_size=(-1, 0),
-        **grouped,
-    )
-    assert isinstance(out, Tensor)
-    return out[None]
+def _flash_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, forward: tuple[Tensor, ...], lengths: _Lengths, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from what `_flash_forward` returned."""
+    out, lse, *random = forward
+    return torch.ops.aten._flash_attention_backward(
+        gradient, q, k, v, out, lse, lengths.query_ends, lengths.key_ends, lengths.most_queries, lengths.most_keys,
+        0.0, True, *random, scale=scale, window_size_left=-1, window_size_right=0,
+    )  # fmt: skip
+
+
+class _VariableLengthAttention(torch.autograd.Function):
+    """Queries (1, H, T, D), keys and values (1, H_kv, T, D) -> (1, T, H, D), by the flash kernel of variable lengths.
+
+    Nothing is copied but the gathered keys and values, and gradients are laid out like the projections. It calls the
+    kernel's two operations itself: `varlen_attn` around them, and one operation each for every view and gather, would
+    cost more time on the host than the kernel takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float) -> Tensor:
+        lengths = _variable_lengths(row, q.device)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        q, k, v = q.contiguous(), k.index_select(0, lengths.keys), v.index_select(0, lengths.keys)
+        out, *rest = _flash_forward(q, k, v, lengths, scale)
+        out = out[None]
+        ctx.save_for_backward(q, k, v, out, *rest)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *rest = ctx.saved_tensors
+        lengths = ctx.lengths
+        dq, dk, dv = _flash_backward(gradient[0].contiguous(), q, k, v, (out[0], *rest), lengths, ctx.scale)
+        dk, dv = (sum_rows(grad, lengths.order, lengths.starts) for grad in (dk, dv))
+        return dq[None].transpose(1, 2), dk[None].transpose(1, 2), dv[None].transpose(1, 2), None, None
 
 
 def _has_flash_kernel(q: Tensor) -> bool:
     """Flash attention needs 16 bits, an Ampere GPU or newer, and a supported width of heads."""
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if not {"scale", "window_size"} <= _VARLEN_ARGUMENTS:
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
@@ -311,7 +350,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, row: SharedRow, scale: float, window
             return block_attention(q, k, v, parts_of(row), scale)
         return (_CPUAttention.apply if _has_cpu_kernel() else _masked_attention)(q, k, v, row, scale)
     if _has_flash_kernel(q):
-        return _variable_length_attention(q, k, v, row, scale)
+        return _VariableLengthAttention.apply(q, k, v, row, scale)
     return _masked_attention(q, k, v, row, scale)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alignment.errors import UserError
 from alignment.kernels.attention import SharedRow
+from alignment.kernels.gather import select_rows
 from alignment.scoring.head import LogitTransform, OtherModel, score_hidden
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.token_plan import TokenPlan
@@ -62,7 +63,7 @@ def enable_scoring(model: nn.Module) -> None:
         # Autocast is entered here so that policy and reference are always scored in the same precision.
         with autocast(self, targets.device):
             hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
-            hidden = hidden.flatten(0, 1).index_select(0, score_positions)
+            hidden = select_rows(hidden.flatten(0, 1), score_positions)
             return hidden if hidden_only else score_hidden(head, hidden, targets, transform, quantities, other)
 
     model.forward = types.MethodType(forward, model)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 
 import torch
 import transformers
 
-from alignment.kernels.attention import PromptSpan, _masked_attention, _variable_length_attention
+from alignment.kernels.attention import PromptSpan, _masked_attention, _VariableLengthAttention
 from tests.gpu.lines import note, out_folder
 
 ROW = (PromptSpan(0, 170, (330, 300)), PromptSpan(800, 33, (0, 65)), PromptSpan(898, 1, (400, 1, 128)))
@@ -26,15 +25,13 @@ def main() -> None:
     )  # fmt: skip
     if not gpu:
         return
-    from torch.nn.attention.varlen import varlen_attn
-
-    note(out, "environment", varlen=str(inspect.signature(varlen_attn)), memory=torch.cuda.mem_get_info())
+    note(out, "environment", memory=torch.cuda.mem_get_info())
     torch.manual_seed(0)
     for head in (64, 128):
         shapes = [(1, heads, ROW[-1].end, head) for heads in (16, 8, 8)]
         inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
         wide = [x.detach().float().requires_grad_() for x in inputs]
-        found, wanted = _variable_length_attention(*inputs, ROW, 0.09), _masked_attention(*wide, ROW, 0.09)
+        found, wanted = _VariableLengthAttention.apply(*inputs, ROW, 0.09), _masked_attention(*wide, ROW, 0.09)
         weights = torch.randn_like(wanted)
         gradients = torch.autograd.grad((found * weights).sum(), inputs)
         expected = torch.autograd.grad((wanted * weights).sum(), wide)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,7 +35,7 @@ def imported_names() -> list[str]:
 
 
 def test_the_imports_are_found():
-    assert {"torch.nn.attention.varlen:varlen_attn", "trl:SFTTrainer"} < set(imported_names())
+    assert {"torch.utils.checkpoint:checkpoint", "trl:SFTTrainer"} < set(imported_names())
 
 
 @pytest.mark.parametrize("name", imported_names())
@@ -89,10 +88,18 @@ def test_layers_run_again_through_the_function_that_is_set():
 
 
 def test_flash_attention_of_variable_length():
-    assert list(inspect.signature(varlen_attn).parameters)[:7] == [
-        "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k",
+    lengths = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    forward, backward = (
+        getattr(torch.ops.aten, name).default._schema
+        for name in ("_flash_attention_forward", "_flash_attention_backward")
+    )
+    names, backward_names = ([argument.name for argument in schema.arguments] for schema in (forward, backward))
+    assert names[:10] == ["query", "key", "value", *lengths, "return_debug_mask"]
+    assert backward_names[:14] == [
+        "grad_out", "query", "key", "value", "out", "logsumexp", *lengths, "rng_state", "unused",
     ]  # fmt: skip
-    assert {"scale", "window_size"} <= parameters(varlen_attn)
+    assert [result.name for result in forward.returns][:4] == ["output", "softmax_logsumexp", "rng_state", "unused"]
+    assert {"scale", "window_size_left", "window_size_right"} <= set(names) & set(backward_names)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import alignment.kernels.attention
+from tests.helpers.flash import stands_in
 from tests.pretended_gpu.device import GPU, WAITS, GPUFunctions, GPUTensor, module_to_gpu, to_gpu, to_host, wait
 
 NAME = "Pretended GPU"
@@ -28,49 +29,31 @@ class _Autocast(_autocast):  # type: ignore[misc, valid-type]
         super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
 
-def varlen_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ends_q: Tensor,
-    ends_k: Tensor,
-    most_q: int,
-    most_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool | None = None,
-) -> Tensor:
+def flash_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Any, scale: float) -> Tensor:
     """What torch's flash kernel for variable lengths computes: each sequence alone, causal, aligned at its end.
 
     Args:
         q: (queries, H, D), 16 bits.
         k, v: (keys, H_kv, D).
-        ends_q, ends_k: (sequences + 1,) int32, where each sequence starts, and the end.
-        most_q, most_k: the longest sequence.
-        enable_gqa: None as in torch 2.11, which takes grouped heads unasked.
+        lengths: with (sequences + 1,) int32 each, where each sequence starts, and the end; and the longest sequence.
+        scale: of the products.
     """
-    assert window_size == (-1, 0) and ends_q.dtype is ends_k.dtype is torch.int32
+    ends_q, ends_k = lengths.query_ends, lengths.key_ends
+    assert ends_q.dtype is ends_k.dtype is torch.int32 and ends_q.is_contiguous() and ends_k.is_contiguous()
     assert all(isinstance(x, GPUTensor) for x in (q, k, v, ends_q, ends_k))
     assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
     assert q.dtype is k.dtype is v.dtype and q.dtype in (torch.bfloat16, torch.float16)
-    assert enable_gqa in (None, q.shape[1] != k.shape[1])
     found = []
     queries, keys = (to_host(ends).tolist() for ends in (ends_q, ends_k))
     for q_start, q_end, k_start, k_end in zip(queries, queries[1:], keys, keys[1:], strict=False):
         own, seen, values = q[q_start:q_end], k[k_start:k_end], v[k_start:k_end]
-        assert 0 < len(own) <= most_q and len(own) <= len(seen) <= most_k
+        assert 0 < len(own) <= lengths.most_queries and len(own) <= len(seen) <= lengths.most_keys
         seen, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (seen, values))
         products = torch.einsum("qhd,khd->hqk", own.float(), seen.float()) * scale
         late = torch.ones(len(own), len(seen), dtype=torch.bool, device=q.device).triu(len(seen) - len(own) + 1)
         weights = products.masked_fill(late, float("-inf")).softmax(-1)
         found.append(torch.einsum("hqk,khd->qhd", weights, values.float()))
     return torch.cat(found).to(q.dtype)
-
-
-def varlen_2_11(*args: Any, scale: float, window_size: tuple[int, int]) -> Tensor:
-    """The same with the arguments of torch 2.11."""
-    return varlen_reference(*args, scale=scale, window_size=window_size)
 
 
 def _cuda(capability: tuple[int, int], memory: int, count: int) -> dict[str, Any]:
@@ -158,24 +141,22 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
 
 @contextlib.contextmanager
 def pretended_gpu(
-    capability: tuple[int, int] = (9, 0), memory: int = 24 * 2**30, count: int = 1, varlen: Any = varlen_reference
+    capability: tuple[int, int] = (9, 0), memory: int = 24 * 2**30, count: int = 1
 ) -> Iterator[torch.device]:
     """Inside, this machine has that many GPUs, all of them the same; yields the first.
 
     Args:
         capability: compute capability.
         memory: bytes of each.
-        varlen: what stands for torch's attention of variable lengths.
     """
-    parameters = frozenset(("scale", "window_size") + (("enable_gqa",) if varlen is varlen_reference else ()))
     with contextlib.ExitStack() as stack:
         for name, value in _cuda(capability, memory, count).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for owner, name, value in _libraries():
             stack.enter_context(mock.patch.object(owner, name, value))
         attention = alignment.kernels.attention
-        stack.enter_context(mock.patch.object(attention, "varlen_attn", varlen))
-        stack.enter_context(mock.patch.object(attention, "_VARLEN_ARGUMENTS", parameters))
+        for change in stands_in(attention, flash_reference):
+            stack.enter_context(mock.patch.object(*change))
         stack.callback(attention._variable_lengths.cache_clear)
         stack.enter_context(GPUFunctions())
         AcceleratorState._reset_state(True)

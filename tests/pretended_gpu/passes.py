@@ -15,7 +15,7 @@ from alignment.scoring.logps import join_scores, score
 from alignment.scoring.prompt_sharing import choose_layout
 from tests.conftest import random_groups, tiny_policy
 from tests.pretended_gpu.device import GPU, WAITS, module_to_gpu, to_host
-from tests.pretended_gpu.machine import pretended_gpu, varlen_reference
+from tests.pretended_gpu.machine import pretended_gpu
 
 CPU = torch.device("cpu")
 GROUPS = random_groups(6, k=3, seed=6)
@@ -23,7 +23,7 @@ TOKENS_PER_BATCH = 60
 
 MAY_WAIT = {
     "flat": {("item", "scoring/logps.py"): 1},  # transformers looks for packed sequences
-    "shared": {("copy to the device", "kernels/attention.py"): 3},  # where each sequence lies in the row
+    "shared": {},
 }
 """How often the host may wait in one pass: kind and file. All else is asked of the device after the last pass."""
 
@@ -95,10 +95,10 @@ def run_passes(model: Any, layout: BatchLayout, device: torch.device) -> Passes:
     )
 
 
-def check_pass(layout: BatchLayout, dtype: torch.dtype, varlen: Any = varlen_reference) -> None:
+def check_pass(layout: BatchLayout, dtype: torch.dtype) -> None:
     """Raise unless a pass on the GPU is that of the CPU, never waits for the host, and keeps its dtypes."""
     expected = run_passes(policy_on(CPU, dtype), FlatLayout(), CPU)
-    with pretended_gpu(varlen=varlen):
+    with pretended_gpu():
         model = policy_on(GPU, dtype)
         assert isinstance(choose_layout(model, GPU), SharedLayout), "the probe refuses to share prompts"
         found = run_passes(model, layout, GPU)

@@ -5,7 +5,7 @@ import torch
 
 from alignment.scoring.layout import FlatLayout, SharedLayout
 from tests.pretended_gpu.device import GPU, MixedDevices
-from tests.pretended_gpu.machine import pretended_gpu, varlen_2_11
+from tests.pretended_gpu.machine import pretended_gpu
 from tests.pretended_gpu.passes import check_pass
 
 
@@ -13,10 +13,6 @@ from tests.pretended_gpu.passes import check_pass
 @pytest.mark.parametrize("layout", [FlatLayout(), SharedLayout()], ids=["flat", "shared"])
 def test_a_pass_is_that_of_the_cpu(layout, dtype):
     check_pass(layout, dtype)
-
-
-def test_with_the_attention_of_torch_2_11():
-    check_pass(SharedLayout(), torch.bfloat16, varlen=varlen_2_11)
 
 
 def test_devices_that_mix_are_found():

@@ -1,6 +1,5 @@
 """Shared prompts: the same log-probs and gradients as one row per completion, or the flat layout."""
 
-import inspect
 import logging
 import math
 
@@ -22,6 +21,7 @@ from alignment.scoring.logps import enable_scoring, join_scores, score
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_config, tiny_policy
+from tests.helpers.flash import stands_in
 from tests.helpers.masks import dense_mask
 from tests.helpers.steps import SETTINGS, make_loss, make_trainer, moved, step_gradient
 
@@ -162,16 +162,18 @@ def inputs(row):
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def by_loops(q, k, v, query_ends, key_ends, most_queries, most_keys, *, scale, window_size):
+def by_loops(q, k, v, lengths, scale):
     """What a kernel for variable lengths computes: each sequence alone, causal, aligned at the end."""
-    assert window_size == (-1, 0)
     results = []
-    for i in range(len(query_ends) - 1):
+    for i in range(len(lengths.query_ends) - 1):
         queries, keys, values = (
-            q[query_ends[i] : query_ends[i + 1]],
-            *(x[key_ends[i] : key_ends[i + 1]].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v)),
+            q[lengths.query_ends[i] : lengths.query_ends[i + 1]],
+            *(
+                x[lengths.key_ends[i] : lengths.key_ends[i + 1]].repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+                for x in (k, v)
+            ),
         )
-        assert len(queries) <= most_queries and len(keys) <= most_keys
+        assert len(queries) <= lengths.most_queries and len(keys) <= lengths.most_keys
         products = torch.einsum("qhd,khd->hqk", queries, keys) * scale
         late = torch.ones(len(queries), len(keys), dtype=torch.bool).triu(len(keys) - len(queries) + 1)
         results.append(torch.einsum("hqk,khd->qhd", products.masked_fill(late, -math.inf).softmax(-1), values))
@@ -180,8 +182,8 @@ def by_loops(q, k, v, query_ends, key_ends, most_queries, most_keys, *, scale, w
 
 @pytest.mark.parametrize("route", ["cpu", "blocks", "small blocks", "masked", "window", "variable lengths"])
 def test_every_route_equals_a_dense_mask(route, monkeypatch):
-    monkeypatch.setattr(alignment.kernels.attention, "varlen_attn", by_loops)
-    monkeypatch.setattr(alignment.kernels.attention, "_VARLEN_ARGUMENTS", set(inspect.signature(by_loops).parameters))
+    for change in stands_in(alignment.kernels.attention, by_loops):
+        monkeypatch.setattr(*change)
     window = 3 if route == "window" else None
     q, k, v = inputs(ROW)
     mask = dense_mask(ROW, window)
@@ -205,7 +207,7 @@ def test_every_route_equals_a_dense_mask(route, monkeypatch):
         "small blocks": attend,
         "masked": alignment.kernels.attention._masked_attention,
         "window": lambda *args: attend(*args, window=3),
-        "variable lengths": alignment.kernels.attention._variable_length_attention,
+        "variable lengths": alignment.kernels.attention._VariableLengthAttention.apply,
     }
     found = functions[route](q, k, v, ROW, 0.4)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
