@@ -1,6 +1,7 @@
 """The reference: cached and live agree, it is the policy at the start, and every sequence is computed once."""
 
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import numpy as np
@@ -14,14 +15,14 @@ from alignment.errors import UserError
 from alignment.losses import LOSSES
 from alignment.policy.adapter import load_adapter
 from alignment.policy.identity import policy_identity
-from alignment.reference.base import comparison_tolerance
+from alignment.reference.base import agreement_limit, comparison_tolerance
 from alignment.reference.cached import CachedReference
 from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import FlatLayout
 from alignment.training.objective import groups_to_reference, mismatched_groups
 from alignment.training.sampler import StepSampler
-from alignment.types import Group
+from alignment.types import Group, RaggedLogps
 from tests.conftest import random_groups, tiny_policy
 from tests.helpers.patience import patience
 from tests.helpers.policies import CPU, NF4, adapter, load, start_of, train_adapter
@@ -432,3 +433,40 @@ def test_the_unused_adapter_rank_does_not_reach_the_store(tmp_path):
     small = get_peft_model(tiny_policy(torch.float32, r=None), LoraConfig(r=2, target_modules=["q_proj"]))
     prepared(small, tmp_path)
     assert prepared(tiny_policy(torch.float32, r=16), tmp_path)[1]["misses"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "difference", "noise", "chance", "limit"),
+    [
+        (torch.float32, 0.05, 0.04, 0.0, None),  # 32 bits have no such noise
+        (torch.bfloat16, 0.02, 0.04, 0.0, None),  # within the usual tolerance: nothing is measured
+        (torch.bfloat16, 0.05, 0.02, 0.0, 0.06),
+        (torch.bfloat16, 0.05, 0.001, 0.0, None),
+        (torch.bfloat16, 0.09, 0.06, 0.0, 0.1),  # the ceiling
+        (torch.bfloat16, 0.5, 0.2, 0.0, None),  # no rounding explains it
+        (torch.bfloat16, 0.05, 0.02, 0.02, None),  # the policy is no function
+        (torch.bfloat16, math.nan, 0.02, 0.0, None),
+        (torch.bfloat16, 0.05, math.nan, 0.0, None),
+    ],
+)
+def test_the_limit_of_agreement_follows_the_noise(dtype, difference, noise, chance, limit, monkeypatch):
+    """`noise` is what another batch shape changes, `chance` what scoring the same batch again changes."""
+    groups, alone = random_groups(3, seed=1), []
+
+    def scored(model, groups, layout, tokens_per_batch, device):
+        (batch,) = FlatLayout().batches(groups, 10_000)
+        values = torch.zeros(int(batch.offsets[-1]))
+        if tokens_per_batch > 1:
+            values += noise
+        elif alone:
+            values += chance
+        if tokens_per_batch == 1:
+            alone.append(values)
+        yield batch, RaggedLogps(values, batch.offsets)
+
+    monkeypatch.setattr("alignment.reference.base.score_groups", scored)
+    model = tiny_policy(torch.float32).to(dtype)
+    found = agreement_limit(model, groups, difference, 10_000, FlatLayout())
+    usual = comparison_tolerance(model, 10_000)
+    assert found == pytest.approx(usual if limit is None else limit)
+    assert bool(alone) == (dtype is torch.bfloat16 and usual < difference <= 0.1)
