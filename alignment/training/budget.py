@@ -89,8 +89,8 @@ def describe_checkpointing(every: int) -> str:
 # What a step needs, and the choice of a plan
 
 
-def activation_bytes(layers: Sequence[Layer], every: int, tokens: int) -> int:
-    """The most bytes that the layers hold at one time in the forward and backward pass of this many positions.
+def activation_bytes(layers: Sequence[Layer], every: int, tokens: int) -> tuple[int, int]:
+    """Bytes of the layers for a pass of this many positions: held when its forward pass ends, and the most after that.
 
     The backward pass starts at the last layer. At each layer all earlier ones still hold what they saved. A
     checkpointed layer runs again at that point and then holds all that it would have saved.
@@ -100,18 +100,27 @@ def activation_bytes(layers: Sequence[Layer], every: int, tokens: int) -> int:
         peak = max(peak, held + (layer.saved + layer.working) * tokens + layer.copies)
         checkpointed = every and index % every == 0
         held += layer.entering * tokens if checkpointed else layer.saved * tokens + layer.copies
-    return peak
+    return held, peak
 
 
 def step_needs(sizes: Sizes, every: int, tokens: int, context: int) -> Needs:
-    """Memory of a step whose largest pass has this many positions."""
+    """Memory of a step whose largest pass has this many positions.
+
+    The head has its logits while all layers hold what they saved. They are gone when the backward pass reaches the
+    layers. The larger of the two moments counts.
+    """
+    held, peak = activation_bytes(sizes.layers, every, tokens)
+    held += sizes.ends * tokens
+    head = min(sizes.head * tokens, sizes.head_limit)
+    if peak > held + head:
+        held, head = peak, 0
     return Needs(
         weights=sizes.weights,
         adapter=sizes.adapter,
         gradients=sizes.gradients,
         optimizer=sizes.optimizer,
-        activations=activation_bytes(sizes.layers, every, tokens) + sizes.ends * tokens,
-        head=min(sizes.head * tokens, sizes.head_limit),
+        activations=held,
+        head=head,
         buffers=sizes.buffers,
         context=context,
     )

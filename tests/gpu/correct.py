@@ -270,9 +270,10 @@ def memory(
     size: str, model: Any, groups: list[Group], layout: BatchLayout, budget: int, every: int, step: Callable[[], Any]
 ) -> None:
     """The planned peak and the measured one."""
+    fullest = max(batch.input_ids.numel() for batch in layout.batches(groups, budget))
     config: Any = SimpleNamespace(
         trainer=TrainerConfig(
-            epochs=1, max_steps=1, groups_per_step=len(groups), plan=Planning.auto, tokens_per_batch=budget,
+            epochs=1, max_steps=1, groups_per_step=len(groups), plan=Planning.auto, tokens_per_batch=fullest,
             checkpoint_every=every, log_every=1, eval_every=0, save_every=0, keep_checkpoints=1, cohort=1,
             joint_passes=None,
         ),
@@ -282,7 +283,6 @@ def memory(
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    fullest = max(batch.input_ids.numel() for batch in layout.batches(groups, budget))
     folder = folder_of(size) / f"plan-{budget}-{every}"
     folder.mkdir(parents=True, exist_ok=True)
     plan = plan_stage(model, config, supervised=False, folder=folder, device=DEVICE, longest=fullest)
@@ -293,9 +293,9 @@ def memory(
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     finally:
         checkpoint_layers(model, 0)
-    # No optimizer has stepped here, and torch counts no context.
+    # No optimizer has stepped here. The context is what torch held beside the policy.
     needs = plan.needs
-    predicted = needs.total - needs.context - needs.optimizer
+    predicted = needs.total - needs.optimizer
     note(
         OUT, "memory", size=size, budget=budget, every=every, fullest=fullest, predicted_gib=predicted / 2**30,
         measured_gib=peak / 2**30, reserved_gib=reserved / 2**30, ratio=peak / predicted,

@@ -210,7 +210,8 @@ def test_saved_bytes_of_a_layer_are_counted(kind, trained, dtype):
         totals[layers], positions = saved_bytes(model)
     sizes = policy_sizes(model, dtype, trained)
     assert not sizes.estimate
-    assert (totals[2] - totals[1]) / positions == pytest.approx(sizes.layers[1].saved, rel=0.05)
+    expected = sizes.layers[1].saved * positions + sizes.layers[1].copies
+    assert totals[2] - totals[1] == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "qwen3_moe"])
@@ -244,11 +245,33 @@ def test_saved_bytes_with_checkpointing(every):
 def test_activations_by_hand():
     """Layers of unlike size: the widest moment is when the last layer that is run again holds all of its own."""
     layers = (Layer(1, 10, 5), Layer(1, 20, 5), Layer(1, 40, 7, copies=300))
-    assert activation_bytes(layers, 0, 100) == 100 * (10 + 20 + 40 + 7) + 300
-    assert activation_bytes(layers, 1, 100) == 100 * (1 + 1 + 40 + 7) + 300
-    assert activation_bytes(layers, 2, 100) == 100 * (1 + 20 + 40 + 7) + 300
-    assert activation_bytes(layers[:2], 1, 100) == 100 * (1 + 20 + 5)
-    assert activation_bytes((), 1, 100) == 0
+    assert activation_bytes(layers, 0, 100) == (100 * (10 + 20 + 40) + 300, 100 * (10 + 20 + 40 + 7) + 300)
+    assert activation_bytes(layers, 1, 100) == (100 * 3, 100 * (1 + 1 + 40 + 7) + 300)
+    assert activation_bytes(layers, 2, 100) == (100 * (1 + 20 + 1), 100 * (1 + 20 + 40 + 7) + 300)
+    assert activation_bytes(layers[:2], 1, 100) == (100 * 2, 100 * (1 + 20 + 5))
+    assert activation_bytes((), 1, 100) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("positions", "every", "measured"),
+    [(4077, 0, 8.307), (8125, 0, 13.822), (10879, 0, 17.589), (10879, 1, 3.985)],
+)
+def test_what_an_h200_measured(positions, every, measured):
+    """GiB at the peak of one step of Qwen3-1.7B in NF4, rank 32, torch 2.11 on an NVIDIA H200, before Adam's states.
+
+    Beside the step, torch held 1.84 GiB: the policy, and other tensors of that program.
+    """
+    config = AutoConfig.for_model(
+        "qwen3", hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+    )  # fmt: skip
+    nf4 = QuantizationConfig(double=True, compute_dtype=Dtype.auto)
+    weights = plan_weights(meta(config), 2, replace(LORA, r=32), nf4)
+    sizes = sizes_of(meta(config), weights, value=2, optimizer="adamw_torch", device="cuda")
+    context = round(1.840 * 2**30) - weights.base - weights.adapter
+    needs = step_needs(sizes, every, positions, context)
+    assert (needs.total - needs.optimizer) / 2**30 == pytest.approx(measured, rel=0.1)
+    assert (needs.head > 0) == (every == 0)  # every layer checkpointed: the layers' backward pass is the peak
 
 
 @pytest.mark.parametrize("trained", ["lora", "full"])
@@ -304,48 +327,54 @@ def test_a_pass_of_a_cohort_may_be_larger_on_a_cpu():
     assert tokens == {16384}
 
 
+FIXED = 1000 + 100 + 100 + 200 + 50 + 400
+
+
 def test_needs_by_hand():
+    """Up to 150 positions the head's moment is the peak, beyond that the last layer's."""
     needs = step_needs(SIZES, 0, 128, 400)
-    assert needs.activations == 128 * (4 * 10 + 4 + 2)
-    assert needs.head == 300
+    assert (needs.activations, needs.head) == (128 * (4 * 10 + 2), 300)
+    assert needs.total == FIXED + 128 * 42 + 300
     assert step_needs(SIZES, 0, 64, 400).head == 192
-    assert needs.total == 1000 + 100 + 100 + 200 + 128 * 46 + 300 + 50 + 400
+    needs = step_needs(SIZES, 0, 151, 400)
+    assert (needs.activations, needs.head) == (151 * (4 * 10 + 4), 0)
+    assert needs.total == FIXED + 151 * 44
 
 
 def test_a_plan_is_the_largest_that_fits():
-    fixed = 1000 + 100 + 100 + 200 + 300 + 50 + 400
     everything = plan(10**9)
     assert (everything.checkpoint_every, everything.tokens_per_batch, everything.fits) == (0, 1024, True)
-    assert everything.needs.total == fixed + 1024 * 46
-    tight = plan(fixed + 700 * 46)
+    assert everything.needs.total == FIXED + 1024 * 44
+    tight = plan(FIXED + 700 * 44)
     assert (tight.checkpoint_every, tight.tokens_per_batch) == (0, 640)
     assert tight.needs.total <= tight.limit < step_needs(SIZES, 0, 704, 400).total
 
 
 def test_less_memory_is_met_with_more_checkpointing():
-    """At 128 positions: 46 values without, 37 with one layer in 4 or 3, 28 with 2, 19 with all."""
-    fixed = 1000 + 100 + 100 + 200 + 300 + 50 + 400
-    found = [plan(fixed + 128 * values).checkpoint_every for values in (46, 45, 37, 36, 28, 27, 19)]
-    assert found == [0, 4, 4, 2, 2, 1, 1]
-    nothing = plan(fixed + 128 * 19 - 1)
+    """128 positions without: 42 each and the head. Of 4: 33 and the head. Of 3: 35. Of 2: 24 and the head. All: 17."""
+    least = {0: 128 * 42 + 300, 4: 128 * 33 + 300, 3: 128 * 35, 2: 128 * 24 + 300, 1: 128 * 17}
+    for every, memory in least.items():
+        assert plan(FIXED + memory).checkpoint_every == every
+    found = [plan(FIXED + memory - 1).checkpoint_every for memory in least.values()]
+    assert found == [4, 3, 2, 1, 1]
+    nothing = plan(FIXED + 128 * 17 - 1)
     assert (nothing.fits, nothing.checkpoint_every, nothing.tokens_per_batch) == (False, 1, 128)
 
 
 def test_the_reference_pass_takes_what_gradients_leave():
-    """It has no gradients and no optimizer (300), and of the layers one at a time: 10 + 4 + 2 a position."""
-    fixed = 1000 + 100 + 300 + 50 + 400
-    tight = plan(fixed + 300 + 128 * 46)
-    assert (tight.tokens_per_batch, tight.reference_tokens) == (128, (300 + 128 * 46) // 16 // 64 * 64)
+    """It has no gradients and no optimizer (300), and of the layers one at a time: 10 + 4 a position."""
+    room = 128 * 42 + 300
+    tight = plan(FIXED + room)
+    assert (tight.tokens_per_batch, tight.reference_tokens) == (128, (300 + room) // 14 // 64 * 64)
     assert plan(10**9).reference_tokens == 1024
-    assert plan(fixed, tokens_per_batch=77).reference_tokens == 77
+    assert plan(FIXED, tokens_per_batch=77).reference_tokens == 77
     assert plan(1).reference_tokens == plan(1).tokens_per_batch == 128
 
 
 def test_numbers_that_are_given_count():
     assert plan(10**9, tokens_per_batch=5000).tokens_per_batch == 5000
     assert plan(10**9, checkpoint_every=2).checkpoint_every == 2
-    fixed = 1000 + 100 + 100 + 200 + 300 + 50 + 400
-    given = plan(fixed + 1000 * 20, tokens_per_batch=1000)
+    given = plan(FIXED + 1000 * 20, tokens_per_batch=1000)
     assert (given.tokens_per_batch, given.checkpoint_every, given.fits) == (1000, 1, True)
     both = plan(1, tokens_per_batch=1000, checkpoint_every=0)
     assert (both.tokens_per_batch, both.checkpoint_every, both.fits) == (1000, 0, False)
@@ -353,11 +382,10 @@ def test_numbers_that_are_given_count():
 
 def test_a_small_step_is_planned_as_it_is():
     """Positions that a step never has need no room, and no checkpointing."""
-    fixed = 1000 + 100 + 100 + 200 + 300 + 50 + 400
-    small = plan(fixed + 256 * 46, step_tokens=256)
+    small = plan(FIXED + 256 * 44, step_tokens=256)
     assert (small.checkpoint_every, small.tokens_per_batch) == (0, 256)
-    assert small.needs.total == fixed + 256 * 46
-    given = plan(fixed + 256 * 46, step_tokens=256, tokens_per_batch=5000)
+    assert small.needs.total == FIXED + 256 * 44
+    given = plan(FIXED + 256 * 44, step_tokens=256, tokens_per_batch=5000)
     assert (given.checkpoint_every, given.tokens_per_batch, given.needs) == (0, 5000, small.needs)
 
 
