@@ -56,6 +56,7 @@ class Fused(Generic[_Result]):
         name: of the kernel in `triton_kernels`, with the same arguments. Both may write to the same arguments.
         fits: whether the kernel covers these arguments. They all have a dtype that kernels compute in.
         examples: from one call's arguments to smaller random ones with the same dtypes and options.
+        exact: whether the kernel must give the same bits.
     """
 
     def __init__(
@@ -64,16 +65,19 @@ class Fused(Generic[_Result]):
         name: str,
         fits: Callable[..., bool],
         examples: Callable[..., list[tuple[Any, ...]]],
+        exact: bool = False,
     ) -> None:
         functools.update_wrapper(self, eager)
         self.eager, self.name = eager, name
         self._fits, self._examples = fits, examples
+        self._tolerances = dict.fromkeys(_TOLERANCES, 0.0) if exact else _TOLERANCES
+        self._computes: dict[Any, bool] = {}
         self._agrees: dict[Any, bool] = {}
         self._failed = False
 
     def __call__(self, *args: Any) -> _Result:
         """The operation's result, by the kernel where it can be used."""
-        if args[0].device.type not in DEVICE_TYPES or not self._usable(args):
+        if not self._usable(args):
             return self.eager(*args)
         try:
             return self._run(args)
@@ -84,18 +88,29 @@ class Fused(Generic[_Result]):
         return self.eager(*args)
 
     def _run(self, args: tuple[Any, ...]) -> _Result:
-        with torch.cuda.device_of(args[0]):
-            result: _Result = getattr(_kernels(), self.name)(*args)
-        return result
+        device = args[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._kernel()(*args)
+        return self._kernel()(*args)
+
+    def _kernel(self) -> Callable[..., _Result]:
+        kernel: Callable[..., _Result] = getattr(_kernels(), self.name)
+        return kernel
 
     def _usable(self, args: Any) -> bool:
-        if self._failed or _kernels() is None or args[0].numel() == 0:
+        # A step asks this thousands of times while the GPU waits, so it must take few microseconds.
+        device = args[0].device
+        if self._failed or device.type not in DEVICE_TYPES or args[0].numel() == 0 or _kernels() is None:
             return False
-        if any(isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in _TOLERANCES for x in args):
+        key = (device, *map(_kind, args))
+        computes = self._computes.get(key)
+        if computes is None:
+            computes = self._computes[key] = all(
+                x.dtype in _TOLERANCES for x in args if isinstance(x, Tensor) and x.is_floating_point()
+            )
+        if not computes or not self._fits(*args):
             return False
-        if not self._fits(*args):
-            return False
-        key = (args[0].device, *map(_kind, args))
         if key not in self._agrees:
             self._agrees[key] = self._compare(args)
         return self._agrees[key]
@@ -106,7 +121,7 @@ class Fused(Generic[_Result]):
         try:
             for example in self._examples(*args):
                 found, expected = self._run(_copied(example)), self.eager(*_copied(example))
-                if reason := _difference(found, expected):
+                if reason := _difference(found, expected, self._tolerances):
                     return self._give_up(reason)
         except torch.cuda.OutOfMemoryError:
             raise
@@ -121,17 +136,17 @@ class Fused(Generic[_Result]):
 
 
 def _kind(argument: Any) -> Any:
-    """What makes a kernel another one: a tensor's dtype, an option, whether there is a number; not which number."""
+    """What makes a kernel another one: a tensor's dtype, an option, whether there is a number or shape; not which."""
     if isinstance(argument, Tensor):
         return argument.dtype
-    return float if isinstance(argument, float) else argument
+    return type(argument) if isinstance(argument, (float, tuple)) else argument
 
 
 def _copied(example: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.clone() if isinstance(x, Tensor) else x for x in example)
 
 
-def _difference(found: Any, expected: Any) -> str:
+def _difference(found: Any, expected: Any, tolerances: dict[torch.dtype, float]) -> str:
     """In words, how two results differ beyond rounding; empty if they do not."""
     pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
     for one, other in pairs:
@@ -140,6 +155,6 @@ def _difference(found: Any, expected: Any) -> str:
         if one is None or other is None or one.shape != other.shape or one.dtype is not other.dtype:
             return "its result has another form than the eager one"
         difference, size = (one.double() - other.double()).abs().max().item(), other.double().abs().max().item()
-        if not difference <= _TOLERANCES[other.dtype] * size:
+        if not difference <= tolerances[other.dtype] * size:
             return f"it differs by {difference:.2g} from the eager result, whose largest value is {size:.2g}"
     return ""

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from alignment.kernels.base import original_class, rows_of, shaped, subclass, without_autocast
 from alignment.kernels.matmul import add_matmul, matmul, transposed_matmul, wide_matmul
+from alignment.kernels.nf4 import unpack
 from alignment.kernels.norm import NormOutput, keep, norm_output, recall
 
 
@@ -100,9 +101,7 @@ class Projection:
         """(out, in), the matrix that a row is multiplied by."""
         weight = self.weight
         if self.state is not None:
-            from bitsandbytes.functional import dequantize_4bit
-
-            weight = dequantize_4bit(weight, self.state)
+            weight = unpack(weight, self.state)
         if self.merged:
             weight = add_matmul(weight, self.b * self.scaling, self.a)  # type: ignore[operator, arg-type]
         return weight

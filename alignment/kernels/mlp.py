@@ -27,7 +27,7 @@ from alignment.kernels.linear import Projection, adapter_leaves, hooked, project
 from alignment.kernels.norm import NormOutput, keep, norm_output, recall
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Activation:
     """A function of one value and its derivative times an incoming gradient."""
 
@@ -88,7 +88,11 @@ def _eager_gated_backward(
 
 def _fit(*tensors: Tensor) -> bool:
     """Whether the kernels cover these values and gradients."""
-    return all(x.dtype is tensors[0].dtype and x.is_contiguous() for x in tensors)
+    dtype = tensors[0].dtype
+    for x in tensors:  # noqa: SIM110 (a generator takes longer)
+        if x.dtype is not dtype or not x.is_contiguous():
+            return False
+    return True
 
 
 def _examples(like: Tensor) -> list[tuple[Tensor, ...]]:

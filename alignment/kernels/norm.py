@@ -60,8 +60,11 @@ _WIDEST = 2**15
 
 def _fit(*tensors: Tensor) -> bool:
     """Whether the kernels cover these rows, weights and gradients."""
-    first = tensors[0]
-    return first.shape[1] <= _WIDEST and all(x.dtype is first.dtype and x.is_contiguous() for x in tensors)
+    dtype = tensors[0].dtype
+    for x in tensors:
+        if x.dtype is not dtype or not x.is_contiguous():
+            return False
+    return tensors[0].shape[1] <= _WIDEST
 
 
 def _examples(weight: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -19,8 +19,12 @@ from alignment.kernels.fused import Fused
 log = logging.getLogger(__name__)
 
 
-def _eager_rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
-    """`x * cos + rotate_half(x) * sin`, or the transposed map."""
+def _eager_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """`x * cos + rotate_half(x) * sin` of queries and of keys, or the transposed map."""
+    return _eager_rotated(q, cos, sin, backward), _eager_rotated(k, cos, sin, backward)
+
+
+def _eager_rotated(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     half = x.shape[-1] // 2
     result = torch.empty_like(x)
     (x1, x2), (y1, y2) = x.split(half, -1), result.split(half, -1)
@@ -34,24 +38,28 @@ def _eager_rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor
     return result
 
 
-def _examples(x: Tensor, backward: bool) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
+def _examples(x: Tensor, backward: bool) -> list[tuple[Tensor, Tensor, Tensor, Tensor, bool]]:
     """Both layouts of heads, tables for each row and for all, and an odd width."""
     found = []
     for batch, heads, tokens, width in ((1, 3, 37, x.shape[-1]), (2, 2, 5, 14)):
-        q = normal_values((batch, tokens, heads, width), x.device, x.dtype)
+        q, k = (normal_values((batch, tokens, count, width), x.device, x.dtype, count) for count in (heads, 1))
         for tables in sorted({1, batch}):
             cos, sin = (normal_values((tables, 1, tokens, width), x.device, x.dtype, seed) for seed in (1, 2))
-            found.append((q.transpose(1, 2), cos, sin, backward))
-            found.append((q, cos.transpose(1, 2), sin.transpose(1, 2), backward))
+            found.append((q.transpose(1, 2), k.transpose(1, 2), cos, sin, backward))
+            found.append((q, k, cos.transpose(1, 2), sin.transpose(1, 2), backward))
     return found
 
 
-_rotate = Fused(
-    _eager_rotate,
-    "rotate",
-    fits=lambda x, cos, sin, backward: x.ndim == 4 and x.dtype is cos.dtype is sin.dtype,
-    examples=lambda x, cos, sin, backward: _examples(x, backward),
-)
+def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> bool:
+    """Whether queries and keys share their positions, and these one table for all heads."""
+    return (
+        (q.ndim == k.ndim == cos.ndim == 4 and q.dtype is k.dtype is cos.dtype is sin.dtype)
+        and (cos.shape == sin.shape and cos.stride() == sin.stride())
+        and any(cos.shape[heads] == 1 and q.shape[at] == k.shape[at] for heads, at in ((1, 2), (2, 1)))
+    )
+
+
+_rotate = Fused(_eager_rotate, "rotate", fits=_fits, examples=lambda q, k, cos, sin, backward: _examples(q, backward))
 
 
 class _Rotary(torch.autograd.Function):
@@ -61,14 +69,14 @@ class _Rotary(torch.autograd.Function):
     @without_autocast
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotate(q, cos, sin, False), _rotate(k, cos, sin, False)
+        return _rotate(q, k, cos, sin, False)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grad_q, cos, sin, True), _rotate(grad_k, cos, sin, True), None, None
+        return *_rotate(grad_q, grad_k, cos, sin, True), None, None
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Triton kernels: norms, gated products, rotary positions and target log-probs, each in one pass over its tensors.
+"""Triton kernels: norms, gated products, rotary positions, target log-probs and 4-bit weights, each in one pass.
 
 Only `fused` imports this module, because triton is not everywhere. Every function has the arguments and the results of
 an eager function elsewhere in this wing, and rounds where that one does. Offsets have 64 bits: a chunk of logits or a
@@ -7,6 +7,7 @@ long pass may hold more than 2**31 values.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,15 +18,59 @@ from torch import Tensor
 _TILE = 4096
 _GATED_BLOCK = 2048
 _VOCABULARY_BLOCK = 8192
+_PACKED_TILE = 2048
+_INT32 = 2**31 - 1
+
+
+class _Kernel:
+    """Starts a Triton kernel, after the first time without Triton's own look-up, which takes longer than many kernels.
+
+    Triton compiles a kernel for every kind of arguments, and what it compiled can be started by itself. The kind is the
+    device, each constant, each tensor's dtype and alignment, and whether a number needs 64 bits. The kernel must not
+    specialise on its numbers.
+
+    Args:
+        function: its arguments are tensors, then numbers, then constants.
+        options: Triton's own.
+    """
+
+    def __init__(self, function: Any, **options: Any) -> None:
+        self._function, self._options = function, options
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        blocks: int,
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[float, ...],
+        constants: tuple[Any, ...],
+        num_warps: int = 4,
+    ) -> None:
+        kind = (
+            tensors[0].device.index,
+            num_warps,
+            constants,
+            *[(x.dtype, x.data_ptr() % 16 == 0) for x in tensors],
+            *[n > _INT32 for n in numbers],
+        )
+        compiled = self._compiled.get(kind)
+        if compiled is not None:
+            compiled[blocks, 1, 1](*tensors, *numbers, *constants)
+            return
+        start = self._function[blocks, 1, 1]
+        compiled = start(*tensors, *numbers, *constants, num_warps=num_warps, **self._options)
+        # The interpreter compiles nothing. On AMD the kind is another, with the tensor's size.
+        if hasattr(compiled, "launch_metadata") and torch.version.hip is None:
+            self._compiled[kind] = compiled
 
 
 @triton.jit
-def _row_tile(num_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _row_tile(num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Rows, columns, offsets and mask of a program's tile of contiguous rows."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
-    return rows, columns, rows[:, None] * width + columns[None, :], inside
+    inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    return rows, columns, rows[:, None] * WIDTH + columns[None, :], inside
 
 
 @triton.jit
@@ -38,89 +83,98 @@ def _scale_rows(x, factors, scale, dtype: tl.constexpr, ROUNDS: tl.constexpr):
 
 
 @triton.jit
-def _load_scale(weight, columns, width, SHIFTED: tl.constexpr):
-    scale = tl.load(weight + columns, mask=columns < width, other=0.0).to(tl.float32)
+def _load_scale(weight, columns, WIDTH: tl.constexpr, SHIFTED: tl.constexpr):
+    scale = tl.load(weight + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     if SHIFTED:
         scale = scale + 1.0
     return scale
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "eps"])
 def _norm_forward(
-    x, weight, result, factors, num_rows, width, eps,
-    SHIFTED: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, result, factors, num_rows, eps,
+    WIDTH: tl.constexpr, SHIFTED: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, offsets, inside = _row_tile(num_rows, width, ROWS, BLOCK)
+    rows, columns, offsets, inside = _row_tile(num_rows, WIDTH, ROWS, BLOCK)
     values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.rsqrt(tl.sum(values * values, axis=1) / width + eps)
+    factor = tl.rsqrt(tl.sum(values * values, axis=1) / WIDTH + eps)
     tl.store(factors + rows, factor, mask=rows < num_rows)
-    scale = _load_scale(weight, columns, width, SHIFTED)
+    scale = _load_scale(weight, columns, WIDTH, SHIFTED)
     tl.store(result + offsets, _scale_rows(values, factor, scale, result.dtype.element_ty, ROUNDS), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm_recompute(
-    x, factors, weight, result, num_rows, width,
-    SHIFTED: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, factors, weight, result, num_rows,
+    WIDTH: tl.constexpr, SHIFTED: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, offsets, inside = _row_tile(num_rows, width, ROWS, BLOCK)
+    rows, columns, offsets, inside = _row_tile(num_rows, WIDTH, ROWS, BLOCK)
     values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(factors + rows, mask=rows < num_rows, other=0.0)
-    scale = _load_scale(weight, columns, width, SHIFTED)
+    scale = _load_scale(weight, columns, WIDTH, SHIFTED)
     tl.store(result + offsets, _scale_rows(values, factor, scale, result.dtype.element_ty, ROUNDS), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm_backward(
-    gradient, x, factors, weight, result, num_rows, width,
-    SHIFTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    gradient, x, factors, weight, result, num_rows,
+    WIDTH: tl.constexpr, SHIFTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    rows, columns, offsets, inside = _row_tile(num_rows, width, ROWS, BLOCK)
+    rows, columns, offsets, inside = _row_tile(num_rows, WIDTH, ROWS, BLOCK)
     values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(factors + rows, mask=rows < num_rows, other=0.0)
-    scale = _load_scale(weight, columns, width, SHIFTED)
+    scale = _load_scale(weight, columns, WIDTH, SHIFTED)
     grad = tl.load(gradient + offsets, mask=inside, other=0.0).to(tl.float32) * scale[None, :]
-    slope = tl.sum(grad * values, axis=1) / width * factor * factor * factor
+    slope = tl.sum(grad * values, axis=1) / WIDTH * factor * factor * factor
     grad = grad * factor[:, None] - values * slope[:, None]
     tl.store(result + offsets, grad.to(result.dtype.element_ty), mask=inside)
 
 
-def _tiles(num_rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and sizes for whole rows: several narrow rows or one wide row a program."""
-    block = triton.next_power_of_2(width)
+@functools.cache
+def _tiles(width: int) -> tuple[int, int, int]:
+    """Rows a program, values a padded row, and warps: several narrow rows or one wide row a program."""
+    block = int(triton.next_power_of_2(width))
     rows = max(1, _TILE // block)
-    warps = min(16, max(4, rows * block // 1024))
-    return (triton.cdiv(num_rows, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": warps}
+    return rows, block, min(16, max(4, rows * block // 1024))
 
 
 def _rounds(weight: Tensor, shifted: bool) -> bool:
     return not shifted and weight.dtype is not torch.float32
 
 
+_start_norm_forward = _Kernel(_norm_forward)
+_start_norm_recompute = _Kernel(_norm_recompute)
+_start_norm_backward = _Kernel(_norm_backward)
+
+
 def norm_forward(rows: Tensor, weight: Tensor, eps: float, shifted: bool) -> tuple[Tensor, Tensor]:
     """See `norm._forward`."""
     result = torch.empty_like(rows)
-    factors = torch.empty(len(rows), 1, dtype=torch.float32, device=rows.device)
-    grid, sizes = _tiles(*rows.shape)
-    rounds = _rounds(weight, shifted)
-    _norm_forward[grid](rows, weight, result, factors, *rows.shape, eps, SHIFTED=shifted, ROUNDS=rounds, **sizes)
+    count, width = rows.shape
+    factors = rows.new_empty((count, 1), dtype=torch.float32)
+    tile, block, warps = _tiles(width)
+    tensors, constants = (rows, weight, result, factors), (width, shifted, _rounds(weight, shifted), tile, block)
+    _start_norm_forward(-(-count // tile), tensors, (count, eps), constants, warps)
     return result, factors
 
 
 def norm_recompute(rows: Tensor, factors: Tensor, weight: Tensor, shifted: bool) -> Tensor:
     """See `norm._scaled`."""
     result = torch.empty_like(rows)
-    grid, sizes = _tiles(*rows.shape)
-    rounds = _rounds(weight, shifted)
-    _norm_recompute[grid](rows, factors, weight, result, *rows.shape, SHIFTED=shifted, ROUNDS=rounds, **sizes)
+    count, width = rows.shape
+    tile, block, warps = _tiles(width)
+    tensors, constants = (rows, factors, weight, result), (width, shifted, _rounds(weight, shifted), tile, block)
+    _start_norm_recompute(-(-count // tile), tensors, (count,), constants, warps)
     return result
 
 
 def norm_backward(gradient: Tensor, rows: Tensor, factors: Tensor, weight: Tensor, shifted: bool) -> Tensor:
     """See `norm._backward`."""
     result = torch.empty_like(rows)
-    grid, sizes = _tiles(*rows.shape)
-    _norm_backward[grid](gradient, rows, factors, weight, result, *rows.shape, SHIFTED=shifted, **sizes)
+    count, width = rows.shape
+    tile, block, warps = _tiles(width)
+    tensors, constants = (gradient, rows, factors, weight, result), (width, shifted, tile, block)
+    _start_norm_backward(-(-count // tile), tensors, (count,), constants, warps)
     return result
 
 
@@ -144,7 +198,7 @@ def _activation(x, GELU: tl.constexpr):
     return value, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gated_forward(gate, up, result, count, GELU: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
@@ -154,7 +208,7 @@ def _gated_forward(gate, up, result, count, GELU: tl.constexpr, BLOCK: tl.conste
     tl.store(result + offsets, (value.to(dtype).to(tl.float32) * factor).to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gated_backward(
     gate, up, gradient, grad_gate, product, count, GELU: tl.constexpr, PRODUCT: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -171,12 +225,16 @@ def _gated_backward(
         tl.store(product + offsets, (active * factor).to(dtype), mask=inside)
 
 
+_start_gated_forward = _Kernel(_gated_forward)
+_start_gated_backward = _Kernel(_gated_backward)
+
+
 def gated_forward(gate: Tensor, up: Tensor, activation: Any) -> Tensor:
     """See `mlp._gated`."""
     result = torch.empty_like(gate)
     count = gate.numel()
-    grid = (triton.cdiv(count, _GATED_BLOCK),)
-    _gated_forward[grid](gate, up, result, count, GELU=activation.name == "gelu_tanh", BLOCK=_GATED_BLOCK)
+    constants = (activation.name == "gelu_tanh", _GATED_BLOCK)
+    _start_gated_forward(-(-count // _GATED_BLOCK), (gate, up, result), (count,), constants)
     return result
 
 
@@ -187,35 +245,34 @@ def gated_backward(
     grad_gate = torch.empty_like(gate)
     product = torch.empty_like(gate) if needs_product else None
     count = gate.numel()
-    _gated_backward[(triton.cdiv(count, _GATED_BLOCK),)](
-        gate, up, gradient, grad_gate, grad_gate if product is None else product, count,
-        GELU=activation.name == "gelu_tanh", PRODUCT=needs_product, BLOCK=_GATED_BLOCK,
-    )  # fmt: skip
+    tensors = (gate, up, gradient, grad_gate, grad_gate if product is None else product)
+    constants = (activation.name == "gelu_tanh", needs_product, _GATED_BLOCK)
+    _start_gated_backward(-(-count // _GATED_BLOCK), tensors, (count,), constants)
     return grad_gate, gradient, product
 
 
-@triton.jit(do_not_specialize=["num_rows", "size1", "size2"])
-def _rotate(
-    x, cos, sin, result, num_rows, size1, size2, half,
-    x0, x1, x2, cos0, cos1, cos2, sin0, sin1, sin2, result0, result1, result2,
+@triton.jit
+def _rotate_tile(
+    tile, x, cos, sin, result, positions, tokens, x0, x1, x2, cos0, cos1, result0, result1, result2,
+    HEADS: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr,
     BACKWARD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # The heads of one position, which share their cosines, follow each other.
+    rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    inside = (rows < num_rows)[:, None] & (columns < half)[None, :]
-    i2 = rows % size2
-    i1 = rows // size2 % size1
-    i0 = rows // size2 // size1
-    at_x = (i0 * x0 + i1 * x1 + i2 * x2)[:, None] + columns[None, :]
-    at_cos = (i0 * cos0 + i1 * cos1 + i2 * cos2)[:, None] + columns[None, :]
-    at_sin = (i0 * sin0 + i1 * sin1 + i2 * sin2)[:, None] + columns[None, :]
-    at_result = (i0 * result0 + i1 * result1 + i2 * result2)[:, None] + columns[None, :]
+    inside = (rows < positions * HEADS)[:, None] & (columns < HALF)[None, :]
+    head = rows % HEADS
+    token = rows // HEADS % tokens
+    member = rows // HEADS // tokens
+    at_x = ((member * x0 + token * x1 + head * x2) * UNIT)[:, None] + columns[None, :]
+    at_cos = ((member * cos0 + token * cos1) * UNIT)[:, None] + columns[None, :]
+    at_result = ((member * result0 + token * result1 + head * result2) * UNIT)[:, None] + columns[None, :]
     first = tl.load(x + at_x, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x + at_x + half, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + at_x + HALF, mask=inside, other=0.0).to(tl.float32)
     cos_1 = tl.load(cos + at_cos, mask=inside, other=0.0).to(tl.float32)
-    cos_2 = tl.load(cos + at_cos + half, mask=inside, other=0.0).to(tl.float32)
-    sin_1 = tl.load(sin + at_sin, mask=inside, other=0.0).to(tl.float32)
-    sin_2 = tl.load(sin + at_sin + half, mask=inside, other=0.0).to(tl.float32)
+    cos_2 = tl.load(cos + at_cos + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin_1 = tl.load(sin + at_cos, mask=inside, other=0.0).to(tl.float32)
+    sin_2 = tl.load(sin + at_cos + HALF, mask=inside, other=0.0).to(tl.float32)
     dtype = result.dtype.element_ty
     left = (first * cos_1).to(dtype).to(tl.float32)
     right = (second * cos_2).to(dtype).to(tl.float32)
@@ -226,25 +283,63 @@ def _rotate(
         left = left - second * sin_1
         right = right + first * sin_2
     tl.store(result + at_result, left.to(dtype), mask=inside)
-    tl.store(result + at_result + half, right.to(dtype), mask=inside)
+    tl.store(result + at_result + HALF, right.to(dtype), mask=inside)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+_ROTATE_NUMBERS = ["positions", "tokens", "tiles", "cos0", "cos1"]
+_ROTATE_NUMBERS += [f"{name}{i}" for name in ("q", "rotated_q", "k", "rotated_k") for i in range(3)]
+
+
+@triton.jit(do_not_specialize=_ROTATE_NUMBERS)
+def _rotate(
+    q, k, cos, sin, rotated_q, rotated_k, positions, tokens, tiles, cos0, cos1,
+    q0, q1, q2, rotated_q0, rotated_q1, rotated_q2, k0, k1, k2, rotated_k0, rotated_k1, rotated_k2,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first `tiles` programs rotate queries, the others keys."""
+    tile = tl.program_id(0)
+    if tile < tiles:
+        _rotate_tile(
+            tile, q, cos, sin, rotated_q, positions, tokens,
+            q0, q1, q2, cos0, cos1, rotated_q0, rotated_q1, rotated_q2,
+            HEADS, HALF, UNIT, BACKWARD, ROWS, BLOCK,
+        )  # fmt: skip
+    else:
+        _rotate_tile(
+            tile - tiles, k, cos, sin, rotated_k, positions, tokens,
+            k0, k1, k2, cos0, cos1, rotated_k0, rotated_k1, rotated_k2,
+            KEY_HEADS, HALF, UNIT, BACKWARD, ROWS, BLOCK,
+        )  # fmt: skip
+
+
+_start_rotate = _Kernel(_rotate)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
     """See `rotary._rotate`."""
-    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
-    result = torch.empty_like(x)
-    # In the order of x in memory, so that heads of one position, which share their cosines, follow each other.
-    order = sorted(range(3), key=x.stride, reverse=True)
-    laid_out = [t.expand(x.shape).permute(*order, 3) for t in (x, cos, sin, result)]
-    size0, size1, size2, width = laid_out[0].shape
-    num_rows, half = size0 * size1 * size2, width // 2
-    block = triton.next_power_of_2(half)
+    q, k, cos, sin = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, cos, sin))
+    rotated_q, rotated_k = torch.empty_like(q), torch.empty_like(k)
+    # One of the middle dimensions is the heads', and the tables have size 1 there.
+    heads, at = (1, 2) if cos.shape[1] == 1 and q.shape[2] == k.shape[2] else (2, 1)
+    members, width = len(q), q.shape[3]
+    num_heads, num_keys, tokens = q.shape[heads], k.shape[heads], q.shape[at]
+    strides = [0 if cos.shape[i] == 1 else cos.stride(i) for i in (0, at)]
+    for x in (q, rotated_q, k, rotated_k):
+        s = x.stride()
+        strides += s[0], s[at], s[heads]
+    # That all rows begin at a multiple of 16 values makes loads wide; the numbers themselves differ from pass to pass.
+    unit = 16 if not any(s % 16 for s in strides) else 1
+    half, positions = width // 2, members * tokens
+    block = _tiles(half)[1]
     rows = max(1, _TILE // 2 // block)
-    _rotate[(triton.cdiv(num_rows, rows),)](
-        *(x, cos, sin, result), num_rows, size1, size2, half, *(s for t in laid_out for s in t.stride()[:3]),
-        BACKWARD=backward, ROWS=rows, BLOCK=block,
+    tiles = -(-positions * num_heads // rows)
+    _start_rotate(
+        tiles - (-positions * num_keys // rows), (q, k, cos, sin, rotated_q, rotated_k),
+        (positions, tokens, tiles, *[s // unit for s in strides]),
+        (num_heads, num_keys, half, unit, backward, rows, block),
     )  # fmt: skip
-    return result
+    return rotated_q, rotated_k
 
 
 @triton.jit
@@ -260,13 +355,13 @@ def _transformed(logits, inside, scale, cap, CAPPED: tl.constexpr):
     return tl.where(inside, values, float("-inf")), slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "scale", "cap"])
 def _target_log_probs(
     logits, targets, logps, weights, row_stride, scale, cap,
-    VOCABULARY: tl.constexpr, CAPPED: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, VOCABULARY: tl.constexpr, CAPPED: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    logits += row * row_stride
+    logits += row * row_stride * UNIT
     target = tl.load(targets + row)
     columns = tl.arange(0, BLOCK)
     # Largest logit, and the sum of exponentials relative to it
@@ -298,6 +393,9 @@ def _target_log_probs(
             tl.store(weights + start + columns, derivative.to(weights.dtype.element_ty), mask=inside)
 
 
+_start_target_log_probs = _Kernel(_target_log_probs)
+
+
 def target_log_probs(
     logits: Tensor, targets: Tensor, scale: float, cap: float | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -306,9 +404,71 @@ def target_log_probs(
     logps = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     weights = None if dtype is None else torch.empty(logits.shape, dtype=dtype, device=logits.device)
     block = min(_VOCABULARY_BLOCK, triton.next_power_of_2(vocabulary))
-    _target_log_probs[(num_rows,)](
-        logits, targets, logps, logps if weights is None else weights, logits.stride(0),
-        float(scale), 1.0 if cap is None else float(cap), VOCABULARY=vocabulary,
-        CAPPED=cap is not None, WEIGHTS=weights is not None, BLOCK=block, num_warps=8,
+    stride = logits.stride(0)
+    unit = 1 if stride % 16 else 16
+    _start_target_log_probs(
+        num_rows, (logits, targets, logps, logps if weights is None else weights),
+        (stride // unit, float(scale), 1.0 if cap is None else float(cap)),
+        (unit, vocabulary, cap is not None, weights is not None, block), num_warps=8,
     )  # fmt: skip
     return logps, weights
+
+
+@triton.jit(do_not_specialize=["count", "num_blocks"])
+def _unpack_4bit(
+    packed, absmax, code, offset, nested_absmax, nested_code, result, count, num_blocks,
+    BLOCKSIZE: tl.constexpr, FULL: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    known = blocks < num_blocks
+    if NESTED:
+        at = tl.load(absmax + blocks, mask=known, other=0).to(tl.int32)
+        outer = tl.load(nested_absmax + blocks // NESTED_BLOCKSIZE, mask=known, other=0.0)
+        scale = tl.load(nested_code + at) * outer + tl.load(offset)
+    else:
+        scale = tl.load(absmax + blocks, mask=known, other=0.0)
+    HALF: tl.constexpr = BLOCKSIZE // 2
+    at_bytes = blocks[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    offsets = blocks[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    # Where every block is full, whole blocks are inside or outside, so loads and stores are wide.
+    if FULL:
+        bytes_inside = known[:, None]
+        inside = known[:, None]
+    else:
+        bytes_inside = at_bytes < (count + 1) // 2
+        inside = offsets < count
+    pairs = tl.load(packed + at_bytes, mask=bytes_inside, other=0).to(tl.int32)
+    first = tl.load(code + (pairs >> 4)) * scale[:, None]
+    second = tl.load(code + (pairs & 15)) * scale[:, None]
+    values = tl.interleave(first, second).to(result.dtype.element_ty)
+    tl.store(result + offsets, values, mask=inside)
+
+
+# A product and a sum in one rounding would give other bits than bitsandbytes.
+_start_unpack_4bit = _Kernel(_unpack_4bit, enable_fp_fusion=False)
+
+
+def unpack_4bit(
+    weight: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    offset: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_blocksize: int | None,
+    shape: tuple[int, ...],
+    blocksize: int,
+    dtype: torch.dtype,
+    quant_type: str,
+) -> Tensor:
+    """See `nf4.unpack`."""
+    result = weight.new_empty(shape, dtype=dtype)
+    count = result.numel()
+    blocks = max(1, _PACKED_TILE * 2 // blocksize)
+    nested: Any = (code, code, code) if nested_absmax is None else (offset, nested_absmax, nested_code)
+    _start_unpack_4bit(
+        -(-len(absmax) // blocks), (weight, absmax, code, *nested, result), (count, len(absmax)),
+        (blocksize, count % blocksize == 0, nested_absmax is not None, nested_blocksize, blocks),
+    )  # fmt: skip
+    return result

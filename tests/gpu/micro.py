@@ -1,7 +1,8 @@
 """Times of what a pass is made of, at Qwen3-1.7B's sizes: `python -m tests.gpu.micro [--dry] [--seconds 45]`.
 
 Every line names an operation (`what`) and a way to compute it (`way`), with the rate of the bytes that it must move or
-of its multiplications. Our own kernels come first, what torch must compile comes last; no line starts after the time.
+of its multiplications. `ms` is the GPU's time, `host_ms` what a call takes of the host's. Our own kernels come first,
+what torch must compile comes last; no line starts after the time.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignment.kernels import fused, log_probs, mlp, norm, rotary
+from alignment.kernels import fused, log_probs, mlp, nf4, norm, rotary
 from alignment.kernels.fused import Fused
 from alignment.scoring.head import LOGITS_PER_CHUNK, LogitTransform, score_hidden
 from tests.gpu.lines import is_dry, note, out_folder
 
 RUNS = 7
+_CYCLES_PER_MS = 2_000_000
+"""No card's clock is faster."""
+_HOST_CALLS = 200
 
 
 @dataclass(frozen=True)
@@ -60,28 +64,45 @@ class Bench:
             note(self.out, "micro", what=what, way=way, error="no time left")
             return
         try:
-            begun = time.perf_counter()
-            for _ in range(2):
-                run()
-            self._wait()
-            first = time.perf_counter() - begun
-            ms = statistics.median(self._once(run) for _ in range(RUNS))
+            first, begun = self._seconds(run), time.perf_counter()
+            self._seconds(run)
+            again = time.perf_counter() - begun
+            host_ms = self._host_ms(run, again)
+            ms = statistics.median(self._once(run, host_ms) for _ in range(RUNS))
         except Exception as error:
             note(self.out, "micro", what=what, way=way, error=f"{type(error).__name__}: {error}"[:300])
             return
         rates = {"gb_per_s": round(moved / ms / 1e6, 1)} if moved else {}
         rates |= {"tflops": round(products / ms / 1e9, 2)} if products else {}
-        note(self.out, "micro", what=what, way=way, ms=round(ms, 4), **rates, first_s=round(first, 2), **more)
+        took = {"ms": round(ms, 4), "host_ms": round(host_ms, 4), **rates, "first_s": round(first, 2)}
+        note(self.out, "micro", what=what, way=way, **took, **more)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _once(self, run: Callable[[], Any]) -> float:
-        if self.device.type != "cuda":
-            begun = time.perf_counter()
+    def _seconds(self, run: Callable[[], Any]) -> float:
+        """From the call to the end of its work."""
+        begun = time.perf_counter()
+        run()
+        self._wait()
+        return time.perf_counter() - begun
+
+    def _host_ms(self, run: Callable[[], Any], seconds: float) -> float:
+        """What a call takes of the host, which does not wait for the GPU; over so many calls that these take 20 ms."""
+        calls = min(_HOST_CALLS, max(3, int(0.02 / seconds)))
+        begun = time.perf_counter()
+        for _ in range(calls):
             run()
-            return 1000 * (time.perf_counter() - begun)
+        took = time.perf_counter() - begun
+        self._wait()
+        return 1000 * took / calls
+
+    def _once(self, run: Callable[[], Any], host_ms: float) -> float:
+        if self.device.type != "cuda":
+            return 1000 * self._seconds(run)
+        # The GPU sleeps until all of the work is queued, or its time would include the host's.
+        torch.cuda._sleep(int(_CYCLES_PER_MS * min(50.0, 2 * host_ms + 0.2)))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -120,12 +141,11 @@ def operations(sizes: Sizes, device: torch.device) -> list[Operation]:
     found.append(Operation(f"{name}, forward", mlp._gated, (gate, up, silu), 3 * values))
     found.append(Operation(f"{name}, backward", mlp._gated_backward, (gate, up, gradient, silu, True), 6 * values))
     cos, sin = (random(1, 1, sizes.rows, sizes.head_width) for _ in range(2))
-    for heads in (sizes.heads, sizes.key_heads):
-        q = random(1, sizes.rows, heads, sizes.head_width).transpose(1, 2)
-        moved = 4 * q.numel() + 4 * cos.numel()
-        for backward in (False, True):
-            name = f"rotary, {heads} heads, {'backward' if backward else 'forward'}"
-            found.append(Operation(name, rotary._rotate, (q, cos, sin, backward), moved))
+    q, k = (random(1, sizes.rows, heads, sizes.head_width).transpose(1, 2) for heads in (sizes.heads, sizes.key_heads))
+    for backward in (False, True):
+        name = f"rotary, {sizes.heads} and {sizes.key_heads} heads, {'backward' if backward else 'forward'}"
+        moved = 4 * (q.numel() + k.numel() + cos.numel())
+        found.append(Operation(name, rotary._rotate, (q, k, cos, sin, backward), moved))
     logits = 3 * torch.randn(sizes.logit_rows, sizes.vocabulary, device=device)
     targets = torch.randint(0, sizes.vocabulary, (sizes.logit_rows,), device=device)
     for dtype, moved in ((torch.bfloat16, 10), (None, 4)):
@@ -139,7 +159,7 @@ def time_operations(bench: Bench, found: list[Operation]) -> None:
     """Our kernels and the eager code."""
     for operation in found:
         run, arguments = operation.fused, operation.arguments
-        used = arguments[0].device.type in fused.DEVICE_TYPES and run._usable(arguments)
+        used = run._usable(arguments)
         bench.time(operation.what, "own", lambda r=run, a=arguments: r(*a), operation.moved, kernel=used)
         bench.time(operation.what, "eager", lambda r=run, a=arguments: r.eager(*a), operation.moved)
 
@@ -255,14 +275,14 @@ def time_optimizers(bench: Bench, sizes: Sizes) -> None:
         bench.time(f"AdamW, {sizes.parameters} tensors", kind, lambda k=kind: step(k))
 
 
-def time_unpacking(bench: Bench, sizes: Sizes) -> None:
-    """NF4 weights to bfloat16."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+def unpacking(sizes: Sizes, device: torch.device) -> Operation:
+    """A layer's NF4 weight to bfloat16."""
+    from bitsandbytes.functional import quantize_4bit
 
-    values = torch.randn(sizes.intermediate, sizes.hidden, device=bench.device, dtype=torch.bfloat16)
+    values = torch.randn(sizes.intermediate, sizes.hidden, device=device, dtype=torch.bfloat16)
     packed, state = quantize_4bit(values, quant_type="nf4", compress_statistics=True)
     what = f"NF4 unpacked, {sizes.intermediate} x {sizes.hidden}"
-    bench.time(what, "bitsandbytes", lambda: dequantize_4bit(packed, state), 2.5 * values.numel())
+    return Operation(what, nf4._unpacked, (packed, *nf4._parts(state)), 2.5 * values.numel())
 
 
 def time_liger(bench: Bench, sizes: Sizes) -> None:
@@ -312,10 +332,10 @@ def main() -> None:
     found = operations(sizes, device)
     parts: list[Callable[[], None]] = [
         lambda: time_operations(bench, found),
+        lambda: time_operations(bench, [unpacking(sizes, device)]),
         lambda: time_head(bench, sizes),
         lambda: time_products(bench, sizes),
         lambda: time_optimizers(bench, sizes),
-        lambda: time_unpacking(bench, sizes),
         lambda: time_trl(bench, sizes),
         lambda: time_liger(bench, sizes),
         lambda: time_compiled(bench, found),

@@ -122,7 +122,9 @@ def test_operations_of_torch(name, needed):
 
 def test_products_of_bitsandbytes():
     from bitsandbytes import matmul_4bit
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import QuantState, dequantize_4bit
 
     assert {"A", "B", "quant_state", "bias"} <= parameters(matmul_4bit)
     assert {"A", "quant_state"} <= parameters(dequantize_4bit)
+    parts = {"absmax", "shape", "code", "blocksize", "quant_type", "dtype", "offset", "state2"}
+    assert parts <= parameters(QuantState)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignment.kernels import base, fused, log_probs, mlp, norm, rotary
+from alignment.kernels import base, fused, log_probs, mlp, nf4, norm, rotary
 from alignment.scoring.head import LOGITS_PER_CHUNK, LogitTransform, score_hidden
 from tests.helpers.patched import FEW, assert_close, compute, pair
 
@@ -23,6 +23,7 @@ OPERATIONS = [
     mlp._gated_backward,
     rotary._rotate,
     log_probs.target_log_probs,
+    nf4._unpacked,
 ]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -104,10 +105,45 @@ def test_rotation(batch, heads, tokens, width, backward, dtype):
         random(batch, tokens, heads, width, dtype=dtype),
     )
     part = random(batch, tokens, heads, 2 * width, dtype=dtype)[..., width:].transpose(1, 2)  # rows that lie apart
+    key = random(batch, tokens, 2, width, dtype=dtype, seed=3)
     for x in (by_head, by_token.transpose(1, 2), part):
-        check(rotary._rotate, x, cos, sin, backward)
-        check(rotary._rotate, x, cos[:1], sin[:1], backward)
-    check(rotary._rotate, by_token, cos.transpose(1, 2), sin.transpose(1, 2), backward)
+        for q, k in ((x, key.transpose(1, 2)), (key.transpose(1, 2).contiguous(), x)):
+            check(rotary._rotate, q, k, cos, sin, backward)
+            check(rotary._rotate, q, k, cos[:1], sin[:1], backward)
+    check(rotary._rotate, by_token, key, cos.transpose(1, 2), sin.transpose(1, 2), backward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("quant_type", "nested"), [("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize(("shape", "blocksize"), [((64, 96), 64), ((7, 13), 64), ((300, 64), 32), ((3, 5000), 4096)])
+def test_unpacked_weights_have_the_bits_of_bitsandbytes(shape, blocksize, quant_type, nested, dtype):
+    functional = pytest.importorskip("bitsandbytes.functional", reason="NO BITSANDBYTES: 4-bit weights unchecked")
+    values = random(*shape, dtype=dtype)
+    values[::3] *= 1e-2
+    packed, state = functional.quantize_4bit(values, None, None, blocksize, nested, quant_type)
+    parts = nf4._parts(state)
+    assert nf4._fits(packed, *parts)
+    found, expected = nf4._unpacked._run((packed, *parts)), functional.dequantize_4bit(packed, state)
+    torch.testing.assert_close(nf4._unpacked.eager(packed, *parts), expected, rtol=0, atol=0)
+    if DEVICE.type == "cpu" and dtype is torch.bfloat16:  # the interpreter cuts off
+        state.dtype = torch.float32
+        expected = functional.dequantize_4bit(packed, state).view(torch.int32).bitwise_and(-(2**16))
+        expected = expected.view(torch.float32).to(torch.bfloat16)
+    else:
+        assert nf4._unpacked._usable((packed, *parts))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_other_packings_are_left_to_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional", reason="NO BITSANDBYTES: 4-bit weights unchecked")
+    packed, state = functional.quantize_4bit(random(64, 96), compress_statistics=True)
+    parts = nf4._parts(state)
+    assert nf4._fits(packed, *parts)
+    assert not nf4._fits(packed.t(), *parts)
+    assert not nf4._fits(packed.view(-1, 4).view(torch.float32), *parts)
+    assert not nf4._fits(packed[:-1], *parts)
+    state.state2.blocksize = 128
+    assert not nf4._fits(packed, *nf4._parts(state))
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 30.0)])
@@ -212,7 +248,7 @@ def test_a_whole_model_gives_the_same(kind, monkeypatch):
     run, names = fused.Fused._run, set()
     monkeypatch.setattr(fused.Fused, "_run", lambda self, args: names.add(self.name) or run(self, args))
     assert_close(compute(changed, FEW), compute(own, FEW), 1e-5)
-    assert names == {op.name for op in OPERATIONS} - {"target_log_probs"}
+    assert names == {op.name for op in OPERATIONS} - {"target_log_probs", "unpack_4bit"}
 
 
 def faulty(operation, monkeypatch, kernel):
