@@ -25,6 +25,9 @@ def unpack(weight: Tensor, state: Any) -> Tensor:
     Returns:
         Of the state's shape and dtype.
     """
+    if type(weight) is not Tensor:
+        # bitsandbytes' parameters run Python code at every look at their dtype or shape, 2 us each.
+        weight = weight.as_subclass(Tensor)
     return _unpacked(weight, *_parts(state))
 
 

@@ -134,6 +134,19 @@ def test_unpacked_weights_have_the_bits_of_bitsandbytes(shape, blocksize, quant_
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_a_packed_parameter_becomes_a_plain_tensor(monkeypatch):
+    modules = pytest.importorskip("bitsandbytes.nn", reason="NO BITSANDBYTES: 4-bit weights unchecked")
+    weight = modules.Params4bit(random(64, 96), requires_grad=False)._quantize(DEVICE)
+    ran, run = [], nf4._unpacked._run
+    monkeypatch.setattr(nf4._unpacked, "_run", lambda args: ran.append(type(args[0])) or run(args))
+    found, expected = (
+        nf4.unpack(weight, weight.quant_state),
+        nf4._unpacked.eager(weight, *nf4._parts(weight.quant_state)),
+    )
+    assert set(ran) == {torch.Tensor} and type(found) is torch.Tensor
+    torch.testing.assert_close(found, expected.as_subclass(torch.Tensor), rtol=0, atol=0)
+
+
 def test_other_packings_are_left_to_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional", reason="NO BITSANDBYTES: 4-bit weights unchecked")
     packed, state = functional.quantize_4bit(random(64, 96), compress_statistics=True)
