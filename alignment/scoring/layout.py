@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignment.kernels.attention import PromptSpan, SharedRow, position_ids
+from alignment.kernels.attention import PromptSpan, SharedRow, parts_of, position_ids
 from alignment.types import Group, to_device
 
 
@@ -206,3 +206,19 @@ class SharedLayout:
             shared_row=row,
             position_ids=position_ids(row),
         )
+
+
+_FIRST_PASS = 64
+"""Groups that are more than the first pass of a step holds."""
+
+
+def keys_per_position(layout: BatchLayout, groups: Sequence[Group]) -> float:
+    """How many keys the attention of a GPU's largest pass is given for each position.
+
+    Its kernel takes the keys and values of a shared prompt once for every completion, so a pair with a long prompt has
+    nearly two for each position. Passes are filled from the longest prompts on.
+    """
+    longest = sorted(groups, key=lambda group: -len(group.prompt))[:_FIRST_PASS]
+    rows = [batch.shared_row for batch in layout.batches(longest, 2**62) if batch.shared_row is not None]
+    keys = sum(len(own) + len(prompt) for row in rows for own, prompt in parts_of(row))
+    return keys / sum(row[-1].end for row in rows) if rows else 1.0

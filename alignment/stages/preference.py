@@ -27,7 +27,7 @@ from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.live import LiveReference
 from alignment.reference.store import REFERENCE_FILE, ReferenceStore
-from alignment.scoring.layout import BatchLayout
+from alignment.scoring.layout import BatchLayout, keys_per_position
 from alignment.scoring.logps import largest_group
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.stages.stage import PreferenceResult, StageResult, Workspace
@@ -122,7 +122,7 @@ class PreferenceStage:
         disable_dropout(model)
         layout = choose_layout(model, self._device)
         slot = self._joined(model)
-        plan, tokens_per_batch = self._planned(model, largest_group(layout, self._data.train), slot)
+        plan, tokens_per_batch = self._planned(model, layout, slot)
         checkpoint_layers(model, plan.checkpoint_every)
 
         # The reference, and the trainer with it
@@ -180,8 +180,9 @@ class PreferenceStage:
                 return None
         return slot
 
-    def _planned(self, model: nn.Module, largest: int, slot: CohortSlot | None) -> tuple[Plan, int]:
+    def _planned(self, model: nn.Module, layout: BatchLayout, slot: CohortSlot | None) -> tuple[Plan, int]:
         """The plan of the stage, and how many positions one pass of this run has."""
+        largest = largest_group(layout, self._data.train)
         plan = plan_stage(
             model,
             self._config,
@@ -189,6 +190,7 @@ class PreferenceStage:
             folder=self._folder,
             device=self._device,
             longest=largest,
+            keys_per_position=keys_per_position(layout, self._data.train),
             slot=slot,
         )
         if slot is None or not slot.is_joint:
@@ -198,7 +200,7 @@ class PreferenceStage:
         # The joint passes do not fit: plan again for passes of its own.
         (self._folder / "plan.json").unlink()
         slot.separate()
-        return self._planned(model, largest, slot)
+        return self._planned(model, layout, slot)
 
     def _reference(self, model: nn.Module, layout: BatchLayout, plan: Plan) -> Reference | None:
         config = self._config

@@ -123,7 +123,15 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, child
 
 
-def layer_of(layer: nn.Module, hidden: int, value: int, experts_per_token: int, adapted: bool, dropout: bool) -> Layer:
+def layer_of(
+    layer: nn.Module,
+    hidden: int,
+    value: int,
+    experts_per_token: int,
+    adapted: bool,
+    dropout: bool,
+    keys_per_position: float = 1.0,
+) -> Layer:
     """Count the tensors that the backward pass of one decoder layer reads.
 
     The usual layer (attention with separate projections, gated MLP) with a LoRA without dropout, as `kernels` computes
@@ -139,16 +147,18 @@ def layer_of(layer: nn.Module, hidden: int, value: int, experts_per_token: int, 
         experts_per_token: for a mixture of experts, otherwise 0.
         adapted: whether an adapter trains instead of the layer.
         dropout: whether that adapter drops inputs.
+        keys_per_position: how many keys, and values, the attention keeps for each position.
     """
     linears = {name.rpartition(".")[2]: child for name, child in _linears(layer)}
     names = {name.rpartition(".")[2] for name, _ in layer.named_modules()}
     widths = {name: (child.in_features, child.out_features) for name, child in linears.items()}
     normed = sum("norm" in name for name, _ in layer.named_children()) * hidden
-    saved = 0
+    saved = gathered = 0
     wide = 0
     if {"q_proj", "k_proj", "v_proj"} <= widths.keys():
         query, keys = widths["q_proj"][1], widths["k_proj"][1]
         saved += 2 * query + 2 * keys + (0 if adapted else hidden)
+        gathered = round(2 * keys * (keys_per_position - 1))
         if {"q_norm", "k_norm"} <= names:
             normed += query + keys
     else:
@@ -169,7 +179,7 @@ def layer_of(layer: nn.Module, hidden: int, value: int, experts_per_token: int, 
     if not wide:
         saved += sum(a + b for name, (a, b) in widths.items() if name in _MLP)
         wide = max((max(pair) for pair in widths.values()), default=hidden)
-    size = (saved + normed) * value
+    size = (saved + gathered + normed) * value
     if dropout:
         size += sum(a for a, _ in widths.values()) * (value + (_MASK if value < 4 else 4))
     if not adapted:
@@ -282,6 +292,7 @@ def sizes_of(
     device: str,
     dropout: bool = False,
     supervised: bool = False,
+    keys_per_position: float = 1.0,
 ) -> Sizes:
     """The sizes of a policy that decide the memory of its step.
 
@@ -293,6 +304,7 @@ def sizes_of(
         device: "cpu" or "cuda".
         dropout: whether the adapter drops inputs in this stage.
         supervised: True for the SFT stage, whose head is TRL's.
+        keys_per_position: of the passes, as `layout.keys_per_position` counts them. Only a GPU keeps gathered keys.
     """
     causal: Any = model
     config = causal.config.get_text_config()
@@ -300,7 +312,8 @@ def sizes_of(
     adapted = weights.adapter > 0
     experts = getattr(config, "num_experts_per_tok", None) or 0
     modules = decoder_layers(model)
-    layers = tuple(layer_of(layer, hidden, value, experts, adapted, dropout) for layer in modules)
+    keys = keys_per_position if device == "cuda" else 1.0
+    layers = tuple(layer_of(layer, hidden, value, experts, adapted, dropout, keys) for layer in modules)
     if adapted and layers and value < weights.trained_value:  # the adapter in the dtype of the activations
         cast = weights.trained * value // len(layers)
         layers = tuple(replace(layer, copies=layer.copies + cast) for layer in layers)

@@ -66,6 +66,7 @@ def plan_stage(
     folder: Path,
     device: torch.device,
     longest: int,
+    keys_per_position: float = 1.0,
     slot: CohortSlot | None = None,
 ) -> Plan:
     """How a stage runs its steps on this machine as it is now; a resumed stage keeps the plan that it began with.
@@ -77,6 +78,7 @@ def plan_stage(
         folder: of the stage; plan.json is written there, or read if it exists.
         device: where the policy is.
         longest: positions of the largest group of the data, or of the longest conversation.
+        keys_per_position: that a GPU's attention keeps, as `layout.keys_per_position` counts them.
         slot: in the cohort that the stage trains in. Each member has its own gradients and optimizer states, and where
             the members' passes are joint, one pass holds a group of each.
     """
@@ -103,6 +105,7 @@ def plan_stage(
         device=device.type,
         dropout=supervised and adapter is not None and adapter.dropout > 0,
         supervised=supervised,
+        keys_per_position=keys_per_position,
     )
     members = 1 if slot is None else slot.width
     sizes = replace(sizes, gradients=members * sizes.gradients, optimizer=members * sizes.optimizer)

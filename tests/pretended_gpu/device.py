@@ -88,13 +88,13 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors inside the value's lists, tuples and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple | dict):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 LARGEST: list[int] = []
@@ -179,7 +179,7 @@ class GPUTensor(Tensor):
             wait("count")
         elif func in _INDEXED and any(x is not None and x.dtype is torch.bool for x in args[1]):
             wait("boolean index")
-        for x in _tensors((args, kwargs)):
+        for x in tensors_in((args, kwargs)):
             if not isinstance(x, GPUTensor) and x.dim() > 0:
                 if func is aten.copy_.default:
                     wait("copy to the host" if x is args[0] else "copy to the device")
@@ -194,7 +194,7 @@ class GPUTensor(Tensor):
             assert changed.shape == out.shape, f"{func} changes a shape in place, which is not modelled"
             return changed
         if LARGEST and not any(value.alias_info for value in func._schema.returns):
-            for x in _tensors(out):
+            for x in tensors_in(out):
                 _require_room(x)
         return _mapped(out, lambda x: GPUTensor(x) if type(x) is Tensor else x)
 
@@ -312,7 +312,7 @@ def _pinned(x: Tensor) -> Tensor:
 
 
 def _has_gpu_tensor(values: Any) -> bool:
-    return any(isinstance(x, GPUTensor) for x in _tensors(values))
+    return any(isinstance(x, GPUTensor) for x in tensors_in(values))
 
 
 def _is_gpu(device: Any) -> bool:
