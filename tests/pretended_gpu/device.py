@@ -336,6 +336,9 @@ class GPUFunctions(TorchFunctionMode):
         if func is Tensor.tolist and isinstance(args[0], GPUTensor):
             wait("tolist")
             return args[0].on_host.tolist()
+        if func is Tensor.as_subclass and isinstance(args[0], GPUTensor):
+            assert args[1] is Tensor
+            return to_gpu(args[0].on_host)
         if func == _SET_DATA and isinstance(args[0], GPUTensor):
             args[0].on_host = to_gpu(args[1]).on_host
             return func(*args)

@@ -16,7 +16,10 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import alignment.config.gpu
 import alignment.kernels.attention
+from alignment.kernels import fused, log_probs, mlp, nf4, norm, rotary
+from alignment.kernels.fused import Fused
 from tests.helpers.flash import stands_in
 from tests.pretended_gpu.device import GPU, WAITS, GPUFunctions, GPUTensor, module_to_gpu, to_gpu, to_host, wait
 
@@ -70,6 +73,7 @@ def _cuda(capability: tuple[int, int], memory: int, count: int) -> dict[str, Any
         "device_count": lambda: count,
         "current_device": lambda: 0,
         "set_device": lambda *a: None,
+        "get_arch_list": lambda: ["sm_80", "sm_90"],
         "get_device_name": lambda *a: NAME,
         "get_device_capability": lambda *a: capability,
         "get_device_properties": lambda *a: properties,
@@ -131,12 +135,37 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
     yield peft.utils.save_and_load, "safe_load_file", read
     yield safetensors.torch, "_flatten_as_ptr", lambda t, keep: flatten({n: to_host(x) for n, x in t.items()}, keep)
     yield torch.autograd, "_engine_run_backward", run_backward
+    yield alignment.config.gpu, "_bitsandbytes_has_cuda", lambda: True
     yield torch, "autocast", _Autocast
     yield torch, "is_autocast_enabled", lambda *a: enabled(here(*a))
     yield torch, "get_autocast_dtype", lambda *a: autocast_dtype(here(*a))
     yield torch.cuda.random, "get_rng_state", lambda *a: torch.get_rng_state()
     yield torch.cuda.random, "set_rng_state", lambda *a: None
     yield torch, "set_autocast_enabled", lambda kind, value: set_autocast(here(kind), value)
+
+
+def _fused_operations() -> list[Fused[Any]]:
+    return [
+        value
+        for module in (log_probs, mlp, nf4, norm, rotary)
+        for value in vars(module).values()
+        if isinstance(value, Fused)
+    ]
+
+
+@contextlib.contextmanager
+def _fused_kernels() -> Iterator[None]:
+    """The routes of fused kernels are taken, and the eager functions stand in for the kernels."""
+    operations = _fused_operations()
+    kernels = types.SimpleNamespace(**{operation.name: operation.eager for operation in operations})
+    with mock.patch.object(fused, "_kernels", return_value=kernels):
+        try:
+            yield
+        finally:
+            failed = [operation.name for operation in operations if operation._failed]
+            for operation in operations:
+                operation._failed = False
+    assert not failed, f"{failed} gave up on their kernels"
 
 
 @contextlib.contextmanager
@@ -158,6 +187,7 @@ def pretended_gpu(
         for change in stands_in(attention, flash_reference):
             stack.enter_context(mock.patch.object(*change))
         stack.callback(attention._variable_lengths.cache_clear)
+        stack.enter_context(_fused_kernels())
         stack.enter_context(GPUFunctions())
         AcceleratorState._reset_state(True)
         stack.callback(AcceleratorState._reset_state, True)

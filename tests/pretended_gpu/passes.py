@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +96,15 @@ def run_passes(model: Any, layout: BatchLayout, device: torch.device) -> Passes:
     )
 
 
+@functools.cache
+def on_the_cpu(dtype: torch.dtype) -> Passes:
+    """The passes on the CPU."""
+    return run_passes(policy_on(CPU, dtype), FlatLayout(), CPU)
+
+
 def check_pass(layout: BatchLayout, dtype: torch.dtype) -> None:
     """Raise unless a pass on the GPU is that of the CPU, never waits for the host, and keeps its dtypes."""
-    expected = run_passes(policy_on(CPU, dtype), FlatLayout(), CPU)
+    expected = on_the_cpu(dtype)
     with pretended_gpu():
         model = policy_on(GPU, dtype)
         assert isinstance(choose_layout(model, GPU), SharedLayout), "the probe refuses to share prompts"

@@ -10,7 +10,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from alignment.kernels import attention
 from alignment.scoring import logps
 from alignment.scoring.layout import FlatLayout, SharedLayout
-from tests.pretended_gpu.passes import check_pass
+from tests.pretended_gpu.passes import check_pass, on_the_cpu
+
+
+@pytest.fixture(autouse=True)
+def _expected():
+    """What is right is computed before a fault is planted."""
+    for dtype in (torch.float32, torch.bfloat16):
+        on_the_cpu(dtype)
 
 
 def test_a_mask_on_the_cpu(monkeypatch, caplog):
