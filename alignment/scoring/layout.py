@@ -69,7 +69,8 @@ class BatchLayout(Protocol):
 
 
 PASS_COST = {"cpu": 32, "cuda": 1024}
-"""Fixed cost of a pass in positions, by device: next to nothing on a CPU, thousands of kernel launches on a GPU."""
+"""Positions of padding that another pass is worth, by device: next to none on a CPU. A GPU waits for the host in a pass
+of less than some thousand positions, so that padding costs it nothing there, and works while the host launches more."""
 
 
 class FlatLayout:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from alignment.scoring.layout import PASS_COST
-from alignment.training.memory import RECOMPUTED, ROUNDING, USEFUL_TOKENS, Layer, Sizes
+from alignment.training.memory import FIXED_COST, RECOMPUTED, ROUNDING, USEFUL_TOKENS, Layer, Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +125,20 @@ def step_needs(sizes: Sizes, every: int, tokens: int, context: int) -> Needs:
     )
 
 
-def relative_time(layers: int, every: int, tokens: int, device: str) -> float:
-    """Time per position, relative to an infinitely long pass without checkpointing."""
+def relative_time(sizes: Sizes, every: int, tokens: int, device: str) -> float:
+    """Time per position, relative to an infinitely long pass without checkpointing.
+
+    A GPU works while the host launches, so only the longer of the two counts.
+    """
+    layers = max(1, len(sizes.layers))
     recomputed = math.ceil(layers / every) / layers if every else 0.0
-    return (1 + RECOMPUTED * recomputed) * (1 + PASS_COST[device] / tokens)
+    return (1 + RECOMPUTED * recomputed) * max(1 + FIXED_COST[device] / tokens, sizes.launched / tokens)
+
+
+def useful_tokens(sizes: Sizes, device: str) -> int:
+    """Positions of a pass above which larger passes gain no time: a GPU works longer than the host, by far."""
+    least, most = USEFUL_TOKENS[device]
+    return min(max(4 * sizes.launched // ROUNDING * ROUNDING, least), most)
 
 
 def fitting_tokens(sizes: Sizes, every: int, room: Room, most: int) -> int:
@@ -168,7 +177,7 @@ def make_plan(
     """
     count = len(sizes.layers)
     options = [checkpoint_every] if checkpoint_every is not None else [0, *range(count, 0, -1)]
-    useful = max(USEFUL_TOKENS[room.device] * (members if room.device == "cpu" else 1), longest)
+    useful = max(useful_tokens(sizes, room.device) * (members if room.device == "cpu" else 1), longest)
     best: tuple[float, int, int] | None = None
     for every in options:
         tokens = tokens_per_batch or fitting_tokens(sizes, every, room, useful)
@@ -177,7 +186,7 @@ def make_plan(
             continue
         if step_needs(sizes, every, largest, room.context).total > room.limit:
             continue
-        time = relative_time(max(1, count), every, largest, room.device)
+        time = relative_time(sizes, every, largest, room.device)
         if best is None or time < best[0]:
             best = (time, every, tokens)
     fits = best is not None

@@ -160,5 +160,5 @@ def _plan_stage(
     for every in sorted((k for k in shown if k <= count), key=lambda k: (k > 0, -k)):
         option = plan(every)
         tokens = max(longest, min(option.tokens_per_batch, trainer.groups_per_step * longest))
-        options[every] = (option, relative_time(max(1, count), every, tokens, machine.device))
+        options[every] = (option, relative_time(sizes, every, tokens, machine.device))
     return StagePlan(longest, chosen, options)

@@ -7,7 +7,7 @@ to about 15 %, on a GPU to 10 %; a run that needs more halves its budget by itse
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,17 @@ from alignment.policy.load import NEVER_QUANTIZED
 from alignment.scoring.head import LOGITS_PER_CHUNK
 
 GIB = 2**30
-USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Positions of a pass, by device, above which larger passes gain no time and only cost memory."""
+USEFUL_TOKENS = {"cpu": (1024, 1024), "cuda": (8192, 16384)}
+"""Least and most positions of a pass, by device, above which larger passes gain no time and only cost memory."""
+FIXED_COST = {"cpu": 32, "cuda": 256}
+"""Fixed cost of a pass in positions: next to none on a CPU; a GPU unpacks a 4-bit base in the time of 215 positions."""
+_LAUNCHED = int(2.25e11)
+"""Positions of a pass times the weights of one layer that take a GPU as long as the host needs to launch them.
+
+For a layer forward and back, the host needs about 6 ms whatever the pass's width, and the GPU 4 operations for each
+position and weight. At 150 TFLOP/s: memory is short on GPUs of that speed; an H200 did 270 for Qwen3-1.7B. The number
+of layers does not matter: it multiplies both.
+"""
 USABLE_SHARE = {"cpu": 0.5, "cuda": 0.9}
 """Share of the free memory that a plan uses: a CPU leaves some to other programs, a GPU a margin for the prediction."""
 CONTEXT = {"cpu": int(0.7 * GIB), "cuda": int(0.6 * GIB)}
@@ -95,6 +104,7 @@ class Sizes:
         ends: bytes per position kept outside the layers: the last norm, the head's input, its derivatives.
         head: bytes per position of the logits that exist at one time.
         head_limit: upper limit of these logits' bytes.
+        launched: positions of a pass that take a GPU as long as the host needs to launch it; 0 on a CPU.
         buffers: bytes of the largest weight while it is dequantised or has its adapter added.
         estimate: why the activations are a rough guess; empty if every tensor is counted.
     """
@@ -108,6 +118,7 @@ class Sizes:
     head: int
     head_limit: int
     buffers: int
+    launched: int
     estimate: str = ""
 
 
@@ -193,6 +204,14 @@ def _expert_weights(module: nn.Module) -> Iterator[list[tuple[int, ...]]]:
         weights = dict(child.named_parameters(recurse=False))
         if {"gate_up_proj", "down_proj"} <= weights.keys() and weights["down_proj"].dim() == 3:
             yield [tuple(weights[name].shape) for name in ("gate_up_proj", "down_proj")]
+
+
+def launched_tokens(layers: Sequence[nn.Module], experts_per_token: int) -> int:
+    """Positions of a pass that take a GPU as long as the host needs to launch it; 0 if the layers are not known."""
+    weights = max((sum(a.in_features * a.out_features for _, a in _linears(layer)) for layer in layers), default=0)
+    for experts in (found for layer in layers[-1:] for found in _expert_weights(layer)):
+        weights += experts_per_token * sum(math.prod(shape[1:]) for shape in experts)
+    return _LAUNCHED // weights if weights else 0
 
 
 _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"}
@@ -344,5 +363,6 @@ def sizes_of(
         head=head,
         head_limit=head_limit,
         buffers=copies * largest * value,
+        launched=launched_tokens(modules, experts) if device == "cuda" else 0,
         estimate=estimate,
     )

@@ -30,7 +30,7 @@ from alignment.scoring.layout import SharedLayout
 from alignment.scoring.logps import enable_scoring, score
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.training import planning
-from alignment.training.budget import Plan, Room, activation_bytes, make_plan, relative_time, step_needs
+from alignment.training.budget import Plan, Room, activation_bytes, make_plan, relative_time, step_needs, useful_tokens
 from alignment.training.memory import (
     Layer,
     Sizes,
@@ -309,7 +309,7 @@ def test_a_model_that_cannot_be_checkpointed():
 
 SIZES = Sizes(
     weights=1000, adapter=100, gradients=100, optimizer=200, layers=(Layer(1, 10, 4),) * 4, ends=2, head=3,
-    head_limit=300, buffers=50,
+    head_limit=300, buffers=50, launched=0,
 )  # fmt: skip
 
 
@@ -324,7 +324,7 @@ def test_a_pass_of_a_cohort_may_be_larger_on_a_cpu():
     assert plan(10**9, members=4, tokens_per_batch=500).tokens_per_batch == 500
     settings = {"longest": 128, "step_tokens": 10**9, "tokens_per_batch": None, "checkpoint_every": None}
     tokens = {make_plan(SIZES, Room("cuda", 10**9, 400), **settings, members=n).tokens_per_batch for n in (1, 4)}
-    assert tokens == {16384}
+    assert tokens == {8192}
 
 
 FIXED = 1000 + 100 + 100 + 200 + 50 + 400
@@ -389,11 +389,37 @@ def test_a_small_step_is_planned_as_it_is():
     assert (given.checkpoint_every, given.tokens_per_batch, given.needs) == (0, 5000, small.needs)
 
 
-def test_a_pass_of_few_positions_costs_more_than_running_layers_again():
-    assert relative_time(4, 0, 10**12, "cuda") == pytest.approx(1)
-    assert relative_time(4, 1, 10**12, "cuda") == pytest.approx(1.5)
-    assert relative_time(4, 3, 10**12, "cuda") == pytest.approx(1.25)
-    assert relative_time(4, 0, 512, "cuda") > relative_time(4, 1, 16384, "cuda")
+def test_time_of_a_pass():
+    """Below the launched positions the host's time counts, which no narrower pass shortens."""
+    sizes = replace(SIZES, launched=8192)
+    for device in ("cpu", "cuda"):
+        assert relative_time(sizes, 0, 10**12, device) == pytest.approx(1)
+        assert relative_time(sizes, 1, 10**12, device) == pytest.approx(1.5)
+        assert relative_time(sizes, 3, 10**12, device) == pytest.approx(1.25)
+    assert relative_time(SIZES, 0, 64, "cpu") == 1.5
+    assert [relative_time(sizes, 0, n, "cuda") for n in (2048, 4096, 16384)] == [4, 2, 1 + 256 / 16384]
+    assert relative_time(sizes, 0, 4096, "cuda") > relative_time(sizes, 1, 16384, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "mlp", "heads", "layers", "launched", "useful"),
+    [
+        (1024, 3072, 16, 28, 14305, 16384),  # 0.6B: the most
+        (2048, 6144, 16, 28, 4470, 16384),  # 1.7B: 2.25e11 / 50.3e6 weights of a layer
+        (2560, 9728, 32, 36, 2229, 8896),  # 4B: four times as many, in multiples of 64
+        (4096, 12288, 32, 36, 1166, 8192),  # 8B: the least
+        (5120, 25600, 64, 64, 461, 8192),  # 32B
+    ],
+)
+def test_useful_positions_of_the_qwen3_sizes(hidden, mlp, heads, layers, launched, useful):
+    config = AutoConfig.for_model(
+        "qwen3", hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+    )  # fmt: skip
+    weights = plan_weights(meta(config), 2, LORA, None)
+    for device, expected in (("cuda", (launched, useful)), ("cpu", (0, 1024))):
+        sizes = sizes_of(meta(config), weights, value=2, optimizer="adamw_torch", device=device)
+        assert (sizes.launched, useful_tokens(sizes, device)) == expected
 
 
 def test_a_plan_survives_the_file(tmp_path):
