@@ -198,22 +198,30 @@ def _activation(x, GELU: tl.constexpr):
     return value, slope
 
 
-@triton.jit(do_not_specialize=["count"])
-def _gated_forward(gate, up, result, count, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < count
+@triton.jit
+def _gated_tile(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets and mask of a program's part of one row. The width is a constant, so that loads are whole vectors."""
+    parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    tile = tl.program_id(0)
+    columns = tile % parts * BLOCK + tl.arange(0, BLOCK)
+    return (tile // parts).to(tl.int64) * WIDTH + columns, columns < WIDTH
+
+
+@triton.jit
+def _gated_forward(gate, up, result, GELU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    offsets, inside = _gated_tile(WIDTH, BLOCK)
     dtype = result.dtype.element_ty
     value, _ = _activation(tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32), GELU)
     factor = tl.load(up + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(result + offsets, (value.to(dtype).to(tl.float32) * factor).to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _gated_backward(
-    gate, up, gradient, grad_gate, product, count, GELU: tl.constexpr, PRODUCT: tl.constexpr, BLOCK: tl.constexpr
-):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < count
+    gate, up, gradient, grad_gate, product,
+    GELU: tl.constexpr, PRODUCT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offsets, inside = _gated_tile(WIDTH, BLOCK)
     dtype = gradient.dtype.element_ty
     value, slope = _activation(tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32), GELU)
     factor = tl.load(up + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -229,12 +237,18 @@ _start_gated_forward = _Kernel(_gated_forward)
 _start_gated_backward = _Kernel(_gated_backward)
 
 
+def _gated_tiles(gate: Tensor) -> tuple[int, int, int]:
+    """Programs, width and the width of a program's part."""
+    width = gate.shape[-1]
+    block = min(_GATED_BLOCK, triton.next_power_of_2(width))
+    return gate.numel() // width * -(-width // block), width, block
+
+
 def gated_forward(gate: Tensor, up: Tensor, activation: Any) -> Tensor:
     """See `mlp._gated`."""
     result = torch.empty_like(gate)
-    count = gate.numel()
-    constants = (activation.name == "gelu_tanh", _GATED_BLOCK)
-    _start_gated_forward(-(-count // _GATED_BLOCK), (gate, up, result), (count,), constants)
+    tiles, width, block = _gated_tiles(gate)
+    _start_gated_forward(tiles, (gate, up, result), (), (activation.name == "gelu_tanh", width, block))
     return result
 
 
@@ -244,10 +258,10 @@ def gated_backward(
     """See `mlp._gated_backward`."""
     grad_gate = torch.empty_like(gate)
     product = torch.empty_like(gate) if needs_product else None
-    count = gate.numel()
+    tiles, width, block = _gated_tiles(gate)
     tensors = (gate, up, gradient, grad_gate, grad_gate if product is None else product)
-    constants = (activation.name == "gelu_tanh", needs_product, _GATED_BLOCK)
-    _start_gated_backward(-(-count // _GATED_BLOCK), tensors, (count,), constants)
+    constants = (activation.name == "gelu_tanh", needs_product, width, block)
+    _start_gated_backward(tiles, tensors, (), constants)
     return grad_gate, gradient, product
 
 

@@ -122,7 +122,8 @@ class PreferenceTrainer(StageTrainer):
         """
         del num_items_in_batch
         started = time.monotonic()
-        model.train()
+        if not model.training:  # to set it visits thousands of modules
+            model.train()
         groups: list[Group] = inputs["groups"]
         self._step_groups = groups
         while (step := self._try_step(model, groups)) is None:

@@ -111,6 +111,8 @@ def run_together(chosen: Sequence[Part], out: Path, end: float, *, dry: bool) ->
             "CHECK_DRY": str(int(dry)),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            # As our command sets it; TRL gains by it too, since every step has another width.
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             **part.environment,
         }
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)

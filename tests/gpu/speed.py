@@ -27,7 +27,7 @@ from tests.gpu.check import work_folder
 from tests.gpu.lines import is_dry, note, out_folder
 
 QWEN3_SIZES["tiny"] = (64, 128, 2, 16, True)
-STEPS = {"tiny": (2, 3), "1.7B": (16, 9), "8B": (4, 8)}
+STEPS = {"tiny": (2, 3), "1.7B": (16, 8), "8B": (8, 6)}
 """Pairs of a step, and steps; the first is a warm-up."""
 ADAPTER = AdapterConfig(r=32, alpha=64, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
 
