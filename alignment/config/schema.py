@@ -200,8 +200,8 @@ class TrainerConfig:
     `max_steps` null means `epochs` decide. `eval_every`, `save_every` count optimizer steps; 0 means at the end only.
 
     `cohort` is how many members of a sweep train at once in one process, on one base model in memory: a number, or
-    "auto". `joint_passes` says whether these members share one pass, or take turns with passes of their own; null
-    leaves it to the device. Neither changes the result.
+    "auto". With `joint_passes` true these members share one pass, which is experimental; otherwise, null included, they
+    take turns with passes of their own. Neither changes the result.
     """
 
     epochs: float

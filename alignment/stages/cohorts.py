@@ -97,7 +97,7 @@ def _shared_settings(config: RunConfig) -> bytes:
 def _width(config: RunConfig) -> int:
     if isinstance(config.trainer.cohort, int):
         return config.trainer.cohort
-    # On a CPU members take turns, which saves only the loading of the base.
+    # Members in turns save no more than the loading of the base, which is not worth the memory on a CPU.
     return AUTO_WIDTH if config.device is not Device.cpu and torch.cuda.is_available() else 1
 
 

@@ -1,15 +1,15 @@
-"""Cohorts: several preference trainings in one process that share one frozen base and run their passes jointly.
+"""Cohorts: several preference trainings in one process that share one frozen base.
 
 Each member keeps its own policy (its own modules and adapter on the shared base tensors), trainer, optimizer and
-files. It trains in its own greenlet, and one greenlet runs at a time. A joint pass goes like this:
+files. It trains in its own greenlet, and one greenlet runs at a time. The members take turns: one step each, with their
+own passes. With `trainer.joint_passes=true`, which is experimental, they share their passes where these fit:
 
 1. A member that wants to score a micro-batch with gradient waits for the others.
 2. The last one to arrive runs the base on all micro-batches at once; each adapter applies to its member's rows.
 3. Each member takes its slice of the result and computes its loss and the derivative by that slice.
 4. Once all have done so, one backward pass carries the derivatives to all adapters.
 
-Up to rounding, a member computes the same whoever else takes part. Where a joint pass gains nothing or does not fit,
-the members take turns instead: one step each, with their own passes.
+Up to rounding, a member computes the same whoever else takes part.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class CohortSlot(PassRunner):
 
     @property
     def is_joint(self) -> bool:
-        """Whether this member's passes are joint with others'; known once it has its base."""
+        """Whether this member's passes are joint with others'."""
         return not self._cohort.is_apart
 
     def once(self, name: str, make: Callable[[], T]) -> T:
@@ -225,7 +225,7 @@ class CohortSlot(PassRunner):
 
 
 class Cohort:
-    """Trains several policies on one base, `width` at a time, with joint passes where these gain something.
+    """Trains several policies on one base, `width` at a time.
 
     Attributes:
         width: how many train at once; when one ends, the next takes its slot.
@@ -233,14 +233,14 @@ class Cohort:
 
     Args:
         width: as above.
-        joint_passes: whether passes are joint where they fit. None: joint unless the base is on a CPU. There a joint
-            pass costs as much per row, needs memory for all rows, and cannot use a weight with the adapter added in,
-            which is the fastest way to multiply one member's rows.
+        joint_passes: whether passes are joint where they fit; None: no. Experimental: on a CPU a joint pass costs as
+            much per row, needs memory for all rows, and cannot use a weight with the adapter added in, which is the
+            fastest way to multiply one member's rows. On a GPU it reads and unpacks each weight once for all members;
+            what that gains is not measured yet.
     """
 
     def __init__(self, width: int, joint_passes: bool | None = None) -> None:
         self.width = width
-        self._joint_passes = joint_passes
         self._made: dict[str, Any] = {}
         self._base: nn.Module | None = None
         self._policies: dict[int, nn.Module] = {}
@@ -252,7 +252,7 @@ class Cohort:
         self._granted: dict[int, TokenScores] = {}
         self._errors: dict[int, BaseException] = {}
         self._pass: _Pass | None = None
-        self.is_apart = False
+        self.is_apart = not joint_passes
 
     def run(self, trainings: Sequence[Callable[[CohortSlot], T]]) -> list[T | Exception]:
         """Run all trainings; a failing one does not stop the others.
@@ -300,8 +300,6 @@ class Cohort:
         """See `CohortSlot.base`."""
         if self._base is None:
             self._base = load()
-            on_cpu = next(self._base.parameters()).device.type == "cpu"
-            self.is_apart = on_cpu if self._joint_passes is None else not self._joint_passes
             if self.is_apart:
                 log.info("The members of the cohort take turns, each with its own passes.")
         return share(self._base)

@@ -50,6 +50,7 @@ def main() -> None:
         steps=[[row.get("time") for row in member.metrics if row.get("split") == "train"] for member in members],
         losses=[stage["metrics"].get("train/loss") for stage in stages],
     )  # fmt: skip
+    sys.exit(ended.returncode)
 
 
 if __name__ == "__main__":

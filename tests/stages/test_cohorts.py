@@ -272,7 +272,7 @@ def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_pa
         assert_close(tmp_path / "sweep" / f"{number}-tiny", one_by_one / f"{number}-tiny")
 
 
-def test_on_a_cpu_members_take_turns(project, one_by_one, tmp_path):
+def test_members_take_turns(project, one_by_one, tmp_path):
     ended = sweep_in(tmp_path, project, NAMES[:2], "trainer.cohort=2")
     assert ended.out.count("The members of the cohort take turns") == 1
     for number in range(2):

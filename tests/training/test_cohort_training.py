@@ -227,7 +227,7 @@ def test_layers_without_a_joint_form_take_turns(tmp_path, monkeypatch, caplog, a
     assert caplog.text.count("take turns") == 1
 
 
-def test_on_a_cpu_members_take_turns(tmp_path, passes, caplog, alone):
+def test_members_take_turns(tmp_path, passes, caplog, alone):
     """Each ends with the very bits that it has by itself, and each has had its first step before one has its second."""
     caplog.set_level("INFO")
     base = frozen_base()
@@ -235,11 +235,20 @@ def test_on_a_cpu_members_take_turns(tmp_path, passes, caplog, alone):
     steps = []
     for i, trainer in enumerate(trainers):
         trainer.add_callback(Steps(i, steps))
-    assert together(base, trainers, joint_passes=None) == trainers
+    assert together(base, trainers, joint_passes=False) == trainers
     assert steps[: 2 * len(FEW)] == [(i, step) for step in (1, 2) for i in range(len(FEW))]
     for member, training in zip(trainers, FEW, strict=True):
         assert_same(member, alone(training), tolerance=0)
     assert passes == [] and caplog.text.count("The members of the cohort take turns") == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_passes_are_joint_only_where_one_asks(asked, device):
+    """Whatever the device is; `meta` stands for one that is no CPU."""
+    cohort = Cohort(2, asked)
+    cohort.base(lambda: frozen_base().to(device))
+    assert cohort.is_apart == (asked is not True)
 
 
 @dataclass
