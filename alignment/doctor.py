@@ -31,7 +31,7 @@ from alignment.config.gpu import (
 )
 from alignment.errors import CommandParser, UserError
 from alignment.files import cache_dir
-from alignment.runs.record import machine, versions
+from alignment.runs.record import machine, named, versions
 from alignment.runs.tracking import login_problem
 from alignment.training.planning import available_memory
 
@@ -113,27 +113,13 @@ def _software() -> dict[str, str]:
 
 
 def _processor() -> dict[str, str]:
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    numbers = [
-        f"{name} {found[1]}"
-        for name, key in (("family", "cpu family"), ("model", "model"))
-        if (found := re.search(rf"^{key}\s*:\s*(\d+)", info, re.MULTILINE))
-    ]
+    facts = machine()
     return {
-        "processor": ", ".join([machine()["cpu"], *numbers]),
-        "vectors": _vectors(info),
-        "threads": f"{machine()['cores']} usable, torch takes {torch.get_num_threads()}",
+        "processor": named(facts),
+        "vectors": facts["vectors"],
+        "threads": f"{facts['cores']} usable, torch takes {torch.get_num_threads()}",
         "memory": f"{available_memory() / _GIB:.1f} GiB available",
     }
-
-
-def _vectors(info: str) -> str:
-    """How many bits one instruction computes, which decides what the faster products gain."""
-    flags = set(info.split())
-    if "avx512f" not in flags:
-        return "AVX2, 256 bits" if "avx2" in flags else f"{torch.backends.cpu.get_cpu_capability()} as torch says"
-    zen4 = "AuthenticAMD" in flags and re.search(r"^cpu family\s*:\s*25$", info, re.MULTILINE) is not None
-    return "AVX-512, computed 256 bits at a time" if zen4 else "AVX-512, 512 bits"
 
 
 def _environment() -> dict[str, str]:

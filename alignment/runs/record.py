@@ -236,16 +236,48 @@ def git_commit(cwd: Path) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, usable cores, GPU name (None without a GPU) and system."""
+    """CPU model with its numbers and vectors, usable cores, GPU name (None without a GPU) and system."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (model := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)):
-        cpu = model[1].strip()
     return {
-        "cpu": cpu,
+        **processor(cpuinfo.read_text() if cpuinfo.exists() else ""),
         "cores": len(os.sched_getaffinity(0)) if platform.system() == "Linux" else os.cpu_count(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "system": platform.platform(),
     }
+
+
+def processor(info: str) -> dict[str, Any]:
+    """The processor: "cpu", its name; "family", "model" and "stepping", None where unknown; "vectors".
+
+    Several processors may have one name, and what they gain from faster products differs. The vectors say what they
+    can do, and how many bits of it at a time.
+
+    Args:
+        info: text of Linux's /proc/cpuinfo; empty on other systems.
+    """
+    name, *numbers = (
+        found[1].strip() if (found := re.search(rf"^{key}\s*:\s*(.+)$", info, re.MULTILINE)) else None
+        for key in ("model name", "cpu family", "model", "stepping")
+    )
+    known = {key: int(n) if n else None for key, n in zip(("family", "model", "stepping"), numbers, strict=True)}
+    vectors = _vectors(info, known["family"])
+    return {"cpu": name or platform.processor() or platform.machine(), **known, "vectors": vectors}
+
+
+def _vectors(info: str, family: int | None) -> str:
+    """Of AMD's family 25, Zen 4 alone has AVX-512, and computes it in halves; Zen 5 in laptops is not told apart."""
+    import torch
+
+    flags = set(info.split())
+    if "avx512f" not in flags:
+        return "AVX2, 256 bits" if "avx2" in flags else f"{torch.backends.cpu.get_cpu_capability()} as torch says"
+    bits = "256 bits at a time" if "AuthenticAMD" in flags and family == 25 else "512 bits"
+    return f"AVX-512{' with bfloat16' if 'avx512_bf16' in flags else ''}, {bits}"
+
+
+def named(facts: Mapping[str, Any]) -> str:
+    """The processor among the facts of a machine in words; records of earlier versions have its name alone."""
+    numbers = [f"{key} {facts[key]}" for key in ("family", "model", "stepping") if facts.get(key) is not None]
+    return ", ".join([facts["cpu"], *numbers])

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from alignment.runs.record import named
 from tests.bench import sweeps, tables
 from tests.bench.floor import Shape
 from tests.bench.job import PAIRS_OF_RUNS, QWEN3_SIZES, ROOT, Case, Job, PeakRate, Preparation, Task, environment
@@ -218,7 +219,7 @@ def update_pages() -> None:
 def results_folder(summary: dict[str, Any]) -> Path:
     """Where a run's results go unless told otherwise."""
     machine = summary["machine"]
-    where = (machine["gpu"] or f"{machine['cpu']} {machine['cores']} cores").lower()
+    where = (machine["gpu"] or f"{named(machine)} {machine['cores']} cores").lower()
     name = f"{summary['date']}-{re.sub('[^a-z0-9]+', '-', where).strip('-')}"
     return RESULTS / (f"{name}-quick" if summary["quick"] else name)
 

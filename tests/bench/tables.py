@@ -9,6 +9,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
+from alignment.runs.record import named
 from tests.bench.summary import AT_MOST
 
 Table = tuple[str, list[list[str]]]
@@ -53,6 +54,8 @@ README_RATIOS = {
     "ours, warm : TRL, default": "warm, against TRL's default",
     "ours, two epochs : TRL, precomputed, two epochs": "two epochs, against TRL precomputed",
 }
+REPORTED = "reported.json"
+"""In the folder of the results: what other machines found, of which there is no more than their numbers."""
 README_MARKERS = ("<!-- benchmark: python -m tests.bench.against_trl --readme -->", "<!-- end of the benchmark -->")
 
 
@@ -151,8 +154,12 @@ def _described(summary: Mapping[str, Any], how: str) -> str:
 
 def _when_and_where(summary: Mapping[str, Any]) -> str:
     machine = summary["machine"]
-    where = machine["gpu"] if machine["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
-    return f"{summary['date']}, {where}"
+    return f"{summary['date']}, {machine['gpu'] if machine['device'] == 'cuda' else _on_cpu(machine)}"
+
+
+def _on_cpu(machine: Mapping[str, Any]) -> str:
+    vectors = f" ({machine['vectors']})" if "vectors" in machine else ""
+    return f"{named(machine)}{vectors}, {machine['threads']} threads"
 
 
 def markdown_table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
@@ -205,11 +212,15 @@ def newest_results(results: Path, name: str) -> list[Path]:
 
 
 def readme_block(results: Path) -> str:
-    """What stands between the README's markers: for every machine its newest ratios, and those of sweeps."""
+    """What stands between the README's markers: the ratios of every GPU, their range over CPUs, those of sweeps."""
     lines = []
-    for folder in newest_results(results, "results.json"):
-        summary = json.loads((folder / "results.json").read_text())
-        lines += ["", *markdown_table(_ratios(summary)), "", describe(summary)]
+    summaries = [json.loads((f / "results.json").read_text()) for f in newest_results(results, "results.json")]
+    for summary in summaries:
+        if summary["machine"]["device"] == "cuda":
+            lines += ["", *markdown_table(_ratios(summary)), "", describe(summary)]
+    on_cpus = [summary for summary in summaries if summary["machine"]["device"] != "cuda"]
+    if on_cpus := on_cpus + reported(results):
+        lines += ["", *markdown_table(ranges(on_cpus)), "", *markdown_table(processors(on_cpus), left=2)]
     for folder in newest_results(results, "sweep.json"):
         summary = json.loads((folder / "sweep.json").read_text())
         ratios = [
@@ -222,6 +233,52 @@ def readme_block(results: Path) -> str:
     return "\n".join([*lines, "", ""])
 
 
+def reported(results: Path) -> list[dict[str, Any]]:
+    """What `REPORTED` holds: summaries with the ratios of their cases alone, and how they were measured."""
+    path = results / REPORTED
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def ranges(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Header and rows: from the least to the most times faster on any of the machines; no machine stands for all."""
+    rows = [["times faster, by processor", *README_RATIOS.values()]]
+    for name in dict.fromkeys(name for summary in summaries for name in summary["cases"]):
+        ratios = [summary["cases"][name]["ratios"] for summary in summaries if name in summary["cases"]]
+        cells = []
+        for pair in README_RATIOS:
+            found = [ratio[pair] for ratio in ratios if pair in ratio]
+            times = [r["times_faster"] for r in found]
+            if not found:
+                cells.append("")
+                continue
+            shown = f"{min(times):.1f} to {max(times):.1f}" if len(times) > 1 else f"{times[0]:.1f} on one"
+            cells.append(f"{shown}, {max(r['memory'] for r in found):.2f} of its memory")
+        rows.append([name, *cells])
+    return rows
+
+
+def processors(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Header and rows: how fast each machine multiplies, by torch and by oneDNN, and what a row of pairs gained there.
+
+    The row is the first that a machine measured.
+    """
+    cold, warm, _ = README_RATIOS
+    rows = [["processor", "vectors", "measured", "GFLOP/s by torch, by oneDNN", "pairs", "cold", "warm"]]
+    for summary in summaries:
+        machine, (name, case) = summary["machine"], next(iter(summary["cases"].items()))
+        rows.append(
+            [
+                f"{named(machine)}, {machine['threads']} threads",
+                machine.get("vectors", "not recorded"),
+                summary["date"],
+                f"{case['torch_rate'] / 1e9:.0f}, {case['our_rate'] / 1e9:.0f}",
+                name,
+                *(f"{case['ratios'][pair]['times_faster']:.1f}" for pair in (cold, warm)),
+            ]
+        )
+    return rows
+
+
 def speed_block(results: Path, page: Path) -> str:
     """What stands between the markers of the page about speed: the README's ratios, and the seconds and bytes behind.
 
@@ -230,6 +287,8 @@ def speed_block(results: Path, page: Path) -> str:
         page: the page, for links.
     """
     lines = []
+    for summary in reported(results):
+        lines += ["", *markdown_table(_ratios(summary)), "", f"{_when_and_where(summary)}; {summary['how']}"]
     for folder in newest_results(results, "results.json"):
         summary = json.loads((folder / "results.json").read_text())
         cells = [["seconds a pair, peak memory", *README_ROWS]]
@@ -248,8 +307,9 @@ def _ratios(summary: Mapping[str, Any]) -> list[list[str]]:
     """Header and rows: times faster than TRL, and the share of its memory."""
     rows = [["times faster", *README_RATIOS.values()]]
     for name, case in summary["cases"].items():
-        found = [case["ratios"][pair] for pair in README_RATIOS]
-        rows.append([name, *(f"{r['times_faster']:.1f}, {r['memory']:.2f} of its memory" for r in found)])
+        found = [case["ratios"].get(pair) for pair in README_RATIOS]
+        cells = (f"{r['times_faster']:.1f}, {r['memory']:.2f} of its memory" if r else "" for r in found)
+        rows.append([name, *cells])
     return rows
 
 

@@ -150,14 +150,39 @@ def test_readme_shows_the_newest_whole_run_of_every_machine(whole, tmp_path):
     put("2026-11-22-cpu", model="old")
     put("2026-11-23-cpu", model="new")
     put("2026-11-24-cpu-quick", model="quick", quick=True)
-    put("2026-11-24-gpu", model="other")
+    put("2026-11-24-gpu", model="other", machine=whole["machine"] | {"gpu": "H", "device": "cuda"})
     block = tables.speed_block(tmp_path / "results", tmp_path / "docs" / "speed.md")
     short = tables.readme_block(tmp_path / "results")
-    for text in (block, short):
-        assert [word for word in ("old", "new", "quick", "other") if f"; {word}, float32" in text] == ["new", "other"]
-        assert text.index("other") < text.index("new")
+    assert [word for word in ("old", "new", "quick") if f"; {word}, float32" in block] == ["new"]
+    assert block.index("; other, bfloat16") < block.index("; new, float32")
+    assert "; other, bfloat16" in short and "float32" not in short
     assert "| long | 8.00 s, 8.0 GiB | 6.00 s, 4.0 GiB | 3.00 s, 3.0 GiB | 1.00 s, 2.0 GiB |" in block
     assert "(../results/2026-11-23-cpu/results.md)" in block
+
+
+def test_readme_gives_the_range_over_processors_and_no_machine_alone(whole, tmp_path):
+    def ratios(faster, memory):
+        case = whole["cases"]["long"]
+        return case | {"ratios": {k: {"times_faster": faster, "memory": memory} for k in case["ratios"]}}
+
+    numbers = {"family": 25, "model": 17, "stepping": None, "vectors": "AVX-512, 256 bits at a time"}
+    other = {
+        "date": "2026-11-22",
+        "machine": whole["machine"] | numbers,
+        "how": "told",
+        "cases": {"long": ratios(2, 0.1)},
+    }
+    first = whole | {"cases": {name: ratios(10, 0.3) for name in ("long", "short")}}
+    (tmp_path / "2026-11-23-cpu").mkdir()
+    (tmp_path / "2026-11-23-cpu" / "results.json").write_text(json.dumps(first))
+    (tmp_path / tables.REPORTED).write_text(json.dumps([other]))
+    block = tables.readme_block(tmp_path)
+    assert "| long | 2.0 to 10.0, 0.30 of its memory |" in block  # and not "10.0 to 2.0", as text is sorted
+    assert "| short | 10.0 on one, 0.30 of its memory |" in block
+    assert "| CPU, 2 threads | not recorded | 2026-11-23 |" in block
+    assert "| CPU, family 25, model 17, 2 threads | AVX-512, 256 bits at a time | 2026-11-22 |" in block
+    page = tables.speed_block(tmp_path, tmp_path / "speed.md")
+    assert "2026-11-22, CPU, family 25, model 17 (AVX-512, 256 bits at a time), 2 threads; told" in page
 
 
 def test_block_goes_between_the_markers():

@@ -124,22 +124,6 @@ def test_a_word_too_many_is_one_sentence(capsys):
     assert capsys.readouterr().err.startswith("Error: Unrecognized arguments: --jsno")
 
 
-@pytest.mark.parametrize(
-    ("info", "expected"),
-    [
-        ("vendor_id : GenuineIntel\nflags : fpu avx2 avx512f\n", "AVX-512, 512 bits"),
-        (
-            "vendor_id : AuthenticAMD\ncpu family\t: 25\nflags : fpu avx2 avx512f\n",
-            "AVX-512, computed 256 bits at a time",
-        ),
-        ("vendor_id : AuthenticAMD\ncpu family\t: 26\nflags : fpu avx2 avx512f\n", "AVX-512, 512 bits"),
-        ("vendor_id : AuthenticAMD\ncpu family\t: 25\nflags : fpu avx2\n", "AVX2, 256 bits"),
-    ],
-)
-def test_the_width_of_vectors(info, expected):
-    assert doctor._vectors(info) == expected
-
-
 # Before a run
 
 

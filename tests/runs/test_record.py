@@ -15,7 +15,7 @@ import alignment
 from alignment.errors import UserError
 from alignment.files import atomic_write_bytes, atomic_write_text, redact
 from alignment.runs import record as records
-from alignment.runs.record import RunRecord, git_commit, machine, read_metrics, versions
+from alignment.runs.record import RunRecord, git_commit, machine, named, processor, read_metrics, versions
 from alignment.runs.text import escape_markdown
 
 
@@ -259,3 +259,29 @@ def test_environment_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = machine()
     assert facts["cpu"]
     assert facts["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "flags", "expected"),
+    [
+        ("GenuineIntel", 6, "fpu avx2 avx512f", "AVX-512, 512 bits"),
+        ("AuthenticAMD", 25, "fpu avx2 avx512f avx512_bf16", "AVX-512 with bfloat16, 256 bits at a time"),
+        ("AuthenticAMD", 26, "fpu avx2 avx512f avx512_bf16", "AVX-512 with bfloat16, 512 bits"),
+        ("AuthenticAMD", 25, "fpu avx2", "AVX2, 256 bits"),
+    ],
+)
+def test_the_processor_and_how_much_it_computes_at_a_time(vendor: str, family: int, flags: str, expected: str) -> None:
+    info = (
+        f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n"
+        f"model name\t: Some CPU \nstepping\t: 1\nflags\t\t: {flags}\n"
+    )
+    facts = processor(info)
+    assert facts == {"cpu": "Some CPU", "family": family, "model": 17, "stepping": 1, "vectors": expected}
+    assert named(facts) == f"Some CPU, family {family}, model 17, stepping 1"
+
+
+def test_a_system_that_tells_nothing_about_its_processor() -> None:
+    facts = processor("")
+    assert facts["family"] is facts["model"] is facts["stepping"] is None
+    assert facts["vectors"]
+    assert named(facts) == named({"cpu": facts["cpu"]}) == facts["cpu"]
