@@ -2,7 +2,8 @@
 
 It says whether CUDA computes what the CPU does, and how fast and in how much memory against TRL. Each part is a process
 with a time limit of its own and adds lines to OUT/results.jsonl as it goes, so a crash or a limit costs one part. Parts
-that measure time run alone; the others run side by side.
+that measure time run alone; the others run side by side. It ends with status 1 where a part did not end well, or noted
+that something in it failed.
 
     python -m tests.gpu.check OUT --only correct micro --sizes 1.7B --seconds 300
 """
@@ -10,7 +11,9 @@ that measure time run alone; the others run side by side.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -47,8 +50,8 @@ class Part:
 
     @property
     def title(self) -> str:
-        """Names its log."""
-        return "-".join([self.name, *self.arguments, *self.environment])
+        """Names its log: only files of letters, digits, dots, dashes and underscores come back from the machine."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join([self.name, *self.arguments, *self.environment]))
 
 
 RUNS = ("ours_warm", "ours_cold", "trl_precomputed", "trl_default", "trl_checkpointed")
@@ -74,8 +77,8 @@ def parts(sizes: Sequence[str]) -> list[list[Part]]:
     return [first, correct, *([part] for part in alone)]
 
 
-def main() -> None:
-    """Run the parts that were asked for, within the time given."""
+def main() -> int:
+    """Run the parts that were asked for, within the time given; returns the exit status."""
     parser = argparse.ArgumentParser(description="Check and measure on a GPU.")
     parser.add_argument("out", type=Path, help="folder for results.jsonl and the logs")
     parser.add_argument("--dry", action="store_true", help="a tiny model on a CPU, to try the script itself")
@@ -87,10 +90,17 @@ def main() -> None:
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + given.seconds
+    results = out / "results.jsonl"
+    earlier = len(results.read_text().splitlines()) if results.exists() else 0
     for group in parts(["tiny"] if given.dry else given.sizes):
         chosen = [part for part in group if given.only is None or part.name in given.only]
         chosen = [part for part in chosen if not any(word in part.title for word in given.skip)]
         run_together(chosen, out, end, dry=given.dry)
+    lines = [json.loads(line) for line in results.read_text().splitlines()[earlier:]] if results.exists() else []
+    failed = [line for line in lines if line["part"] == "failed" or (line["part"] == "ended" and line["code"] != 0)]
+    for line in failed:
+        print("FAILED:", line.get("what") or line["name"], line.get("error") or line.get("code"), file=sys.stderr)
+    return 1 if failed else 0
 
 
 def run_together(chosen: Sequence[Part], out: Path, end: float, *, dry: bool) -> None:
@@ -105,7 +115,7 @@ def run_together(chosen: Sequence[Part], out: Path, end: float, *, dry: bool) ->
         command = [sys.executable, "-m", part.module, *part.arguments]
         # Eight files come back from the machine: the log of the tests is one of them, the others are read here.
         folder = out if part.name == "tests" else work_folder(out)
-        log = (folder / f"{part.title.replace('/', '_')}.log").open("wb")
+        log = (folder / f"{part.title}.log").open("wb")
         environment = os.environ | {
             "CHECK_OUT": str(out),
             "CHECK_DRY": str(int(dry)),
@@ -137,4 +147,4 @@ def work_folder(out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
