@@ -235,10 +235,39 @@ def parse() -> argparse.Namespace:
     model.add_argument("--model", help="folder of another base model")
     model.add_argument("--random-qwen3", choices=list(QWEN3_SIZES), help="a Qwen3 of this size with random weights")
     parser.add_argument("--tokens-per-batch", type=int, help="positions of one of our passes (1024; on a GPU 16384)")
+    parser.add_argument("--parts", action="store_true", help="only what each part of ours brings, on the long pairs")
     parser.add_argument("--profile", action="store_true", help="one more step of ours under torch's profiler")
     parser.add_argument("--out", type=Path, help="folder for the results (tests/bench/results/<date>-<machine>)")
     parser.add_argument("--readme", action="store_true", help="only write the newest results into the pages")
     return parser.parse_args()
+
+
+def run_parts(arguments: argparse.Namespace) -> None:
+    """Print what each part of ours brings on the long pairs: warm runs that take turns, each without one part."""
+    from tests.bench import parts  # with torch: a process that only starts others stays small
+
+    with tempfile.TemporaryDirectory(prefix="against-trl-") as folder:
+        (case,) = choose_cases([replace(CASES[0], steps=arguments.steps or CASES[0].steps)], REAL_DATA)
+        bench = Bench(Path(folder))
+        (prepared,) = bench(preparation_of(arguments, folder, (case,)))
+        whole = Job(
+            run="ours_cold",
+            model=prepared["model"],
+            adapter=prepared["adapter"],
+            pairs=prepared["pairs"][case.name],
+            pairs_per_step=case.pairs_per_step,
+            nf4=False,
+            cache=folder,
+            beta=BETA,
+            lr=LEARNING_RATE,
+            tokens_per_batch=arguments.tokens_per_batch,
+            profile=False,
+        )
+        bench(whole)  # fills the store
+        results = bench(*(replace(whole, run="ours_warm", without=part) for part in parts.PARTS))
+    rows = parts.table(dict(zip(parts.PARTS, results, strict=True)), case.pairs_per_step)
+    where = tables.when_and_where(environment_of(prepared))
+    print("\n".join([f"{case.name}, {where}", "", *tables.markdown_table(rows)]))
 
 
 def preparation_of(arguments: argparse.Namespace, folder: str, cases: tuple[Case, ...]) -> Preparation:
@@ -274,6 +303,9 @@ def main() -> None:
     arguments = parse()
     if arguments.readme:
         update_pages()
+        return
+    if arguments.parts:
+        run_parts(arguments)
         return
     names = arguments.cases or (QUICK if arguments.quick else [case.name for case in (*CASES, SWEEP)])
     steps = arguments.steps or (QUICK_STEPS if arguments.quick else None)

@@ -100,6 +100,7 @@ class Job:
         lr: learning rate, constant.
         tokens_per_batch: positions of one of our forward passes; None for the default of the device.
         profile: take one more step of ours under the profiler.
+        without: part of ours that is switched off, one of `parts.PARTS`.
     """
 
     run: str
@@ -113,6 +114,7 @@ class Job:
     lr: float
     tokens_per_batch: int | None
     profile: bool
+    without: str = ""
 
     def read_pairs(self, dtype: type) -> list[list[np.ndarray]]:
         """The pairs as arrays."""

@@ -49,7 +49,9 @@ from alignment.policy.adapter import attach_adapter, load_adapter
 from alignment.policy.layers import disable_dropout
 from alignment.policy.load import load_base, load_tokenizer, resolve_device, resolve_dtype
 from alignment.policy.wheel_model import wheel_model_folder
+from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
+from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
 from alignment.runs.record import machine, versions
 from alignment.scoring.prompt_sharing import choose_layout
@@ -70,6 +72,7 @@ from tests.bench.job import (
     Preparation,
     Task,
 )
+from tests.bench.parts import switch_off
 from tests.bench.profiling import profile_step
 from tests.bench.turns import pass_on
 
@@ -362,9 +365,13 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
     pairs = [Group(p, (c, r)) for p, c, r in job.read_pairs(np.int32)]
     groups = before_shuffle(pairs, job.pairs_per_step)
     sampler = StepSampler(len(groups), job.pairs_per_step, SEED)
-    layout = choose_layout(model, device)
-    store = ReferenceStore(Path(job.cache) / "reference.sqlite")
-    reference = CachedReference(store, model, layout, tokens_per_batch, device, spot_checks=4)
+    layout, tokens_per_batch = switch_off(job.without, model, choose_layout(model, device), tokens_per_batch)
+    reference: Reference
+    if job.without == "cache":
+        reference = LiveReference(model, layout, tokens_per_batch, device)
+    else:
+        store = ReferenceStore(Path(job.cache) / "reference.sqlite")
+        reference = CachedReference(store, model, layout, tokens_per_batch, device, spot_checks=4)
     watch = Clock()
     if job.run == "ours_cold":  # looking up and spot-checking belong to the setup: their cost is that of no pass
         watch.start()
@@ -403,7 +410,7 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
         callbacks=[turns],
     )  # fmt: skip
     check_start(trainer, pairs[: job.pairs_per_step])
-    result = measured(trainer, turns, watch, started) | {"stored": reference.summary()["hits"]}
+    result = measured(trainer, turns, watch, started) | {"stored": reference.summary().get("hits")}
     if job.profile:
         result["profile"] = profile_step(
             model, lambda: trainer.training_step(model, {"groups": pairs[-job.pairs_per_step :]})

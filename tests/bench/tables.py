@@ -147,12 +147,13 @@ def _described(summary: Mapping[str, Any], how: str) -> str:
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "trl"))
     dtype = "bfloat16" if machine["device"] == "cuda" else "float32"
     return (
-        f"{_when_and_where(summary)}, {machine['system']}; {named}; {summary['model']}, {dtype}, LoRA r 16 on all "
+        f"{when_and_where(summary)}, {machine['system']}; {named}; {summary['model']}, {dtype}, LoRA r 16 on all "
         f"linear layers, {how}. {summary['minutes']:.0f} minutes."
     )
 
 
-def _when_and_where(summary: Mapping[str, Any]) -> str:
+def when_and_where(summary: Mapping[str, Any]) -> str:
+    """The date and the machine."""
     machine = summary["machine"]
     return f"{summary['date']}, {machine['gpu'] if machine['device'] == 'cuda' else _on_cpu(machine)}"
 
@@ -229,7 +230,7 @@ def readme_block(results: Path) -> str:
             if (ratio := summary["ratios"].get(f"{name} : {SWEEP_BASELINE}")) is not None
         ]
         said = ", ".join(f"{faster:.1f} times faster as a {name}" for name, faster in ratios)
-        lines += ["", f"A whole sweep over {len(summary['betas'])} beta: {said} ({_when_and_where(summary)})."]
+        lines += ["", f"A whole sweep over {len(summary['betas'])} beta: {said} ({when_and_where(summary)})."]
     return "\n".join([*lines, "", ""])
 
 
@@ -288,7 +289,7 @@ def speed_block(results: Path, page: Path) -> str:
     """
     lines = []
     for summary in reported(results):
-        lines += ["", *markdown_table(_ratios(summary)), "", f"{_when_and_where(summary)}; {summary['how']}"]
+        lines += ["", *markdown_table(_ratios(summary)), "", f"{when_and_where(summary)}; {summary['how']}"]
     for folder in newest_results(results, "results.json"):
         summary = json.loads((folder / "results.json").read_text())
         cells = [["seconds a pair, peak memory", *README_ROWS]]

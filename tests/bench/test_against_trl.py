@@ -11,11 +11,14 @@ from torch import nn
 
 from alignment.config.schema import AdapterConfig, Device
 from alignment.data.rows import Row
+from alignment.kernels import matmul
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.load import load_base, load_tokenizer, resolve_device
+from alignment.scoring import head as scoring_head
+from alignment.scoring.layout import FlatLayout, SharedLayout
 from alignment.training.sampler import StepSampler
 from alignment.types import Group
-from tests.bench import against_trl, one_run
+from tests.bench import against_trl, one_run, parts
 from tests.bench.floor import Shape
 from tests.bench.job import PAIRS_OF_RUNS, SEED, Case, Job, PeakRate, Preparation
 from tests.bench.profiling import kind_of, profile_step
@@ -68,6 +71,45 @@ def test_all_runs_follow_one_trajectory(job):
     assert all(len(result["seconds"]["wall"]) == 2 for result in results.values())
     assert set(turns.values()) == {2}
     assert sum(results["ours_warm"]["profile"]["shares"].values()) == pytest.approx(1)
+
+
+def test_a_run_without_a_part_computes_the_same_by_other_means(job, monkeypatch):
+    """And the part is out: counted by the passes, the calls of the head's routine and of oneDNN's."""
+    monkeypatch.setattr(scoring_head, "_ScoreOnce", scoring_head._ScoreOnce)  # put back after the test
+    products, one_pass, builds = matmul._has_onednn, scoring_head._ScoreOnce, (FlatLayout._build, SharedLayout._build)
+    results, pairs_a_pass, rows_a_pass = {}, {}, {}
+    one_run.run(replace(job, run="ours_cold"))
+    for part in parts.PARTS:
+        passes = []
+        for layout, build in zip((FlatLayout, SharedLayout), builds, strict=True):
+            monkeypatch.setattr(layout, "_build", _noting(build, passes))
+        results[part] = one_run.run(replace(job, run="ours_warm", without=part, tokens_per_batch=1024))
+        pairs_a_pass[part] = {len(batch.indices) for batch in passes[-2:]}
+        rows_a_pass[part] = {len(batch.input_ids) for batch in passes[-2:]}
+        assert (scoring_head._ScoreOnce is not one_pass) == (part == "head")
+        assert (matmul._has_onednn is not products) == (part == "oneDNN")
+        monkeypatch.setattr(scoring_head, "_ScoreOnce", one_pass)
+        monkeypatch.setattr(matmul, "_has_onednn", products)
+    check_losses({part: result["losses"] for part, result in results.items()}, "exact")
+    assert pairs_a_pass[""] == pairs_a_pass["padding"] == {4}
+    assert pairs_a_pass["packing"] == {1}
+    assert [part for part in parts.PARTS if rows_a_pass[part] != {1}] == ["sharing", "padding"]
+    assert results["cache"]["stored"] is None and results[""]["stored"] == 8
+
+
+def _noting(build, passes):
+    """The static method that notes in `passes` what `build` makes."""
+    return staticmethod(lambda *args: passes.append(build(*args)) or passes[-1])
+
+
+def test_a_part_is_held_against_the_run_that_differs_by_it_alone():
+    seconds = {"sharing": 4.0, "padding": 8.0}
+    results = {
+        part: {"losses": [math.log(2)], "seconds": {"wall": [99.0, seconds.get(part, 2.0)]}, "peak_bytes": 2**30}
+        for part in parts.PARTS
+    }
+    rows = parts.table(results, 2)
+    assert [row[1:3] for row in rows[1:4]] == [["1.000", ""], ["2.000", "2.00x faster"], ["4.000", "2.00x faster"]]
 
 
 @pytest.mark.slow
