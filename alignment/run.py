@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from alignment import spinning  # noqa: F401 - first, because what follows imports torch
 from alignment.config.arguments import check_arguments
 from alignment.config.compose import VERSION_BASE, as_plain, finish_composition, to_run_config
 from alignment.config.preflight import check_machine

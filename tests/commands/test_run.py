@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -227,6 +228,23 @@ def test_wrong_files(name, content, said, tmp_path, monkeypatch):
 )
 def test_what_has_an_effect_is_accepted(arguments):
     load("recipe=quickstart", *arguments)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="other systems have another OpenMP")
+@pytest.mark.parametrize(
+    ("own", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_openmp_hears_how_long_threads_spin(own, spins):
+    """It says itself what it has read: too late a setting would not be in it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    said = subprocess.run(
+        [sys.executable, "-c", "import alignment.run, torch"],
+        env=environment | own | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert f"GOMP_SPINCOUNT = '{spins}'" in said
 
 
 def test_mappings_take_new_keys_without_a_plus():
