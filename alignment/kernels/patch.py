@@ -15,6 +15,9 @@ more. Each row of a norm adds one fp32 value (2, and one per head for norms on h
 one per query head. An attention that repeats keys and values for its query heads keeps 2 q instead of 2 k. A layer with
 other norms (GPT-NeoX) keeps their outputs, 2 h more. Weights are referenced, not kept.
 
+On a GPU each adapted layer also keeps its input times the adapter's `a`, as wide as the rank. In 16 bits with an fp32
+adapter every device keeps a 16-bit copy of the adapter's weights, whatever the number of tokens.
+
 The original forwards keep 2 h + 2 i and the rank of every adapter more (norm outputs, activation, its product with
 up). In 16 bits with an fp32 adapter they also keep an fp32 copy of every adapted layer's input.
 """
