@@ -52,8 +52,8 @@ def agreement_limit(
     """The largest mean difference between two scorings of these groups, in nats per token, that rounding explains.
 
     Where 16 bits exceed the usual tolerance, the noise of this device and dtype is measured: the groups are scored all
-    together and one by one. Three times what that changes is allowed, but never more than 0.1. A policy that gives other
-    numbers for the same batch, as with dropout, gets no such allowance.
+    together and one by one. Three times what that changes is allowed, but never more than 0.1. A policy that gives
+    other numbers for the same batch, as with dropout, gets no such allowance.
 
     Args:
         model: the policy, on its device.
