@@ -12,7 +12,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast check lint format types docs bench faults gpu-bundle profile notebooks wheel clean
+.PHONY: help install run test test-matrix test-fast check lint format types docs bench faults gpu-bundle profile notebooks wheel clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,13 +22,16 @@ install: $(RUN_STAMP) ## Make .venv with everything that a run needs
 run: $(RUN_STAMP) ## Run a recipe: make run RECIPE=quickstart ARGS="optim.lr=1e-5 seed=1"
 	$(VENV)/bin/python -m alignment.run recipe=$(RECIPE) $(ARGS)
 
-test: $(DEV_STAMP) ## Run the whole test suite: make test ARGS="-k kto"
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+test: $(DEV_STAMP) ## Run the test suite: make test ARGS="-k kto"
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not matrix" $(ARGS)
+
+test-matrix: $(DEV_STAMP) ## Run what CI runs besides: every member of each large family, CUDA's paths without CUDA
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m matrix $(ARGS)
 
 test-fast: $(DEV_STAMP) ## Run the tests that take seconds
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not matrix" $(ARGS)
 
-check: lint types test ## Lint, check types, test
+check: lint types test test-matrix ## Lint, check types, run all tests
 
 lint: $(DEV_STAMP) ## Check style, formatting, spelling and the order of imports
 	$(VENV)/bin/ruff check .

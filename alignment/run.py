@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class Job:
         if hydra_config.mode is not RunMode.MULTIRUN:
             self._single(cfg, choices, run_dir)
             return None
+        _stop_like_ctrl_c()
         cohort = self.cohorts.get(run_dir.resolve())
         if cohort is None:
             attempt(run_dir, lambda: run_chain(cfg, choices, run_dir))
@@ -176,6 +178,13 @@ def end_sweep(sweep: Sweep, gave_up: str | None) -> None:
         sys.exit("\n".join(lines))
 
 
+def _stop_like_ctrl_c() -> None:
+    """Let SIGTERM, a cluster's stop, be Ctrl-C: files are closed and locks released. A launcher's own handler stays."""
+    is_main = threading.current_thread() is threading.main_thread()  # no other may set a handler
+    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def _start(job: Job, arguments: list[str]) -> None:
     # hydra.main reads sys.argv and nothing else; the function behind it that takes arguments is private to Hydra.
     sys.argv = [sys.argv[0], *arguments]
@@ -189,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handlers below as they are
     begin_tensors_on_pages()
     grow_gpu_segments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's stop is Ctrl-C
+    _stop_like_ctrl_c()
     logging.raiseExceptions = False  # a log on a full disk is no second error, with a traceback for every line
     sweep = None
     try:

@@ -55,6 +55,15 @@ def _own_cache(_caches, monkeypatch):
     monkeypatch.setenv("ALIGNMENT_CACHE", str(_caches / str(next(_NUMBERS))))
 
 
+CORE_LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "beta_dpo", "bco", "tdpo1", "plackett_luce", "mpo")
+"""Of each unit, quantity and kind of state one or more: what holds for every loss `make test` shows for these."""
+
+
+def each(values, core):
+    """Parameters of a test over a whole family: those that are not of its core belong to the matrix."""
+    return [value if value in core else pytest.param(value, marks=pytest.mark.matrix) for value in values]
+
+
 @functools.cache
 def recommended_loss(name: str, *settings: str):
     """The loss as `loss=<name> loss.<setting>` gives it to a run; losses are pure, so tests may share one."""

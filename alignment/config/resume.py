@@ -57,12 +57,20 @@ def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str
     """
     folder = _resume_dir(value, recipe)
     # Nothing in them is resolved: they may name other settings.
-    begun: Any = _loaded(folder / ".hydra" / "overrides.yaml")
-    saved = [str(override) for override in begun if not str(override).startswith("resume=")]
+    path = folder / ".hydra" / "overrides.yaml"
+    begun: Any = _loaded(path)
+    if not isinstance(begun, list) or not all(isinstance(override, str) for override in begun):
+        raise damaged(path)
+    saved = [override for override in begun if not override.startswith("resume=")]
     extra = [o for o in overrides if not o.startswith("resume=") and o not in saved]
-    changed = changes(folder, compose_node([*saved, *extra]))
+    try:
+        node = compose_node(saved)
+    except UserError as error:
+        raise UserError(f"{path} holds settings that are refused: {error}") from None
+    changed = changes(folder, compose_node([*saved, *extra]) if extra else node)
     if changed:
-        raise UserError(f"A resumed run keeps its settings, and {changed} differs from those of {folder}.")
+        why = "" if extra else f": {path} is damaged, or the configuration behind it has changed"
+        raise UserError(f"A resumed run keeps its settings, and {changed} differs from those of {folder}{why}.")
     quoted = quoted_path(folder)
     # Without an output folder of its own Hydra leaves the first start's overrides as they are.
     return [*saved, f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]
@@ -75,6 +83,8 @@ def _loaded(path: Path) -> Any:
         UserError: it is missing or cannot be read.
     """
     try:
+        if not path.read_bytes().endswith(b"\n"):  # half of a YAML file is a YAML file too
+            raise damaged(path)
         return OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):
         raise damaged(path) from None
@@ -91,7 +101,12 @@ def _resume_dir(value: str, recipe: str) -> Path:
         if not (folder / "config.yaml").is_file():
             raise UserError(f"resume={value}: this is no run folder (it holds no config.yaml).")
         if not _unfinished(folder):
-            raise UserError(f"resume={value}: this run is finished; its results are in {folder / 'summary.json'}.")
+            report = (
+                "" if (folder / "report.md").exists() else f"; python -m alignment.report {folder} writes its report"
+            )
+            raise UserError(
+                f"resume={value}: this run is finished; its results are in {folder / 'summary.json'}{report}."
+            )
         return folder
     runs = sorted(path for path in (Path("outputs") / recipe).glob("*") if _unfinished(path))
     if not runs:

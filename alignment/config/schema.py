@@ -354,6 +354,10 @@ class StoppingConfig:
         require(self.rungs >= 1, f"stopping.rungs must be at least 1, not {self.rungs}.")
 
 
+MAX_NAME = 128
+"""Characters that W&B takes for the name of a project, a group or a run."""
+
+
 @dataclass(kw_only=True)
 class TrackingConfig:
     """Weights & Biases; `tracking=none` sets the whole node to null. `mode` auto: online if logged in, else offline."""
@@ -367,6 +371,14 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         self.tags = as_names("tracking.tags", self.tags)
+        # What W&B itself refuses, after the run has begun
+        for tag in self.tags:
+            require(len(tag) <= 64, f"tracking.tags: W&B takes tags of at most 64 characters, and '{tag}' is longer.")
+        for key in ("project", "group", "name"):
+            too_long = f"tracking.{key}: W&B takes at most {MAX_NAME} characters."
+            require(len(getattr(self, key) or "") <= MAX_NAME, too_long)
+        signs = sorted(set("/\\#?%:") & set(self.project))
+        require(not signs, f"tracking.project: W&B takes no {' '.join(signs)} in the name of a project.")
         modes = ("auto", "online", "offline")
         require(self.mode in modes, f"tracking.mode must be one of {', '.join(modes)}, not '{self.mode}'.")
 

@@ -97,9 +97,9 @@ def _read_json(path: Path) -> Numbered:
     with _open(path) as file:
         content = file.read().removeprefix(_BOM)
     try:
-        document = json.loads(content.decode())
+        document = _parsed(content.decode())
     except (ValueError, RecursionError) as error:
-        if "\n" in _first_value(content):
+        if isinstance(error, json.JSONDecodeError) and "\n" in _first_value(content):
             raise UserError(
                 f"{path} holds objects that are broken over several lines: write each on a line of its own (jq -c . "
                 f"does so), or put them into one array."
@@ -107,10 +107,23 @@ def _read_json(path: Path) -> Numbered:
         if first == b"{" or first.startswith(b"["):
             raise UserError(f"{path} is not {_fault(error)}.") from None
         return _read_lines(path)
-    rows = document if isinstance(document, list) else _unwrapped(document)
+    rows = document if isinstance(document, list) else _unwrapped(document, path)
     if rows is None:
         raise UserError(f"{path} must hold a JSON array of rows or JSON Lines, not {type(document).__name__}.")
     return enumerate(rows, 1)
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text, of which no object has a key twice: Python would keep the last one without a word."""
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key '{next(name for name in found if names.count(name) > 1)}' stands twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=mapping)
 
 
 def _fault(error: Exception) -> str:
@@ -131,15 +144,23 @@ def _first_value(content: bytes) -> str:
         return ""
 
 
-def _unwrapped(document: Any) -> list[Any] | None:
+def _unwrapped(document: Any, path: Path) -> list[Any] | None:
     """The rows of one object: those of the array under its only key, or itself, which is a row."""
     if not isinstance(document, dict):
         return None
-    if len(document) == 1:
-        [(key, value)] = document.items()
-        if key not in OUR_COLUMNS and isinstance(value, list) and all(isinstance(row, dict) for row in value):
-            return value
+    lists = [key for key, value in document.items() if key not in OUR_COLUMNS and _are_rows(value)]
+    if len(document) == 1 and lists:
+        return document[lists[0]]
+    if len(document) > 1 and len(lists) == len(document):
+        raise UserError(
+            f"{path} holds several lists of rows in one object ({', '.join(lists)}): write each to a file of its own, "
+            f"named after its split, like {lists[0]}.json."
+        )
     return [document]
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def _read_lines(path: Path) -> Numbered:
@@ -148,7 +169,7 @@ def _read_lines(path: Path) -> Numbered:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    yield number, json.loads(text)
+                    yield number, _parsed(text)
             except UnicodeDecodeError as error:
                 yield number, BadRow("not_utf8", f"the line is not {_fault(error)}", str(path), number)
             except (ValueError, RecursionError) as error:

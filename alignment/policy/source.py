@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,27 @@ def model_source(config: ModelConfig, cache: Path) -> ModelSource:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.name: the folder {path} holds no config.json, so it is not a model.")
     return _plain(str(folder))
+
+
+def other_base(adapter: Path, now: Mapping[str, Any]) -> list[str]:
+    """How an adapter's base differs from the one that its run tells of; empty where it does not, or no run is found.
+
+    Args:
+        now: description of the policy that continues the adapter, by `policy_identity`.
+    """
+    path = next((path for folder in adapter.parents[:3] if (path := folder / "summary.json").is_file()), None)
+    if path is None:
+        return []
+    try:
+        then = json.loads(path.read_bytes())["model"]
+        changed = [
+            f"{key} {then[key]} then, {now[key]} now" for key in ("quantization", "dtype") if then[key] != now[key]
+        ]
+        if not changed and then["base"] != now["base"]:
+            changed.append("other weights or another configuration")
+    except (OSError, ValueError, KeyError, TypeError):  # a damaged summary tells nothing
+        return []
+    return changed
 
 
 def _plain(source: str) -> ModelSource:

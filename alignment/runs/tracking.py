@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from alignment.config.schema import TrackingConfig
+from alignment.config.schema import MAX_NAME, TrackingConfig
 from alignment.errors import UserError
 from alignment.files import atomic_write_text, redact, to_json
 from alignment.runs.record import LINE_KEYS, read_metrics
@@ -127,13 +127,14 @@ def open_tracker(
         UserError: `mode` is online, and the login is missing or refused.
     """
     sweep = sweep_name(run_dir)
+    name = run_dir.name if sweep else f"{recipe}-{run_dir.name}"
     run = start_run(
         config,
         run_dir,
         run_config,
-        group=sweep or recipe,
+        group=(sweep or recipe)[:MAX_NAME],
         job_type="sweep member" if sweep else "+".join(stages),
-        name=run_dir.name if sweep else f"{recipe}-{run_dir.name}",
+        name=name[:MAX_NAME],
     )
     if run is None:
         return Tracker(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from alignment.policy.identity import policy_identity
 from alignment.policy.load import load_base, load_tokenizer, own_stop_tokens, resolve_device, save_policy
 from alignment.policy.merge import export_merged, merge_adapter
 from alignment.policy.model_check import check_model
-from alignment.policy.source import model_source
+from alignment.policy.source import model_source, other_base
 from alignment.runs.folder import status
 from alignment.runs.record import RunRecord, git_commit, machine, versions
 from alignment.runs.report import print_summary, write_report
@@ -235,7 +236,12 @@ class Chain:
             log.info("%s is an adapter: it is added to the weights of %s.", start, source)
             return attach_adapter(merge_adapter(model, start), None, seed)
         log.info("%s is an adapter: the policy, and its reference, start at %s with it.", start, source)
-        return continue_adapter(model, start, config.adapter, seed)
+        policy = continue_adapter(model, start, config.adapter, seed)
+        for difference in other_base(start, policy_identity(policy)[1]):
+            log.warning(
+                "%s was trained on another base (%s): its log-probs are not those of that run.", start, difference
+            )
+        return policy
 
     def _save_policy(self, model: nn.Module, folder: Path) -> None:
         """Save beside the folder and rename, so that a folder of this name always holds a whole policy."""
@@ -354,7 +360,11 @@ class Chain:
         summary["files"] = self._files(bool(samples))
         self.record.write_summary(summary)
         self.record.seal()
-        write_report(self.run_dir)
+        try:
+            write_report(self.run_dir)
+        except UserError as error:
+            again = f"python -m alignment.report {shlex.quote(str(self.run_dir))}"
+            raise UserError(f"{error} All results are written; the report is made again by: {again}") from None
         tracker.summary(summary)
         print_summary(summary)
         return summary

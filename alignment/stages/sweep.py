@@ -29,6 +29,10 @@ def attempt(run_dir: Path, run: Callable[[], None]) -> None:
         failed.unlink(missing_ok=True)
         if (run_dir / "summary.json").exists():
             log.info("%s is finished already.", run_dir.name)
+            if not (run_dir / "report.md").exists():  # it was killed between the two
+                from alignment.runs.report import write_report
+
+                write_report(run_dir)
             return
         try:
             run()

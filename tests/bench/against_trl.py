@@ -83,7 +83,7 @@ class Bench:
             stem.with_suffix(".json").write_text(json.dumps(asdict(task)))
             results.append(stem.with_suffix(".result"))
             words = (sys.executable, "-m", "tests.bench.one_run", f"{stem}.json", f"{stem}.result")
-            commands.append(Command(words, stem.with_suffix(".log"), ROOT, environment()))
+            commands.append(Command(words, stem.with_suffix(".log"), ROOT, environment(task)))
         for together in [commands] if at_once else [[command] for command in commands]:
             take_turns(together)
         return [json.loads(result.read_text()) for result in results]

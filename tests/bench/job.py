@@ -124,10 +124,14 @@ class Job:
 Task = Preparation | PeakRate | Job
 
 
-def environment() -> dict[str, str]:
-    """Of every process: nothing is looked for in the network."""
-    return os.environ | {
+def environment(task: Task | None = None) -> dict[str, str]:
+    """Of a process: nothing is looked for in the network."""
+    found = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
+    # Threads of ours wait as `alignment.spinning` lets those of a run wait, and TRL's as TRL leaves them.
+    if isinstance(task, Job) and task.run.startswith("ours") and "OMP_WAIT_POLICY" not in found:
+        found.setdefault("GOMP_SPINCOUNT", "1000")
+    return found

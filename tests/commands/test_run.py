@@ -475,6 +475,18 @@ def test_a_run_of_sft_alone(tiny, tmp_path, tiny_model_folder):
 
 
 @pytest.mark.slow
+def test_a_report_that_cannot_be_written_leaves_all_results(tiny, tmp_path):
+    """The last thing of a run fails: one sentence says so, and by which command it is made."""
+    (tmp_path / "run" / "report.md").mkdir(parents=True)
+    ended = tiny("loss=none", "sft.trainer.epochs=1", f"hydra.run.dir={tmp_path}/run")
+    [line] = (line for line in ended.err.splitlines() if line.startswith("Error: "))
+    assert ended.code == 1 and "Traceback" not in ended.err
+    again = f"python -m alignment.report {tmp_path}/run"
+    assert line.endswith(f"Is a directory. All results are written; the report is made again by: {again}")
+    assert read_summary(tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_merged_model_computes_what_the_policy_computes(quantization, tiny, tmp_path, tiny_model_folder):
     ended = tiny(*SHORT, f"quantization={quantization}", "export.merge=true", "export.dtype=float32")

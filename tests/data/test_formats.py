@@ -88,6 +88,12 @@ REFUSED = [
     ("a.csv", TSV.replace("\t", ";").encode(), ["one column", "semicolons"]),
     ("a.tsv", TSV.replace("\t", ",").encode(), ["one column", "commas"]),
     ("a.csv", b"prompt,chosen,chosen\np,a,b\n", ["several columns 'chosen'"]),
+    ("a.json", json.dumps({"train": ROWS, "test": ROWS}).encode(), ["several lists", "train, test", "train.json"]),
+    (
+        "a.json",
+        b'[{"prompt": "p", "chosen": "c",\n "rejected": "r", "chosen": "d"}]',
+        ["the key 'chosen' stands twice"],
+    ),
 ]
 
 
@@ -127,6 +133,20 @@ def test_broken_lines_stay_bad_rows(tmp_path):
             assert [row for _, row in found if not isinstance(row, BadRow)] == (ROWS if before or after else [])
             [bad] = [row for _, row in found if isinstance(row, BadRow)]
             assert bad.row == (4 if before else 1) and "not valid JSON" in bad.message
+
+
+@given(st.lists(st.sampled_from(["prompt", "chosen", "rejected", "weight"]), min_size=1, max_size=5), st.booleans())
+def test_a_key_that_stands_twice_is_no_value_lost(tmp_path_factory, names, nested):
+    """In a row, or in a message inside it: Python would keep the last value without a word."""
+    text = "{" + ", ".join(f'"{name}": "{place}"' for place, name in enumerate(names)) + "}"
+    path = tmp_path_factory.mktemp("twice") / "a.jsonl"
+    path.write_text(
+        f'{json.dumps(ROWS[0])}\n{{"prompt": [{text}]}}\n' if nested else f"{json.dumps(ROWS[0])}\n{text}\n"
+    )
+    _, (number, found) = read_file(path)
+    assert number == 2 and isinstance(found, BadRow) == (len(set(names)) < len(names))
+    if isinstance(found, BadRow):
+        assert f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice" in found.message
 
 
 @given(

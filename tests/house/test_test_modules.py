@@ -1,6 +1,7 @@
 """Test modules stand alone: what several of them need is in tests/helpers or in a conftest.py."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,11 @@ def test_no_module_imports_a_test_module(path):
 )
 def test_such_an_import_is_found(line):
     assert imported_tests(f"def late():\n    {line}") == ["tests.losses.test_dpo"]
+
+
+def test_ci_runs_every_test():
+    """`make test` leaves the matrix out, `make test-matrix` runs nothing else, and CI runs both."""
+    rules = dict(re.findall(r"^([\w-]+):.*\n\t(.*)$", (TESTS.parent / "Makefile").read_text(), re.MULTILINE))
+    assert '-m "not matrix"' in rules["test"] and "-m matrix" in rules["test-matrix"]
+    steps = (TESTS.parent / ".ci" / "run").read_text().splitlines()
+    assert {"make test", "make test-matrix"} <= set(steps)

@@ -17,7 +17,7 @@ from alignment.policy.adapter import attach_adapter, continue_adapter, require_s
 from alignment.policy.identity import policy_identity
 from alignment.policy.load import load_tokenizer, save_policy
 from alignment.policy.merge import merge_adapter
-from alignment.policy.source import model_source
+from alignment.policy.source import model_source, other_base
 from alignment.reference.frozen import FrozenPolicy
 from tests.conftest import random_groups
 from tests.helpers.policies import adapter, load, scores, train_adapter
@@ -49,6 +49,30 @@ def source_of(path, cache):
 def edit(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# What it was trained on
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        ({}, []),
+        ({"quantization": "nf4"}, ["quantization nf4 then, none now"]),
+        ({"dtype": "bfloat16", "base": "ff"}, ["dtype bfloat16 then, float32 now"]),
+        ({"base": "ff"}, ["other weights or another configuration"]),
+    ],
+)
+def test_another_base_than_the_adapters_is_said(then, said, saved, tiny_model_folder, tmp_path):
+    """By the summary of its run, wherever in the run the adapter lies; without one nothing is known."""
+    run = shutil.copytree(saved, tmp_path / "run")
+    now = policy_identity(continue_adapter(load(tiny_model_folder), run / "adapter", adapter(), 0))[1]
+    assert other_base(run / "adapter", now) == []
+    (run / "summary.json").write_text(json.dumps({"model": now | then}))
+    for folder in (run / "adapter", run / "stages" / "sft" / "adapter"):
+        assert other_base(folder, now) == said
+    (run / "summary.json").write_text("{")
+    assert other_base(run / "adapter", now) == []
 
 
 # Where it is

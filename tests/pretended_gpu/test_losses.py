@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignment.losses import LOSSES
-from tests.conftest import recommended_loss
+from tests.conftest import CORE_LOSSES, each, recommended_loss
 from tests.pretended_gpu.machine import pretended_gpu
 from tests.pretended_gpu.steps import Side
 
@@ -24,7 +24,7 @@ def gpu(tmp_path_factory) -> Side:
     return side
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES, CORE_LOSSES))
 def test_a_step_is_that_of_the_cpu(name, cpu, gpu):
     loss = recommended_loss(name)
     expected = cpu.step(cpu.trainer(loss))

@@ -19,7 +19,7 @@ from tests.conftest import random_groups
 from tests.pretended_gpu.device import GPUTensor
 from tests.pretended_gpu.machine import NAME, pretended_gpu
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 COMMON = [
     *("recipe=quickstart", "tracking=none", "device=cuda", "adapter.r=4", "sft.data.limit=8", "sft.optim.lr=1e-2"),

@@ -70,6 +70,44 @@ def test_members_of_a_sweep_are_one_group(tmp_path: Path, nobody_logged_in: pyte
         assert (run.run_group, run.job_type, run.display_name) == ("betas", "sweep member", name)
 
 
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "' onload=alert(1) \"",
+    "../../etc",
+    "a\nb\tc",
+    "\u202eevil",
+    "ü" * 250,
+    "%s{x}$(id)`id`",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_any_folder_name_is_a_name_for_wandb(text: str, tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
+    """A run, and a sweep, may be called anything: W&B gets the name as text, cut to what it takes, and all rows."""
+    run_dir = tmp_path / text.replace("/", "-").encode()[:200].decode("utf-8", "ignore") / "0"
+    (run_dir / ".hydra").mkdir(parents=True)
+    (run_dir / ".hydra" / "hydra.yaml").write_text("mode: MULTIRUN\n")
+    with start(config(name=text[:128], tags=[text[:64]]), run_dir) as tracker:
+        tracker.log("sft", 1, "train", {text: 1.5})
+    [run] = of_kind(read_wandb(*run_dir.glob("wandb/offline-run-*")), "run")
+    assert (run.display_name, list(run.tags)) == (text[:128], [text[:64]])
+    assert run.run_group == run_dir.parent.name[:128]
+    assert history(read_wandb(*run_dir.glob("wandb/offline-run-*")))[0][f"sft/train/{text}"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"tags": ["t" * 65]}, "tracking.tags: W&B takes tags of at most 64"),
+        ({"project": "a/b"}, "tracking.project: W&B takes no / in"),
+        *(({key: "x" * 129}, f"tracking.{key}: W&B takes at most 128") for key in ("project", "group", "name")),
+    ],
+)
+def test_names_that_wandb_would_refuse_are_refused_before_the_run(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        config(**values)
+
+
 @pytest.mark.parametrize("agent", [{}, {"WANDB_SWEEP_ID": "sweep1"}], ids=["alone", "under an agent"])
 def test_two_members_are_two_runs_whatever_the_environment_sets(
     agent: dict[str, str], tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch

@@ -98,7 +98,7 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module", params=[None, NF4], ids=["bf16", "nf4"])
+@pytest.fixture(scope="module", params=[None, pytest.param(NF4, marks=pytest.mark.matrix)], ids=["bf16", "nf4"])
 def policy(request):
     return real_policy(request.param, num_layers=3)
 

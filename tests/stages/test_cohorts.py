@@ -202,6 +202,7 @@ def killed_at(step, how=signal.SIGKILL):
     RunRecord.log = patched
 
 
+@pytest.mark.matrix
 def test_a_cohort_goes_on_where_it_stopped(project, one_by_one, tmp_path):
     """Killed with two members begun and one waiting; interrupted when all have begun; ended in two other ways."""
     sweep = tmp_path / "sweep"
@@ -233,6 +234,7 @@ def test_a_cohort_goes_on_where_it_stopped(project, one_by_one, tmp_path):
         assert_close(sweep / f"{number}-tiny", one_by_one / f"{number}-tiny")
 
 
+@pytest.mark.matrix
 def test_a_failed_member_ends_no_other(project, one_by_one, tmp_path):
     two_at_once = ("trainer.cohort=2", "trainer.joint_passes=true")
     ended = sweep_in(tmp_path, project, NAMES[:3], *two_at_once, patch=failing_second, code=1)
@@ -265,6 +267,7 @@ def too_small_for_two():
     preference_stage.plan_stage = patched
 
 
+@pytest.mark.matrix
 def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_path):
     ended = sweep_in(tmp_path, project, NAMES[:2], *JOINT, patch=too_small_for_two)
     assert ended.out.count("The members of the cohort take turns from here on") == 1

@@ -22,10 +22,8 @@ from alignment.policy.adapter import attach_adapter
 from alignment.policy.load import load_base, load_tokenizer
 from alignment.stages.preference import PreferenceStage
 from alignment.stages.stage import Workspace
-from tests.conftest import SHARED_DATA, recommended_loss
+from tests.conftest import CORE_LOSSES, SHARED_DATA, each, recommended_loss
 from tests.helpers.commands import command, write_lines
-
-pytestmark = pytest.mark.slow
 
 ALL = [*(name for name in LOSSES if name != "mixture"), "mpo"]
 BY_COMMAND = ("tdpo1", "kto", "plackett_luce", "mpo")
@@ -135,7 +133,8 @@ def prepared(
     return by_unit, tokenizer, tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", each(ALL, CORE_LOSSES))
 def test_training_raises_the_margin_on_held_out_pairs(name, prepared, tiny_model_folder, tmp_path):
     loss = recommended_loss(name, *LESS_ANCHOR.get(name, ()))
     by_unit, tokenizer, cache = prepared
@@ -161,6 +160,7 @@ def test_training_raises_the_margin_on_held_out_pairs(name, prepared, tiny_model
     assert_learned(name, before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_COMMAND)
 def test_the_command_trains_each_kind_of_loss(name, real_files, tiny_model_folder, tmp_path):
     ended = command(

@@ -25,7 +25,7 @@ from tests.helpers.commands import command, write_project
 from tests.helpers.patience import patience
 
 LOSS = '''\
-"""A loss whose run is killed, as by a system without memory."""
+"""A loss whose run is killed, as by a system without memory, or told to stop."""
 
 import os
 import signal
@@ -44,6 +44,8 @@ class Hazard(DPO):
     def __call__(self, *arguments):
         if self.fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
         return DPO.__call__(self, *arguments)
 '''
 
@@ -101,6 +103,21 @@ def finding_modules_in(folder: Path) -> None:
     os.environ.update({"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}", "OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.matrix
+def test_a_job_that_is_told_to_stop_stops_like_ctrl_c(tiny_model_folder, tmp_path):
+    """SIGTERM in a launcher's process: one line says how to go on, and nothing is left half-written."""
+    needs("hydra_joblib_launcher")
+    project = write_project(tmp_path / "project", tiny_model_folder)
+    (project / "loss").mkdir()
+    (project / "loss" / "hazard.yaml").write_text("_target_: hazard.Hazard\nbeta: 0.1\nlabel_smoothing: 0\n")
+    (tmp_path / "hazard.py").write_text(LOSS)
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "loss=hazard")
+    ended = sweep(project, tmp_path, *launcher, "loss.fault=stopped,none")
+    assert ended.returncode == 1 and "Interrupted; continue with: python -m alignment.run" in ended.stderr, ended.stderr
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_job_that_is_killed_ends_no_other(tiny_model_folder, tmp_path):
     needs("hydra_submitit_launcher")

@@ -180,11 +180,16 @@ def test_a_run_killed_everywhere_ends_like_one_that_was_not(project, uninterrupt
 @pytest.mark.parametrize(
     ("settings", "kills"),
     [
-        (["adapter=none"], [partial(before_answers, "sft"), partial(at_row, "preference", 6)]),
+        pytest.param(
+            ["adapter=none"],
+            [partial(before_answers, "sft"), partial(at_row, "preference", 6)],
+            marks=pytest.mark.matrix,
+        ),
         (["loss=beta_dpo", "sft=none", "reference=live"], [partial(at_row, "preference", 6)]),
-        (
+        pytest.param(
             ["loss=bco", "loss.density_weights=true", "sft=none", "quantization=nf4"],
             [partial(at_row, "preference", 3), partial(at_row, "preference", 8)],
+            marks=pytest.mark.matrix,
         ),
     ],
     ids=["full fine-tuning", "running state and draws, live reference", "prompt weights, nf4, without sft"],
@@ -230,6 +235,18 @@ def test_ctrl_c_says_how_to_go_on(project, uninterrupted, tmp_path):
     assert_same(only_run(tmp_path), uninterrupted)
 
 
+def _damaged(run_dir, folder):
+    """Copies of an unfinished run with a record of its overrides that was cut, or is none, and what is said of each."""
+    text = (run_dir / ".hydra" / "overrides.yaml").read_text()
+    some = text.splitlines(keepends=True)[:-1]
+    for number, cut in enumerate(
+        [text[:-2], "".join(some), "", "a: 1\n", "- [1]\n", "3\n", "- trainer.max\n", "- :\n"]
+    ):
+        copy = shutil.copytree(run_dir, folder / f"damaged{number}")
+        (copy / ".hydra" / "overrides.yaml").write_text(cut)
+        yield copy, [str(copy), "overrides.yaml"]
+
+
 def test_what_cannot_be_resumed_is_left_as_it_is(project, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     unfinished = tmp_path / "outputs" / "tiny" / "2026-01-01_00-00-00"
@@ -242,6 +259,7 @@ def test_what_cannot_be_resumed_is_left_as_it_is(project, uninterrupted, tmp_pat
         ([f"resume={uninterrupted}"], ["finished", "summary.json"]),
         ([f"resume={unfinished}/stages"], ["no run folder"]),
         (["recipe=quickstart", "resume=true"], ["no unfinished run", "quickstart"]),
+        *(([f"resume={folder}"], said) for folder, said in _damaged(unfinished, tmp_path)),
     ):
         before = contents(tmp_path / "outputs"), contents(uninterrupted)
         with pytest.raises(SystemExit) as caught:

@@ -195,11 +195,15 @@ def test_a_sweep_goes_on_where_it_stopped(project, uninterrupted, tmp_path):
     after = contents(sweep / "0-tiny")
     assert all(after[path] == data for path, data in first.items() if path.name != "run.log")
 
-    # Once more there is nothing to do.
+    # Once more there is nothing to do but for a report that a kill kept back.
+    report = sweep / "1-tiny" / "report.md"
+    written = report.read_bytes()
+    report.unlink()
     before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*.jsonl")}
     ended = sweep_again(*printed)
     assert ended.code == 0 and ended.out.count("is finished already.") == 3
     assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*.jsonl")} == before
+    assert report.read_bytes() == written
 
 
 @pytest.mark.slow

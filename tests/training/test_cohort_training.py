@@ -129,7 +129,12 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("trainings", "layout", "every"), [(FIVE, "shared", 0), (FIVE[:3], "flat", 1), (COUPLED, "shared", 0)]
+    ("trainings", "layout", "every"),
+    [
+        (FIVE, "shared", 0),
+        pytest.param(FIVE[:3], "flat", 1, marks=pytest.mark.matrix),
+        pytest.param(COUPLED, "shared", 0, marks=pytest.mark.matrix),
+    ],
 )
 def test_members_end_as_each_would_by_itself(trainings, every, layout, tmp_path, alone):
     """Losses, learning rates, ranks, seeds, clipping, sizes and numbers of steps all differ."""
@@ -202,6 +207,7 @@ def test_passes_with_gradient_are_joint(tmp_path, passes):
     assert set(threading.enumerate()) <= before
 
 
+@pytest.mark.matrix
 def test_a_place_that_is_free_goes_to_the_next_member(tmp_path, passes, alone):
     """Four members of 4, 3, 3 and 3 steps in two places, which are never empty but at the end."""
     base = frozen_base()
@@ -263,6 +269,7 @@ class Steps(TrainerCallback):
         self.ended.append((self.member, state.global_step))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("phase", ["_forward", "_backward"])
 def test_where_single_groups_do_not_fit_together_members_take_turns(phase, tmp_path, monkeypatch, alone):
     base = frozen_base()
@@ -309,6 +316,7 @@ class FailAt(TrainerCallback):
             raise self._error("enough")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("where", ["weights", "gradient"])
 def test_a_member_without_finite_numbers_does_not_spoil_the_others(where, tmp_path, monkeypatch, alone):
     """It stops before its next update, and the others end as they would without it."""
@@ -360,6 +368,7 @@ class BrokenLoss:
         return replace(output, losses=output.losses * torch.nan)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("phase", ["_forward", "_backward"])
 def test_a_pass_that_does_not_fit_is_tried_again_in_smaller_ones(phase, tmp_path, monkeypatch, alone):
     base = frozen_base()

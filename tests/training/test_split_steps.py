@@ -18,7 +18,7 @@ from alignment.scoring.layout import FlatLayout, SharedLayout
 from alignment.training.callbacks import Checkpoints, Rhythm, last_checkpoint
 from alignment.training.sampler import StepSampler
 from alignment.training.trainer import PreferenceTrainer
-from tests.conftest import random_groups, recommended_loss, tiny_policy
+from tests.conftest import CORE_LOSSES, each, random_groups, recommended_loss, tiny_policy
 from tests.helpers.commands import FORKS
 from tests.helpers.patience import patience
 from tests.helpers.steps import groups_for, make_trainer, moved, step_gradient
@@ -26,7 +26,7 @@ from tests.helpers.steps import groups_for, make_trainer, moved, step_gradient
 CPU = torch.device("cpu")
 NAMES = [name for name in LOSSES if name != "mixture"]
 """A mixture without parts is none; `mpo` stands for it."""
-every_loss = pytest.mark.parametrize("name", [*NAMES, "mpo"])
+every_loss = pytest.mark.parametrize("name", each([*NAMES, "mpo"], CORE_LOSSES))
 
 
 @pytest.mark.slow
