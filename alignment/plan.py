@@ -21,7 +21,8 @@ from alignment.errors import CommandParser, UserError
 from alignment.training.budget import Plan, describe_checkpointing
 from alignment.training.forecast import Machine, StagePlan, build_model, plan_stages, read_config, this_machine
 from alignment.training.memory import GIB, USABLE_SHARE
-from alignment.training.qwen3_table import write_table
+from alignment.training.optimizers import optimizer_estimate
+from alignment.training.published import write_tables
 
 _UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6}
 _PARTS = {
@@ -90,7 +91,7 @@ def _options_table(name: str, stage: StagePlan) -> Table:
     return table
 
 
-def _stage_lines(name: str, stage: StagePlan) -> list[str]:
+def _stage_lines(name: str, stage: StagePlan, optimizer: str) -> list[str]:
     plan = stage.chosen
     lines = [
         f"{name}: trainer.checkpoint_every={plan.checkpoint_every} "
@@ -100,6 +101,8 @@ def _stage_lines(name: str, stage: StagePlan) -> list[str]:
         lines.append(f"  The reference pass takes up to {plan.reference_tokens} positions at once.")
     if plan.estimate:
         lines.append(f"  The activations are a rough estimate: {plan.estimate}.")
+    if states := optimizer_estimate(optimizer):
+        lines.append(f"  The optimizer states are an estimate: {states}.")
     if not plan.fits:
         lines.append(
             f"  It may run out of memory: a pass of that group needs {_gib(plan.needs.total)} GiB, and "
@@ -125,7 +128,8 @@ def _print(config: RunConfig, machine: Machine, stages: dict[str, StagePlan]) ->
     for name, stage in stages.items():
         console.print(_options_table(name, stage))
     for name, stage in stages.items():
-        for line in _stage_lines(name, stage):
+        part = config.sft if name == "sft" and config.sft is not None else config
+        for line in _stage_lines(name, stage, part.optim.name):
             say(line)
 
 
@@ -164,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, metavar="FILE", help="the model's config.json, without the hub")
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="your own recipes, as for a run")
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
-    parser.add_argument("--table", action="store_true", help="write the table of Qwen3 models in recipes/README.md")
+    parser.add_argument("--table", action="store_true", help="write the tables of models in recipes/README.md")
     return parser
 
 
@@ -176,7 +180,7 @@ def run(arguments: Sequence[str] | None) -> None:
     """
     options = _parser().parse_intermixed_args(arguments)
     if options.table:
-        Console().print(f"Written into {write_table()}.", markup=False, highlight=False, soft_wrap=True)
+        Console().print(f"Written into {write_tables()}.", markup=False, highlight=False, soft_wrap=True)
         return
     if options.length is not None and options.length < 2:
         raise UserError(f"--length must be at least 2, not {options.length}.")

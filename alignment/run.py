@@ -12,7 +12,6 @@ import signal
 import sys
 import textwrap
 import threading
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +114,10 @@ def run_chain(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, slot: 
     finish_composition(cfg, choices)
     config = to_run_config(cfg)
     check_machine(config)
-    _quieten_libraries()
     from alignment.stages.chain import Chain
+    from alignment.stages.quiet import quieten_libraries
+
+    quieten_libraries()
 
     resolved = redact(as_plain(cfg))
     chain = Chain(config, run_dir, choices["recipe"], resolved, slot)
@@ -142,19 +143,6 @@ def _remove_traces(run_dir: Path) -> None:
         if {path.name for path in folder.iterdir()} - {"multirun.yaml"}:
             break
         shutil.rmtree(folder)
-
-
-def _quieten_libraries() -> None:
-    """What libraries say about themselves would bury what the run says."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in ("bitsandbytes", "peft", "trl", "accelerate", "httpx", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|peft|bitsandbytes)\b")
 
 
 def end_sweep(sweep: Sweep, gave_up: str | None) -> None:

@@ -9,8 +9,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from alignment.config.compose import as_plain, compose_node
+from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.renamed import flat, refuse_renamed
+from alignment.config.schema import RunConfig
 from alignment.config.typed_text import quoted_path, typed_path
 from alignment.errors import UserError
 from alignment.files import damaged, redact
@@ -76,8 +77,22 @@ def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str
     return [*saved, f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]
 
 
+def finished_run(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration of a run, and the same as the plain values in its folder.
+
+    Raises:
+        UserError: its overrides no longer give the settings that it ran with, as where its recipe was edited.
+    """
+    node = compose_node([str(override) for override in _loaded(folder / ".hydra" / "overrides.yaml")])
+    if changed := changes(folder, node):
+        raise UserError(
+            f"{folder} ran with settings that its recipe no longer gives: {changed}; bring the recipe back."
+        )
+    return to_run_config(node), _loaded(folder / "config.yaml")
+
+
 def _loaded(path: Path) -> Any:
-    """A file of an unfinished run.
+    """A file of a run.
 
     Raises:
         UserError: it is missing or cannot be read.

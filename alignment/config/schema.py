@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from alignment.config.optim import OptimConfig
 from alignment.errors import as_names, require
 
 WHEEL_PREFIX = "wheel:"
@@ -130,7 +131,8 @@ class DataConfig:
 
     `source` is `bundled:<name>`, a local file or folder (`places.DATA_ENDINGS`), or a hub id. Held-out rows come
     from `eval_source` (its split `eval_split`), or else `eval_size` rows are set aside from the training rows.
-    `columns` maps our column names to the file's own, e.g. {prompt: question, chosen: best}.
+    `columns` maps our column names to the file's own, e.g. {prompt: question, chosen: best}. `train_where` keeps the
+    training rows whose columns have these values, e.g. {kind: [add, subtract]}; held-out rows all stay.
     `max_bad_rows` null means 0 for local files and no limit for hub sets. `allow` names findings in the text that do
     not stop the run (see `alignment.data.findings`).
     """
@@ -142,6 +144,7 @@ class DataConfig:
     eval_split: str | None
     eval_size: int
     columns: dict[str, str]
+    train_where: dict[str, Any]
     system: str | None
     max_length: int
     max_prompt_length: int
@@ -165,28 +168,6 @@ class DataConfig:
             value = getattr(self, key)
             least = 0 if key == "max_bad_rows" else 1
             require(value is None or value >= least, f"data.{key} must be null or at least {least}, not {value}.")
-
-
-@dataclass(kw_only=True)
-class OptimConfig:
-    """Optimizer and schedule, by the names that transformers uses (`optim`, `lr_scheduler_type`)."""
-
-    name: str
-    lr: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    schedule: str
-    warmup_ratio: float
-    max_grad_norm: float
-
-    def __post_init__(self) -> None:
-        require(0 < self.lr < math.inf, f"optim.lr must be a finite number above 0, not {self.lr}.")
-        require(self.weight_decay >= 0, f"optim.weight_decay must be at least 0, not {self.weight_decay}.")
-        require(0 <= self.warmup_ratio < 1, f"optim.warmup_ratio must be in [0, 1), not {self.warmup_ratio}.")
-        require(self.max_grad_norm >= 0, f"optim.max_grad_norm must be at least 0, not {self.max_grad_norm}.")
-        for key in ("beta1", "beta2"):
-            require(0 <= getattr(self, key) < 1, f"optim.{key} must be in [0, 1), not {getattr(self, key)}.")
 
 
 @dataclass(kw_only=True)

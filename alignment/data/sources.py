@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from alignment.data.rows import BadRow, Row, count_reasons, fingerprint
 from alignment.errors import UserError
 
 BUNDLED = Path(__file__).parent / "bundled"
+_SHOWN_VALUES = 20
 SPLIT_WORDS = ("train", "test", "eval", "validation", "valid", "dev")
 
 
@@ -74,6 +75,7 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
         rows, held_out = _hold_out(rows, config.eval_size, config.source)
     else:
         held_out = []
+    rows = _where(rows, config.train_where)
     rows, held_out = rows[: config.limit], held_out[: config.eval_limit]
     parts = [train] if evaluation is None else [train, evaluation]
     bad = [row for part in parts for row in part.bad]
@@ -85,6 +87,22 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
     if shared:
         notes.append(f"{len(shared)} held-out prompts are training prompts too")
     return LoadedData(rows, held_out, train.layout.name, bad, fingerprint(rows, held_out), "; ".join(notes))
+
+
+def _where(rows: list[Row], wanted: Mapping[str, Any]) -> list[Row]:
+    """The rows whose columns have one of the wanted values.
+
+    Raises:
+        UserError: no row has the column, or a wanted value.
+    """
+    for column, values in wanted.items():
+        known = sorted({str(row.meta[column]) for row in rows if column in row.meta})
+        accepted = {str(value) for value in (values if isinstance(values, list) else [values])}
+        if lacking := sorted(accepted - set(known)):
+            there = f"; it has {', '.join(known[:_SHOWN_VALUES])}" if known else ", which no row has"
+            raise UserError(f"data.train_where: no training row has {lacking[0]} in the column {column}{there}.")
+        rows = [row for row in rows if str(row.meta.get(column)) in accepted]
+    return rows
 
 
 def _load_eval(config: DataConfig, stage: Stage) -> _Part:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from alignment.config.schema import RunConfig
 from alignment.errors import UserError
 from alignment.policy.adapter import saved_adapter
-from alignment.policy.load import one_line, resolve_dtype
+from alignment.policy.load import load_base, one_line, resolve_dtype
+from alignment.policy.requantise import Sequences, drift_of_steps, next_logps
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +149,8 @@ def export_merged(
         prompts: tokenised prompts that both models continue greedily.
 
     Returns:
-        {"dtype", "max_logp_difference" in nats over the next-token distributions, "generation_agrees"}.
+        {"dtype", "max_logp_difference" in nats over the next-token distributions, "generation_agrees"}; with a
+        quantised base also "drift", what merging and quantising again change (see `drift_of_steps`).
 
     Raises:
         UserError: the written model is not the policy.
@@ -175,10 +178,13 @@ def export_merged(
             f"export.merge: the merged model is not the policy, because {problem}, so it was removed{rounding}; the "
             f"trained adapter is whole."
         )
+    is_quantised = config.quantization is not None
+    both = [next_logps(m, found.sequences) for m in (model, merged)] if is_quantised else []
+    del merged
     partial.rename(folder)
 
     written = str(dtype).removeprefix("torch.")
-    quantised = "the base was de-quantised from NF4, " if config.quantization is not None else ""
+    quantised = "the base was de-quantised from NF4, " if is_quantised else ""
     log.info(
         "Merged model in %s: %sweights in %s; next-token log-probs differ by at most %.2g nats, greedy answers %s.",
         folder,
@@ -187,7 +193,16 @@ def export_merged(
         found.difference,
         "agree" if found.agrees else f"differ where two tokens are within {found.gap:.2g} nats",
     )
-    return {"dtype": written, "max_logp_difference": found.difference, "generation_agrees": found.agrees}
+    described = {"dtype": written, "max_logp_difference": found.difference, "generation_agrees": found.agrees}
+    if is_quantised:
+        again = bind(load_base, replace(config.model, revision=None), config.quantization, str(folder), device)
+        steps = described["drift"] = drift_of_steps(both[0], both[1], found.sequences, again)
+        log.info(
+            "Next-token log-probs drift by %.2g nats from the policy to the merged model, by %.2g from there to NF4 "
+            "again, by %.2g together.",
+            *steps.values(),
+        )
+    return described
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +214,14 @@ class _Comparison:
         mean: nats, over next tokens as the policy draws them.
         agrees: whether all greedy answers are the same.
         gap: nats between the policy's best two tokens where answers part, the largest such gap.
+        sequences: the policy's answers after their prompts, and where the next tokens begin to count.
     """
 
     difference: float
     mean: float
     agrees: bool
     gap: float
+    sequences: Sequences = ()
 
 
 def _compare(model: Any, merged: Any, prompts: Sequence[np.ndarray], device: torch.device) -> _Comparison:
@@ -215,11 +232,13 @@ def _compare(model: Any, merged: Any, prompts: Sequence[np.ndarray], device: tor
     model.eval()
     differences, means, gaps = [0.0], [0.0], [0.0]
     agrees = True
+    sequences = []
     for prompt in prompts:
         ids = torch.from_numpy(prompt.astype(np.int64))[None].to(device)
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": _NEW_TOKENS, "do_sample": False}
         whole, other = (m.generate(input_ids=ids, **options) for m in (model, merged))
         start = ids.shape[1] - 1
+        sequences.append((whole, start))
         ours, theirs = (m(input_ids=whole).logits[0, start:].double().log_softmax(-1) for m in (model, merged))
         apart = (ours - theirs).abs()
         likely = ours > ours.amax(-1, keepdim=True) - 10  # no decoding reaches the far tail, which is rounding noise
@@ -232,7 +251,7 @@ def _compare(model: Any, merged: Any, prompts: Sequence[np.ndarray], device: tor
             gaps.append((best[0] - best[1]).item())
     model.train(was_training)
     base.generation_config = presets
-    return _Comparison(float(np.max(differences)), float(np.max(means)), agrees, max(gaps))
+    return _Comparison(float(np.max(differences)), float(np.max(means)), agrees, max(gaps), sequences)
 
 
 def _problem(found: _Comparison, precise: bool) -> str | None:

@@ -212,6 +212,29 @@ def _reference_line(reference: dict[str, Any]) -> str:
     return _listed(said) + (f", refreshed from the policy {len(refreshes)} times" if refreshes else "")
 
 
+def _merged(merge: dict[str, Any]) -> list[str]:
+    """What the policy was merged from, and how."""
+    parents = merge.get("parents") or []
+    columns = [parents, *(merge.get(key) or [DASH] * len(parents) for key in ("weights", "norms"))]
+    rows = [[escape_markdown(str(parent)), *map(format_value, rest)] for parent, *rest in zip(*columns, strict=False)]
+    density = f" Density {format_value(merge['density'])}." if merge.get("density") is not None else ""
+    lines = [
+        f"Method {escape_markdown(str(merge.get('method')))}: {escape_markdown(str(merge.get('computes')))}.{density}",
+        markdown_table(["parent", "weight", "norm of its update"], rows),
+    ]
+    cosines = ", ".join(map(format_value, merge.get("cosines") or []))
+    lines.append(
+        f"The merged update has norm {format_value(merge.get('merged_norm'))}. Cosines between the parents' updates: "
+        f"{cosines}; at 0 they have nothing in common, below 0 they undo each other."
+    )
+    if merge.get("rank") is not None:
+        lines.append(
+            f"Saved as an adapter of rank {format_value(merge['rank'])}, which leaves out "
+            f"{percent(merge.get('error'))} of the merged update's norm."
+        )
+    return lines
+
+
 def _sample_table(samples: Sequence[dict[str, Any]]) -> str:
     columns = {"prompt": "prompt"} | {
         key: title for key, title in MODEL_TITLES.items() if any(sample.get(key) is not None for sample in samples)
@@ -256,6 +279,15 @@ def write_report(run_dir: Path) -> Path:
         )
 
     # What ran, and what it left
+    if submapping(run.summary, "merge"):
+        parts += ["## What was merged", *_merged(submapping(run.summary, "merge"))]
+    if steps := submapping(run.summary, "export", "drift"):
+        to_merged, again, both = (format_value(steps.get(key)) for key in ("merged", "requantised", "together"))
+        parts.append(
+            f"From the adapter on NF4 to the merged model next-token log-probs drift by {to_merged} nats, from there "
+            f"to NF4 again by {again}, together by {both}: the mean over tokens as the policy draws them. Ship what "
+            f"you have evaluated."
+        )
     if reference := submapping(run.summary, "reference"):
         parts.append(f"Reference log-probs: {escape_markdown(_reference_line(reference))}.")
     parts += ["## What ran", markdown_table(["", ""], _settings_and_data(run))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -56,8 +56,9 @@ from alignment.stages.stage import (
     write_result,
 )
 from alignment.stages.store import STAGES_FOLDER, StageStore
-from alignment.training.callbacks import check_names, last_checkpoint, last_split, remove_damaged
+from alignment.training.callbacks import last_checkpoint, last_split, remove_damaged
 from alignment.training.cohort import CohortSlot
+from alignment.training.optimizers import check_optimizer
 from alignment.training.stage_trainer import last_good
 
 log = logging.getLogger(__name__)
@@ -76,18 +77,28 @@ class Chain:
         recipe: its name.
         resolved: the whole configuration as plain values, for the tracker.
         slot: in the cohort that the run trains in, if it does.
+        given: puts the final weights into the policy, in place of training in the preference stage.
+        described: what the summary says beside the outcome.
 
     Raises:
         UserError: a model, data or settings that the run cannot start with.
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, recipe: str, resolved: dict[str, Any], slot: CohortSlot | None = None
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        recipe: str,
+        resolved: dict[str, Any],
+        slot: CohortSlot | None = None,
+        given: Callable[[nn.Module], None] | None = None,
+        described: dict[str, Any] | None = None,
     ) -> None:
+        device = resolve_device(config.device)
         if config.sft is not None:
-            check_names("sft.optim", config.sft.optim)
+            check_optimizer("sft.optim", config.sft.optim, config.adapter, device.type)
         if config.loss is not None:
-            check_names("optim", config.optim)
+            check_optimizer("optim", config.optim, config.adapter, device.type)
         _require_no_stop(run_dir)
         self.config = config
         self.run_dir = run_dir
@@ -95,9 +106,9 @@ class Chain:
         self._day = first_day(self._beginning)
         self.recipe = recipe
         self.resolved = resolved
+        self.described = described or {}
 
         # Where and with what it works
-        device = resolve_device(config.device)
         if device.type == "cpu":
             keep_freed_memory()
         cache = cache_dir(config.reference.path)
@@ -129,7 +140,7 @@ class Chain:
             ends = end_of_turn(self.work.tokenizer, config.data), own_stop_tokens(config.model, self.source.base)
             stops = stop_tokens(self.work.tokenizer, *ends)
             self.answers = HeldOutAnswers(config, self.preferences, self.work, self.store, stops)
-            self.preference = PreferenceStage(config, self.preferences, self.work, stops)
+            self.preference = PreferenceStage(config, self.preferences, self.work, stops, given)
         self.stages: list[Stage] = [stage for stage in (self.sft, self.preference) if stage is not None]
         self.record = RunRecord(run_dir)
         self.results: dict[str, StageResult] = {}
@@ -344,7 +355,7 @@ class Chain:
         if self.preference is None:
             self._save_policy(model, self.work.final_policy)
         samples = self.answers.judged(self.record) if self.answers is not None and not self._stopped else {}
-        summary = self._outcome()
+        summary = self._outcome() | self.described
         identity, description = policy_identity(model)
         summary["model"] = {"name": self.config.model.name, "final_identity": identity, **description}
         preference = self._preference_result

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -70,7 +71,7 @@ def _with_live_reference(config: RunConfig) -> RunConfig:
 def _final_metrics(trainer: PreferenceTrainer) -> dict[str, float]:
     """The last training log and the last evaluation; both belong to the last step."""
     history = list(reversed(trainer.state.log_history))
-    train = next(row for row in history if "loss" in row)
+    train = next((row for row in history if "loss" in row), {})  # none where the final weights were given
     final = {f"train/{k}": v for k, v in train.items() if k not in ("epoch", "step")}
     if trainer.eval_groups:
         evaluation = next(row for row in history if "eval_loss" in row)
@@ -84,6 +85,7 @@ class PreferenceStage:
     Args:
         data: in the form in which the loss takes them.
         stops: the tokens that end an answer.
+        given: puts the final weights into the policy, in place of training.
 
     Raises:
         UserError: the data or the steps are too few for the schedule, or for stopping early.
@@ -93,11 +95,19 @@ class PreferenceStage:
     title = "The preference stage"
     result_type: type[StageResult] = PreferenceResult
 
-    def __init__(self, config: RunConfig, data: PreferenceData, work: Workspace, stops: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: PreferenceData,
+        work: Workspace,
+        stops: Sequence[int],
+        given: Callable[[nn.Module], None] | None = None,
+    ) -> None:
         self._config = _with_live_reference(config)
         self._data = data
         self._work = work
         self._stops = stops
+        self._given = given
         self._device = work.device
         self._folder = work.folder(self.name)
         self.seed = config.seed
@@ -134,7 +144,7 @@ class PreferenceStage:
         trainer = self._trainer(model, groups, reference, layout, tokens_per_batch, callbacks)
         if slot is not None:
             trainer.objective.passes = slot
-        prepare_trainer(trainer)
+        prepare_trainer(trainer, self._config.optim)
 
         # Before the first update
         start = check_start(trainer, [groups[i] for i in self._schedule.steps[0]])
@@ -294,16 +304,27 @@ class PreferenceStage:
         if self._data.eval and checkpoint is None:
             trainer.evaluate_start()
             write_sealed(start_rows, trainer.held_out)
+        if self._given is not None:
+            self._given(trainer.model)
+            if self._data.eval:
+                trainer.evaluate()
+        else:
+            self._train_on(trainer, reference, checkpoint, done)
+        trainer.require_finite_weights()
+        if self._data.eval:
+            both = _moment("start", read_sealed(start_rows)) + _moment("final", trainer.held_out)
+            atomic_write_bytes(self._work.run_dir / "held_out.jsonl", both)
+
+    def _train_on(
+        self, trainer: PreferenceTrainer, reference: Reference | None, checkpoint: Path | None, done: int
+    ) -> None:
+        """Train from a checkpoint after `done` steps, or from the start."""
         if checkpoint is not None:
             trainer.load_state(checkpoint)
             if reference is not None and self._schedule.refreshes:
                 reference.load_state(checkpoint)
             log.info("The preference stage continues from step %d.", done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.require_finite_weights()
-        if self._data.eval:
-            both = _moment("start", read_sealed(start_rows)) + _moment("final", trainer.held_out)
-            atomic_write_bytes(self._work.run_dir / "held_out.jsonl", both)
 
     def _kl(self, model: nn.Module, start: FrozenPolicy, layout: BatchLayout, plan: Plan) -> dict[str, Any]:
         held_out, config = self._data.eval, self._config

@@ -153,7 +153,7 @@ class SFTStage:
             processing_class=self._work.tokenizer,
             callbacks=stage_callbacks("SFT", log_metrics, config.trainer, bool(self._data.eval)),
         )
-        prepare_trainer(trainer)
+        prepare_trainer(trainer, config.optim)
         # On a quantised base TRL rounds the adapter to bfloat16. Small updates would be lost: keep the adapter's dtype.
         for name, parameter in model.named_parameters():
             if name in weights:

@@ -106,13 +106,13 @@ def step_needs(sizes: Sizes, every: int, tokens: int, context: int) -> Needs:
     """Memory of a step whose largest pass has this many positions.
 
     The head has its logits while all layers hold what they saved. They are gone when the backward pass reaches the
-    layers. The larger of the two moments counts.
+    layers, and all is gone when the weights are updated. The largest of these moments counts.
     """
     held, peak = activation_bytes(sizes.layers, every, tokens)
     held += sizes.ends * tokens
     head = min(sizes.head * tokens, sizes.head_limit)
-    if peak > held + head:
-        held, head = peak, 0
+    if max(peak, sizes.update) > held + head:
+        held, head = max(peak, sizes.update), 0
     return Needs(
         weights=sizes.weights,
         adapter=sizes.adapter,
@@ -195,7 +195,7 @@ def make_plan(
     _, every, tokens = best
     largest = max(longest, min(tokens, step_tokens))
     # Reference passes hold one layer's values at a time, and the optimizer does not exist yet.
-    passing = replace(sizes, gradients=0, optimizer=0, layers=sizes.layers[:1])
+    passing = replace(sizes, gradients=0, optimizer=0, update=0, layers=sizes.layers[:1])
     scoring = tokens_per_batch or max(tokens, fitting_tokens(passing, 0, room, useful))
     needs = step_needs(sizes, every, largest, room.context)
     return Plan(tokens, scoring, every, needs, room.limit, fits, sizes.estimate)

@@ -12,56 +12,25 @@ from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.training_args import OptimizerNames
 
 from alignment.config.schema import OptimConfig, TrainerConfig
 from alignment.errors import UserError
 from alignment.files import digests, read_sealed, write_sealed
+from alignment.training.optimizers import resumes, trainer_settings
 
 log = logging.getLogger(__name__)
 
 _COMPLETE = "complete"
 # TRL's count of tokens starts anew in every process, so that a resumed run would log other numbers.
 _NOT_METRICS = {"epoch", "total_flos", "num_input_tokens_seen", "num_tokens", "step"}
-SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
-"""The schedules of transformers that need no further settings."""
-_POLYNOMIAL_END = 1e-7
-"""Where transformers' polynomial schedule ends."""
 _RUNTIME = ("runtime", "samples_per_second", "steps_per_second")
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 LogFunction = Callable[[int, str, Mapping[str, float]], None]
 """Receives (step, "train" or "eval", metrics)."""
-
-
-def check_names(key: str, optim: OptimConfig) -> None:
-    """Refuse an optimizer or schedule that transformers does not know or that needs further settings.
-
-    Args:
-        key: the section of the settings, "optim" or "sft.optim".
-    """
-    if optim.schedule == "polynomial" and optim.lr <= _POLYNOMIAL_END:
-        raise UserError(
-            f"{key}.schedule=polynomial ends at a rate of {_POLYNOMIAL_END:g}, so {key}.lr must be above it, not "
-            f"{optim.lr:g}: choose a higher one, or another schedule."
-        )
-    for name, value, accepted in (
-        ("name", optim.name, [str(known.value) for known in OptimizerNames]),
-        ("schedule", optim.schedule, SCHEDULES),
-    ):
-        if value not in accepted:
-            raise UserError(f"{key}.{name} must be one of {', '.join(accepted)}, not '{value}'.")
 
 
 def training_arguments(
@@ -83,13 +52,13 @@ def training_arguments(
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
-        optim=optim.name,
+        **trainer_settings(optim),
         lr_scheduler_type=optim.schedule,
         warmup_steps=math.ceil(optim.warmup_ratio * num_steps),
         max_grad_norm=optim.max_grad_norm,
         logging_steps=trainer.log_every,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if trainer.save_every else "no",
+        save_strategy="steps" if trainer.save_every and resumes(optim.name) else "no",
         save_steps=trainer.save_every or num_steps,
         seed=seed,
         data_seed=seed,
@@ -214,8 +183,9 @@ def stage_callbacks(title: str, log_metrics: LogFunction, trainer: TrainerConfig
     ]
 
 
-def prepare_trainer(trainer: Trainer) -> None:
-    """Our progress bar in place of the Trainer's."""
+def prepare_trainer(trainer: Any, optim: OptimConfig | None) -> None:
+    """Our progress bar in place of the Trainer's, and the stage's optimizer; None leaves that to the arguments."""
+    trainer.optim = optim
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
 

@@ -108,15 +108,15 @@ def plan_stages(config: RunConfig, model: nn.Module, machine: Machine, length: i
         length: tokens of the longest prompt with its answer; None takes `data.max_length`.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would report what it lacks on a CPU
-    from alignment.training.callbacks import check_names
+    from alignment.training.optimizers import check_optimizer
 
     stages: dict[str, StagePlan] = {}
     if config.sft is not None:
-        check_names("sft.optim", config.sft.optim)
+        check_optimizer("sft.optim", config.sft.optim, config.adapter, machine.device)
         stages["sft"] = _plan_stage(config, config.sft, model, machine, length or config.sft.data.max_length, True)
     if config.loss is not None:
         assert config.data is not None
-        check_names("optim", config.optim)
+        check_optimizer("optim", config.optim, config.adapter, machine.device)
         # All answers may be as long as a row may be, beside a short prompt; lists are mostly of four.
         answers = {"row": 1, "pair": 2, "list": 4}[config.loss.requirements().unit]
         longest = (length or config.data.max_length) * answers
@@ -134,6 +134,7 @@ def _plan_stage(
         weights,
         value=value,
         optimizer=part.optim.name,
+        master_weights=part.optim.master_weights,
         device=machine.device,
         dropout=supervised and config.adapter is not None and config.adapter.dropout > 0,
         supervised=supervised,

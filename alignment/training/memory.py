@@ -17,6 +17,8 @@ from alignment.config.schema import AdapterConfig, QuantizationConfig
 from alignment.policy.layers import decoder_layers
 from alignment.policy.load import NEVER_QUANTIZED
 from alignment.scoring.head import LOGITS_PER_CHUNK
+from alignment.training.master_weights import BYTES as MASTER_BYTES
+from alignment.training.optimizers import optimizer_bytes
 
 GIB = 2**30
 USEFUL_TOKENS = {"cpu": (1024, 1024), "cuda": (8192, 16384)}
@@ -57,26 +59,6 @@ def nf4_bytes_per_weight(double: bool) -> float:
     return 0.5 + (1 / 64 + 4 / (64 * 256) if double else 4 / 64)
 
 
-def optimizer_bytes(name: str, bytes_per_weight: int) -> float:
-    """Bytes per trained weight of the optimizer's states.
-
-    Args:
-        name: as in transformers. Names that are not known here count as Adam's two states.
-        bytes_per_weight: of the trained weights; torch keeps states in their dtype, bitsandbytes in fp32 or 8 bit.
-    """
-    tensors = 2
-    for part, count in (("ademamix", 3), ("sgd", 0), ("adafactor", 0), ("lion", 1), ("rmsprop", 1), ("adagrad", 1)):
-        if part in name:
-            tensors = count
-            break
-    if "8bit" in name:
-        return tensors * (1 + 4 / 256)
-    if "4bit" in name:
-        return tensors * (0.5 + 4 / 128)
-    is_bnb = "paged" in name or "bnb" in name or "lion" in name or "ademamix" in name
-    return tensors * (4 if is_bnb else bytes_per_weight)
-
-
 @dataclass(frozen=True, slots=True)
 class Layer:
     """Bytes of one decoder layer, per position.
@@ -99,7 +81,7 @@ class Sizes:
     """The numbers of a policy that decide the memory of its step.
 
     Attributes:
-        weights, adapter, gradients, optimizer: bytes.
+        weights, adapter, gradients, optimizer: bytes. The optimizer's include the masters of 16-bit weights.
         layers: in order; empty if the model's layers are not known.
         ends: bytes per position kept outside the layers: the last norm, the head's input, its derivatives.
         head: bytes per position of the logits that exist at one time.
@@ -107,6 +89,7 @@ class Sizes:
         launched: positions of a pass that take a GPU as long as the host needs to launch it; 0 on a CPU.
         buffers: bytes of the largest weight while it is dequantised or has its adapter added.
         estimate: why the activations are a rough guess; empty if every tensor is counted.
+        update: bytes that exist beside weights and states while the weights are updated, when no activation does.
     """
 
     weights: int
@@ -120,6 +103,7 @@ class Sizes:
     buffers: int
     launched: int
     estimate: str = ""
+    update: int = 0
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -302,6 +286,13 @@ def plan_weights(
     return Weights(base, 4 * count, count, 4, quantization is not None)
 
 
+def _hidden_share(model: Any) -> float:
+    """Share of the weights that are neither embeddings nor head."""
+    modules = {id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    ends = {id(p): p.numel() for module in modules.values() for p in module.parameters()}
+    return 1 - sum(ends.values()) / sum(p.numel() for p in model.parameters())
+
+
 def sizes_of(
     model: nn.Module,
     weights: Weights,
@@ -309,6 +300,7 @@ def sizes_of(
     value: int,
     optimizer: str,
     device: str,
+    master_weights: bool = True,
     dropout: bool = False,
     supervised: bool = False,
     keys_per_position: float = 1.0,
@@ -319,8 +311,9 @@ def sizes_of(
         model: loaded, or on the meta device without its adapter.
         weights: its weights.
         value: bytes per value of its activations.
-        optimizer: name, as in transformers.
+        optimizer: name, as in `optimizers.OPTIMIZERS`.
         device: "cpu" or "cuda".
+        master_weights: whether weights that train in 16 bits have fp32 masters.
         dropout: whether the adapter drops inputs in this stage.
         supervised: True for the SFT stage, whose head is TRL's.
         keys_per_position: of the passes, as `layout.keys_per_position` counts them. Only a GPU keeps gathered keys.
@@ -352,12 +345,16 @@ def sizes_of(
         head = vocabulary * logit
         head_limit = LOGITS_PER_CHUNK[device] * logit
     copies = (2 if weights.quantised else 1) if weights.adapter else 0
-    trained = weights.trained
+    trained, stepped = weights.trained, weights.trained_value
+    has_masters = stepped < MASTER_BYTES and master_weights
+    if has_masters:
+        stepped = MASTER_BYTES
+    states = optimizer_bytes(optimizer, stepped, 1.0 if adapted else _hidden_share(causal))
     return Sizes(
         weights=weights.base,
         adapter=weights.adapter,
         gradients=trained * weights.trained_value,
-        optimizer=round(trained * optimizer_bytes(optimizer, weights.trained_value)),
+        optimizer=round(trained * (states + (MASTER_BYTES if has_masters else 0))),
         layers=layers,
         ends=_END_TENSORS * hidden * value,
         head=head,
@@ -365,4 +362,5 @@ def sizes_of(
         buffers=copies * largest * value,
         launched=launched_tokens(modules, experts) if device == "cuda" else 0,
         estimate=estimate,
+        update=trained * (MASTER_BYTES - weights.trained_value) if has_masters else 0,
     )

@@ -18,6 +18,7 @@ from alignment.files import read_sealed, write_sealed
 from alignment.training.budget import Plan, Room, describe_checkpointing, make_plan
 from alignment.training.cohort import CohortSlot
 from alignment.training.memory import GIB, USABLE_SHARE, count_weights, sizes_of
+from alignment.training.optimizers import optimizer_estimate
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ def plan_stage(
         weights,
         value=policy.dtype.itemsize,
         optimizer=stage.optim.name,
+        master_weights=stage.optim.master_weights,
         device=device.type,
         dropout=supervised and adapter is not None and adapter.dropout > 0,
         supervised=supervised,
@@ -130,6 +132,8 @@ def plan_stage(
     log.info("Plan: %s.", _sentence(plan))
     if plan.estimate:
         log.info("Its activations are a rough estimate: %s.", plan.estimate)
+    if states := optimizer_estimate(stage.optim.name):
+        log.info("Its optimizer states are an estimate: %s.", states)
     if not plan.fits:
         log.warning(
             "This stage may run out of memory: its largest group has %d positions, and a pass of it with %s needs "

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from alignment.config.compose import load
-from alignment.files import asset_dir, atomic_write_text
 from alignment.training.budget import Plan, describe_checkpointing
 from alignment.training.forecast import Machine, build_model, plan_stages
 from alignment.training.memory import GIB
@@ -20,12 +18,12 @@ QWEN3: dict[str, dict[str, Any]] = {
     "Qwen3-8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
 }
 """What the published configurations of the table's models differ in."""
-_QWEN3_ALIKE = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+QWEN3_ALIKE = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
 _UNTIED = "Qwen3-8B"
 TABLE_LENGTHS = (512, 1024, 2048, 4096)
 TABLE_MEMORY = (24, 80)
 """GiB of the GPUs in the table."""
-_BEGIN, _END = "<!-- made by: python -m alignment.plan --table -->", "<!-- end of the table -->"
+_MARKERS = ("<!-- made by: python -m alignment.plan --table -->", "<!-- end of the table -->")
 
 
 def qwen3_table() -> str:
@@ -36,32 +34,27 @@ def qwen3_table() -> str:
         "|---|---|" + "---|" * len(TABLE_MEMORY),
     ]
     for name, sizes in QWEN3.items():
-        config = AutoConfig.for_model("qwen3", **sizes, **_QWEN3_ALIKE, tie_word_embeddings=name != _UNTIED)
+        config = AutoConfig.for_model("qwen3", **sizes, **QWEN3_ALIKE, tie_word_embeddings=name != _UNTIED)
         model = build_model(config)
         for length in TABLE_LENGTHS:
             cells = []
             for memory in TABLE_MEMORY:
                 machine = Machine(f"a GPU of {memory} GiB", "cuda", memory * GIB)
-                cells.append(_cell(plan_stages(recipe, model, machine, length)["preference"].chosen))
+                cells.append(cell(plan_stages(recipe, model, machine, length)["preference"].chosen))
             lines.append(f"| {name} | {length} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(plan: Plan) -> str:
+def cell(plan: Plan) -> str:
+    """A plan in a table: which layers are checkpointed, positions of a pass, GiB."""
     if not plan.fits:
         return "does not fit"
     return f"{describe_checkpointing(plan.checkpoint_every)}, {plan.tokens_per_batch}, {plan.needs.total / GIB:.1f}"
 
 
-def with_table(text: str, table: str) -> str:
+def with_table(text: str, table: str, markers: tuple[str, str] = _MARKERS) -> str:
     """The text with the table between its markers."""
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}"
-
-
-def write_table() -> Path:
-    """Make the table in the recipes' README anew."""
-    path = asset_dir("recipes") / "README.md"
-    atomic_write_text(path, with_table(path.read_text(encoding="utf-8"), qwen3_table()))
-    return path
+    begin, end = markers
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"

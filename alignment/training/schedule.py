@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from alignment.config.schema import RunConfig
 from alignment.errors import UserError
 from alignment.reference.base import Reference
+from alignment.training.optimizers import as_policy
 from alignment.training.sampler import StepSampler
 from alignment.types import Group
 
@@ -102,6 +103,7 @@ class FollowPolicy(TrainerCallback):
         """Refresh the reference where one is due."""
         step = state.global_step
         if step in self._schedule.refreshes:
+            as_policy(kwargs.get("optimizer"))
             self._reference.refresh(step, self._asked(self._schedule.until_refresh(step)))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

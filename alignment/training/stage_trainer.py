@@ -14,8 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 
+from alignment.config.schema import OptimConfig
 from alignment.errors import NotFinite
 from alignment.training.callbacks import ProgressBar, complete_checkpoints
+from alignment.training.master_weights import MasterWeights
+from alignment.training.optimizers import as_policy, make_optimizer
 
 _SHOWN_ROWS = 5
 
@@ -44,10 +47,34 @@ class StageTrainer(Trainer):
     Attributes:
         title: of the stage.
         settings: where its optimizer's settings are: "optim" or "sft.optim".
+        optim: these settings; None makes the optimizer that the arguments name, as transformers does.
     """
 
     title: ClassVar[str]
     settings: ClassVar[str]
+    optim: OptimConfig | None = None
+    _masters: MasterWeights | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer of the settings, on fp32 masters of weights that train in 16 bits."""
+        if self.optimizer is None and self.optim is not None:
+            by_name = partial(super().create_optimizer, *args, **kwargs)
+            model: Any = self.model
+            decayed = self.get_decay_parameter_names(model)
+            self.optimizer = make_optimizer(self.settings, self.optim, model, decayed, by_name)
+            if self.optim.master_weights:
+                self._masters = MasterWeights(self.optimizer)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._masters is not None and self.args.should_save:
+            self._masters.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._masters is not None and checkpoint is not None:
+            self._masters.load(Path(checkpoint))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of transformers, with a rate above 0 in the first step."""
@@ -66,9 +93,11 @@ class StageTrainer(Trainer):
         return ()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does."""
+        """As transformers does; the model has the policy's weights at the end."""
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            as_policy(self.optimizer)
+            return result
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressBar):
@@ -103,6 +132,7 @@ class StageTrainer(Trainer):
             self._stop(f"after step {step}, because its held-out loss is {metrics['eval_loss']}", sound=step)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        as_policy(self.optimizer)
         self.require_finite_weights()
         super()._save_checkpoint(*args, **kwargs)
 

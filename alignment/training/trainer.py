@@ -29,6 +29,7 @@ from alignment.scoring.layout import BatchLayout
 from alignment.scoring.logps import largest_group, ran_out_of_memory, smaller_budget
 from alignment.training.metrics import Means, Observed, held_out_rows, preference_metrics, read
 from alignment.training.objective import Evaluation, Objective, Processes, evaluated, step_seeds, step_totals
+from alignment.training.optimizers import as_policy, as_stepped
 from alignment.training.sampler import StepSampler
 from alignment.training.stage_trainer import StageTrainer
 from alignment.types import Group, pairs_from_rows, to_device
@@ -122,6 +123,7 @@ class PreferenceTrainer(StageTrainer):
         """
         del num_items_in_batch
         started = time.monotonic()
+        as_stepped(self.optimizer)
         if not model.training:  # to set it visits thousands of modules
             model.train()
         groups: list[Group] = inputs["groups"]
@@ -275,6 +277,7 @@ class PreferenceTrainer(StageTrainer):
         return self._log_evaluation("eval", at_reference=True)
 
     def _log_evaluation(self, prefix: str, at_reference: bool = False) -> dict[str, float]:
+        as_policy(self.optimizer)
         found, self.held_out = self._evaluated(self.eval_groups, at_reference)
         metrics = {f"{prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)

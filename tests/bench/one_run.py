@@ -105,6 +105,7 @@ def data_config(source: str) -> DataConfig:
         eval_split=None,
         eval_size=0,
         columns={},
+        train_where={},
         system=None,
         max_length=MAX_LENGTH,
         max_prompt_length=MAX_PROMPT_LENGTH,
@@ -386,7 +387,7 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
             folder=Path(job.cache) / job.run,
             optim=OptimConfig(
                 name="adamw_torch_fused", lr=job.lr, weight_decay=0.0, beta1=0.9, beta2=0.999, schedule="constant",
-                warmup_ratio=0.0, max_grad_norm=1.0,
+                warmup_ratio=0.0, max_grad_norm=1.0, target_modules=None, master_weights=True,
             ),
             trainer=TrainerConfig(
                 epochs=1, max_steps=num_steps, groups_per_step=job.pairs_per_step, plan=Planning.off,

@@ -11,6 +11,7 @@ from alignment.files import asset_dir
 from alignment.plan import parse_memory
 from alignment.training.forecast import Machine, build_model, plan_stages
 from alignment.training.memory import GIB
+from alignment.training.published import MARKERS, PUBLISHED, models_table, published_config
 from alignment.training.qwen3_table import QWEN3, qwen3_table, with_table
 from tests.conftest import tiny_config
 
@@ -174,3 +175,28 @@ def test_the_table_goes_between_its_markers():
     once = with_table(text, "| new |")
     assert once == with_table(once, "| new |")
     assert once.startswith("a\n<!--") and once.endswith("-->\nb\n") and "old" not in once and "| new |" in once
+
+
+# Models with an option of their own
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.option)
+def test_a_model_option_composes_under_its_recipe_and_is_planned(published):
+    """Its name is the hub's; a model of four of its layers is planned and fits, without the hub."""
+    recipe = load(f"recipe={published.recipe}", f"model={published.option}", *published.settings)
+    assert published.title.lower() in recipe.model.name.lower()
+    whole = published_config(published)
+    small = published_config(published, num_hidden_layers=4)
+    assert whole.num_hidden_layers > small.num_hidden_layers
+    stages = plan_stages(recipe, build_model(small), Machine("", "cuda", 24 * GIB), 64)
+    assert stages["preference"].chosen.fits
+    assert set(stages) == ({"sft", "preference"} if published.recipe == "dpo_qwen3" else {"preference"})
+
+
+@pytest.mark.slow
+def test_every_model_option_of_the_gpu_recipes_is_in_the_table():
+    """The README's table has a row for each file in conf/model but the quickstart's, as the command writes it."""
+    options = {path.stem for path in (asset_dir("conf") / "model").glob("*.yaml")} - {"smollm2_135m"}
+    assert {published.option for published in PUBLISHED} == options
+    text = (asset_dir("recipes") / "README.md").read_text(encoding="utf-8")
+    assert with_table(text, models_table(), MARKERS) == text, "run python -m alignment.plan --table"

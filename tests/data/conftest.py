@@ -24,7 +24,7 @@ def config():
     def make(source="data.jsonl", **fields):
         defaults = {
             **dict.fromkeys(("name", "eval_source", "eval_split", "system", "max_bad_rows", "limit", "eval_limit")),
-            **{"split": "train", "eval_size": 0, "columns": {}, "template_kwargs": {}, "allow": []},
+            **{"split": "train", "eval_size": 0, "columns": {}, "train_where": {}, "template_kwargs": {}, "allow": []},
             **{
                 "max_length": 512,
                 "max_prompt_length": 256,

@@ -233,6 +233,31 @@ def test_held_out_rows_depend_on_content_only_and_share_no_prompt(jsonl, config)
     assert (fewer.train, fewer.eval) == (again.train[:5], again.eval[:2])
 
 
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ({"kind": "sum"}, "no training row has sum in the column kind; it has add, half, plural"),
+        ({"sort": ["add"]}, "no training row has add in the column sort, which no row has"),
+    ],
+)
+def test_training_rows_by_their_columns(where, said, jsonl, config):
+    """Values or one value, before the limit; held-out rows stay; what no row has is named beside what there is."""
+    kinds = ["add", "plural", "half", "add", "add"]
+    rows, held_out = ([pair(f"{part}{i}", kind=kind) for i, kind in enumerate(kinds)] for part in ("", "held "))
+    path, other = jsonl(rows, "rows.jsonl"), jsonl(held_out, "held_out.jsonl")
+
+    def kept(where, **fields):
+        data = load(config(path, eval_source=str(other), train_where=where, **fields))
+        assert len(data.eval) == 5
+        return prompts(data.train)
+
+    assert kept({"kind": "add"}) == ["p0", "p3", "p4"]
+    assert kept({"kind": ["half", "plural"]}) == ["p1", "p2"]
+    assert kept({"kind": "add"}, limit=2) == ["p0", "p3"]
+    with pytest.raises(UserError, match=said):
+        kept(where)
+
+
 @pytest.mark.parametrize("size", [6, 1])
 def test_impossible_eval_size(jsonl, config, size):
     with pytest.raises(UserError, match=r"cannot be set aside .* 6 rows of 2 prompts"):

@@ -277,7 +277,7 @@ def memory(
             checkpoint_every=every, log_every=1, eval_every=0, save_every=0, keep_checkpoints=1, cohort=1,
             joint_passes=None,
         ),
-        optim=SimpleNamespace(name="adamw_torch"), adapter=ADAPTER,
+        optim=SimpleNamespace(name="adamw_torch", master_weights=True), adapter=ADAPTER,
         reference=SimpleNamespace(mode=ReferenceMode.cache),
     )  # fmt: skip
     model.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ from alignment.errors import UserError
 from alignment.policy import merge
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.merge import export_merged, merge_adapter
+from alignment.policy.requantise import drift, next_logps
 from tests.conftest import random_groups, tiny_config
 from tests.helpers.policies import CPU, NF4, adapter, load, scores, train_adapter
 
@@ -135,3 +136,18 @@ def test_greedy_answers_may_part_only_where_two_tokens_are_close():
     close = merge._Comparison(difference=0.3, mean=0.02, agrees=False, gap=0.4)
     assert merge._problem(close, precise=False) is None
     assert "0.9 nats apart" in merge._problem(replace(close, gap=0.9), precise=False)
+
+
+def test_drift_is_measured_at_each_step_to_nf4_again(folders, config, tmp_path):
+    """A merge in fp32 moves nothing; rounding the sum to NF4 moves as much as a load of it in NF4 shows."""
+    quantised = replace(config, quantization=NF4, model=replace(config.model, dtype=Dtype.float32))
+    model = train_adapter(attach_adapter(load(folders["untied"], NF4), adapter(), 0))
+    found = export(model, folders["untied"], tmp_path / "merged", quantised)["drift"]
+    again = load(tmp_path / "merged", NF4)
+    sequences = [(torch.from_numpy(prompt.astype(np.int64))[None], 0) for prompt in PROMPTS]
+    expected = drift(next_logps(model, sequences), next_logps(again, sequences))
+    assert found["merged"] < 1e-4
+    assert 0.3 * expected < found["requantised"] < 3 * expected  # along other tokens: the policy's answers
+    assert found["together"] == pytest.approx(found["requantised"], rel=0.05)
+    assert expected > 0.01
+    assert drift(next_logps(model, sequences), next_logps(model, sequences)) == 0

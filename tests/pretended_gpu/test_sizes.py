@@ -25,7 +25,7 @@ from alignment.policy.layers import decoder_layers
 from alignment.scoring.layout import MicroBatch, SharedLayout, keys_per_position
 from alignment.scoring.logps import enable_scoring
 from alignment.training.memory import layer_of
-from alignment.training.qwen3_table import _QWEN3_ALIKE, QWEN3
+from alignment.training.qwen3_table import QWEN3, QWEN3_ALIKE
 from alignment.types import Group
 from tests.conftest import tiny_config
 from tests.pretended_gpu.device import tensors_in
@@ -49,7 +49,7 @@ def _on_a_gpu(monkeypatch):
 
 def layers_of(size: str, count: int) -> Any:
     """The first layers of a Qwen3 with an adapter, patched; by a tiny model, since meta tensors cannot be compared."""
-    config = AutoConfig.for_model("qwen3", **(QWEN3[size] | {"num_hidden_layers": count}), **_QWEN3_ALIKE)
+    config = AutoConfig.for_model("qwen3", **(QWEN3[size] | {"num_hidden_layers": count}), **QWEN3_ALIKE)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)

@@ -70,7 +70,7 @@ def trainer_of(base, training, folder, *, layout="shared", every=0, max_steps=No
         tokens_per_batch=60, sampler=StepSampler(len(groups), training.groups_per_step, training.seed, 2),
         callbacks=[Rhythm(2), Checkpoints(5)],
     )  # fmt: skip
-    prepare_trainer(trainer)
+    prepare_trainer(trainer, None)
     return trainer
 
 

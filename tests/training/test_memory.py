@@ -31,15 +31,8 @@ from alignment.scoring.logps import enable_scoring, score
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.training import planning
 from alignment.training.budget import Plan, Room, activation_bytes, make_plan, relative_time, step_needs, useful_tokens
-from alignment.training.memory import (
-    Layer,
-    Sizes,
-    count_weights,
-    nf4_bytes_per_weight,
-    optimizer_bytes,
-    plan_weights,
-    sizes_of,
-)
+from alignment.training.memory import Layer, Sizes, count_weights, nf4_bytes_per_weight, plan_weights, sizes_of
+from alignment.training.optimizers import optimizer_bytes
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_config
 
@@ -438,7 +431,7 @@ TRAINER = TrainerConfig(
 def stage_plan(model, folder, adapter=LORA, mode=ReferenceMode.cache, slot=None):
     config = SimpleNamespace(
         trainer=TRAINER,
-        optim=SimpleNamespace(name="adamw_torch"),
+        optim=SimpleNamespace(name="adamw_torch", master_weights=True),
         adapter=adapter,
         reference=SimpleNamespace(mode=mode),
     )

@@ -11,7 +11,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from alignment.config.schema import OptimConfig
 from alignment.errors import NotFinite, UserError
-from alignment.training.callbacks import SCHEDULES, Checkpoints, check_names, last_checkpoint
+from alignment.training.callbacks import Checkpoints, last_checkpoint
+from alignment.training.optimizers import SCHEDULES, check_optimizer
 from alignment.training.stage_trainer import StageTrainer, last_good
 from tests.conftest import random_groups, tiny_policy
 from tests.helpers.steps import groups_for, make_loss, make_trainer
@@ -92,10 +93,10 @@ def test_a_resumed_training_goes_on_at_the_same_rates(schedule, tmp_path):
 def test_a_polynomial_schedule_needs_a_rate_above_its_end():
     optim = OptimConfig(
         name="adamw_torch", lr=1e-8, weight_decay=0.0, beta1=0.9, beta2=0.999, schedule="polynomial",
-        warmup_ratio=0.1, max_grad_norm=1.0,
+        warmup_ratio=0.1, max_grad_norm=1.0, target_modules=None, master_weights=True,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"^optim\.schedule=polynomial ends at a rate of 1e-07, so optim\.lr must be"):
-        check_names("optim", optim)
+        check_optimizer("optim", optim, None, "cpu")
 
 
 # What is not finite

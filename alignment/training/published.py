@@ -1,0 +1,151 @@
+"""Published models that have an option of their own in `conf/model`: their sizes, and the table of what each needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from alignment.config.compose import load
+from alignment.files import asset_dir, atomic_write_text
+from alignment.training.forecast import Machine, build_model, plan_stages
+from alignment.training.memory import GIB
+from alignment.training.qwen3_table import QWEN3, QWEN3_ALIKE, TABLE_MEMORY, cell, qwen3_table, with_table
+
+MARKERS = ("<!-- models, made by: python -m alignment.plan --table -->", "<!-- end of the models -->")
+_LENGTH = 2048
+"""Tokens of a prompt with its answer in the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A published model.
+
+    Attributes:
+        option: its name in `conf/model`.
+        title: what people call it.
+        recipe: which trains it.
+        model_type: of its language model, as transformers names it.
+        sizes: in which its configuration differs from that type's defaults.
+        settings: what the recipe needs beside the option.
+    """
+
+    option: str
+    title: str
+    recipe: str
+    model_type: str
+    sizes: dict[str, Any]
+    settings: tuple[str, ...] = ()
+
+
+def _sizes(hidden: int, wide: int, layers: int, heads: int, keys: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "vocab_size": vocabulary,
+        **more,
+    }
+
+
+def _qwen3(option: str, title: str, tied: bool = True) -> Published:
+    return Published(option, title, "dpo_qwen3", "qwen3", QWEN3[title] | QWEN3_ALIKE | {"tie_word_embeddings": tied})
+
+
+_ATTENTION = "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]"
+"""For mixtures of experts: an adapter for each expert would be larger than what it adapts is worth."""
+
+PUBLISHED = (
+    _qwen3("qwen3_0p6b_base", "Qwen3-0.6B"),
+    _qwen3("qwen3_1p7b_base", "Qwen3-1.7B"),
+    _qwen3("qwen3_4b_base", "Qwen3-4B"),
+    _qwen3("qwen3_8b_base", "Qwen3-8B", tied=False),
+    Published(
+        "qwen3_30b_a3b_base",
+        "Qwen3-30B-A3B",
+        "dpo_qwen3",
+        "qwen3_moe",
+        _sizes(2048, 6144, 48, 32, 4, 151936, head_dim=128, moe_intermediate_size=768, num_experts=128),
+        (_ATTENTION,),
+    ),
+    Published(
+        "qwen3p5_4b_base",
+        "Qwen3.5-4B",
+        "dpo_qwen3",
+        "qwen3_5_text",
+        _sizes(2560, 9216, 32, 16, 4, 248320, head_dim=256, linear_num_value_heads=32, tie_word_embeddings=True),
+    ),
+    Published(
+        "smollm2_1p7b",
+        "SmolLM2-1.7B",
+        "dpo_chat",
+        "llama",
+        _sizes(2048, 8192, 24, 32, 32, 49152, tie_word_embeddings=True),
+    ),
+    Published(
+        "smollm3_3b",
+        "SmolLM3-3B",
+        "dpo_chat",
+        "smollm3",
+        _sizes(2048, 11008, 36, 16, 4, 128256, tie_word_embeddings=True),
+    ),
+    Published(
+        "llama3p2_3b",
+        "Llama-3.2-3B",
+        "dpo_chat",
+        "llama",
+        _sizes(3072, 8192, 28, 24, 8, 128256, head_dim=128, tie_word_embeddings=True),
+    ),
+    Published("llama3p1_8b", "Llama-3.1-8B", "dpo_chat", "llama", _sizes(4096, 14336, 32, 32, 8, 128256, head_dim=128)),
+    Published(
+        "gemma3_1b",
+        "Gemma-3-1B",
+        "dpo_chat",
+        "gemma3_text",
+        _sizes(1152, 6912, 26, 4, 1, 262144, head_dim=256, sliding_window=512),
+    ),
+    Published(
+        "gpt_oss_20b",
+        "gpt-oss-20b",
+        "dpo_chat",
+        "gpt_oss",
+        _sizes(2880, 2880, 24, 64, 8, 201088, head_dim=64, num_local_experts=32),
+        (_ATTENTION,),
+    ),
+)
+"""From the models' own config.json on the hub."""
+
+
+def published_config(published: Published, **changes: Any) -> Any:
+    """The configuration of its language model, as transformers reads it; `changes` make a smaller one of it."""
+    return AutoConfig.for_model(published.model_type, **(published.sizes | changes))
+
+
+def models_table() -> str:
+    """What each model needs under its recipe, in Markdown."""
+    lines = [
+        "| `model=` | model | recipe | " + " | ".join(f"{size} GiB" for size in TABLE_MEMORY) + " |",
+        "|---|---|---|" + "---|" * len(TABLE_MEMORY),
+    ]
+    for published in PUBLISHED:
+        recipe = load(f"recipe={published.recipe}", f"model={published.option}", *published.settings, "sft=none")
+        model = build_model(published_config(published))
+        cells = []
+        for memory in TABLE_MEMORY:
+            machine = Machine(f"a GPU of {memory} GiB", "cuda", memory * GIB)
+            cells.append(cell(plan_stages(recipe, model, machine, _LENGTH)["preference"].chosen))
+        row = (f"`{published.option}`", published.title, " ".join([published.recipe, *published.settings]), *cells)
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def write_tables() -> Path:
+    """Make the tables in the recipes' README anew."""
+    path = asset_dir("recipes") / "README.md"
+    text = with_table(path.read_text(encoding="utf-8"), qwen3_table())
+    atomic_write_text(path, with_table(text, models_table(), MARKERS))
+    return path
