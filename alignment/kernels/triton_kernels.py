@@ -15,53 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alignment.kernels.triton_start import TritonKernel
+
 _TILE = 4096
 _GATED_BLOCK = 2048
 _VOCABULARY_BLOCK = 8192
 _PACKED_TILE = 2048
-_INT32 = 2**31 - 1
-
-
-class _Kernel:
-    """Starts a Triton kernel, after the first time without Triton's own look-up, which takes longer than many kernels.
-
-    Triton compiles a kernel for every kind of arguments, and what it compiled can be started by itself. The kind is the
-    device, each constant, each tensor's dtype and alignment, and whether a number needs 64 bits. The kernel must not
-    specialise on its numbers.
-
-    Args:
-        function: its arguments are tensors, then numbers, then constants.
-        options: Triton's own.
-    """
-
-    def __init__(self, function: Any, **options: Any) -> None:
-        self._function, self._options = function, options
-        self._compiled: dict[Any, Any] = {}
-
-    def __call__(
-        self,
-        blocks: int,
-        tensors: tuple[Tensor, ...],
-        numbers: tuple[float, ...],
-        constants: tuple[Any, ...],
-        num_warps: int = 4,
-    ) -> None:
-        kind = (
-            tensors[0].device.index,
-            num_warps,
-            constants,
-            *[(x.dtype, x.data_ptr() % 16 == 0) for x in tensors],
-            *[n > _INT32 for n in numbers],
-        )
-        compiled = self._compiled.get(kind)
-        if compiled is not None:
-            compiled[blocks, 1, 1](*tensors, *numbers, *constants)
-            return
-        start = self._function[blocks, 1, 1]
-        compiled = start(*tensors, *numbers, *constants, num_warps=num_warps, **self._options)
-        # The interpreter compiles nothing. On AMD the kind is another, with the tensor's size.
-        if hasattr(compiled, "launch_metadata") and torch.version.hip is None:
-            self._compiled[kind] = compiled
 
 
 @triton.jit
@@ -142,9 +101,9 @@ def _rounds(weight: Tensor, shifted: bool) -> bool:
     return not shifted and weight.dtype is not torch.float32
 
 
-_start_norm_forward = _Kernel(_norm_forward)
-_start_norm_recompute = _Kernel(_norm_recompute)
-_start_norm_backward = _Kernel(_norm_backward)
+_start_norm_forward = TritonKernel(_norm_forward)
+_start_norm_recompute = TritonKernel(_norm_recompute)
+_start_norm_backward = TritonKernel(_norm_backward)
 
 
 def norm_forward(rows: Tensor, weight: Tensor, eps: float, shifted: bool) -> tuple[Tensor, Tensor]:
@@ -233,8 +192,8 @@ def _gated_backward(
         tl.store(product + offsets, (active * factor).to(dtype), mask=inside)
 
 
-_start_gated_forward = _Kernel(_gated_forward)
-_start_gated_backward = _Kernel(_gated_backward)
+_start_gated_forward = TritonKernel(_gated_forward)
+_start_gated_backward = TritonKernel(_gated_backward)
 
 
 def _gated_tiles(gate: Tensor) -> tuple[int, int, int]:
@@ -327,7 +286,7 @@ def _rotate(
         )  # fmt: skip
 
 
-_start_rotate = _Kernel(_rotate)
+_start_rotate = TritonKernel(_rotate)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
@@ -407,7 +366,7 @@ def _target_log_probs(
             tl.store(weights + start + columns, derivative.to(weights.dtype.element_ty), mask=inside)
 
 
-_start_target_log_probs = _Kernel(_target_log_probs)
+_start_target_log_probs = TritonKernel(_target_log_probs)
 
 
 def target_log_probs(
@@ -460,7 +419,7 @@ def _unpack_4bit(
 
 
 # A product and a sum in one rounding would give other bits than bitsandbytes.
-_start_unpack_4bit = _Kernel(_unpack_4bit, enable_fp_fusion=False)
+_start_unpack_4bit = TritonKernel(_unpack_4bit, enable_fp_fusion=False)
 
 
 def unpack_4bit(

@@ -70,3 +70,9 @@ def test_the_contract_fails_on_a_planted_upward_import(module, line, tmp_path):
             file.write(f"\n{line}\n")
     done = lint_imports(tmp_path)
     assert (done.returncode == 0) == (module is None), done.stdout + done.stderr
+
+
+def test_no_file_is_too_long_to_be_read():
+    """450 lines are the limit of CONTRIBUTING.md."""
+    long = {path.name: count for path in PACKAGE.rglob("*.py") if (count := len(path.read_text().splitlines())) > 450}
+    assert not long
