@@ -183,6 +183,8 @@ class TrainerConfig:
     `cohort` is how many members of a sweep train at once in one process, on one base model in memory: a number, or
     "auto". With `joint_passes` true these members share one pass, which is experimental; otherwise, null included, they
     take turns with passes of their own. Neither changes the result.
+
+    `router_aux_loss_coef` times the load-balancing loss of the routers is added to the loss of a mixture of experts.
     """
 
     epochs: float
@@ -197,6 +199,7 @@ class TrainerConfig:
     keep_checkpoints: int
     cohort: Any  # an int or "auto": unions of types break where configurations are merged
     joint_passes: bool | None
+    router_aux_loss_coef: float
 
     def __post_init__(self) -> None:
         require(0 < self.epochs < math.inf, f"trainer.epochs must be a finite number above 0, not {self.epochs}.")
@@ -208,7 +211,7 @@ class TrainerConfig:
             require(getattr(self, key) >= 1, f"trainer.{key} must be at least 1, not {getattr(self, key)}.")
         number = isinstance(self.cohort, int) and not isinstance(self.cohort, bool) and self.cohort >= 1
         require(self.cohort == "auto" or number, f"trainer.cohort must be auto or at least 1, not {self.cohort}.")
-        for key in ("eval_every", "save_every"):
+        for key in ("eval_every", "save_every", "router_aux_loss_coef"):
             require(getattr(self, key) >= 0, f"trainer.{key} must be at least 0, not {getattr(self, key)}.")
         for key, least in (("tokens_per_batch", 1), ("checkpoint_every", 0)):
             value = getattr(self, key)

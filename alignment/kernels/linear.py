@@ -270,7 +270,7 @@ class JointLinear(nn.Module):
         They are in the dtype of x, so that no more than needed is kept for the backward pass.
         """
         found = [
-            _active_adapter(self._layers[member]) if member in self._layers else (None, None, 0.0)
+            active_adapter(self._layers[member]) if member in self._layers else (None, None, 0.0)
             for member in self._segments.members
         ]
         if x.numel() // x.shape[-1] != self._segments.num_rows:
@@ -286,7 +286,7 @@ class JointLinear(nn.Module):
         return (a, b.t(), 1.0), shares
 
 
-def _active_adapter(layer: Any) -> _Adapter | None:
+def active_adapter(layer: Any) -> _Adapter | None:
     """(a, b, scaling) of the one active plain LoRA, (None, None, 0.0) if there is none, None for anything else."""
     if layer.merged:
         return None
@@ -312,7 +312,7 @@ def projection_of(layer: Any, x: Tensor) -> Projection | None:
         joint = layer.adapter(x)
         adapter, shares = (None, None) if joint is None else joint
     elif adapted:
-        adapter, base = _active_adapter(layer), layer.base_layer
+        adapter, base = active_adapter(layer), layer.base_layer
     if adapter is None or (adapted and hooked(base)):
         return None
     weight, bias = base.weight, base.bias

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from alignment.kernels.base import all_close, is_patched, normal_values
+from alignment.kernels.experts import patch_experts
 from alignment.kernels.linear import is_lora_layer, linear_class
 from alignment.kernels.mlp import mlp_class
 from alignment.kernels.norm import norm_class
@@ -47,6 +48,7 @@ def patch_layers(model: nn.Module) -> None:
     A module qualifies by its structure. Before it is changed, both forwards are compared on random input, once for
     each class and size. Where they differ or the patched one fails, the module keeps its own and a log line says so.
     """
+    patch_experts(model)
     verdicts: dict[Any, bool] = {}
     inside_adapters = {
         id(part)
@@ -94,7 +96,8 @@ def _computes_the_same(module: nn.Module, patched: Any) -> bool:
         return True  # only the rotary function differs, and `rotary_function` has compared it
     weight = next(module.parameters())
     stored = getattr(weight, "quant_state", None) or weight
-    x = normal_values((8, stored.shape[-1]), weight.device, stored.dtype)
+    dtype = stored.dtype if stored.dtype.is_floating_point else torch.float32  # int8 takes any
+    x = normal_values((8, stored.shape[-1]), weight.device, dtype)
     with _evaluating(module), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=x.dtype is torch.bfloat16):
         equal = all_close(patched.forward(module, x), own.forward(module, x))
     if not equal:

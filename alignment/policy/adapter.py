@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from alignment.config.schema import AdapterConfig
 from alignment.errors import UserError, did_you_mean
+from alignment.kernels.experts import stand_ins
 from alignment.kernels.patch import patch_layers
 from alignment.policy.load import one_line
+from alignment.policy.quantize import stacks
 
 _DESCRIBED = {"r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights", "use_rslora"}
 """Fields of a saved adapter that our settings describe."""
-_SELECTS = {"layers_to_transform", "layers_pattern", "exclude_modules"}
+_SELECTS = {"layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters"}
 """Fields that choose layers; which ones they have chosen is seen in the saved weights."""
 _WITHOUT_EFFECT = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -41,13 +43,15 @@ def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) ->
         return model
     from peft import LoraConfig, get_peft_model
 
-    _require_targets(model, config.target_modules)
-    target = config.target_modules[0] if config.target_modules == ["all-linear"] else config.target_modules
+    with stand_ins(model):
+        _require_targets(model, config.target_modules)
+        target, experts = _targets(model, config.target_modules)
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         target_modules=target,
+        target_parameters=experts,
         init_lora_weights=True if config.init == "default" else config.init,  # type: ignore[arg-type]
         use_rslora=config.rslora,
         task_type="CAUSAL_LM",
@@ -56,11 +60,41 @@ def attach_adapter(model: nn.Module, config: AdapterConfig | None, seed: int) ->
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # its default: every GPU it sees
         torch.manual_seed(seed)  # the same adapter whatever was drawn before, in a resumed run too
         try:
-            adapted = get_peft_model(model, lora)
+            with stand_ins(model):
+                adapted = get_peft_model(model, lora)
         except (ValueError, TypeError) as error:
+            if "ParamWrapper" in str(error) and "lora_dropout" in str(error):
+                raise UserError(
+                    f"adapter.dropout={config.dropout}: an adapter of a mixture's experts has no dropout: set "
+                    f"adapter.dropout=0, or name layers without the experts in adapter.target_modules."
+                ) from error
             raise UserError(f"adapter: {one_line(error)}") from error
     patch_layers(adapted)
     return adapted
+
+
+def _targets(model: nn.Module, targets: list[str]) -> tuple[str | list[str], list[str] | None]:
+    """peft's `target_modules` and `target_parameters`; the latter are weights of experts, stacked in one tensor.
+
+    peft itself knows the experts of some architectures by the names of the single ones, such as gate_proj.
+    """
+    if targets == ["all-linear"]:
+        return "all-linear", None
+    stacked = {leaf for _, _, leaf in stacks(model)}
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    layers = [target for target in targets if target not in stacked or target in modules]
+    return layers, sorted(stacked & set(targets)) or None
+
+
+def maps_experts(model: Any) -> bool:
+    """Whether peft knows a mixture's stacked experts by the names of single ones, and all-linear takes them in."""
+    try:
+        from peft.utils import transformers_weight_conversion as known
+
+        patterns, names = known._MODEL_TO_CONVERSION_PATTERN, known._MOE_TARGET_MODULE_MAPPING
+    except (ImportError, AttributeError):
+        return False
+    return patterns.get(model.config.model_type) in names
 
 
 def _require_targets(model: nn.Module, targets: list[str]) -> None:
@@ -74,7 +108,8 @@ def _require_targets(model: nn.Module, targets: list[str]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3:  # all experts in one; peft knows them by the names of the single ones
             leaf = name.rpartition(".")[2]
-            leaves |= {leaf, "gate_proj", "up_proj"} if leaf == "gate_up_proj" else {leaf}
+            single = leaf == "gate_up_proj" and maps_experts(model)
+            leaves |= {leaf, "gate_proj", "up_proj"} if single else {leaf}
     for target in targets:
         if target not in leaves and not any(name == target or name.endswith(f".{target}") for name in modules):
             raise UserError(
@@ -188,7 +223,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     if isinstance(model, PeftModel):
         model.load_adapter(str(folder), model.active_adapter, is_trainable=True, torch_device=str(model.device))
         return model
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    with stand_ins(model):
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     patch_layers(adapted)
     return adapted
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
 from alignment.policy.adapter import lora_updates
+from alignment.policy.quantize import row_scales
 
 # These do not change a log-prob, and trainers write some of them (special tokens, a router's loss) into the
 # configuration.
@@ -25,6 +27,7 @@ _VOLATILE_CONFIG_KEYS = {
     "eos_token_id",
     "pad_token_id",
     "output_router_logits",
+    "router_aux_loss_coef",
 }
 
 
@@ -54,10 +57,20 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
         "model": config.get("_name_or_path", ""),
         "model_type": config.get("model_type", ""),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": "nf4" if quantization else "none",
+        "quantization": _in_words(quantization),
         **digests,
     }
     return identity, description
+
+
+def _in_words(quantization: Any) -> str:
+    """Such as nf4, int8 or gptq; none for plain weights."""
+    if not quantization:
+        return "none"
+    if quantization.get("load_in_4bit"):
+        return str(quantization.get("bnb_4bit_quant_type", "fp4"))
+    method = quantization.get("quant_method", "quantised")
+    return "int8" if quantization.get("load_in_8bit") else str(getattr(method, "value", method))
 
 
 _last_read: tuple[Any, str] | None = None
@@ -116,11 +129,19 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if ".lora_" in name or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
+        yield _plain_name(name), tensor
     saved = model.state_dict().keys()
     for name, tensor in model.named_buffers():
         if name in saved:
-            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
+            yield _plain_name(name), tensor
+    for name, module in model.named_modules():
+        if (scales := row_scales(module)) is not None:
+            yield f"{_plain_name(name)}.scales", scales
+
+
+def _plain_name(name: str) -> str:
+    """Without peft's prefix and layers; around experts one of these is in another."""
+    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name.removeprefix("base_model.model."))
 
 
 def _hash_tensor(digest: Any, tensor: Tensor) -> None:

@@ -64,6 +64,7 @@ def checkpoint_layers(model: nn.Module, every: int) -> bool:
     return changed
 
 
+_SWITCHES = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 _WRAPPERS = ("forward", "_original_forward", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 
@@ -87,7 +88,8 @@ def as_found(model: Any) -> Iterator[None]:
         for module in model.modules()
     ]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    use_cache = getattr(model.config, "use_cache", None)
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    switches = [(c, name, getattr(c, name)) for c in configs for name in _SWITCHES if hasattr(c, name)]
     try:
         yield
     finally:
@@ -100,5 +102,5 @@ def as_found(model: Any) -> Iterator[None]:
                 own.update(hooks.get(name, {}))
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
-        if use_cache is not None:
-            model.config.use_cache = use_cache
+        for config, name, value in switches:
+            setattr(config, name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ from alignment.config.gpu import computes_in_bfloat16
 from alignment.config.preflight import require_machine
 from alignment.config.schema import Device, Dtype, ModelConfig, QuantizationConfig
 from alignment.errors import UserError, did_you_mean
+from alignment.kernels.experts import patch_experts
 from alignment.policy.layers import disable_dropout
+from alignment.policy.quantize import load_arguments, pack_model, packing_experts, settle_compute
+from alignment.policy.stored import Checkpoint, describe_stored, require_loadable
 from alignment.scoring.logps import check_scoring, enable_scoring
 
 log = logging.getLogger(__name__)
-
-# Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
-NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
-"""Modules that a quantised model leaves as they are."""
 
 
 def one_line(error: Exception) -> str:
@@ -123,7 +123,7 @@ def _chat_template(tokenizer: Any, config: ModelConfig) -> str | None:
 def load_base(
     config: ModelConfig, quantization: QuantizationConfig | None, source: str, device: torch.device
 ) -> nn.Module:
-    """Load the base model, quantised if asked, with every weight frozen, ready to score completions.
+    """Load the base model, quantised if asked or stored so, with every weight frozen, ready to score completions.
 
     Embeddings, norms and the head keep the model's dtype: casting them to fp32 would cost gigabytes and buy nothing.
     Its own dropout is off: only that of an adapter acts, where the settings ask for it.
@@ -132,43 +132,49 @@ def load_base(
         source: `base` of what `model_source` gives, or the folder of a whole trained model.
 
     Raises:
-        UserError: bitsandbytes is needed and missing, transformers cannot load the model, or its files lack weights.
+        UserError: a library is needed and missing, transformers cannot load the model, its files lack weights, or it is
+            quantised already in another way than the settings ask for.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = resolve_dtype(config.dtype, device)
     if device.type == "cuda" and config.dtype is Dtype.auto and dtype is torch.float32:
         log.info("This GPU is older than Ampere and does not compute in bfloat16: the model is in float32.")
-    quantization_config = None
     if quantization is not None:
-        where = Device.cpu if device.type == "cpu" else Device.cuda
-        require_machine(device=where, quantization=quantization)
-        quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=quantization.double,
-            bnb_4bit_compute_dtype=resolve_dtype(quantization.compute_dtype, device),
-            llm_int8_skip_modules=NEVER_QUANTIZED,
-        )
+        require_machine(device=Device.cpu if device.type == "cpu" else Device.cuda, quantization=quantization)
+    compute = dtype if quantization is None else resolve_dtype(quantization.compute_dtype, device)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=dtype,
-            attn_implementation=config.attention,
-            quantization_config=quantization_config,
-            device_map={"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, in a sentence
-        )
+        shape = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        stored = Checkpoint.of(shape)
+        require_loadable(config.name, stored, quantization)
+        packs = stored.is_dequantised and quantization is not None
+        with packing_experts(quantization.double) if quantization is not None else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=dtype,
+                attn_implementation=config.attention,
+                **load_arguments(stored, quantization, compute),
+                device_map={"": "cpu" if packs else device},
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, in a sentence
+            )
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"model.name={config.name} cannot be loaded with model.attention={config.attention}: {one_line(error)}"
         ) from error
     model, found = loaded
     _require_all_weights(config, model, found)
+    if packs:
+        assert quantization is not None
+        pack_model(model, quantization, compute, device)
+    elif stored.is_packed:
+        settle_compute(model, compute)
+    describe_stored(model, config.name, stored, quantization)
     model.requires_grad_(False)
     disable_dropout(model)
     # The padding token is often the end-of-turn token too, whose embedding is trained with all others.
@@ -177,6 +183,7 @@ def load_base(
         # In eval mode on CPUs with AVX512-BF16 such a layer would repack its weight in place and lose its gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    patch_experts(model)
     enable_scoring(model)
     check_scoring(model, model.get_input_embeddings().num_embeddings, device)
     return model

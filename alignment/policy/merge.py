@@ -20,7 +20,9 @@ from alignment.config.schema import RunConfig
 from alignment.errors import UserError
 from alignment.policy.adapter import saved_adapter
 from alignment.policy.load import load_base, one_line, resolve_dtype
+from alignment.policy.quantize import is_packed_by_bitsandbytes, load_arguments, plain_weight, without_packing
 from alignment.policy.requantise import Sequences, drift_of_steps, next_logps
+from alignment.policy.stored import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +31,6 @@ _LIMIT_32_BITS = 1e-3
 """Nats by which any likely next token may differ where weights and arithmetic have 32 bits."""
 _LIMIT_16_BITS = 0.15
 """Nats by which next tokens may differ on average with 16 bits. On 135M parameters it is 0.04, for a single one 0.5."""
-
-
-def _base_weight(layer: Any) -> Tensor:
-    """The weight of a base layer as it is stored, de-quantised."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return layer.weight.data.float()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, state).float()
 
 
 def _turned(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -58,18 +50,22 @@ def _merged_weights(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, ParamWrapper):  # all experts of a mixture in one parameter, in wrappers of wrappers
             deltas = [module.get_delta_weight(adapter).float() for adapter in module.active_adapters]
             plain = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
-            weights[plain] = sum(deltas, module.get_param().detach().float())
+            weights[plain] = sum(deltas, plain_weight(module.get_base_layer(), module.parameter_name))
         elif isinstance(module, LoraLayer):
             base: Any = module.base_layer
-            weight = _base_weight(base)
+            weight = plain_weight(base)
             for adapter in module.active_adapters:
                 if adapter in module.lora_variant:  # such as DoRA, which rescales the sum
                     weight = module.lora_variant[adapter].merge_safe(module, adapter, weight)
                 else:
                     weight = weight + module.get_delta_weight(adapter).float()  # type: ignore[attr-defined]
             weights[f"{name}.weight"] = _turned(weight, base)
-        elif getattr(getattr(module, "weight", None), "quant_state", None) is not None and "base_layer" not in name:
-            weights[f"{name}.weight"] = _base_weight(module)
+        else:
+            for leaf, parameter in module._parameters.items():
+                plain = f"{name.replace('.base_layer', '')}.{leaf}"
+                # A layer around this one, which comes first, may have added its adapter already
+                if parameter is not None and is_packed_by_bitsandbytes(parameter) and plain not in weights:
+                    weights[plain] = plain_weight(module, leaf)
     return weights
 
 
@@ -114,18 +110,19 @@ def merge_adapter(model: Any, folder: Path) -> nn.Module:
 
 
 def _load_plain(source: str, config: RunConfig, dtype: torch.dtype, device: torch.device, own: bool = True) -> Any:
-    """The model in a folder or on the hub, as anybody would load it; `own` for the run's model, not its export."""
-    from transformers import AutoModelForCausalLM
+    """The model in a folder or on the hub, in plain weights; `own` for the run's model, not its export."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    found = {"revision": config.model.revision if own else None, "trust_remote_code": config.model.trust_remote_code}
     model: Any = AutoModelForCausalLM.from_pretrained(
         source,
-        revision=config.model.revision if own else None,
-        trust_remote_code=config.model.trust_remote_code,
+        **found,
+        **load_arguments(Checkpoint.of(AutoConfig.from_pretrained(source, **found)), None, dtype),
         dtype=dtype,
         attn_implementation=config.model.attention,
         use_safetensors=True,
     )
-    return model.to(device).eval()
+    return without_packing(model, dtype).to(device).eval()
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from alignment.errors import UserError
 from alignment.policy.adapter import require_same_form
 from alignment.policy.load import one_line
 from alignment.policy.source import ModelSource
+from alignment.policy.stored import Checkpoint, require_usable
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +37,13 @@ def check_model(config: RunConfig, source: ModelSource, tokenizer: Any) -> None:
             f"sft=none."
         )
     try:
-        shape: Any = AutoConfig.from_pretrained(
+        whole: Any = AutoConfig.from_pretrained(
             source.base, revision=model.revision, trust_remote_code=model.trust_remote_code
-        ).get_text_config()
+        )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.name={model.name} cannot be loaded: {one_line(error)}") from error
+    shape = whole.get_text_config()
+    require_usable(config, Checkpoint.of(whole))
     if source.adapter is not None:
         require_same_form(source.adapter, config.adapter)
     _settle_ends(config, tokenizer)

@@ -14,6 +14,20 @@ from alignment.policy.adapter import has_adapter, starts_at_base
 from alignment.scoring.logps import enable_scoring
 
 
+def _joined(parts: list[Tensor], is_up: bool, experts: int, gone: int) -> Tensor:
+    """The ranks of all parts side by side, without the first `gone`.
+
+    Args:
+        parts: (experts * r, in), expert by expert; or of B, where `is_up`, (out, r * experts), rank by rank. A layer
+            that is none of experts counts as one.
+    """
+    if is_up:
+        ranks = torch.cat([part.reshape(len(part), -1, experts) for part in parts], 1)
+        return ranks[:, gone:].reshape(len(parts[0]), -1).clone()
+    ranks = torch.cat([part.reshape(experts, -1, part.shape[-1]) for part in parts], 1)
+    return ranks[:, gone:].reshape(-1, parts[0].shape[-1]).clone()
+
+
 class FrozenPolicy:
     """A frozen copy of the policy as it is now, beside the one that trains; `mix` moves it.
 
@@ -66,11 +80,12 @@ class FrozenPolicy:
             is_up = ".lora_B." in name or ".lora_embedding_B." in name
             parts = [share * tensor if is_up else tensor.clone()]
             if len(self._shares) > 1:
-                axis = 1 if is_up else 0
-                gone = lost * tensor.shape[axis]
-                kept = self._adapter[name].narrow(axis, gone, self._adapter[name].shape[axis] - gone)
-                parts.insert(0, (1 - share) * kept if is_up else kept)
-            self._adapter[name] = nn.Parameter(torch.cat(parts, 1 if is_up else 0), requires_grad=False)
+                parts.insert(0, (1 - share) * self._adapter[name] if is_up else self._adapter[name])
+                layer = self._model.get_submodule(name.split(".lora_")[0])
+                experts = getattr(layer, "num_experts", 1)
+                rank = tensor.shape[1 if is_up else 0] // experts
+                parts = [_joined(parts, is_up, experts, lost * rank)]
+            self._adapter[name] = nn.Parameter(parts[0], requires_grad=False)
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:

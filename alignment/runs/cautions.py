@@ -26,7 +26,7 @@ class Caution(NamedTuple):
 
 def cautions(run: RunFiles) -> list[Caution]:
     """All reasons for care in this run."""
-    return [*_of_data(run), *_of_metrics(run), *_of_chance(run), *_of_answers(run)]
+    return [*_of_data(run), *_of_model(run), *_of_metrics(run), *_of_chance(run), *_of_answers(run)]
 
 
 def _of_data(run: RunFiles) -> Iterator[Caution]:
@@ -34,6 +34,12 @@ def _of_data(run: RunFiles) -> Iterator[Caution]:
         notes = submapping(run.summary, "data", stage).get("notes")
         for note in notes if isinstance(notes, list) else []:
             yield Caution(f"Something stood in the {'SFT' if stage == 'sft' else stage} data", str(note))
+
+
+def _of_model(run: RunFiles) -> Iterator[Caution]:
+    notes = submapping(run.summary, "model").get("notes")
+    for note in notes if isinstance(notes, list) else []:
+        yield Caution("The base is hardly quantised", str(note))
 
 
 def _of_metrics(run: RunFiles) -> Iterator[Caution]:

@@ -167,6 +167,7 @@ def _settings_and_data(run: RunFiles) -> list[tuple[str, str]]:
         facts["adapter"] = "none: the whole model is trained"
     if adapter:
         facts["adapter"] = f"LoRA, r {format_value(adapter.get('r'))}, alpha {format_value(adapter.get('alpha'))}"
+    facts["weights of the base"] = dig(summary, "model", "stored")
     facts["SFT data"] = _data_line(run, "sft", dig(config, "sft", "data", "source"))
     if loss or not config:
         facts["preference data"] = _data_line(run, "preference", dig(config, "data", "source"))

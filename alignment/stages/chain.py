@@ -37,6 +37,7 @@ from alignment.policy.load import load_base, load_tokenizer, own_stop_tokens, re
 from alignment.policy.merge import export_merged, merge_adapter
 from alignment.policy.model_check import check_model
 from alignment.policy.source import model_source, other_base
+from alignment.policy.stored import stored_facts
 from alignment.runs.folder import status
 from alignment.runs.record import RunRecord, git_commit, machine, versions
 from alignment.runs.report import print_summary, write_report
@@ -357,7 +358,8 @@ class Chain:
         samples = self.answers.judged(self.record) if self.answers is not None and not self._stopped else {}
         summary = self._outcome() | self.described
         identity, description = policy_identity(model)
-        summary["model"] = {"name": self.config.model.name, "final_identity": identity, **description}
+        facts = description | stored_facts(model)
+        summary["model"] = {"name": self.config.model.name, "final_identity": identity, **facts}
         preference = self._preference_result
         kl = {"kl/sampled": preference.kl} if preference is not None and preference.kl is not None else {}
         summary["evaluation"] = samples | kl

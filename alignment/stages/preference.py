@@ -183,6 +183,9 @@ class PreferenceStage:
         """The slot in the cohort; None outside of one, and for a policy that cannot share its passes."""
         slot = self._work.slot
         if slot is not None:
+            if self._config.trainer.router_aux_loss_coef:
+                log.warning("The other members wait while this one trains: its routers have a loss of their own.")
+                return None
             try:
                 slot.attach(model)
             except ValueError as error:
@@ -281,6 +284,7 @@ class PreferenceStage:
             tokens_per_batch=tokens_per_batch,
             sampler=self._schedule.sampler,
             callbacks=callbacks,
+            router_aux_loss_coef=config.trainer.router_aux_loss_coef,
         )
 
     def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenPolicy | None:

@@ -27,6 +27,7 @@ from alignment.training.callbacks import (
     training_arguments,
 )
 from alignment.training.planning import memory_result, plan_stage
+from alignment.training.router import require_routers, routers
 from alignment.training.stage_trainer import StageTrainer
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ class SFTStage:
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
         )
+        arguments.router_aux_loss_coef = _router_coefficient(model, config.trainer.router_aux_loss_coef)
         weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         trainer = _trainer_class(self._data)(
             model=model,
@@ -159,6 +161,16 @@ class SFTStage:
             if name in weights:
                 parameter.data = weights[name]
         return trainer
+
+
+def _router_coefficient(model: nn.Module, asked: float) -> float | None:
+    """What TRL is told: left alone it adds the loss that a mixture was pretrained with; None for any other model.
+
+    Raises:
+        UserError: a loss of routers for a model without any.
+    """
+    require_routers(model, asked, "sft.trainer.router_aux_loss_coef")
+    return asked if routers(model) else None
 
 
 def _trainer_class(data: SFTData) -> Any:

@@ -139,7 +139,9 @@ def adapted_layers(policy: Any) -> dict[str, nn.Module]:
     trained = {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
     others = [name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in trained]
     head = policy.get_output_embeddings()  # its rows are not those of the layers
-    foreign = others or [n for n, layer in layers.items() if layer is head or not is_patched(layer)]
+    foreign = others or [
+        n for n, layer in layers.items() if layer is head or not is_patched(layer) or hasattr(layer, "parameter_name")
+    ]
     if foreign or not layers:
         raise ValueError(
             f"a cohort trains only adapters on linear layers, not {foreign[0] if foreign else 'whole weights'}"

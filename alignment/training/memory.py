@@ -14,8 +14,10 @@ from typing import Any
 from torch import nn
 
 from alignment.config.schema import AdapterConfig, QuantizationConfig
+from alignment.policy.adapter import maps_experts
 from alignment.policy.layers import decoder_layers
-from alignment.policy.load import NEVER_QUANTIZED
+from alignment.policy.quantize import NEVER_QUANTIZED, stacks
+from alignment.policy.stored import Checkpoint, nf4_bytes_per_weight
 from alignment.scoring.head import LOGITS_PER_CHUNK
 from alignment.training.master_weights import BYTES as MASTER_BYTES
 from alignment.training.optimizers import optimizer_bytes
@@ -42,6 +44,10 @@ ROUNDING = 64
 """Budgets are multiples of this many positions."""
 _WORKING_MLP, _WORKING_HIDDEN = 4, 3
 """Tensors, as wide as the MLP and as the layer, that a layer's backward pass holds at once beside the saved ones."""
+_WORKING_ROWS, _WORKING_GATES = 4, 6
+"""The same of a mixture's experts, for each expert of a position: as wide as the layer, and as one expert."""
+_PROBABILITY, _CHOICE = 8, 24
+"""Bytes that a router keeps of each expert, and of each one that it chooses."""
 
 
 _END_TENSORS = 4
@@ -52,11 +58,6 @@ _LOGIT, _TRAINED_LOGIT = {"cpu": 8, "cuda": 6}, 12
 where the head trains, two gradients beside the log-softmax."""
 _TRL_ROWS, _TRL_WIDTH, _TRL_LOGIT = 4096, 32768, 36
 """TRL's head works on tiles of so many positions and so wide; without Triton it takes nine fp32 copies of a tile."""
-
-
-def nf4_bytes_per_weight(double: bool) -> float:
-    """Half a byte, and one scale per 64 weights: in fp32, or in 8 bits with an fp32 scale per 256 of these scales."""
-    return 0.5 + (1 / 64 + 4 / (64 * 256) if double else 4 / 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,9 @@ def layer_of(
     and the mask, and the MLP its activation. If the base trains, the projections also keep their inputs, the norms
     the normalised values, and the MLP its activation and product.
 
+    Of a mixture of experts with a LoRA it keeps the input, gate and up of each chosen expert, and the router's
+    probabilities; one that trains keeps every expert's input and result too.
+
     Args:
         layer: with or without an adapter, also on the meta device.
         hidden: width of the model.
@@ -164,30 +168,39 @@ def layer_of(
             saved += hidden + 4 * wide
         else:
             saved += (3 if dropout else 2) * wide
-    copies = 0
+    routed = working = 0
     for experts in _expert_weights(layer):
         width = min(experts[-1][1:])
         wide = max(wide, experts_per_token * width)
-        saved += hidden + experts_per_token * (5 * width + 2 * hidden)
-        # peft adds an adapter of stacked weights to a copy of them.
-        copies += sum(math.prod(shape) for shape in experts) * value if adapted else 0
+        saved += hidden + experts_per_token * (2 * width if adapted else 5 * width + 2 * hidden)
+        routed += _PROBABILITY * experts[-1][0] + _CHOICE * experts_per_token
+        working = experts_per_token * (_WORKING_ROWS * hidden + _WORKING_GATES * width)
     if not wide:
         saved += sum(a + b for name, (a, b) in widths.items() if name in _MLP)
         wide = max((max(pair) for pair in widths.values()), default=hidden)
-    size = (saved + gathered + normed) * value
+    size = (saved + gathered + normed) * value + routed
     if dropout:
         size += sum(a for a, _ in widths.values()) * (value + (_MASK if value < 4 else 4))
     if not adapted:
         size += normed * (value + (4 if value < 4 else 0))
-    return Layer(hidden * value, size, (_WORKING_MLP * wide + _WORKING_HIDDEN * hidden) * value, copies)
+    working = max(working, _WORKING_MLP * wide + _WORKING_HIDDEN * hidden)
+    return Layer(hidden * value, size, working * value)
 
 
 def _expert_weights(module: nn.Module) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes (experts, outputs, inputs) of the stacked weights of each mixture of experts, the down projection last."""
+    """Shapes (experts, ., .) of the stacked weights of each mixture of experts, packed or not, the down one last."""
     for child in module.modules():
-        weights = dict(child.named_parameters(recurse=False))
-        if {"gate_up_proj", "down_proj"} <= weights.keys() and weights["down_proj"].dim() == 3:
-            yield [tuple(weights[name].shape) for name in ("gate_up_proj", "down_proj")]
+        first = next((name for name in ("gate_up_proj", "up_proj") if name in child._parameters), None)
+        if first is None or "down_proj" not in child._parameters:
+            continue
+        shapes = [_shape(child._parameters[name]) for name in (first, "down_proj")]
+        if all(len(shape) == 3 for shape in shapes):
+            yield shapes
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    state = getattr(parameter, "quant_state", None)
+    return tuple((parameter if state is None else state).shape)
 
 
 def launched_tokens(layers: Sequence[nn.Module], experts_per_token: int) -> int:
@@ -204,7 +217,8 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "dense_h_to_4h", "d
 def is_counted(layer: nn.Module) -> bool:
     """Whether the layer has the usual form, so that all of its tensors are counted."""
     names = {name.rpartition(".")[2] for name, _ in _linears(layer)}
-    return {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"} <= names
+    mixes = any(True for _ in _expert_weights(layer))
+    return {"q_proj", "k_proj", "v_proj"} <= names and (mixes or {"gate_proj", "up_proj", "down_proj"} <= names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +241,12 @@ class Weights:
 
 
 def count_weights(model: nn.Module) -> Weights:
-    """The weights of a loaded policy, without the scales of packed weights."""
+    """The weights of a loaded policy, with the scales of packed weights."""
     base = adapter = trained = 0
     trained_value = 4
     quantised = False
     for name, parameter in model.named_parameters():
-        size = parameter.numel() * parameter.element_size()
+        size = parameter.numel() * parameter.element_size() + _scales(getattr(parameter, "quant_state", None))
         if ".lora_" in name:
             adapter += size
         else:
@@ -242,6 +256,14 @@ def count_weights(model: nn.Module) -> Weights:
             trained_value = parameter.element_size()
         quantised = quantised or hasattr(parameter, "quant_state")
     return Weights(base, adapter, trained, trained_value, quantised)
+
+
+def _scales(state: Any) -> int:
+    """Bytes of the scales of a packed weight."""
+    if state is None:
+        return 0
+    nested = 0 if state.state2 is None else state.state2.absmax.numel() * state.state2.absmax.element_size()
+    return state.absmax.numel() * state.absmax.element_size() + nested
 
 
 def plan_weights(
@@ -259,16 +281,20 @@ def plan_weights(
     head = causal.get_output_embeddings()
     linears = [(name, layer) for name, layer in _linears(model) if layer is not head]
     total = sum(parameter.numel() for parameter in model.parameters())
+    stored = Checkpoint.of(causal.config)
+    is_packed = quantization is not None or stored.is_packed
     packed = 0
-    if quantization is not None:
+    if is_packed:
         packed = sum(
             layer.weight.numel()
             for name, layer in linears
             if isinstance(layer, nn.Linear) and not set(NEVER_QUANTIZED) & set(name.split("."))
         )
+        packed += sum(module.get_parameter(leaf).numel() for _, module, leaf in stacks(model))
     base = (total - packed) * value
-    if quantization is not None:
-        base += round(packed * nf4_bytes_per_weight(quantization.double))
+    if is_packed:
+        made = quantization is not None and not stored.is_packed
+        base += round(packed * (nf4_bytes_per_weight(quantization.double) if made else stored.bytes_per_weight()))  # type: ignore[union-attr]
     if adapter is None:
         return Weights(base, 0, total, value, False)
     targets = adapter.target_modules
@@ -277,13 +303,17 @@ def plan_weights(
         for name, layer in linears
         if targets == ["all-linear"] or any(name == t or name.endswith(f".{t}") for t in targets)
     )
-    for both, back in _expert_weights(model):
-        # peft adapts each expert of its own; gate and up, in one weight, share an adapter of twice the rank.
-        if targets == ["all-linear"] or {"gate_up_proj", "gate_proj", "up_proj"} & set(targets):
-            count += 2 * adapter.r * both[0] * (both[1] + both[2])
-        if targets == ["all-linear"] or "down_proj" in targets:
-            count += adapter.r * back[0] * (back[1] + back[2])
-    return Weights(base, 4 * count, count, 4, quantization is not None)
+    every = targets == ["all-linear"] and maps_experts(model)
+    for first, last in _expert_weights(model):
+        # peft adapts each expert of its own; gate and up, in one weight, share an adapter of twice the rank, unless the
+        # weight itself is named.
+        if every or {"gate_proj", "w1"} & set(targets):
+            count += 2 * adapter.r * first[0] * (first[1] + first[2])
+        elif {"gate_up_proj", "up_proj"} & set(targets):
+            count += adapter.r * first[0] * (first[1] + first[2])
+        if every or {"down_proj", "w2"} & set(targets):
+            count += adapter.r * last[0] * (last[1] + last[2])
+    return Weights(base, 4 * count, count, 4, is_packed)
 
 
 def _hidden_share(model: Any) -> float:
@@ -350,6 +380,8 @@ def sizes_of(
     if has_masters:
         stepped = MASTER_BYTES
     states = optimizer_bytes(optimizer, stepped, 1.0 if adapted else _hidden_share(causal))
+    stacked = max((math.prod(shape) for m in modules for shapes in _expert_weights(m) for shape in shapes), default=0)
+    unpacked = max(copies * largest, stacked if weights.quantised else 0)
     return Sizes(
         weights=weights.base,
         adapter=weights.adapter,
@@ -359,7 +391,7 @@ def sizes_of(
         ends=_END_TENSORS * hidden * value,
         head=head,
         head_limit=head_limit,
-        buffers=copies * largest * value,
+        buffers=unpacked * value,
         launched=launched_tokens(modules, experts) if device == "cuda" else 0,
         estimate=estimate,
         update=trained * (MASTER_BYTES - weights.trained_value) if has_masters else 0,

@@ -30,6 +30,7 @@ from alignment.scoring.logps import largest_group, ran_out_of_memory, smaller_bu
 from alignment.training.metrics import Means, Observed, held_out_rows, preference_metrics, read
 from alignment.training.objective import Evaluation, Objective, Processes, evaluated, step_seeds, step_totals
 from alignment.training.optimizers import as_policy, as_stepped
+from alignment.training.router import RouterLoss
 from alignment.training.sampler import StepSampler
 from alignment.training.stage_trainer import StageTrainer
 from alignment.types import Group, pairs_from_rows, to_device
@@ -41,12 +42,13 @@ _STATE = "preference_state.json"
 
 @dataclass(slots=True)
 class _StepProgress:
-    """What a running step has accumulated: its loss, its tokens, what each pass gave, the loss's new state."""
+    """What a running step has accumulated: its losses, its tokens, what each pass gave, the loss's new state."""
 
     loss: Tensor
     num_tokens: int = 0
     observed: list[Observed] = field(default_factory=list)
     state: dict[str, float] = field(default_factory=dict)
+    router_loss: Tensor | float = 0.0
 
 
 class PreferenceTrainer(StageTrainer):
@@ -80,6 +82,7 @@ class PreferenceTrainer(StageTrainer):
         tokens_per_batch: int,
         sampler: StepSampler,
         callbacks: list[TrainerCallback],
+        router_aux_loss_coef: float = 0.0,
     ) -> None:
         self.loss = loss
         self.reference = reference
@@ -97,6 +100,7 @@ class PreferenceTrainer(StageTrainer):
         super().__init__(model=model, args=args, train_dataset=list(groups), callbacks=callbacks)
         self._processes = Processes(self.accelerator)
         self.objective = Objective(loss, model, reference, layout, args.device, self._processes)
+        self._router_loss = RouterLoss(model, router_aux_loss_coef, "trainer.router_aux_loss_coef")
 
     def get_train_dataloader(self) -> DataLoader:
         """One item of the loader is one optimizer step."""
@@ -132,6 +136,8 @@ class PreferenceTrainer(StageTrainer):
             self._save_memory(model, groups)
         for inputs_and_output in read(step.observed):  # at the step's end: each look makes the host wait for a GPU
             self._means.add(preference_metrics(*inputs_and_output))
+        if isinstance(step.router_loss, Tensor):
+            self._means.add({"router_loss": step.router_loss[None]})
         self.objective.state = step.state
         self.num_tokens += step.num_tokens
         if not self._gradients_checked:
@@ -177,23 +183,33 @@ class PreferenceTrainer(StageTrainer):
         # Forward and backward, pass by pass
         for batch in batches:
             indices = [own[i] for i in batch.indices]
-            scores = objective.score(model, batch.to(self.args.device))
+            with self._router_loss.collecting():
+                scores = objective.score(model, batch.to(self.args.device))
+            balance = self._router_share(len(indices) / len(groups), step)
             step.num_tokens += batch.num_tokens
             step.loss += 0 * scores.values.detach().sum().float()  # nan where a log-prob is not finite
             if derivative is not None:
                 columns = to_device(plan.columns(indices), derivative.device)
-                self.accelerator.backward((scores.values * derivative[:, columns]).sum())
+                self.accelerator.backward((scores.values * derivative[:, columns]).sum() + balance)
                 continue
             members = [groups[i] for i in indices]
             inputs = objective.inputs(members, scores, totals=totals, seeds=seeds[indices])
             part = objective.evaluate(members, inputs, step_statistics)
             loss = part.share_of(len(groups))
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss + balance)
             step.loss += loss.detach().float()
             step.observed.append(Observed.of(part.inputs, part.output))
             if objective.needs.whole_step:
                 step.state = part.output.state
         objective.passes.finish()
+
+    def _router_share(self, share: float, step: _StepProgress) -> Tensor | float:
+        """What a pass with this share of the step's groups adds for its routers; the logged loss is without it."""
+        balance = self._router_loss.take()
+        if balance is None:
+            return 0.0
+        step.router_loss += share * balance.detach()
+        return share * self._router_loss.coefficient * balance
 
     def _derivative(
         self, groups: Sequence[Group], step_statistics: Tensor | None, seeds: Tensor, step: _StepProgress

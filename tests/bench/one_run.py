@@ -395,6 +395,7 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
                 keep_checkpoints=1,
                 cohort=1,
                 joint_passes=None,
+                router_aux_loss_coef=0.0,
             ),
             num_steps=num_steps,
             seed=SEED,

@@ -39,7 +39,10 @@ PATCHED = {
     "llama": {"PatchedLinear", "PatchedLlamaMLP", "PatchedLlamaRMSNorm", "PatchedLlamaAttention"},
     "qwen3": {"PatchedLinear", "PatchedQwen3MLP", "PatchedQwen3RMSNorm", "PatchedQwen3Attention"},
     "gemma": {"PatchedLinear", "PatchedGemmaMLP", "PatchedGemmaRMSNorm", "PatchedGemmaAttention"},
-    "qwen3_moe": {"PatchedLinear", "PatchedQwen3MoeMLP", "PatchedQwen3MoeRMSNorm", "PatchedQwen3MoeAttention"},
+    "qwen3_moe": {
+        *("PatchedLinear", "PatchedQwen3MoeMLP", "PatchedQwen3MoeRMSNorm", "PatchedQwen3MoeAttention"),
+        "PatchedParamWrapper",
+    },
     "gpt_neox": {"PatchedLinear", "PatchedGPTNeoXAttention"},
 }
 
