@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from alignment.errors import UserError
@@ -113,3 +114,23 @@ def test_what_cannot_be_merged_is_one_sentence(sweep, merged, tmp_path):
         with pytest.raises(UserError, match=said):
             merge([*words, f"out={tmp_path / 'new'}", "--config-dir", str(config)])
     assert not (tmp_path / "new").exists()
+
+
+def test_whole_models_are_merged_into_a_whole_model(tmp_path, tiny_model_folder, monkeypatch):
+    """Runs without an adapter: all the weight on one gives its model; the mean is between them."""
+    config = write_project(tmp_path / "project", tiny_model_folder)
+    words = ["-m", "recipe=tiny", "adapter=none", "sft=none", "seed=0,1", "trainer.max_steps=2", "evaluation.prompts=0"]
+    ended = command("--config-dir", str(config), *words, "hydra.sweep.dir=runs", cwd=tmp_path, cache=tmp_path / "cache")
+    assert ended.code == 0, ended.err
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    folders = [tmp_path / "runs" / f"{seed}-tiny" for seed in range(2)]
+    parents = [load_file(folder / "model" / "model.safetensors") for folder in folders]
+    for given, expected in (("1,0", parents[0]), ("1,1", {n: (w + parents[1][n]) / 2 for n, w in parents[0].items()})):
+        out = tmp_path / given
+        merge([*map(str, folders), "method=linear", f"weights={given}", f"out={out}", "--config-dir", str(config)])
+        found = load_file(out / "model" / "model.safetensors")
+        assert found.keys() == expected.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
+    assert any(not w.equal(parents[1][n]) for n, w in parents[0].items())
+    assert "Cosines between the parents' updates" in (tmp_path / "1,1" / "report.md").read_text()
