@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from alignment.config.adapters import AdapterConfig as AdapterConfig
 from alignment.config.optim import OptimConfig
 from alignment.errors import as_names, require
 
@@ -104,25 +105,6 @@ class QuantizationConfig:
 
     double: bool
     compute_dtype: Dtype
-
-
-@dataclass(kw_only=True)
-class AdapterConfig:
-    """LoRA through peft; `adapter=none` trains the whole model."""
-
-    r: int
-    alpha: float
-    dropout: float
-    target_modules: Any  # names, or one name: unions of types break where configurations are merged
-    init: str
-    rslora: bool
-
-    def __post_init__(self) -> None:
-        require(self.r >= 1, f"adapter.r must be at least 1, not {self.r}.")
-        require(0 < self.alpha < math.inf, f"adapter.alpha must be a finite number above 0, not {self.alpha}.")
-        require(0 <= self.dropout < 1, f"adapter.dropout must be in [0, 1), not {self.dropout}.")
-        self.target_modules = as_names("adapter.target_modules", self.target_modules)
-        require(bool(self.target_modules), "adapter.target_modules must name at least one module, or all-linear.")
 
 
 @dataclass(kw_only=True)
@@ -402,6 +384,15 @@ class RunConfig:
         require(
             self.quantization is None or self.adapter is not None,
             "A quantised base cannot be trained itself: choose an adapter, or quantization=none.",
+        )
+        require(
+            self.quantization is not None or self.adapter is None or self.adapter.init != "loftq",
+            "adapter.init=loftq makes up for what 4 bits lose of the base: set quantization=nf4, or another init.",
+        )
+        require(
+            self.reference.sync_mix == 1 or self.adapter is None or self.adapter.is_product,
+            "reference.sync_mix below 1 mixes the updates of a plain LoRA, or whole models: set adapter=lora without "
+            "modules_to_save and trainable_tokens, or reference.sync_mix=1.",
         )
         require(
             not self.export.merge or self.adapter is not None,

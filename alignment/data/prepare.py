@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -43,6 +43,27 @@ class SFTData:
     eval: list[dict[str, list[int]]]
     sources: list[str]
     info: dict[str, Any]
+
+
+_SAMPLE_TOKENS = 16384
+"""Four times the width of a layer of 4096, so that second moments of its inputs are of full rank."""
+
+
+def sample_sequences(conversations: SFTData | None, preferences: PreferenceData | None) -> list[np.ndarray]:
+    """The first sequences of the first stage's training data, of about 16384 tokens in all."""
+    sequences: Iterator[np.ndarray] = iter(())
+    if conversations is not None:
+        sequences = (np.array(example["input_ids"]) for example in conversations.train)
+    elif preferences is not None:
+        sequences = (np.concatenate([group.prompt, group.completions[0]]) for group in preferences.train)
+    found: list[np.ndarray] = []
+    total = 0
+    for sequence in sequences:
+        found.append(sequence)
+        total += len(sequence)
+        if total >= _SAMPLE_TOKENS:
+            break
+    return found
 
 
 def _data_info(title: str, loaded: LoadedData, *parts: TokenizedData | TokenizedSFT) -> dict[str, Any]:

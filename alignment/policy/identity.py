@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
-from alignment.policy.adapter import lora_updates
+from alignment.policy.adapter_kinds import plain_name, updates
 from alignment.policy.quantize import row_scales
 
 # These do not change a log-prob, and trainers write some of them (special tokens, a router's loss) into the
@@ -34,7 +33,7 @@ _VOLATILE_CONFIG_KEYS = {
 def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
     """A hash of base weights, quantisation, compute dtype and active adapters.
 
-    An adapter whose update is zero, like every fresh LoRA, leaves no trace: its rank, scaling and seed do not matter.
+    An adapter without an effect, like every fresh LoRA, leaves no trace: its kind, rank and seed do not matter.
 
     Returns:
         (64 hex digits, a description for people).
@@ -43,11 +42,11 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
     num_adapted = 0
     config = model.config.to_dict()
     quantization = config.pop("quantization_config", None)
-    for name, scaling, *weights in lora_updates(model):
+    for update in updates(model):
         num_adapted += 1
-        adapter.update(f"{name}:{scaling!r}".encode())
-        for weight in weights:
-            _hash_tensor(adapter, weight)
+        adapter.update(f"{update.name}:{update.form}".encode())
+        for tensor in update.tensors:
+            _hash_tensor(adapter, tensor)
     digests = {
         "base": _base_digest(model, config, quantization),
         "adapter": adapter.hexdigest() if num_adapted else None,
@@ -126,22 +125,18 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     tensor: Tensor
     for name, tensor in model.named_parameters():
-        if ".lora_" in name or id(tensor) in seen:
+        plain = plain_name(name)
+        if plain is None or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        yield _plain_name(name), tensor
+        yield plain, tensor
     saved = model.state_dict().keys()
     for name, tensor in model.named_buffers():
-        if name in saved:
-            yield _plain_name(name), tensor
+        if name in saved and (plain := plain_name(name)) is not None:
+            yield plain, tensor
     for name, module in model.named_modules():
         if (scales := row_scales(module)) is not None:
-            yield f"{_plain_name(name)}.scales", scales
-
-
-def _plain_name(name: str) -> str:
-    """Without peft's prefix and layers; around experts one of these is in another."""
-    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name.removeprefix("base_model.model."))
+            yield f"{plain_name(name)}.scales", scales
 
 
 def _hash_tensor(digest: Any, tensor: Tensor) -> None:

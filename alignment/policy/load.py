@@ -17,6 +17,7 @@ from alignment.errors import UserError, did_you_mean
 from alignment.kernels.experts import patch_experts
 from alignment.policy.layers import disable_dropout
 from alignment.policy.quantize import load_arguments, pack_model, packing_experts, settle_compute
+from alignment.policy.residual_start import residual_start, save_with_start
 from alignment.policy.stored import Checkpoint, describe_stored, require_loadable
 from alignment.scoring.logps import check_scoring, enable_scoring
 
@@ -224,4 +225,6 @@ def _resized(model: nn.Module) -> list[str]:
 def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Save the adapter (or the whole model without one) as safetensors, with the tokenizer and its template."""
     model.save_pretrained(str(folder), safe_serialization=True)
+    if (residual := residual_start(model)) is not None:
+        save_with_start(folder, residual)
     tokenizer.save_pretrained(str(folder))

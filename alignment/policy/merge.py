@@ -18,10 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from alignment.config.schema import RunConfig
 from alignment.errors import UserError
-from alignment.policy.adapter import saved_adapter
+from alignment.policy.adapter_kinds import merged_weight
 from alignment.policy.load import load_base, one_line, resolve_dtype
 from alignment.policy.quantize import is_packed_by_bitsandbytes, load_arguments, plain_weight, without_packing
 from alignment.policy.requantise import Sequences, drift_of_steps, next_logps
+from alignment.policy.saved_adapter import read_adapter, require_known_form
 from alignment.policy.stored import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ def _merged_weights(model: nn.Module) -> dict[str, Tensor]:
 
     Quantised layers always store (out, in), also in place of a `Conv1D`, which stores (in, out).
     """
-    from peft.tuners.lora import LoraLayer, ParamWrapper
+    from peft.tuners.lora import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     weights: dict[str, Tensor] = {}
     for name, module in model.get_base_model().named_modules():
@@ -51,15 +54,15 @@ def _merged_weights(model: nn.Module) -> dict[str, Tensor]:
             deltas = [module.get_delta_weight(adapter).float() for adapter in module.active_adapters]
             plain = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
             weights[plain] = sum(deltas, plain_weight(module.get_base_layer(), module.parameter_name))
-        elif isinstance(module, LoraLayer):
-            base: Any = module.base_layer
-            weight = plain_weight(base)
-            for adapter in module.active_adapters:
-                if adapter in module.lora_variant:  # such as DoRA, which rescales the sum
-                    weight = module.lora_variant[adapter].merge_safe(module, adapter, weight)
-                else:
-                    weight = weight + module.get_delta_weight(adapter).float()  # type: ignore[attr-defined]
-            weights[f"{name}.weight"] = _turned(weight, base)
+        elif isinstance(module, ModulesToSaveWrapper):
+            copy = module.modules_to_save[module.active_adapters[0]]
+            weights |= {f"{name}.{key}": _turned(p.detach().float(), copy) for key, p in copy.named_parameters()}
+        elif isinstance(module, TrainableTokensWrapper):
+            layer: Any = module.token_adapter
+            weights[f"{name}.weight"] = layer.get_merged_weights(layer.active_adapters).detach().float()
+        elif isinstance(module, BaseTunerLayer) and "token_adapter" not in name:
+            base: Any = module.get_base_layer()
+            weights[f"{name}.weight"] = _turned(merged_weight(module, plain_weight(base)), base)
         else:
             for leaf, parameter in module._parameters.items():
                 plain = f"{name.replace('.base_layer', '')}.{leaf}"
@@ -98,7 +101,7 @@ def merge_adapter(model: Any, folder: Path) -> nn.Module:
     """
     from peft import PeftModel
 
-    saved_adapter(folder, whole=True)
+    require_known_form(folder, read_adapter(folder), whole=True)
     try:
         adapted: Any = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError) as error:

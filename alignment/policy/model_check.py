@@ -8,8 +8,8 @@ from typing import Any
 from alignment.config.schema import RunConfig
 from alignment.data.writer import end_of_turn
 from alignment.errors import UserError
-from alignment.policy.adapter import require_same_form
 from alignment.policy.load import one_line
+from alignment.policy.saved_adapter import require_same_form
 from alignment.policy.source import ModelSource
 from alignment.policy.stored import Checkpoint, require_usable
 

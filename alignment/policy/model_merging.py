@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.errors import UserError, did_you_mean
-from alignment.policy.adapter import saved_adapter
+from alignment.policy.saved_adapter import read_adapter, require_known_form
 
 METHODS = {
     "linear": "the mean of the updates, weighted",
@@ -171,10 +171,16 @@ def _read_updates(folder: Path, name: str) -> _Updates:
     from peft.utils.other import get_pattern_key
     from peft.utils.save_and_load import load_peft_weights
 
-    config = saved_adapter(folder, whole=True)
-    special = [key for key in ("use_dora", "target_parameters", "modules_to_save") if getattr(config, key, None)]
-    if config.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
-        special.append(f"init={config.init_lora_weights}")
+    saved = read_adapter(folder)
+    require_known_form(folder, saved, whole=True)
+    config = saved.settings
+    beside = ("use_dora", "target_parameters", "modules_to_save", "trainable_token_indices")
+    special = [key for key in beside if getattr(config, key, None)]
+    init = saved.init or getattr(config, "init_lora_weights", True)
+    if init not in (True, False, "gaussian", "eva", "orthogonal"):
+        special.append(f"init={init}")
+    if config.peft_type != "LORA":
+        special.append(f"kind={config.peft_type.lower()}")
     # peft saves base embeddings beside an adapter of theirs; they are those of the base.
     weights = load_peft_weights(str(folder), device="cpu")
     left = {key for key in weights if ".lora_" in key}

@@ -16,6 +16,7 @@ from torch import nn
 from alignment.config.gpu import bitsandbytes_problem
 from alignment.config.schema import QuantizationConfig, RunConfig
 from alignment.errors import UserError, require
+from alignment.policy.adapter_kinds import plain_name
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def stored_weights(model: nn.Module) -> dict[str, int]:
     found: Counter[str] = Counter()
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if ".lora_" in f".{name}":
+        if plain_name(name) is None:
             continue
         packed = module._buffers.get("qweight")
         if packed is not None:  # GPTQ, AWQ: several values in an int32

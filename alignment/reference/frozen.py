@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alignment.errors import require
 from alignment.policy.adapter import has_adapter, starts_at_base
+from alignment.policy.adapter_kinds import is_product_update
 from alignment.scoring.logps import enable_scoring
 
 
@@ -31,11 +32,13 @@ def _joined(parts: list[Tensor], is_up: bool, experts: int, gone: int) -> Tensor
 class FrozenPolicy:
     """A frozen copy of the policy as it is now, beside the one that trains; `mix` moves it.
 
-    With a fresh LoRA it is the base with the adapter switched off. With a trained adapter it is a frozen copy of the
-    adapter's tensors, which take their places while the copy is active. Without an adapter it is a copy of the model.
+    With an adapter that has no effect yet it is the base with the adapter switched off. With any other adapter it is a
+    frozen copy of all tensors that train, which take their places while the copy is active. Without an adapter it is a
+    copy of the model.
 
-    A mixed adapter is exact in weight space. Mixing A with A and B with B would give wrong products, so the updates are
-    concatenated: for shares s_i of the updates B_i A_i, sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...].
+    A mixed LoRA is exact in weight space; no other adapter can be mixed. Mixing A with A and B with B would give wrong
+    products, so the updates are concatenated: for shares s_i of the updates B_i A_i, sum_i s_i B_i A_i =
+    [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...].
     Every mix adds the policy's rank, until the oldest share is lost in rounding and its update is dropped: the rank
     grows to 17 times the policy's for a mix of 0.6 in fp32.
 
@@ -64,9 +67,13 @@ class FrozenPolicy:
         """Become `share` times the policy as it is now plus 1 - `share` times what this copy was.
 
         Raises:
-            UserError: `share` is not in (0, 1].
+            UserError: `share` is not in (0, 1], or an adapter is to be mixed that is no plain LoRA.
         """
         require(0 < share <= 1, f"A reference mixes in a share of the policy in (0, 1], not {share}.")
+        require(
+            share == 1 or self._copy is not None or is_product_update(self._model),
+            "Only a plain LoRA or a whole model can be mixed: set reference.sync_mix=1, or adapter=lora.",
+        )
         if self._copy is not None:
             for parameter, trained in zip(self._copy.parameters(), self._model.parameters(), strict=True):
                 parameter.lerp_(trained, share)

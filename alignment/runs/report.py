@@ -166,7 +166,7 @@ def _settings_and_data(run: RunFiles) -> list[tuple[str, str]]:
         facts["quantisation"] = "none" if config.get("quantization") is None else "NF4"
         facts["adapter"] = "none: the whole model is trained"
     if adapter:
-        facts["adapter"] = f"LoRA, r {format_value(adapter.get('r'))}, alpha {format_value(adapter.get('alpha'))}"
+        facts["adapter"] = _adapter_line(adapter)
     facts["weights of the base"] = dig(summary, "model", "stored")
     facts["SFT data"] = _data_line(run, "sft", dig(config, "sft", "data", "source"))
     if loss or not config:
@@ -182,6 +182,18 @@ def _settings_and_data(run: RunFiles) -> list[tuple[str, str]]:
         "versions": _listed(submapping(summary, "versions")) or None,
     }
     return [(name, format_value(value)) for name, value in facts.items() if value is not None]
+
+
+_KINDS = {"lora": "LoRA", "dora": "DoRA", "vera": "VeRA", "oft": "OFT", "boft": "BOFT"}
+_USUAL = {"target_modules": ["all-linear"], "init": "default", "lr_ratio": 1.0}
+
+
+def _adapter_line(adapter: dict[str, Any]) -> str:
+    """Its kind, and every setting that is not the usual one."""
+    kind = _KINDS.get(str(adapter.get("kind", "lora")), "LoRA")
+    told = {k: v for k, v in adapter.items() if v and k != "kind" and v != _USUAL.get(k)}
+    parts = (f"{name} {format_value(value)}" if value is not True else name for name, value in told.items())
+    return ", ".join([kind, *parts])
 
 
 def _data_line(run: RunFiles, stage: str, source: Any) -> str | None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from alignment.data.prepare import (
     fit_preferences,
     load_conversations,
     read_preferences,
+    sample_sequences,
 )
 from alignment.data.reasons import UnusableRows
 from alignment.data.rows import BadRow, write_rejected
@@ -32,6 +34,9 @@ from alignment.evaluation.generate import stop_tokens
 from alignment.files import cache_dir, read_sealed, write_sealed
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter import attach_adapter, continue_adapter, load_adapter
+from alignment.policy.adapter_names import with_token_ids
+from alignment.policy.adapter_start import StartSources
+from alignment.policy.float_weights import FloatWeights
 from alignment.policy.identity import policy_identity
 from alignment.policy.load import load_base, load_tokenizer, own_stop_tokens, resolve_device, save_policy
 from alignment.policy.merge import export_merged, merge_adapter
@@ -101,7 +106,6 @@ class Chain:
         if config.loss is not None:
             check_optimizer("optim", config.optim, config.adapter, device.type)
         _require_no_stop(run_dir)
-        self.config = config
         self.run_dir = run_dir
         self._beginning = run_dir / "stages" / "beginning.json"
         self._day = first_day(self._beginning)
@@ -123,6 +127,7 @@ class Chain:
             slot=slot,
             final_policy=run_dir / ("adapter" if config.adapter is not None else "model"),
         )
+        self.config = config = replace(config, adapter=with_token_ids(config.adapter, self.work.tokenizer))
         check_model(config, self.source, self.work.tokenizer)
 
         # Data and stages
@@ -239,16 +244,18 @@ class Chain:
         load = partial(load_base, config.model, config.quantization, source, self.work.device)
         model: Any = load() if self.work.slot is None else self.work.slot.base(load)
         model.config.name_or_path = self.source.base  # also where its weights come from the run folder
+        sample = partial(sample_sequences, self.conversations, self.preferences)
+        sources = StartSources(FloatWeights(source, config.model.revision), self.work.cache, sample)
         if config.adapter is not None and trained is not None:
-            return load_adapter(model, trained)
+            return load_adapter(model, trained, sources.weights)
         seed = config.seed if config.sft is None else config.sft.seed
         if start is None or is_whole:
-            return attach_adapter(model, config.adapter, seed)
+            return attach_adapter(model, config.adapter, seed, sources)
         if config.adapter is None:
             log.info("%s is an adapter: it is added to the weights of %s.", start, source)
             return attach_adapter(merge_adapter(model, start), None, seed)
         log.info("%s is an adapter: the policy, and its reference, start at %s with it.", start, source)
-        policy = continue_adapter(model, start, config.adapter, seed)
+        policy = continue_adapter(model, start, config.adapter, seed, sources)
         for difference in other_base(start, policy_identity(policy)[1]):
             log.warning(
                 "%s was trained on another base (%s): its log-probs are not those of that run.", start, difference

@@ -273,7 +273,7 @@ class PreferenceStage:
             device=self._device,
             per_device_train_batch_size=config.trainer.groups_per_step,
         )
-        return PreferenceTrainer(
+        trainer = PreferenceTrainer(
             model=model,
             args=arguments,
             groups=groups,
@@ -286,6 +286,9 @@ class PreferenceStage:
             callbacks=callbacks,
             router_aux_loss_coef=config.trainer.router_aux_loss_coef,
         )
+        if config.adapter is not None:
+            trainer.lr_ratio = config.adapter.lr_ratio
+        return trainer
 
     def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenPolicy | None:
         """A frozen copy of the policy as it is now, for the KL after training; None without that, or without room."""

@@ -156,6 +156,8 @@ class SFTStage:
             callbacks=stage_callbacks("SFT", log_metrics, config.trainer, bool(self._data.eval)),
         )
         prepare_trainer(trainer, config.optim)
+        if self._run_config.adapter is not None:
+            trainer.lr_ratio = self._run_config.adapter.lr_ratio
         # On a quantised base TRL rounds the adapter to bfloat16. Small updates would be lost: keep the adapter's dtype.
         for name, parameter in model.named_parameters():
             if name in weights:

@@ -308,7 +308,10 @@ class Cohort:
 
     def attach(self, index: int, policy: nn.Module) -> None:
         """See `CohortSlot.attach`."""
-        adapted_layers(policy)
+        layers: dict[str, Any] = adapted_layers(policy)
+        base: Any = self._base
+        if base is not None and any(x.base_layer.weight is not base.get_submodule(n).weight for n, x in layers.items()):
+            raise ValueError("its adapter began with a part of the base, so it has a base of its own")
         self._policies[index] = policy
         self._joint = None
 

@@ -6,6 +6,7 @@ to about 15 %, on a GPU to 10 %; a run that needs more halves its budget by itse
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from alignment.config.schema import AdapterConfig, QuantizationConfig
-from alignment.policy.adapter import maps_experts
+from alignment.policy.adapter import empty_adapter
+from alignment.policy.adapter_kinds import plain_name
 from alignment.policy.layers import decoder_layers
 from alignment.policy.quantize import NEVER_QUANTIZED, stacks
 from alignment.policy.stored import Checkpoint, nf4_bytes_per_weight
@@ -247,7 +249,7 @@ def count_weights(model: nn.Module) -> Weights:
     quantised = False
     for name, parameter in model.named_parameters():
         size = parameter.numel() * parameter.element_size() + _scales(getattr(parameter, "quant_state", None))
-        if ".lora_" in name:
+        if plain_name(name) is None:
             adapter += size
         else:
             base += size
@@ -255,7 +257,12 @@ def count_weights(model: nn.Module) -> Weights:
             trained += parameter.numel()
             trained_value = parameter.element_size()
         quantised = quantised or hasattr(parameter, "quant_state")
-    return Weights(base, adapter, trained, trained_value, quantised)
+    return Weights(base, adapter + _shared_bytes(model), trained, trained_value, quantised)
+
+
+def _shared_bytes(model: nn.Module) -> int:
+    """Bytes of the random matrices that all layers of a VeRA share."""
+    return sum(b.numel() * b.element_size() for name, b in model.named_buffers() if ".vera_" in name)
 
 
 def _scales(state: Any) -> int:
@@ -297,23 +304,10 @@ def plan_weights(
         base += round(packed * (nf4_bytes_per_weight(quantization.double) if made else stored.bytes_per_weight()))  # type: ignore[union-attr]
     if adapter is None:
         return Weights(base, 0, total, value, False)
-    targets = adapter.target_modules
-    count = sum(
-        adapter.r * (layer.in_features + layer.out_features)
-        for name, layer in linears
-        if targets == ["all-linear"] or any(name == t or name.endswith(f".{t}") for t in targets)
-    )
-    every = targets == ["all-linear"] and maps_experts(model)
-    for first, last in _expert_weights(model):
-        # peft adapts each expert of its own; gate and up, in one weight, share an adapter of twice the rank, unless the
-        # weight itself is named.
-        if every or {"gate_proj", "w1"} & set(targets):
-            count += 2 * adapter.r * first[0] * (first[1] + first[2])
-        elif {"gate_up_proj", "up_proj"} & set(targets):
-            count += adapter.r * first[0] * (first[1] + first[2])
-        if every or {"down_proj", "w2"} & set(targets):
-            count += adapter.r * last[0] * (last[1] + last[2])
-    return Weights(base, 4 * count, count, 4, is_packed)
+    adapted = empty_adapter(copy.deepcopy(model), adapter)
+    added = [p for name, p in adapted.named_parameters() if plain_name(name) is None]
+    count = sum(p.numel() for p in added if p.requires_grad)
+    return Weights(base, 4 * count + _shared_bytes(adapted), count, 4, is_packed)
 
 
 def _hidden_share(model: Any) -> float:

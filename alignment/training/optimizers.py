@@ -192,6 +192,11 @@ def _check_settings(key: str, optim: OptimConfig, kind: OptimizerKind, adapter: 
             f"{key}.name={optim.name} averages weights in place of a schedule, so {key}.schedule must be constant, not "
             f"{optim.schedule}; {key}.warmup_ratio still counts."
         )
+    if optim.name == "muon" and adapter is not None and adapter.lr_ratio != 1:
+        raise UserError(
+            f"{key}.name=muon trains A and B at one rate, so adapter.lr_ratio must be 1, not {adapter.lr_ratio:g}: "
+            f"choose another optimizer, or another adapter."
+        )
     if not kind.low_rank:
         if optim.target_modules is not None:
             low_rank = [name for name, other in OPTIMIZERS.items() if other.low_rank]
@@ -282,6 +287,16 @@ def make_optimizer(
     except (ValueError, ImportError, TypeError) as error:
         said = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{key}.name={optim.name} cannot be used with this model: {said}.") from error
+
+
+def scale_rate_of_b(model: nn.Module, optimizer: torch.optim.Optimizer, ratio: float) -> None:
+    """Give every B of a LoRA a multiple of the learning rate, in groups of their own (LoRA+, arXiv:2402.12354)."""
+    ups = {id(p) for name, p in model.named_parameters() if ".lora_B." in name}
+    for group in list(optimizer.param_groups):
+        faster = [p for p in group["params"] if id(p) in ups]
+        if faster:
+            group["params"] = [p for p in group["params"] if id(p) not in ups]
+            optimizer.add_param_group({**group, "params": faster, "lr": ratio * group["lr"]})
 
 
 def muon(model: Any, optim: OptimConfig, decayed: Sequence[str]) -> MuonWithAdamW:

@@ -18,7 +18,7 @@ from alignment.config.schema import OptimConfig
 from alignment.errors import NotFinite
 from alignment.training.callbacks import ProgressBar, complete_checkpoints
 from alignment.training.master_weights import MasterWeights
-from alignment.training.optimizers import as_policy, make_optimizer
+from alignment.training.optimizers import as_policy, make_optimizer, scale_rate_of_b
 
 _SHOWN_ROWS = 5
 
@@ -48,21 +48,28 @@ class StageTrainer(Trainer):
         title: of the stage.
         settings: where its optimizer's settings are: "optim" or "sft.optim".
         optim: these settings; None makes the optimizer that the arguments name, as transformers does.
+        lr_ratio: learning rate of a LoRA's B by that of everything else.
     """
 
     title: ClassVar[str]
     settings: ClassVar[str]
     optim: OptimConfig | None = None
+    lr_ratio: float = 1.0
     _masters: MasterWeights | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer of the settings, on fp32 masters of weights that train in 16 bits."""
-        if self.optimizer is None and self.optim is not None:
+        if self.optimizer is None:
             by_name = partial(super().create_optimizer, *args, **kwargs)
             model: Any = self.model
-            decayed = self.get_decay_parameter_names(model)
-            self.optimizer = make_optimizer(self.settings, self.optim, model, decayed, by_name)
-            if self.optim.master_weights:
+            if self.optim is None:
+                self.optimizer = by_name()
+            else:
+                decayed = self.get_decay_parameter_names(model)
+                self.optimizer = make_optimizer(self.settings, self.optim, model, decayed, by_name)
+            if self.lr_ratio != 1:
+                scale_rate_of_b(model, self.optimizer, self.lr_ratio)
+            if self.optim is not None and self.optim.master_weights:
                 self._masters = MasterWeights(self.optimizer)
         return super().create_optimizer(*args, **kwargs)
 

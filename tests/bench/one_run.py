@@ -26,7 +26,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from alignment.config.schema import (
-    AdapterConfig,
     DataConfig,
     Device,
     Dtype,
@@ -75,6 +74,7 @@ from tests.bench.job import (
 from tests.bench.parts import switch_off
 from tests.bench.profiling import profile_step
 from tests.bench.turns import pass_on
+from tests.helpers.adapters import adapter
 
 T = TypeVar("T")
 
@@ -222,7 +222,7 @@ def prepare(task: Preparation) -> dict[str, Any]:
     base = load_base(model_config(model), None, model, device)
 
     def adapted() -> nn.Module:
-        config = AdapterConfig(r=16, alpha=32, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
+        config = adapter(r=16, alpha=32)
         policy: Any = attach_adapter(base, config, SEED)
         policy.save_pretrained(str(folder / "adapter"))
         return policy

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignment.config.schema import AdapterConfig, Device
+from alignment.config.schema import Device
 from alignment.data.rows import Row
 from alignment.kernels import matmul
 from alignment.policy.adapter import attach_adapter
@@ -24,6 +24,7 @@ from tests.bench.job import PAIRS_OF_RUNS, SEED, Case, Job, PeakRate, Preparatio
 from tests.bench.profiling import kind_of, profile_step
 from tests.bench.summary import check_losses
 from tests.conftest import random_groups
+from tests.helpers.adapters import adapter
 
 RUNS = [run for together in PAIRS_OF_RUNS for run in together]
 
@@ -32,9 +33,9 @@ RUNS = [run for together in PAIRS_OF_RUNS for run in together]
 def job(tiny_model_folder, tmp_path):
     """The same four pairs of random tokens in two steps, at a learning rate that moves the loss at once."""
     source = str(tiny_model_folder)
-    adapter = AdapterConfig(r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
+    lora = adapter(r=4, alpha=8)
     model = load_base(one_run.model_config(source), None, source, resolve_device(Device.auto))
-    attach_adapter(model, adapter, seed=0).save_pretrained(str(tmp_path / "adapter"))
+    attach_adapter(model, lora, seed=0).save_pretrained(str(tmp_path / "adapter"))
     pairs = [[ids.tolist() for ids in (group.prompt, *group.completions)] for group in random_groups(4)] * 2
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     return Job(
@@ -210,8 +211,8 @@ def test_random_qwen3_has_the_size_of_its_name(tiny_model_folder, tmp_path, monk
     device = resolve_device(Device.auto)
     source = one_run.random_qwen3("0.6B", tokenizer, tmp_path, device)
     base = load_base(one_run.model_config(source), None, source, device)
-    adapter = AdapterConfig(r=2, alpha=4, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
-    shape = one_run.model_shape(base, lambda: attach_adapter(base, adapter, seed=0))
+    lora = adapter(r=2, alpha=4)
+    shape = one_run.model_shape(base, lambda: attach_adapter(base, lora, seed=0))
     # Queries, keys and values 64 -> 8 * 128, output back to 64, three products with 96.
     widths = [*[(64, 1024)] * 3, (1024, 64), (64, 96), (64, 96), (96, 64)]
     assert shape == Shape(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignment.config.schema import AdapterConfig, Device, Dtype, QuantizationConfig
+from alignment.config.schema import Device, Dtype, QuantizationConfig
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.load import load_base, load_tokenizer, resolve_device
 from alignment.policy.tiny_model import write_tiny_model
@@ -25,11 +25,12 @@ from tests.bench import one_run
 from tests.bench.job import QWEN3_SIZES, Job
 from tests.gpu.check import work_folder
 from tests.gpu.lines import is_dry, note, out_folder
+from tests.helpers.adapters import adapter
 
 QWEN3_SIZES["tiny"] = (64, 128, 2, 16, True)
 STEPS = {"tiny": (2, 3), "1.7B": (16, 8), "8B": (8, 6)}
 """Pairs of a step, and steps; the first is a warm-up."""
-ADAPTER = AdapterConfig(r=32, alpha=64, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
+ADAPTER = adapter(r=32, alpha=64)
 
 
 def pairs_of(size: str) -> list[list[list[int]]]:

@@ -3,19 +3,15 @@
 import torch
 from peft import LoraConfig, get_peft_model
 
-from alignment.config.schema import AdapterConfig, Dtype, ModelConfig, QuantizationConfig
+from alignment.config.schema import Dtype, ModelConfig, QuantizationConfig
 from alignment.policy.load import load_base
 from alignment.scoring.layout import FlatLayout
 from alignment.scoring.logps import enable_scoring, join_scores, score_groups
 from tests.conftest import tiny_config, tiny_policy
+from tests.helpers.adapters import adapter as adapter
 
 CPU = torch.device("cpu")
 NF4 = QuantizationConfig(double=True, compute_dtype=Dtype.float32)
-
-
-def adapter(**settings):
-    defaults = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["all-linear"], "init": "default"}
-    return AdapterConfig(**(defaults | {"rslora": False} | settings))
 
 
 def load(folder, quantization=None, dtype=Dtype.float32, attention="sdpa"):

@@ -13,10 +13,11 @@ from peft import LoraConfig, get_peft_model
 
 from alignment.config.compose import load as compose
 from alignment.errors import UserError
-from alignment.policy.adapter import attach_adapter, continue_adapter, require_same_form
+from alignment.policy.adapter import attach_adapter, continue_adapter
 from alignment.policy.identity import policy_identity
 from alignment.policy.load import load_tokenizer, save_policy
 from alignment.policy.merge import merge_adapter
+from alignment.policy.saved_adapter import require_same_form
 from alignment.policy.source import model_source, other_base
 from alignment.reference.frozen import FrozenPolicy
 from tests.conftest import random_groups
@@ -166,12 +167,19 @@ def test_settings_that_contradict_the_adapter_are_refused(saved, tiny_model_fold
         start()
 
 
-@pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}])
-def test_an_adapter_that_no_setting_describes_is_refused(tiny_model_folder, tmp_path, lora):
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"use_dora": True}, r"set adapter\.kind=dora, as it has"),
+        ({"modules_to_save": ["lm_head"]}, r"set adapter\.modules_to_save=\[lm_head\], as it has"),
+        ({"bias": "lora_only"}, r"has bias=lora_only.*merge it into its base first"),
+    ],
+)
+def test_an_adapter_of_another_form_is_refused(tiny_model_folder, tmp_path, lora, said):
     """One that can be added to the weights may be, for full fine-tuning."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **lora)
     get_peft_model(load(tiny_model_folder), config).save_pretrained(str(tmp_path))
-    with pytest.raises(UserError, match=rf"has {next(iter(lora))}=.*merge it into its base first"):
+    with pytest.raises(UserError, match=said):
         require_same_form(tmp_path, adapter())
     if "use_dora" in lora:
         require_same_form(tmp_path, None)

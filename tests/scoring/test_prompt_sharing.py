@@ -21,6 +21,7 @@ from alignment.scoring.logps import enable_scoring, join_scores, score
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.types import Group
 from tests.conftest import random_groups, tiny_config, tiny_policy
+from tests.helpers.adapters import adapter
 from tests.helpers.flash import stands_in
 from tests.helpers.masks import dense_mask
 from tests.helpers.steps import SETTINGS, make_loss, make_trainer, moved, step_gradient
@@ -113,7 +114,7 @@ def test_gradient_checkpointing_changes_nothing(name, everything_in_fp64):
 
 
 def test_equals_the_flat_layout_on_a_quantised_base(tiny_model_folder):
-    from alignment.config.schema import AdapterConfig, Dtype, ModelConfig, QuantizationConfig
+    from alignment.config.schema import Dtype, ModelConfig, QuantizationConfig
     from alignment.policy.adapter import attach_adapter
     from alignment.policy.load import load_base
 
@@ -122,8 +123,8 @@ def test_equals_the_flat_layout_on_a_quantised_base(tiny_model_folder):
         eos_token=None, trust_remote_code=False,
     )  # fmt: skip
     quantization = QuantizationConfig(double=True, compute_dtype=Dtype.float32)
-    adapter = AdapterConfig(r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
-    model = attach_adapter(load_base(config, quantization, str(tiny_model_folder), CPU), adapter, 0).train()
+    lora = adapter(r=4, alpha=8)
+    model = attach_adapter(load_base(config, quantization, str(tiny_model_folder), CPU), lora, 0).train()
     moved(model)
     groups = random_groups(5, k=3, seed=2)
     expected = scores_and_gradient(model, groups, FlatLayout(), 10_000)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import alignment.kernels.attention
 import alignment.scoring.layout
-from alignment.config.schema import AdapterConfig, Dtype, ModelConfig, QuantizationConfig
+from alignment.config.schema import Dtype, ModelConfig, QuantizationConfig
 from alignment.files import cache_dir
 from alignment.kernels.attention import enable_shared_prompts
 from alignment.policy.adapter import attach_adapter
@@ -22,6 +22,7 @@ from alignment.policy.wheel_model import wheel_model_folder
 from alignment.scoring import prompt_sharing
 from alignment.scoring.layout import FlatLayout, SharedLayout
 from alignment.scoring.prompt_sharing import choose_layout
+from tests.helpers.adapters import adapter
 from tests.helpers.masks import dense_mask
 
 pytestmark = pytest.mark.slow
@@ -36,12 +37,12 @@ def real_policy(quantization, num_layers=None):
         name=source, revision=None, dtype=Dtype.bfloat16, attention="sdpa", chat_template=None, eos_token=None,
         trust_remote_code=False,
     )  # fmt: skip
-    adapter = AdapterConfig(r=8, alpha=16, dropout=0.0, target_modules=["all-linear"], init="default", rslora=False)
+    lora = adapter(r=8, alpha=16)
     base = load_base(config, quantization, source, CPU)
     if num_layers is not None:
         base.model.layers = base.model.layers[:num_layers]
         base.resize_token_embeddings(2048, mean_resizing=False)  # the head would take most of the time
-    return attach_adapter(base, adapter, 0).train()
+    return attach_adapter(base, lora, 0).train()
 
 
 def by_mask(make_mask):

@@ -1,0 +1,135 @@
+"""The names in an adapter's settings, against the model's modules and the tokenizer's tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from alignment.config.adapters import AdapterConfig
+from alignment.errors import UserError, did_you_mean
+from alignment.policy.layers import decoder_layers
+from alignment.policy.quantize import stacks
+
+
+def chosen_targets(model: nn.Module, config: AdapterConfig) -> tuple[list[str], list[str] | None]:
+    """peft's `target_modules` and `target_parameters`; the latter are weights of experts, stacked in one tensor.
+
+    Where only some layers get adapters, all-linear becomes names: peft takes it for a pattern, which goes with no
+    choice of layers. peft itself knows the experts of some architectures by the names of the single ones, such as
+    gate_proj.
+
+    Raises:
+        UserError: experts for a kind that has no form for them.
+    """
+    targets = config.target_modules
+    if targets == ["all-linear"]:
+        if config.layers_to_transform is None:
+            return targets, None
+        parts = [part for layer in decoder_layers(model) for part in layer.named_modules()]
+        return sorted({name.rpartition(".")[2] for name, m in parts if isinstance(m, nn.Linear | Conv1D)}), None
+    stacked = {leaf for _, _, leaf in stacks(model)}
+    experts = sorted(stacked & set(targets))
+    if experts and config.kind != "lora":
+        raise UserError(
+            f"adapter.target_modules: {experts[0]} holds the weights of all experts in one, which only "
+            f"adapter.kind=lora can adapt: use it, or leave the experts out."
+        )
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return [target for target in targets if target not in stacked or target in modules], experts or None
+
+
+def maps_experts(model: Any) -> bool:
+    """Whether peft knows a mixture's stacked experts by the names of single ones, and all-linear takes them in."""
+    try:
+        from peft.utils import transformers_weight_conversion as known
+
+        patterns, names = known._MODEL_TO_CONVERSION_PATTERN, known._MOE_TARGET_MODULE_MAPPING
+    except (ImportError, AttributeError):
+        return False
+    return patterns.get(model.config.model_type) in names
+
+
+def require_modules(model: nn.Module, config: AdapterConfig) -> None:
+    """Refuse names in the settings that peft would pass over, because others match.
+
+    Raises:
+        UserError: the model has no module of a name, or no layer of a number.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    leaves = {name.rpartition(".")[2] for name, module in modules.items() if _is_matrix(module)}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3:  # all experts in one; peft knows them by the names of the single ones
+            leaf = name.rpartition(".")[2]
+            single = leaf == "gate_up_proj" and maps_experts(model)
+            leaves |= {leaf, "gate_proj", "up_proj"} if single else {leaf}
+    targets = config.target_modules
+    if targets == ["all-linear"]:
+        targets = []
+    elif "all-linear" in targets:
+        raise UserError("adapter.target_modules: all-linear stands for all linear layers, so it must stand alone.")
+    named: dict[str, Iterable[str]] = {
+        "target_modules": targets,
+        "exclude_modules": config.exclude_modules,
+        "modules_to_save": config.modules_to_save,
+    }
+    for key, names in named.items():
+        for name in names:
+            if name not in leaves and not any(full == name or full.endswith(f".{name}") for full in modules):
+                raise UserError(
+                    f"adapter.{key}: the model has no module {name}{did_you_mean(name, leaves)}; its layers are "
+                    f"{', '.join(sorted(leaves))}."
+                )
+    for name in config.modules_to_save:
+        packed = next((f for f, m in modules.items() if _is_packed(m) and f".{f}.".find(f".{name}.") >= 0), None)
+        if packed is not None:
+            raise UserError(
+                f"adapter.modules_to_save: {packed} is in 4 bits, so it cannot train whole: give it an adapter by "
+                f"adapter.target_modules, or set quantization=none."
+            )
+    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", full) for full in modules):  # as peft matches them
+                raise UserError(
+                    f"adapter.{key}: {pattern} is the name of no module{did_you_mean(pattern, leaves)}; the model's "
+                    f"layers are {', '.join(sorted(leaves))}."
+                )
+    count = len(decoder_layers(model))
+    last = max(config.layers_to_transform or [0])
+    if count and last >= count:
+        raise UserError(f"adapter.layers_to_transform: the model has layers 0 to {count - 1}, and no layer {last}.")
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "weight", None), "quant_state")
+
+
+def with_token_ids(config: AdapterConfig | None, tokenizer: Any) -> AdapterConfig | None:
+    """The settings with `trainable_tokens` as ids.
+
+    Raises:
+        UserError: the tokenizer has no such token.
+    """
+    if config is None or not config.trainable_tokens:
+        return config
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    ids = set(vocabulary.values())
+    found = []
+    for token in config.trainable_tokens:
+        if token not in (ids if isinstance(token, int) else vocabulary):
+            added = [str(known) for known in tokenizer.added_tokens_decoder.values()]
+            raise UserError(
+                f"adapter.trainable_tokens: the tokenizer has no token {token}{did_you_mean(str(token), added)}; its "
+                f"special tokens are {', '.join(added)}."
+            )
+        found.append(token if isinstance(token, int) else vocabulary[token])
+    return replace(config, trainable_tokens=found)
