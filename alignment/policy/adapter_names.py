@@ -43,15 +43,18 @@ def chosen_targets(model: nn.Module, config: AdapterConfig) -> tuple[list[str], 
     return [target for target in targets if target not in stacked or target in modules], experts or None
 
 
-def maps_experts(model: Any) -> bool:
-    """Whether peft knows a mixture's stacked experts by the names of single ones, and all-linear takes them in."""
+def expert_names(model: Any) -> dict[str, str]:
+    """The names by which peft knows the single experts, and of the stacked weights that these are in.
+
+    Empty where it knows none; where it knows some, all-linear takes in the experts.
+    """
     try:
         from peft.utils import transformers_weight_conversion as known
 
         patterns, names = known._MODEL_TO_CONVERSION_PATTERN, known._MOE_TARGET_MODULE_MAPPING
     except (ImportError, AttributeError):
-        return False
-    return patterns.get(model.config.model_type) in names
+        return {}
+    return dict(names.get(patterns.get(model.config.model_type, ""), {}))
 
 
 def require_modules(model: nn.Module, config: AdapterConfig) -> None:
@@ -62,11 +65,11 @@ def require_modules(model: nn.Module, config: AdapterConfig) -> None:
     """
     modules = {name: module for name, module in model.named_modules() if name}
     leaves = {name.rpartition(".")[2] for name, module in modules.items() if _is_matrix(module)}
+    singles = expert_names(model)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3:  # all experts in one; peft knows them by the names of the single ones
             leaf = name.rpartition(".")[2]
-            single = leaf == "gate_up_proj" and maps_experts(model)
-            leaves |= {leaf, "gate_proj", "up_proj"} if single else {leaf}
+            leaves |= {leaf} | {single for single, stacked in singles.items() if stacked == leaf}
     targets = config.target_modules
     if targets == ["all-linear"]:
         targets = []

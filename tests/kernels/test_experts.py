@@ -4,46 +4,14 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from alignment.kernels import experts, grouped
 from alignment.kernels.base import is_patched
-from alignment.kernels.experts import expert_layers, packed_weights, patch_experts, stand_ins, unpacked
+from alignment.kernels.experts import expert_layers, packed_weights, patch_experts, unpacked
 from alignment.policy.quantize import stacks
-from tests.helpers.mixtures import mixture_config
-from tests.helpers.policies import NF4, adapter, train_adapter
+from tests.helpers.mixtures import TARGETS, mixture
 
 KINDS = ["qwen3_moe", "mixtral", "gpt_oss"]
-TARGETS = {
-    "qwen3_moe": ["gate_proj", "up_proj", "down_proj"],
-    "mixtral": ["w1", "w2", "w3"],
-    "gpt_oss": ["gate_up_proj", "down_proj"],
-}
-
-
-def mixture(kind, dtype=torch.float32, packed=False, targets=None, r=4):
-    """A random mixture, perhaps with packed experts and with an adapter of them that has an effect."""
-    from peft import LoraConfig, get_peft_model
-
-    from alignment.policy.adapter import _targets
-    from alignment.policy.quantize import _packed
-
-    torch.manual_seed(0)
-    settings = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = AutoModelForCausalLM.from_config(mixture_config(kind), **settings).to(dtype).requires_grad_(False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)
-    for _, module, leaf in list(stacks(model)) if packed else ():
-        module._parameters[leaf] = _packed(module._parameters[leaf], NF4.double, dtype, torch.device("cpu"))
-    patch_experts(model)
-    if targets is None:
-        return model
-    with stand_ins(model):
-        modules, parameters = _targets(model, adapter(target_modules=targets).target_modules)
-        lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules=modules, target_parameters=parameters)
-        model = get_peft_model(model, lora)
-    return train_adapter(model).to(dtype)
 
 
 def compute(model, positions=(2, 9)):
