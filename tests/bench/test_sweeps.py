@@ -153,7 +153,7 @@ def sweep(tiny_model_folder, tmp_path):
     return sweeps.Sweep(case, one_run.prepare(preparation), (0.1, 0.5), 3e-2, None, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_our_command_and_trl_train_the_same_members(sweep, tmp_path, monkeypatch):
     """Ours in a process of its own, TRL in this one. The files of a cohort are those of a multirun."""
 

@@ -188,7 +188,7 @@ def final(lab: Path, folder: str, name: str) -> float:
     return [row for row in rows if row["stage"] == "preference" and row["split"] == "eval"][-1][name]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_two_losses_are_trained_and_their_metrics_read(lab, kernel):
     """By the command as a process of the notebook's own."""
     runs, table, samples = execute(3, kernel, f"[{RUNS}, table.to_dict('index'), len(samples)]")
@@ -207,7 +207,7 @@ def test_two_losses_are_trained_and_their_metrics_read(lab, kernel):
     assert samples == 8
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_beta_is_swept_and_the_curves_are_of_it(lab, kernel, monkeypatch):
     train_beforehand(4, lab, monkeypatch)
     runs, table, lines = execute(
@@ -222,7 +222,7 @@ def test_beta_is_swept_and_the_curves_are_of_it(lab, kernel, monkeypatch):
     assert lines["reward accuracy"] == [betas, [row["reward accuracy"] for row in table.values()]]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_comparison_is_made_and_read(lab, kernel, monkeypatch):
     train_beforehand(5, lab, monkeypatch)
     asked = (

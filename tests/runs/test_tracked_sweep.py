@@ -13,7 +13,7 @@ from alignment.runs.record import read_metrics
 from tests.helpers.commands import command, write_project
 from tests.helpers.wandb_files import history, of_kind, read_wandb
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 
 def offline(home: Path, killed_at: int | None) -> None:

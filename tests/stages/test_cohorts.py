@@ -168,6 +168,7 @@ def assert_close(run: Path, other: Path) -> None:
     assert summaries[0]["reference"]["identity"] == summaries[1]["reference"]["identity"]
 
 
+@pytest.mark.matrix
 def test_a_cohort_is_its_members_one_by_one(project, one_by_one, tmp_path):
     """The five losses of one sweep, three at a time: two begin where others have ended."""
     ended = sweep_in(tmp_path, project, NAMES, *JOINT)

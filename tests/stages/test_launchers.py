@@ -84,7 +84,7 @@ def summary(member: Path) -> dict:
     return json.loads((member / "summary.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_joblib_shares_what_members_have_in_common(project, tmp_path):
     needs("hydra_joblib_launcher")
     ended = sweep(project, tmp_path, "loss.beta=0.1,0.2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")

@@ -96,7 +96,7 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", each(RUNS, ["soft, after SFT", "hard, cached"]))
+@pytest.mark.parametrize("kind", each(RUNS, ["hard, cached"]))
 def test_a_run_killed_between_refreshes_ends_like_one_that_was_not(kind, project, tmp_path):
     """The store is lost meanwhile: what the start has to say is computed again, the rest is in the checkpoint."""
     settings, steps, kills = RUNS[kind]

@@ -158,7 +158,7 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_two_processes_are_one(tmp_path):
     """Weights, state, logged metrics and evaluation after three steps, the last of which has an odd share."""
     rendezvous = {
