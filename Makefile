@@ -12,10 +12,10 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-matrix test-fast check lint format types docs bench faults gpu-bundle profile notebooks wheel clean
+.PHONY: help install run test test-matrix test-fast check lint format types docs bench bench-quantization faults gpu-bundle profile notebooks wheel clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(RUN_STAMP) ## Make .venv with everything that a run needs
 
@@ -51,6 +51,9 @@ docs: $(DEV_STAMP) ## Build the site into site/; a broken link fails
 
 bench: $(DEV_STAMP) ## Compare speed and memory with TRL: make bench ARGS=--quick
 	$(VENV)/bin/python -m tests.bench.against_trl $(ARGS)
+
+bench-quantization: $(DEV_STAMP) ## Compare quantisers and adapters on a real model: make bench-quantization ARGS="--parts errors"
+	$(VENV)/bin/python -m tests.bench.quantization $(ARGS)
 
 faults: $(DEV_STAMP) ## Disturb runs at random moments for ten minutes: make faults ARGS="--seed 1"
 	$(VENV)/bin/python -m tests.faults $(ARGS)

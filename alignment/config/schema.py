@@ -14,6 +14,9 @@ from typing import Any
 
 from alignment.config.adapters import AdapterConfig as AdapterConfig
 from alignment.config.optim import OptimConfig
+from alignment.config.quantization import Calibration as Calibration
+from alignment.config.quantization import Dtype as Dtype
+from alignment.config.quantization import QuantizationConfig as QuantizationConfig
 from alignment.errors import as_names, require
 
 WHEEL_PREFIX = "wheel:"
@@ -23,15 +26,6 @@ WHEEL_PREFIX = "wheel:"
 def check_seed(key: str, value: int) -> None:
     """Refuse a seed that the random generators of the libraries do not take."""
     require(0 <= value < 2**32, f"{key} must be in [0, {2**32}), not {value}.")
-
-
-class Dtype(Enum):
-    """Dtype of weights and compute; `auto` is bfloat16 on a GPU that computes in it, else float32."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float64 = "float64"
 
 
 class Device(Enum):
@@ -97,14 +91,6 @@ class ModelConfig:
     chat_template: str | None
     eos_token: str | None
     trust_remote_code: bool
-
-
-@dataclass(kw_only=True)
-class QuantizationConfig:
-    """bitsandbytes NF4 of the frozen base; the group's option `none` sets the whole node to null."""
-
-    double: bool
-    compute_dtype: Dtype
 
 
 @dataclass(kw_only=True)
@@ -359,13 +345,18 @@ class ExportConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """The whole run. `loss` is an instance of one of the losses' own dataclasses, or None for an SFT-only recipe."""
+    """The whole run. `loss` is an instance of one of the losses' own dataclasses, or None for an SFT-only recipe.
+
+    `spectrum` is the share of the matrices of each type that train: get an adapter, or without adapters are unfrozen
+    while all else stays frozen. Null: all that `adapter` says.
+    """
 
     seed: int
     device: Device
     model: ModelConfig
     quantization: QuantizationConfig | None
     adapter: AdapterConfig | None
+    spectrum: float | None
     sft: SFTConfig | None
     data: DataConfig | None
     loss: Any
@@ -393,6 +384,19 @@ class RunConfig:
             self.reference.sync_mix == 1 or self.adapter is None or self.adapter.is_product,
             "reference.sync_mix below 1 mixes the updates of a plain LoRA, or whole models: set adapter=lora without "
             "modules_to_save and trainable_tokens, or reference.sync_mix=1.",
+        )
+        calibrated = self.quantization is not None and self.quantization.calibration is not Calibration.none
+        reads_base = ("pissa", "olora", "corda", "loftq")
+        require(
+            not calibrated
+            or self.adapter is None
+            or (self.adapter.kind != "dora" and self.adapter.init_family not in reads_base),
+            f"quantization.calibration must be none with adapter.kind=dora and adapter.init={'|'.join(reads_base)}: "
+            f"these read NF4 weights without the constants of their blocks.",
+        )
+        require(
+            self.spectrum is None or 0 < self.spectrum < 1,
+            f"spectrum must be null or a share in (0, 1), not {self.spectrum}.",
         )
         require(
             not self.export.merge or self.adapter is not None,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alignment.kernels.base import original_class, rows_of, shaped, subclass, without_autocast
+from alignment.kernels.calibrated import quantised_state
 from alignment.kernels.matmul import add_matmul, matmul, transposed_matmul, wide_matmul
-from alignment.kernels.nf4 import unpack
+from alignment.kernels.nf4 import packed_product, unpack
 from alignment.kernels.norm import NormOutput, keep, norm_output, recall
 
 
@@ -47,7 +48,7 @@ class Projection:
         bias: (out,).
         a, b: (r, in) and (out, r), the adapter; None without one.
         scaling: the adapter's factor.
-        state: bitsandbytes' QuantState.
+        state: bitsandbytes' QuantState, or a `CalibratedState`.
         merged: form `weight + scaling * b @ a` for the call. That costs about r / rows of the product itself and saves
             two passes over the activations, but 16 bits would round the update away.
         shares: which ranks of the adapter apply to which rows, where several adapters are joined; None: all to all.
@@ -133,9 +134,7 @@ class Projection:
             y = (narrow @ self.b.t()).addmm_(x, matrix.t(), beta=self.scaling)  # type: ignore[union-attr]
             return y if self.bias is None else y.add_(self.bias)
         if matrix is None:
-            from bitsandbytes import matmul_4bit
-
-            y = matmul_4bit(x, self.weight, quant_state=self.state, bias=self.bias)
+            y = packed_product(x, self.weight, self.state, self.bias)
         else:
             y = matmul(x, matrix.t(), self.bias)
         for rows, a, b in self._adapters(len(x)):
@@ -325,6 +324,7 @@ def projection_of(layer: Any, x: Tensor) -> Projection | None:
     else:
         settled = getattr(base, "compute_type_is_set", False) and not getattr(state, "packing_format_for_cpu", False)
         known = settled and base.compute_dtype is x.dtype and state.dtype is x.dtype
+        state = quantised_state(base)
     rows = x.numel() // x.shape[-1]
     if not known or rows == 0 or not _adapter_computes_in(x, a):
         return None

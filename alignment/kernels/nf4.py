@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alignment.kernels.base import normal_values
+from alignment.kernels.calibrated import CalibratedState
 from alignment.kernels.fused import Fused
 
 _NESTED_BLOCKSIZE = 256
@@ -20,15 +21,26 @@ def unpack(weight: Tensor, state: Any) -> Tensor:
 
     Args:
         weight: (values / 2, 1), two values a byte, the first in the higher bits.
-        state: bitsandbytes' QuantState.
+        state: bitsandbytes' QuantState, or a `CalibratedState`.
 
     Returns:
         Of the state's shape and dtype.
     """
+    if isinstance(state, CalibratedState):
+        return state.add_to(unpack(weight, state.packed))
     if type(weight) is not Tensor:
         # bitsandbytes' parameters run Python code at every look at their dtype or shape, 2 us each.
         weight = weight.as_subclass(Tensor)
     return _unpacked(weight, *_parts(state))
+
+
+def packed_product(x: Tensor, weight: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+    """(rows, in) times packed weights, by bitsandbytes' own kernels; arguments as those of `unpack`."""
+    from bitsandbytes import matmul_4bit
+
+    if isinstance(state, CalibratedState):
+        return state.add_product(matmul_4bit(x, weight, quant_state=state.packed, bias=bias), x)
+    return matmul_4bit(x, weight, quant_state=state, bias=bias)
 
 
 def _parts(state: Any) -> tuple[Any, ...]:

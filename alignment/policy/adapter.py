@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def attach_adapter(
     config: AdapterConfig | None,
     seed: int,
     sources: StartSources = StartSources(),  # noqa: B008
+    modules: Sequence[str] | None = None,
 ) -> nn.Module:
     """Attach a fresh adapter, or with `config=None` make all weights trainable (full fine-tuning).
 
@@ -38,12 +40,15 @@ def attach_adapter(
         config: of the adapter.
         seed: of what is drawn at random.
         sources: what some inits need.
+        modules: without an adapter, the only modules that train; None: all.
 
     Raises:
         UserError: a name in the settings is no module of the model, or peft refuses them.
     """
     if config is None:
-        patch_layers(model.requires_grad_(True))
+        for part in [model] if modules is None else map(model.get_submodule, modules):
+            part.requires_grad_(True)
+        patch_layers(model)
         return model
     adapted = _attached(model, config, seed)
     start_adapter(adapted, config, seed, sources)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
+from alignment.kernels.calibrated import is_calibrated
 from alignment.policy.adapter_kinds import plain_name, updates
+from alignment.policy.digest import hash_tensor
 from alignment.policy.quantize import row_scales
 
 # These do not change a log-prob, and trainers write some of them (special tokens, a router's loss) into the
@@ -46,7 +48,7 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
         num_adapted += 1
         adapter.update(f"{update.name}:{update.form}".encode())
         for tensor in update.tensors:
-            _hash_tensor(adapter, tensor)
+            hash_tensor(adapter, tensor)
     digests = {
         "base": _base_digest(model, config, quantization),
         "adapter": adapter.hexdigest() if num_adapted else None,
@@ -56,7 +58,7 @@ def policy_identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
         "model": config.get("_name_or_path", ""),
         "model_type": config.get("model_type", ""),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": _in_words(quantization),
+        "quantization": _in_words(quantization) + (", calibrated" if any(map(is_calibrated, model.modules())) else ""),
         **digests,
     }
     return identity, description
@@ -88,12 +90,12 @@ def _base_digest(model: nn.Module, config: dict[str, Any], quantization: Any) ->
     digest = hashlib.blake2b(described, digest_size=32)
     for name, tensor in tensors:
         digest.update(name.encode())
-        _hash_tensor(digest, tensor)
+        hash_tensor(digest, tensor)
         quantized = getattr(tensor, "quant_state", None)
         if quantized is not None:
             for key, value in sorted(quantized.as_dict().items()):
                 digest.update(f"{name}.{key}".encode())
-                _hash_tensor(digest, value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode())))
+                hash_tensor(digest, value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode())))
     if is_frozen:
         _last_read = state, digest.hexdigest()
     return digest.hexdigest()
@@ -105,7 +107,7 @@ def trained_digest(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             digest.update(name.encode())
-            _hash_tensor(digest, parameter)
+            hash_tensor(digest, parameter)
     return digest.hexdigest()
 
 
@@ -137,11 +139,6 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         if (scales := row_scales(module)) is not None:
             yield f"{plain_name(name)}.scales", scales
-
-
-def _hash_tensor(digest: Any, tensor: Tensor) -> None:
-    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-    digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
 
 
 def _canonical(value: Any) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import nn
 
 from alignment.config.gpu import computes_in_bfloat16
 from alignment.config.preflight import require_machine
-from alignment.config.schema import Device, Dtype, ModelConfig, QuantizationConfig
-from alignment.errors import UserError, did_you_mean
+from alignment.config.schema import Calibration, Device, Dtype, ModelConfig, QuantizationConfig
+from alignment.errors import UserError, did_you_mean, require
+from alignment.files import cache_dir
 from alignment.kernels.experts import patch_experts
+from alignment.policy.calibration import calibrate
 from alignment.policy.layers import disable_dropout
 from alignment.policy.quantize import load_arguments, pack_model, packing_experts, settle_compute
 from alignment.policy.residual_start import residual_start, save_with_start
@@ -122,7 +125,11 @@ def _chat_template(tokenizer: Any, config: ModelConfig) -> str | None:
 
 
 def load_base(
-    config: ModelConfig, quantization: QuantizationConfig | None, source: str, device: torch.device
+    config: ModelConfig,
+    quantization: QuantizationConfig | None,
+    source: str,
+    device: torch.device,
+    cache: Path | None = None,
 ) -> nn.Module:
     """Load the base model, quantised if asked or stored so, with every weight frozen, ready to score completions.
 
@@ -131,6 +138,7 @@ def load_base(
 
     Args:
         source: `base` of what `model_source` gives, or the folder of a whole trained model.
+        cache: folder for what is calibrated; None: the user's cache.
 
     Raises:
         UserError: a library is needed and missing, transformers cannot load the model, its files lack weights, or it is
@@ -149,16 +157,25 @@ def load_base(
         stored = Checkpoint.of(shape)
         require_loadable(config.name, stored, quantization)
         packs = stored.is_dequantised and quantization is not None
+        calibration = Calibration.none if quantization is None else quantization.calibration
+        require(
+            calibration is Calibration.none or not stored.method,
+            f"quantization.calibration={calibration.name} needs 16-bit weights, and model.name={config.name} is "
+            f"quantised already: set quantization.calibration=none, or use the checkpoint that is not quantised.",
+        )
+        load = partial(
+            AutoModelForCausalLM.from_pretrained,
+            source,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,
+        )
         with packing_experts(quantization.double) if quantization is not None else nullcontext():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                revision=config.revision,
-                trust_remote_code=config.trust_remote_code,
-                dtype=dtype,
+            loaded: Any = load(
                 attn_implementation=config.attention,
                 **load_arguments(stored, quantization, compute),
                 device_map={"": "cpu" if packs else device},
-                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, in a sentence
             )
@@ -175,6 +192,8 @@ def load_base(
         pack_model(model, quantization, compute, device)
     elif stored.is_packed:
         settle_compute(model, compute)
+    if calibration is not Calibration.none:
+        calibrate(model, load, calibration, config.name, cache or cache_dir(None))
     describe_stored(model, config.name, stored, quantization)
     model.requires_grad_(False)
     disable_dropout(model)

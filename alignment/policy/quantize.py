@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alignment.config.schema import QuantizationConfig
 from alignment.errors import require
+from alignment.kernels.calibrated import CalibratedState, quantised_state
 from alignment.policy.stored import Checkpoint
 
 # Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
@@ -192,7 +193,9 @@ def plain_weight(layer: Any, name: str = "weight") -> Tensor:
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, state).float()
+        unpacked = dequantize_4bit(weight.data, state).float()
+        constants = quantised_state(layer) if name == "weight" else None
+        return constants.add_to(unpacked) if isinstance(constants, CalibratedState) else unpacked
     if (scales := row_scales(layer)) is not None:
         from bitsandbytes.functional import int8_vectorwise_dequant
 

@@ -94,9 +94,13 @@ class Checkpoint:
         return bits / 8 + (2 + bits / 8) / max(group, 1)  # a scale in 16 bits and a zero point for each group
 
 
-def nf4_bytes_per_weight(double: bool) -> float:
-    """Half a byte, and one scale per 64 weights: in fp32, or in 8 bits with an fp32 scale per 256 of these scales."""
-    return 0.5 + (1 / 64 + 4 / (64 * 256) if double else 4 / 64)
+def nf4_bytes_per_weight(double: bool, calibrated: bool = False) -> float:
+    """Half a byte, and one scale per 64 weights: in fp32, or in 8 bits with an fp32 scale per 256 of these scales.
+
+    If calibrated, a constant beside every scale, in 8 bits with an fp32 scale per 256.
+    """
+    packed = 1 / 64 + 4 / (64 * 256)
+    return 0.5 + (packed if double else 4 / 64) + (packed if calibrated else 0)
 
 
 def require_loadable(name: str, found: Checkpoint, quantization: QuantizationConfig | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ def _settings_and_data(run: RunFiles) -> list[tuple[str, str]]:
         "model": dig(config, "model", "name") or dig(summary, "model", "name"),
     }
     if config:
-        facts["quantisation"] = "none" if config.get("quantization") is None else "NF4"
+        facts["quantisation"] = _quantisation(submapping(config, "quantization"))
         facts["adapter"] = "none: the whole model is trained"
     if adapter:
         facts["adapter"] = _adapter_line(adapter)
@@ -210,6 +210,13 @@ def _data_line(run: RunFiles, stage: str, source: Any) -> str | None:
     if info.get("fingerprint") is not None:
         parts.append(f"fingerprint {short_hash(info['fingerprint'])}")
     return "; ".join(parts) or None
+
+
+def _quantisation(settings: Mapping[str, Any]) -> str:
+    if not settings:
+        return "none"
+    objective = settings.get("calibration", "none")
+    return "NF4" if objective == "none" else f"NF4, calibrated by {objective}"
 
 
 def _listed(mapping: dict[str, Any]) -> str:

@@ -42,6 +42,7 @@ from alignment.policy.load import load_base, load_tokenizer, own_stop_tokens, re
 from alignment.policy.merge import export_merged, merge_adapter
 from alignment.policy.model_check import check_model
 from alignment.policy.source import model_source, other_base
+from alignment.policy.spectrum import choose_trained
 from alignment.policy.stored import stored_facts
 from alignment.runs.folder import status
 from alignment.runs.record import RunRecord, git_commit, machine, versions
@@ -241,7 +242,7 @@ class Chain:
         is_whole = trained is not None and config.adapter is None
         source = str(trained) if is_whole else self.source.base
         log.info("Loading %s on %s ...", config.model.name, self.work.device)
-        load = partial(load_base, config.model, config.quantization, source, self.work.device)
+        load = partial(load_base, config.model, config.quantization, source, self.work.device, self.work.cache)
         model: Any = load() if self.work.slot is None else self.work.slot.base(load)
         model.config.name_or_path = self.source.base  # also where its weights come from the run folder
         sample = partial(sample_sequences, self.conversations, self.preferences)
@@ -249,13 +250,15 @@ class Chain:
         if config.adapter is not None and trained is not None:
             return load_adapter(model, trained, sources.weights)
         seed = config.seed if config.sft is None else config.sft.seed
+        kept = self.run_dir / "spectrum.json"
+        adapter, modules = choose_trained(model, config.adapter, config.spectrum, self.work.cache, kept)
         if start is None or is_whole:
-            return attach_adapter(model, config.adapter, seed, sources)
-        if config.adapter is None:
+            return attach_adapter(model, adapter, seed, sources, modules)
+        if adapter is None:
             log.info("%s is an adapter: it is added to the weights of %s.", start, source)
-            return attach_adapter(merge_adapter(model, start), None, seed)
+            return attach_adapter(merge_adapter(model, start), None, seed, modules=modules)
         log.info("%s is an adapter: the policy, and its reference, start at %s with it.", start, source)
-        policy = continue_adapter(model, start, config.adapter, seed, sources)
+        policy = continue_adapter(model, start, adapter, seed, sources)
         for difference in other_base(start, policy_identity(policy)[1]):
             log.warning(
                 "%s was trained on another base (%s): its log-probs are not those of that run.", start, difference
@@ -426,6 +429,8 @@ class Chain:
             "config": self.run_dir / "config.yaml",
             "plots": self.run_dir / "plots",
         }
+        if self.config.spectrum is not None:
+            files["spectrum"] = self.run_dir / "spectrum.json"
         if (self.run_dir / "held_out.jsonl").exists():
             files["held_out"] = self.run_dir / "held_out.jsonl"
         if has_samples:

@@ -78,6 +78,7 @@ class SFTStage:
         adapter = self._run_config.adapter
         settings = {
             "adapter": adapter and asdict(adapter),
+            "spectrum": self._run_config.spectrum,
             "optim": asdict(self._config.optim),
             "trainer": asdict(self._config.trainer),
             "seed": self._config.seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,8 @@ def _plan_stage(
 ) -> StagePlan:
     value = resolve_dtype(config.model.dtype, torch.device(machine.device)).itemsize
     weights = plan_weights(model, value, config.adapter, config.quantization)
+    if (share := config.spectrum) is not None:  # the matrices of a type have one size
+        weights = replace(weights, adapter=round(share * weights.adapter), trained=round(share * weights.trained))
     sizes = sizes_of(
         model,
         weights,

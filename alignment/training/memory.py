@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from alignment.config.schema import AdapterConfig, QuantizationConfig
+from alignment.config.schema import AdapterConfig, Calibration, QuantizationConfig
+from alignment.kernels.calibrated import is_calibrated
 from alignment.policy.adapter import empty_adapter
 from alignment.policy.adapter_kinds import plain_name
 from alignment.policy.layers import decoder_layers
@@ -257,6 +258,9 @@ def count_weights(model: nn.Module) -> Weights:
             trained += parameter.numel()
             trained_value = parameter.element_size()
         quantised = quantised or hasattr(parameter, "quant_state")
+    for module in model.modules():
+        if is_calibrated(module):
+            base += sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     return Weights(base, adapter + _shared_bytes(model), trained, trained_value, quantised)
 
 
@@ -300,8 +304,10 @@ def plan_weights(
         packed += sum(module.get_parameter(leaf).numel() for _, module, leaf in stacks(model))
     base = (total - packed) * value
     if is_packed:
-        made = quantization is not None and not stored.is_packed
-        base += round(packed * (nf4_bytes_per_weight(quantization.double) if made else stored.bytes_per_weight()))  # type: ignore[union-attr]
+        each = stored.bytes_per_weight()
+        if quantization is not None and not stored.is_packed:
+            each = nf4_bytes_per_weight(quantization.double, quantization.calibration is not Calibration.none)
+        base += round(packed * each)
     if adapter is None:
         return Weights(base, 0, total, value, False)
     adapted = empty_adapter(copy.deepcopy(model), adapter)

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from alignment.config.schema import (
+    Calibration,
     DataConfig,
     Device,
     Dtype,
@@ -349,7 +350,9 @@ def measured(trainer: Any, turns: StepTurns, reference: Clock, started: float) -
 
 def load(job: Job, device: torch.device) -> nn.Module:
     """The base model, the same for both sides."""
-    quantization = QuantizationConfig(double=True, compute_dtype=Dtype.auto) if job.nf4 else None
+    quantization = (
+        QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none) if job.nf4 else None
+    )
     return load_base(model_config(job.model), quantization, job.model, device)
 
 

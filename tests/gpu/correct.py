@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from alignment.config.schema import Device, Dtype, Planning, QuantizationConfig, ReferenceMode, TrainerConfig
+from alignment.config.schema import (
+    Calibration,
+    Device,
+    Dtype,
+    Planning,
+    QuantizationConfig,
+    ReferenceMode,
+    TrainerConfig,
+)
 from alignment.kernels.attention import enable_shared_prompts
 from alignment.kernels.base import is_patched
 from alignment.kernels.patch import patch_layers
@@ -58,7 +66,7 @@ def policy(size: str, *, patched: bool = True) -> Any:
     real = adapters.patch_layers
     adapters.patch_layers = patch_layers if patched else lambda model: None
     try:
-        quantization = QuantizationConfig(double=True, compute_dtype=Dtype.auto)
+        quantization = QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none)
         base = load_base(one_run.model_config(job.model), quantization, job.model, DEVICE)
         model: Any = adapters.load_adapter(base, Path(job.adapter))
     finally:

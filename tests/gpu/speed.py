@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignment.config.schema import Device, Dtype, QuantizationConfig
+from alignment.config.schema import Calibration, Device, Dtype, QuantizationConfig
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.load import load_base, load_tokenizer, resolve_device
 from alignment.policy.tiny_model import write_tiny_model
@@ -68,7 +68,7 @@ def prepare(size: str) -> None:
     started = time.monotonic()
     source = one_run.random_qwen3(size, tokenizer, folder, device)
     made = time.monotonic() - started
-    quantization = QuantizationConfig(double=True, compute_dtype=Dtype.auto)
+    quantization = QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none)
     base = load_base(one_run.model_config(source), quantization, source, device)
     attached: Any = attach_adapter(base, ADAPTER, 0)
     attached.save_pretrained(str(folder / "adapter"))

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.registry import register
-from alignment.config.schema import Dtype, ModelConfig, QuantizationConfig
+from alignment.config.schema import Calibration, Dtype, ModelConfig, QuantizationConfig
 from alignment.data.units import as_rows
 from alignment.kernels.patch import patch_layers
 from alignment.policy.adapter import attach_adapter
@@ -168,7 +168,7 @@ def quantised(folder, compute):
         eos_token=None,
         trust_remote_code=False,
     )
-    quantization = QuantizationConfig(double=True, compute_dtype=compute)
+    quantization = QuantizationConfig(double=True, compute_dtype=compute, calibration=Calibration.none)
     return attach_adapter(load_base(config, quantization, str(folder), DEVICE), adapter(), 0)
 
 

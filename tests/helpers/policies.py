@@ -3,7 +3,7 @@
 import torch
 from peft import LoraConfig, get_peft_model
 
-from alignment.config.schema import Dtype, ModelConfig, QuantizationConfig
+from alignment.config.schema import Calibration, Dtype, ModelConfig, QuantizationConfig
 from alignment.policy.load import load_base
 from alignment.scoring.layout import FlatLayout
 from alignment.scoring.logps import enable_scoring, join_scores, score_groups
@@ -11,7 +11,7 @@ from tests.conftest import tiny_config, tiny_policy
 from tests.helpers.adapters import adapter as adapter
 
 CPU = torch.device("cpu")
-NF4 = QuantizationConfig(double=True, compute_dtype=Dtype.float32)
+NF4 = QuantizationConfig(double=True, compute_dtype=Dtype.float32, calibration=Calibration.none)
 
 
 def load(folder, quantization=None, dtype=Dtype.float32, attention="sdpa"):

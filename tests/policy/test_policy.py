@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from alignment.config.schema import Device, Dtype, QuantizationConfig
+from alignment.config.schema import Calibration, Device, Dtype, QuantizationConfig
 from alignment.errors import UserError
 from alignment.policy import identity as identities
 from alignment.policy.adapter import attach_adapter, check_adapter_gradients, load_adapter, starts_at_base
@@ -67,8 +67,12 @@ def test_identity_does_not_depend_on_how_the_model_is_run(tiny_model_folder):
 def test_everything_that_changes_the_policy_changes_its_identity(tiny_model_folder):
     """Each variant against every other: no two may share stored log-probs."""
     found = {"base": load(tiny_model_folder), "nf4": load(tiny_model_folder, NF4)}
-    found["nf4 single"] = load(tiny_model_folder, QuantizationConfig(double=False, compute_dtype=Dtype.float32))
-    found["nf4 bf16 compute"] = load(tiny_model_folder, QuantizationConfig(double=True, compute_dtype=Dtype.bfloat16))
+    found["nf4 single"] = load(
+        tiny_model_folder, QuantizationConfig(double=False, compute_dtype=Dtype.float32, calibration=Calibration.none)
+    )
+    found["nf4 bf16 compute"] = load(
+        tiny_model_folder, QuantizationConfig(double=True, compute_dtype=Dtype.bfloat16, calibration=Calibration.none)
+    )
     found["bf16"] = load(tiny_model_folder, dtype=Dtype.bfloat16)
     found["one weight"] = load(tiny_model_folder)
     with torch.no_grad():
@@ -125,11 +129,11 @@ def test_a_frozen_base_is_read_once_until_something_is_written_to_it(quantizatio
     """Also by a model of other modules on the same tensors; what trains is read every time."""
     read: list[int] = []
 
-    def updated(digest, tensor, update=identities._hash_tensor):
+    def updated(digest, tensor, update=identities.hash_tensor):
         read.append(id(tensor))
         update(digest, tensor)
 
-    monkeypatch.setattr(identities, "_hash_tensor", updated)
+    monkeypatch.setattr(identities, "hash_tensor", updated)
 
     def times(model):
         read.clear()
@@ -242,7 +246,11 @@ def test_what_stays_in_its_own_dtype_and_what_trains(tiny_model_folder, dtype):
 
     name = Dtype.float32 if dtype is torch.float32 else Dtype.bfloat16
     model = attach_adapter(
-        load(tiny_model_folder, QuantizationConfig(double=True, compute_dtype=name), name), adapter(), 0
+        load(
+            tiny_model_folder, QuantizationConfig(double=True, compute_dtype=name, calibration=Calibration.none), name
+        ),
+        adapter(),
+        0,
     )
     quantized = {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -271,7 +279,7 @@ def gradient_norms(model, batch):
 def test_evaluating_first_does_not_change_the_gradient(tiny_model_folder, compute):
     """A forward in eval mode may repack 4-bit weights into a form whose backward skips the base weights."""
     batch = next(FlatLayout().batches(GROUPS, 10_000))
-    quantization = QuantizationConfig(double=True, compute_dtype=compute)
+    quantization = QuantizationConfig(double=True, compute_dtype=compute, calibration=Calibration.none)
     norms = []
     for evaluate_first in (False, True):
         model = train_adapter(attach_adapter(load(tiny_model_folder, quantization), adapter(), 0))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from alignment.config.compose import load as compose
-from alignment.config.schema import Dtype, QuantizationConfig
+from alignment.config.schema import Calibration, Dtype, QuantizationConfig
 from alignment.errors import UserError
 from alignment.kernels.experts import packed_weights
 from alignment.policy import stored
@@ -292,7 +292,7 @@ def test_dropout_of_an_adapter_of_experts_is_one_sentence(folders):
 
 def test_without_double_quantisation(folders):
     """The scales stay in fp32, for layers and experts."""
-    config = QuantizationConfig(double=False, compute_dtype=Dtype.float32)
+    config = QuantizationConfig(double=False, compute_dtype=Dtype.float32, calibration=Calibration.none)
     model = eager(folders["qwen3_moe"], config)
     states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
     assert states and not any(state.nested for state in states)

@@ -413,10 +413,12 @@ def test_rounding_stays_within_the_tolerance_and_a_small_step_does_not(
     dtype, compute, expected, tiny_model_folder, tmp_path
 ):
     """Batch shapes alone may change the last bits; an adapter that has moved a little changes more."""
-    from alignment.config.schema import Dtype, QuantizationConfig
+    from alignment.config.schema import Calibration, Dtype, QuantizationConfig
     from alignment.policy.adapter import attach_adapter
 
-    quantization = QuantizationConfig(double=True, compute_dtype=Dtype[compute]) if compute else None
+    quantization = (
+        QuantizationConfig(double=True, compute_dtype=Dtype[compute], calibration=Calibration.none) if compute else None
+    )
     model = attach_adapter(load(tiny_model_folder, quantization, Dtype[dtype]), adapter(), 0)
     assert comparison_tolerance(model, 16) == 2 * expected
     assert comparison_tolerance(model, 16_000) == pytest.approx(expected, rel=1e-2)

@@ -114,7 +114,7 @@ def test_gradient_checkpointing_changes_nothing(name, everything_in_fp64):
 
 
 def test_equals_the_flat_layout_on_a_quantised_base(tiny_model_folder):
-    from alignment.config.schema import Dtype, ModelConfig, QuantizationConfig
+    from alignment.config.schema import Calibration, Dtype, ModelConfig, QuantizationConfig
     from alignment.policy.adapter import attach_adapter
     from alignment.policy.load import load_base
 
@@ -122,7 +122,7 @@ def test_equals_the_flat_layout_on_a_quantised_base(tiny_model_folder):
         name=str(tiny_model_folder), revision=None, dtype=Dtype.float32, attention="sdpa", chat_template=None,
         eos_token=None, trust_remote_code=False,
     )  # fmt: skip
-    quantization = QuantizationConfig(double=True, compute_dtype=Dtype.float32)
+    quantization = QuantizationConfig(double=True, compute_dtype=Dtype.float32, calibration=Calibration.none)
     lora = adapter(r=4, alpha=8)
     model = attach_adapter(load_base(config, quantization, str(tiny_model_folder), CPU), lora, 0).train()
     moved(model)

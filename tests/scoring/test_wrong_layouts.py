@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import alignment.kernels.attention
 import alignment.scoring.layout
-from alignment.config.schema import Dtype, ModelConfig, QuantizationConfig
+from alignment.config.schema import Calibration, Dtype, ModelConfig, QuantizationConfig
 from alignment.files import cache_dir
 from alignment.kernels.attention import enable_shared_prompts
 from alignment.policy.adapter import attach_adapter
@@ -28,7 +28,7 @@ from tests.helpers.masks import dense_mask
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
-NF4 = QuantizationConfig(double=True, compute_dtype=Dtype.bfloat16)
+NF4 = QuantizationConfig(double=True, compute_dtype=Dtype.bfloat16, calibration=Calibration.none)
 
 
 def real_policy(quantization, num_layers=None):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from alignment.config.schema import (
+    Calibration,
     Dtype,
     ModelConfig,
     Planning,
@@ -64,7 +65,7 @@ def test_qwen3_8b_by_hand():
     linear = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
     norms = 36 * (2 * 4096 + 2 * 128) + 4096
     adapter = 36 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))
-    nf4 = QuantizationConfig(double=True, compute_dtype=Dtype.auto)
+    nf4 = QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none)
     weights = plan_weights(meta(config), 2, replace(LORA, r=16), nf4)
     packed = linear // 2 + linear // 64 + 4 * linear // (64 * 256)
     assert weights.base == packed + 2 * (2 * 151936 * 4096 + norms)
@@ -96,7 +97,7 @@ def test_nf4_bytes_are_those_of_bitsandbytes(tiny_model_folder):
         eos_token=None, trust_remote_code=False,
     )  # fmt: skip
     for double in (True, False):
-        quantization = QuantizationConfig(double=double, compute_dtype=Dtype.float32)
+        quantization = QuantizationConfig(double=double, compute_dtype=Dtype.float32, calibration=Calibration.none)
         model = load_base(config, quantization, str(tiny_model_folder), CPU)
         layer = model.model.layers[0].mlp.up_proj
         state = layer.weight.quant_state
@@ -232,7 +233,7 @@ def test_what_an_h200_measured(positions, every, measured):
         "qwen3", hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
     )  # fmt: skip
-    nf4 = QuantizationConfig(double=True, compute_dtype=Dtype.auto)
+    nf4 = QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none)
     weights = plan_weights(meta(config), 2, replace(LORA, r=32), nf4)
     sizes = sizes_of(meta(config), weights, value=2, optimizer="adamw_torch", device="cuda")
     context = round(1.840 * 2**30) - weights.base - weights.adapter

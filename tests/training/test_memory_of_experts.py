@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alignment.config.schema import Dtype, QuantizationConfig
+from alignment.config.schema import Calibration, Dtype, QuantizationConfig
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.stored import nf4_bytes_per_weight
 from alignment.training.budget import Room, make_plan, step_needs
@@ -13,7 +13,7 @@ from tests.helpers.kept import saved_bytes
 from tests.helpers.mixtures import mixture_config, write_mixture
 from tests.helpers.policies import NF4, adapter, load
 
-AUTO = QuantizationConfig(double=True, compute_dtype=Dtype.auto)
+AUTO = QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none)
 TARGETS = {
     "all": ["all-linear"],
     "attention": ["q_proj", "v_proj"],

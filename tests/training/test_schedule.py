@@ -251,12 +251,12 @@ def test_both_references_know_a_refreshed_policy_by_its_identity(tmp_path, monke
     moved(model)
     read: list[torch.Tensor] = []
 
-    def updated(digest, tensor, update=identities._hash_tensor):
+    def updated(digest, tensor, update=identities.hash_tensor):
         read.append(tensor)
         update(digest, tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr("alignment.policy.identity._hash_tensor", updated)
+        patch.setattr("alignment.policy.identity.hash_tensor", updated)
         for reference in (*references, soft):
             reference.refresh(3, GROUPS)
     base = {id(parameter) for name, parameter in model.named_parameters() if "lora_" not in name}
