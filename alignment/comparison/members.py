@@ -30,6 +30,9 @@ from alignment.runs.text import format_value, is_number
 _IGNORED = ("tracking", "resume")
 """Settings that do not change the result of a run."""
 
+_LONGEST_VALUE = 40
+"""Characters of a setting's value in the name of a variant."""
+
 
 @dataclass(slots=True)
 class ComparedRun:
@@ -69,8 +72,8 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """The loss with the settings that tell it from other variants."""
-        parts = [f"{key.removeprefix('loss.')} {format_value(value)}" for key, value in self.settings.items()]
+        """The loss with the settings that tell it from other variants, long values by their beginning."""
+        parts = [f"{key.removeprefix('loss.')} {_shown(value)}" for key, value in self.settings.items()]
         return ", ".join([loss_title(self.loss), *parts])
 
     @property
@@ -82,6 +85,11 @@ class Variant:
     def seeds(self) -> list[Any]:
         """The seeds of the runs that trained to the end."""
         return [member.seed for member in self.members]
+
+
+def _shown(value: Any) -> str:
+    text = format_value(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config.compose import as_plain, compose_node, to_run_config
+from alignment.config.messages import sentence
 from alignment.config.renamed import flat, refuse_renamed
 from alignment.config.schema import RunConfig
 from alignment.config.typed_text import quoted_path, typed_path
@@ -78,17 +79,21 @@ def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str
 
 
 def finished_run(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The configuration of a run, and the same as the plain values in its folder.
+    """The configuration that a run had, and the same as the plain values in its folder.
+
+    Its overrides say which loss and which groups it had; its values are those of its time, whatever recipes say now.
 
     Raises:
-        UserError: its overrides no longer give the settings that it ran with, as where its recipe was edited.
+        UserError: a file is damaged, or has settings that this version does not take.
     """
+    path = folder / "config.yaml"
+    saved = _loaded(path)
+    refuse_renamed(flat(saved), f"{folder} was run by an earlier version and cannot be read")
     node = compose_node([str(override) for override in _loaded(folder / ".hydra" / "overrides.yaml")])
-    if changed := changes(folder, node):
-        raise UserError(
-            f"{folder} ran with settings that its recipe no longer gives: {changed}; bring the recipe back."
-        )
-    return to_run_config(node), _loaded(folder / "config.yaml")
+    try:
+        return to_run_config(OmegaConf.merge(node, saved)), saved  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path} holds settings that this version does not take: {sentence(error)}") from error
 
 
 def _loaded(path: Path) -> Any:

@@ -103,6 +103,8 @@ def _read_parent(folder: Path) -> Parent:
         raise UserError(
             f"{folder} cannot be merged, because it {how}: a merge needs policies at the end of their runs."
         )
+    if summary.get("recipe") == RECIPE:
+        raise UserError(f"{folder} cannot be merged, because it is a merge itself: give its parents and the others.")
     if not dig(summary, "stages", "preference"):
         raise UserError(
             f"{folder} cannot be merged, because it has no preference stage to compare the merged policy by."

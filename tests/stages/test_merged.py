@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from alignment.errors import UserError
 from alignment.merge import run as merge
+from alignment.stages.merged import read_parents
 from tests.helpers.commands import command, write_project
 from tests.helpers.runs import metric_rows, same_code
 
@@ -88,11 +90,14 @@ def test_a_merged_policy_is_a_run_beside_its_parents(sweep, merged):
     assert "merge.method ties" in page and "0-tiny" in page and "1-tiny" in page
     with pytest.raises(UserError, match="the folder is not empty"):
         merged("method=ties")
+    with pytest.raises(UserError, match="because it is a merge itself"):
+        merged("method=ties", str(out))
 
 
 def test_what_cannot_be_merged_is_one_sentence(sweep, merged, tmp_path):
     """Words, folders and runs that do not fit."""
     config, runs, _ = sweep
+    older = yaml.safe_load((runs / "0-tiny" / "config.yaml").read_text())
     unfinished, other = tmp_path / "unfinished", tmp_path / "other"
     for copy in (unfinished, other):
         shutil.copytree(runs / "1-tiny", copy)
@@ -114,6 +119,15 @@ def test_what_cannot_be_merged_is_one_sentence(sweep, merged, tmp_path):
         with pytest.raises(UserError, match=said):
             merge([*words, f"out={tmp_path / 'new'}", "--config-dir", str(config)])
     assert not (tmp_path / "new").exists()
+
+    # A run keeps its own values: of a setting that has come since, the default; of a default that has changed, the old
+    del older["trainer"]["joint_passes"], older["optim"]["master_weights"]
+    older["evaluation"]["batch_size"] = 7
+    (other / "config.yaml").write_text(yaml.safe_dump(older))
+    shutil.copy(runs / "1-tiny" / "summary.json", other)
+    found = read_parents([Path(one), other])[1]
+    assert found.config.evaluation.batch_size == 7 and found.config.optim.master_weights
+    assert found.config.loss.name == "dpo"
 
 
 def test_whole_models_are_merged_into_a_whole_model(tmp_path, tiny_model_folder, monkeypatch):
