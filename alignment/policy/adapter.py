@@ -52,7 +52,7 @@ def attach_adapter(
         return model
     adapted = _attached(model, config, seed)
     start_adapter(adapted, config, seed, sources)
-    patch_layers(adapted)
+    _finish(adapted)
     if config.modules_to_save and (dtype := next(model.parameters()).dtype).itemsize == 2:
         log.warning(
             "adapter.modules_to_save trains in %s, which rounds small updates away: model.dtype=float32 keeps them.",
@@ -80,6 +80,18 @@ def _attached(model: nn.Module, config: AdapterConfig, seed: int, empty: bool = 
                     f"adapter.dropout=0, or name layers without the experts in adapter.target_modules."
                 ) from error
             raise UserError(f"adapter: {one_line(error)}") from error
+
+
+def _finish(adapted: nn.Module) -> None:
+    """Patch the layers, and let peft's wrappers around embeddings and a tied head say what others ask these for."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            inner = module.original_module
+            known = ("num_embeddings", "embedding_dim", "in_features", "out_features", "bias")
+            vars(module).update({name: getattr(inner, name) for name in known if hasattr(inner, name)})
+    patch_layers(adapted)
 
 
 def empty_adapter(model: nn.Module, config: AdapterConfig) -> nn.Module:
@@ -134,7 +146,7 @@ def continue_adapter(
                 f"first, and set model.name to the merged model."
             )
     set_peft_model_state_dict(adapted, known)
-    patch_layers(adapted)
+    _finish(adapted)
     return adapted
 
 
@@ -171,7 +183,7 @@ def load_adapter(model: nn.Module, folder: Path, weights: FloatWeights | None = 
     if saved.residual is not None:
         set_peft_model_state_dict(adapted, saved.weights)
         edit_base(adapted, saved.residual, weights)
-    patch_layers(adapted)
+    _finish(adapted)
     return adapted
 
 

@@ -18,7 +18,7 @@ from alignment.files import cache_dir
 from alignment.policy.load import resolve_dtype
 from alignment.policy.source import model_source
 from alignment.training.budget import Plan, Room, make_plan, relative_time
-from alignment.training.memory import CONTEXT, USABLE_SHARE, plan_weights, sizes_of
+from alignment.training.memory import CONTEXT, USABLE_SHARE, adapter_estimate, plan_weights, sizes_of
 from alignment.training.planning import available_memory
 
 _SHOWN_EVERY = (0, 8, 4, 3, 2, 1)
@@ -140,6 +140,7 @@ def _plan_stage(
         device=machine.device,
         dropout=supervised and config.adapter is not None and config.adapter.dropout > 0,
         supervised=supervised,
+        estimate=adapter_estimate(config.adapter),
     )
     copies = not supervised and config.reference.mode is ReferenceMode.live and config.adapter is None
     context = CONTEXT[machine.device] + (weights.base if copies else 0)

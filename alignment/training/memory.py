@@ -323,6 +323,13 @@ def _hidden_share(model: Any) -> float:
     return 1 - sum(ends.values()) / sum(p.numel() for p in model.parameters())
 
 
+def adapter_estimate(adapter: AdapterConfig | None) -> str:
+    """Why the activations of an adapter are an estimate; empty if they are counted."""
+    if adapter is None or adapter.kind == "lora":
+        return ""
+    return f"adapter.kind={adapter.kind} runs peft's own forward, which keeps more than a LoRA's that is counted"
+
+
 def sizes_of(
     model: nn.Module,
     weights: Weights,
@@ -334,6 +341,7 @@ def sizes_of(
     dropout: bool = False,
     supervised: bool = False,
     keys_per_position: float = 1.0,
+    estimate: str = "",
 ) -> Sizes:
     """The sizes of a policy that decide the memory of its step.
 
@@ -347,6 +355,7 @@ def sizes_of(
         dropout: whether the adapter drops inputs in this stage.
         supervised: True for the SFT stage, whose head is TRL's.
         keys_per_position: of the passes, as `layout.keys_per_position` counts them. Only a GPU keeps gathered keys.
+        estimate: why the activations are one, where the model itself gives no other reason.
     """
     causal: Any = model
     config = causal.config.get_text_config()
@@ -364,8 +373,6 @@ def sizes_of(
         estimate = f"the layers of {type(model).__name__} are not known"
     elif not all(map(is_counted, modules)):
         estimate = f"the layers of {type(model).__name__} have another form than the usual one"
-    else:
-        estimate = ""
     if supervised:
         width = min(vocabulary, _TRL_WIDTH)
         head = width * (value if device == "cuda" else _TRL_LOGIT)

@@ -17,7 +17,7 @@ from alignment.config.schema import ReferenceMode, RunConfig
 from alignment.files import read_sealed, write_sealed
 from alignment.training.budget import Plan, Room, describe_checkpointing, make_plan
 from alignment.training.cohort import CohortSlot
-from alignment.training.memory import GIB, USABLE_SHARE, count_weights, sizes_of
+from alignment.training.memory import GIB, USABLE_SHARE, adapter_estimate, count_weights, sizes_of
 from alignment.training.optimizers import optimizer_estimate
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def plan_stage(
         dropout=supervised and adapter is not None and adapter.dropout > 0,
         supervised=supervised,
         keys_per_position=keys_per_position,
+        estimate=adapter_estimate(adapter),
     )
     members = 1 if slot is None else slot.width
     sizes = replace(sizes, gradients=members * sizes.gradients, optimizer=members * sizes.optimizer)

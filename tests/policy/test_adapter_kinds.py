@@ -22,11 +22,12 @@ from alignment.policy.identity import policy_identity
 from alignment.policy.layer_inputs import input_moments
 from alignment.policy.load import save_policy
 from alignment.policy.merge import _merged_weights, _put_weights
+from alignment.policy.model_merging import MergeSettings, merge_adapters
 from alignment.policy.residual_start import residual_start
 from alignment.policy.saved_adapter import require_same_form
 from alignment.reference.frozen import FrozenPolicy
 from alignment.training.cohort import Cohort, share
-from alignment.training.memory import count_weights, plan_weights
+from alignment.training.memory import adapter_estimate, count_weights, plan_weights
 from tests.conftest import each, random_groups, tiny_config
 from tests.helpers.adapter_options import OPTIONS, each_case, start_sources
 from tests.helpers.adapters import adapter
@@ -166,6 +167,7 @@ def test_the_plan_counts_what_trains(option, bases, sources):
     planned = plan_weights(model, 4, config, NF4 if bits else None)
     assert (planned.trained, planned.adapter) == (loaded.trained, loaded.adapter) and planned.trained > 0
     assert not any("lora" in name for name, _ in model.named_parameters())
+    assert (config.kind in adapter_estimate(config)) == (config.kind != "lora")
 
 
 # Inits
@@ -244,6 +246,29 @@ def test_zero_a_is_the_mirror_image(bases):
             assert not parameter.any() and parameter.grad.any(), name
         elif "lora_B" in name:
             assert 0.4 < parameter.abs().max() <= 0.5 and not parameter.grad.any(), name
+
+
+def test_tokens_train_in_both_ends_of_a_tied_model(tmp_path):
+    """The head and the embeddings have the same new rows; SFT's head asks peft's wrapper for a bias."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base")
+    model = move(attach_adapter(base, adapter(trainable_tokens=[3, 7]), 0))
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.bias is None and (head.out_features, embeddings.num_embeddings) == (97, 97)
+    assert torch.equal(head.weight, embeddings.weight) and not torch.equal(
+        head.weight[3], head.original_module.weight[3]
+    )
+    expected = scores(model, GROUPS)
+    save_policy(model, Tokenizer(), tmp_path)
+    loaded = load_adapter(load(tmp_path / "base"), tmp_path)
+    assert torch.equal(scores(loaded, GROUPS), expected) and identity(loaded) == identity(model)
+    merged = load(tmp_path / "base")
+    with torch.no_grad():
+        _put_weights(merged, _merged_weights(model))
+    torch.testing.assert_close(scores(merged, GROUPS), expected, rtol=0, atol=1e-4)
 
 
 # What goes together
@@ -343,6 +368,15 @@ def test_only_a_lora_alone_is_mixed(option, bases, sources):
     assert not is_product_update(model)
     with pytest.raises(UserError, match=r"^Only a plain LoRA or a whole model can be mixed"):
         FrozenPolicy(model).mix(0.5)
+
+
+@pytest.mark.parametrize(("option", "said"), [("pissa", "init=pissa"), ("vera", "kind=vera"), ("tokens", "trainable_")])
+def test_only_products_on_one_base_are_merged_with_others(option, said, bases, sources, tmp_path):
+    """PiSSA's runs have bases of their own."""
+    save_policy(attach_adapter(bases(), adapter(**OPTIONS[option]), 3, sources), Tokenizer(), tmp_path)
+    settings = MergeSettings("linear").of(1)
+    with pytest.raises(UserError, match=rf"^one cannot be merged, because its adapter has {said}"):
+        merge_adapters({"one": tmp_path}, settings, torch.device("cpu"))
 
 
 def test_an_adapter_goes_on_as_what_it_is(bases, sources, tmp_path):
