@@ -163,7 +163,10 @@ def _settings_and_data(run: RunFiles) -> list[tuple[str, str]]:
         "model": dig(config, "model", "name") or dig(summary, "model", "name"),
     }
     if config:
-        facts["quantisation"] = _quantisation(submapping(config, "quantization"))
+        own = dig(summary, "model", "quantization") or "none"
+        is_own = own != "none" and config.get("quantization") is None
+        asked = _quantisation(submapping(config, "quantization"))
+        facts["quantisation"] = f"{own}, as the checkpoint is stored" if is_own else asked
         facts["adapter"] = "none: the whole model is trained"
     if adapter:
         facts["adapter"] = _adapter_line(adapter)

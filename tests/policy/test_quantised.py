@@ -39,7 +39,10 @@ def folders(tmp_path_factory, tiny_model_folder):
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.ndim > 1 else 1)
     model.save_pretrained(found["plain"])
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
     for name, settings in (("nf4", four), ("int8", BitsAndBytesConfig(load_in_8bit=True))):
         packed = AutoModelForCausalLM.from_pretrained(found["plain"], quantization_config=settings, device_map="cpu")
         packed.save_pretrained(found[name])

@@ -57,7 +57,7 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(project, tmp_path, monkey
     assert whole["model"]["quantization"] == "nf4" and whole["stages"]["preference"]["start"]["loss"] == pytest.approx(
         0.693147, abs=1e-4
     )
-    assert "NF4" in (tmp_path / "whole" / "report.md").read_text()
+    assert f"| weights of the base | {whole['model']['stored']} |" in (tmp_path / "whole" / "report.md").read_text()
     assert read_run(tmp_path / "whole").summary["model"]["weights"]["NF4"] > 0
     logged = [row["router_loss"] for row in rows(tmp_path / "whole") if "router_loss" in row]
     assert len(logged) == 4 and all(2 <= value < 4 for value in logged)
