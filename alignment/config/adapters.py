@@ -41,6 +41,7 @@ class AdapterConfig:
         init: how it starts, see `INITS`; pissa_niter_<n> is PiSSA by n iterations of a randomised SVD.
         rslora: scale a LoRA by alpha / sqrt(r).
         lr_ratio: learning rate of B by that of A.
+        iec: train a LoRA with IR-QLoRA's elastic connection, which is folded into it.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class AdapterConfig:
     init: str
     rslora: bool
     lr_ratio: float
+    iec: bool
 
     def __post_init__(self) -> None:
         require(
@@ -115,6 +117,7 @@ class AdapterConfig:
             chosen += ["exclude_modules"] if self.kind == "vera" and self.exclude_modules else []
             chosen += ["rslora"] if self.rslora else []
             chosen += ["lr_ratio"] if ratio != 1 else []
+            chosen += ["iec"] if self.iec else []
             require(
                 not chosen,
                 f"adapter.{chosen[0] if chosen else ''} means nothing to adapter.kind={self.kind}: leave it out, or "

@@ -182,11 +182,15 @@ def dora_norm(layer: Any, key: str) -> Tensor:
 
 
 def is_product_update(model: nn.Module) -> bool:
-    """Whether all that trains beside the base are a LoRA's A and B, so that updates can be mixed exactly."""
+    """Whether all that trains beside the base are a LoRA's A and B, so that updates can be mixed exactly.
+
+    An elastic connection (lora_iec) is folded into these at all times.
+    """
     from peft.tuners.lora import LoraLayer
 
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    plain = all(".lora_A." in n or ".lora_B." in n or ".lora_embedding_" in n for n in names)
+    known = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_iec.")
+    plain = all(any(part in name for part in known) for name in names)
     return plain and not any(isinstance(m, LoraLayer) and m.lora_magnitude_vector for m in model.modules())
 
 

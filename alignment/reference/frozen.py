@@ -79,6 +79,7 @@ class FrozenPolicy:
                 parameter.lerp_(trained, share)
             return
         own = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+        own = {name: p for name, p in own.items() if ".lora_iec." not in name}  # that is in A and B already
         shares = [old * (1 - share) for old in self._shares]
         least = torch.finfo(next(iter(own.values())).dtype).eps
         lost = next((i for i, old in enumerate(shares) if old >= least), len(shares))

@@ -133,8 +133,10 @@ def _scores_and_gradient(
         # that the gradient is no difference of large numbers, of which 16 bits would leave little.
         total = total + (logps.values * (2 + torch.cos(batch.targets.to(logps.values)))).sum()
         scored.append((batch, logps.detach().to("cpu")))
-    gradients = torch.autograd.grad(total, parameters) if parameters else [torch.ones(1)]
-    return join_scores(groups, scored).values, torch.cat([g.float().flatten() for g in gradients])
+    # Some, such as the scalars of an elastic connection, train beside the graph and have no gradient in it.
+    found = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
+    gradients = [g.float().flatten() for g in found if g is not None] or [torch.ones(1)]
+    return join_scores(groups, scored).values, torch.cat(gradients)
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from alignment.training.callbacks import (
 )
 from alignment.training.cohort import CohortSlot
 from alignment.training.early_stopping import StopEarly
+from alignment.training.elastic import elastic
 from alignment.training.objective import groups_to_reference
 from alignment.training.planning import memory_result, plan_stage
 from alignment.training.prompt_density import with_density_weights
@@ -122,7 +123,7 @@ class PreferenceStage:
 
     def run(self, model: nn.Module, log_metrics: LogFunction) -> PreferenceResult:
         """Train the policy, from the newest checkpoint if there is one."""
-        with as_found(model):
+        with as_found(model), elastic(model, self._config.adapter):
             return self._trained(model, log_metrics)
 
     def _trained(self, model: nn.Module, log_metrics: LogFunction) -> PreferenceResult:

@@ -26,6 +26,7 @@ from alignment.training.callbacks import (
     stage_callbacks,
     training_arguments,
 )
+from alignment.training.elastic import elastic
 from alignment.training.planning import memory_result, plan_stage
 from alignment.training.router import require_routers, routers
 from alignment.training.stage_trainer import StageTrainer
@@ -88,7 +89,7 @@ class SFTStage:
 
     def run(self, model: nn.Module, log_metrics: LogFunction) -> StageResult:
         """Train on the conversations, from the newest checkpoint if there is one."""
-        with as_found(model):
+        with as_found(model), elastic(model, self._run_config.adapter):
             return self._trained(model, log_metrics)
 
     def _trained(self, model: nn.Module, log_metrics: LogFunction) -> StageResult:

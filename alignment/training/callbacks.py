@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from alignment.config.schema import OptimConfig, TrainerConfig
 from alignment.errors import UserError
 from alignment.files import digests, read_sealed, write_sealed
+from alignment.training.elastic import ElasticSteps
 from alignment.training.optimizers import resumes, trainer_settings
 
 log = logging.getLogger(__name__)
@@ -176,6 +177,7 @@ class Checkpoints(TrainerCallback):
 def stage_callbacks(title: str, log_metrics: LogFunction, trainer: TrainerConfig, evaluate: bool) -> list[Any]:
     """The callbacks of a stage; `evaluate` says whether anything is held out."""
     return [
+        ElasticSteps(),
         RecordCallback(log_metrics),
         Rhythm(trainer.eval_every if evaluate else None),
         Checkpoints(trainer.keep_checkpoints),

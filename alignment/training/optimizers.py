@@ -192,6 +192,11 @@ def _check_settings(key: str, optim: OptimConfig, kind: OptimizerKind, adapter: 
             f"{key}.name={optim.name} averages weights in place of a schedule, so {key}.schedule must be constant, not "
             f"{optim.schedule}; {key}.warmup_ratio still counts."
         )
+    if adapter is not None and adapter.iec and (optim.name == "muon" or is_schedule_free(optim.name)):
+        raise UserError(
+            f"{key}.name={optim.name} cannot step the elastic connection beside A and B: choose another optimizer, or "
+            f"set adapter.iec=false."
+        )
     if optim.name == "muon" and adapter is not None and adapter.lr_ratio != 1:
         raise UserError(
             f"{key}.name=muon trains A and B at one rate, so adapter.lr_ratio must be 1, not {adapter.lr_ratio:g}: "

@@ -58,6 +58,7 @@ ADAPTERS = {
     "PiSSA": ("adapter=pissa",),
     "LoRA+": ("adapter=lora_plus",),
     "A = 0": ("adapter.init=zero_a",),
+    "IEC": ("adapter.iec=true",),
     "Spectrum, 25 %": ("spectrum=0.25",),
 }
 SEEDS = (0, 1)

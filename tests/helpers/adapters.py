@@ -9,5 +9,6 @@ def adapter(**settings) -> AdapterConfig:
         "kind": "lora", "r": 4, "alpha": 8, "block_size": None, "dropout": 0.0, "target_modules": ["all-linear"],
         "exclude_modules": [], "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {},
         "modules_to_save": [], "trainable_tokens": [], "init": "default", "rslora": False, "lr_ratio": 1.0,
+        "iec": False,
     }  # fmt: skip
     return AdapterConfig(**(defaults | settings))
