@@ -143,9 +143,49 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
+SIZE_MARKERS = ("<!-- sizes, made by: python -m alignment.plan --table -->", "<!-- end of the sizes -->")
+_SIZES = (8, 16, 24, 48, 80)
+"""GiB of the GPUs in the table of sizes."""
+_LARGER = {
+    "Qwen3-14B": {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "Qwen3-32B": {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64},
+}
+_METHODS = {
+    "QLoRA, nothing recomputed": (),
+    "QLoRA": (),
+    "LoRA on 16 bits": ("quantization=none",),
+    "all weights": ("quantization=none", "adapter=none"),
+}
+
+
+def sizes_table() -> str:
+    """The largest Qwen3 that fits a GPU, by how it is trained, in Markdown."""
+    models = {
+        name: build_model(AutoConfig.for_model("qwen3", **sizes, **QWEN3_ALIKE, tie_word_embeddings=index < 3))
+        for index, (name, sizes) in enumerate((QWEN3 | _LARGER).items())
+    }
+    recipes = {name: load("recipe=dpo_qwen3", "sft=none", *settings) for name, settings in _METHODS.items()}
+    lines = ["| GPU | " + " | ".join(recipes) + " |", "|---|" + "---|" * len(recipes)]
+    for memory in _SIZES:
+        machine = Machine(f"a GPU of {memory} GiB", "cuda", memory * GIB)
+        cells = []
+        for name, recipe in recipes.items():
+            largest = "none of them"
+            for title, model in models.items():
+                plan = plan_stages(recipe, model, machine, _LENGTH)["preference"].chosen
+                if not plan.fits:
+                    break  # nor do the larger ones
+                if plan.checkpoint_every == 0 or "nothing" not in name:
+                    largest = title
+            cells.append(largest)
+        lines.append(f"| {memory} GiB | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def write_tables() -> Path:
     """Make the tables in the recipes' README anew."""
     path = asset_dir("recipes") / "README.md"
     text = with_table(path.read_text(encoding="utf-8"), qwen3_table())
+    text = with_table(text, sizes_table(), SIZE_MARKERS)
     atomic_write_text(path, with_table(text, models_table(), MARKERS))
     return path

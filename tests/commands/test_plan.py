@@ -11,7 +11,7 @@ from alignment.files import asset_dir
 from alignment.plan import parse_memory
 from alignment.training.forecast import Machine, build_model, plan_stages
 from alignment.training.memory import GIB
-from alignment.training.published import MARKERS, PUBLISHED, models_table, published_config
+from alignment.training.published import MARKERS, PUBLISHED, SIZE_MARKERS, models_table, published_config, sizes_table
 from alignment.training.qwen3_table import QWEN3, qwen3_table, with_table
 from tests.conftest import tiny_config
 
@@ -200,3 +200,10 @@ def test_every_model_option_of_the_gpu_recipes_is_in_the_table():
     assert {published.option for published in PUBLISHED} == options
     text = (asset_dir("recipes") / "README.md").read_text(encoding="utf-8")
     assert with_table(text, models_table(), MARKERS) == text, "run python -m alignment.plan --table"
+
+
+@pytest.mark.matrix
+def test_what_fits_each_size_of_gpu_is_in_the_readme():
+    """As the command writes it."""
+    text = (asset_dir("recipes") / "README.md").read_text(encoding="utf-8")
+    assert with_table(text, sizes_table(), SIZE_MARKERS) == text, "run python -m alignment.plan --table"
