@@ -18,8 +18,9 @@ from rich.table import Table
 from alignment.config.compose import load
 from alignment.config.schema import Device, RunConfig
 from alignment.errors import CommandParser, UserError
+from alignment.policy.architecture import build_model
 from alignment.training.budget import Plan, describe_checkpointing
-from alignment.training.forecast import Machine, StagePlan, build_model, plan_stages, read_config, this_machine
+from alignment.training.forecast import Machine, StagePlan, plan_stages, read_config, this_machine
 from alignment.training.memory import GIB, USABLE_SHARE
 from alignment.training.optimizers import optimizer_estimate
 from alignment.training.published import write_tables

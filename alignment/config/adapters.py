@@ -31,7 +31,7 @@ class AdapterConfig:
         alpha: with r the factor of a LoRA's update; null for other kinds.
         block_size: of the rotations of oft and boft; null for other kinds.
         dropout: of a LoRA's or a VeRA's input, or the share of blocks that oft and boft do not rotate.
-        target_modules: names, or [all-linear].
+        target_modules: names, or [auto] (see `alignment.policy.targets`), or [all-linear], as peft has it.
         exclude_modules: names that get no adapter.
         layers_to_transform: numbers of the decoder layers that get one, counted from 0; null: all.
         rank_pattern, alpha_pattern: other ranks and alphas by the name of a module, or a regular expression for its
@@ -126,7 +126,7 @@ class AdapterConfig:
 
     def _check_names(self) -> None:
         self.target_modules = as_names("adapter.target_modules", self.target_modules)
-        require(bool(self.target_modules), "adapter.target_modules must name at least one module, or all-linear.")
+        require(bool(self.target_modules), "adapter.target_modules must name at least one module, or be auto.")
         for key in ("exclude_modules", "modules_to_save"):
             setattr(self, key, as_names(f"adapter.{key}", getattr(self, key)))
         tokens = self.trainable_tokens

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 _Static = TypeVar("_Static", bound=Callable[..., Any])
 
@@ -87,6 +90,23 @@ def blocks(rows: Tensor, width: int) -> Iterator[slice]:
 def joined(parts: list[Tensor]) -> Tensor:
     """The rows of all blocks; one block, as on a GPU, is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def in_words(error: Exception) -> str:
+    """An exception as one line: its kind and what it says."""
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:300]
+
+
+def passed_over(faster: str, error: Exception, device: torch.device | None = None) -> None:
+    """Say in one line that a faster way failed its probe, so that the slower one is taken.
+
+    Args:
+        faster: what is passed over, the beginning of a sentence.
+        error: of any kind: nothing that only makes training faster may stop it.
+        device: that it is for. On a GPU, which is rented for its speed, the line is a warning.
+    """
+    level = logging.WARNING if device is not None and device.type == "cuda" else logging.INFO
+    log.log(level, "%s not used, because it failed here: %s.", faster, in_words(error).rstrip("."))
 
 
 def normal_values(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensor:

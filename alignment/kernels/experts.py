@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alignment.kernels.base import all_close, is_patched, normal_values, subclass, without_autocast
+from alignment.kernels.base import all_close, is_patched, normal_values, passed_over, subclass, without_autocast
 from alignment.kernels.grouped import Routing, outer, product
 from alignment.kernels.linear import active_adapter, adapter_leaves, hooked, is_lora_layer
 from alignment.kernels.nf4 import unpack
@@ -310,11 +310,11 @@ def _agrees(module: nn.Module) -> bool:
     """Whether both ways give the same on random rows."""
     experts, wrappers = expert_layers(module)
     own: Any = type(module)
-    stacks = _stacks_of(experts, wrappers)
-    if stacks is None:
-        log.info("%s keeps its own forward: its experts are of another form.", own.__name__)
-        return False
     try:
+        stacks = _stacks_of(experts, wrappers)
+        if stacks is None:
+            log.info("%s keeps its own forward: its experts are of another form.", own.__name__)
+            return False
         weight = stacks[0].weight if stacks[0].state is None else stacks[0].state
         width, device = weight.shape[1 if experts.is_transposed else 2], stacks[0].weight.device
         x = normal_values((8, width), device, stacks[0].dtype)
@@ -326,7 +326,7 @@ def _agrees(module: nn.Module) -> bool:
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        log.info("%s keeps its own forward: the faster one fails (%s).", own.__name__, str(error).split("\n")[0][:200])
+        passed_over(f"A faster forward of {own.__name__} is", error, next(experts.parameters()).device)
         return False
     if not equal:
         log.info("%s keeps its own forward: the faster one gives other values here.", own.__name__)

@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from alignment.kernels.base import in_words
+
 log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
@@ -32,17 +34,13 @@ def _kernels() -> Any:
     try:
         return importlib.import_module("alignment.kernels.triton_kernels")
     except Exception as error:
-        log.warning("Triton is not usable, so no kernel is fused and training is slower: %s.", _in_words(error))
+        log.warning("Triton is not usable, so no kernel is fused and training is slower: %s.", in_words(error))
         return None
 
 
 def is_fused(x: Tensor) -> bool:
     """Whether kernels are fused for tensors like this one."""
     return x.device.type in DEVICE_TYPES and x.dtype in _TOLERANCES and _kernels() is not None
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:300]
 
 
 class Fused(Generic[_Result]):
@@ -84,7 +82,7 @@ class Fused(Generic[_Result]):
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            self._give_up(_in_words(error))
+            self._give_up(in_words(error))
         return self.eager(*args)
 
     def _run(self, args: tuple[Any, ...]) -> _Result:
@@ -126,7 +124,7 @@ class Fused(Generic[_Result]):
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            return self._give_up(_in_words(error))
+            return self._give_up(in_words(error))
         return True
 
     def _give_up(self, reason: str) -> bool:

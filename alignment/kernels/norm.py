@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +189,8 @@ def norm_class(module: nn.Module) -> type | None:
     kind: Any = type(module)
     names = [name for name, _ in module.named_parameters()]
     if list(module.children()) or "RMSNorm" not in kind.__name__ or names != ["weight"]:
+        return None
+    if len(inspect.signature(kind.forward).parameters) != 2:  # itself and x: one with a gate is another function
         return None
     shifted = _is_shifted(module)
     return None if shifted is None or module.weight.requires_grad else _class_of(kind, shifted)

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignment.kernels.base import all_close, is_patched, normal_values
+from alignment.kernels.base import all_close, is_patched, normal_values, passed_over
 from alignment.kernels.experts import patch_experts
 from alignment.kernels.linear import is_lora_layer, linear_class
 from alignment.kernels.mlp import mlp_class
@@ -46,10 +46,12 @@ def patch_layers(model: nn.Module) -> None:
     """Patch every module of the model that qualifies; a second call changes nothing.
 
     A module qualifies by its structure. Before it is changed, both forwards are compared on random input, once for
-    each class and size. Where they differ or the patched one fails, the module keeps its own and a log line says so.
+    each class and size. Where they differ, or where anything fails on the way, the module keeps its own and one log
+    line for its class says so.
     """
     patch_experts(model)
     verdicts: dict[Any, bool] = {}
+    failed: set[str] = set()
     inside_adapters = {
         id(part)
         for module in model.modules()
@@ -60,14 +62,26 @@ def patch_layers(model: nn.Module) -> None:
     for module in list(model.modules()):
         if id(module) in inside_adapters or any(p.is_meta for p in module.parameters()):
             continue
-        patched = _patched_class(module)
-        if patched is None:
-            continue
-        key = (patched, *((name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()))
-        if key not in verdicts:
-            verdicts[key] = _computes_the_same(module, patched)
-        if verdicts[key]:
-            module.__class__ = patched
+        name = type(module).__name__
+        try:
+            _patch(module, verdicts)
+        except Exception as error:  # whatever a class that nobody has seen does with what a probe asks of it
+            if name not in failed:
+                failed.add(name)
+                passed_over(f"A faster forward of {name} is", error, next(model.parameters()).device)
+
+
+def _patch(module: nn.Module, verdicts: dict[Any, bool]) -> None:
+    """Change the module's class if it qualifies and passes the comparison; verdicts hold for all of its form."""
+    patched = _patched_class(module)
+    if patched is None:
+        return
+    key = (patched, *((name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()))
+    if key not in verdicts:
+        verdicts[key] = False  # also where the comparison fails
+        verdicts[key] = _computes_the_same(module, patched)
+    if verdicts[key]:
+        module.__class__ = patched
 
 
 def _patched_class(module: nn.Module) -> type | None:

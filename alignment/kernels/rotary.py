@@ -111,7 +111,7 @@ def rotary_function(kind: Any) -> Callable[..., Any] | None:
     try:
         with torch.no_grad():
             found, expected = _faster_rotary(function)(q, k, cos, sin), function(q, k, cos, sin)
-    except Exception as error:  # one that takes other shapes, such as gpt-oss's
+    except RuntimeError as error:  # one that takes other shapes, such as gpt-oss's
         log.info("%s keeps its own rotary positions: %s.", kind.__name__, str(error).rstrip("."))
         return None
     if all(map(all_close, found, expected)):

@@ -16,7 +16,7 @@ from alignment.errors import UserError
 from alignment.kernels.experts import stand_ins
 from alignment.kernels.patch import patch_layers
 from alignment.policy.adapter_kinds import peft_config, plain_name, updates
-from alignment.policy.adapter_names import chosen_targets, require_modules
+from alignment.policy.adapter_names import chosen_targets, require_modules, with_targets
 from alignment.policy.adapter_start import StartSources, start_adapter
 from alignment.policy.float_weights import FloatWeights
 from alignment.policy.load import one_line
@@ -43,7 +43,7 @@ def attach_adapter(
         modules: without an adapter, the only modules that train; None: all.
 
     Raises:
-        UserError: a name in the settings is no module of the model, or peft refuses them.
+        UserError: the settings fit no module of the model, or peft refuses them.
     """
     if config is None:
         for part in [model] if modules is None else map(model.get_submodule, modules):
@@ -66,6 +66,7 @@ def _attached(model: nn.Module, config: AdapterConfig, seed: int, empty: bool = 
     from peft import get_peft_model
 
     device = next(model.parameters()).device
+    config = with_targets(model, config)  # before the experts have stand-ins: the model may be run
     gpus = [device] if device.type == "cuda" else []  # the default is every GPU that torch sees
     with stand_ins(model), torch.random.fork_rng(devices=gpus):
         require_modules(model, config)

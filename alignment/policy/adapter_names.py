@@ -14,6 +14,19 @@ from alignment.config.adapters import AdapterConfig
 from alignment.errors import UserError, did_you_mean
 from alignment.policy.layers import decoder_layers
 from alignment.policy.quantize import stacks
+from alignment.policy.targets import AUTO, auto_targets, linear_targets
+
+
+def with_targets(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """The settings with the names of layers in place of `auto`; without weights, by the model's structure alone."""
+    if config.target_modules != [AUTO]:
+        return config
+    names = (linear_targets if next(model.parameters()).is_meta else auto_targets)(model)
+    if config.layers_to_transform is not None:  # peft does not look at layers where a name is whole
+        layers = enumerate(decoder_layers(model))
+        chosen = {id(part) for i, layer in layers if i in config.layers_to_transform for part in layer.modules()}
+        names = [name for name in names if id(model.get_submodule(name)) in chosen]
+    return replace(config, target_modules=names or [AUTO])
 
 
 def chosen_targets(model: nn.Module, config: AdapterConfig) -> tuple[list[str], list[str] | None]:
@@ -71,10 +84,10 @@ def require_modules(model: nn.Module, config: AdapterConfig) -> None:
             leaf = name.rpartition(".")[2]
             leaves |= {leaf} | {single for single, stacked in singles.items() if stacked == leaf}
     targets = config.target_modules
-    if targets == ["all-linear"]:
-        targets = []
-    elif "all-linear" in targets:
-        raise UserError("adapter.target_modules: all-linear stands for all linear layers, so it must stand alone.")
+    for whole in (AUTO, "all-linear"):
+        if whole in targets and len(targets) > 1:
+            raise UserError(f"adapter.target_modules: {whole} stands for a list of layers, so it must stand alone.")
+    targets = [target for target in targets if target not in (AUTO, "all-linear")]
     named: dict[str, Iterable[str]] = {
         "target_modules": targets,
         "exclude_modules": config.exclude_modules,

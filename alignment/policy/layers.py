@@ -15,8 +15,10 @@ from alignment.errors import UserError
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that can be checkpointed, in order; empty if transformers cannot checkpoint this model."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The language model's layers that can be checkpointed, in order; empty if transformers cannot checkpoint them."""
+    causal: Any = model
+    decoder = causal.get_decoder() if hasattr(model, "get_decoder") else model
+    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def disable_dropout(model: nn.Module) -> None:

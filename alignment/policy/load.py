@@ -17,9 +17,17 @@ from alignment.config.schema import Calibration, Device, Dtype, ModelConfig, Qua
 from alignment.errors import UserError, did_you_mean, require
 from alignment.files import cache_dir
 from alignment.kernels.experts import patch_experts
+from alignment.policy.architecture import AUTO_ATTENTION, attentions, auto_class, build_model
 from alignment.policy.calibration import calibrate
 from alignment.policy.layers import disable_dropout
-from alignment.policy.quantize import load_arguments, pack_model, packing_experts, settle_compute
+from alignment.policy.quantize import (
+    NEVER_QUANTIZED,
+    load_arguments,
+    pack_model,
+    packing_experts,
+    settle_compute,
+    unquantised,
+)
 from alignment.policy.residual_start import residual_start, save_with_start
 from alignment.policy.stored import Checkpoint, describe_stored, require_loadable
 from alignment.scoring.logps import check_scoring, enable_scoring
@@ -124,6 +132,53 @@ def _chat_template(tokenizer: Any, config: ModelConfig) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
+def load_model(source: str, config: ModelConfig, **settings: Any) -> Any:
+    """The language model in a folder or on the hub, as transformers loads it.
+
+    Args:
+        source: folder or hub id.
+        config: its attention, and what to read of the source.
+        settings: more of `from_pretrained`.
+
+    Raises:
+        UserError: transformers cannot load the model, or not with this attention.
+    """
+    attention = None if config.attention == AUTO_ATTENTION else config.attention
+    shape = read_shape(source, config)
+    kind = auto_class(shape)
+    try:
+        return kind.from_pretrained(
+            source,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=attention,
+            use_safetensors=True,
+            **settings,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        # transformers looks at the attention before it reads any weight
+        known = attentions(shape) if attention is not None else []
+        if known and attention not in known:
+            raise UserError(
+                f"model.attention={attention}: a {shape.model_type} has {', '.join(known)}: choose one, or auto."
+            ) from error
+        raise UserError(f"model.name={config.name} cannot be loaded: {one_line(error)}") from error
+
+
+def read_shape(source: str, config: ModelConfig) -> Any:
+    """The configuration of the model in a folder or on the hub.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.name={config.name} cannot be loaded: {one_line(error)}") from error
+
+
 def load_base(
     config: ModelConfig,
     quantization: QuantizationConfig | None,
@@ -141,51 +196,35 @@ def load_base(
         cache: folder for what is calibrated; None: the user's cache.
 
     Raises:
-        UserError: a library is needed and missing, transformers cannot load the model, its files lack weights, or it is
+        UserError: a library is needed and missing, the model cannot be loaded, its files lack weights, or it is
             quantised already in another way than the settings ask for.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     dtype = resolve_dtype(config.dtype, device)
     if device.type == "cuda" and config.dtype is Dtype.auto and dtype is torch.float32:
         log.info("This GPU is older than Ampere and does not compute in bfloat16: the model is in float32.")
     if quantization is not None:
         require_machine(device=Device.cpu if device.type == "cpu" else Device.cuda, quantization=quantization)
     compute = dtype if quantization is None else resolve_dtype(quantization.compute_dtype, device)
-    try:
-        shape = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
-        stored = Checkpoint.of(shape)
-        require_loadable(config.name, stored, quantization)
-        packs = stored.is_dequantised and quantization is not None
-        calibration = Calibration.none if quantization is None else quantization.calibration
-        require(
-            calibration is Calibration.none or not stored.method,
-            f"quantization.calibration={calibration.name} needs 16-bit weights, and model.name={config.name} is "
-            f"quantised already: set quantization.calibration=none, or use the checkpoint that is not quantised.",
+    shape = read_shape(source, config)
+    stored = Checkpoint.of(shape)
+    require_loadable(config.name, stored, quantization)
+    packs = stored.is_dequantised and quantization is not None
+    calibration = Calibration.none if quantization is None else quantization.calibration
+    require(
+        calibration is Calibration.none or not stored.method,
+        f"quantization.calibration={calibration.name} needs 16-bit weights, and model.name={config.name} is "
+        f"quantised already: set quantization.calibration=none, or use the checkpoint that is not quantised.",
+    )
+    load = partial(load_model, source, config, dtype=dtype)
+    makes_nf4 = quantization is not None and not stored.method
+    plain = unquantised(build_model(shape, config.trust_remote_code)) if makes_nf4 else NEVER_QUANTIZED
+    with packing_experts(quantization.double) if quantization is not None else nullcontext():
+        model, found = load(
+            **load_arguments(stored, quantization, compute, plain),
+            device_map={"": "cpu" if packs else device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in a sentence
         )
-        load = partial(
-            AutoModelForCausalLM.from_pretrained,
-            source,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=dtype,
-            use_safetensors=True,
-        )
-        with packing_experts(quantization.double) if quantization is not None else nullcontext():
-            loaded: Any = load(
-                attn_implementation=config.attention,
-                **load_arguments(stored, quantization, compute),
-                device_map={"": "cpu" if packs else device},
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, in a sentence
-            )
-    except UserError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"model.name={config.name} cannot be loaded with model.attention={config.attention}: {one_line(error)}"
-        ) from error
-    model, found = loaded
     _require_all_weights(config, model, found)
     if packs:
         assert quantization is not None

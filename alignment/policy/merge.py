@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from alignment.config.schema import RunConfig
 from alignment.errors import UserError
 from alignment.policy.adapter_kinds import merged_weight
-from alignment.policy.load import load_base, one_line, resolve_dtype
+from alignment.policy.load import load_base, load_model, one_line, read_shape, resolve_dtype
 from alignment.policy.quantize import is_packed_by_bitsandbytes, load_arguments, plain_weight, without_packing
 from alignment.policy.requantise import Sequences, drift_of_steps, next_logps
 from alignment.policy.saved_adapter import read_adapter, require_known_form
@@ -114,18 +114,9 @@ def merge_adapter(model: Any, folder: Path) -> nn.Module:
 
 def _load_plain(source: str, config: RunConfig, dtype: torch.dtype, device: torch.device, own: bool = True) -> Any:
     """The model in a folder or on the hub, in plain weights; `own` for the run's model, not its export."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    found = {"revision": config.model.revision if own else None, "trust_remote_code": config.model.trust_remote_code}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source,
-        **found,
-        **load_arguments(Checkpoint.of(AutoConfig.from_pretrained(source, **found)), None, dtype),
-        dtype=dtype,
-        attn_implementation=config.model.attention,
-        use_safetensors=True,
-    )
-    return without_packing(model, dtype).to(device).eval()
+    model = config.model if own else replace(config.model, revision=None)
+    stored = load_arguments(Checkpoint.of(read_shape(source, model)), None, dtype)
+    return without_packing(load_model(source, model, dtype=dtype, **stored), dtype).to(device).eval()
 
 
 @torch.no_grad()

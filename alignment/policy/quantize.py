@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,20 +13,37 @@ from alignment.config.schema import QuantizationConfig
 from alignment.errors import require
 from alignment.kernels.calibrated import CalibratedState, quantised_state
 from alignment.policy.stored import Checkpoint
+from alignment.policy.targets import read_layers
 
 # Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
 NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
-"""Modules that a quantised model leaves as they are."""
+"""Modules that every quantised model leaves as they are; `unquantised` adds those that one architecture reads."""
 
 _LARGEST = 2**31
 """bitsandbytes counts the values of a tensor in 32 bits."""
 
 
-def load_arguments(found: Checkpoint, quantization: QuantizationConfig | None, compute: torch.dtype) -> dict[str, Any]:
+def unquantised(model: nn.Module) -> list[str]:
+    """Names of the modules that a quantised model leaves as they are, with the layers whose weights its own code reads.
+
+    Args:
+        model: with or without its weights.
+    """
+    read = {name.rpartition(".")[2] for name in read_layers(model)}
+    return [*NEVER_QUANTIZED, *sorted(read - set(NEVER_QUANTIZED))]
+
+
+def load_arguments(
+    found: Checkpoint,
+    quantization: QuantizationConfig | None,
+    compute: torch.dtype,
+    plain: Sequence[str] = NEVER_QUANTIZED,
+) -> dict[str, Any]:
     """What `from_pretrained` is told about quantisation; where the checkpoint's own counts, nothing.
 
     Args:
         compute: dtype that NF4 layers compute in.
+        plain: names of the modules that are left as they are.
     """
     if found.is_dequantised:
         from transformers.quantizers.auto import AutoQuantizationConfig
@@ -34,10 +51,10 @@ def load_arguments(found: Checkpoint, quantization: QuantizationConfig | None, c
         return {"quantization_config": AutoQuantizationConfig.from_dict({**found.settings, "dequantize": True})}
     if found.method or quantization is None:
         return {}
-    return {"quantization_config": _nf4(quantization, compute)}
+    return {"quantization_config": _nf4(quantization, compute, plain)}
 
 
-def _nf4(quantization: QuantizationConfig, compute: torch.dtype) -> Any:
+def _nf4(quantization: QuantizationConfig, compute: torch.dtype, plain: Sequence[str]) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -45,13 +62,13 @@ def _nf4(quantization: QuantizationConfig, compute: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quantization.double,
         bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=NEVER_QUANTIZED,
+        llm_int8_skip_modules=list(plain),
     )
 
 
-def is_left_plain(name: str) -> bool:
-    """Whether a module of this name is one of `NEVER_QUANTIZED`, as transformers compares names."""
-    return any(name.endswith(pattern) or name.startswith(f"{pattern}.") for pattern in NEVER_QUANTIZED)
+def _is_among(name: str, plain: Sequence[str]) -> bool:
+    """Whether a module of this name is left as it is, as transformers compares names."""
+    return any(name.endswith(pattern) or name.startswith(f"{pattern}.") for pattern in plain)
 
 
 # Stacked experts
@@ -143,8 +160,9 @@ def pack_model(model: Any, quantization: QuantizationConfig, compute: torch.dtyp
     from bitsandbytes.nn import Linear4bit
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    plain = unquantised(model)
     for name, layer in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
-        if is_left_plain(name) or layer is model.get_output_embeddings():
+        if _is_among(name, plain) or layer is model.get_output_embeddings():
             continue
         packed: Any = Linear4bit(
             layer.in_features, layer.out_features, False, compute, quantization.double, "nf4", device="meta"
@@ -158,7 +176,7 @@ def pack_model(model: Any, quantization: QuantizationConfig, compute: torch.dtyp
         assert weight is not None
         module._parameters[leaf] = _packed(weight, quantization.double, weight.dtype, device)
     model.to(device)
-    settings = _nf4(quantization, compute)
+    settings = _nf4(quantization, compute, plain)
     model.hf_quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     model.config.quantization_config = settings
     model.quantization_method = settings.quant_method

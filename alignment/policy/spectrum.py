@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from alignment.config.schema import AdapterConfig
 from alignment.errors import UserError
 from alignment.files import file_lock, read_sealed, write_sealed
+from alignment.policy.adapter_names import with_targets
 from alignment.policy.identity import policy_identity
 from alignment.policy.quantize import plain_weight
 
@@ -174,6 +175,7 @@ def choose_trained(
     """
     if share is None:
         return adapter, None
+    adapter = None if adapter is None else with_targets(model, adapter)
     targets = None if adapter is None or adapter.target_modules == ["all-linear"] else adapter.target_modules
     modules = choose_modules(model, share, targets, cache, kept)
     return (None, modules) if adapter is None else (replace(adapter, target_modules=modules), None)

@@ -14,14 +14,10 @@ from alignment.reference.base import Reference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.scoring.head import OtherModel
 from alignment.scoring.layout import BatchLayout, MicroBatch
-from alignment.scoring.logps import hidden_states, in_passes, join_scores, score_groups, score_tokens
+from alignment.scoring.logps import hidden_states, in_passes, join_scores, score_groups, score_tokens, scoring_head
 from alignment.types import Group, Quantity, RaggedLogps, to_device
 
 log = logging.getLogger(__name__)
-
-
-def _head(model: Any) -> nn.Module:
-    return model.get_output_embeddings()
 
 
 class LiveReference(Reference):
@@ -85,7 +81,7 @@ class LiveReference(Reference):
         """The frozen policy's head, and its hidden states that predict the scored tokens of a pass."""
         with self.frozen.active() as model:
             hidden = hidden_states(model, batch)
-            head = _head(model)
+            head = scoring_head(model)
         if any(
             parameter.requires_grad for parameter in head.parameters()
         ):  # the head trains, so the frozen one differs
@@ -94,7 +90,7 @@ class LiveReference(Reference):
 
     def _run_head(self, hidden: Tensor) -> Tensor:
         with self.frozen.active() as model:
-            return _head(model)(hidden)
+            return scoring_head(model)(hidden)
 
     def _tensors(self) -> dict[str, Tensor]:
         return self.frozen.state()

@@ -188,7 +188,7 @@ def _settings_and_data(run: RunFiles) -> list[tuple[str, str]]:
 
 
 _KINDS = {"lora": "LoRA", "dora": "DoRA", "vera": "VeRA", "oft": "OFT", "boft": "BOFT"}
-_USUAL = {"target_modules": ["all-linear"], "init": "default", "lr_ratio": 1.0}
+_USUAL = {"target_modules": ["auto"], "init": "default", "lr_ratio": 1.0}
 
 
 def _adapter_line(adapter: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ _SMALLEST_LOG = -80.0
 class LogitTransform:
     """What some architectures do to the head's output: logits * scale, or cap * tanh(logits / cap).
 
-    `logps.check_scoring` checks that nothing else happens.
+    `logps.check_scoring` looks whether anything else happens.
     """
 
     scale: float = 1.0
@@ -46,8 +46,9 @@ class LogitTransform:
             return cls(cap=cap)
         if divisor := getattr(config, "logits_scaling", None):  # Granite
             return cls(scale=1 / divisor)
-        if factor := getattr(config, "logit_scale", None):  # Cohere
-            return cls(scale=factor)
+        for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+            if factor := getattr(config, name, None):
+                return cls(scale=factor)
         return cls()
 
     def __call__(self, logits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alignment.errors import UserError
 from alignment.kernels.attention import SharedRow
+from alignment.kernels.base import in_words
 from alignment.kernels.gather import select_rows
 from alignment.scoring.head import LogitTransform, OtherModel, score_hidden
 from alignment.scoring.layout import BatchLayout, MicroBatch
@@ -38,8 +39,12 @@ def enable_scoring(model: nn.Module) -> None:
     These are the (rows, tokens) of `head.score_hidden`, or with `hidden_only` the (tokens, H) hidden states behind
     them. Scoring goes through `forward` so that wrappers around the model (peft, DDP, FSDP, autocast) see an ordinary
     call. Without these two arguments `forward` does what it did before.
+
+    Where `check_scoring` has found that the model's logits are something else than its head makes of its hidden states,
+    the logits take the place of the hidden states, and a head that hands them through that of the head.
     """
-    transform = LogitTransform.of(model.config)
+    causal: Any = model
+    transform = LogitTransform.of(causal.config.get_text_config())
     plain_forward = model.forward
 
     @functools.wraps(type(model).forward)  # keeps the signature that `generate` and the trainer read
@@ -59,14 +64,43 @@ def enable_scoring(model: nn.Module) -> None:
         if shared_row is not None:
             # A mask of four dimensions is handed through as it is: none is made, and attention needs none.
             kwargs |= {"shared_row": shared_row, "attention_mask": targets.new_zeros(1, 1, 1, 1)}
-        head = self.get_output_embeddings()  # looked up here, since an adapter may have replaced it
+        whole = _keeps_logits(self)
+        head = scoring_head(self)  # looked up here, since an adapter may have replaced it
         # Autocast is entered here so that policy and reference are always scored in the same precision.
         with autocast(self, targets.device):
-            hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
+            if whole:
+                hidden = plain_forward(use_cache=False, **kwargs).logits
+            else:
+                hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
             hidden = select_rows(hidden.flatten(0, 1), score_positions)
-            return hidden if hidden_only else score_hidden(head, hidden, targets, transform, quantities, other)
+            form = LogitTransform() if whole else transform
+            return hidden if hidden_only else score_hidden(head, hidden, targets, form, quantities, other)
 
     model.forward = types.MethodType(forward, model)
+
+
+class _HandsThrough(nn.Identity):
+    """The head of a model whose logits stand in for its hidden states."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+
+
+_KEEPS_LOGITS = "_keeps_logits"
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    return getattr(model, _KEEPS_LOGITS, False)
+
+
+def scoring_head(model: nn.Module) -> nn.Module:
+    """The module that makes logits of what `hidden_states` gives."""
+    causal: Any = model
+    if _keeps_logits(model):
+        return _HandsThrough(causal.get_input_embeddings().num_embeddings)
+    head: nn.Module = causal.get_output_embeddings()
+    return head
 
 
 def _pass(model: nn.Module, batch: MicroBatch, **options: Any) -> Tensor:
@@ -215,19 +249,34 @@ def join_scores(groups: Sequence[Group], scored: Sequence[tuple[MicroBatch, Ragg
 
 @torch.no_grad()
 def check_scoring(model: nn.Module, vocabulary: int, device: torch.device) -> None:
-    """Compare scoring with the model's own full logits on eight tokens.
+    """Compare scoring with the model's own full logits on eight tokens; where it differs, score by whole logits.
+
+    That is slower and needs more memory, but it is right for every model; a log line says so.
 
     Raises:
-        UserError: the architecture's logits are not `transform(head(hidden))`, so training would use wrong numbers.
+        UserError: the model computes nothing from tokens alone.
     """
     ids = (torch.arange(9, device=device) * 7919 % vocabulary)[None]
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
-    expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-    values = model(input_ids=ids[:, :-1], score_positions=torch.arange(8, device=device), targets=ids[0, 1:])
-    difference = (TokenScores(values).logps.double() - expected).abs().max().item()
-    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 5e-2
-    if not difference <= tolerance:
+    try:
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
+    except Exception as error:
         raise UserError(
-            f"This model's logits cannot be recomputed from its hidden states and its LM head "
-            f"(log-probs differ by {difference:.3g}), so it cannot be trained here."
+            f"model.name: a {type(model).__name__} computes nothing from tokens alone, so it cannot be trained here "
+            f"({in_words(error)})."
+        ) from error
+    expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 5e-2
+    try:
+        values = model(input_ids=ids[:, :-1], score_positions=torch.arange(8, device=device), targets=ids[0, 1:])
+        difference = (TokenScores(values).logps.double() - expected).abs().max().item()
+        reason = None if difference <= tolerance else f"log-probs differ by {difference:.3g}"
+    except Exception as error:  # a decoder or a head that nobody has seen
+        reason = in_words(error)
+    if reason is not None:
+        setattr(model, _KEEPS_LOGITS, True)
+        log.info(
+            "The logits of %s are not its head's of its hidden states (%s): all logits of a pass are kept, which takes "
+            "time and memory.",
+            type(model).__name__,
+            reason,
         )

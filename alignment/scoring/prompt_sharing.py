@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.kernels.attention import disable_shared_prompts, enable_shared_prompts
+from alignment.kernels.base import in_words
 from alignment.scoring.layout import PASS_COST, BatchLayout, FlatLayout, SharedLayout
 from alignment.scoring.logps import join_scores, score
 from alignment.types import Group
@@ -55,24 +56,24 @@ def choose_layout(model: nn.Module, device: torch.device) -> BatchLayout:
 
 def _why_not(model: nn.Module, base: Any, flat: FlatLayout, device: torch.device) -> str | None:
     groups = _probe(base.get_input_embeddings().num_embeddings)
-    windows = [None, _SHORT_WINDOW] if isinstance(getattr(base.config, "sliding_window", None), int) else [None]
+    windows = [None, _SHORT_WINDOW] if _has_window(base.config.get_text_config()) else [None]
     expected = []
     for window in windows:
         with _window(base, window):
             expected.append(_scores_and_gradient(model, groups, flat, device))
-    if not enable_shared_prompts(base):
-        return f"its attention ({base.config._attn_implementation}) cannot be replaced"
-    for window, expected_values in zip(windows, expected, strict=True):
-        with _window(base, window):
-            try:
+    try:
+        if not enable_shared_prompts(base):
+            return f"its attention ({base.config._attn_implementation}) cannot be replaced"
+        for window, expected_values in zip(windows, expected, strict=True):
+            with _window(base, window):
                 reason = _difference(model, groups, expected_values, base.dtype, device)
-            except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
-                reason = f"its architecture cannot do it ({' '.join(str(error).split())[:200]})"
-                if device.type == "cuda" and not isinstance(error, NotImplementedError):
-                    # A GPU's launch error hides here just as well, and costs a third of the speed.
-                    log.warning("Sharing prompts failed on the GPU with %s.", type(error).__name__, exc_info=error)
-        if reason is not None:
-            return reason
+            if reason is not None:
+                return reason
+    except Exception as error:  # whatever an architecture does with an attention that it does not know
+        if device.type == "cuda" and not isinstance(error, NotImplementedError):
+            # A GPU's launch error hides here just as well, and costs a third of the speed.
+            log.warning("Sharing prompts failed on the GPU with %s.", type(error).__name__, exc_info=error)
+        return f"its architecture cannot do it ({in_words(error)})"
     return None
 
 
@@ -149,13 +150,18 @@ def _leak(model: nn.Module, groups: Sequence[Group], values: Tensor, device: tor
     return (found - values)[~first].abs().mean().item()
 
 
+def _has_window(owner: Any) -> bool:
+    return isinstance(getattr(owner, "sliding_window", None), int)
+
+
 @contextmanager
 def _window(base: Any, window: int | None) -> Iterator[None]:
     """Shorten every sliding window of the model for a while; None leaves them as they are."""
     if window is None:
         yield
         return
-    owners = [o for o in (base.config, *base.modules()) if isinstance(getattr(o, "sliding_window", None), int)]
+    configs = {id(c): c for c in (base.config, base.config.get_text_config())}.values()
+    owners = [o for o in (*configs, *base.modules()) if _has_window(o)]
     before = [o.sliding_window for o in owners]
     try:
         for owner in owners:

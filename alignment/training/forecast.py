@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from alignment.config.preflight import model_problem
 from alignment.config.schema import ReferenceMode, RunConfig, SFTConfig
@@ -90,12 +90,6 @@ def read_config(config: RunConfig, file: Path | None) -> Any:
             f"{what} holds no configuration that transformers can read{advice}: give the model's config.json with "
             f"--config FILE."
         ) from error
-
-
-def build_model(config: Any) -> nn.Module:
-    """The model without its weights, on torch's meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def plan_stages(config: RunConfig, model: nn.Module, machine: Machine, length: int | None) -> dict[str, StagePlan]:

@@ -19,7 +19,7 @@ from alignment.kernels.calibrated import is_calibrated
 from alignment.policy.adapter import empty_adapter
 from alignment.policy.adapter_kinds import plain_name
 from alignment.policy.layers import decoder_layers
-from alignment.policy.quantize import NEVER_QUANTIZED, stacks
+from alignment.policy.quantize import stacks, unquantised
 from alignment.policy.stored import Checkpoint, nf4_bytes_per_weight
 from alignment.scoring.head import LOGITS_PER_CHUNK
 from alignment.training.master_weights import BYTES as MASTER_BYTES
@@ -296,10 +296,11 @@ def plan_weights(
     is_packed = quantization is not None or stored.is_packed
     packed = 0
     if is_packed:
+        whole = set(unquantised(model))
         packed = sum(
             layer.weight.numel()
             for name, layer in linears
-            if isinstance(layer, nn.Linear) and not set(NEVER_QUANTIZED) & set(name.split("."))
+            if isinstance(layer, nn.Linear) and not whole & set(name.split("."))
         )
         packed += sum(module.get_parameter(leaf).numel() for _, module, leaf in stacks(model))
     base = (total - packed) * value
@@ -359,7 +360,9 @@ def sizes_of(
     """
     causal: Any = model
     config = causal.config.get_text_config()
-    hidden, vocabulary = config.hidden_size, config.vocab_size
+    embeddings = causal.get_input_embeddings()
+    hidden = getattr(config, "hidden_size", embeddings.embedding_dim)
+    vocabulary = embeddings.num_embeddings
     adapted = weights.adapter > 0
     experts = getattr(config, "num_experts_per_tok", None) or 0
     modules = decoder_layers(model)

@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from alignment.config.compose import load
 from alignment.files import asset_dir, atomic_write_text
-from alignment.training.forecast import Machine, build_model, plan_stages
+from alignment.policy.architecture import build_model
+from alignment.training.forecast import Machine, plan_stages
 from alignment.training.memory import GIB
 from alignment.training.qwen3_table import QWEN3, QWEN3_ALIKE, TABLE_MEMORY, cell, qwen3_table, with_table
 
@@ -107,6 +108,25 @@ PUBLISHED = (
         "dpo_chat",
         "gemma3_text",
         _sizes(1152, 6912, 26, 4, 1, 262144, head_dim=256, sliding_window=512),
+    ),
+    Published(
+        "falcon_h1_1p5b_instruct",
+        "Falcon-H1-1.5B",
+        "dpo_mamba",
+        "falcon_h1",
+        _sizes(
+            2048,
+            4096,
+            24,
+            8,
+            2,
+            65537,
+            head_dim=128,
+            mamba_d_ssm=3072,
+            mamba_n_heads=48,
+            mamba_d_head=64,
+            mamba_d_state=256,
+        ),
     ),
     Published(
         "gpt_oss_20b",

@@ -7,8 +7,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from alignment.config.compose import load
+from alignment.policy.architecture import build_model
 from alignment.training.budget import Plan, describe_checkpointing
-from alignment.training.forecast import Machine, build_model, plan_stages
+from alignment.training.forecast import Machine, plan_stages
 from alignment.training.memory import GIB
 
 QWEN3: dict[str, dict[str, Any]] = {

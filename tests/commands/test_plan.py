@@ -9,7 +9,8 @@ from alignment import plan as command
 from alignment.config.compose import load
 from alignment.files import asset_dir
 from alignment.plan import parse_memory
-from alignment.training.forecast import Machine, build_model, plan_stages
+from alignment.policy.architecture import build_model
+from alignment.training.forecast import Machine, plan_stages
 from alignment.training.memory import GIB
 from alignment.training.published import MARKERS, PUBLISHED, SIZE_MARKERS, models_table, published_config, sizes_table
 from alignment.training.qwen3_table import QWEN3, qwen3_table, with_table

@@ -146,7 +146,7 @@ def test_the_qwen3_recipes_differ_in_the_loss_and_what_it_asks_for(name):
     assert (config.sft is None) == (name == "orpo_qwen3") == (not config.reference.for_metrics)
     assert config.model.name == "Qwen/Qwen3-1.7B-Base"
     assert config.quantization.double
-    assert (config.adapter.r, config.adapter.alpha, config.adapter.target_modules) == (32, 64, ["all-linear"])
+    assert (config.adapter.r, config.adapter.alpha, config.adapter.target_modules) == (32, 64, ["auto"])
     assert (config.evaluation.prompts, config.evaluation.judge, config.device) == (64, Judge.none, Device.cuda)
     assert (config.data.split, config.data.eval_split) == ("train_prefs", "test_prefs")
     for data in (config.data, config.sft.data if config.sft else config.data):

@@ -1,12 +1,17 @@
 """Where torch lacks one of its private operations, or it computes something else, another way is taken."""
 
+import logging
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
 
-from alignment.kernels import attention, base, mlp
+from alignment.kernels import attention, base, mlp, norm, patch, rotary
 from alignment.kernels import matmul as products
 from alignment.kernels.matmul import add_matmul, matmul
+from alignment.kernels.patch import patch_layers
+from tests.helpers.families import FAMILIES
 from tests.helpers.patched import PATCHED, assert_close, classes, compute, pair
 
 
@@ -78,3 +83,61 @@ def test_the_first_probe_may_run_inside_a_checkpointed_layer():
         gradients.append(torch.autograd.grad(out.sin().sum(), q)[0])
     expected = torch.autograd.grad(attention.attend(q, k, v, row, 0.3).sin().sum(), q)[0]
     assert all(torch.equal(found, expected) for found in gradients)
+
+
+def unforeseen(*args, **kwargs):
+    raise KeyError("of a class that nobody has seen")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (patch, "linear_class"),
+        (patch, "mlp_class"),
+        (patch, "norm_class"),
+        (patch, "attention_class"),
+        (patch, "_computes_the_same"),
+        (norm, "_is_shifted"),
+        (mlp, "_activation_of"),
+        (rotary, "rotary_function"),
+        (rotary, "_faster_rotary"),
+    ],
+)
+def test_whatever_a_probe_raises_the_module_keeps_its_own_forward(module, name, monkeypatch, caplog):
+    """One line for each class, and the model computes what it did."""
+    patch.rotary_function.cache_clear()
+    monkeypatch.setattr(module, name, unforeseen)
+    try:
+        with caplog.at_level(logging.INFO, logger="alignment.kernels.base"):
+            own, changed = pair("qwen3")
+        assert classes(changed) < PATCHED["qwen3"]
+        lines = [record.getMessage() for record in caplog.records]
+        assert lines and len(lines) == len(set(lines)) and all("KeyError" in line for line in lines)
+        assert_close(compute(changed), compute(own), 1e-4)
+    finally:
+        patch.rotary_function.cache_clear()
+
+
+@pytest.mark.parametrize(("device", "level"), [("cpu", logging.INFO), ("cuda", logging.WARNING)])
+def test_on_a_gpu_a_failed_probe_is_a_warning(device, level, caplog):
+    """Somebody pays for the GPU's speed, so that the error is not missed."""
+    with caplog.at_level(logging.INFO, logger="alignment.kernels.base"):
+        base.passed_over("A faster forward is", RuntimeError("no\nimage"), torch.device(device))
+    [record] = caplog.records
+    assert (record.levelno, record.getMessage()) == (
+        level,
+        "A faster forward is not used, because it failed here: RuntimeError: no.",
+    )
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_next", "gpt_oss"])
+def test_families_whose_norms_and_positions_are_others(model_type):
+    """A norm with a gate and tables of half the width: what is not the usual form stays as it is."""
+    [family] = [f for f in FAMILIES if f.model_type == model_type]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family.config()).requires_grad_(False)
+    ids = torch.arange(2, 14)[None]
+    expected = model(input_ids=ids).logits
+    patch_layers(model)
+    assert classes(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """Log-probs: the scoring route against plain full logits, whatever the batches."""
 
 import functools
+import logging
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from alignment.errors import UserError
 from alignment.kernels.attention import enable_shared_prompts
 from alignment.scoring.head import LOGITS_PER_CHUNK, LogitTransform, score_hidden
 from alignment.scoring.layout import FlatLayout, SharedLayout
@@ -153,7 +153,8 @@ def test_architectures_that_change_their_logits(family):
         torch.testing.assert_close(logps.sequence(k), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_unknown_head_is_refused():
+def test_an_unknown_head_is_scored_by_its_own_logits(caplog):
+    """What a model makes of its head's output is part of the log-prob, whether anybody knows it or not."""
     model = tiny_policy(r=None)
     plain = type(model).forward
 
@@ -165,8 +166,13 @@ def test_an_unknown_head_is_refused():
     model.__class__ = type("Doubled", (type(model),), {"forward": doubled})
     del model.forward
     enable_scoring(model)
-    with pytest.raises(UserError, match="cannot be recomputed"):
+    with caplog.at_level(logging.INFO, logger="alignment.scoring.logps"):
         check_scoring(model, 97, CPU)
+    assert caplog.text.count("all logits of a pass are kept") == 1
+    groups = random_groups(2)
+    found = join_scores(groups, list(score_groups(model, groups, FlatLayout(), 1000, CPU)))
+    expected = torch.cat([plain_logps(model, g.prompt, c).detach() for g in groups for c in g.completions])
+    torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_generation_still_works():

@@ -327,6 +327,42 @@ def test_these_models_do_not(name, settings, caplog):
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("part", ["attend", "enable_shared_prompts"])
+def test_whatever_sharing_raises_the_rows_are_flat(part, monkeypatch, caplog):
+    """A class that nobody has seen may raise anything: sharing only makes training faster, so it never stops one."""
+
+    def unforeseen(*args, **kwargs):
+        raise KeyError("shared_row")
+
+    where = alignment.kernels.attention if part == "attend" else alignment.scoring.prompt_sharing
+    monkeypatch.setattr(where, part, unforeseen)
+    model = tiny_policy(torch.float32)
+    with caplog.at_level(logging.INFO, logger="alignment.scoring.prompt_sharing"):
+        assert isinstance(choose_layout(model, CPU), FlatLayout)
+    assert "KeyError: 'shared_row'" in caplog.text
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.003])
+def test_a_state_that_leaks_is_found(strength, caplog):
+    """A layer that hands a fading state from token to token: in a shared row it goes from answer to answer."""
+    model = tiny_policy(torch.float32, trained=True)
+
+    def leak(module, inputs, output):
+        kept = [torch.zeros_like(output[:, 0])]
+        for token in output.unbind(1):
+            kept.append(0.8 * kept[-1] + token)
+        return output + strength * torch.stack(kept[:-1], 1)
+
+    model.get_decoder().layers[0].mlp.register_forward_hook(leak)
+    with caplog.at_level(logging.INFO, logger="alignment.scoring.prompt_sharing"):
+        layout = choose_layout(model, CPU)
+    assert isinstance(layout, FlatLayout) and "log-probs differ by" in caplog.text
+    groups = random_groups(5, k=3, seed=2)
+    alone = torch.cat([scores_and_gradient(model, [group], layout, 1)[0] for group in groups])
+    torch.testing.assert_close(scores_and_gradient(model, groups, layout, 10_000)[0], alone, rtol=0, atol=1e-5)
+
+
 def test_a_wrong_attention_is_found(monkeypatch, caplog):
     """Whatever goes wrong in it, the comparison sees it: siblings seen, the prompt not seen, a wrong scale."""
     right = alignment.kernels.attention.attend

@@ -1,0 +1,75 @@
+"""A model class that nobody has seen trains: every faster way falls back."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from alignment.policy.adapter import check_adapter_gradients, load_adapter
+from alignment.policy.architecture import auto_class
+from alignment.reference.live import LiveReference
+from alignment.scoring.layout import FlatLayout
+from alignment.scoring.logps import score
+from alignment.scoring.prompt_sharing import choose_layout
+from alignment.training.memory import count_weights, sizes_of
+from tests.conftest import random_groups
+from tests.helpers.families import policy
+from tests.helpers.odd_model import OddConfig
+from tests.helpers.policies import CPU, NF4, load, scores
+from tests.helpers.steps import make_loss, make_trainer, sequence_logp
+
+GROUPS = random_groups(4, seed=3)
+
+
+@pytest.fixture(scope="module")
+def odd_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    torch.manual_seed(0)
+    config = OddConfig(initializer_range=0.3)
+    auto_class(config).from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["float32", "nf4"])
+def test_an_unseen_model_trains(odd_folder, quantization, tmp_path, caplog):
+    """It is scored by its own logits, flat, with its own layers, and goes the whole way."""
+    with caplog.at_level(logging.INFO):
+        model = policy(odd_folder, quantization=quantization).train()
+        layout = choose_layout(model, CPU)
+    assert isinstance(layout, FlatLayout)
+    for said in ("all logits of a pass are kept", "Prompts are not shared"):
+        assert caplog.text.count(said) == 1, said
+    adapted = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted == {"inward", "doorway", "outward"}
+    expected = torch.cat([sequence_logp(model, g.prompt, c).detach() for g in GROUPS for c in g.completions])
+    torch.testing.assert_close(scores(model, GROUPS), expected, rtol=0, atol=2e-5)
+    assert sizes_of(model, count_weights(model), value=4, optimizer="adamw_torch", device="cpu").estimate
+
+    reference = LiveReference(model, layout, 10_000, CPU)
+    trainer = make_trainer(model, GROUPS, make_loss("dpo"), tmp_path, reference=reference, layout=layout)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(trainer.training_step(model, {"groups": GROUPS}).item())
+        check_adapter_gradients(model)
+        optimizer.step()
+    assert math.isclose(losses[0], math.log(2), abs_tol=1e-5) and losses[2] < losses[1] < losses[0]
+
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(load(odd_folder, quantization, attention="auto"), tmp_path / "adapter")
+    assert torch.equal(scores(model, GROUPS), scores(loaded, GROUPS))
+
+
+def test_a_divergence_of_an_unseen_model(odd_folder, tmp_path):
+    """A loss that needs whole distributions takes them from the same logits."""
+    model = policy(odd_folder, quantization=None).train()
+    groups = GROUPS
+    from tests.conftest import recommended_loss
+
+    trainer = make_trainer(model, groups, recommended_loss("tdpo2"), tmp_path)
+    loss = trainer.training_step(model, {"groups": groups})
+    assert math.isclose(loss.item(), math.log(2), abs_tol=1e-5)
+    [batch] = FlatLayout().batches(groups, 10_000)
+    assert score(model, batch).values.requires_grad

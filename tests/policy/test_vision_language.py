@@ -1,0 +1,85 @@
+"""Checkpoints that also see: their language model trains on text, and anybody can load what is saved."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from alignment.policy.adapter import check_adapter_gradients
+from alignment.policy.architecture import auto_class
+from alignment.policy.layers import decoder_layers
+from alignment.scoring.logps import score
+from alignment.scoring.prompt_sharing import choose_layout
+from tests.conftest import random_groups
+from tests.helpers.families import SIZES, policy
+from tests.helpers.policies import CPU, NF4, scores, train_adapter
+
+GROUPS = random_groups(3, seed=3)
+_POSITIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_SEEING = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+}
+KINDS = {
+    "gemma3": {
+        "text_config": SIZES | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        "vision_config": _SEEING | {"patch_size": 8},
+        "mm_tokens_per_image": 4,
+    },
+    "qwen3_vl": {
+        "text_config": SIZES | {"rope_parameters": _POSITIONS},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+    },
+    "mistral3": {
+        "text_config": SIZES | {"model_type": "mistral", "sliding_window": None},
+        "vision_config": _SEEING | {"model_type": "pixtral", "patch_size": 8},
+    },
+    "llama4": {
+        "text_config": SIZES | {"num_local_experts": 2, "intermediate_size_mlp": 64, "moe_layers": [1]},
+        "vision_config": _SEEING
+        | {"patch_size": 8, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    },
+}
+
+
+@pytest.fixture(params=sorted(KINDS))
+def folder(request, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **KINDS[request.param])
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_language_model_trains_on_text(folder, tmp_path):
+    """Adapters on the language model alone; a plain `PeftModel` on the class of the checkpoint gives the same."""
+    model = policy(folder, quantization=NF4).train()
+    assert len(decoder_layers(model)) == 2
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and not any("vision" in name or "visual" in name or "projector" in name for name in trained)
+    layout = choose_layout(model, CPU)
+    for batch in layout.batches(GROUPS, 10_000):
+        score(model, batch).sums().sum().backward()
+    check_adapter_gradients(model)
+
+
+def test_anybody_loads_what_is_saved(folder, tmp_path):
+    """The names in the saved adapter are those of the class that transformers loads the checkpoint with."""
+    model = train_adapter(policy(folder, quantization=None)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    theirs = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    plain = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)
+    assert scores(model, GROUPS).isfinite().all()
