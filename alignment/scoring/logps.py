@@ -64,7 +64,7 @@ def enable_scoring(model: nn.Module) -> None:
         if shared_row is not None:
             # A mask of four dimensions is handed through as it is: none is made, and attention needs none.
             kwargs |= {"shared_row": shared_row, "attention_mask": targets.new_zeros(1, 1, 1, 1)}
-        whole = _keeps_logits(self)
+        whole = keeps_logits(self)
         head = scoring_head(self)  # looked up here, since an adapter may have replaced it
         # Autocast is entered here so that policy and reference are always scored in the same precision.
         with autocast(self, targets.device):
@@ -90,14 +90,15 @@ class _HandsThrough(nn.Identity):
 _KEEPS_LOGITS = "_keeps_logits"
 
 
-def _keeps_logits(model: nn.Module) -> bool:
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a model is scored by its own logits."""
     return getattr(model, _KEEPS_LOGITS, False)
 
 
 def scoring_head(model: nn.Module) -> nn.Module:
     """The module that makes logits of what `hidden_states` gives."""
     causal: Any = model
-    if _keeps_logits(model):
+    if keeps_logits(model):
         return _HandsThrough(causal.get_input_embeddings().num_embeddings)
     head: nn.Module = causal.get_output_embeddings()
     return head

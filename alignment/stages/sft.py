@@ -15,7 +15,10 @@ from torch import nn
 
 from alignment.config.schema import RunConfig
 from alignment.data.prepare import SFTData
+from alignment.errors import require
 from alignment.policy.layers import as_found, checkpoint_layers
+from alignment.scoring.logps import keeps_logits
+from alignment.scoring.token_scores import TokenScores
 from alignment.stages.stage import StageResult, Workspace
 from alignment.stages.store import stage_key
 from alignment.training.budget import Plan
@@ -174,7 +177,29 @@ def _router_coefficient(model: nn.Module, asked: float) -> float | None:
         UserError: a loss of routers for a model without any.
     """
     require_routers(model, asked, "sft.trainer.router_aux_loss_coef")
+    require(
+        not asked or _fits_head(model),
+        "sft.trainer.router_aux_loss_coef: the SFT stage cannot add a loss of this model's routers: set it to 0.",
+    )
     return asked if routers(model) else None
+
+
+def _fits_head(model: Any) -> bool:
+    """Whether TRL's head, which takes the place of the model's own, computes what the model does."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.base_model is not base and not keeps_logits(base)
+
+
+def _scored_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, count: Any) -> torch.Tensor:
+    """The mean loss of the labelled tokens by the route that scores completions, which is right for every model.
+
+    Args:
+        ids, labels: (rows, width), padded on the right; -100 where a token is not scored.
+        count: labelled tokens of the step; None: of this pass.
+    """
+    rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    values = model(input_ids=ids, score_positions=rows * ids.shape[1] + columns, targets=labels[rows, columns + 1])
+    return -TokenScores(values).logps.sum() / max(1, int(len(rows) if count is None else count))
 
 
 def _trainer_class(data: SFTData) -> Any:
@@ -192,6 +217,14 @@ def _trainer_class(data: SFTData) -> Any:
                 self._step, self._passes = self.state.global_step, []
             self._passes.append(inputs)
             return super().training_step(model, inputs, num_items_in_batch)
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            if _fits_head(model):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = _scored_loss(model, inputs["input_ids"], inputs["labels"], num_items_in_batch)
+            return (loss, {}) if return_outputs else loss
 
         def step_rows(self) -> Sequence[str]:
             seen = [

@@ -73,3 +73,22 @@ def test_a_divergence_of_an_unseen_model(odd_folder, tmp_path):
     assert math.isclose(loss.item(), math.log(2), abs_tol=1e-5)
     [batch] = FlatLayout().batches(groups, 10_000)
     assert score(model, batch).values.requires_grad
+
+
+def test_sft_takes_the_loss_of_the_models_own_logits(odd_folder):
+    """TRL's head knows nothing of what the model does after its own, so it is not asked."""
+    from alignment.stages.sft import _trainer_class
+
+    model = policy(odd_folder, quantization=None).train()
+    kind = _trainer_class(None)
+    trainer = object.__new__(kind)
+    ids = torch.tensor([[5, 6, 7, 8, 9], [3, 4, 2, 0, 0]])
+    labels = torch.tensor([[-100, -100, 7, 8, 9], [-100, 4, 2, -100, -100]])
+    expected = torch.nn.functional.cross_entropy(
+        model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    for count, divisor in ((None, 5), (10, 10)):
+        loss = trainer.compute_loss(model, {"input_ids": ids, "labels": labels}, num_items_in_batch=count)
+        torch.testing.assert_close(loss, expected / divisor)
+    loss.backward()
+    check_adapter_gradients(model)
