@@ -251,32 +251,27 @@ def measure_trainings(
     return found
 
 
-def measure_depth(model: str | None, count: int = 6) -> Rows:
-    """Time of forward and backward with adapters on the upper layers only."""
+def measure_depth(model: str | None, count: int = 4, rounds: int = 4) -> Rows:
+    """Time of forward and backward with adapters on the upper layers only; the depths take turns, the least counts."""
     config = config_of(data=TEXT, model=model)
+    assert config.adapter is not None
     base = model_source(config.model, cache_dir(None)).base
     groups = texts(config, count)
-    assert config.adapter is not None
-    found: Rows = {}
-    num_layers = load_base(config.model, None, base, CPU).config.num_hidden_layers  # type: ignore[union-attr]
-    for lowest in (0, num_layers // 3, 2 * num_layers // 3):
-        plain = load_base(config.model, None, base, CPU)
-        names = [
-            name
-            for name in linear_layers(plain)
-            if any(part.isdigit() and int(part) >= lowest for part in name.split("."))
-        ]
-        policy = attach_adapter(plain, replace(config.adapter, target_modules=names), 0)
-        seconds = []
-        for _ in range(3):
+    plain: Any = load_base(config.model, None, base, CPU)
+    policies = {}
+    for lowest in (0, plain.config.num_hidden_layers // 3, 2 * plain.config.num_hidden_layers // 3):
+        found = [n for n in linear_layers(plain) if any(p.isdigit() and int(p) >= lowest for p in n.split("."))]
+        adapter = replace(config.adapter, target_modules=found)
+        policies[f"from layer {lowest} on"] = attach_adapter(load_base(config.model, None, base, CPU), adapter, 0)
+    seconds: dict[str, list[float]] = {name: [] for name in policies}
+    for _ in range(rounds):
+        for name, policy in policies.items():
             started = time.perf_counter()
             for group in groups:
                 ids = _tokens(group)
                 policy(input_ids=ids, labels=ids).loss.backward()
-            seconds.append(time.perf_counter() - started)
-        found[f"adapters from layer {lowest} on"] = {"seconds": min(seconds)}
-        say(f"from layer {lowest}", found[f"adapters from layer {lowest} on"])
-    return found
+            seconds[name].append(time.perf_counter() - started)
+    return {name: {"seconds": min(values)} for name, values in seconds.items()}
 
 
 def say(name: str, row: Mapping[str, float]) -> None:
