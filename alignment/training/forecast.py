@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from alignment.files import cache_dir
 from alignment.policy.load import resolve_dtype
 from alignment.policy.source import model_source
 from alignment.training.budget import Plan, Room, make_plan, relative_time
-from alignment.training.memory import CONTEXT, USABLE_SHARE, adapter_estimate, plan_weights, sizes_of
+from alignment.training.memory import CONTEXT, USABLE_SHARE, Weights, adapter_estimate, plan_weights, sizes_of
 from alignment.training.planning import available_memory
 
 _SHOWN_EVERY = (0, 8, 4, 3, 2, 1)
@@ -118,11 +119,23 @@ def plan_stages(config: RunConfig, model: nn.Module, machine: Machine, length: i
     return stages
 
 
+_counted: WeakKeyDictionary[nn.Module, dict[str, Weights]] = WeakKeyDictionary()
+
+
+def _weights(model: nn.Module, value: int, config: RunConfig) -> Weights:
+    """What `plan_weights` counts, once for each model: peft takes a second to lay out an adapter on a large one."""
+    counted = _counted.setdefault(model, {})
+    key = repr((value, config.adapter, config.quantization))
+    if key not in counted:
+        counted[key] = plan_weights(model, value, config.adapter, config.quantization)
+    return counted[key]
+
+
 def _plan_stage(
     config: RunConfig, part: RunConfig | SFTConfig, model: nn.Module, machine: Machine, longest: int, supervised: bool
 ) -> StagePlan:
     value = resolve_dtype(config.model.dtype, torch.device(machine.device)).itemsize
-    weights = plan_weights(model, value, config.adapter, config.quantization)
+    weights = _weights(model, value, config)
     if (share := config.spectrum) is not None:  # the matrices of a type have one size
         weights = replace(weights, adapter=round(share * weights.adapter), trained=round(share * weights.trained))
     sizes = sizes_of(

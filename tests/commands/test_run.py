@@ -69,6 +69,7 @@ WRONG = [
     (["tracking.mode=sometimes"], ["tracking.mode", "sometimes", "offline"]),
     # Out of range; more of this in OUT_OF_RANGE
     (["adapter.r=0"], ["adapter.r", "0"]),
+    (["adapter.init=nope"], ["adapter.init", "nope", "orthogonal"]),
     (["sft.trainer.log_every=0"], ["sft.trainer.log_every"]),
     # What does not go together
     (["loss=kto", "trainer.groups_per_step=1"], ["trainer.groups_per_step", "kto"]),
@@ -356,7 +357,6 @@ def test_wrong_data_leave_the_bad_rows_behind_and_nothing_else(tiny, tmp_path, t
         (["model.name=nobody/nothing"], ["nobody/nothing"]),
         (["model.attention=fastest"], ["model.attention", "fastest"]),
         (["model.chat_template=absent.jinja"], ["model.chat_template", "absent.jinja"]),
-        (["adapter.init=nope"], ["adapter", "nope"]),
         (["optim.name=adam_torch"], ["optim.name", "adam_torch", "adamw_torch"]),
         (["sft.optim.schedule=cosin"], ["sft.optim.schedule", "cosin", "cosine"]),
     ],

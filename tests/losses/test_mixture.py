@@ -302,7 +302,7 @@ def test_a_recipe_mixes(tmp_path):
     assert load("recipe=mixed", "loss=dpo").loss == load("loss=dpo").loss
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_run(tiny, tmp_path):
     """Every setting of every part is on record; the loss is the weighted sum of the parts that are logged beside it."""
     ended = tiny(

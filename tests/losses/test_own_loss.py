@@ -79,7 +79,7 @@ def test_the_documented_example_runs_and_resumes(folder):
     assert wrong.code == 1 and "beta, margin" in line and not (folder / "wrong").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_it_is_swept_over_and_mixed(folder):
     ended = run(folder, "-m", "loss.margin=0.0,2.0")
     assert ended.code == 0, ended.err

@@ -286,6 +286,7 @@ def test_members_take_turns(project, one_by_one, tmp_path):
         assert all((value == weights[1][name]).all() for name, value in weights[0].items())
 
 
+@pytest.mark.matrix
 def test_members_of_a_cohort_are_runs_of_their_own_in_wandb(project, tmp_path):
     ended = command(
         *("--config-dir", str(project), "-m", "recipe=tiny", "loss=dpo,simpo", *JOINT, "hydra.sweep.dir=sweep"),

@@ -130,6 +130,7 @@ def test_what_cannot_be_merged_is_one_sentence(sweep, merged, tmp_path):
     assert found.config.loss.name == "dpo"
 
 
+@pytest.mark.matrix
 def test_whole_models_are_merged_into_a_whole_model(tmp_path, tiny_model_folder, monkeypatch):
     """Runs without an adapter: all the weight on one gives its model; the mean is between them."""
     config = write_project(tmp_path / "project", tiny_model_folder)

@@ -49,6 +49,7 @@ def rows(folder):
     return [{k: v for k, v in line.items() if k not in ("time", "wall_s", "crc32")} for line in lines]
 
 
+@pytest.mark.matrix
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(project, tmp_path, monkeypatch):
     """With a loss of the routers in both stages; the record says in what the base is."""
     both = ("trainer.router_aux_loss_coef=0.01", "sft.trainer.router_aux_loss_coef=0.01")

@@ -193,7 +193,9 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [(), ("adapter=none",)], ids=["adapter", "whole model"])
+@pytest.mark.parametrize(
+    "settings", [(), pytest.param(("adapter=none",), marks=pytest.mark.matrix)], ids=["adapter", "whole model"]
+)
 def test_sft_is_done_once_and_the_runs_are_the_same(settings, project, tmp_path):
     cache = tmp_path / "cache"
     alone, expected = run(project, tmp_path / "alone", tmp_path / "other", *settings, "loss.beta=0.3")
