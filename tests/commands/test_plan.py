@@ -194,7 +194,7 @@ def test_a_model_option_composes_under_its_recipe_and_is_planned(published):
     assert set(stages) == ({"sft", "preference"} if published.recipe == "dpo_qwen3" else {"preference"})
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_every_model_option_of_the_gpu_recipes_is_in_the_table():
     """The README's table has a row for each file in conf/model but the quickstart's, as the command writes it."""
     options = {path.stem for path in (asset_dir("conf") / "model").glob("*.yaml")} - {"smollm2_135m"}
