@@ -24,6 +24,7 @@ def folder(tmp_path_factory, tiny_model_folder):
     return folder
 
 
+@pytest.mark.matrix
 def test_the_errors_of_the_quantisers(folder, monkeypatch):
     """Bits as the formats have them; float32 has no error; ICQ by MSE less than NF4, in weights and in outputs."""
     monkeypatch.setattr(quantization, "source", lambda name: quantization.BUNDLED)

@@ -95,7 +95,10 @@ DARK = ("--window-size=500,900", "--force-dark-mode", "--blink-settings=preferre
 
 @pytest.mark.parametrize(
     ("flags", "paper", "ink"),
-    [(LIGHT, "rgb(255, 255, 255)", "rgb(28, 33, 38)"), (DARK, "rgb(20, 24, 29)", "rgb(228, 232, 236)")],
+    [
+        pytest.param(LIGHT, "rgb(255, 255, 255)", "rgb(28, 33, 38)", marks=pytest.mark.matrix),
+        (DARK, "rgb(20, 24, 29)", "rgb(228, 232, 236)"),
+    ],
     ids=["wide and light", "narrow and dark"],
 )
 def test_every_chart_is_drawn_and_nothing_complains(page, tmp_path, flags, paper, ink):

@@ -13,7 +13,7 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_disturbed_runs_end_right(tmp_path):
     """Each kind of fault once or so; `make faults` has all of them, at many moments."""
     (tmp_path / "disk").mkdir()

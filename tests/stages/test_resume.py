@@ -177,19 +177,15 @@ def test_a_run_killed_everywhere_ends_like_one_that_was_not(project, uninterrupt
     assert stored[0] == 0 and 0 < stored[1] < 28 and set(stored[2:]) == {28}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("settings", "kills"),
     [
-        pytest.param(
-            ["adapter=none"],
-            [partial(before_answers, "sft"), partial(at_row, "preference", 6)],
-            marks=pytest.mark.matrix,
-        ),
+        (["adapter=none"], [partial(before_answers, "sft"), partial(at_row, "preference", 6)]),
         (["loss=beta_dpo", "sft=none", "reference=live"], [partial(at_row, "preference", 6)]),
-        pytest.param(
+        (
             ["loss=bco", "loss.density_weights=true", "sft=none", "quantization=nf4"],
             [partial(at_row, "preference", 3), partial(at_row, "preference", 8)],
-            marks=pytest.mark.matrix,
         ),
     ],
     ids=["full fine-tuning", "running state and draws, live reference", "prompt weights, nf4, without sft"],

@@ -258,7 +258,7 @@ FEW = ("loss.beta=0.5", "evaluation.prompts=0", "sft.trainer.epochs=1")
 """The given beta leaves the recipe four members."""
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_recipe_with_members_runs_and_each_is_as_if_alone(project, tmp_path):
     arguments = ("--config-dir", str(project), "recipe=sub/many", "-m", *FEW, "hydra.sweep.dir=sweep")
     ended = command(*arguments, cwd=tmp_path, cache=tmp_path / "cache", patch=same_code)

@@ -207,7 +207,7 @@ def test_a_stopped_member_stays_stopped(project, sweep):
     assert (sweep / "1-tiny" / "summary.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_members_that_train_together_are_compared_whoever_is_first(project, sweep, tmp_path):
     """One after the other the first would have had nobody to lose to; the third begins in the place that it frees."""
     shutil.copytree(sweep.parent / "cache", tmp_path / "cache")
