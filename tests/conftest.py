@@ -72,21 +72,23 @@ def recommended_loss(name: str, *settings: str):
     return load_loss(name, *settings)
 
 
+TINY_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+}
+
+
 def tiny_config(vocab_size: int = 97, model_type: str = "qwen3", **overrides):
     """Two small layers, of a Qwen3 unless another architecture is named."""
     from transformers import AutoConfig
 
-    settings = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 1024,
-    }
-    return AutoConfig.for_model(model_type, **(settings | overrides))
+    return AutoConfig.for_model(model_type, **(TINY_SIZES | {"vocab_size": vocab_size} | overrides))
 
 
 def tiny_policy(dtype: torch.dtype = torch.float64, r: int | None = 4, seed: int = 0, trained: bool = False):

@@ -131,7 +131,8 @@ def _fault(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"UTF-8 (byte {error.start})"
     if isinstance(error, json.JSONDecodeError):
-        return f"valid JSON ({error.msg}, line {error.lineno} column {error.colno})"
+        comma = "" if error.msg.endswith(" at") else ","
+        return f"valid JSON ({error.msg}{comma} line {error.lineno} column {error.colno})"
     return f"valid JSON ({error})"
 
 

@@ -19,19 +19,13 @@ from alignment.policy.adapter import attach_adapter
 from alignment.policy.targets import own_name
 from alignment.scoring.layout import SharedLayout
 from alignment.scoring.prompt_sharing import choose_layout
+from tests.conftest import TINY_SIZES
 from tests.helpers.policies import CPU, NF4, adapter, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 COLUMNS = ("family", "`model_type`", "layout", "attention", "in 4 bits", "adapters of `auto`", "special")
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
+SIZES = TINY_SIZES | {
     "max_position_embeddings": 512,
     "pad_token_id": 0,
     "bos_token_id": 1,

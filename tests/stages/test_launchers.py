@@ -103,14 +103,20 @@ def finding_modules_in(folder: Path) -> None:
     os.environ.update({"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}", "OMP_NUM_THREADS": "1"})
 
 
+def hazardous_project(folder: Path, model: Path) -> Path:
+    """The tiny project with the loss `hazard`, whose module is in the folder itself."""
+    project = write_project(folder / "project", model)
+    (project / "loss").mkdir()
+    (project / "loss" / "hazard.yaml").write_text("_target_: hazard.Hazard\nbeta: 0.1\nlabel_smoothing: 0\n")
+    (folder / "hazard.py").write_text(LOSS)
+    return project
+
+
 @pytest.mark.matrix
 def test_a_job_that_is_told_to_stop_stops_like_ctrl_c(tiny_model_folder, tmp_path):
     """SIGTERM in a launcher's process: one line says how to go on, and nothing is left half-written."""
     needs("hydra_joblib_launcher")
-    project = write_project(tmp_path / "project", tiny_model_folder)
-    (project / "loss").mkdir()
-    (project / "loss" / "hazard.yaml").write_text("_target_: hazard.Hazard\nbeta: 0.1\nlabel_smoothing: 0\n")
-    (tmp_path / "hazard.py").write_text(LOSS)
+    project = hazardous_project(tmp_path, tiny_model_folder)
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "loss=hazard")
     ended = sweep(project, tmp_path, *launcher, "loss.fault=stopped,none")
     assert ended.returncode == 1 and "Interrupted; continue with: python -m alignment.run" in ended.stderr, ended.stderr
@@ -118,13 +124,9 @@ def test_a_job_that_is_told_to_stop_stops_like_ctrl_c(tiny_model_folder, tmp_pat
 
 
 @pytest.mark.matrix
-@pytest.mark.slow
 def test_a_job_that_is_killed_ends_no_other(tiny_model_folder, tmp_path):
     needs("hydra_submitit_launcher")
-    project = write_project(tmp_path / "project", tiny_model_folder)
-    (project / "loss").mkdir()
-    (project / "loss" / "hazard.yaml").write_text("_target_: hazard.Hazard\nbeta: 0.1\nlabel_smoothing: 0\n")
-    (tmp_path / "hazard.py").write_text(LOSS)
+    project = hazardous_project(tmp_path, tiny_model_folder)
     small = ("recipe=tiny", "sft=none", "trainer.max_steps=4", "evaluation.prompts=0", "hydra.sweep.dir=sweep")
     ended = command(
         *("--config-dir", str(project), "-m", *small),
