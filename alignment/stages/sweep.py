@@ -27,15 +27,15 @@ def attempt(run_dir: Path, run: Callable[[], None]) -> None:
     with file_lock(run_dir / ".lock", f"Another process runs {run_dir.name}; waiting for its end ..."):
         failed = run_dir / FAILED
         failed.unlink(missing_ok=True)
-        if (run_dir / "summary.json").exists():
+        try:
+            if not (run_dir / "summary.json").exists():
+                run()
+                return
             log.info("%s is finished already.", run_dir.name)
             if not (run_dir / "report.md").exists():  # it was killed between the two
                 from alignment.runs.report import write_report
 
                 write_report(run_dir)
-            return
-        try:
-            run()
         except Exception as error:
             problem = disk_problem(error)
             if isinstance(error, UserError) or problem is not None:
