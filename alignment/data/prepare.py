@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from alignment.config.schema import DataConfig
+from alignment.config.data import DataConfig
 from alignment.data.findings import report
 from alignment.data.reasons import in_words
 from alignment.data.rows import BadRow, Row, count_reasons, left_out, require_pairs, require_scores

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from alignment.config.data import DataConfig
 from alignment.config.places import ACCEPTED_FILES, BUNDLED_PREFIX, ending_of, is_on_hub
-from alignment.config.schema import DataConfig
 from alignment.data.formats import is_data_file, read_file
 from alignment.data.layouts import Layout, Stage, recognise, to_row
 from alignment.data.reasons import UnusableRows, in_words

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from alignment.config.schema import DataConfig, Keep
+from alignment.config.data import DataConfig, Keep
 from alignment.data.findings import Found
 from alignment.data.reasons import UnusableRows
 from alignment.data.rows import BadRow, Rejected, Row

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from alignment.config.schema import ListPairs
+from alignment.config.data import ListPairs
 from alignment.types import Group, rows_from_pairs
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from alignment.config.schema import DataConfig
+from alignment.config.data import DataConfig
 from alignment.data.findings import Findings, Found
 from alignment.data.messages import TRAIN_KEYS, WRITTEN_MESSAGES, learned
 from alignment.data.rows import Message, Rejected, Row

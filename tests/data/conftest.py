@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from alignment.config.schema import DataConfig, Keep, ListPairs
+from alignment.config.data import DataConfig, Keep, ListPairs
 from tests.conftest import shared_data
 from tests.helpers.chat_templates import CHATML
 

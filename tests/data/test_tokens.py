@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from alignment.config.schema import Keep
+from alignment.config.data import Keep
 from alignment.data.layouts import recognise, to_row
 from alignment.data.rows import Row
 from alignment.data.tokens import tokenize_groups, tokenize_sft

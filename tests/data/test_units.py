@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from alignment.config.compose import load
-from alignment.config.schema import ListPairs
+from alignment.config.data import ListPairs
 from alignment.data.prepare import fit_preferences, read_preferences
 from alignment.data.units import are_lists, as_pairs
 from alignment.errors import UserError
