@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePath
+from itertools import accumulate
+from pathlib import Path, PurePath
 
 from rich import box
 from rich.console import Console
@@ -15,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from alignment.errors import CommandParser, UserError
-from alignment.files import cache_dir
-from alignment.reference.store import REFERENCE_FILE, IdentityInfo, ReferenceStore, damaged_files
-from alignment.stages.store import STAGES_FOLDER, StageStore
+from alignment.files import CacheKind, cache_dir
+from alignment.reference.store import IdentityInfo, ReferenceStore, damaged_files
+from alignment.stages.store import StageStore
 
 _WIDE = 1000
 """Into a pipe or a file every row goes whole, however wide."""
@@ -28,19 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         folder = cache_dir(arguments.path)
-        path, stages = folder / REFERENCE_FILE, StageStore(folder / STAGES_FOLDER)
+        path, stages = CacheKind.reference.under(folder), StageStore(CacheKind.stages.under(folder))
+        files = _entries(folder)
         if not path.exists() and not damaged_files(path):
             _say(f"No reference log-probs are stored in {folder} yet.")
-            if not stages.stored():
+            if not stages.stored() and not files:
                 return 0
         with ReferenceStore(path) as store:
             if arguments.command == "list":
                 _list(store)
                 _list_stages(stages)
+                _list_entries(files)
                 return 0
             if arguments.command == "verify":
                 return max(_verify(store), _verify_stages(stages))
-            return _prune(store, stages, arguments)
+            return _prune(store, stages, files, arguments)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -49,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="python -m alignment.cache",
-        description="Look at stored reference log-probs, SFT stages and answers to held-out prompts, or remove them.",
+        description=f"Look at what runs keep for later ones, or remove it: {', '.join(k.place for k in CacheKind)}.",
     )
     common = CommandParser(add_help=False)
     common.add_argument("--path", metavar="FOLDER", help="default: $ALIGNMENT_CACHE or ~/.cache/alignment")
@@ -65,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     which = prune.add_mutually_exclusive_group(required=True)
     which.add_argument("--older-than", metavar="DAYS", type=_days, help="entries not used for so long, e.g. 30d")
     which.add_argument("--identity", metavar="PREFIX", help="the one entry whose id begins with this")
-    which.add_argument("--max-mb", metavar="MB", type=_megabytes, help="the least recently used entries over this size")
+    which.add_argument(
+        "--max-mb", metavar="MB", type=_megabytes, help="of each kind the least recently used over this size"
+    )
     which.add_argument("--all", action="store_true", help="everything, damaged files too")
     return parser
 
@@ -138,6 +146,73 @@ def _list_stages(stages: StageStore) -> None:
     _say(f"{stages.folder}: {_mb(sum(stage.bytes for stage in stored))} MB on disk.")
 
 
+# Kinds whose entries are files that a run makes anew when they are gone, and checks when it reads them
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One of them; `last_used` in seconds since 1970."""
+
+    kind: CacheKind
+    path: Path
+    bytes: int
+    last_used: float
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def id(self) -> str:
+        """As it is listed: a hash is cut, the name of a model stays whole."""
+        return self.name[:12] if re.match("[0-9a-f]{32}", self.name) else self.name
+
+    def remove(self) -> None:
+        """At once for those that look for it: what is being removed has another name."""
+        going = self.path.with_name(f".{self.name}.removed")
+        shutil.rmtree(going, ignore_errors=True)
+        self.path.rename(going)
+        if going.is_dir():
+            shutil.rmtree(going)
+        else:
+            going.unlink()
+
+
+def _entries(folder: Path) -> list[_Entry]:
+    """Of every kind but reference and stages, which have stores of their own; of each kind the last used first."""
+    found = []
+    for kind in CacheKind:
+        if kind not in (CacheKind.reference, CacheKind.stages):
+            for path in kind.under(folder).glob("[!.]*"):
+                if path.suffix != ".lock":
+                    inner = [path, *path.rglob("*")]
+                    size = sum(file.stat().st_size for file in inner if file.is_file())
+                    found.append(_Entry(kind, path, size, path.stat().st_mtime))
+    order = list(CacheKind)
+    return sorted(found, key=lambda entry: (order.index(entry.kind), -entry.last_used, entry.name))
+
+
+def _list_entries(files: Sequence[_Entry]) -> None:
+    if not files:
+        return
+    table = _table(["MB", "last used"], ["id", "kind"], "what it is")
+    for entry in files:
+        table.add_row(entry.id, entry.kind.place, _mb(entry.bytes), _date(entry.last_used), entry.kind.holds)
+    _show(table)
+
+
+def _unused(files: Sequence[_Entry], older_than_days: float | None, max_bytes: int | None) -> list[_Entry]:
+    """Those that were not used for so many days, and the least recently used ones of a kind over a size."""
+    found = []
+    for kind in CacheKind:
+        own = [entry for entry in files if entry.kind is kind]
+        for entry, total in zip(own, accumulate(entry.bytes for entry in own), strict=True):
+            old = older_than_days is not None and entry.last_used <= time.time() - older_than_days * 86400
+            if old or (max_bytes is not None and total > max_bytes):
+                found.append(entry)
+    return found
+
+
 def _verify(store: ReferenceStore) -> int:
     sound = store.verify()
     for file, reason in store.damaged.items():
@@ -155,16 +230,21 @@ def _verify_stages(stages: StageStore) -> int:
     return 1 if damaged else 0
 
 
-def _prune(store: ReferenceStore, stages: StageStore, arguments: argparse.Namespace) -> int:
+def _prune(store: ReferenceStore, stages: StageStore, files: Sequence[_Entry], arguments: argparse.Namespace) -> int:
     if arguments.identity is not None:
-        identity = _resolve(store, stages, arguments.identity)
+        identity = _resolve(store, stages, files, arguments.identity)
         pruned = store.prune(identity=identity)
         removed = stages.prune(key=identity)
+        dropped = [entry for entry in files if entry.name == identity]
     else:
+        dropped = _unused(files, 0 if arguments.all else arguments.older_than, arguments.max_mb)
         pruned = store.prune(older_than_days=0 if arguments.all else arguments.older_than, max_bytes=arguments.max_mb)
         removed = stages.prune(older_than_days=0 if arguments.all else arguments.older_than, max_bytes=arguments.max_mb)
     for stage in removed:
         _say(f"Removed the result {stage.key[:12]}: {_mb(stage.bytes)} MB.")
+    for entry in dropped:
+        entry.remove()
+        _say(f"Removed {entry.id} of {entry.kind.place}: {_mb(entry.bytes)} MB.")
     freed = pruned.freed
     if arguments.all:
         for file in damaged_files(store.path):
@@ -176,8 +256,9 @@ def _prune(store: ReferenceStore, stages: StageStore, arguments: argparse.Namesp
     return 0
 
 
-def _resolve(store: ReferenceStore, stages: StageStore, prefix: str) -> str:
+def _resolve(store: ReferenceStore, stages: StageStore, files: Sequence[_Entry], prefix: str) -> str:
     known = [info.identity for info in store.identities()] + [stage.key for stage in stages.stored()]
+    known += [entry.name for entry in files]
     matches = [identity for identity in known if prefix and identity.startswith(prefix.lower())]
     if len(matches) != 1:
         found = ", ".join(sorted(match[:12] for match in matches)) or "none"

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -178,3 +178,33 @@ def _redacted(key: str, value: Any) -> Any:
 def cache_dir(path: str | None) -> Path:
     """The cache folder: `path`, else `$ALIGNMENT_CACHE`, else `~/.cache/alignment`. It is not created here."""
     return Path(path or os.environ.get("ALIGNMENT_CACHE") or "~/.cache/alignment").expanduser().absolute()
+
+
+class CacheKind(Enum):
+    """All that runs keep in the cache folder. Whoever writes there asks its kind for the place.
+
+    Attributes:
+        place: name in the cache folder: of a file, or of a folder with an entry for each result.
+        holds: what an entry is and what it saves, for people.
+    """
+
+    reference = ("reference.sqlite", "log-probs of a policy that is a reference")
+    stages = ("stages", "the result of an SFT stage, or answers to held-out prompts")
+    models = ("models", "a model of an installed package, converted once")
+    calibration = ("calibration", "the constants of calibrated NF4 (quantization=icq), searched once per model")
+    spectrum = ("spectrum", "signal to noise of a model's matrices (spectrum=...), measured once per model")
+    adapter_starts = ("adapter_starts", "the start of an adapter (PiSSA, OLoRA, EVA, CorDA, LoftQ), computed once")
+
+    def __init__(self, place: str, holds: str) -> None:
+        self.place = place
+        self.holds = holds
+
+    def under(self, cache: Path) -> Path:
+        """Where it is in a cache folder."""
+        return cache / self.place
+
+
+def mark_used(path: Path) -> None:
+    """Its time says when an entry of the cache was last of use. A cache that others own stays as it is."""
+    with suppress(OSError):
+        os.utime(path)

@@ -12,23 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from alignment.config.adapters import DATA_INITS, RESIDUAL_INITS, AdapterConfig
 from alignment.errors import UserError
-from alignment.files import atomic_write_bytes, to_json
+from alignment.files import CacheKind, atomic_write_bytes, mark_used, to_json
 from alignment.policy.adapter_kinds import ADAPTER, dora_norm, lora_layers
+from alignment.policy.digest import hash_tensor
 from alignment.policy.float_weights import FloatWeights
 from alignment.policy.identity import policy_identity
 from alignment.policy.layer_inputs import input_moments
 from alignment.policy.residual_start import ResidualStart, Start, edit_base, put
 
 log = logging.getLogger(__name__)
-
-STARTS_FOLDER = "adapter_starts"
-"""Where computed starts are in the cache folder, by a hash of all that decides them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +105,42 @@ def _stored(
             digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
     # The start
-    path = None if sources.cache is None else sources.cache / STARTS_FOLDER / f"{digest.hexdigest()}.safetensors"
-    if path is not None and path.exists():
-        found = load_file(path)
-        return {name: (found[f"{name}.A"], found[f"{name}.B"]) for name in layers}
+    path: Path | None = None
+    if sources.cache is not None:
+        path = CacheKind.adapter_starts.under(sources.cache) / f"{digest.hexdigest()}.safetensors"
+        if (kept := _read(path, layers)) is not None:
+            return kept
     log.info("Computing the adapter's start (adapter.init=%s) for %d layers ...", config.init, len(layers))
     start = dict(_computed(model, layers, config, seed, sources, sequences))
     if path is not None:
-        kept = {f"{name}.{part}": t for name, pair in start.items() for part, t in zip("AB", pair, strict=True)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, save(kept))
+        tensors = {f"{name}.{part}": t for name, pair in start.items() for part, t in zip("AB", pair, strict=True)}
+        atomic_write_bytes(path, save(tensors, {"digest": _checksum(start)}))
     return start
+
+
+def _checksum(start: Start) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(start):
+        digest.update(name.encode())
+        for tensor in start[name]:
+            hash_tensor(digest, tensor)
+    return digest.hexdigest()
+
+
+def _read(path: Path, layers: Mapping[str, Any]) -> Start | None:
+    """What was kept; None where there is nothing, or, after a log line, where the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            start = {name: (file.get_tensor(f"{name}.A"), file.get_tensor(f"{name}.B")) for name in layers}
+            if (file.metadata() or {}).get("digest") == _checksum(start):
+                mark_used(path)
+                return start
+    except (SafetensorError, OSError):
+        pass
+    log.warning("%s is damaged: the adapter's start is computed anew.", path)
+    return None
 
 
 def _weights(name: str, layer: Any, config: AdapterConfig, sources: StartSources) -> Iterator[Tensor]:

@@ -17,14 +17,11 @@ from tqdm.auto import tqdm
 
 from alignment.config.schema import Calibration
 from alignment.errors import UserError
-from alignment.files import atomic_write_bytes, file_lock
+from alignment.files import CacheKind, atomic_write_bytes, file_lock, mark_used
 from alignment.kernels.calibrated import BLOCK, block_constants, make_calibrated, pack_constants
 from alignment.policy.digest import hash_tensor
 
 log = logging.getLogger(__name__)
-
-CALIBRATION_FOLDER = "calibration"
-"""Where the constants are in the cache folder."""
 
 _GRIDS = {Calibration.entropy: (0.1 / 1.8482, 201), Calibration.mse: (0.3, 61)}
 """How far from the median candidates lie, as a share of the block's largest distance from it, and how many there are.
@@ -164,7 +161,7 @@ def _constants(weights: dict[str, Tensor], objective: Calibration, device: torch
     for key, weight in weights.items():
         digest.update(key.encode())
         hash_tensor(digest, weight)
-    path = cache / CALIBRATION_FOLDER / f"{digest.hexdigest()}.safetensors"
+    path = CacheKind.calibration.under(cache) / f"{digest.hexdigest()}.safetensors"
     with file_lock(path.with_suffix(".lock"), "Another run is calibrating this model; waiting for its result ..."):
         found = _read(path) if path.exists() else None
         if found is None or found.keys() != weights.keys():
@@ -211,6 +208,7 @@ def _read(path: Path) -> _Constants | None:
             keys = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118
             found = {key: (file.get_tensor(f"{key}.codes"), file.get_tensor(f"{key}.scales")) for key in keys}
             if (file.metadata() or {}).get("checksum") == _checksum(found):
+                mark_used(path)
                 return found
     except (SafetensorError, OSError):
         pass

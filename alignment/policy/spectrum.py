@@ -16,15 +16,13 @@ from tqdm.auto import tqdm
 
 from alignment.config.schema import AdapterConfig
 from alignment.errors import UserError
-from alignment.files import file_lock, read_sealed, write_sealed
+from alignment.files import CacheKind, file_lock, mark_used, read_sealed, write_sealed
 from alignment.policy.adapter_names import with_targets
 from alignment.policy.identity import policy_identity
 from alignment.policy.quantize import plain_weight
 
 log = logging.getLogger(__name__)
 
-SPECTRUM_FOLDER = "spectrum"
-"""Where the ratios of every model are in the cache folder."""
 _NORMAL_RANGE = 1.349
 """The interquartile range of a normal distribution, in standard deviations."""
 
@@ -116,11 +114,13 @@ def scan(model: nn.Module, cache: Path) -> dict[str, float]:
         model: without an adapter.
         cache: folder that all runs share.
     """
-    path = cache / SPECTRUM_FOLDER / f"{policy_identity(model)[1]['base'][:32]}.json"
+    path = CacheKind.spectrum.under(cache) / f"{policy_identity(model)[1]['base'][:32]}.json"
     with file_lock(path.with_suffix(".lock"), "Another run is scanning this model; waiting for its result ..."):
         try:
             if path.exists():
-                return {name: float(ratio) for name, ratio in read_sealed(path).items()}
+                ratios = {name: float(ratio) for name, ratio in read_sealed(path).items()}
+                mark_used(path)
+                return ratios
         except UserError:
             log.warning("%s is damaged: the model is scanned anew.", path)
         layers = _matrices(model).items()

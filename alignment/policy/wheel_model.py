@@ -15,7 +15,7 @@ import torch
 
 from alignment.config.schema import WHEEL_PREFIX
 from alignment.errors import UserError
-from alignment.files import file_lock
+from alignment.files import CacheKind, file_lock, mark_used
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,9 @@ def wheel_model_folder(name: str, cache: Path) -> Path:
     source = _gguf_file(package)
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = cache / "models" / f"{package}-{digest}"
+    folder = CacheKind.models.under(cache) / f"{package}-{digest}"
     if folder.is_dir():
+        mark_used(folder)
         return folder
     with file_lock(folder.with_name(f"{folder.name}.lock"), "Another run is converting the model; waiting for it ..."):
         if not folder.is_dir():

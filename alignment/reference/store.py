@@ -28,9 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from alignment.errors import UserError
-from alignment.files import file_lock
-
-REFERENCE_FILE = "reference.sqlite"
+from alignment.files import CacheKind, file_lock
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -96,7 +94,9 @@ class ReferenceStore:
         self._descriptions: dict[str, str] = {}
         self._pid = os.getpid()
         if self.path.is_dir():
-            raise UserError(f"The reference store {self.path} is a folder; name a file in it, e.g. {REFERENCE_FILE}.")
+            raise UserError(
+                f"The reference store {self.path} is a folder; name a file in it, e.g. {CacheKind.reference.place}."
+            )
         with self._file_lock():
             self._open()
 

@@ -31,7 +31,7 @@ from alignment.data.rows import BadRow, write_rejected
 from alignment.data.writer import end_of_turn
 from alignment.errors import NotFinite, UserError
 from alignment.evaluation.generate import stop_tokens
-from alignment.files import cache_dir, read_sealed, write_sealed
+from alignment.files import CacheKind, cache_dir, read_sealed, write_sealed
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter import attach_adapter, continue_adapter, load_adapter
 from alignment.policy.adapter_names import with_token_ids
@@ -62,7 +62,7 @@ from alignment.stages.stage import (
     require_whole,
     write_result,
 )
-from alignment.stages.store import STAGES_FOLDER, StageStore
+from alignment.stages.store import StageStore
 from alignment.training.callbacks import last_checkpoint, last_split, remove_damaged
 from alignment.training.cohort import CohortSlot
 from alignment.training.optimizers import check_optimizer
@@ -118,7 +118,7 @@ class Chain:
         if device.type == "cpu":
             keep_freed_memory()
         cache = cache_dir(config.reference.path)
-        self.store = StageStore(cache / STAGES_FOLDER)
+        self.store = StageStore(CacheKind.stages.under(cache))
         self.source = model_source(config.model, cache)
         self.work = Workspace(
             run_dir=run_dir,

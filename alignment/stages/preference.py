@@ -17,7 +17,7 @@ from alignment.config.schema import ReferenceMode, RunConfig
 from alignment.data.prepare import PreferenceData
 from alignment.data.units import spread_prompts
 from alignment.evaluation.kl import sampled_kl
-from alignment.files import atomic_write_bytes, read_sealed, to_json_lines, write_sealed
+from alignment.files import CacheKind, atomic_write_bytes, read_sealed, to_json_lines, write_sealed
 from alignment.losses import Quantity
 from alignment.losses import title as loss_title
 from alignment.policy.adapter import has_adapter
@@ -27,7 +27,7 @@ from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.live import LiveReference
-from alignment.reference.store import REFERENCE_FILE, ReferenceStore
+from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import BatchLayout, keys_per_position
 from alignment.scoring.logps import largest_group
 from alignment.scoring.prompt_sharing import choose_layout
@@ -229,7 +229,7 @@ class PreferenceStage:
             budget = plan.tokens_per_batch  # beside what a step keeps
             return LiveReference(model, layout, budget, self._device, config.reference.sync_mix)
         return CachedReference(
-            ReferenceStore(self._work.cache / REFERENCE_FILE),
+            ReferenceStore(CacheKind.reference.under(self._work.cache)),
             model,
             layout,
             plan.reference_tokens,

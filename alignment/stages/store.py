@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STAGES_FOLDER = "stages"
-"""Where the results are in the cache folder."""
-
 _ENTRY = "entry.json"
 _KEY_DIGITS = 32
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import alignment
 from alignment.cache import main
-from alignment.reference.store import REFERENCE_FILE, ReferenceStore, damaged_files
-from alignment.stages.store import STAGES_FOLDER, StageStore
+from alignment.files import CacheKind
+from alignment.reference.store import ReferenceStore, damaged_files
+from alignment.stages.store import StageStore
 
 OLD, NEW = "ab" + "1" * 62, "ab" + "2" * 62
 
@@ -24,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with two policies: OLD, 3 sequences of 1000 tokens, unused for 40 days, and NEW, 1 sequence."""
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path))
-    with ReferenceStore(tmp_path / REFERENCE_FILE) as store:
+    with ReferenceStore(CacheKind.reference.under(tmp_path)) as store:
         store.register(
             OLD, {"model": "lab/old[bold]", "quantization": "nf4", "adapter": "0a1b" * 16, "dtype": "bfloat16"}
         )
@@ -36,13 +39,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def change(folder: Path, statement: str, *values: object) -> None:
-    with sqlite3.connect(folder / REFERENCE_FILE) as connection:
+    with sqlite3.connect(CacheKind.reference.under(folder)) as connection:
         connection.execute(statement, values)
     connection.close()
 
 
 def left(folder: Path) -> set[str]:
-    with ReferenceStore(folder / REFERENCE_FILE) as store:
+    with ReferenceStore(CacheKind.reference.under(folder)) as store:
         return {info.identity for info in store.identities()}
 
 
@@ -53,7 +56,7 @@ def put_stages(folder: Path) -> StageStore:
     """Two results of 5 bytes and what is said of them, and answers; OLD_STAGE was not used for 40 days."""
     (folder / "policy").mkdir()
     (folder / "policy" / "weights").write_bytes(b"12345")
-    stages = StageStore(folder / STAGES_FOLDER)
+    stages = StageStore(CacheKind.stages.under(folder))
     for key in (STAGE, OLD_STAGE):
         content = {"description": {"stage": "sft", "model": "lab/new[bold]"}, "result": {"steps": 77}}
         stages.put(key, folder / "policy", content)
@@ -124,7 +127,7 @@ def test_list_shows_every_policy(folder: Path, capsys: pytest.CaptureFixture[str
     assert time.strftime("%Y-%m-%d") not in old
     assert " 7 " in new
     assert lines.index(new) < lines.index(old), "most recently used first"
-    assert str(folder / REFERENCE_FILE) in lines[-1]
+    assert str(CacheKind.reference.under(folder)) in lines[-1]
 
 
 @pytest.mark.parametrize("command", [[], ["prune"]])
@@ -154,11 +157,11 @@ def test_verify_says_that_the_file_was_set_aside(folder: Path, damage: str, caps
     if damage == "a changed value":
         change(folder, "UPDATE logps SET value = zeroblob(length(value)) WHERE row = 4")
     else:
-        os.truncate(folder / REFERENCE_FILE, 10_000)
+        os.truncate(CacheKind.reference.under(folder), 10_000)
     assert main(["verify"]) == 1
     out = capsys.readouterr().out
     assert "The store was damaged (" in out and "0 sequences are sound" in out
-    (kept,) = damaged_files(folder / REFERENCE_FILE)
+    (kept,) = damaged_files(CacheKind.reference.under(folder))
     assert main(["verify"]) == 0, "the fresh file is sound"
     capsys.readouterr()
     assert main(["list"]) == 0
@@ -227,3 +230,80 @@ def test_as_a_module(folder: Path) -> None:
     mistaken = subprocess.run([*command[:1], *command[3:], "lost"], capture_output=True, text=True, check=False)
     assert mistaken.returncode == 1
     assert "Traceback" not in mistaken.stderr
+
+
+# Entries that are files: every kind but reference and stages, which have stores of their own
+
+FILES = [kind for kind in CacheKind if kind not in (CacheKind.reference, CacheKind.stages)]
+
+
+def put_files(cache: Path) -> dict[CacheKind, tuple[Path, Path]]:
+    """Of every kind a new entry of 5 bytes and one that was not used for 40 days, a lock and what a crash has left."""
+    entries = {}
+    for number, kind in enumerate(FILES):
+        folder = kind.under(cache)
+        folder.mkdir(parents=True)
+        new, old = (folder / f"{number}{letter}".ljust(32, "7") for letter in "ab")
+        for path in (new, old):
+            path.write_bytes(b"12345")
+        if kind is CacheKind.models:
+            new.unlink()
+            new.mkdir()
+            (new / "weights").write_bytes(b"12345")
+        long_ago = time.time() - 40 * 86400
+        os.utime(old, (long_ago, long_ago))
+        (folder / f"{old.name}.lock").touch()
+        (folder / ".partial").touch()
+        entries[kind] = new, old
+    return entries
+
+
+def remaining(cache: Path) -> set[str]:
+    return {path.name for kind in FILES for path in kind.under(cache).glob("[!.]*") if path.suffix != ".lock"}
+
+
+def test_every_kind_is_listed_and_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its size, its age, what it is; locks and what a crash has left are no entries."""
+    entries = put_files(tmp_path)
+    put_stages(tmp_path)
+    with ReferenceStore(CacheKind.reference.under(tmp_path)) as store:
+        store.register(OLD, {"model": "lab/old"})
+    assert main(["list", "--path", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for kind, (new, old) in entries.items():
+        for path in (new, old):
+            [line] = [line for line in lines if path.name[:12] in line]
+            assert f" {kind.place} " in line and " 0.0 " in line and kind.holds in line
+    assert not any("lock" in line or "partial" in line for line in lines)
+    assert any(OLD[:12] in line for line in lines) and any(STAGE[:12] in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [(["--older-than", "30d"], "new"), (["--max-mb", "1"], "both"), (["--max-mb", "0"], ""), (["--all"], "")],
+)
+def test_every_kind_is_pruned(tmp_path: Path, arguments: list[str], kept: str) -> None:
+    """By age, by size, or all of it."""
+    entries = put_files(tmp_path)
+    assert main(["prune", "--path", str(tmp_path), *arguments]) == 0
+    expected = {"new": slice(1), "both": slice(2), "": slice(0)}[kept]
+    assert remaining(tmp_path) == {path.name for pair in entries.values() for path in pair[expected]}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_one_entry_is_pruned_by_its_name(tmp_path: Path, kind: CacheKind) -> None:
+    """And no other entry of any kind."""
+    entries = put_files(tmp_path)
+    whole = remaining(tmp_path)
+    assert main(["prune", "--path", str(tmp_path), "--identity", entries[kind][0].name[:4]]) == 0
+    assert remaining(tmp_path) == whole - {entries[kind][0].name}
+
+
+def test_nobody_writes_into_the_cache_but_by_a_kind() -> None:
+    """Code that puts a name of its own behind the cache folder would keep what the command does not know."""
+    package = Path(alignment.__file__).parent
+    own = re.compile(r"\bcache(?:_dir\([^)]*\))? / ")
+    found = [path.name for path in package.rglob("*.py") if own.search(path.read_text(encoding="utf-8"))]
+    assert found == ["files.py"], "ask CacheKind.<kind>.under(cache)"
+    used = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    assert all(f"CacheKind.{kind.name}.under(" in used for kind in CacheKind)

@@ -1,6 +1,5 @@
 """Recipes: every file composes and says what it is, a loss keeps its values, users' folders, absent machines."""
 
-import json
 import os
 import re
 import subprocess
@@ -334,79 +333,3 @@ def test_without_the_hub_a_qwen3_recipe_stops_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert "alignment.config.preflight" in imported
     assert "transformers" not in imported
-
-
-# The Qwen3 recipes, with a tiny model and local copies in the layouts and files of the hub's sets
-
-
-@pytest.fixture(scope="module")
-def local_copies(tmp_path_factory) -> dict[str, Path]:
-    def messages(*texts):
-        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-
-    root = tmp_path_factory.mktemp("hub_sets")
-    folders = {name: root / name for name in ("ultrafeedback", "ultrachat")}
-    for part, count in (("train", 6), ("test", 2)):
-        questions = [f"{part} {i}?" for i in range(count)]
-        preferences = [
-            {
-                "prompt": q,
-                "prompt_id": q,
-                "chosen": messages(q, "yes " * (i + 1)),
-                "rejected": messages(q, "no"),
-                "messages": messages(q, "yes"),
-                "score_chosen": 8.0,
-                "score_rejected": 5.5,
-            }
-            for i, q in enumerate(questions)
-        ]
-        conversations = [{"prompt": q, "prompt_id": q, "messages": messages(q, "a", "b?", "c")} for q in questions]
-        for name, split, rows in (
-            ("ultrafeedback", f"{part}_prefs", preferences),
-            ("ultrachat", f"{part}_sft", conversations),
-        ):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write(folders[name], {f"{split}-00000-of-00001.jsonl": text})
-    return folders
-
-
-# One recipe for each kind of run: simpo_qwen3 and ipo_qwen3 differ from dpo_qwen3 in the values of the loss alone.
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft_qwen3", "dpo_qwen3", "kto_qwen3", "orpo_qwen3"])
-def test_a_qwen3_recipe_runs_on_a_tiny_model(name, local_copies, tiny_model_folder, tmp_path):
-    """NF4, LoRA, paged 8-bit AdamW and sampling as the recipe has them, with layers checkpointed, on a CPU."""
-    from alignment.stages.chain import Chain
-
-    overrides = [
-        f"recipe={name}",
-        f"model.name={tiny_model_folder}",
-        "model.dtype=float32",
-        "device=cpu",
-        f"data.source={local_copies['ultrafeedback']}",
-        "trainer.groups_per_step=3",
-        "trainer.checkpoint_every=2",
-        "evaluation.max_new_tokens=2",
-        "tracking=none",
-    ]
-    if name != "orpo_qwen3":
-        overrides += [
-            f"sft.data.source={local_copies['ultrachat']}",
-            "sft.trainer.groups_per_step=3",
-            "sft.trainer.checkpoint_every=1",
-        ]
-    register()
-    node = compose_node(overrides)
-    config = to_run_config(node)
-    check_machine(config)
-    summary = Chain(config, tmp_path, name, as_plain(node)).run()
-    stages = summary["stages"]
-    expected = {"sft_qwen3": ["sft"], "orpo_qwen3": ["preference"]}
-    assert list(stages) == expected.get(name, ["sft", "preference"])
-    if name != "sft_qwen3":
-        loss = config.loss
-        rows = 12 if loss.requirements().unit == "row" else 6
-        assert (stages["preference"]["loss"], stages["preference"]["steps"]) == (loss.name, rows // 3)
-        assert summary["evaluation"]["prompts"] == 2
-        assert (summary["reference"]["mode"] == "none") == (name == "orpo_qwen3")
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert json.loads((tmp_path / "summary.json").read_text())["model"]["quantization"] == "nf4"

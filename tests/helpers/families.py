@@ -54,10 +54,10 @@ class Family:
     special: str = ""
     core: bool = False
 
-    def config(self):
+    def config(self, **changes):
         from transformers import AutoConfig
 
-        return AutoConfig.for_model(self.model_type, **SIZES | self.settings)
+        return AutoConfig.for_model(self.model_type, **SIZES | self.settings | changes)
 
 
 FAMILIES = [
@@ -203,6 +203,22 @@ def write_model(family: Family, folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = family.config()
+    auto_class(config).from_config(config).save_pretrained(folder)
+    return folder
+
+
+def write_chat_model(family: Family, folder: Path) -> Path:
+    """A random model of the family that talks, by the tokenizer and the template of `write_tiny_model`."""
+    from transformers import AutoTokenizer
+
+    from alignment.policy.architecture import auto_class
+    from alignment.policy.tiny_model import write_tiny_model
+
+    write_tiny_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("pad", "bos", "eos")}
+    config = family.config(vocab_size=len(tokenizer), max_position_embeddings=1024, **ends)
+    torch.manual_seed(0)
     auto_class(config).from_config(config).save_pretrained(folder)
     return folder
 

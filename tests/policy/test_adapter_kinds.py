@@ -12,6 +12,7 @@ from peft import PeftModel
 from alignment.config.adapters import AdapterConfig
 from alignment.config.compose import load as compose
 from alignment.errors import UserError
+from alignment.files import CacheKind
 from alignment.policy import adapter_start
 from alignment.policy.adapter import attach_adapter, continue_adapter, load_adapter, starts_at_base
 from alignment.policy.adapter_kinds import is_product_update
@@ -152,6 +153,21 @@ def test_a_start_is_computed_once(option, bits, bases, sources, monkeypatch):
     other = replace(sources, sequences=lambda: [GROUPS[0].prompt]) if option in ("corda", "eva") else sources
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         attach_adapter(bases(bits), config if other is not sources else replace(config, r=3), 3, other)
+
+
+def test_a_damaged_start_is_computed_anew(bases, tiny_model_folder, tmp_path, caplog):
+    """A file that was cut, and one whose numbers changed, are said to be damaged."""
+    config, sources = adapter(**OPTIONS["pissa"]), start_sources(tiny_model_folder, tmp_path)
+    first = dict(attach_adapter(bases(None), config, 3, sources).named_parameters())
+    [file] = CacheKind.adapter_starts.under(tmp_path).glob("*.safetensors")
+    whole = file.read_bytes()
+    for damaged in (whole[:-8], whole[:-8] + bytes(8)):
+        file.write_bytes(damaged)
+        caplog.clear()
+        again = dict(attach_adapter(bases(None), config, 3, sources).named_parameters())
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert "is damaged: the adapter's start is computed anew" in caplog.text
+        assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize("option", each(OPTIONS, ("dora", "tokens", "vera")))

@@ -165,9 +165,9 @@ def test_a_model_is_searched_once(folder, monkeypatch, caplog):
     monkeypatch.setattr(calibration, "search", None)
     assert policy_identity(load(folder, MSE))[0] == identity
     monkeypatch.undo()
-    from alignment.files import cache_dir
+    from alignment.files import CacheKind, cache_dir
 
-    for path in (cache_dir(None) / calibration.CALIBRATION_FOLDER).glob("*.safetensors"):
+    for path in CacheKind.calibration.under(cache_dir(None)).glob("*.safetensors"):
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         path.write_bytes(content)

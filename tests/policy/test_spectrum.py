@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignment.errors import UserError
-from alignment.files import read_sealed
+from alignment.files import CacheKind, read_sealed
 from alignment.policy import spectrum
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.spectrum import choose, choose_modules, scan, signal_to_noise
@@ -61,7 +61,7 @@ def test_a_model_is_scanned_once(tiny_model_folder, tmp_path, monkeypatch, caplo
     monkeypatch.setattr(spectrum, "signal_to_noise", None)
     assert scan(load(tiny_model_folder), tmp_path) == ratios
     monkeypatch.undo()
-    for path in (tmp_path / spectrum.SPECTRUM_FOLDER).glob("*.json"):
+    for path in CacheKind.spectrum.under(tmp_path).glob("*.json"):
         path.write_text(path.read_text().replace("q_proj", "p_proj"))
     assert scan(load(tiny_model_folder), tmp_path) == ratios
     assert "is damaged: the model is scanned anew" in caplog.text

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from alignment.errors import UserError
-from alignment.files import cache_dir
-from alignment.reference.store import REFERENCE_FILE, ReferenceStore, damaged_files
+from alignment.files import CacheKind, cache_dir
+from alignment.reference.store import ReferenceStore, damaged_files
 from tests.helpers.patience import patience
 from tests.helpers.stores import (
     A,
@@ -32,7 +32,7 @@ from tests.helpers.stores import (
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / REFERENCE_FILE
+    return CacheKind.reference.under(tmp_path / "cache")
 
 
 def test_every_float32_round_trips_to_the_bit(path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(path: Path) -> None:
 def test_a_path_that_cannot_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be used"):
-        ReferenceStore(tmp_path / "file" / REFERENCE_FILE)
+        ReferenceStore(CacheKind.reference.under(tmp_path / "file"))
     with pytest.raises(UserError, match="is a folder"):
         ReferenceStore(tmp_path)
 

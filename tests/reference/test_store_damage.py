@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignment.reference.store import REFERENCE_FILE, ReferenceStore, damaged_files
+from alignment.files import CacheKind
+from alignment.reference.store import ReferenceStore, damaged_files
 from tests.helpers.stores import (
     A,
     B,
@@ -26,7 +27,7 @@ from tests.helpers.stores import (
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / REFERENCE_FILE
+    return CacheKind.reference.under(tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
