@@ -51,9 +51,11 @@ class Group:
         scores: K floats from the data (a judge, a reward model), or None.
         weight: factor of the group's loss, from the data.
         source: the row's origin, "file:row", for messages and samples.
+        scored: K arrays (C_k,) bool, each true for at least one token: the tokens of a completion that are scored. The
+            others, such as the results of tools, are context: they are read and have no log-prob. None: all are scored.
 
     Raises:
-        ValueError: a wrong dtype, nothing to score, or another number of labels or scores than completions.
+        ValueError: a wrong dtype, nothing to score, or another number of labels, scores or masks than completions.
     """
 
     prompt: np.ndarray
@@ -62,6 +64,7 @@ class Group:
     scores: tuple[float, ...] | None = None
     weight: float = 1.0
     source: str = ""
+    scored: tuple[np.ndarray, ...] | None = None
 
     def __post_init__(self) -> None:
         if any(tokens.dtype != np.int32 for tokens in (self.prompt, *self.completions)):
@@ -70,13 +73,34 @@ class Group:
             raise ValueError("The prompt of a Group needs a token: it predicts the first completion token.")
         if not self.completions or not all(len(tokens) for tokens in self.completions):
             raise ValueError("A Group needs a completion, and every completion needs a token.")
-        for name, values in (("labels", self.labels), ("scores", self.scores)):
+        for name, values in (("labels", self.labels), ("scores", self.scores), ("masks", self.scored)):
             if values is not None and len(values) != len(self.completions):
                 raise ValueError(f"A Group of {len(self.completions)} completions cannot have {len(values)} {name}.")
+        for tokens, mask in zip(self.completions, self.scored or (), strict=self.scored is not None):
+            if mask.dtype != np.bool_ or mask.shape != tokens.shape or not mask.any():
+                raise ValueError("A mask of scored tokens is bool, as long as its completion, and true for a token.")
+
+    def scored_tokens(self, index: int) -> np.ndarray:
+        """(scored,) the tokens of one completion that are scored."""
+        return self.completions[index] if self.scored is None else self.completions[index][self.scored[index]]
+
+    @property
+    def scored_lengths(self) -> list[int]:
+        """How many tokens of each completion are scored."""
+        return [int(mask.sum()) for mask in self.scored or ()] or [len(tokens) for tokens in self.completions]
+
+    def only(self, *indices: int) -> Group:
+        """The prompt with these completions alone, without what the data say of them."""
+        scored = None if self.scored is None else tuple(self.scored[i] for i in indices)
+        return Group(self.prompt, tuple(self.completions[i] for i in indices), scored=scored)
 
     def key(self, index: int) -> bytes:
-        """32-byte hash of the tokens of the prompt and of one completion, and of nothing else."""
-        digest = hashlib.blake2b(digest_size=32)
+        """32-byte hash of the tokens of the prompt and of one completion, and of which are scored."""
+        mask = None if self.scored is None or self.scored[index].all() else self.scored[index]
+        digest = hashlib.blake2b(digest_size=32, person=b"" if mask is None else b"some scored")
+        if mask is not None:
+            digest.update(len(mask).to_bytes(8, "little"))
+            digest.update(np.packbits(mask).tobytes())
         digest.update(len(self.prompt).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(self.prompt, dtype="<i4").tobytes())
         digest.update(np.ascontiguousarray(self.completions[index], dtype="<i4").tobytes())
@@ -88,7 +112,7 @@ class Group:
 
 
 class Quantity(Enum):
-    """A number per completion token that a loss can ask for beyond the log-prob. It is computed from the logits."""
+    """A number per scored token that a loss can ask for beyond the log-prob. It is computed from the logits."""
 
     collision = "collision"
     """log sum_v p_v^2 of the policy's next-token distribution p, without gradient."""
@@ -102,13 +126,14 @@ class Quantity(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RaggedLogps:
-    """Log-probs of completion tokens of S sequences, laid end to end.
+    """Log-probs of the scored tokens of S completions, laid end to end.
 
     They stay per token until a loss reduces them. So sums, means and prefixes come from one source, and one stored
     reference serves every loss.
 
     Attributes:
-        values: (tokens,) float32 or float64, natural logarithms, one per completion token.
+        values: (tokens,) float32 or float64, natural logarithms, one per scored token: all tokens of a completion,
+            or the assistant's where it has several turns.
         offsets: (S + 1,) int64 on the device of `values`; sequence s holds `values[offsets[s]:offsets[s + 1]]`.
 
     Raises:
@@ -136,15 +161,15 @@ class RaggedLogps:
 
     @property
     def lengths(self) -> Tensor:
-        """(S,) int64, completion tokens per sequence."""
+        """(S,) int64, scored tokens per sequence."""
         return self.offsets.diff()
 
     def sums(self) -> Tensor:
-        """(S,) sum of log-probs per sequence: log pi(y|x) in nats."""
+        """(S,) sum of the scored tokens' log-probs per sequence: log pi(y|x) in nats."""
         return torch.segment_reduce(self.values, "sum", offsets=self.offsets, axis=0)
 
     def means(self) -> Tensor:
-        """(S,) mean log-prob per completion token. A sequence without tokens has none; `Group` refuses it."""
+        """(S,) mean log-prob per scored token. A sequence without tokens has none; `Group` refuses it."""
         return self.sums() / self.lengths
 
     def sequence(self, index: int) -> Tensor:

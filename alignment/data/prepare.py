@@ -216,7 +216,7 @@ def load_conversations(
     return SFTData(train.sequences, held_out.sequences, sources, info), [*loaded.bad, *drops]
 
 
-_BESIDE_TOKENS = tuple(f.name for f in fields(Group) if f.name not in ("prompt", "completions", "source"))
+_BESIDE_TOKENS = tuple(f.name for f in fields(Group) if f.name not in ("prompt", "completions", "source", "scored"))
 
 
 def _groups_digest(*parts: Sequence[Group]) -> str:
@@ -229,6 +229,8 @@ def _groups_digest(*parts: Sequence[Group]) -> str:
                 digest.update(f"{len(tokens)}:".encode())
                 digest.update(np.ascontiguousarray(tokens, dtype="<i4").data)
             digest.update(repr([getattr(group, name) for name in _BESIDE_TOKENS]).encode())
+            for mask in group.scored or ():
+                digest.update(b"scored" + np.packbits(mask).tobytes())
     return digest.hexdigest()
 
 

@@ -38,8 +38,7 @@ def as_pairs(groups: Sequence[Group], how: ListPairs) -> list[Group]:
         for i, j in _index_pairs(len(group.completions), how):
             scores = None if group.scores is None else (group.scores[i], group.scores[j])
             if scores is None or scores[0] > scores[1]:
-                two = (group.completions[i], group.completions[j])
-                pairs.append(replace(group, completions=two, scores=scores))
+                pairs.append(replace(group.only(i, j), scores=scores, weight=group.weight, source=group.source))
     return pairs
 
 
@@ -59,6 +58,5 @@ def as_rows(groups: Sequence[Group]) -> list[Group]:
     for sequence in rows_from_pairs(len(groups)):
         pair, k = divmod(sequence, 2)
         group = groups[pair]
-        completion = (group.completions[k],)
-        rows.append(Group(group.prompt, completion, labels=(k == 0,), weight=group.weight, source=group.source))
+        rows.append(replace(group.only(k), labels=(k == 0,), weight=group.weight, source=group.source))
     return rows

@@ -205,6 +205,10 @@ def page() -> str:
         "- **defaults**: the settings that you get. Each section below gives the source of every value.",
         "- **\\***: something could not be checked against the paper. The list after the table says what.",
         "",
+        "Sums, means, lengths and numbers per token are over the scored tokens of an answer. These are all its tokens,"
+        " or the assistant's where an answer has several turns: what a user or a tool says in between is read and not"
+        " scored, and it is no part of the prompt either.",
+        "",
         # The table
         *_markdown_table(COLUMNS, [_table_row(row) for row in rows()]),
         "",

@@ -25,7 +25,7 @@ class StepTotals:
 
     Attributes:
         items: pairs, rows or lists.
-        tokens: of the preferred completions: chosen in a pair, desirable in a row, first of a list.
+        tokens: the scored ones of the preferred completions: chosen in a pair, desirable in a row, first of a list.
         prompt_tokens: of their prompts, without the first token (nothing predicts it).
     """
 
@@ -41,6 +41,9 @@ class LossInputs:
     It holds S sequences in group order. In pairs S = 2 * items: sequences 2i and 2i + 1 are the chosen and the rejected
     completion of pair i. In rows S = items. In lists `sizes` counts the sequences of each item, best first.
 
+    A sequence holds the scored tokens of a completion and no others, so sums, means and lengths are over these. Where a
+    completion has several turns, they are the assistant's; turns of users and tools are context.
+
     Attributes:
         policy: log-probs under the policy, differentiable.
         reference: log-probs of the same tokens under the reference, without gradient; None without a reference.
@@ -48,7 +51,7 @@ class LossInputs:
         sizes: (items,) int64, completions of each list; None for pairs and rows.
         scores: (S,) float64 from a judge or a reward model, NaN for items without; None if no item has any.
         prompts: the policy's log-probs of every item's prompt tokens but the first, for losses that ask for them.
-        quantities: the quantities of `Requirements.quantities`, per completion token like `policy`.
+        quantities: the quantities of `Requirements.quantities`, per scored token like `policy`.
         state: `LossOutput.state` of the previous step, or `Loss.initial_state()`.
         totals: counts over the whole step; None if these inputs are the whole step.
         seeds: (items,) int64, new for every step and derived from the item's content. All randomness comes from them,

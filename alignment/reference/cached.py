@@ -82,8 +82,8 @@ class CachedReference(Reference):
         started = time.monotonic()
         wanted: dict[bytes, Group] = {}
         for group in groups:
-            for key, completion in zip(group.keys(), group.completions, strict=True):
-                wanted.setdefault(key, Group(group.prompt, (completion,)))
+            for k, key in enumerate(group.keys()):
+                wanted.setdefault(key, group.only(k))
         with self._store.locked(self.identity):
             self._values = self._stored(wanted)
             if self._values and not self._spot_check(wanted):
@@ -114,7 +114,7 @@ class CachedReference(Reference):
     def _stored(self, wanted: dict[bytes, Group]) -> dict[bytes, np.ndarray]:
         """The completions that the store has in full."""
         found = [self._store.get(identity, list(wanted)) for identity in self._identities()]
-        lengths = {key: len(group.completions[0]) for key, group in wanted.items()}
+        lengths = {key: group.scored_lengths[0] for key, group in wanted.items()}
         return {
             key: np.stack([rows[key] for rows in found])
             for key, length in lengths.items()

@@ -1,7 +1,7 @@
 """How groups become model inputs.
 
-A layout turns groups into `MicroBatch`es: token ids for one forward pass, and for every completion token the position
-of the hidden state that scores it. Later steps do not depend on how the rows were laid out.
+A layout turns groups into `MicroBatch`es: token ids for one forward pass, and for every scored token the position of
+the hidden state that scores it. Later steps do not depend on how the rows were laid out.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class MicroBatch:
     Attributes:
         indices: which of the given groups it has, in the order of the ragged result.
         input_ids: (rows, width) int64.
-        score_positions: (tokens,) int64, for each completion token the index, in the flattened (rows * width) hidden
+        score_positions: (tokens,) int64, for each scored token the index, in the flattened (rows * width) hidden
             states, of the state that predicts it: the position just before it.
-        targets: (tokens,) int64, the completion tokens.
+        targets: (tokens,) int64, the scored tokens.
         offsets: (S + 1,) int64, where each sequence's tokens start; sequences in group order, completions within.
             Where prompts are scored too, their tokens follow those of all completions, in group order.
         num_tokens: tokens of all sequences. Prompts count once per completion and padding never, so the number is the
@@ -107,18 +107,19 @@ class FlatLayout:
 
     @staticmethod
     def _build(groups: Sequence[Group], members: Sequence[int], prompts: bool) -> MicroBatch:
-        rows = [(groups[i].prompt, completion) for i in members for completion in groups[i].completions]
+        rows = [(groups[i], k) for i in members for k in range(len(groups[i].completions))]
+        texts = [(group.prompt, group.completions[k]) for group, k in rows]
         # The last token of a row predicts nothing that is scored, so it is left out.
-        width = max(len(prompt) + len(completion) for prompt, completion in rows) - 1
+        width = max(len(prompt) + len(completion) for prompt, completion in texts) - 1
         input_ids = np.zeros((len(rows), width), dtype=np.int64)
         positions = []
-        for row, (prompt, completion) in enumerate(rows):
+        for row, (prompt, completion) in enumerate(texts):
             start = len(prompt) - 1
             input_ids[row, : len(prompt)] = prompt
             input_ids[row, len(prompt) : start + len(completion)] = completion[:-1]
-            positions.append(np.arange(row * width + start, row * width + start + len(completion)))
-        lengths = [len(completion) for _, completion in rows]
-        targets = [completion for _, completion in rows]
+            positions.append(row * width + start + _scored_places(*rows[row]))
+        targets = [group.scored_tokens(k) for group, k in rows]
+        lengths = [len(tokens) for tokens in targets]
         if prompts:
             row = 0
             for prompt, num_rows in ((groups[i].prompt, len(groups[i].completions)) for i in members):
@@ -131,7 +132,7 @@ class FlatLayout:
             score_positions=torch.from_numpy(np.concatenate(positions)),
             targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
             offsets=torch.from_numpy(np.cumsum([0, *lengths])),
-            num_tokens=sum(len(prompt) + len(completion) for prompt, completion in rows),
+            num_tokens=sum(len(prompt) + len(completion) for prompt, completion in texts),
         )
 
 
@@ -181,13 +182,15 @@ class SharedLayout:
         start = num_tokens = 0
         for family in families:
             prompt = groups[family[0]].prompt
-            completions = [c for index in family for c in groups[index].completions]
+            members = [(groups[index], k) for index in family for k in range(len(groups[index].completions))]
+            completions = [group.completions[k] for group, k in members]
             # The last token of a completion predicts nothing that is scored, so it is left out.
             span = PromptSpan(start, len(prompt), tuple(len(c) - 1 for c in completions))
             ids += [prompt, *(c[:-1] for c in completions)]
-            targets += completions
-            for first, end in span.completion_ranges():
-                positions += [np.array([span.prompt_end - 1]), np.arange(first, end)]
+            for (group, k), (first, end) in zip(members, span.completion_ranges(), strict=True):
+                targets.append(group.scored_tokens(k))
+                before = np.concatenate([[span.prompt_end - 1], np.arange(first, end)])
+                positions.append(before[_scored_places(group, k)])
             num_tokens += sum(len(prompt) + len(c) for c in completions)
             spans.append(span)
             start = span.end
@@ -207,6 +210,13 @@ class SharedLayout:
             shared_row=row,
             position_ids=position_ids(row),
         )
+
+
+def _scored_places(group: Group, index: int) -> np.ndarray:
+    """(scored,) int64, which tokens of a completion are scored."""
+    if group.scored is None:
+        return np.arange(len(group.completions[index]))
+    return np.nonzero(group.scored[index])[0]
 
 
 _FIRST_PASS = 64

@@ -1,6 +1,6 @@
 """From a model and a batch of groups to the per-token log-probs of the completions.
 
-Only positions that score a completion token reach the LM head.
+Only positions that score a token reach the LM head.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def hidden_states(model: nn.Module, batch: MicroBatch) -> Tensor:
 
 
 def score(model: nn.Module, batch: MicroBatch) -> RaggedLogps:
-    """Log-probs of all completion tokens of a micro-batch, differentiable where gradients are enabled.
+    """Log-probs of the scored tokens of all completions of a micro-batch, differentiable where gradients are enabled.
 
     Args:
         model: a causal LM after `enable_scoring`, possibly wrapped.

@@ -30,7 +30,7 @@ class TokenPlan:
     @classmethod
     def of(cls, groups: Sequence[Group], prompts: bool = False) -> TokenPlan:
         """The plan of these groups."""
-        offsets = _offsets(len(c) for g in groups for c in g.completions)
+        offsets = _offsets(n for g in groups for n in g.scored_lengths)
         return cls(
             offsets,
             _offsets(len(g.prompt) - 1 for g in groups) + offsets[-1] if prompts else None,

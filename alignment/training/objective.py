@@ -24,8 +24,8 @@ from alignment.types import Group, to_device
 
 def mismatched_groups(loss: Loss, groups: Sequence[Group]) -> list[Group]:
     """The extra sequences that the loss wants scored for a step of these groups."""
-    sequences = [(group.prompt, completion) for group in groups for completion in group.completions]
-    return [Group(sequences[i][0], (sequences[j][1],)) for i, j in loss.mismatched(len(groups))]
+    sequences = [group.only(k) for group in groups for k in range(len(group.completions))]
+    return [replace(sequences[j], prompt=sequences[i].prompt) for i, j in loss.mismatched(len(groups))]
 
 
 def groups_to_reference(
@@ -51,7 +51,7 @@ def step_totals(groups: Sequence[Group]) -> StepTotals:
     preferred = [group for group in groups if group.labels is None or group.labels[0]]
     return StepTotals(
         items=len(groups),
-        tokens=sum(len(group.completions[0]) for group in preferred),
+        tokens=sum(group.scored_lengths[0] for group in preferred),
         prompt_tokens=sum(len(group.prompt) - 1 for group in preferred),
     )
 

@@ -55,11 +55,16 @@ def step_gradient(trainer, groups):
     return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def sequence_logp(model, prompt, completion) -> torch.Tensor:
-    """Per-token log-probs by the book: one row, no padding, full logits, log-softmax, gather."""
+def sequence_logp(model, prompt, completion, scored=None) -> torch.Tensor:
+    """Per-token log-probs by the book: one row, no padding, full logits, log-softmax, gather; where they are scored."""
     ids = torch.tensor(np.concatenate([prompt, completion]).astype(np.int64))
     logits = model(input_ids=ids[None]).logits[0, :-1]
-    return logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)[len(prompt) - 1 :]
+    values = logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)[len(prompt) - 1 :]
+    return values if scored is None else values[torch.from_numpy(scored)]
+
+
+def masks_of(group: Group):
+    return group.scored or [None] * len(group.completions)
 
 
 def plain_loss(name: str, policy, start, groups) -> torch.Tensor:
@@ -67,9 +72,10 @@ def plain_loss(name: str, policy, start, groups) -> torch.Tensor:
     s = SETTINGS[name]
 
     def pair(group: Group):
+        texts = [(group.prompt, c, m) for c, m in zip(group.completions, masks_of(group), strict=True)]
         with torch.no_grad():
-            ref = [sequence_logp(start, group.prompt, c) for c in group.completions]
-        return [sequence_logp(policy, group.prompt, c) for c in group.completions], ref
+            ref = [sequence_logp(start, *text) for text in texts]
+        return [sequence_logp(policy, *text) for text in texts], ref
 
     losses = []
     if name == "kto":
@@ -77,8 +83,9 @@ def plain_loss(name: str, policy, start, groups) -> torch.Tensor:
         with torch.no_grad():
             gaps = []
             for i, row in enumerate(rows):
-                other = rows[(i + 1) % len(rows)].completions[0]
-                gap = sequence_logp(policy, row.prompt, other) - sequence_logp(start, row.prompt, other)
+                other = rows[(i + 1) % len(rows)]
+                text = (row.prompt, other.completions[0], masks_of(other)[0])
+                gap = sequence_logp(policy, *text) - sequence_logp(start, *text)
                 gaps.append(gap.sum())
             z0 = max(0.0, torch.stack(gaps).mean().item())
         for row in rows:

@@ -77,6 +77,10 @@ def group(**changed):
         ({"completions": (np.zeros(0, np.int32),)}, "every completion needs a token"),
         ({"labels": (True,)}, "2 completions cannot have 1 labels"),
         ({"scores": (1.0, 2.0, 3.0)}, "2 completions cannot have 3 scores"),
+        ({"scored": (np.ones(3, bool),)}, "2 completions cannot have 1 masks"),
+        ({"scored": (np.ones(3, bool), np.ones(2, bool))}, "as long as its completion"),
+        ({"scored": (np.ones(3, bool), np.zeros(1, bool))}, "true for a token"),
+        ({"scored": (np.ones(3, int), np.ones(1, bool))}, "is bool"),
     ],
 )
 def test_a_group_that_is_none(changed, said):
