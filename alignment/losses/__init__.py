@@ -28,6 +28,7 @@ from alignment.losses.nca import NCA as NCA
 from alignment.losses.sppo import SPPO as SPPO
 from alignment.losses.apo import APOZero as APOZero
 from alignment.losses.apo import APODown as APODown
+from alignment.losses.apo import APOZeroUnpaired as APOZeroUnpaired
 from alignment.losses.bco_pair import BCOPair as BCOPair
 from alignment.losses.bco import BCO as BCO
 from alignment.losses.beta_dpo import BetaDPO as BetaDPO

@@ -1,4 +1,4 @@
-"""Anchored preference optimisation, for a policy that is worse or better than the chosen answers."""
+"""Anchored preference optimisation, for a policy that is worse or better than the answers; of pairs and of rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, per_pair
+from alignment.losses.base import BetaPairLoss, LossInputs, LossOutput, WeightedRowLoss, given, per_pair
 from alignment.losses.dpo import log_ratios
 
 
@@ -87,3 +87,42 @@ class APODown(BetaPairLoss):
     def at_reference(self, inputs: LossInputs) -> Tensor:
         """1 for every pair."""
         return per_pair(inputs.policy, 1.0)
+
+
+@dataclass(kw_only=True)
+class APOZeroUnpaired(WeightedRowLoss):
+    """L = weight_d S(-beta u) for a desirable, weight_u S(beta u) for an undesirable row.
+
+    u is the log-ratio log pi(y|x) - log pi_ref(y|x), *summed* over the completion's tokens; S is the logistic function.
+
+    APO-zero is a sum of two terms with one answer each, so that it needs no pairs. It is KTO with z0 = 0: no answers to
+    other prompts are scored, and a step may have one row.
+
+    Paper: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, term by term.
+
+    Gradient of -L per token, upwards for a desirable (G_w), downwards for an undesirable row (G_l):
+    G_w = weight_d beta S(beta u) S(-beta u), G_l = weight_u beta S(beta u) S(-beta u).
+
+    Rewards: beta u.
+
+    Recommended: beta 0.1 (the paper, for pairs), weights 1.
+
+    Deviations: none. The mean is over rows, so that on pairs with weights 1 it is half of `apo_zero`. TRL's KTO with
+    the loss type `apo_zero_unpaired` is the same as ours.
+    """
+
+    name: ClassVar[str] = "apo_zero_unpaired"
+    title: ClassVar[str] = "APO-zero unpaired"
+    purpose: ClassVar[str] = "KTO without its KL: good answers up, bad answers down"
+    needs_reference: ClassVar[bool] = True
+
+    def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
+        """Losses (rows,), rewards beta u (rows,)."""
+        labels = given(inputs.labels, "LossInputs.labels")
+        rewards = self.beta * log_ratios(inputs).sums()
+        signs = rewards.new_tensor([1.0, -1.0])[labels.long()]
+        return LossOutput(self.weights_of(rewards, labels) * torch.sigmoid(signs * rewards), rewards.detach())
+
+    def at_reference(self, inputs: LossInputs) -> Tensor:
+        """Half the weight of every row: u is 0."""
+        return self.weights_of(inputs.policy.values.double(), given(inputs.labels, "LossInputs.labels")) / 2

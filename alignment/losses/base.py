@@ -297,6 +297,26 @@ class BetaPairLoss(Loss):
         positive("loss.beta", self.beta)
 
 
+@dataclass(kw_only=True)
+class WeightedRowLoss(Loss):
+    """A loss of labelled rows with a strength `beta` and a weight for each of the two labels."""
+
+    unit: ClassVar[str] = "row"
+
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("beta", "desirable_weight", "undesirable_weight"):
+            positive(f"loss.{key}", getattr(self, key))
+
+    def weights_of(self, like: Tensor, labels: Tensor) -> Tensor:
+        """(rows,) in the dtype of `like`; built there, since `torch.where` on numbers would round them to float32."""
+        return like.new_tensor([self.undesirable_weight, self.desirable_weight])[labels.long()]
+
+
 def given(value: T | None, name: str) -> T:
     """The value of this name, which the loss needs.
 

@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from alignment.errors import positive
-from alignment.losses.base import Loss, LossInputs, LossOutput, given
+from alignment.losses.base import LossInputs, LossOutput, WeightedRowLoss, given
 from alignment.losses.dpo import log_ratios
 
 
 @dataclass(kw_only=True)
-class KTO(Loss):
+class KTO(WeightedRowLoss):
     """L = weight_d (1 - S(beta (u - z0))) for a desirable, weight_u (1 - S(beta (z0 - u))) for an undesirable row.
 
     u is the log-ratio log pi(y|x) - log pi_ref(y|x), *summed* over the completion's tokens; S is the logistic function.
@@ -41,19 +40,8 @@ class KTO(Loss):
     title: ClassVar[str] = "KTO"
     purpose: ClassVar[str] = "for single answers marked good or bad, without pairs"
     uncertain: ClassVar[str] = "the range of the weights in the paper's last version, which is from accounts of it"
-    unit: ClassVar[str] = "row"
     needs_reference: ClassVar[bool] = True
     min_items: ClassVar[int] = 2
-
-    beta: float
-    desirable_weight: float
-    undesirable_weight: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("loss.beta", self.beta)
-        positive("loss.desirable_weight", self.desirable_weight)
-        positive("loss.undesirable_weight", self.undesirable_weight)
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (rows,), rewards beta u (rows,); part `kl` (rows,). `step_statistics` must cover the whole step."""
@@ -62,12 +50,12 @@ class KTO(Loss):
         ratios = log_ratios(inputs).sums()
         z0 = (sums[0] / sums[1]).clamp(min=0).detach()
         signs = ratios.new_tensor([-1.0, 1.0])[labels.long()]
-        losses = self._weights(ratios, labels) * torch.sigmoid(self.beta * signs * (z0 - ratios))
+        losses = self.weights_of(ratios, labels) * torch.sigmoid(self.beta * signs * (z0 - ratios))
         return LossOutput(losses, self.beta * ratios.detach(), {"kl": z0.expand(len(ratios))})
 
     def at_reference(self, inputs: LossInputs) -> Tensor:
         """Half the weight of every row: u and z0 are both 0."""
-        return self._weights(inputs.policy.values.double(), given(inputs.labels, "LossInputs.labels")) / 2
+        return self.weights_of(inputs.policy.values.double(), given(inputs.labels, "LossInputs.labels")) / 2
 
     def mismatched(self, num_items: int) -> list[tuple[int, int]]:
         """Every prompt with the next row's completion, the last with the first."""
@@ -79,7 +67,3 @@ class KTO(Loss):
         """(2,) detached: the sum of the mismatched rows' log-ratios in nats, and their number."""
         ratios = log_ratios(mismatched).sums().detach()
         return torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
-
-    def _weights(self, like: Tensor, labels: Tensor) -> Tensor:
-        """(rows,) in the dtype of `like`; built there, since `torch.where` on numbers would round them to float32."""
-        return like.new_tensor([self.undesirable_weight, self.desirable_weight])[labels.long()]

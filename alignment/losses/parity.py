@@ -41,6 +41,7 @@ from alignment.losses import (
     AOTUnpaired,
     APODown,
     APOZero,
+    APOZeroUnpaired,
     BCOPair,
     BestVsRest,
     CalDPO,
@@ -257,6 +258,13 @@ CHECKS: tuple[Check, ...] = (
     Check(BCOPair(beta=0.1), 1.322406615, "DPO bco_pair", 1.322406615, "the paper's running mean delta is 0 in both"),
     Check(APOZero(beta=0.1), 0.9675132634, "DPO apo_zero", 0.9675132634),
     Check(APODown(beta=0.1), 0.9800430901, "DPO apo_down", 0.9800430901),
+    Check(
+        APOZeroUnpaired(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
+        0.4837566317,
+        "KTO apo_zero_unpaired",
+        0.4837566317,
+        "the mean of two rows is half of APO-zero, and KTO where z0 is 0",
+    ),
     Check(NCA(beta=0.1), 1.354662956, "DPO nca_pair", 1.354662956),
     Check(
         EXO(beta=0.1, epsilon=1e-3),

@@ -42,7 +42,9 @@ def test_the_list_is_grouped_by_what_the_losses_read(capsys):
     main([])
     groups = dict(part.split("\n", 1) for part in capsys.readouterr().out.split("\n\n")[1:-1])
     found = {heading: [line.split()[0].rstrip("*") for line in body.splitlines()] for heading, body in groups.items()}
-    assert found["Single answers labelled good or bad, against a reference"] == ["kto", "bco"]
+    assert found["Single answers labelled good or bad, against a reference"] == [
+        *("kto", "apo_zero_unpaired", "bco"),
+    ]
     assert found["Ranked lists of answers, without a reference"] == ["tpo", "tpo_l"]
     assert found["Mixtures of these"] == ["mixture", "mpo"]
     assert {"simpo", "orpo", "cpo"} < set(found["Pairs of a chosen and a rejected answer, without a reference"])

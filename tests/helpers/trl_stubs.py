@@ -159,8 +159,9 @@ def trl_dpo(step, losses, beta, pairs=None, **settings):
     return trainer._compute_loss(model, batch_of(step.policy, rows), False), trainer._metrics["train"]
 
 
-def trl_kto(step, mismatched, rows, **settings):
+def trl_kto(step, mismatched, rows, loss_type="kto", **settings):
     """KTOTrainer on the given rows of a step and of its mismatched completions."""
+    kl_counts = loss_type == "kto"
     joined = RaggedLogps.from_sequences(
         [r.sequence(i) for r in (step.policy, mismatched.policy) for i in range(len(r))]
     )
@@ -169,7 +170,10 @@ def trl_kto(step, mismatched, rows, **settings):
     batch |= {"label": step.labels[rows]}
     batch |= {"ref_logps": step.reference.sums()[rows], "ref_KL_logps": mismatched.reference.sums()[rows]}
     model = PreparedLogProbs(joined)
-    trainer = bare(KTOTrainer, KTOConfig, model=model, calculate_KL=True, precompute_ref_logps=True, **settings)
+    trainer = bare(
+        KTOTrainer, KTOConfig, model=model, calculate_KL=kl_counts, precompute_ref_logps=True,
+        loss_type=loss_type, **settings,
+    )  # fmt: skip
     return trainer._compute_loss(model, batch, False), trainer._metrics["train"]
 
 

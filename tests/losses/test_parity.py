@@ -62,10 +62,10 @@ def tpo(**settings):
     return trl_tpo(*forward_of((*POLICY, GOLD)), **settings)[0]
 
 
-def kto():
+def kto(loss_type="kto"):
     values = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
     rows = step_of_the_pair(KTO(**values))
-    return trl_kto(rows, LossInputs(rows.reference, rows.reference), [0, 1], **values)[0]
+    return trl_kto(rows, LossInputs(rows.reference, rows.reference), [0, 1], loss_type, **values)[0]
 
 
 RUNS = {
@@ -109,6 +109,7 @@ RUNS = {
     "TPO sigmoid, beta 0.01, tpo_alpha 1": lambda: tpo(beta=0.01),
     "TPO tpo-l, beta 2, tpo_l_gamma 1, tpo_alpha 1": lambda: tpo(loss_type="tpo-l", beta=2.0, tpo_l_gamma=1.0),
     "KTO": kto,
+    "KTO apo_zero_unpaired": lambda: kto("apo_zero_unpaired"),
 }
 """What the page says that TRL is asked for; its `alphapo` is its `simpo` with an alpha and without the NLL."""
 

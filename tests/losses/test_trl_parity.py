@@ -22,6 +22,7 @@ from alignment.losses import (
     SPPO,
     APODown,
     APOZero,
+    APOZeroUnpaired,
     BCOPair,
     DiscoPOP,
     Hinge,
@@ -179,6 +180,16 @@ def test_kto_estimates_z0_per_micro_batch(inputs):
     assert (first_log["kl"], second_log["kl"]) == (pytest.approx([0.9]), pytest.approx([0.0]))
     assert output.parts["kl"].tolist() == pytest.approx([0.15] * 6)
     assert abs((first + second).item() / 2 - output.losses.mean().item()) > 1e-3
+
+
+def test_apo_zero_unpaired(inputs):
+    """TRL's KTO with that loss type: no baseline, whatever the mismatched rows say."""
+    step, mismatched = inputs(POLICY, REFERENCE, LABELS), inputs(*shifted([0.9] * 6))
+    output = APOZeroUnpaired(**KTO_VALUES)(step)
+    theirs, logged = trl_kto(step, mismatched, list(range(6)), "apo_zero_unpaired", **KTO_VALUES)
+    assert_same_loss_and_gradient(output.losses.mean(), theirs, step.policy.values)
+    assert logged["kl"] == [0.0]
+    assert logged["rewards/rejected"] == pytest.approx([output.rewards[~step.labels].mean().item()])
 
 
 @pytest.mark.parametrize(("beta", "ratio"), [(2.0, 0.5), (10.0, 0.3), (2.5, 0.0)])
