@@ -12,7 +12,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-matrix test-fast check lint format types docs bench bench-quantization faults gpu-bundle profile notebooks wheel clean
+.PHONY: help install run test test-matrix test-fast check lint format types docs bench bench-quantization bench-data faults gpu-bundle profile notebooks wheel clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: $(DEV_STAMP) ## Compare speed and memory with TRL: make bench ARGS=--quic
 
 bench-quantization: $(DEV_STAMP) ## Compare quantisers and adapters on a real model: make bench-quantization ARGS="--parts errors"
 	$(VENV)/bin/python -m tests.bench.quantization $(ARGS)
+
+bench-data: $(DEV_STAMP) ## Compare reading and tokenising rows with TRL: make bench-data ARGS="--rows 20000 100000"
+	$(VENV)/bin/python -m tests.bench.data $(ARGS)
 
 faults: $(DEV_STAMP) ## Disturb runs at random moments for ten minutes: make faults ARGS="--seed 1"
 	$(VENV)/bin/python -m tests.faults $(ARGS)

