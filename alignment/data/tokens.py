@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from alignment.config.data import DataConfig, Keep
+from alignment.data.encoding import BatchEncoder
 from alignment.data.findings import Found
 from alignment.data.reasons import UnusableRows
 from alignment.data.rows import BadRow, Rejected, Row
@@ -234,12 +235,14 @@ class _Encoder:
     chat: bool
     bos: list[int] = field(init=False)
     special: set[int] = field(init=False)
+    batches: BatchEncoder = field(init=False)
     blank: dict[int, bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         added = self.tokenizer("a", verbose=False)["input_ids"][:1]
         self.bos = added if not self.chat and added == [self.tokenizer.bos_token_id] else []
         self.special = special_ids(self.tokenizer)
+        self.batches = BatchEncoder(self.tokenizer)
 
     def answer_start(self, prompt: str, whole: str) -> int:
         """Where the answer begins in `whole`, in characters: after `prompt`, or after the tokens that both share."""
@@ -251,7 +254,7 @@ class _Encoder:
 
     def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
         """(tokens,) int32 per text, with a BOS if the text is plain and the tokenizer adds one."""
-        for ids in self.call(texts)["input_ids"] if texts else ():
+        for ids in self.batches.encode(texts):
             yield np.array(self.with_bos(ids), dtype=np.int32)
 
     def encode_with_offsets(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -267,8 +270,8 @@ class _Encoder:
         kwargs |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         return self.tokenizer(texts, add_special_tokens=False, **kwargs)
 
-    def with_bos(self, ids: list[int]) -> list[int]:
-        return ids if ids[:1] == self.bos else self.bos + ids
+    def with_bos(self, ids: Sequence[int]) -> Sequence[int]:
+        return ids if ids[:1] == self.bos else [*self.bos, *ids]
 
     def ended(self, answer: np.ndarray) -> tuple[np.ndarray, int]:
         """The answer up to its end-of-turn token, and 1 if that was missing and EOS was appended, else 0."""

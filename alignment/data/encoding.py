@@ -1,0 +1,114 @@
+"""Texts to token ids, many at once: what several texts begin with is tokenised once."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_PROBED = 96
+"""Texts of the first call that are tokenised whole, too: both ways must agree."""
+
+
+@dataclass(slots=True)
+class BatchEncoder:
+    """Token ids of texts, without special tokens besides those in the text.
+
+    A fast tokenizer looks for its added tokens first, and then tokenises what stands between two of them by itself. So
+    a text may be cut where one begins. The prompt of a row is followed by each of its completions: its part up to its
+    last such token is tokenised once for all of them.
+
+    The first texts are tokenised whole as well. If anything differs, texts stay whole from then on.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    _backend: Any = field(init=False, default=None)
+    _token: re.Pattern[str] | None = field(init=False, default=None)
+    _probed: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if hasattr(backend, "encode_batch_fast") and not getattr(self.tokenizer, "split_special_tokens", False):
+            self._backend = backend
+            self._token = _cutting_tokens(self.tokenizer)
+
+    @property
+    def shares(self) -> bool:
+        """Whether the tokenizer takes texts apart as expected, as far as it was asked."""
+        return self._backend is not None
+
+    def encode(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
+        """The ids of each text."""
+        if not texts:
+            return
+        if self.shares and not self._probed:
+            self._probe(texts[:_PROBED])
+        yield from self._in_parts(texts) if self.shares else self._whole(texts)
+
+    def _probe(self, texts: Sequence[str]) -> None:
+        self._probed = True
+        if [list(ids) for ids in self._in_parts(texts)] != [list(ids) for ids in self._whole(texts)]:
+            self._backend = None
+            log.info(
+                "This tokenizer does not take texts apart at its special tokens: a prompt is tokenised several times."
+            )
+
+    def _whole(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        encoding = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return encoding["input_ids"]
+
+    def _in_parts(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
+        """Every text is a beginning, which the texts after it may share, and the rest; equal parts are one."""
+        parts: dict[str, int] = {}
+        places = []
+        cut, shared = 0, ""
+        for text in texts:
+            if not cut or not text.startswith(shared):
+                cut, end = self._last_cut(text)
+                shared = text[:end]  # with the token: there the next text may be cut, too
+            two = (text[:cut], text[cut:])
+            places.append([parts.setdefault(part, len(parts)) for part in two if part])
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        ids = [encoding.ids for encoding in self._backend.encode_batch_fast(list(parts), add_special_tokens=False)]
+        for place in places:
+            yield ids[place[0]] if len(place) == 1 else [token for part in place for token in ids[part]]
+
+    def _last_cut(self, text: str) -> tuple[int, int]:
+        """Where the last token at which the text may be cut begins and ends; 0 if there is none."""
+        last = 0, 0
+        for match in self._token.finditer(text) if self._token is not None else ():
+            if match.lastgroup is not None:
+                last = match.span()
+        return last
+
+
+def _cutting_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """The added tokens as the tokenizer finds them, in a named group those at which a text may be cut.
+
+    At a token that takes the white space before it along, the text before it would be another. A token that wants to be
+    a word of its own looks at its neighbours, so that nothing is cut where there is one.
+    """
+    added = [token for token in tokenizer.added_tokens_decoder.values() if not token.normalized and token.content]
+    if not added or any(token.single_word for token in added):
+        return None
+    added.sort(key=lambda token: len(token.content), reverse=True)  # of two the longer one is found
+    ways = (f"(?P<cut{i}>{_escaped(t)})" if not t.lstrip else _escaped(t) for i, t in enumerate(added))
+    return re.compile("|".join(ways))
+
+
+def _escaped(token: Any) -> str:
+    return re.escape(token.content)
