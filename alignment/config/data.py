@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from alignment.errors import require
+from alignment.errors import as_names, require
+
+ONE_OR_MORE = "one text, or a list of texts"
+"""The kind of a setting whose type says no more than Any: configurations cannot be merged with unions of types."""
 
 
 class Keep(Enum):
@@ -31,18 +34,22 @@ class ListPairs(Enum):
 class DataConfig:
     """One data set and how it becomes tokens.
 
-    `source` is `bundled:<name>`, a local file or folder (`places.DATA_ENDINGS`), or a hub id. Held-out rows come
-    from `eval_source` (its split `eval_split`), or else `eval_size` rows are set aside from the training rows.
+    `source` is `bundled:<name>`, a file, folder or pattern of this machine or at an address (`places.DATA_ENDINGS`),
+    a hub id, or a list of these, which are read one after another. `revision` is that of a hub set, and `streaming`
+    reads its rows over the network as they are needed. Held-out rows come from `eval_source` (its split `eval_split`),
+    or else `eval_size` rows are set aside from the training rows.
     `columns` maps our column names to the file's own, e.g. {prompt: question, chosen: best}. `train_where` keeps the
     training rows whose columns have these values, e.g. {kind: [add, subtract]}; held-out rows all stay.
     `max_bad_rows` null means 0 for local files and no limit for hub sets. `allow` names findings in the text that do
     not stop the run (see `alignment.data.findings`).
     """
 
-    source: str
+    source: Any = field(metadata={"kind": ONE_OR_MORE})
     name: str | None
+    revision: str | None
+    streaming: bool
     split: str
-    eval_source: str | None
+    eval_source: Any = field(metadata={"kind": ONE_OR_MORE})
     eval_split: str | None
     eval_size: int
     columns: dict[str, str]
@@ -58,7 +65,16 @@ class DataConfig:
     template_kwargs: dict[str, Any]
     list_pairs: ListPairs
 
+    @property
+    def named(self) -> list[str]:
+        """All sources that the settings name."""
+        others = [] if self.eval_source is None else as_names("data.eval_source", self.eval_source)
+        return [*as_names("data.source", self.source), *others]
+
     def __post_init__(self) -> None:
+        require(bool(as_names("data.source", self.source)), "data.source=[] names nothing to read.")
+        if self.eval_source is not None:
+            as_names("data.eval_source", self.eval_source)
         require(self.max_length >= 2, f"data.max_length must be at least 2, not {self.max_length}.")
         require(
             1 <= self.max_prompt_length < self.max_length,

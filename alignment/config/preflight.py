@@ -36,8 +36,7 @@ def check_machine(config: RunConfig) -> None:
     sources: dict[str, str] = {} if _is_local_model(config.model.name) else {config.model.name: "model"}
     for data in (config.sft.data if config.sft else None, config.data if config.loss is not None else None):
         if data is not None:
-            named = [source for source in (data.source, data.eval_source) if source is not None and is_on_hub(source)]
-            sources.update(dict.fromkeys(named, "data set"))
+            sources.update(dict.fromkeys(filter(is_on_hub, data.named), "data set"))
     absent: dict[str, list[str]] = {}
     for name, kind in sources.items():
         reason = _hub_problem(name, kind, ask=_UNREACHABLE not in absent)  # a dead network is waited for once

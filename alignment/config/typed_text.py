@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
+from alignment.config.data import ONE_OR_MORE
 from alignment.config.schema import RunConfig
 from alignment.errors import UserError
 
@@ -75,7 +76,7 @@ def _as_text(setting: str, sweeps: bool) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise UserError(f"{key} holds bytes that are not UTF-8: {value!a}.") from None
-    of_text = is_text(key.lstrip("+"))
+    of_text = is_text(key.lstrip("+")) and not (value.startswith("[") and _kind(key.lstrip("+")) is not str)
     read = _read(setting)
     if sweeps and of_text and not key.startswith("hydra.") and "," in value and not _is_quoted(read):
         return f"{key}={_members(key, value, read)}"
@@ -87,17 +88,23 @@ def _as_text(setting: str, sweeps: bool) -> str:
 
 
 def is_text(key: str) -> bool:
-    """Whether a setting takes text: `str`, perhaps null, also as a value of a mapping."""
+    """Whether a setting takes text: `str`, perhaps null, also as a value of a mapping; or several texts in a list."""
+    return _kind(key) in (str, ONE_OR_MORE)
+
+
+def _kind(key: str) -> Any:
+    """The type of a setting; None if there is none of this name."""
     kind: Any = HydraConf if key.startswith("hydra.") else RunConfig
     for name in key.removeprefix("hydra.").split("."):
         kind = _without_none(kind)
         if get_origin(kind) is dict:
             kind = get_args(kind)[1]
-        elif is_dataclass(kind) and name in {field.name for field in fields(kind)}:
-            kind = get_type_hints(kind)[name]
-        else:
-            return False
-    return _without_none(kind) is str
+            continue
+        field = next((field for field in fields(kind) if field.name == name), None) if is_dataclass(kind) else None
+        if field is None:
+            return None
+        kind = field.metadata.get("kind") or get_type_hints(kind)[name]
+    return _without_none(kind)
 
 
 def _without_none(kind: Any) -> Any:

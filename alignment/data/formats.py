@@ -6,14 +6,19 @@ import csv
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from alignment.config.places import ACCEPTED_FILES, DATA_ENDINGS, ending_of
+from alignment.config.places import ACCEPTED_FILES, ending_of
+from alignment.data.json_stream import JSONStream, without_twins
 from alignment.data.layouts import OUR_COLUMNS
+from alignment.data.remote import File
 from alignment.data.rows import BadRow
 from alignment.errors import UserError
 
@@ -23,27 +28,25 @@ Numbered = Iterator[tuple[int, Any]]
 _HEAD = 4096
 """Bytes at the beginning of a file that show what it holds."""
 
+_DOCUMENT = 1 << 22
+"""Bytes of a JSON document that are looked at as a whole: longer than any row, and little memory."""
+
 _BOM = b"\xef\xbb\xbf"
 
 
-def is_data_file(path: Path) -> bool:
-    """Whether the file's name says that it holds rows: not what libraries write beside them."""
-    beside = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-    return ending_of(path)[0] in DATA_ENDINGS and path.name not in beside and path.is_file()
-
-
-def read_file(path: Path) -> Numbered:
+def read_file(path: File) -> Numbered:
     """The records of a file.
 
     Raises:
         UserError: the file has another ending, another encoding than UTF-8, or is damaged as a whole.
     """
-    ending, packed = ending_of(path)
+    ending, packed = ending_of(path.name)
     if ending not in _READERS or (packed and ending in _BINARY):
         raise UserError(f"{path} is no data file: accepted are {ACCEPTED_FILES}.")
     try:
-        if path.stat().st_size < _HEAD and path.read_bytes().startswith(b"version https://git-lfs."):
-            raise UserError(f"{path} is a pointer of Git LFS and holds no rows: run git lfs pull in its folder.")
+        with path.open("rb") as file:
+            if file.read(_HEAD).startswith(b"version https://git-lfs."):
+                raise UserError(f"{path} is a pointer of Git LFS and holds no rows: run git lfs pull in its folder.")
         if ending not in _BINARY:
             _refuse_encodings(path)
         yield from _READERS[ending](path)
@@ -53,27 +56,24 @@ def read_file(path: Path) -> Numbered:
         raise UserError(f"{path} cannot be read{kind}: {cause}.") from None
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def _open(path: File) -> Iterator[Any]:
     """The file's bytes, unpacked, as an open file."""
-    packed = ending_of(path)[1]
-    if packed == ".gz":
-        import gzip
+    packed = ending_of(path.name)[1]
+    with path.open("rb") as raw:
+        if not packed:
+            yield raw
+        elif packed == ".zst":
+            import pyarrow as pa
 
-        return gzip.open(path)
-    if packed == ".xz":
-        return lzma.open(path)
-    if packed == ".bz2":
-        import bz2
-
-        return bz2.open(path)
-    if packed == ".zst":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.input_stream(path, compression="zstd"))
-    return path.open("rb")
+            yield io.BufferedReader(pa.input_stream(raw, compression="zstd"))
+        else:
+            module = import_module({".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}[packed])
+            with module.open(raw) as file:
+                yield file
 
 
-def _refuse_encodings(path: Path) -> None:
+def _refuse_encodings(path: File) -> None:
     """Refuse text in 16 or 32 bits: by its mark at the beginning, or by the zeros that ASCII has there."""
     with _open(path) as file:
         head = file.read(_HEAD)
@@ -84,46 +84,66 @@ def _refuse_encodings(path: Path) -> None:
 # JSON
 
 
-def _read_json(path: Path) -> Numbered:
-    """JSON Lines, one array of rows, or one object around such an array, whatever the ending says."""
+def _read_json(path: File) -> Numbered:
+    """JSON Lines, one array of rows, or one object around such an array, whatever the ending says.
+
+    Which of them it is shows in its beginning; the rows of an array are then read one by one.
+    """
     with _open(path) as file:
-        lines = (line.removeprefix(b"" if number else _BOM).strip() for number, line in enumerate(file))
-        filled = filter(None, lines)
-        first, second = next(filled, b""), next(filled, b"")
-    if not first or (second and _first_value(first)):
+        head = file.read(_DOCUMENT)
+        is_whole = len(head) < _DOCUMENT
+    text = head.removeprefix(_BOM).decode("utf-8", "replace").strip()
+    first = _first_value(text)
+    has_more = not is_whole or len(first) < len(text)
+    if not text or (first and has_more and "\n" not in first):
         return _read_lines(path)
+    if text.startswith("["):
+        return _read_array(path)
+    if not first and not is_whole and _begins_with_rows(text):
+        return _read_array(path, wrapped=True)
 
     # One document, or lines of which the first is broken
-    with _open(path) as file:
-        content = file.read().removeprefix(_BOM)
+    if first and has_more:
+        raise UserError(
+            f"{path} holds objects that are broken over several lines: write each on a line of its own (jq -c . "
+            f"does so), or put them into one array."
+        )
+    if not is_whole:
+        return _read_lines(path)
     try:
-        document = _parsed(content.decode())
+        document = json.loads(head.removeprefix(_BOM).decode(), object_pairs_hook=without_twins)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and "\n" in _first_value(content):
-            raise UserError(
-                f"{path} holds objects that are broken over several lines: write each on a line of its own (jq -c . "
-                f"does so), or put them into one array."
-            ) from None
-        if first == b"{" or first.startswith(b"["):
+        if text.split("\n", 1)[0].strip() == "{":
             raise UserError(f"{path} is not {_fault(error)}.") from None
         return _read_lines(path)
-    rows = document if isinstance(document, list) else _unwrapped(document, path)
+    rows = _unwrapped(document, path)
     if rows is None:
         raise UserError(f"{path} must hold a JSON array of rows or JSON Lines, not {type(document).__name__}.")
     return enumerate(rows, 1)
 
 
-def _parsed(text: str) -> Any:
-    """The value of a JSON text, of which no object has a key twice: Python would keep the last one without a word."""
-
-    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key '{next(name for name in found if names.count(name) > 1)}' stands twice")
-        return found
-
-    return json.loads(text, object_pairs_hook=mapping)
+def _read_array(path: File, wrapped: bool = False) -> Numbered:
+    """The rows of one array, or of the array under the only key of one object."""
+    try:
+        with _open(path) as file:
+            stream = JSONStream(file)
+            if wrapped:
+                stream.take("{")
+                key = stream.value()
+                stream.take(":")
+            yield from enumerate(stream.elements(), 1)
+            if wrapped and stream.peek() == ",":
+                raise UserError(
+                    f"{path} holds more in its object than the list of rows under '{key}': write the rows alone, as "
+                    f"one array or each on a line of its own."
+                )
+            if wrapped:
+                stream.take("}")
+            stream.end()
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not {_fault(error)}.") from None
 
 
 def _fault(error: Exception) -> str:
@@ -136,16 +156,21 @@ def _fault(error: Exception) -> str:
     return f"valid JSON ({error})"
 
 
-def _first_value(content: bytes) -> str:
+def _first_value(text: str) -> str:
     """The text of the JSON value at the beginning; empty if there is none."""
-    text = content.decode("utf-8", "replace").strip()
     try:
         return text[: json.JSONDecoder().raw_decode(text)[1]]
     except (ValueError, RecursionError):
         return ""
 
 
-def _unwrapped(document: Any, path: Path) -> list[Any] | None:
+def _begins_with_rows(text: str) -> bool:
+    """Whether an object begins with a list of objects under a key that no column of ours has."""
+    found = re.match(r'\{\s*"([^"\\]*)"\s*:\s*\[\s*\{', text)
+    return found is not None and found[1] not in OUR_COLUMNS
+
+
+def _unwrapped(document: Any, path: File) -> list[Any] | None:
     """The rows of one object: those of the array under its only key, or itself, which is a row."""
     if not isinstance(document, dict):
         return None
@@ -164,13 +189,13 @@ def _are_rows(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
-def _read_lines(path: Path) -> Numbered:
+def _read_lines(path: File) -> Numbered:
     with _open(path) as lines:  # split at "\n" only: text may hold U+2028 and its like
         for number, line in enumerate(lines, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    yield number, _parsed(text)
+                    yield number, json.loads(text, object_pairs_hook=without_twins)
             except UnicodeDecodeError as error:
                 yield number, BadRow("not_utf8", f"the line is not {_fault(error)}", str(path), number)
             except (ValueError, RecursionError) as error:
@@ -181,11 +206,12 @@ def _read_lines(path: Path) -> Numbered:
 # Tables
 
 
-def _read_csv(path: Path) -> Numbered:
+def _read_csv(path: File) -> Numbered:
     csv.field_size_limit(sys.maxsize)  # the module's 128 KiB are less than a long answer
-    tab = ending_of(path)[0] == ".tsv"
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, strict=True, delimiter="\t" if tab else ",")
+    tab = ending_of(path.name)[0] == ".tsv"
+    with _open(path) as raw:
+        text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.DictReader(text, strict=True, delimiter="\t" if tab else ",")
         try:
             _check_header(path, list(reader.fieldnames or []))
             for number, record in enumerate(reader, 1):
@@ -194,7 +220,7 @@ def _read_csv(path: Path) -> Numbered:
             raise UserError(f"{path} is not valid CSV after line {reader.line_num}: {error}.") from None
 
 
-def _check_header(path: Path, names: list[str]) -> None:
+def _check_header(path: File, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path} has several columns '{twice[0]}': give each column a name of its own.")
@@ -217,18 +243,22 @@ def _checked_cells(record: dict[Any, Any], file: str, number: int) -> Any:
     return record
 
 
-def _read_parquet(path: Path) -> Numbered:
+def _read_parquet(path: File) -> Numbered:
     from pyarrow import parquet
 
-    return _read_batches(path, "Parquet", lambda: parquet.ParquetFile(path).iter_batches())
+    def batches() -> Iterator[Any]:
+        with _at_hand(path) as source:
+            yield from parquet.ParquetFile(source).iter_batches()
+
+    return _read_batches(path, "Parquet", batches)
 
 
-def _read_arrow(path: Path) -> Numbered:
+def _read_arrow(path: File) -> Numbered:
     """Arrow as the datasets library saves it: a stream of batches, or a file of them."""
     import pyarrow as pa
 
     def batches() -> Iterator[Any]:
-        with pa.memory_map(str(path)) as source:
+        with _at_hand(path) as source:
             if source.read(6) == b"ARROW1":
                 file = pa.ipc.open_file(source)
                 yield from (file.get_batch(number) for number in range(file.num_record_batches))
@@ -239,7 +269,14 @@ def _read_arrow(path: Path) -> Numbered:
     return _read_batches(path, "Arrow", batches)
 
 
-def _read_batches(path: Path, kind: str, batches: Callable[[], Iterator[Any]]) -> Numbered:
+def _at_hand(path: File) -> Any:
+    """The file for reading at any place: in memory as it is needed, or through its own file system."""
+    import pyarrow as pa
+
+    return pa.memory_map(str(path)) if isinstance(path, Path) else path.open("rb")
+
+
+def _read_batches(path: File, kind: str, batches: Callable[[], Iterator[Any]]) -> Numbered:
     import pyarrow as pa
 
     number = 0
@@ -252,7 +289,7 @@ def _read_batches(path: Path, kind: str, batches: Callable[[], Iterator[Any]]) -
         raise UserError(f"{path} is not a readable {kind} file: {str(error).splitlines()[0]}.") from None
 
 
-_READERS: dict[str, Callable[[Path], Numbered]] = {
+_READERS: dict[str, Callable[[File], Numbered]] = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), _read_json),
     **dict.fromkeys((".csv", ".tsv"), _read_csv),
     ".parquet": _read_parquet,

@@ -1,26 +1,32 @@
-"""Read `data.source` into checked rows: a bundled set, a local file or folder, or a hub set."""
+"""Read `data.source` into checked rows: bundled sets, files here or behind an address, or sets on a hub."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from alignment.config.data import DataConfig
-from alignment.config.places import ACCEPTED_FILES, BUNDLED_PREFIX, ending_of, is_on_hub
-from alignment.data.formats import is_data_file, read_file
-from alignment.data.layouts import Layout, Stage, recognise, to_row
+from alignment.config.places import BUNDLED_PREFIX, MODELSCOPE_PREFIX, is_on_hub
+from alignment.data.folders import files_of
+from alignment.data.formats import read_file
+from alignment.data.hub import read_hub, read_modelscope
+from alignment.data.layouts import SAMPLE, Layout, Stage, recognise, to_row
 from alignment.data.reasons import UnusableRows, in_words
 from alignment.data.rows import BadRow, Row, count_reasons, fingerprint
-from alignment.errors import UserError
+from alignment.errors import UserError, as_names
 
 BUNDLED = Path(__file__).parent / "bundled"
 _SHOWN_VALUES = 20
-SPLIT_WORDS = ("train", "test", "eval", "validation", "valid", "dev")
+_RECOGNISED = 10_000
+"""Records by which the layout of a source is recognised, so that no more of them are held at once."""
+
+Numbered = Iterator[tuple[str, int, Any]]
+"""(file, row number from 1, record) of each record; a `BadRow` in place of one that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,20 @@ class _Part:
     note: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A source whose records are about to be read.
+
+    Attributes:
+        name: for messages.
+        allowed: the limit on bad rows if `max_bad_rows` is null.
+    """
+
+    name: str
+    records: Numbered
+    allowed: int | None
+
+
 def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
     """Read and check the rows of `config.source` and its held-out rows.
 
@@ -58,29 +78,29 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
     the file matters, and all rows of a prompt are on one side. For SFT, pairs give their chosen completion, ranked
     lists their best one, and labelled data the desirable rows.
 
+    No more rows are read than `limit` asks for, unless the held-out rows, or `train_where`, need all of them.
+
     Raises:
         UserError: a source cannot be read, or has more bad rows than `max_bad_rows`.
     """
-    train = _load(config.source, config.split, config, stage)
-    evaluation = None
-    if config.source.startswith(BUNDLED_PREFIX) and config.eval_source is None:
-        if stage == "preference" and _bundled(config.source, "eval").is_file():
-            evaluation = _read_bundled(config.source, "eval", config, stage)
-    elif config.eval_source is not None or config.eval_split is not None:
-        evaluation = _load_eval(config, stage)
-    rows = train.rows
+    sources = as_names("data.source", config.source)
+    evaluation = _open_eval(config, stage)
+    aside = evaluation is None and config.eval_size
+    limit = None if aside or config.train_where else config.limit
+    train = _read(_open(sources, config.split, "sft" if stage == "sft" else "train", config), config, stage, limit)
+    parts = [train]
+    rows, held_out = train.rows, []
     if evaluation is not None:
-        held_out = evaluation.rows
+        parts.append(_read(evaluation, config, stage, config.eval_limit))
+        held_out = parts[1].rows
     elif config.eval_size:
-        rows, held_out = _hold_out(rows, config.eval_size, config.source)
-    else:
-        held_out = []
+        rows, held_out = _hold_out(rows, config.eval_size, ", ".join(sources))
     rows = _where(rows, config.train_where)
     rows, held_out = rows[: config.limit], held_out[: config.eval_limit]
-    parts = [train] if evaluation is None else [train, evaluation]
     bad = [row for part in parts for row in part.bad]
     shared = {_prompt_key(row) for row in rows} & {_prompt_key(row) for row in held_out}
-    notes = [f"{config.source}: {len(rows)} training and {len(held_out)} held-out rows, layout {train.layout.name}"]
+    counts = f"{len(rows)} training and {len(held_out)} held-out rows"
+    notes = [f"{', '.join(sources)}: {counts}, layout {train.layout.name}"]
     notes += [part.note for part in parts if part.note]
     if bad:
         notes.append(f"{len(bad)} bad rows left out: {in_words(count_reasons(bad))}")
@@ -105,145 +125,128 @@ def _where(rows: list[Row], wanted: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _load_eval(config: DataConfig, stage: Stage) -> _Part:
-    source, split = config.eval_source or config.source, config.eval_split or config.split
-    if source.startswith(BUNDLED_PREFIX) and stage == "preference":
-        return _read_bundled(source, "eval", config, stage)
-    if source == config.source and _same_rows(source, split, config):
-        raise UserError(
-            f"The held-out rows would be the training rows ({source}, split {split}): "
-            "give another data.eval_source or data.eval_split, or set data.eval_size."
-        )
-    return _load(source, split, config, stage)
+def _open_eval(config: DataConfig, stage: Stage) -> _Opened | None:
+    """The source of the held-out rows; None where they are rows of the training source, or there are none."""
+    sources = as_names("data.source", config.source)
+    if config.eval_source is None and all(source.startswith(BUNDLED_PREFIX) for source in sources):
+        there = stage == "preference" and all(_bundled(source, "eval").is_file() for source in sources)
+        return _open(sources, config.split, "eval", config) if there else None
+    if config.eval_source is None and config.eval_split is None:
+        return None
+    split = config.eval_split or config.split
+    others = sources if config.eval_source is None else as_names("data.eval_source", config.eval_source)
+    for source in others:
+        own_part = source.startswith(BUNDLED_PREFIX) and stage == "preference"
+        if source in sources and not own_part and _same_rows(source, split, config):
+            raise UserError(
+                f"The held-out rows would be the training rows ({source}, split {split}): "
+                "give another data.eval_source or data.eval_split, or set data.eval_size."
+            )
+    return _open(others, split, "eval" if stage == "preference" else "sft", config)
 
 
 def _same_rows(source: str, split: str, config: DataConfig) -> bool:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _files_of(path, split, config.name) == _files_of(path, config.split, config.name)
-    return split == config.split or path.is_file() or source.startswith(BUNDLED_PREFIX)
+    if split == config.split or source.startswith(BUNDLED_PREFIX):
+        return True
+    files = files_of(source, split, config.name)
+    return bool(files) and files == files_of(source, config.split, config.name)
 
 
-def _load(source: str, split: str, config: DataConfig, stage: Stage) -> _Part:
+def _open(sources: Sequence[str], split: str, part: str, config: DataConfig) -> _Opened:
+    """All sources, one after the other; `part` is that of a bundled set."""
+    opened = [_open_one(source, split, part, config) for source in sources]
+    allowed = None if any(one.allowed is None for one in opened) else 0
+    return _Opened(", ".join(one.name for one in opened), chain.from_iterable(one.records for one in opened), allowed)
+
+
+def _open_one(source: str, split: str, part: str, config: DataConfig) -> _Opened:
     if source.startswith(BUNDLED_PREFIX):
-        return _read_bundled(source, "sft" if stage == "sft" else "train", config, stage)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_part(_files_of(path, split, config.name), config, stage)
-    if path.exists():
-        return _read_part([path], config, stage)
-    if not is_on_hub(source):
+        file = _bundled(source, part)
+        if not file.is_file():
+            names = ", ".join(sorted(path.stem.removesuffix(f"_{part}") for path in BUNDLED.glob(f"*_{part}.jsonl")))
+            raise UserError(
+                f"There is no file {file.name} behind '{source}'; bundled {part} data are: {names or 'none'}."
+            )
+        return _Opened(file.name, ((file.name, number, record) for number, record in read_file(file)), 0)
+    if files := files_of(source, split, config.name):
+        records = ((str(file), number, record) for file in files for number, record in read_file(file))
+        return _Opened(str(files[0]) if len(files) == 1 else source, records, 0)
+    on_modelscope = source.startswith(MODELSCOPE_PREFIX)
+    if not on_modelscope and not is_on_hub(source):
         raise UserError(f"There is no file or folder '{source}', and this is not the name of a hub data set either.")
     name = f"{source}[{split}]"
-    return _to_part(
-        [(name, i, r) for i, r in enumerate(_read_hub(source, split, config), 1)], config, stage, name, None
-    )
+    rows = (read_modelscope if on_modelscope else read_hub)(source, split, config)
+    return _Opened(name, ((name, number, row) for number, row in enumerate(rows, 1)), None)
 
 
 def _bundled(source: str, part: str) -> Path:
-    return BUNDLED / f"{source.removeprefix('bundled:')}_{part}.jsonl"
+    return BUNDLED / f"{source.removeprefix(BUNDLED_PREFIX)}_{part}.jsonl"
 
 
-def _read_bundled(source: str, part: str, config: DataConfig, stage: Stage) -> _Part:
-    file = _bundled(source, part)
-    if not file.is_file():
-        names = ", ".join(sorted(path.stem.removesuffix(f"_{part}") for path in BUNDLED.glob(f"*_{part}.jsonl")))
-        raise UserError(f"There is no file {file.name} behind '{source}'; bundled {part} data are: {names or 'none'}.")
-    return _to_part([(file.name, number, record) for number, record in read_file(file)], config, stage, file.name, 0)
+def _read(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None) -> _Part:
+    """The rows of a source, at most `limit` of them.
 
-
-def _files_of(folder: Path, split: str, name: str | None) -> list[Path]:
-    """The folder's data files; if the folder or its files are divided into splits, those of `split`.
-
-    The folder may be what the datasets library saves, or the clone of a hub set, whose files lie deeper: in a folder
-    named after the configuration `name`, after the split, or `data`, or in the only one that holds any.
+    Raises:
+        UserError: the layout is not known or not for this stage, or too many rows are bad.
     """
-    # Saved by the datasets library: a folder for each split, or the files of one
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
-        if split not in splits:
-            raise UserError(f"Folder {folder} holds the splits {', '.join(splits)} and none named '{split}'.")
-        return _files_of(folder / split, split, None)
-    if all((folder / file).is_file() for file in ("state.json", "dataset_info.json")):
-        try:
-            saved = json.loads((folder / "state.json").read_bytes())
-            return [folder / entry["filename"] for entry in saved["_data_files"]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{folder / 'state.json'} does not name the data files: save the set again.") from None
+    source = opened.name
+    layout, records = _recognised(opened, config, stage, limit)
+    bad: list[BadRow] = []
+    rows: list[Row] = []
+    others = weighted = 0
+    for file, number, record in records:
+        row = record
+        if not isinstance(record, BadRow):
+            assert layout is not None
+            row = to_row(record, layout, config.columns, file, number)
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        if stage == "sft":
+            if row.labels == (False,):
+                others += 1
+                continue
+            weighted += row.weight != 1
+            row = replace(row, completions=row.completions[:1], labels=None, scores=None, weight=1.0)
+        rows.append(row)
+        if len(rows) == limit:
+            break
 
-    # Deeper in a clone
-    files = sorted(path for path in folder.iterdir() if is_data_file(path))
-    if not files:
-        below = sorted({path.relative_to(folder).parts[0] for path in folder.glob("[!.]*/**/*") if is_data_file(path)})
-        found = next((part for part in (name, split, "data") if part in below), below[0] if len(below) == 1 else None)
-        if found is not None:
-            return _files_of(folder / found, split, None if found == name else name)
-        if below:
-            raise UserError(
-                f"Folder {folder} has data files in {', '.join(below)}, and none of these is named after the split "
-                f"'{split}': choose one by data.split or data.name, or give its path to data.source."
-            )
-
-    # Files side by side
-    kinds = sorted({"".join(ending_of(path)[:1]) for path in files})
-    if len(kinds) != 1:
-        found_kinds = " and ".join(kinds) or "none"
-        raise UserError(f"Folder {folder} must hold data files of one kind ({ACCEPTED_FILES}), and has {found_kinds}.")
-    stems = {path: path.name[: -len("".join(ending_of(path)))] for path in files}
-    part = re.compile(rf"(.*[-_.])?{re.escape(split)}(-\d+)?(-of-\d+)?")
-    of_split = [path for path in files if part.fullmatch(stems[path])]
-    if not of_split and any(word in re.split(r"[-_.]", stem) for stem in stems.values() for word in SPLIT_WORDS):
-        names_found = ", ".join(path.name for path in files)
-        raise UserError(
-            f"Folder {folder} has files named after splits ({names_found}) but none for the split '{split}'."
-        )
-    return of_split or files
-
-
-def _read_part(files: Sequence[Path], config: DataConfig, stage: Stage) -> _Part:
-    records = [(str(path), number, record) for path in files for number, record in read_file(path)]
-    source = str(files[0] if len(files) == 1 else files[0].parent)
-    return _to_part(records, config, stage, source, 0)
-
-
-def _to_part(
-    records: list[tuple[str, int, Any]], config: DataConfig, stage: Stage, source: str, allowed: int | None
-) -> _Part:
-    """`allowed` is the limit on bad rows if `max_bad_rows` is null."""
-    good = [record for _, _, record in records if isinstance(record, dict)]
-    results: list[Row | BadRow]
-    if good:
-        layout = recognise(good, config.columns, stage, source)
-        results = [
-            record if isinstance(record, BadRow) else to_row(record, layout, config.columns, file, number)
-            for file, number, record in records
-        ]
-    else:
-        results = [record for _, _, record in records if isinstance(record, BadRow)]
-    bad = [result for result in results if isinstance(result, BadRow)]
-    rows = [result for result in results if isinstance(result, Row)]
-    allowed = config.max_bad_rows if config.max_bad_rows is not None else allowed
+    # What is left must be enough
+    allowed = config.max_bad_rows if config.max_bad_rows is not None else opened.allowed
     if allowed is not None and len(bad) > allowed:
         count = f"{len(bad)} bad row{'s' if len(bad) > 1 else ''}"
         raise UnusableRows(f"{source} has {count}, and data.max_bad_rows allows {allowed}", bad, source)
+    if not rows and others:
+        raise UserError(f"{source} has no row labelled true, and SFT learns from those only.")
     if not rows and bad:
         raise UnusableRows(f"{source} has no usable row, and {len(bad)} bad ones", bad, source)
-    if not rows:
+    if not rows or layout is None:
         raise UserError(f"{source} has no usable row.")
-    note = ""
+    notes = []
     if stage == "sft" and layout.family == "labelled":
-        desirable = [replace(row, labels=None) for row in rows if row.labels == (True,)]
-        if not desirable:
-            raise UserError(f"{source} has no row labelled true, and SFT learns from those only.")
-        note = f"{len(rows) - len(desirable)} rows labelled undesirable are not used for SFT"
-        rows = desirable
+        notes.append(f"{others} rows labelled undesirable are not used for SFT")
     if stage == "sft" and layout.family in ("pairs", "lists"):
-        rows = [replace(row, completions=row.completions[:1], scores=None) for row in rows]
-        note = f"the {'chosen' if layout.family == 'pairs' else 'best'} completions of {layout.family} serve for SFT"
-    if stage == "sft" and any(row.weight != 1 for row in rows):
-        rows = [replace(row, weight=1.0) for row in rows]
-        note += "; SFT does not use their weights"
-    return _Part(rows, layout, bad, note)
+        best = "chosen" if layout.family == "pairs" else "best"
+        notes.append(f"the {best} completions of {layout.family} serve for SFT")
+    if weighted:
+        notes.append("SFT does not use their weights")
+    return _Part(rows, layout, bad, "; ".join(notes))
+
+
+def _recognised(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None) -> tuple[Layout | None, Numbered]:
+    """The layout of the first records, and all records; None where none is an object."""
+    wanted = _RECOGNISED if limit is None else min(_RECOGNISED, max(limit, SAMPLE))
+    first = []
+    good = []
+    for item in opened.records:
+        first.append(item)
+        if isinstance(item[2], dict):
+            good.append(item[2])
+            if len(good) == wanted:
+                break
+    layout = recognise(good, config.columns, stage, opened.name) if good else None
+    return layout, chain(first, opened.records)
 
 
 def _prompt_key(row: Row) -> str:
@@ -266,18 +269,3 @@ def _hold_out(rows: list[Row], size: int, source: str) -> tuple[list[Row], list[
         )
     train = [row for index, row in enumerate(rows) if index not in held]
     return train, [rows[index] for index in sorted(held)]
-
-
-def _read_hub(source: str, split: str, config: DataConfig) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(source, config.name, split=split)
-    except Exception as error:  # of several libraries: network, cache, name, split, file
-        cause = " ".join(str(error).split())[:200].rstrip(".")
-        raise UserError(
-            f"Hub data set '{source}' (name {config.name}, split {split}) could not be loaded "
-            f"({type(error).__name__}: {cause}): when offline, set data.source to a local file, "
-            "HF_HOME to a cache that has it, or HF_ENDPOINT to a mirror."
-        ) from error
-    yield from data

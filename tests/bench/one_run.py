@@ -101,6 +101,8 @@ def data_config(source: str) -> DataConfig:
     return DataConfig(
         source=source,
         name=None,
+        revision=None,
+        streaming=False,
         split="train",
         eval_source=None,
         eval_split=None,

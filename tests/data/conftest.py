@@ -24,6 +24,7 @@ def config():
     def make(source="data.jsonl", **fields):
         defaults = {
             **dict.fromkeys(("name", "eval_source", "eval_split", "system", "max_bad_rows", "limit", "eval_limit")),
+            **{"revision": None, "streaming": False},
             **{"split": "train", "eval_size": 0, "columns": {}, "train_where": {}, "template_kwargs": {}, "allow": []},
             **{
                 "max_length": 512,
@@ -32,7 +33,7 @@ def config():
                 "truncate_prompt": Keep.end,
             },
         }
-        return DataConfig(source=str(source), **(defaults | fields))
+        return DataConfig(source=source if isinstance(source, list) else str(source), **(defaults | fields))
 
     return make
 

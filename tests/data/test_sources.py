@@ -130,7 +130,7 @@ def test_unreadable_files(tmp_path, config, name, content, message):
 
 @pytest.mark.parametrize("source", ["./nothing", "/nothing/here", "nothing.jsonl", "~/nothing-here", "a/b/c", "a b"])
 def test_absent_paths_are_not_taken_for_hub_ids(config, source, monkeypatch):
-    monkeypatch.setattr(sources, "_read_hub", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(sources, "read_hub", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=f"no file or folder '{source}'"):
         load(config(source))
 
@@ -170,9 +170,9 @@ def test_folder(jsonl, tmp_path, config):
     assert prompts(load(config(tmp_path)).train) == ["p1", "p2"]
     with pytest.raises(UserError, match="would be the training rows"):
         load(config(tmp_path, eval_split="test"))
-    (tmp_path / "c.csv").write_text("prompt\n")
-    with pytest.raises(UserError, match=r"one kind.*has .csv and .jsonl"):
-        load(config(tmp_path))
+    write_csv(tmp_path / "c.csv", [pair(3)])
+    (tmp_path / "README.md").write_text("What this is.")
+    assert prompts(load(config(tmp_path)).train) == ["p1", "p2", "p3"]
 
 
 def test_folder_with_splits(jsonl, tmp_path, config):
