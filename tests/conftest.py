@@ -60,8 +60,9 @@ CORE_LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "beta_dpo", "bco", "tdpo1",
 
 
 def each(values, core):
-    """Parameters of a test over a whole family: those that are not of its core belong to the matrix."""
-    return [value if value in core else pytest.param(value, marks=pytest.mark.matrix) for value in values]
+    """Parameters of a test over a whole family, or tuples of them: what is not of its core belongs to the matrix."""
+    parts = {value: value if isinstance(value, tuple) else (value,) for value in values}
+    return [value if value in core else pytest.param(*parts[value], marks=pytest.mark.matrix) for value in values]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Settings that have a new name: the old name is refused in one sentence that gives the new one."""
+"""Settings that have changed: a new name, which the sentence that refuses the old one gives, or another default."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from alignment.errors import UserError
 
 RENAMED = {"reference.stages": "reference.parts"}
 """Old name of a setting -> its name now. Add a line when you rename a key of the schema."""
+
+FORMER_DEFAULTS = {"model.attention": "sdpa", "adapter.target_modules": "[all-linear]"}
+"""Setting whose default is `auto` now -> what it was: a run that began with it goes on with it."""
 
 
 def refuse_renamed(keys: Iterable[str], place: str = "") -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.messages import sentence
-from alignment.config.renamed import flat, refuse_renamed
+from alignment.config.renamed import FORMER_DEFAULTS, flat, refuse_renamed
 from alignment.config.schema import RunConfig
 from alignment.config.typed_text import quoted_path, typed_path
 from alignment.errors import UserError
@@ -33,6 +35,8 @@ def require_new(run_dir: Path) -> None:
 def changes(folder: Path, node: DictConfig) -> str:
     """The settings that differ between the run in a folder and a configuration, for people; empty if none does.
 
+    A setting that did not exist when the run began is as it was then: its default changes nothing.
+
     Raises:
         UserError: the run has settings under names that an earlier version gave them.
     """
@@ -42,8 +46,41 @@ def changes(folder: Path, node: DictConfig) -> str:
     refuse_renamed(before, f"{folder} was begun by an earlier version and cannot go on")
     for key in ("resume", *FREE):
         before[key] = now.get(key)
+    if new := [key for key in now.keys() - before.keys() if _is_new(key, before, node)]:
+        begun = flat(as_plain(compose_node(_begun(folder))))
+        before |= {key: begun[key] for key in new if key in begun}
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in changed[:3])
+
+
+def _is_new(key: str, before: Mapping[str, Any], node: DictConfig) -> bool:
+    """Whether a setting that a run lacks is one of a section that it has, and no entry of a mapping of the user's."""
+    section = key.rpartition(".")[0]
+    has_section = any(known.startswith(f"{section}.") for known in before)
+    return bool(section) and has_section and is_dataclass(OmegaConf.get_type(OmegaConf.select(node, section)))
+
+
+def _begun(folder: Path) -> list[str]:
+    """The overrides that a run began with. Nothing in them is resolved: they may name other settings."""
+    path = folder / ".hydra" / "overrides.yaml"
+    begun: Any = _loaded(path)
+    if not isinstance(begun, list) or not all(isinstance(override, str) for override in begun):
+        raise damaged(path)
+    return [override for override in begun if not override.startswith("resume=")]
+
+
+def _former_defaults(folder: Path, node: DictConfig) -> list[str]:
+    """Overrides for the settings that the run took from defaults of its time, and that have another default now."""
+    before, now = flat(_loaded(folder / "config.yaml")), flat(as_plain(node))
+
+    def plain(value: Any) -> str:
+        return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+    return [
+        f"{key}={former}"
+        for key, former in FORMER_DEFAULTS.items()
+        if plain(before.get(key)) == former and plain(now.get(key)) in ("auto", "[auto]")
+    ]
 
 
 def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str]:
@@ -58,18 +95,15 @@ def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str
         UserError: nothing to resume, or the command line or the code asks for other settings than the run began with.
     """
     folder = _resume_dir(value, recipe)
-    # Nothing in them is resolved: they may name other settings.
     path = folder / ".hydra" / "overrides.yaml"
-    begun: Any = _loaded(path)
-    if not isinstance(begun, list) or not all(isinstance(override, str) for override in begun):
-        raise damaged(path)
-    saved = [override for override in begun if not override.startswith("resume=")]
+    saved = _begun(folder)
     extra = [o for o in overrides if not o.startswith("resume=") and o not in saved]
     try:
         node = compose_node(saved)
     except UserError as error:
         raise UserError(f"{path} holds settings that are refused: {error}") from None
-    changed = changes(folder, compose_node([*saved, *extra]) if extra else node)
+    saved += _former_defaults(folder, node)
+    changed = changes(folder, compose_node([*saved, *extra]))
     if changed:
         why = "" if extra else f": {path} is damaged, or the configuration behind it has changed"
         raise UserError(f"A resumed run keeps its settings, and {changed} differs from those of {folder}{why}.")

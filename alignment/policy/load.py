@@ -162,6 +162,9 @@ def load_model(source: str, config: ModelConfig, **settings: Any) -> Any:
             raise UserError(
                 f"model.attention={attention}: a {shape.model_type} has {', '.join(known)}: choose one, or auto."
             ) from error
+        if isinstance(error, ImportError) and attention in known:
+            said = one_line(error).rstrip(".")
+            raise UserError(f"model.attention={attention}: {said}; install it, or set model.attention=auto.") from error
         raise UserError(f"model.name={config.name} cannot be loaded: {one_line(error)}") from error
 
 

@@ -13,7 +13,7 @@ from alignment.config.schema import QuantizationConfig
 from alignment.errors import require
 from alignment.kernels.calibrated import CalibratedState, quantised_state
 from alignment.policy.stored import Checkpoint
-from alignment.policy.targets import read_layers
+from alignment.policy.targets import read_layers, router_layers
 
 # Weights that the forward of state-space layers reads raw: packed to 4 bit they crash or lose their gradient.
 NEVER_QUANTIZED = ["out_proj", "x_proj", "dt_proj", "lm_head"]
@@ -24,13 +24,16 @@ _LARGEST = 2**31
 
 
 def unquantised(model: nn.Module) -> list[str]:
-    """Names of the modules that a quantised model leaves as they are, with the layers whose weights its own code reads.
+    """Names of the modules that a quantised model leaves as they are.
+
+    Beside `NEVER_QUANTIZED` these are layers whose weights the model's own code reads, by the last part of their names,
+    and linear layers that choose or weigh experts.
 
     Args:
         model: with or without its weights.
     """
     read = {name.rpartition(".")[2] for name in read_layers(model)}
-    return [*NEVER_QUANTIZED, *sorted(read - set(NEVER_QUANTIZED))]
+    return [*NEVER_QUANTIZED, *sorted(read - set(NEVER_QUANTIZED)), *router_layers(model)]
 
 
 def load_arguments(

@@ -63,11 +63,15 @@ def auto_targets(model: nn.Module) -> list[str]:
 
 def linear_targets(model: nn.Module) -> list[str]:
     """What `auto` may adapt by the model's structure alone: on torch's meta device too, and without a run."""
+    left_out = {*read_layers(model), *router_layers(model)}
+    return _not_taken_for_experts(model, [name for name in _linears(model) if name not in left_out])
+
+
+def router_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers that choose or weigh experts."""
     causal: Any = model
-    routers = {id(layer) for layer in _routers(causal.get_decoder())}
-    read = set(read_layers(model))
-    found = [name for name, module in _linears(model).items() if id(module) not in routers and name not in read]
-    return _not_taken_for_experts(model, found)
+    found = {id(layer) for layer in _routers(causal.get_decoder())}
+    return [name for name, layer in model.named_modules() if id(layer) in found]
 
 
 def read_layers(model: nn.Module) -> list[str]:
@@ -129,7 +133,8 @@ def _num_experts(name: str, module: nn.Module) -> int:
         return len(module)
     if isinstance(module, nn.Conv1d):
         return 0
-    return max((len(p) for p in module.parameters(recurse=False) if p.ndim == 3), default=0)
+    shapes = (getattr(p, "quant_state", p).shape for p in module.parameters(recurse=False))  # packed stacks too
+    return max((shape[0] for shape in shapes if len(shape) == 3), default=0)
 
 
 def _without_expert(name: str) -> str:

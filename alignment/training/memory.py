@@ -300,7 +300,7 @@ def plan_weights(
         packed = sum(
             layer.weight.numel()
             for name, layer in linears
-            if isinstance(layer, nn.Linear) and not whole & set(name.split("."))
+            if isinstance(layer, nn.Linear) and not whole & {name, *name.split(".")}
         )
         packed += sum(module.get_parameter(leaf).numel() for _, module, leaf in stacks(model))
     base = (total - packed) * value

@@ -62,7 +62,7 @@ ADAPTERS = {
     "Spectrum, 25 %": ("spectrum=0.25",),
 }
 SEEDS = (0, 1)
-DOCS = ROOT / "docs" / "quantization.md"
+DOCS = ROOT / "docs" / "quantisers.md"
 MARKERS = ("<!-- benchmark: make bench-quantization -->", "<!-- end of the benchmark -->")
 
 Rows = dict[str, dict[str, float]]
@@ -382,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", nargs="+", action="append", metavar="WORD", default=[], help="NAME OVERRIDE ...")
     parser.add_argument("--model", help="instead of the one in the wheel")
     parser.add_argument("--out", type=Path, help="folder of the results; what it has of other parts stays")
-    parser.add_argument("--docs", action="store_true", help="also write the tables into docs/quantization.md")
+    parser.add_argument("--docs", action="store_true", help="also write the tables into docs/quantisers.md")
     arguments = parser.parse_args(argv)
     keep_freed_memory()
     started = time.monotonic()

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from alignment.policy import targets
 from alignment.policy.adapter import attach_adapter
-from alignment.policy.targets import auto_targets, linear_targets
+from alignment.policy.targets import auto_targets, linear_targets, own_name
 from alignment.scoring.logps import enable_scoring
-from tests.conftest import tiny_config
-from tests.helpers.families import FAMILIES
-from tests.helpers.policies import adapter
+from tests.conftest import each, tiny_config
+from tests.helpers.families import FAMILIES, write_model
+from tests.helpers.policies import NF4, adapter, load
 
 PLAIN = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "olmo2", "granite", "smollm3", "cohere2")
 
@@ -134,3 +134,27 @@ def test_no_router_and_no_expert(model_type):
     adapted = attach_adapter(model, adapter(target_modules=["auto"]), 0)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained and not any(part in name for name in trained for part in ("experts.", "router", "mlp.gate."))
+
+
+CORE = ("qwen3_next", "jamba")
+MIXTURES = [family for family in FAMILIES if "experts" in family.special]
+CASES = [(family.model_type, False) for family in FAMILIES] + [(family.model_type, True) for family in MIXTURES]
+
+
+@pytest.mark.parametrize(("model_type", "packed"), each(CASES, [(name, True) for name in CORE]))
+def test_no_adapter_on_what_chooses_experts(model_type, packed, tmp_path):
+    """In no family, whatever it is called: no target in a mixture has one output, or one for each expert."""
+    [family] = [family for family in FAMILIES if family.model_type == model_type]
+    model = load(write_model(family, tmp_path), NF4, attention="auto") if packed else model_of(model_type)
+    targets = auto_targets(model)
+    assert targets
+    experts = {name.rpartition(".experts.")[0] for name, _ in model.named_parameters() if ".experts." in name}
+    assert bool(experts) == ("experts" in family.special)
+    for name in targets:
+        leaf = own_name(name)
+        assert "router" not in name and leaf not in ("gate", "shared_expert_gate"), name
+        assert not any(part in name for part in ("vision", "audio", "tower")), name
+        if any(name.startswith(f"{block}.") for block in experts):
+            assert model.get_submodule(name).out_features not in (1, 4), name
+    choosing = [p for name, p in model.named_parameters() if "router" in name or name.endswith("gate.weight")]
+    assert all(p.is_floating_point() for p in choosing), "it stays plain in 4 bits"
