@@ -58,12 +58,13 @@ _DISK_WORDS = ("No space left on device", "Read-only file system", "Permission d
 
 def disk_problem(error: BaseException) -> str | None:
     """A sentence, without its end, for an error of the file system that you can mend; None for any other error."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         if error.errno not in _DISK_ERRORS:
             return None
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; free the disk or mend the rights"
-    # Writers that are not Python's know no errno; that of torch, in inline_container.cc, gives no reason either.
+    # Copies of folders gather their errors as text, and writers that are not Python's know no errno; that of torch, in
+    # inline_container.cc, gives no reason either.
     if any(words in str(error) for words in _DISK_WORDS):
         return "A file could not be written; free the disk or mend the rights"
     return None
