@@ -30,6 +30,17 @@ class ListPairs(Enum):
     all_pairs = "all_pairs"
 
 
+class ScoredTurns(Enum):
+    """Which of the assistant's turns are scored. Users' and tools' turns never are.
+
+    `all`: in a preference row, all turns of a completion, from the first that chosen and rejected do not share; in SFT,
+    all of a conversation. `last`: the last one alone.
+    """
+
+    all = "all"
+    last = "last"
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """One data set and how it becomes tokens.
@@ -64,6 +75,7 @@ class DataConfig:
     eval_limit: int | None
     template_kwargs: dict[str, Any]
     list_pairs: ListPairs
+    score: ScoredTurns
 
     @property
     def named(self) -> list[str]:

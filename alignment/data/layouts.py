@@ -20,6 +20,7 @@ from alignment.data.messages import (
     without_empty,
 )
 from alignment.data.rows import BadRow, Message, Rejected, Row, Text
+from alignment.data.trajectories import require_answer, shared_turns, split_conversations
 from alignment.errors import UserError
 
 Record = dict[str, Any]
@@ -66,16 +67,6 @@ def _split(dialogue: list[Message]) -> tuple[list[Message], list[Message]]:
     return dialogue[:-1], dialogue[-1:]
 
 
-def _split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Text]]:
-    """Split two whole conversations into their shared prompt and their last answers."""
-    if not chosen or not rejected:
-        raise Rejected("empty_answer", "a conversation has no messages")
-    (prompt, best), (other, worst) = _split(chosen), _split(rejected)
-    if meaning(prompt) != meaning(other):
-        raise Rejected("prompts_differ", "chosen and rejected differ before their last answers")
-    return prompt, [best, worst]
-
-
 def _is_whole(answer: Text) -> TypeGuard[list[Message]]:
     return isinstance(answer, list) and bool(answer) and answer[0]["role"] != "assistant"
 
@@ -85,16 +76,17 @@ def _pair(record: Record) -> tuple[Text, list[Text]]:
     chosen, rejected = text_of(record["chosen"], "chosen"), text_of(record["rejected"], "rejected")
     if not (_is_whole(chosen) and _is_whole(rejected)):
         return prompt, [chosen, rejected]
-    whole, answers = _split_pair(chosen, rejected)
+    whole, answers = split_conversations([chosen, rejected])
     turns = [m for m in whole if m["role"] != "system"]
     if isinstance(prompt, str):  # UltraFeedback repeats the first question; others the last one
         same = prompt.strip() in {m["content"].strip() for m in (*turns[:1], *turns[-1:])}
     else:
-        same = meaning(turns) == meaning([m for m in prompt if m["role"] != "system"])
+        beginning = meaning([m for m in prompt if m["role"] != "system"])
+        same = bool(beginning) and meaning(turns)[: len(beginning)] == beginning
     if not same:
         raise Rejected("prompts_differ", "column 'prompt' is not what the conversations in chosen and rejected share")
     # the longer of the two has the system message
-    return (prompt if isinstance(prompt, list) and len(prompt) > len(whole) else whole), answers
+    return (prompt if isinstance(prompt, list) and len(prompt) > len(whole) else whole), [*answers]
 
 
 def _conversation_pair(record: Record) -> tuple[Text, list[Text]]:
@@ -102,12 +94,12 @@ def _conversation_pair(record: Record) -> tuple[Text, list[Text]]:
     return prompt, [text_of(record["chosen"], "chosen"), text_of(record["rejected"], "rejected")]
 
 
-def _implicit_pair(record: Record) -> tuple[Text, list[Text]]:
-    return _split_pair(messages_of(record["chosen"], "chosen"), messages_of(record["rejected"], "rejected"))
+def _split_pair(read: Callable[[Any, str], list[Message]]) -> Callable[[Record], tuple[Text, list[Text]]]:
+    def convert(record: Record) -> tuple[Text, list[Text]]:
+        prompt, answers = split_conversations([read(record[column], column) for column in ("chosen", "rejected")])
+        return prompt, [*answers]
 
-
-def _dialogue_pair(record: Record) -> tuple[Text, list[Text]]:
-    return _split_pair(dialogue_of(record["chosen"], "chosen"), dialogue_of(record["rejected"], "rejected"))
+    return convert
 
 
 def _list(prompt: str) -> Callable[[Record], tuple[Text, list[Text]]]:
@@ -171,8 +163,8 @@ LAYOUTS = (
     Layout("ShareGPT pairs", ("conversations", "chosen", "rejected"), _conversation_pair),
     Layout("UltraFeedback pairs", ("prompt", "chosen", "rejected"), _pair, _holds_whole_conversations),
     Layout("pairs", ("prompt", "chosen", "rejected"), _pair),
-    Layout("HH dialogue pairs", ("chosen", "rejected"), _dialogue_pair, _holds_dialogue),
-    Layout("implicit-prompt pairs", ("chosen", "rejected"), _implicit_pair, _holds_messages),
+    Layout("HH dialogue pairs", ("chosen", "rejected"), _split_pair(dialogue_of), _holds_dialogue),
+    Layout("implicit-prompt pairs", ("chosen", "rejected"), _split_pair(messages_of), _holds_messages),
     Layout("ranked lists", ("prompt", "completions"), _list("prompt"), _holds_list),
     Layout("UltraFeedback lists", ("instruction", "completions"), _list("instruction"), _holds_list),
     Layout("labelled messages", ("messages", "label"), _conversation("messages")),
@@ -262,6 +254,10 @@ def _to_row(record: Record, layout: Layout, source: str) -> Row:
         _check_answer(answer)
     if len(answers) > 1 and all(answer == answers[0] for answer in answers):
         raise Rejected("identical_answers", "the answers are the same")
+    turns = [answer for answer in answers if isinstance(answer, list)]
+    if isinstance(prompt, list) and len(turns) > 1 and shared_turns(turns):
+        prompt, shared = split_conversations([[*prompt, *answer] for answer in turns])
+        answers = [*shared]
 
     # Labels, scores, weight, steps; all other columns are metadata
     used = {*layout.columns, "system"}
@@ -289,6 +285,8 @@ def _to_row(record: Record, layout: Layout, source: str) -> Row:
         if not isinstance(steps, str):
             raise Rejected("wrong_type", f"column '{layout.steps}' holds {found(steps)}, not text")
         _check_text(steps)
+        if any(isinstance(answer, list) and len(answer) > 1 for answer in answers):
+            raise Rejected("bad_roles", "a step is one text or one assistant message, and this one has several turns")
     variables = _variables(record)
     used.update(VARIABLES)
     meta = {name: value for name, value in record.items() if name not in used}
@@ -344,12 +342,12 @@ def _check_answer(answer: Text) -> None:
     if isinstance(answer, list):
         if not answer:
             raise Rejected("empty_answer", "the answer has no message")
-        if [m["role"] for m in answer] != ["assistant"]:
-            roles = ", ".join(m["role"] for m in answer)
-            raise Rejected("bad_roles", f"an answer is one assistant message, and this one has {roles}")
-        if answer[0].get("tool_calls"):
+        require_answer(answer)
+        for message in answer:
+            _check_text(message["content"])
+        if answer[-1].get("tool_calls"):
             return
-    text = answer if isinstance(answer, str) else answer[0]["content"]
+    text = answer if isinstance(answer, str) else answer[-1]["content"]
     _check_text(text)
     if not text.strip():
         raise Rejected("empty_answer", "the answer is empty")

@@ -144,7 +144,8 @@ def learned(message: Message) -> bool:
 
 def meaning(messages: list[Message]) -> list[tuple[Any, ...]]:
     """What makes two conversations the same: the keys with ids and times of a message do not count."""
-    return [(m["role"], m["content"], m.get("tool_calls"), m.get("name")) for m in messages]
+    said = ("role", "content", "tool_calls", "name", "reasoning_content", "reasoning", "thinking")
+    return [tuple(message.get(key) for key in said) for message in messages]
 
 
 def read_written(text: str, column: str) -> Any:

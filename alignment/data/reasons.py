@@ -27,6 +27,7 @@ WORDS = {
     "missing_field": "with a column missing or empty",
     "no_completion_tokens": "of whose answer the template leaves nothing",
     "no_prompt_tokens": "of whose prompt no token is left",
+    "no_scored_tokens": "none of whose scored turns fits into max_length",
     "not_utf8": "that are not UTF-8",
     "not_text": "with a part that is no text",
     "nothing_to_learn": "none of whose answers is to be learnt",
@@ -43,6 +44,7 @@ WORDS = {
     "duplicate_completions": "answers left out that another one repeats",
     "seam_moves": "prompts whose last token merges with the answer",
     "template_splits": "prompts that the template writes differently before an answer",
+    "several_turns": "answers of several turns, of which the assistant's are scored",
     "eos_appended": "answers given an end-of-turn token",
     "last_turn_only": "conversations of which only the last answer is scored",
 }

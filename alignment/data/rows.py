@@ -33,8 +33,8 @@ class Row:
 
     Attributes:
         prompt: text, or messages that end with a user or tool turn.
-        completions: K texts, or K lists of one assistant message; the chosen one first in a pair, the best first in a
-            list.
+        completions: K texts, or K lists of messages that begin and end with the assistant's; the chosen one first in a
+            pair, the best first in a list.
         labels: K booleans (True: desirable), or None.
         scores: K finite floats from the data, or None.
         meta: the row's other columns as they were, e.g. answer keys for a judge.

@@ -20,6 +20,7 @@ from alignment.data.encoding import BatchEncoder
 from alignment.data.findings import Found
 from alignment.data.reasons import UnusableRows
 from alignment.data.rows import BadRow, Rejected, Row
+from alignment.data.turns import Span
 from alignment.data.writer import Writer, special_ids
 from alignment.errors import UserError
 from alignment.types import Group
@@ -32,7 +33,7 @@ ROWS_PER_CALL = 1024
 
 GROUP_COUNTS = (
     *("truncated_prompts", "truncated_completions", "duplicate_completions"),
-    *("seam_moves", "template_splits", "eos_appended"),
+    *("seam_moves", "template_splits", "eos_appended", "several_turns"),
 )
 
 
@@ -43,11 +44,12 @@ class TokenizedData:
     Attributes:
         rows: as they were read; a list's row still has the duplicates that its group lacks.
         drops: rows left out: template_error, template_not_prefix, no_prompt_tokens, no_completion_tokens,
-            identical_after_tokenising.
+            no_scored_tokens, nothing_to_learn, identical_after_tokenising.
         counts: groups; truncated_prompts and truncated_completions; duplicate_completions (left out of lists, which
             keep the better-placed one); seam_moves (tokens merged where prompt and completion meet, so the completion
             begins a few characters early); template_splits (after the prompt, the template writes one thing before an
-            answer and another for a generation); eos_appended (by us).
+            answer and another for a generation); eos_appended (by us); several_turns (completions with context between
+            their scored turns).
         findings: what was found in the text of the rows, and which of their keys nothing reads.
     """
 
@@ -94,6 +96,9 @@ def tokenize_groups(
     the line break of ChatML, is never generated and the same for every answer, so it is not scored. If a row has
     `steps`, they end its prompt, and a completion is one more step as written, without a token to end it.
 
+    Of a completion with several turns the assistant's are scored, as `score` says; those of users and tools are
+    context. It is cut behind its last scored token.
+
     With a chat template, only the template adds a BOS; plain text gets the BOS that the tokenizer adds.
 
     Args:
@@ -112,14 +117,21 @@ def tokenize_groups(
         drafts = []
         for row in batch:
             try:
-                drafts.append((row, *writer.group_texts(row)))
+                drafts.append((row, *writer.group_texts(row, encoder.answer_start)))
             except Rejected as rejected:
                 drops.append(BadRow.of(row, rejected.reason, str(rejected)))
-        ids = iter(encoder.encode([text for _, prompt, wholes in drafts for text in (prompt, *wholes)]))
-        for row, prompt, wholes in drafts:
-            rendered = next(ids)
+        ids = iter(encoder.encode([text for _, prompt, wholes, _ in drafts for text in (prompt, *wholes)]))
+        texts = [(text, spans) for *_, wholes, turns in drafts for text, spans in zip(wholes, turns, strict=True)]
+        offsets = encoder.encode_with_offsets([text for text, spans in texts if spans is not None])
+        for row, prompt, wholes, turns in drafts:
+            rendered, encoded = next(ids), list(islice(ids, len(wholes)))
+            masks: list[np.ndarray | None] = [None] * len(wholes)
+            for k, spans in enumerate(turns):
+                if spans is not None:
+                    encoded[k], places = next(offsets)
+                    masks[k] = _answers(encoded[k], places, spans, encoder)[0]
             try:
-                group, notes = _group(row, rendered, list(islice(ids, len(wholes))), encoder, config)
+                group, notes = _group(row, rendered, encoded, masks, encoder, config)
             except Rejected as rejected:
                 drops.append(BadRow.of(row, rejected.reason, str(rejected)))
                 continue
@@ -135,7 +147,12 @@ def tokenize_groups(
 
 
 def _group(
-    row: Row, rendered: np.ndarray, wholes: list[np.ndarray], encoder: _Encoder, config: DataConfig
+    row: Row,
+    rendered: np.ndarray,
+    wholes: list[np.ndarray],
+    masks: list[np.ndarray | None],
+    encoder: _Encoder,
+    config: DataConfig,
 ) -> tuple[Group, dict[str, int]]:
     boundary = min(_common_prefix(rendered, whole) for whole in wholes)
     if boundary == 0:
@@ -144,21 +161,38 @@ def _group(
     room = config.max_length - len(prompt)
     notes = {"seam_moves": int(boundary < len(rendered)), "truncated_prompts": int(len(prompt) < boundary)}
     notes |= {"truncated_completions": 0, "eos_appended": 0}
-    completions = []
-    for whole in wholes:
+    completions, scored = [], []
+    for whole, mask in zip(wholes, masks, strict=True):
         completion, appended = (whole[boundary:], 0) if row.steps is not None else encoder.ended(whole[boundary:])
         if len(completion) == appended:
             raise Rejected("no_completion_tokens", "the chat template leaves nothing of the completion")
         notes["eos_appended"] += appended * encoder.chat
         notes["truncated_completions"] += len(completion) > room
-        completions.append(completion[:room])
-    first = {completion.tobytes(): k for k, completion in reversed(list(enumerate(completions)))}
+        ones = np.ones(len(whole), dtype=np.int64) if mask is None else mask
+        # A missing end of turn belongs to the last turn.
+        ones = np.append(ones[boundary : boundary + len(completion) - appended], ones[-1:].repeat(appended))[:room]
+        if not ones.any():
+            raise Rejected("no_scored_tokens", f"the first {config.max_length} tokens hold none of its scored turns")
+        last = int(np.nonzero(ones)[0][-1]) + 1
+        completions.append(completion[:last])
+        scored.append(ones[:last].astype(np.bool_))
+    texts = [completion.tobytes() + mask.tobytes() for completion, mask in zip(completions, scored, strict=True)]
+    first = {text: k for k, text in reversed(list(enumerate(texts)))}
     if len(first) < min(2, len(completions)):
         raise Rejected("identical_after_tokenising", f"the completions agree in their first {room} tokens")
     notes["duplicate_completions"] = len(completions) - len(first)
     kept = sorted(first.values())
-    scores = None if row.scores is None else tuple(row.scores[k] for k in kept)
-    return Group(prompt, tuple(completions[k] for k in kept), row.labels, scores, row.weight, row.source), notes
+    notes["several_turns"] = sum(not scored[k].all() for k in kept)
+    group = Group(
+        prompt,
+        tuple(completions[k] for k in kept),
+        labels=row.labels,
+        scores=None if row.scores is None else tuple(row.scores[k] for k in kept),
+        weight=row.weight,
+        source=row.source,
+        scored=tuple(scored[k] for k in kept) if notes["several_turns"] else None,
+    )
+    return group, notes
 
 
 def tokenize_sft(
@@ -211,20 +245,27 @@ def tokenize_sft(
 
 
 def _scored(
-    ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]], encoder: _Encoder
+    ids: np.ndarray, offsets: np.ndarray, spans: list[Span], encoder: _Encoder
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Ids up to the end of the last answer, their 0/1 mask, and how many EOS were appended."""
-    mask = np.zeros(len(ids), dtype=np.int64)
-    appended = 0
-    for start, stop in spans:
-        (inside,) = np.nonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
-        first, last = inside[0], inside[-1] + 1
-        answer, appended = encoder.ended(ids[first:last])
-        mask[first : first + len(answer) - appended] = 1
+    mask, first, (answer, appended) = _answers(ids, offsets, spans, encoder)
     ids = np.concatenate([ids[:first], answer])  # a missing end of turn is added to the last answer only
     mask = np.concatenate([mask, np.ones(appended, dtype=np.int64)])[: len(ids)]
     mask[0] = 0  # nothing predicts the first token
     return ids, mask, appended
+
+
+def _answers(
+    ids: np.ndarray, offsets: np.ndarray, spans: list[Span], encoder: _Encoder
+) -> tuple[np.ndarray, int, tuple[np.ndarray, int]]:
+    """The 0/1 mask of the answers in these spans, each to its end-of-turn token, and the last of them, as it ends."""
+    mask = np.zeros(len(ids), dtype=np.int64)
+    for start, stop in spans:
+        (inside,) = np.nonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
+        first, last = int(inside[0]), inside[-1] + 1
+        answer, appended = encoder.ended(ids[first:last])
+        mask[first : first + len(answer) - appended] = 1
+    return mask, first, (answer, appended)
 
 
 @dataclass(slots=True)

@@ -6,14 +6,17 @@ import datetime
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from alignment.config.data import DataConfig
+from alignment.config.data import DataConfig, ScoredTurns
 from alignment.data.findings import Findings, Found
 from alignment.data.messages import TRAIN_KEYS, WRITTEN_MESSAGES, learned
 from alignment.data.rows import Message, Rejected, Row
+from alignment.data.trajectories import shared_turns
+from alignment.data.turns import Rendered, Span, marked_spans
 from alignment.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,12 +90,25 @@ class Writer:
 
     def messages(self, row: Row) -> list[Message]:
         """The row's prompt as messages; if it has no system message, with that of the settings."""
-        prompt = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-        if "developer" not in str(self.tokenizer.chat_template):  # the newer name of the same role
-            prompt = [m | {"role": "system"} if m["role"] == "developer" else m for m in prompt]
+        prompt = self.known_roles(
+            [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        )
         if self.config.system is not None and prompt[0]["role"] not in ("system", "developer"):
             return [{"role": "system", "content": self.config.system}, *prompt]
         return prompt
+
+    def answers(self, row: Row) -> list[list[Message]]:
+        """The turns of each completion."""
+        return [
+            [{"role": "assistant", "content": answer}] if isinstance(answer, str) else self.known_roles(answer)
+            for answer in row.completions
+        ]
+
+    def known_roles(self, messages: list[Message]) -> list[Message]:
+        """The messages with the role system in place of its newer name, where the template does not know that."""
+        if "developer" in str(self.tokenizer.chat_template):
+            return messages
+        return [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
 
     def render(
         self, messages: list[Message], generation: bool, variables: Mapping[str, Any], without: str | None = None
@@ -123,118 +139,133 @@ class Writer:
             )
         return not self.chat
 
-    def group_texts(self, row: Row) -> tuple[str, list[str]]:
-        """The prompt as for a generation, and prompt plus completion for each completion."""
+    def group_texts(
+        self, row: Row, answer_start: Callable[[str, str], int]
+    ) -> tuple[str, list[str], list[list[Span] | None]]:
+        """The prompt as for a generation, prompt plus completion for each completion, and what of these is scored.
+
+        That is a whole completion (None), or spans of characters as `Rendered.scored` gives them.
+        """
+        everything: list[list[Span] | None] = [None] * len(row.completions)
         if self.plain(row):
             self._note_unread(row)
             prompt = f"{row.prompt}{row.steps or ''}"
-            return prompt, [prompt + _as_message(completion)["content"] for completion in row.completions]
-        messages = self.messages(row)
+            return prompt, [f"{prompt}{completion}" for completion in row.completions], everything
+        messages, answers = self.messages(row), self.answers(row)
         prompt = self.render(messages, True, row.variables)
         if row.steps is not None:
             prompt += row.steps
-            self._inspect(row, messages, prompt, [prompt])
-            return prompt, [prompt + _as_message(completion)["content"] for completion in row.completions]
-        answers = [_as_message(completion) for completion in row.completions]
-        wholes = [self.render([*messages, answer], False, row.variables) for answer in answers]
+            self._inspect(row, messages, prompt, [], [prompt])
+            return prompt, [prompt + answer[0]["content"] for answer in answers], everything
+        wholes = [self._rendered([*messages, *answer], row, answer_start) for answer in answers]
         for whole in wholes:
-            self._require_same_prompt(row, messages, prompt, whole)
-        self._inspect(row, messages, prompt, wholes)
-        return prompt, wholes
+            whole.require_prompt(len(messages), prompt)
+        self._inspect(row, messages, prompt, answers, [whole.text for whole in wholes])
+        first = len(messages)
+        own = first + shared_turns(answers)
+        spans = []
+        for whole in wholes:
+            if not (wanted := self._learned(whole.messages, own)):
+                raise Rejected("nothing_to_learn", "its messages say that no turn of an answer is to be learnt")
+            spans.append(None if len(whole.messages) == first + 1 else whole.scored(first, wanted))
+        return prompt, [whole.text for whole in wholes], spans
 
-    def spans(self, row: Row, answer_start: Callable[[str, str], int]) -> tuple[str, list[tuple[int, int]], bool]:
+    def spans(self, row: Row, answer_start: Callable[[str, str], int]) -> tuple[str, list[Span], bool]:
         """The whole text, the character spans of the scored answers, and whether only the last answer is scored.
 
         An answer is scored unless it is empty, or a key of its message says that it is not to be learnt.
-
-        Args:
-            answer_start: where the answer begins in a text, given the prompt as for a generation and the text.
         """
         if self.plain(row):
             self._note_unread(row)
             text = f"{row.prompt}{row.completions[0]}"
             return text, [(len(row.prompt), len(text))], False
-        prompt, answer = self.messages(row), _as_message(row.completions[0])
-        messages = [*prompt, answer]
-        whole = self.render(messages, False, row.variables)
+        whole = self._rendered([*self.messages(row), *self.answers(row)[0]], row, answer_start)
+        *prompt, answer = whole.messages
         for_generation = self.render(prompt, True, row.variables)
-        self._require_same_prompt(row, prompt, for_generation, whole)
-        self._inspect(row, prompt, for_generation, [whole])
-        start = answer_start(for_generation, whole)
-        if start == len(whole):
-            raise Rejected("no_completion_tokens", "the chat template leaves nothing of the completion")
-        last = [(start, len(whole))] if learned(answer) else []
-
-        # The answers before it, which stand in `whole` as they would at the end of a shorter conversation
-        earlier = [i for i, message in enumerate(prompt) if message["role"] == "assistant"]
-        if any(_is_empty(prompt[i]) for i in earlier):
+        whole.require_prompt(len(prompt), for_generation)
+        self._inspect(row, prompt, for_generation, [[answer]], [whole.text])
+        last = whole.last(for_generation)
+        if any(message["role"] == "assistant" and _is_empty(message) for message in prompt):
             self.findings.note("empty_turns", row)
         spans = []
-        for index in (i for i in earlier if learned(prompt[i]) and not _is_empty(prompt[i])):
-            # No prompt stands before a first turn: it is learnt from its text on.
-            before = (
-                self.render(messages[:index], True, row.variables)
-                if index
-                else whole[: whole.find(prompt[0]["content"].strip())]
-            )
-            after = self.render(messages[: index + 1], False, row.variables)
-            if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
-                if last:
-                    return whole, last, True
+        for index in self._learned(whole.messages, 0):
+            span = last if index == len(prompt) else whole.turn(index)
+            if span is None and learned(answer):
+                return whole.text, [last], True
+            if span is None:
                 raise Rejected(
                     "template_not_prefix",
                     "only earlier answers are to be learnt, and the chat template writes them differently once more "
                     "turns follow",
                 )
-            spans.append((len(before), len(after)))
-        if not spans + last:
+            spans.append(span)
+        if not spans:
             raise Rejected("nothing_to_learn", "its messages say that none of its answers is to be learnt")
-        return whole, spans + last, False
+        return whole.text, spans, False
 
-    def _require_same_prompt(self, row: Row, messages: list[Message], prompt: str, whole: str) -> None:
-        """Refuse a row whose prompt the template writes differently once an answer follows.
+    def _learned(self, messages: list[Message], first: int) -> list[int]:
+        """Which of the messages from the first on are answers to be scored, in order."""
+        last = len(messages) - 1
+        if self.config.score is ScoredTurns.last:
+            first = last
+        return [
+            i
+            for i in range(first, len(messages))
+            if messages[i]["role"] == "assistant" and learned(messages[i]) and (i == last or not _is_empty(messages[i]))
+        ]
 
-        For a generation, thinking templates may add something after the prompt that they leave out before a given
-        answer. That is fine as long as the prompt's messages are written the same.
-        """
-        if not whole.startswith(prompt) and not whole.startswith(self.render(messages, False, row.variables)):
-            raise Rejected(
-                "template_not_prefix",
-                "the chat template writes the prompt differently once an answer follows; data.template_kwargs may help",
-            )
+    def _rendered(self, messages: list[Message], row: Row, answer_start: Callable[[str, str], int]) -> Rendered:
+        template = self._template or str(self.tokenizer.chat_template)
+        variables = self.config.template_kwargs | row.variables
+        return Rendered(
+            messages,
+            self.render(messages, False, row.variables),
+            partial(self.render, variables=row.variables),
+            lambda some: marked_spans(self.tokenizer, template, some, **variables),
+            answer_start,
+        )
 
     # What is wrong with it
 
-    def _inspect(self, row: Row, prompt: list[Message], for_generation: str, wholes: Sequence[str]) -> None:
+    def _inspect(
+        self,
+        row: Row,
+        prompt: list[Message],
+        for_generation: str,
+        answers: Sequence[list[Message]],
+        wholes: Sequence[str],
+    ) -> None:
         """Note what the row's text should not hold, and what of the row the template has not written."""
-        answers = [] if row.steps is not None else [_as_message(completion) for completion in row.completions]
-        for message in (*prompt, *answers):
+        for message in (*prompt, *(message for answer in answers for message in answer)):
             self._inspect_text(row, message)
         question = prompt[-1]["content"].strip()
         for answer, whole in zip(answers, wholes, strict=False):
-            text = answer["content"].strip()
-            if ROLE_NAME.match(text):
+            texts = [message["content"].strip() for message in answer if message["role"] == "assistant"]
+            for text in filter(ROLE_NAME.match, texts):
                 self.findings.note("role_names", row, f"'{text[:30]}'")
-            if len(question) >= 8 and text.startswith(question) and len(text) > len(question):
+            if len(question) >= 8 and texts[0].startswith(question) and len(texts[0]) > len(question):
                 self.findings.note("repeated_prompts", row)
-            self._inspect_written(row, [*prompt, answer], whole)
-            if self._headers_seen < TRIES and text:
+            self._inspect_written(row, [*prompt, *answer], whole)
+            if self._headers_seen < TRIES and texts[-1]:
                 self._headers_seen += 1
-                header = whole[len(for_generation) : max(whole.rfind(text), 0)].strip()
-                starts_alike = whole.startswith(for_generation) and answer.keys() == {"role", "content"}
-                if starts_alike and header and for_generation == self.render(prompt, False, row.variables):
+                before = [*prompt, *answer[:-1]]
+                asked = for_generation if len(answer) == 1 else self.render(before, True, row.variables)
+                header = whole[len(asked) : max(whole.rfind(texts[-1]), 0)].strip()
+                starts_alike = whole.startswith(asked) and answer[-1].keys() == {"role", "content"}
+                if starts_alike and header and asked == self.render(before, False, row.variables):
                     self.findings.note("generation_prompt", row, f"'{header[:40]}'")
+            if any(_is_empty(message) for message in answer if message["role"] == "assistant"):
+                self.findings.note("empty_turns", row)
         if not answers:
             self._inspect_written(row, prompt, wholes[0])
         for key in self.config.template_kwargs:
             use = self._uses.setdefault(f"data.template_kwargs.{key}", _Use())
             use.count(row)
             if not use.read and use.rows <= TRIES:  # some say how a generation begins, some how an answer is written
-                texts = ((prompt, True), ([*prompt, *answers[:1]], False))
                 use.read = any(
                     self.render(messages, generation, row.variables)
                     != self.render(messages, generation, row.variables, without=key)
-                    for messages, generation in texts
+                    for messages, generation in ((prompt, True), ([*prompt, *(answers or [[]])[0]], False))
                 )
 
     def _inspect_text(self, row: Row, message: Message) -> None:
@@ -262,7 +293,7 @@ class Writer:
                 break
             start = place + len(text)
         for key in {key for message in messages for key in message} - {"role", "content"}:
-            if self.supervised and key in TRAIN_KEYS:
+            if key in TRAIN_KEYS:
                 continue
             bare = [{name: value for name, value in message.items() if name != key} for message in messages]
             if not self._reads(row, key, whole, bare, row.variables) and key == "tool_calls":
@@ -355,10 +386,6 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int |
     special = special_ids(tokenizer)
     ids = tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
     return next((token for token in ids if token in special), None)
-
-
-def _as_message(completion: Any) -> Message:
-    return {"role": "assistant", "content": completion} if isinstance(completion, str) else completion[0]
 
 
 def _is_empty(message: Message) -> bool:

@@ -25,13 +25,11 @@ import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from alignment.config.data import DataConfig, Keep, ListPairs, ScoredTurns
 from alignment.config.schema import (
     Calibration,
-    DataConfig,
     Device,
     Dtype,
-    Keep,
-    ListPairs,
     ModelConfig,
     OptimConfig,
     Planning,
@@ -119,6 +117,7 @@ def data_config(source: str) -> DataConfig:
         eval_limit=None,
         template_kwargs={},
         list_pairs=ListPairs.best_vs_worst,
+        score=ScoredTurns.all,
     )
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from alignment.config.data import DataConfig, Keep, ListPairs
+from alignment.config.data import DataConfig, Keep, ListPairs, ScoredTurns
 from tests.conftest import shared_data
 from tests.helpers.chat_templates import CHATML
 
@@ -31,6 +31,7 @@ def config():
                 "max_prompt_length": 256,
                 "list_pairs": ListPairs.best_vs_worst,
                 "truncate_prompt": Keep.end,
+                "score": ScoredTurns.all,
             },
         }
         return DataConfig(source=source if isinstance(source, list) else str(source), **(defaults | fields))

@@ -17,6 +17,10 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def tool(text):
+    return {"role": "tool", "content": text}
+
+
 def human(text):
     return {"from": "human", "value": text}
 
@@ -261,7 +265,10 @@ def chat(*prompt, chosen=None):
         (chat({"role": "wizard", "content": "p"}), "bad_roles"),
         (chat({"role": ["user"], "content": "p"}), "bad_roles"),
         (chat(user("p"), chosen=[user("p"), assistant("c")]), "bad_roles"),
-        (chat(user("p"), chosen=[assistant("c"), user("p"), assistant("c")]), "bad_roles"),
+        (chat(user("p"), chosen=[assistant("c"), user("p")]), "bad_roles"),
+        (chat(user("p"), chosen=[assistant("c"), user("p"), tool("t"), assistant("c")]), "bad_roles"),
+        (chat(user("p"), chosen=[assistant("c"), user("p"), assistant("")]), "empty_answer"),
+        (chat(user("p"), chosen=[assistant("c"), user("\ud800"), assistant("c")]), "lone_surrogate"),
         (pair(chosen=[user("q"), assistant("c")], rejected=[user("q"), assistant("r")]), "prompts_differ"),
         (
             {"prompt": [user("q")], "chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
@@ -337,7 +344,7 @@ def test_bad_labels(label):
 @pytest.mark.parametrize(
     ("chosen", "reason"),
     [
-        ("\n\nHuman: p\n\nAssistant: x\n\nAssistant: c", "prompts_differ"),
+        ("\n\nHuman: q\n\nAssistant: x\n\nHuman: p\n\nAssistant: c", "prompts_differ"),
         ("p\n\nAssistant: c", "bad_roles"),
         ("\n\nHuman: p\n\nAssistant:", "empty_answer"),
         (5, "wrong_type"),

@@ -1,4 +1,21 @@
-"""Chat templates, each with a trap of its own."""
+"""Chat templates, each with a trap of its own, and those of published models that TRL knows."""
+
+import importlib.util
+from pathlib import Path
+
+
+def published(name: str) -> str:
+    """The chat template of a published model, or TRL's training variant of it (`<name>_training`)."""
+    (trl,) = importlib.util.find_spec("trl").submodule_search_locations
+    return (Path(trl) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def published_names() -> list[str]:
+    """All of them that are for text alone."""
+    (trl,) = importlib.util.find_spec("trl").submodule_search_locations
+    names = sorted(path.stem for path in (Path(trl) / "chat_templates").glob("*.jinja"))
+    return [name for name in names if not any(kind in name for kind in ("_vl", "idefics", "llava", "smolvlm"))]
+
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
