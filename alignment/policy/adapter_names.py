@@ -79,8 +79,10 @@ def require_modules(model: nn.Module, config: AdapterConfig) -> None:
     modules = {name: module for name, module in model.named_modules() if name}
     leaves = {name.rpartition(".")[2] for name, module in modules.items() if _is_matrix(module)}
     singles = expert_names(model)
+    matched = list(modules)  # what a pattern may match
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3:  # all experts in one; peft knows them by the names of the single ones
+            matched.append(name)
             leaf = name.rpartition(".")[2]
             leaves |= {leaf} | {single for single, stacked in singles.items() if stacked == leaf}
     targets = config.target_modules
@@ -109,7 +111,7 @@ def require_modules(model: nn.Module, config: AdapterConfig) -> None:
             )
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
-            if not any(re.match(rf"(.*\.)?({pattern})$", full) for full in modules):  # as peft matches them
+            if not any(re.match(rf"(.*\.)?({pattern})$", full) for full in matched):  # as peft matches them
                 raise UserError(
                     f"adapter.{key}: {pattern} is the name of no module{did_you_mean(pattern, leaves)}; the model's "
                     f"layers are {', '.join(sorted(leaves))}."

@@ -107,7 +107,8 @@ def _read_parent(folder: Path) -> Parent:
         raise UserError(f"{folder} cannot be merged, because it is a merge itself: give its parents and the others.")
     if not dig(summary, "stages", "preference"):
         raise UserError(
-            f"{folder} cannot be merged, because it has no preference stage to compare the merged policy by."
+            f"{folder} cannot be merged, because it ran SFT alone, and a merged policy is measured on its parents' "
+            f"held-out pairs: merge runs that have a preference stage too, with any loss but loss=none."
         )
     config, resolved = finished_run(folder)
     parent = Parent(folder, config, resolved, summary)

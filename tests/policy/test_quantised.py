@@ -15,10 +15,11 @@ from alignment.config.schema import Calibration, Dtype, QuantizationConfig
 from alignment.errors import UserError
 from alignment.kernels.experts import packed_weights
 from alignment.policy import stored
-from alignment.policy.adapter import attach_adapter, load_adapter
+from alignment.policy.adapter import attach_adapter, continue_adapter, load_adapter
 from alignment.policy.identity import policy_identity
 from alignment.policy.merge import export_merged
 from alignment.policy.quantize import row_scales
+from alignment.policy.saved_adapter import require_same_form
 from alignment.policy.stored import Checkpoint, in_shares, require_usable, stored_facts, stored_weights
 from alignment.reference.frozen import FrozenPolicy
 from tests.conftest import random_groups, tiny_config
@@ -249,10 +250,11 @@ def test_nf4_that_leaves_most_weights_plain_is_a_warning(folders, caplog, monkey
     ],
 )
 def test_an_adapter_of_packed_experts_is_saved_found_again_and_merged(kind, targets, folders, tmp_path):
-    """Reloaded bit by bit, with the identity that it had; merged into plain experts that give the same."""
+    """Reloaded or continued bit by bit, with the identity that it had; merged into plain experts that give the same."""
     base = eager(folders[kind], NF4)
+    config = adapter(target_modules=targets, rank_pattern={"down_proj": 2})
     before, start = scores(base, GROUPS), policy_identity(base)
-    model = attach_adapter(base, adapter(target_modules=targets), 0)
+    model = attach_adapter(base, config, 0)
     assert policy_identity(model)[0] == start[0]
     train_adapter(model)
     values, identity = scores(model, GROUPS), policy_identity(model)
@@ -260,6 +262,13 @@ def test_an_adapter_of_packed_experts_is_saved_found_again_and_merged(kind, targ
     model.save_pretrained(str(tmp_path / "adapter"))
     again = load_adapter(eager(folders[kind], NF4), tmp_path / "adapter")
     assert torch.equal(scores(again, GROUPS), values) and policy_identity(again)[0] == identity[0]
+    require_same_form(tmp_path / "adapter", config)
+    continued = continue_adapter(eager(folders[kind], NF4), tmp_path / "adapter", config, 3)
+    assert torch.equal(scores(continued, GROUPS), values) and policy_identity(continued)[0] == identity[0]
+    trained, found = ({n: p.shape for n, p in m.named_parameters() if p.requires_grad} for m in (model, continued))
+    assert trained == found
+    with pytest.raises(UserError, match=r"has adapted other layers than adapter\.target_modules=\[q_proj\] chooses"):
+        continue_adapter(eager(folders[kind], NF4), tmp_path / "adapter", adapter(target_modules=["q_proj"]), 3)
     attention = "model.attention=eager"
     config = compose("recipe=quickstart", "tracking=none", "export.merge=true", "export.dtype=float32", attention)
     tokenizer = AutoTokenizer.from_pretrained(folders[kind])

@@ -98,17 +98,20 @@ def test_what_cannot_be_merged_is_one_sentence(sweep, merged, tmp_path):
     """Words, folders and runs that do not fit."""
     config, runs, _ = sweep
     older = yaml.safe_load((runs / "0-tiny" / "config.yaml").read_text())
-    unfinished, other = tmp_path / "unfinished", tmp_path / "other"
-    for copy in (unfinished, other):
+    unfinished, other, alone = tmp_path / "unfinished", tmp_path / "other", tmp_path / "alone"
+    for copy in (unfinished, other, alone):
         shutil.copytree(runs / "1-tiny", copy)
     (unfinished / "summary.json").unlink()
     summary = json.loads((other / "summary.json").read_text())
     summary["model"]["base"] = "0" * 64
     (other / "summary.json").write_text(json.dumps(summary))
+    del summary["stages"]["preference"]
+    (alone / "summary.json").write_text(json.dumps(summary))
     one = str(runs / "0-tiny")
     for words, said in (
         ([one, str(unfinished), "method=linear"], "unfinished cannot be merged, because it is not finished"),
         ([one, str(other), "method=linear"], "were trained from other bases"),
+        ([one, str(alone), "method=linear"], "alone cannot be merged, because it ran SFT alone, .*loss but loss=none"),
         ([one, "method=linear"], "at least two runs"),
         ([one, one], "method is missing"),
         ([one, one, "method=linear", "weight=1,1"], r"no setting weight \(did you mean weights\?\)"),
