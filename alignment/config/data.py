@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -41,6 +42,27 @@ class ScoredTurns(Enum):
     last = "last"
 
 
+class Ties(Enum):
+    """What becomes of two answers of which neither won.
+
+    `drop`: the row is left out, and counted. `both_ways`: two pairs, one for each order, with half the weight each.
+    """
+
+    drop = "drop"
+    both_ways = "both_ways"
+
+
+class Strengths(Enum):
+    """What becomes of how strongly an answer was preferred: the difference of the pair's scores, or its weight."""
+
+    scores = "scores"
+    weights = "weights"
+
+
+OUTCOMES = ("first", "second", "tie", "both_bad")
+"""What `DataConfig.winner` gives values for."""
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """One data set and how it becomes tokens.
@@ -53,6 +75,9 @@ class DataConfig:
     training rows whose columns have these values, e.g. {kind: [add, subtract]}; held-out rows all stay.
     `max_bad_rows` null means 0 for local files and no limit for hub sets. `allow` names findings in the text that do
     not stop the run (see `alignment.data.findings`).
+
+    `winner` lists the values that a verdict on two answers has, e.g. {first: [0], second: [1], tie: [2]}; {} where they
+    speak for themselves. Pairs whose scores differ by less than `min_score_gap` are left out.
     """
 
     source: Any = field(metadata={"kind": ONE_OR_MORE})
@@ -76,6 +101,10 @@ class DataConfig:
     template_kwargs: dict[str, Any]
     list_pairs: ListPairs
     score: ScoredTurns
+    min_score_gap: float
+    winner: dict[str, Any]
+    ties: Ties
+    strengths: Strengths
 
     @property
     def named(self) -> list[str]:
@@ -98,3 +127,20 @@ class DataConfig:
             value = getattr(self, key)
             least = 0 if key == "max_bad_rows" else 1
             require(value is None or value >= least, f"data.{key} must be null or at least {least}, not {value}.")
+        require(
+            0 <= self.min_score_gap < math.inf,
+            f"data.min_score_gap must be a finite number, at least 0, not {self.min_score_gap}.",
+        )
+        self._check_winner()
+
+    def _check_winner(self) -> None:
+        self.winner = {key: value if isinstance(value, list) else [value] for key, value in self.winner.items()}
+        unknown = sorted(self.winner.keys() - set(OUTCOMES))
+        require(
+            not unknown, f"data.winner has the key '{' '.join(unknown[:1])}', and the keys are {', '.join(OUTCOMES)}."
+        )
+        given = not self.winner or all(self.winner.get(key) for key in OUTCOMES[:2])
+        require(given, "data.winner must list values for first and for second.")
+        listed = [str(value) for values in self.winner.values() for value in values]
+        twice = sorted(value for value in set(listed) if listed.count(value) > 1)
+        require(not twice, f"data.winner lists the value {' '.join(twice[:1])} twice.")

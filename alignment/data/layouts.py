@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard
 
+from alignment.data.columns import Numbered, Reading, Record
+from alignment.data.comparisons import Verdicts, compared
 from alignment.data.messages import (
     TURN,
     WRITTEN_MESSAGES,
@@ -19,11 +20,21 @@ from alignment.data.messages import (
     text_of,
     without_empty,
 )
+from alignment.data.ratings import (
+    asked,
+    is_rated,
+    list_scores,
+    listed,
+    rated,
+    scores_of,
+    thumb,
+    thumbs,
+    weight_of,
+)
 from alignment.data.rows import BadRow, Message, Rejected, Row, Text
 from alignment.data.trajectories import require_answer, shared_turns, split_conversations
 from alignment.errors import UserError
 
-Record = dict[str, Any]
 Stage = Literal["preference", "sft"]
 
 VARIABLES = ("tools", "documents", "chat_template_kwargs")
@@ -31,6 +42,7 @@ VARIABLES = ("tools", "documents", "chat_template_kwargs")
 OUR_COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "label", "messages", "conversations", "system"),
     *("score_chosen", "score_rejected", "completions", "scores", "steps", "weight", *VARIABLES),
+    *("response_a", "response_b", "winner", "score", "ranks"),
 )
 SAMPLE = 32
 """Number of records whose values tell apart layouts with the same columns."""
@@ -40,7 +52,8 @@ SAMPLE = 32
 class Layout:
     """One accepted layout: its columns, what must hold for a sample record, and its converter.
 
-    `steps` is the column with the beginning of the answer, which both completions continue by one step.
+    `steps` is the column with the beginning of the answer, which both completions continue by one step. `reading` says
+    how records under other names become records of this layout, None where they are some.
     """
 
     name: str
@@ -48,6 +61,7 @@ class Layout:
     convert: Callable[[Record], tuple[Text, list[Text]]]
     fits: Callable[[Record], bool] = lambda record: True
     steps: str | None = None
+    reading: Reading | None = None
 
     @property
     def family(self) -> str:
@@ -107,15 +121,10 @@ def _list(prompt: str) -> Callable[[Record], tuple[Text, list[Text]]]:
         completions = record["completions"]
         if not isinstance(completions, list):
             raise Rejected("wrong_type", f"column 'completions' holds {found(completions)}, not a list")
-        answers = [c["response"] if _is_rated(c) else c for c in completions]
+        answers = [c["response"] if is_rated(c) else c for c in completions]
         return text_of(record[prompt], prompt), [text_of(answer, "completions") for answer in answers]
 
     return convert
-
-
-def _is_rated(completion: Any) -> bool:
-    """Whether the completion is an object as in the original UltraFeedback."""
-    return isinstance(completion, dict) and "response" in completion
 
 
 def _completion(record: Record) -> tuple[Text, list[Text]]:
@@ -183,43 +192,96 @@ def rename(record: Record, columns: Mapping[str, str]) -> Record:
     return kept | {ours: record[name] for ours, name in columns.items() if name in record}
 
 
-def recognise(records: Sequence[Record], columns: Mapping[str, str], stage: Stage, source: str) -> Layout:
+def recognise(
+    records: Sequence[Record], columns: Mapping[str, str], stage: Stage, source: str, verdicts: Verdicts | None = None
+) -> Layout:
     """The layout that most records have. `columns` maps our names to the file's.
 
     Raises:
         UserError: the layout is unknown or does not serve the stage, or `columns` names a column that does not exist.
     """
     found = Counter(name for record in records for name in record)
-    listed = ", ".join(sorted(found)) or "none"
+    listed_columns = ", ".join(sorted(found)) or "none"
     for ours, theirs in columns.items():
         if ours not in OUR_COLUMNS:
             raise UserError(f"data.columns has the key '{ours}', and the keys are {', '.join(OUR_COLUMNS)}.")
         if theirs not in found:
-            raise UserError(f"data.columns maps {ours} to '{theirs}', but the columns of {source} are {listed}.")
-    renamed = [rename(record, columns) for record in records]
-    filled = Counter(name for record in renamed for name, value in record.items() if value is not None)
-    usual = {name for name, count in filled.items() if 2 * count >= len(renamed)}
-    for layout in LAYOUTS:
-        if not usual.issuperset(layout.columns):
-            continue
-        sample = [r for r in renamed if all(r.get(name) is not None for name in layout.columns)][:SAMPLE]
-        if not any(layout.fits(record) for record in sample):
-            continue
-        if stage == "preference" and layout.family == "sft":
             raise UserError(
-                f"Preference data is wanted, but {source} has SFT data (columns {listed}): "
-                "pairs need the columns chosen and rejected, ranked lists completions, labelled rows a label."
+                f"data.columns maps {ours} to '{theirs}', but the columns of {source} are {listed_columns}."
             )
-        if stage == "sft" and layout.steps is not None:
-            raise UserError(f"SFT learns whole answers, and {source} has single steps of them (layout {layout.name}).")
-        return layout
-    accepted = "; ".join(
-        f"{layout.name} ({', '.join(layout.columns)})" for layout in LAYOUTS if stage == "sft" or layout.family != "sft"
-    )
-    raise UserError(
-        f"The layout of {source} is not known: its columns are {listed}, and accepted are {accepted}; "
-        "data.columns maps our names to the file's."
-    )
+    renamed = [rename(record, columns) for record in records]
+    layout = _known(renamed)
+    if layout is None or (stage == "preference" and layout.family == "sft"):
+        layout = _under_other_names(renamed, verdicts or Verdicts(), source) or layout
+    if layout is None:
+        accepted = "; ".join(
+            f"{known.name} ({', '.join(known.columns)})" for known in LAYOUTS if stage == "sft" or known.family != "sft"
+        )
+        raise UserError(
+            f"The layout of {source} is not known: its columns are {listed_columns}, and accepted are {accepted}; "
+            "compared pairs (prompt, response_a, response_b, winner); rated answers (prompt, completion, score); "
+            "data.columns maps our names to the file's."
+        )
+    if stage == "preference" and layout.family == "sft":
+        raise UserError(
+            f"Preference data is wanted, but {source} has SFT data (columns {listed_columns}): "
+            "pairs need the columns chosen and rejected, ranked lists completions, labelled rows a label."
+        )
+    if stage == "sft" and layout.steps is not None:
+        raise UserError(f"SFT learns whole answers, and {source} has single steps of them (layout {layout.name}).")
+    return layout
+
+
+def _usual(records: Sequence[Record]) -> set[str]:
+    """The columns that at least half of the records fill."""
+    filled = Counter(name for record in records for name, value in record.items() if value is not None)
+    return {name for name, count in filled.items() if 2 * count >= len(records)}
+
+
+def _known(records: Sequence[Record]) -> Layout | None:
+    """The first layout that the records have as they are."""
+    usual = _usual(records)
+    for layout in LAYOUTS:
+        if usual.issuperset(layout.columns):
+            sample = [r for r in records if all(r.get(name) is not None for name in layout.columns)][:SAMPLE]
+            if any(layout.fits(record) for record in sample):
+                return layout
+    return None
+
+
+def _under_other_names(records: Sequence[Record], verdicts: Verdicts, source: str) -> Layout | None:
+    """The layout that the records have under the names of the field."""
+    usual = _usual(records)
+    for read in (
+        lambda: compared(records, usual, verdicts, source),
+        lambda: listed(records, usual),
+        lambda: thumbs(records, usual),
+        lambda: rated(records, usual),
+        lambda: asked(usual),
+    ):
+        if (reading := read()) is None:
+            continue
+        recast = [record for _, _, record in reading.each((source, 0, r) for r in records)]
+        good = [record for record in recast if isinstance(record, dict)]
+        if not good:
+            raise UserError(f"No row of {source} can be used: {recast[0].message}.")
+        if (layout := _known(good)) is not None:
+            return replace(layout, name=reading.name or layout.name, reading=reading)
+    return None
+
+
+def rows_of(records: Iterable[Numbered], layout: Layout, columns: Mapping[str, str]) -> Iterator[Row | BadRow]:
+    """Every record as a checked row, or as a bad row with the first thing that is wrong.
+
+    A layout under other names may make several rows of a record, or one of several records.
+    """
+    if layout.reading is None:
+        renamed = columns
+    else:
+        named = ((file, number, rename(r, columns) if isinstance(r, dict) else r) for file, number, r in records)
+        records, renamed = layout.reading.ready(named), {}
+    for file, number, record in records:
+        yield record if isinstance(record, BadRow) else to_row(record, layout, renamed, file, number)
 
 
 def to_row(record: Any, layout: Layout, columns: Mapping[str, str], file: str, number: int) -> Row | BadRow:
@@ -263,21 +325,21 @@ def _to_row(record: Record, layout: Layout, source: str) -> Row:
     used = {*layout.columns, "system"}
     labels = scores = None
     if layout.family == "labelled":
-        labels = (_label(record["label"]),)
+        labels = (thumb(record["label"]),)
     if layout.family == "pairs":
-        scores = _scores([record.get("score_chosen"), record.get("score_rejected")])
+        scores = scores_of([record.get("score_chosen"), record.get("score_rejected")])
         used |= {"score_chosen", "score_rejected"}
     if layout.family == "lists":
         if len(answers) < 2:
             raise Rejected("too_few_answers", f"a ranked list has at least two completions, not {len(answers)}")
-        scores = _list_scores(record)
-        used.add("scores")
+        scores = list_scores(record)
+        used |= {"scores", "ranks"}
         if scores is not None:
             order = sorted(range(len(answers)), key=scores.__getitem__, reverse=True)  # stable, also in reverse
             answers, scores = [answers[i] for i in order], tuple(scores[i] for i in order)
     weight = 1.0
     if layout.family != "sft":
-        weight = _weight(record.get("weight"))
+        weight = weight_of(record.get("weight"))
         used.add("weight")
     steps = None
     if layout.steps is not None:
@@ -358,44 +420,3 @@ def _check_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise Rejected("lone_surrogate", f"character {error.start} is half of a surrogate pair") from None
-
-
-def _label(value: Any) -> bool:
-    """Booleans, 0 and 1, and their spellings in CSV."""
-    if isinstance(value, str):
-        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
-    if value not in (True, False):
-        raise Rejected("bad_label", "a label is true or false")
-    return bool(value)
-
-
-def _scores(values: list[Any]) -> tuple[float, ...] | None:
-    """One finite number per completion, or None if all are absent."""
-    if all(value is None for value in values):
-        return None
-    try:
-        scores = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        raise Rejected("bad_score", f"the scores {values} are not {len(values)} numbers") from None
-    if not all(math.isfinite(score) for score in scores):
-        raise Rejected("bad_score", f"the scores {values} are not finite")
-    return scores
-
-
-def _list_scores(record: Record) -> tuple[float, ...] | None:
-    completions, values = record["completions"], record.get("scores")
-    if values is None:
-        values = [c.get("overall_score") if _is_rated(c) else None for c in completions]
-    if not isinstance(values, list) or len(values) != len(completions):
-        raise Rejected("bad_score", f"column 'scores' does not hold {len(completions)} numbers")
-    return _scores(values)
-
-
-def _weight(value: Any) -> float:
-    try:
-        weight = 1.0 if value is None else float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise Rejected("bad_weight", f"a weight is a finite number, at least 0, not {value!r}")
-    return weight

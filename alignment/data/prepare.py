@@ -18,7 +18,7 @@ from alignment.data.reasons import in_words
 from alignment.data.rows import BadRow, Row, count_reasons, left_out, require_pairs, require_scores
 from alignment.data.sources import LoadedData, load_rows
 from alignment.data.tokens import TokenizedData, TokenizedSFT, tokenize_groups, tokenize_sft
-from alignment.data.units import are_lists, as_pairs, as_rows
+from alignment.data.units import are_lists, as_pairs, as_rows, with_gap
 from alignment.errors import UserError
 from alignment.types import Group
 
@@ -68,7 +68,7 @@ def sample_sequences(conversations: SFTData | None, preferences: PreferenceData 
 
 def _data_info(title: str, loaded: LoadedData, *parts: TokenizedData | TokenizedSFT) -> dict[str, Any]:
     """What the summary says of the data; the log says it too."""
-    drops = [row for part in parts for row in part.drops]
+    drops = [*loaded.dropped, *(row for part in parts for row in part.drops)]
     counts = _sum_counts(*(part.counts for part in parts))
     log.info("%s: %s.", title, loaded.description)
     log.info("  %s", in_words({name: count for name, count in counts.items() if count}))
@@ -161,7 +161,7 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
         require_pairs([*loaded.train, *loaded.eval], loss.name)
     if needs.scores:
         require_scores([*loaded.train, *loaded.eval], loss.name)
-    drops = [*train.drops, *held_out.drops]
+    drops = [*loaded.dropped, *train.drops, *held_out.drops]
     info = _data_info("Preferences", loaded, train, held_out)
     answers = sum(len(group.completions) for group in (*train.groups, *held_out.groups))
     _warn_of_cuts(info["tokens"].get("truncated_completions", 0), answers, config, "")
@@ -170,11 +170,15 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
     parts = {"training": train.groups, "held-out": held_out.groups}
     if needs.unit != "list":
         for part, groups in parts.items():
-            if are_lists(groups):
+            if loaded.family == "lists" or are_lists(groups):
                 parts[part] = as_pairs(groups, config.list_pairs)
                 log.info("  %s: %d pairs of %d lists", part, len(parts[part]), len(groups))
-                if not parts[part]:
+                if groups and not parts[part]:
                     raise UserError(f"{config.source}: no {part} list has two completions with different scores.")
+    if needs.orders_ties:
+        _warn_of_ties(parts["training"], loss.name)
+    if config.min_score_gap:
+        parts = {part: _apart(groups, part, needs.unit, config) for part, groups in parts.items()}
     rows = {row.source: row for row in held_out.rows}
     eval_groups = parts["held-out"]
     eval_rows = [rows[group.source] for group in eval_groups]
@@ -196,6 +200,40 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
     return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
 
 
+def _warn_of_ties(lists: Sequence[Group], loss: str) -> None:
+    tied = sum(len(set(group.scores)) < len(group.scores) for group in lists if group.scores is not None)
+    if tied:
+        log.warning(
+            "  %d of %d lists have equal scores, and loss %s ranks these answers in the order of the file: all_pairs "
+            "and lipo make no pair of them.",
+            tied,
+            len(lists),
+            loss,
+        )
+
+
+def _apart(groups: list[Group], part: str, unit: str, config: DataConfig) -> list[Group]:
+    """The pairs whose scores differ enough."""
+    gap = config.min_score_gap
+    if unit == "list":
+        raise UserError(f"data.min_score_gap={gap:g} chooses pairs, and the loss takes whole lists: set it to 0.")
+    if any(group.scores is None for group in groups):
+        raise UserError(
+            f"data.min_score_gap={gap:g} needs scores, and {config.source} has answers without: set it to 0."
+        )
+    apart = with_gap(groups, gap)
+    log.info(
+        "  %s: %d of %d pairs are left out, their scores differ by less than %g",
+        part,
+        len(groups) - len(apart),
+        len(groups),
+        gap,
+    )
+    if groups and not apart:
+        raise UserError(f"{config.source}: no {part} pair has scores that differ by data.min_score_gap={gap:g}.")
+    return apart
+
+
 def load_conversations(
     config: DataConfig, tokenizer: Any, *, day: datetime.date | None = None
 ) -> tuple[SFTData, list[BadRow]]:
@@ -207,7 +245,7 @@ def load_conversations(
     loaded = load_rows(config, stage="sft")
     train = tokenize_sft(loaded.train, tokenizer, config, day=day)
     held_out = tokenize_sft(loaded.eval, tokenizer, config, day=day)
-    drops = [*train.drops, *held_out.drops]
+    drops = [*loaded.dropped, *train.drops, *held_out.drops]
     info = _data_info("SFT data", loaded, train, held_out)
     _warn_of_cuts(info["tokens"].get("truncated", 0), len(train.sequences) + len(held_out.sequences), config, "sft.")
     info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)

@@ -12,6 +12,8 @@ SHOWN = 5
 
 WORDS = {
     "bad_label": "with a label that is neither true nor false",
+    "bad_verdict": "with a verdict that names none of the two answers",
+    "both_bad": "whose two answers are both bad",
     "bad_roles": "with roles out of order",
     "bad_score": "with scores that are no numbers",
     "bad_tool_call": "with the arguments of a tool call that are no JSON",
@@ -32,8 +34,10 @@ WORDS = {
     "not_text": "with a part that is no text",
     "nothing_to_learn": "none of whose answers is to be learnt",
     "prompts_differ": "with different prompts for the two answers",
+    "single_answer": "whose prompt has no second answer",
     "template_error": "that the chat template refuses",
     "template_not_prefix": "that the chat template writes differently with an answer",
+    "tie": "that are ties",
     "too_few_answers": "with fewer than two answers",
     "too_many_cells": "with more cells than the header",
     "wrong_type": "with another type of value than text or messages",

@@ -64,6 +64,11 @@ class BadRow:
     file: str
     row: int
 
+    @property
+    def fault(self) -> bool:
+        """Whether something is wrong with it; a comparison without a winner is right and serves for nothing."""
+        return self.reason not in ("tie", "both_bad", "single_answer")
+
     @classmethod
     def of(cls, row: Row, reason: str, message: str) -> BadRow:
         """For a row that was read but cannot be tokenised."""

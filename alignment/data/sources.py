@@ -10,12 +10,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from alignment.config.data import DataConfig
+from alignment.config.data import DataConfig, Ties
 from alignment.config.places import BUNDLED_PREFIX, MODELSCOPE_PREFIX, is_on_hub
+from alignment.data.columns import Numbered
+from alignment.data.comparisons import Verdicts
 from alignment.data.folders import files_of
 from alignment.data.formats import read_file
 from alignment.data.hub import read_hub, read_modelscope
-from alignment.data.layouts import SAMPLE, Layout, Stage, recognise, to_row
+from alignment.data.layouts import SAMPLE, Layout, Stage, recognise, rows_of
 from alignment.data.reasons import UnusableRows, in_words
 from alignment.data.rows import BadRow, Row, count_reasons, fingerprint
 from alignment.errors import UserError, as_names
@@ -25,9 +27,6 @@ _SHOWN_VALUES = 20
 _RECOGNISED = 10_000
 """Records by which the layout of a source is recognised, so that no more of them are held at once."""
 
-Numbered = Iterator[tuple[str, int, Any]]
-"""(file, row number from 1, record) of each record; a `BadRow` in place of one that cannot be read."""
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedData:
@@ -35,7 +34,9 @@ class LoadedData:
 
     Attributes:
         layout: name of the training rows' layout.
-        bad: rows left out of either part.
+        family: what they are (`Layout.family`).
+        bad: rows left out of either part because something is wrong with them.
+        dropped: rows of either part that compare nothing, such as ties.
         fingerprint: SHA-256 of the content of both parts, in order.
         description: one line for logs and reports.
     """
@@ -43,7 +44,9 @@ class LoadedData:
     train: list[Row]
     eval: list[Row]
     layout: str
+    family: str
     bad: list[BadRow]
+    dropped: list[BadRow]
     fingerprint: str
     description: str
 
@@ -53,6 +56,7 @@ class _Part:
     rows: list[Row]
     layout: Layout
     bad: list[BadRow]
+    dropped: list[BadRow]
     note: str
 
 
@@ -66,7 +70,7 @@ class _Opened:
     """
 
     name: str
-    records: Numbered
+    records: Iterator[Numbered]
     allowed: int | None
 
 
@@ -98,6 +102,7 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
     rows = _where(rows, config.train_where)
     rows, held_out = rows[: config.limit], held_out[: config.eval_limit]
     bad = [row for part in parts for row in part.bad]
+    dropped = [row for part in parts for row in part.dropped]
     shared = {_prompt_key(row) for row in rows} & {_prompt_key(row) for row in held_out}
     counts = f"{len(rows)} training and {len(held_out)} held-out rows"
     notes = [f"{', '.join(sources)}: {counts}, layout {train.layout.name}"]
@@ -106,7 +111,9 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
         notes.append(f"{len(bad)} bad rows left out: {in_words(count_reasons(bad))}")
     if shared:
         notes.append(f"{len(shared)} held-out prompts are training prompts too")
-    return LoadedData(rows, held_out, train.layout.name, bad, fingerprint(rows, held_out), "; ".join(notes))
+    digest = fingerprint(rows, held_out)
+    layout = train.layout
+    return LoadedData(rows, held_out, layout.name, layout.family, bad, dropped, digest, "; ".join(notes))
 
 
 def _where(rows: list[Row], wanted: Mapping[str, Any]) -> list[Row]:
@@ -192,15 +199,12 @@ def _read(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None) 
     source = opened.name
     layout, records = _recognised(opened, config, stage, limit)
     bad: list[BadRow] = []
+    dropped: list[BadRow] = []
     rows: list[Row] = []
     others = weighted = 0
-    for file, number, record in records:
-        row = record
-        if not isinstance(record, BadRow):
-            assert layout is not None
-            row = to_row(record, layout, config.columns, file, number)
+    for row in rows_of(records, layout, config.columns) if layout is not None else (record for *_, record in records):
         if isinstance(row, BadRow):
-            bad.append(row)
+            (bad if row.fault else dropped).append(row)
             continue
         if stage == "sft":
             if row.labels == (False,):
@@ -221,9 +225,11 @@ def _read(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None) 
         raise UserError(f"{source} has no row labelled true, and SFT learns from those only.")
     if not rows and bad:
         raise UnusableRows(f"{source} has no usable row, and {len(bad)} bad ones", bad, source)
+    if not rows and dropped:
+        raise UnusableRows(f"{source} has no usable row, and {len(dropped)} that compare nothing", dropped, source)
     if not rows or layout is None:
         raise UserError(f"{source} has no usable row.")
-    notes = []
+    notes = [layout.reading.note] if layout.reading is not None and layout.reading.note else []
     if stage == "sft" and layout.family == "labelled":
         notes.append(f"{others} rows labelled undesirable are not used for SFT")
     if stage == "sft" and layout.family in ("pairs", "lists"):
@@ -231,10 +237,12 @@ def _read(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None) 
         notes.append(f"the {best} completions of {layout.family} serve for SFT")
     if weighted:
         notes.append("SFT does not use their weights")
-    return _Part(rows, layout, bad, "; ".join(notes))
+    return _Part(rows, layout, bad, dropped, "; ".join(notes))
 
 
-def _recognised(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None) -> tuple[Layout | None, Numbered]:
+def _recognised(
+    opened: _Opened, config: DataConfig, stage: Stage, limit: int | None
+) -> tuple[Layout | None, Iterator[Numbered]]:
     """The layout of the first records, and all records; None where none is an object."""
     wanted = _RECOGNISED if limit is None else min(_RECOGNISED, max(limit, SAMPLE))
     first = []
@@ -245,7 +253,8 @@ def _recognised(opened: _Opened, config: DataConfig, stage: Stage, limit: int | 
             good.append(item[2])
             if len(good) == wanted:
                 break
-    layout = recognise(good, config.columns, stage, opened.name) if good else None
+    verdicts = Verdicts(config.winner, config.ties if stage == "preference" else Ties.drop, config.strengths)
+    layout = recognise(good, config.columns, stage, opened.name, verdicts) if good else None
     return layout, chain(first, opened.records)
 
 

@@ -42,6 +42,11 @@ def as_pairs(groups: Sequence[Group], how: ListPairs) -> list[Group]:
     return pairs
 
 
+def with_gap(pairs: Sequence[Group], gap: float) -> list[Group]:
+    """The pairs whose chosen answer is scored higher than the rejected one by at least `gap`."""
+    return [pair for pair in pairs if pair.scores is not None and pair.scores[0] - pair.scores[1] >= gap]
+
+
 def _index_pairs(size: int, how: ListPairs) -> list[tuple[int, int]]:
     if how is ListPairs.best_vs_worst:
         return [(0, size - 1)]

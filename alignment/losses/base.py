@@ -156,6 +156,7 @@ class Requirements:
         scores, prompts: whether it reads these inputs.
         quantities: the quantities that it reads.
         density_weights: whether to weight rows by the density of their prompts before training (BCO).
+        orders_ties: whether it ranks answers with equal scores, in the order of the file.
     """
 
     unit: str
@@ -166,6 +167,7 @@ class Requirements:
     prompts: bool
     quantities: frozenset[Quantity]
     density_weights: bool = False
+    orders_ties: bool = False
 
 
 @dataclass(kw_only=True)
@@ -189,6 +191,7 @@ class Loss(ABC):
     min_items: ClassVar[int] = 1
     whole_step: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
+    orders_ties: ClassVar[bool] = False
     discontinuous_at_reference: ClassVar[bool] = False
     """Whether rounding can make the loss jump where the policy equals the reference: the loss depends on the order of
     the rewards, and there all rewards are equal."""
@@ -214,6 +217,7 @@ class Loss(ABC):
             scores=self.needs_scores,
             prompts=False,
             quantities=self.quantities,
+            orders_ties=self.orders_ties,
         )
 
     @abstractmethod

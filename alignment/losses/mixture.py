@@ -93,6 +93,7 @@ class Mixture(Loss):
             scores=any(need.scores for need in needs),
             prompts=any(need.prompts for need in needs),
             quantities=frozenset().union(*(need.quantities for need in needs)),
+            orders_ties=any(need.orders_ties for need in needs),
         )
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:

@@ -37,6 +37,7 @@ class PlackettLuce(BetaListLoss):
     name: ClassVar[str] = "plackett_luce"
     title: ClassVar[str] = "Plackett-Luce"
     purpose: ClassVar[str] = "DPO on whole rankings of several answers"
+    orders_ties: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""
@@ -75,6 +76,7 @@ class BestVsRest(BetaListLoss):
     name: ClassVar[str] = "best_vs_rest"
     title: ClassVar[str] = "best-vs-rest"
     purpose: ClassVar[str] = "DPO of one good answer against several bad ones"
+    orders_ties: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs, step_statistics: Tensor | None = None) -> LossOutput:
         """Losses (lists,), rewards beta u (S,)."""

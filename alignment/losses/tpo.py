@@ -19,6 +19,7 @@ class _Triple(Anchored):
 
     unit: ClassVar[str] = "list"
     needs_reference: ClassVar[bool] = False
+    orders_ties: ClassVar[bool] = True
 
     beta: float
     alpha: float

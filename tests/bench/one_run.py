@@ -34,6 +34,8 @@ from alignment.config.schema import (
     OptimConfig,
     Planning,
     QuantizationConfig,
+    Strengths,
+    Ties,
     TrainerConfig,
 )
 from alignment.data.rows import Row
@@ -118,6 +120,10 @@ def data_config(source: str) -> DataConfig:
         template_kwargs={},
         list_pairs=ListPairs.best_vs_worst,
         score=ScoredTurns.all,
+        min_score_gap=0.0,
+        winner={},
+        ties=Ties.drop,
+        strengths=Strengths.scores,
     )
 
 

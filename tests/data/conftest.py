@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from alignment.config.data import DataConfig, Keep, ListPairs, ScoredTurns
+from alignment.config.data import DataConfig, Keep, ListPairs, ScoredTurns, Strengths, Ties
 from tests.conftest import shared_data
 from tests.helpers.chat_templates import CHATML
 
@@ -30,6 +30,10 @@ def config():
                 "max_length": 512,
                 "max_prompt_length": 256,
                 "list_pairs": ListPairs.best_vs_worst,
+                "min_score_gap": 0.0,
+                "winner": {},
+                "ties": Ties.drop,
+                "strengths": Strengths.scores,
                 "truncate_prompt": Keep.end,
                 "score": ScoredTurns.all,
             },

@@ -334,7 +334,7 @@ def test_bad_steps(steps, reason):
     assert to_row(good | {"steps": steps}, layout, {}, "f", 1).reason == reason
 
 
-@pytest.mark.parametrize("label", [None, 2, 0.5, "good", [], {}])
+@pytest.mark.parametrize("label", [None, 2, 0.5, "fine", [], {}])
 def test_bad_labels(label):
     layout = recognise([{"prompt": "p", "completion": "c", "label": True}], {}, "preference", "f")
     bad = to_row({"prompt": "p", "completion": "c", "label": label}, layout, {}, "f", 1)

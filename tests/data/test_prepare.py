@@ -4,7 +4,9 @@ import logging
 
 import pytest
 
+from alignment.config.compose import load
 from alignment.data.prepare import fit_preferences, load_conversations, read_preferences
+from alignment.errors import UserError
 from tests.conftest import recommended_loss
 from tests.helpers.chat_templates import CHATML
 
@@ -58,3 +60,39 @@ def test_sft_says_so_too(tiny, config, jsonl, caplog):
         config(jsonl([{"prompt": "x", "completion": "y" * 50}]), max_length=40, max_prompt_length=30), tiny
     )
     assert "1 of 1 answers are cut at sft.data.max_length=40" in caplog.text
+
+
+def test_what_decides_a_comparison_and_what_is_left_out_is_said(said):
+    """The column, the numbers of ties and of answers that are both bad; neither stops the run."""
+    words = ("A", "tie", "B", "both_bad", "tie")
+    votes = [
+        {"prompt": f"x{k}", "response_a": "y" * 9, "response_b": "z" * 9, "winner": word}
+        for k, word in enumerate(words)
+    ]
+    lines = said(*votes)
+    assert lines[0].endswith("layout compared pairs; column winner says which of response_a and response_b won.")
+    left = [line.split(", the first ")[0] + line[line.rindex(" row ") :] for line in lines if "left out" in line]
+    assert left == ["2 rows are left out row 2: neither answer won.", "1 row is left out row 4: both answers are bad."]
+
+
+@pytest.mark.parametrize(
+    ("winner", "message"),
+    [
+        ("{first: [0]}", "data.winner must list values for first and for second"),
+        ("{first: 0, second: 0}", "data.winner lists the value 0 twice"),
+        (
+            "{first: 0, second: 1, third: 2}",
+            "data.winner has the key 'third', and the keys are first, second, tie, both",
+        ),
+    ],
+)
+def test_a_winner_that_says_nothing_is_refused(winner, message):
+    """Each in one sentence."""
+    with pytest.raises(UserError, match=message):
+        load("recipe=quickstart", f"data.winner={winner}")
+
+
+def test_the_winner_is_given_on_the_command_line():
+    """A value alone is a list of one; words and numbers are kept as they are."""
+    config = load("recipe=quickstart", "data.winner={first: [A, 1], second: 0, tie: both}", "data.ties=both_ways")
+    assert config.data.winner == {"first": ["A", 1], "second": [0], "tie": ["both"]}
