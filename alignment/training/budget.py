@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from alignment.training.memory import FIXED_COST, RECOMPUTED, ROUNDING, USEFUL_TOKENS, Layer, Sizes
+from alignment.training.layer_memory import Layer
+from alignment.training.memory import FIXED_COST, RECOMPUTED, ROUNDING, USEFUL_TOKENS, Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +103,22 @@ def activation_bytes(layers: Sequence[Layer], every: int, tokens: int) -> tuple[
     return held, peak
 
 
-def step_needs(sizes: Sizes, every: int, tokens: int, context: int) -> Needs:
+def step_needs(sizes: Sizes, every: int, tokens: int, context: int, alone: bool = False) -> Needs:
     """Memory of a step whose largest pass has this many positions.
 
     The head has its logits while all layers hold what they saved. They are gone when the backward pass reaches the
-    layers, and all is gone when the weights are updated. The largest of these moments counts.
+    layers, and all is gone when the weights are updated. The largest of these moments counts. Where a pass of a whole
+    model is `alone` in its step, its gradients come only as the activations go, so both are never there at once.
     """
     held, peak = activation_bytes(sizes.layers, every, tokens)
     held += sizes.ends * tokens
     head = min(sizes.head * tokens, sizes.head_limit)
     if max(peak, sizes.update) > held + head:
         held, head = max(peak, sizes.update), 0
+    if alone and sizes.layers and not sizes.adapter:
+        last = max(sizes.layers[0].saved * tokens, sizes.update)
+        if (spared := min(sizes.gradients, held + head - last)) > 0:
+            held, head = held + head - spared, 0
     return Needs(
         weights=sizes.weights,
         adapter=sizes.adapter,
@@ -184,7 +190,7 @@ def make_plan(
         largest = max(longest, min(tokens, step_tokens))
         if tokens_per_batch is None and tokens < longest:
             continue
-        if step_needs(sizes, every, largest, room.context).total > room.limit:
+        if step_needs(sizes, every, largest, room.context, largest >= step_tokens).total > room.limit:
             continue
         time = relative_time(sizes, every, largest, room.device)
         if best is None or time < best[0]:
@@ -195,7 +201,8 @@ def make_plan(
     _, every, tokens = best
     largest = max(longest, min(tokens, step_tokens))
     # Reference passes hold one layer's values at a time, and the optimizer does not exist yet.
-    passing = replace(sizes, gradients=0, optimizer=0, update=0, layers=sizes.layers[:1])
+    one = sorted(sizes.layers, key=lambda layer: layer.saved)[-1:]  # below the lowest that trains they keep nothing
+    passing = replace(sizes, gradients=0, optimizer=0, update=0, layers=tuple(one))
     scoring = tokens_per_batch or max(tokens, fitting_tokens(passing, 0, room, useful))
-    needs = step_needs(sizes, every, largest, room.context)
+    needs = step_needs(sizes, every, largest, room.context, largest >= step_tokens)
     return Plan(tokens, scoring, every, needs, room.limit, fits, sizes.estimate)

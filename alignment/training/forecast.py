@@ -19,9 +19,10 @@ from alignment.files import cache_dir
 from alignment.policy.load import resolve_dtype
 from alignment.policy.source import model_source
 from alignment.training.budget import Plan, Room, make_plan, relative_time
-from alignment.training.memory import CONTEXT, USABLE_SHARE, Weights, adapter_estimate, plan_weights, sizes_of
+from alignment.training.memory import CONTEXT, USABLE_SHARE, Weights, attention_estimate, plan_policy, sizes_of
 from alignment.training.planning import available_memory
 
+_SPECTRUM = "spectrum chooses among the layers of a loaded model, and here the backward pass goes down to the first"
 _SHOWN_EVERY = (0, 8, 4, 3, 2, 1)
 """The values of `checkpoint_every` that a plan is compared with."""
 
@@ -119,27 +120,25 @@ def plan_stages(config: RunConfig, model: nn.Module, machine: Machine, length: i
     return stages
 
 
-_counted: WeakKeyDictionary[nn.Module, dict[str, Weights]] = WeakKeyDictionary()
+_planned: WeakKeyDictionary[nn.Module, dict[str, tuple[nn.Module, Weights]]] = WeakKeyDictionary()
 
 
-def _weights(model: nn.Module, value: int, config: RunConfig) -> Weights:
-    """What `plan_weights` counts, once for each model: peft takes a second to lay out an adapter on a large one."""
-    counted = _counted.setdefault(model, {})
-    key = repr((value, config.adapter, config.quantization))
-    if key not in counted:
-        counted[key] = plan_weights(model, value, config.adapter, config.quantization)
-    return counted[key]
+def _policy(model: nn.Module, value: int, config: RunConfig) -> tuple[nn.Module, Weights]:
+    """What `plan_policy` gives, once for each model: peft takes a second to lay out an adapter on a large one."""
+    planned = _planned.setdefault(model, {})
+    key = repr((value, config.adapter, config.quantization, config.spectrum))
+    if key not in planned:
+        planned[key] = plan_policy(model, value, config.adapter, config.quantization, config.spectrum)
+    return planned[key]
 
 
 def _plan_stage(
     config: RunConfig, part: RunConfig | SFTConfig, model: nn.Module, machine: Machine, longest: int, supervised: bool
 ) -> StagePlan:
     value = resolve_dtype(config.model.dtype, torch.device(machine.device)).itemsize
-    weights = _weights(model, value, config)
-    if (share := config.spectrum) is not None:  # the matrices of a type have one size
-        weights = replace(weights, adapter=round(share * weights.adapter), trained=round(share * weights.trained))
+    policy, weights = _policy(model, value, config)
     sizes = sizes_of(
-        model,
+        policy,
         weights,
         value=value,
         optimizer=part.optim.name,
@@ -147,8 +146,9 @@ def _plan_stage(
         device=machine.device,
         dropout=supervised and config.adapter is not None and config.adapter.dropout > 0,
         supervised=supervised,
-        estimate=adapter_estimate(config.adapter),
     )
+    reason = attention_estimate(config.model.attention) or (_SPECTRUM if config.spectrum is not None else "")
+    sizes = replace(sizes, estimate=sizes.estimate or reason)
     copies = not supervised and config.reference.mode is ReferenceMode.live and config.adapter is None
     context = CONTEXT[machine.device] + (weights.base if copies else 0)
     room = Room(machine.device, round(USABLE_SHARE[machine.device] * machine.memory), context)

@@ -15,9 +15,13 @@ from torch import nn
 
 from alignment.config.schema import ReferenceMode, RunConfig
 from alignment.files import read_sealed, write_sealed
+from alignment.policy.adapter import starts_at_base
+from alignment.policy.layers import decoder_layers
 from alignment.training.budget import Plan, Room, describe_checkpointing, make_plan
 from alignment.training.cohort import CohortSlot
-from alignment.training.memory import GIB, USABLE_SHARE, adapter_estimate, count_weights, sizes_of
+from alignment.training.layer_memory import is_counted
+from alignment.training.layer_probe import measured_layers
+from alignment.training.memory import GIB, USABLE_SHARE, attention_estimate, count_weights, sizes_of
 from alignment.training.optimizers import optimizer_estimate
 
 log = logging.getLogger(__name__)
@@ -108,16 +112,21 @@ def plan_stage(
         dropout=supervised and adapter is not None and adapter.dropout > 0,
         supervised=supervised,
         keys_per_position=keys_per_position,
-        estimate=adapter_estimate(adapter),
     )
+    modules = decoder_layers(model)
+    if not all(map(is_counted, modules)) and (layers := measured_layers(model, sizes.layers, modules)) is not None:
+        estimate = attention_estimate(policy.config.get_text_config()._attn_implementation)
+        sizes = replace(sizes, layers=layers, estimate=estimate)
     members = 1 if slot is None else slot.width
     sizes = replace(sizes, gradients=members * sizes.gradients, optimizer=members * sizes.optimizer)
     passing = members if slot is not None and slot.is_joint else 1
 
-    # The room for it: a live reference of a whole model will be a second copy
+    # The room for it: a live reference of a whole model, or of an adapter that moves the start, will be a second copy
     taken = _taken(device)
-    copies = not supervised and adapter is None and config.reference.mode is ReferenceMode.live
-    other = max(0, taken - weights.base - weights.adapter) + (weights.base if copies else 0)
+    copied = 0
+    if not supervised and config.reference.mode is ReferenceMode.live and not starts_at_base(model):
+        copied = weights.base if adapter is None else sum(each * n for each, n in weights.trained.items())
+    other = max(0, taken - weights.base - weights.adapter) + copied
     room = Room(device.type, taken + round(USABLE_SHARE[device.type] * _free(device)), other)
     plan = make_plan(
         sizes,

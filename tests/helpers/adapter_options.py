@@ -40,14 +40,15 @@ _PLAIN = ("lora", "lora_plus", "gaussian", "rslora")
 """On a float base they are what all other tests train, but for numbers."""
 
 
-def _cases():
+def adapter_cases():
+    """Parameters (option, bits) of a test: those that are not of the core belong to the matrix."""
     names = [name for name in OPTIONS if name not in ("loftq", *_PLAIN)]
     for case in [(name, None) for name in names] + [(name, "nf4") for name in PACKED]:
         marks = () if case in _CORE else pytest.mark.matrix
         yield pytest.param(*case, marks=marks, id=f"{case[0]}-{case[1] or 'fp32'}")
 
 
-each_case = pytest.mark.parametrize(("option", "bits"), list(_cases()))
+each_case = pytest.mark.parametrize(("option", "bits"), list(adapter_cases()))
 """Every option, on a float base (None) and where it is tried on NF4 ("nf4"); all but a core belong to the matrix."""
 
 

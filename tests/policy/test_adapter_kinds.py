@@ -28,7 +28,7 @@ from alignment.policy.residual_start import residual_start
 from alignment.policy.saved_adapter import require_same_form
 from alignment.reference.frozen import FrozenPolicy
 from alignment.training.cohort import Cohort, share
-from alignment.training.memory import adapter_estimate, count_weights, plan_weights
+from alignment.training.memory import count_weights, plan_policy
 from tests.conftest import each, random_groups, tiny_config
 from tests.helpers.adapter_options import OPTIONS, each_case, start_sources
 from tests.helpers.adapters import adapter
@@ -180,10 +180,9 @@ def test_the_plan_counts_what_trains(option, bases, sources):
     loaded = count_weights(attach_adapter(bases(bits), config, 3, sources))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(len(bases().get_input_embeddings().weight)))
-    planned = plan_weights(model, 4, config, NF4 if bits else None)
-    assert (planned.trained, planned.adapter) == (loaded.trained, loaded.adapter) and planned.trained > 0
+    planned = plan_policy(model, 4, config, NF4 if bits else None)[1]
+    assert (planned.trained, planned.adapter) == (loaded.trained, loaded.adapter) and planned.count > 0
     assert not any("lora" in name for name, _ in model.named_parameters())
-    assert (config.kind in adapter_estimate(config)) == (config.kind != "lora")
 
 
 # Inits

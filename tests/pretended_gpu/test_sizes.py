@@ -24,7 +24,7 @@ from alignment.kernels.patch import patch_layers
 from alignment.policy.layers import decoder_layers
 from alignment.scoring.layout import MicroBatch, SharedLayout, keys_per_position
 from alignment.scoring.logps import enable_scoring
-from alignment.training.memory import layer_of
+from alignment.training.layer_memory import layer_of
 from alignment.training.qwen3_table import QWEN3, QWEN3_ALIKE
 from alignment.types import Group
 from tests.conftest import tiny_config

@@ -5,20 +5,13 @@ import functools
 import pytest
 import torch
 
-from alignment.data.units import as_rows
 from alignment.policy.adapter import attach_adapter
 from alignment.training.cohort import share
-from alignment.training.objective import groups_to_reference
-from alignment.training.sampler import StepSampler
 from alignment.training.start_check import check_start
-from tests.conftest import random_groups
-from tests.helpers.adapter_options import OPTIONS, each_case, start_sources
+from tests.helpers.adapter_options import OPTIONS, adapter_cases, each_case, start_sources
 from tests.helpers.adapters import adapter
 from tests.helpers.policies import NF4, load
-from tests.helpers.references import cached, live
-from tests.helpers.steps import make_loss, make_trainer
-
-PAIRS = random_groups(4, seed=21)
+from tests.helpers.short_stages import WAYS, prepared, trained
 
 
 @pytest.fixture(scope="module")
@@ -29,62 +22,45 @@ def policy(tiny_model_folder, tmp_path_factory):
     return lambda option, bits: attach_adapter(share(loaded(bits)), adapter(**OPTIONS[option]), 3, sources)
 
 
-def prepared(model, option, loss, mode, folder, store):
-    """A trainer of two steps, the groups, and their reference."""
-    groups = PAIRS if loss == "dpo" else as_rows(PAIRS)
-    sampler = StepSampler(len(groups), len(groups) // 2, 0, max_steps=2)
-    reference = cached(model, store) if mode == "cache" else live(model)
-    steps = [range(len(groups)), *sampler.first_steps(2)]
-    reference.prepare(groups_to_reference(make_loss(loss), groups, steps, ()))
-    trainer = make_trainer(model, groups, make_loss(loss), folder, reference=reference)
-    trainer.sampler = sampler
-    trainer.lr_ratio = adapter(**OPTIONS[option]).lr_ratio
-    return trainer, groups, reference
-
-
-def trained(model, option, loss, mode, folder, store, checkpoint=None):
-    """The trainer after its two steps, the first of which it keeps, and what has trained."""
-    trainer, _, reference = prepared(model, option, loss, mode, folder, store)
-    settings = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
-    for name, value in settings.items():
-        setattr(trainer.args, name, value)
-    if checkpoint is not None:
-        trainer.load_state(checkpoint)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    reference.close()
-    return trainer, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
 @each_case
 def test_each_adapter_starts_at_its_reference(option, bits, policy, tmp_path):
     """At step 0 policy and reference are equal, and the loss is what its formula gives, stored or live."""
     model = policy(option, bits)
-    for loss in ("dpo", "kto"):
-        for mode in ("cache", "live"):
-            trainer, groups, reference = prepared(model, option, loss, mode, tmp_path, tmp_path)
-            start = check_start(trainer, groups)
-            assert start["max_token_difference"] < 2e-5, (loss, mode)
-            assert start["loss"] == pytest.approx(start["closed_form"], rel=1e-4), (loss, mode)
-            reference.close()
+    for way in WAYS:
+        trainer, groups, reference = prepared(model, way, tmp_path, tmp_path)
+        start = check_start(trainer, groups)
+        assert start["max_token_difference"] < 2e-5, way
+        assert start["loss"] == pytest.approx(start["closed_form"], rel=1e-4), way
+        reference.close()
 
 
-@each_case
-def test_each_adapter_resumes_to_the_last_bit(option, bits, policy, tmp_path):
+def _ways():
+    """Each adapter and each way; of the core of adapters one way each, and the rest in the matrix."""
+    for case in adapter_cases():
+        option, bits = case.values
+        first = 3 * ((len(option) + bool(bits)) % 2)
+        for index, way in enumerate(WAYS):
+            marks = case.marks if index == first else pytest.mark.matrix
+            yield pytest.param(option, bits, way, marks=marks, id="-".join((case.id, *way)))
+
+
+@pytest.mark.parametrize(("option", "bits", "way"), _ways())
+def test_each_adapter_resumes_to_the_last_bit(option, bits, way, policy, tmp_path):
     """From a checkpoint, a new policy ends with the weights that the first has ended with."""
-    loss, mode = ("dpo", "cache") if (len(option) + bool(bits)) % 2 else ("kto", "live")
+    ratio = adapter(**OPTIONS[option]).lr_ratio
     model = policy(option, bits)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    _, ended = trained(model, option, loss, mode, tmp_path / "whole", tmp_path)
+    _, ended = trained(model, way, tmp_path / "whole", tmp_path, lr_ratio=ratio)
     assert any(not torch.equal(before[name], ended[name]) for name in before)
     checkpoint = tmp_path / "whole" / "checkpoint-1"
-    _, resumed = trained(policy(option, bits), option, loss, mode, tmp_path / "resumed", tmp_path, checkpoint)
+    _, resumed = trained(policy(option, bits), way, tmp_path / "resumed", tmp_path, checkpoint, lr_ratio=ratio)
     assert ended.keys() == resumed.keys()
     assert all(torch.equal(ended[name], resumed[name]) for name in ended)
 
 
 def test_b_learns_faster_with_lora_plus(policy, tmp_path):
     """Its groups have the ratio's multiple of the rate, through the schedule too."""
-    trainer, _ = trained(policy("lora_plus", None), "lora_plus", "dpo", "live", tmp_path, tmp_path)
+    trainer, _ = trained(policy("lora_plus", None), ("dpo", "live"), tmp_path, tmp_path, lr_ratio=4.0)
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     rates = {
         "lora_B" in names[id(p)]: (group["lr"], group["initial_lr"])

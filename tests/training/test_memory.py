@@ -30,7 +30,8 @@ from alignment.scoring.logps import enable_scoring, score
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.training import planning
 from alignment.training.budget import Plan, Room, activation_bytes, make_plan, relative_time, step_needs, useful_tokens
-from alignment.training.memory import Layer, Sizes, count_weights, plan_weights, sizes_of
+from alignment.training.layer_memory import Layer
+from alignment.training.memory import Sizes, count_weights, plan_policy, sizes_of
 from alignment.training.optimizers import optimizer_bytes
 from tests.conftest import random_groups, tiny_config
 from tests.helpers.adapters import adapter
@@ -66,10 +67,10 @@ def test_qwen3_8b_by_hand():
     norms = 36 * (2 * 4096 + 2 * 128) + 4096
     adapter = 36 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))
     nf4 = QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none)
-    weights = plan_weights(meta(config), 2, replace(LORA, r=16), nf4)
+    weights = plan_policy(meta(config), 2, replace(LORA, r=16), nf4)[1]
     packed = linear // 2 + linear // 64 + 4 * linear // (64 * 256)
     assert weights.base == packed + 2 * (2 * 151936 * 4096 + norms)
-    assert (weights.trained, weights.adapter) == (adapter, 4 * adapter)
+    assert (weights.count, weights.adapter) == (adapter, 4 * adapter)
     sizes = sizes_of(meta(config), weights, value=2, optimizer="paged_adamw_8bit", device="cuda")
     assert sizes.gradients == 4 * adapter
     assert sizes.optimizer == pytest.approx(2 * adapter, rel=0.02)
@@ -87,7 +88,7 @@ def test_planned_weights_are_those_of_the_loaded_policy(kind, targets):
         targets = ["query_key_value"]
     lora = replace(LORA, target_modules=targets)
     loaded = count_weights(attach_adapter(bare(config), lora, 0))
-    assert plan_weights(meta(config), 4, lora, None) == loaded
+    assert plan_policy(meta(config), 4, lora, None)[1] == loaded
 
 
 def test_nf4_bytes_are_those_of_bitsandbytes(tiny_model_folder):
@@ -234,7 +235,7 @@ def test_what_an_h200_measured(positions, every, measured):
         num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
     )  # fmt: skip
     nf4 = QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none)
-    weights = plan_weights(meta(config), 2, replace(LORA, r=32), nf4)
+    weights = plan_policy(meta(config), 2, replace(LORA, r=32), nf4)[1]
     sizes = sizes_of(meta(config), weights, value=2, optimizer="adamw_torch", device="cuda")
     context = round(1.840 * 2**30) - weights.base - weights.adapter
     needs = step_needs(sizes, every, positions, context)
@@ -384,7 +385,7 @@ def test_useful_positions_of_the_qwen3_sizes(hidden, mlp, heads, layers, launche
         "qwen3", hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
     )  # fmt: skip
-    weights = plan_weights(meta(config), 2, LORA, None)
+    weights = plan_policy(meta(config), 2, LORA, None)[1]
     for device, expected in (("cuda", (launched, useful)), ("cpu", (0, 1024))):
         sizes = sizes_of(meta(config), weights, value=2, optimizer="adamw_torch", device=device)
         assert (sizes.launched, useful_tokens(sizes, device)) == expected

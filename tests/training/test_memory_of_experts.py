@@ -8,7 +8,7 @@ from alignment.config.schema import Calibration, Dtype, QuantizationConfig
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.stored import nf4_bytes_per_weight
 from alignment.training.budget import Room, make_plan, step_needs
-from alignment.training.memory import CONTEXT, GIB, USABLE_SHARE, count_weights, plan_weights, sizes_of
+from alignment.training.memory import CONTEXT, GIB, USABLE_SHARE, count_weights, plan_policy, sizes_of
 from tests.helpers.kept import saved_bytes
 from tests.helpers.mixtures import mixture_config, write_mixture
 from tests.helpers.policies import NF4, adapter, load
@@ -55,7 +55,7 @@ def test_planned_weights_are_those_of_the_loaded_mixture(kind, targets, folders)
     """Base and adapter, in NF4; the router's adapter, which all-linear makes, is not foreseen."""
     loaded = count_weights(policy(folders, kind, 2, TARGETS[targets]))
     config = AutoConfig.from_pretrained(folders[kind, 2])
-    planned = plan_weights(meta(config), 4, adapter(target_modules=TARGETS[targets]), NF4)
+    planned = plan_policy(meta(config), 4, adapter(target_modules=TARGETS[targets]), NF4)[1]
     assert planned.base == pytest.approx(loaded.base, rel=0.03)
     assert planned.adapter == pytest.approx(loaded.adapter, rel=0.1 if targets == "all" else 0)
     assert planned.quantised and loaded.quantised
@@ -99,9 +99,9 @@ def test_qwen3_30b_a3b_by_hand():
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = 48 * 16 * (2 * (2048 + 4096) + 2 * (2048 + 512) + 128 * (2 * (2048 + 1536) + 768 + 2048))
     model = meta(qwen3_30b())
-    weights = plan_weights(model, 2, adapter(r=16, target_modules=targets), AUTO)
+    weights = plan_policy(model, 2, adapter(r=16, target_modules=targets), AUTO)[1]
     assert weights.base == pytest.approx((experts + attention) * nf4_bytes_per_weight(True) + 2 * plain, rel=1e-6)
-    assert (weights.trained, weights.adapter) == (lora, 4 * lora)
+    assert (weights.count, weights.adapter) == (lora, 4 * lora)
     sizes = sizes_of(model, weights, value=2, optimizer="paged_adamw_8bit", device="cuda")
     assert sizes.buffers == 2 * 128 * 1536 * 2048  # the larger stack, unpacked
     kept = 2 * (2 * 2048 + 2 * 128) + 2 * (2 * 4096 + 2 * 512) + 2 * (4096 + 512) + 2 * (2048 + 8 * 2 * 768)
@@ -113,7 +113,7 @@ def test_qwen3_30b_a3b_by_hand():
 def test_large_mixtures_fit_one_gpu_of_80_gb(config, least, most, targets):
     """With pairs of 4096 positions; its weights alone are most of what it needs where attention is adapted."""
     model = meta(config())
-    weights = plan_weights(model, 2, adapter(r=16, target_modules=TARGETS[targets]), AUTO)
+    weights = plan_policy(model, 2, adapter(r=16, target_modules=TARGETS[targets]), AUTO)[1]
     sizes = sizes_of(model, weights, value=2, optimizer="adamw_torch", device="cuda")
     plan = make_plan(sizes, EIGHTY, longest=4096, step_tokens=64 * 4096, tokens_per_batch=None, checkpoint_every=None)
     assert plan.fits
@@ -124,7 +124,7 @@ def test_large_mixtures_fit_one_gpu_of_80_gb(config, least, most, targets):
 def test_a_checkpoint_that_is_packed_is_planned_as_it_is_stored():
     """4 and 8 bits of bitsandbytes, and GPTQ's groups of 128; unpacked kinds count as plain weights, or as NF4."""
     config = mixture_config("qwen3_moe", mlp_only_layers=[0, 1])
-    bare = plan_weights(meta(config), 2, adapter(), None).base
+    bare = plan_policy(meta(config), 2, adapter(), None)[1].base
     found = {}
     for name, settings in {
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_is_packed_is_planned_as_it_is_stored():
         "fp8": {"quant_method": "fp8"},
     }.items():
         config.quantization_config = settings
-        found[name] = plan_weights(meta(config), 2, adapter(), None).base
+        found[name] = plan_policy(meta(config), 2, adapter(), None)[1].base
     config.quantization_config = None
-    assert found["nf4"] == plan_weights(meta(config), 2, adapter(), AUTO).base < found["gptq"] * 1.02
+    assert found["nf4"] == plan_policy(meta(config), 2, adapter(), AUTO)[1].base < found["gptq"] * 1.02
     assert found["nf4"] < found["int8"] < found["fp8"] == bare
