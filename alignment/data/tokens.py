@@ -300,6 +300,11 @@ class _Encoder:
 
     def encode_with_offsets(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The same, each with the (tokens, 2) character spans of its tokens."""
+        if texts and not self.tokenizer.is_fast:
+            raise UserError(
+                f"The tokenizer, a {type(self.tokenizer).__name__}, does not say where its tokens stand, and answers "
+                f"of several turns need that: choose a model with a fast tokenizer, or give answers of one turn."
+            )
         encoding = self.call(texts, return_offsets_mapping=True) if texts else {"input_ids": [], "offset_mapping": []}
         for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
             full = self.with_bos(ids)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 
 from alignment.data.messages import meaning
-from alignment.data.rows import Message, Rejected
+from alignment.data.rows import Message, Rejected, Text
 
 
 def require_answer(messages: Sequence[Message]) -> None:
@@ -59,3 +60,19 @@ def split_conversations(conversations: Sequence[list[Message]]) -> tuple[list[Me
         if answered and conversations[0][cut - 1]["role"] in ("user", "tool"):
             return conversations[0][:cut], [messages[cut:] for messages in conversations]
     raise Rejected("prompts_differ", "chosen and rejected differ before their first answer")
+
+
+def readable(text: Text) -> str:
+    """A text, a single question, or a conversation for people: its turns with their roles, and calls of tools."""
+    if isinstance(text, str):
+        return text
+    turns = [message for message in text if message["role"] not in ("system", "developer")]
+    if [message["role"] for message in turns] == ["user"]:
+        return str(turns[0]["content"])
+    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in turns)
+
+
+def _said(message: Message) -> str:
+    calls = [call.get("function", call) for call in message.get("tool_calls", ())]
+    written = [f"{call.get('name')}({json.dumps(call.get('arguments', {}), ensure_ascii=False)})" for call in calls]
+    return "\n".join(filter(None, [message["content"], *written]))

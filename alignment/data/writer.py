@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import TemplateError
 
 from alignment.config.data import DataConfig, ScoredTurns
+from alignment.data.dialect import Dialect
 from alignment.data.findings import Findings, Found
 from alignment.data.messages import TRAIN_KEYS, WRITTEN_MESSAGES, learned
 from alignment.data.rows import Message, Rejected, Row
@@ -67,6 +68,7 @@ class Writer:
     _markers: list[str] = field(init=False, default_factory=list)
     _special: re.Pattern[str] | None = field(init=False, default=None)
     _headers_seen: int = field(init=False, default=0)
+    _dialect: Dialect = field(init=False)
 
     def __post_init__(self) -> None:
         tokenizer, config = self.tokenizer, self.config
@@ -85,12 +87,15 @@ class Writer:
             longest_first = sorted(special, key=len, reverse=True)
             self._special = re.compile("|".join(map(re.escape, longest_first))) if special else None
             self._markers = self._turn_markers()
+            self._dialect = Dialect.of(
+                self._template or str(tokenizer.chat_template), lambda messages: self.render(messages, False, {})
+            )
 
     # Text
 
     def messages(self, row: Row) -> list[Message]:
         """The row's prompt as messages; if it has no system message, with that of the settings."""
-        prompt = self.known_roles(
+        prompt = self._dialect.write(
             [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
         )
         if self.config.system is not None and prompt[0]["role"] not in ("system", "developer"):
@@ -100,15 +105,9 @@ class Writer:
     def answers(self, row: Row) -> list[list[Message]]:
         """The turns of each completion."""
         return [
-            [{"role": "assistant", "content": answer}] if isinstance(answer, str) else self.known_roles(answer)
+            [{"role": "assistant", "content": answer}] if isinstance(answer, str) else self._dialect.write(answer)
             for answer in row.completions
         ]
-
-    def known_roles(self, messages: list[Message]) -> list[Message]:
-        """The messages with the role system in place of its newer name, where the template does not know that."""
-        if "developer" in str(self.tokenizer.chat_template):
-            return messages
-        return [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
 
     def render(
         self, messages: list[Message], generation: bool, variables: Mapping[str, Any], without: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from alignment.policy.stored import Checkpoint, describe_stored, require_loadabl
 from alignment.scoring.logps import check_scoring, enable_scoring
 
 log = logging.getLogger(__name__)
+
+TRAINING = "training"
+"""The name of the template that TRL trains with, where the model's own writes earlier answers differently."""
 
 
 def one_line(error: Exception) -> str:
@@ -109,6 +113,9 @@ def _chat_template(tokenizer: Any, config: ModelConfig) -> str | None:
     """The template that is asked for: a file's, or one of the tokenizer's own by its name; else its default one."""
     own, asked = tokenizer.chat_template, config.chat_template
     named: dict[str, str] = own if isinstance(own, dict) else {}
+    if asked == TRAINING and asked not in named and not Path(asked).is_file():
+        tokenizer.chat_template = _chat_template(tokenizer, replace(config, chat_template=None))
+        return _training_template(tokenizer)
     if asked is None:
         if not named:
             return own
@@ -130,6 +137,24 @@ def _chat_template(tokenizer: Any, config: ModelConfig) -> str | None:
         names = f", nor a template of the tokenizer, which has {', '.join(named)}" if named else ""
         raise UserError(f"model.chat_template: the file {path} does not exist{did_you_mean(asked, named)}{names}.")
     return path.read_text(encoding="utf-8")
+
+
+def _training_template(tokenizer: Any) -> str:
+    """TRL's variant of the tokenizer's template, or the template itself if it needs none."""
+    problem = "TRL knows no training variant of this model's template"
+    if tokenizer.chat_template is not None:
+        try:
+            from trl.chat_template_utils import get_training_chat_template
+
+            return get_training_chat_template(tokenizer) or str(tokenizer.chat_template)
+        except (ImportError, ValueError):
+            pass
+    else:
+        problem = "the tokenizer has no template that TRL could know"
+    raise UserError(
+        f"model.chat_template={TRAINING}: {problem}: give a Jinja file that writes every answer as it writes the last "
+        f"one, or leave the template and set data.score=last."
+    )
 
 
 def load_model(source: str, config: ModelConfig, **settings: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 
 from alignment.config.schema import Judge, RunConfig
 from alignment.data.prepare import PreferenceData
-from alignment.data.rows import Row
+from alignment.data.trajectories import readable
 from alignment.data.units import spread_prompts
 from alignment.errors import UserError
 from alignment.evaluation.generate import as_text, presets, presets_in_words, sample
@@ -123,7 +123,7 @@ class HeldOutAnswers:
 
     def _sample(self, index: int, verdicts: dict[str, list[Verdict]]) -> dict[str, Any]:
         row = self.rows[index]
-        sample: dict[str, Any] = {"prompt": _prompt_text(row)}
+        sample: dict[str, Any] = {"prompt": readable(row.prompt)}
         sample |= {name: texts[index] for name, texts in self.answers.items()}
         if "kind" in row.meta:
             sample["kind"] = row.meta["kind"]
@@ -136,9 +136,3 @@ class HeldOutAnswers:
 
 def _accepted(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list) else [str(value)]
-
-
-def _prompt_text(row: Row) -> str:
-    if isinstance(row.prompt, str):
-        return row.prompt
-    return "\n".join(message["content"] for message in row.prompt if message["role"] != "system")

@@ -11,6 +11,9 @@ from alignment.data.rows import Rejected
 
 USER = {"role": "user", "content": "p"}
 CALL = {"function": {"name": "add", "arguments": {"x": 1}}}
+FUNCTION = {"type": "function"} | CALL
+CALLED = {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'}
+SILENT = {"role": "assistant", "content": ""}
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,36 @@ CALL = {"function": {"name": "add", "arguments": {"x": 1}}}
             {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1, "y": None}}}]},
             [{"role": "assistant", "content": "", "tool_calls": [CALL]}],
         ),
+        ({"role": "assistant", "tool_calls": json.dumps([CALL])}, [SILENT | {"tool_calls": [CALL]}]),
+        # functions in older forms: ShareGPT's turns, OpenAI's key; with what they were as text
+        (CALLED, [SILENT | {"tool_calls": [FUNCTION], "function_call": CALLED["value"]}]),
+        (
+            {"from": "tool_call", "value": f"[{CALLED['value']}, {CALLED['value']}]"},
+            [SILENT | {"tool_calls": [FUNCTION] * 2, "function_call": f"[{CALLED['value']}, {CALLED['value']}]"}],
+        ),
+        (
+            CALLED | {"value": f"<think>\nhm\n</think>\n\n{CALLED['value']}"},
+            [
+                SILENT
+                | {
+                    "content": "<think>\nhm\n</think>",
+                    "tool_calls": [FUNCTION],
+                    "function_call": f"<think>\nhm\n</think>\n\n{CALLED['value']}",
+                }
+            ],
+        ),
+        (
+            {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"x": 1}'}},
+            [
+                SILENT
+                | {"tool_calls": [FUNCTION], "function_call": json.dumps({"name": "add", "arguments": '{"x": 1}'})}
+            ],
+        ),
+        (CALLED | {"value": "add(1)"}, [SILENT | {"content": "add(1)"}]),  # another language: text as it is
+        (
+            [{"from": "observation", "value": {"sum": 5}}, {"role": "tool", "content": [{"n": "ü"}]}],
+            [{"role": "tool", "content": '{"sum": 5}'}, {"role": "tool", "content": '[{"n": "ü"}]'}],
+        ),
     ],
 )
 def test_a_message_means_this(value, expected):
@@ -61,6 +94,7 @@ def test_a_message_means_this(value, expected):
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]},
             "the arguments of a tool call in column 'c' are text that is no JSON",
         ),
+        ({"role": "assistant", "function_call": "add(1)"}, "a call in column 'c' has no name and arguments"),
         (USER | {"weight": 60}, "a message's weight is 1 or 0 (learn it or not), and column 'c' has 60"),
     ],
 )

@@ -348,3 +348,13 @@ def test_sft_of_trajectories(tiny, config):
                 f"<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{first}\n<|im_start|>user\nu<|im_end|>\n"
                 "<|im_start|>assistant\n«z<|im_end|>»"
             )
+
+
+def test_a_slow_tokenizer(config):
+    """It does not say where its tokens stand: pairs of one turn train, others end in a sentence."""
+    from transformers import ByT5Tokenizer
+
+    slow = ByT5Tokenizer(chat_template=NO_END)
+    assert len(tokenize_groups([pair(TALK[:2], [user("hi"), assistant("1")])], slow, config()).groups) == 1
+    with pytest.raises(UserError, match="a ByT5Tokenizer, does not say where its tokens stand"):
+        tokenize_groups([pair(TALK, TALK[:2])], slow, config())

@@ -15,7 +15,7 @@ ONLY_IN = {
     "hydra": {"run", "config"},
     "omegaconf": {"run", "config", "stages.cohorts"},
     "wandb": {"runs.tracking", "runs.sweep_tracking"},
-    "trl": {"stages.sft"},
+    "trl": {"stages.sft", "policy.load"},
     "matplotlib": {"runs.plots", "runs.style", "course.figures"},
     "plotly": {"comparison.charts", "comparison.tracked"},
     "sqlite3": {"reference.store", "cache"},

@@ -18,6 +18,7 @@ from alignment.policy.load import load_tokenizer
 from alignment.policy.model_check import check_model
 from alignment.policy.source import ModelSource
 from tests.conftest import random_groups, tiny_config
+from tests.helpers.chat_templates import published
 from tests.helpers.policies import NF4, load, scores
 
 
@@ -139,6 +140,18 @@ def test_of_several_templates_the_default_one_or_the_named_one_is_used(config, c
     rewrite(copied / "tokenizer_config.json", chat_template=[{"name": "rag", "template": "3"}, named[1]])
     with pytest.raises(UserError, match=r"several chat templates .*: set model\.chat_template to one of rag, tool_use"):
         checked(config, copied)
+
+
+def test_the_template_that_trl_trains_with(config, copied):
+    """It writes every answer as the last one; a template that TRL does not know ends in one sentence."""
+    (copied / "chat_template.jinja").write_text(published("qwen3"))
+    assert checked(config, copied, chat_template="training").chat_template == published("qwen3_training")
+    (copied / "chat_template.jinja").write_text(published("qwen3_training"))
+    assert checked(config, copied, chat_template="training").chat_template == published("qwen3_training")
+    for change in (lambda path: path.write_text("{{ messages[0].content }}"), lambda path: path.unlink()):
+        change(copied / "chat_template.jinja")
+        with pytest.raises(UserError, match=r"^model\.chat_template=training: .*data\.score=last\.$"):
+            checked(config, copied, chat_template="training")
 
 
 # What is loaded
