@@ -138,7 +138,9 @@ def relative_time(sizes: Sizes, every: int, tokens: int, device: str) -> float:
     """
     layers = max(1, len(sizes.layers))
     recomputed = math.ceil(layers / every) / layers if every else 0.0
-    return (1 + RECOMPUTED * recomputed) * max(1 + FIXED_COST[device] / tokens, sizes.launched / tokens)
+    return (1 + RECOMPUTED * recomputed) * max(
+        1 + sizes.fixed_share * FIXED_COST[device] / tokens, sizes.launched / tokens
+    )
 
 
 def useful_tokens(sizes: Sizes, device: str) -> int:

@@ -212,12 +212,29 @@ def _shape(parameter: Any) -> tuple[int, ...]:
     return tuple((parameter if state is None else state).shape)
 
 
-def launched_tokens(layers: Sequence[nn.Module], experts_per_token: int) -> int:
-    """Positions of a pass that take a GPU as long as the host needs to launch it; 0 if the layers are not known."""
-    weights = max((sum(a.in_features * a.out_features for _, a in linears(layer)) for layer in layers), default=0)
-    for _, experts in (found for layer in layers[-1:] for found in expert_weights(layer)):
-        weights += experts_per_token * sum(math.prod(shape[1:]) for shape in experts)
-    return _LAUNCHED // weights if weights else 0
+def layer_weights(layer: nn.Module, experts_per_token: int) -> tuple[int, int]:
+    """How many weights a layer has in its matrices, and how many of them compute one position."""
+    total = active = sum(linear.in_features * linear.out_features for _, linear in linears(layer))
+    for _, experts in expert_weights(layer):
+        total += sum(math.prod(shape) for shape in experts)
+        active += max(1, experts_per_token) * sum(math.prod(shape[1:]) for shape in experts)
+    return total, active
+
+
+def launched_tokens(weights: Sequence[tuple[int, int]]) -> int:
+    """Positions of a pass that take a GPU as long as the host needs to launch it; 0 if the layers are not known.
+
+    Args:
+        weights: of each layer, as `layer_weights` counts them.
+    """
+    most = max((active for _, active in weights), default=0)
+    return _LAUNCHED // most if most else 0
+
+
+def fixed_share(weights: Sequence[tuple[int, int]]) -> float:
+    """How many weights a pass unpacks for each one that computes a position: 1 but for mixtures of experts."""
+    active = sum(active for _, active in weights)
+    return sum(total for total, _ in weights) / active if active else 1.0
 
 
 _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"}

@@ -24,9 +24,11 @@ from alignment.scoring.head import LOGITS_PER_CHUNK
 from alignment.training.layer_memory import (
     Layer,
     expert_weights,
+    fixed_share,
     is_counted,
     launched_tokens,
     layer_of,
+    layer_weights,
     linears,
     passing_bytes,
 )
@@ -37,7 +39,10 @@ GIB = 2**30
 USEFUL_TOKENS = {"cpu": (1024, 1024), "cuda": (8192, 16384)}
 """Least and most positions of a pass, by device, above which larger passes gain no time and only cost memory."""
 FIXED_COST = {"cpu": 32, "cuda": 256}
-"""Fixed cost of a pass in positions: next to none on a CPU; a GPU unpacks a 4-bit base in the time of 215 positions."""
+"""Fixed cost of a pass in positions: next to none on a CPU; a GPU unpacks a 4-bit base in the time of 215 positions.
+
+Of a dense model. A mixture unpacks all experts and computes a position with few: its fixed cost is as much larger.
+"""
 USABLE_SHARE = {"cpu": 0.5, "cuda": 0.9}
 """Share of the free memory that a plan uses: a CPU leaves some to other programs, a GPU a margin for the prediction."""
 CONTEXT = {"cpu": int(0.7 * GIB), "cuda": int(0.6 * GIB)}
@@ -67,6 +72,7 @@ class Sizes:
         launched: positions of a pass that take a GPU as long as the host needs to launch it; 0 on a CPU.
         buffers: bytes of the largest weight while it is dequantised or has its adapter added.
         estimate: why the activations are a rough guess; empty if every tensor is counted.
+        fixed_share: weights of the layers for each weight that computes a position; 1 but for mixtures of experts.
         update: bytes that exist beside weights and states while the weights are updated, when no activation does.
     """
 
@@ -81,6 +87,7 @@ class Sizes:
     buffers: int
     launched: int
     estimate: str = ""
+    fixed_share: float = 1.0
     update: int = 0
 
 
@@ -247,6 +254,7 @@ def sizes_of(
 
     # Layers, down to the lowest that trains: the backward pass ends there
     modules = decoder_layers(model)
+    matrices = [layer_weights(layer, experts) for layer in modules]
     keys = keys_per_position if device == "cuda" else 1.0
     layers = tuple(layer_of(layer, hidden, value, experts, adapted, dropout, keys) for layer in modules)
     if adapted and layers and value < 4:  # the adapter in the dtype of the activations
@@ -301,8 +309,9 @@ def sizes_of(
         head=head,
         head_limit=head_limit,
         buffers=max(unpacked * value, passing),
-        launched=launched_tokens(modules, experts) if device == "cuda" else 0,
+        launched=launched_tokens(matrices) if device == "cuda" else 0,
         estimate=estimate,
+        fixed_share=fixed_share(matrices),
         update=update,
     )
 

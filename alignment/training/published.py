@@ -11,7 +11,9 @@ from transformers import AutoConfig
 from alignment.config.compose import load
 from alignment.files import asset_dir, atomic_write_text
 from alignment.policy.architecture import build_model
+from alignment.policy.layers import decoder_layers
 from alignment.training.forecast import Machine, plan_stages
+from alignment.training.layer_memory import layer_weights
 from alignment.training.memory import GIB
 from alignment.training.qwen3_table import QWEN3, QWEN3_ALIKE, TABLE_MEMORY, cell, qwen3_table, with_table
 
@@ -116,12 +118,13 @@ PUBLISHED = (
         "falcon_h1",
         _sizes(
             2048,
-            4096,
+            4608,
             24,
             8,
             2,
             65537,
             head_dim=128,
+            mamba_rms_norm=True,
             mamba_d_ssm=3072,
             mamba_n_heads=48,
             mamba_d_head=64,
@@ -145,16 +148,26 @@ def published_config(published: Published, **changes: Any) -> Any:
     return AutoConfig.for_model(published.model_type, **(published.sizes | changes))
 
 
+def position_work(model: Any) -> int:
+    """The weights that compute one position, with its logits: of a mixture's experts those that a position chooses."""
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    layers = sum(layer_weights(layer, experts)[1] for layer in decoder_layers(model))
+    return layers + config.vocab_size * config.hidden_size
+
+
 def models_table() -> str:
     """What each model needs under its recipe, in Markdown."""
     lines = [
-        "| `model=` | model | recipe | " + " | ".join(f"{size} GiB" for size in TABLE_MEMORY) + " |",
-        "|---|---|---|" + "---|" * len(TABLE_MEMORY),
+        "| `model=` | model | recipe | time | " + " | ".join(f"{size} GiB" for size in TABLE_MEMORY) + " |",
+        "|---|---|---|---|" + "---|" * len(TABLE_MEMORY),
     ]
-    for published in PUBLISHED:
-        recipe = load(f"recipe={published.recipe}", f"model={published.option}", *published.settings, "sft=none")
-        model = build_model(published_config(published))
-        cells = []
+    own = {recipe: load(f"recipe={recipe}").model.name for recipe in {p.recipe for p in PUBLISHED}}
+    recipes = [load(f"recipe={p.recipe}", f"model={p.option}", *p.settings, "sft=none") for p in PUBLISHED]
+    models = [build_model(published_config(published)) for published in PUBLISHED]
+    work = {recipe.model.name: position_work(model) for recipe, model in zip(recipes, models, strict=True)}
+    for published, recipe, model in zip(PUBLISHED, recipes, models, strict=True):
+        cells = [f"{work[recipe.model.name] / work[own[published.recipe]]:.1f}"]
         for memory in TABLE_MEMORY:
             machine = Machine(f"a GPU of {memory} GiB", "cuda", memory * GIB)
             cells.append(cell(plan_stages(recipe, model, machine, _LENGTH)["preference"].chosen))

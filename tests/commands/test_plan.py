@@ -12,7 +12,15 @@ from alignment.plan import parse_memory
 from alignment.policy.architecture import build_model
 from alignment.training.forecast import Machine, plan_stages
 from alignment.training.memory import GIB
-from alignment.training.published import MARKERS, PUBLISHED, SIZE_MARKERS, models_table, published_config, sizes_table
+from alignment.training.published import (
+    MARKERS,
+    PUBLISHED,
+    SIZE_MARKERS,
+    models_table,
+    position_work,
+    published_config,
+    sizes_table,
+)
 from alignment.training.qwen3_table import QWEN3, qwen3_table, with_table
 from tests.conftest import tiny_config
 
@@ -192,6 +200,30 @@ def test_a_model_option_composes_under_its_recipe_and_is_planned(published):
     stages = plan_stages(recipe, build_model(small), Machine("", "cuda", 24 * GIB), 64)
     assert stages["preference"].chosen.fits
     assert set(stages) == ({"sft", "preference"} if published.recipe == "dpo_qwen3" else {"preference"})
+
+
+WEIGHTS = {
+    "qwen3_0p6b_base": 596_049_920, "qwen3_1p7b_base": 1_720_574_976, "qwen3_4b_base": 4_022_468_096,
+    "qwen3_8b_base": 8_190_735_360, "qwen3_30b_a3b_base": 30_532_122_624, "smollm2_1p7b": 1_711_376_384,
+    "smollm3_3b": 3_075_098_624, "llama3p2_3b": 3_212_749_824, "llama3p1_8b": 8_030_261_248, "gemma3_1b": 999_885_952,
+    "falcon_h1_1p5b_instruct": 1_554_863_488, "gpt_oss_20b": 20_914_757_184, "qwen3p5_4b_base": 4_205_751_296,
+}  # fmt: skip
+"""As published; Falcon-H1's to its paper's 1,554.86 million. Qwen3.5's is ours: what is published counts its tower."""
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.option)
+def test_a_published_model_has_as_many_weights_as_its_publisher_says(published):
+    """A wrong width or depth would show."""
+    assert sum(p.numel() for p in build_model(published_config(published)).parameters()) == WEIGHTS[published.option]
+
+
+def test_the_work_of_a_token_is_that_of_its_experts():
+    """Qwen3-30B-A3B: 3.35 billion weights with its embeddings, as its name and its card say; gpt-oss-20b: 3.6."""
+    models = {p.option: build_model(published_config(p)) for p in PUBLISHED if "30b" in p.option or "20b" in p.option}
+    for option, active in (("qwen3_30b_a3b_base", 3.35e9), ("gpt_oss_20b", 4.2e9)):
+        model = models[option]
+        embeddings = model.get_input_embeddings().weight.numel()
+        assert position_work(model) + embeddings == pytest.approx(active, rel=0.02), option
 
 
 @pytest.mark.matrix

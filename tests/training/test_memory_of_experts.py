@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from alignment.config.schema import Calibration, Dtype, QuantizationConfig
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.stored import nf4_bytes_per_weight
-from alignment.training.budget import Room, make_plan, step_needs
+from alignment.training.budget import Room, make_plan, relative_time, step_needs
 from alignment.training.memory import CONTEXT, GIB, USABLE_SHARE, count_weights, plan_policy, sizes_of
 from tests.helpers.kept import saved_bytes
 from tests.helpers.mixtures import mixture_config, write_mixture
@@ -107,6 +107,14 @@ def test_qwen3_30b_a3b_by_hand():
     kept = 2 * (2 * 2048 + 2 * 128) + 2 * (2 * 4096 + 2 * 512) + 2 * (4096 + 512) + 2 * (2048 + 8 * 2 * 768)
     assert sizes.layers[0].saved == pytest.approx(kept, rel=0.1)
 
+    # A position computes with 8 experts of 128; all of them are unpacked for a pass
+    active = attention / 48 + 8 * 3 * 768 * 2048
+    share = (experts + attention) / 48 / active
+    assert sizes.fixed_share == pytest.approx(share) and share == pytest.approx(11)
+    assert sizes.launched == pytest.approx(2.25e11 / active, rel=1e-3)
+    for tokens, time in ((2048, sizes.launched / 2048), (16384, 1 + share * 256 / 16384)):
+        assert relative_time(sizes, 0, tokens, "cuda") == pytest.approx(time)
+
 
 @pytest.mark.parametrize(("config", "least", "most"), [(qwen3_30b, 15, 40), (gpt_oss_20b, 11, 30)])
 @pytest.mark.parametrize("targets", ["all", "attention"])
@@ -137,3 +145,18 @@ def test_a_checkpoint_that_is_packed_is_planned_as_it_is_stored():
     config.quantization_config = None
     assert found["nf4"] == plan_policy(meta(config), 2, adapter(), AUTO)[1].base < found["gptq"] * 1.02
     assert found["nf4"] < found["int8"] < found["fp8"] == bare
+
+
+def test_the_first_layers_may_be_dense():
+    """As in DeepSeek-V3: the widest layer decides what the host needs, and no layer counts as both kinds."""
+    settings = {
+        "hidden_size": 64, "intermediate_size": 256, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    model = meta(mixture_config("qwen3_moe", mlp_only_layers=[0], **settings))
+    weights = plan_policy(model, 2, adapter(), None)[1]
+    sizes = sizes_of(model, weights, value=2, optimizer="adamw_torch", device="cuda")
+    attention, dense, expert = 4 * 64 * 64, 3 * 64 * 256, 3 * 64 * 32
+    assert sizes.launched == int(2.25e11) // (attention + dense)
+    total, active = (2 * attention + dense + count * expert for count in (8, 2))
+    assert sizes.fixed_share == pytest.approx(total / active)
