@@ -191,6 +191,7 @@ class CacheKind(Enum):
 
     reference = ("reference.sqlite", "log-probs of a policy that is a reference")
     stages = ("stages", "the result of an SFT stage, or answers to held-out prompts")
+    tokens = ("tokens", "a large data set, read and tokenised once")
     models = ("models", "a model of an installed package, converted once")
     calibration = ("calibration", "the constants of calibrated NF4 (quantization=icq), searched once per model")
     spectrum = ("spectrum", "signal to noise of a model's matrices (spectrum=...), measured once per model")

@@ -120,7 +120,7 @@ class Findings:
         self._setting = setting
         self._allow = allow
         self._counts: Counter[str] = Counter()
-        self._first: dict[str, tuple[Row, str]] = {}
+        self._first: dict[str, tuple[str, str]] = {}
         self._last: dict[str, Row] = {}
 
     def note(self, kind: str, row: Row, detail: str = "") -> None:
@@ -130,7 +130,18 @@ class Findings:
             return
         self._last[kind] = row
         self._counts[kind] += 1
-        self._first.setdefault(kind, (row, detail))
+        self._first.setdefault(kind, (row.source, detail))
+
+    def take(self) -> tuple[Counter[str], dict[str, tuple[str, str]]]:
+        """What was found since the last time, for `add`."""
+        taken = self._counts, self._first
+        self._counts, self._first = Counter(), {}
+        return taken
+
+    def add(self, counts: Counter[str], first: dict[str, tuple[str, str]]) -> None:
+        """Add what another process has found in the next rows."""
+        self._counts.update(counts)
+        self._first = first | self._first
 
     def settle(self, rows: int) -> list[Found]:
         """What was found.
@@ -141,7 +152,7 @@ class Findings:
         found = []
         for kind, count in self._counts.items():
             finding, (first, detail) = FINDINGS[kind], self._first[kind]
-            text = f"{finding.what} (the first is {first.source}{f', {detail}' if detail else ''})"
+            text = f"{finding.what} (the first is {first}{f', {detail}' if detail else ''})"
             if finding.share is not None and count > finding.share * rows and kind not in self._allow:
                 raise UserError(
                     f"{count} of {rows} rows {text}: {finding.remedy}, or set {self._setting}=[{kind}] to train on "

@@ -6,19 +6,27 @@ import datetime
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from alignment.config.data import DataConfig
-from alignment.data.findings import report
+from alignment.data.findings import Found, report
+from alignment.data.layouts import Stage
+from alignment.data.prepared import Place, prepared
 from alignment.data.reasons import in_words
+from alignment.data.row_facts import RowFacts
 from alignment.data.rows import BadRow, Row, count_reasons, left_out, require_pairs, require_scores
+from alignment.data.sequences import Picked, StoredRows, as_line
 from alignment.data.sources import LoadedData, load_rows
+from alignment.data.token_store import CONVERSATIONS, GROUPS, TEXTS, Conversation, Kind, Stored, StoreWriter
 from alignment.data.tokens import TokenizedData, TokenizedSFT, tokenize_groups, tokenize_sft
-from alignment.data.units import are_lists, as_pairs, as_rows, with_gap
+from alignment.data.units import are_lists, as_pairs, as_rows, sizes, with_gap
 from alignment.errors import UserError
 from alignment.types import Group
 
@@ -29,9 +37,9 @@ log = logging.getLogger(__name__)
 class PreferenceData:
     """Tokenised preference data of a run. `eval_rows` belong to `eval`, in order; `info` goes into the summary."""
 
-    train: list[Group]
-    eval: list[Group]
-    eval_rows: list[Row]
+    train: Sequence[Group]
+    eval: Sequence[Group]
+    eval_rows: Sequence[Row]
     info: dict[str, Any]
 
 
@@ -39,9 +47,9 @@ class PreferenceData:
 class SFTData:
     """Tokenised conversations of a run; `sources` are those of `train`, `info` goes into the summary."""
 
-    train: list[dict[str, list[int]]]
-    eval: list[dict[str, list[int]]]
-    sources: list[str]
+    train: Sequence[Conversation]
+    eval: Sequence[Conversation]
+    sources: Sequence[str]
     info: dict[str, Any]
 
 
@@ -66,7 +74,7 @@ def sample_sequences(conversations: SFTData | None, preferences: PreferenceData 
     return found
 
 
-def _data_info(title: str, loaded: LoadedData, *parts: TokenizedData | TokenizedSFT) -> dict[str, Any]:
+def _data_info(title: str, loaded: LoadedData, facts: RowFacts, *parts: TokenizedData | TokenizedSFT) -> dict[str, Any]:
     """What the summary says of the data; the log says it too."""
     drops = [*loaded.dropped, *(row for part in parts for row in part.drops)]
     counts = _sum_counts(*(part.counts for part in parts))
@@ -75,7 +83,7 @@ def _data_info(title: str, loaded: LoadedData, *parts: TokenizedData | Tokenized
     missing = left_out([*loaded.bad, *drops])
     for sentence in missing:
         log.warning("  %s", sentence)
-    _log_columns(loaded)
+    facts.report()
     findings, sentences = report(found for part in parts for found in part.findings)
     return {
         "source": loaded.description,
@@ -87,23 +95,6 @@ def _data_info(title: str, loaded: LoadedData, *parts: TokenizedData | Tokenized
         "findings": findings,
         "notes": missing + sentences,
     }
-
-
-def _log_columns(loaded: LoadedData) -> None:
-    """Say which columns change the loss, with their range, and which ones the training does not read."""
-    rows = [*loaded.train, *loaded.eval]
-    for column, values in (
-        ("weight", [row.weight for row in rows]),
-        ("scores", [score for row in rows for score in row.scores or ()]),
-    ):
-        if values and (column == "scores" or set(values) != {1.0}):
-            use = "multiplies the loss of its row" if column == "weight" else "is read by losses of scores"
-            log.info("  The column %s (%g to %g) %s.", column, min(values), max(values), use)
-    if any(row.steps is not None for row in rows):
-        log.info("  The column of steps begins the answers: its text belongs to the prompt and is not scored.")
-    unread = Counter(name for row in rows for name, value in row.meta.items() if value is not None)
-    if unread:
-        log.info("  Training does not read these columns: %s.", ", ".join(sorted(unread)))
 
 
 def _warn_of_cuts(cut: int, answers: int, config: DataConfig, prefix: str) -> None:
@@ -126,19 +117,127 @@ class ReadPreferences:
     """Preference data, read and tokenised, before a loss is chosen."""
 
     loaded: LoadedData
+    facts: RowFacts
     train: TokenizedData
     held_out: TokenizedData
 
 
-def read_preferences(config: DataConfig, tokenizer: Any, *, day: datetime.date | None = None) -> ReadPreferences:
-    """Read, check and tokenise the preference data; `day` is the date that a chat template writes, None for today's.
+def read_preferences(
+    config: DataConfig, tokenizer: Any, *, day: datetime.date | None = None, cache: Path | None = None
+) -> ReadPreferences:
+    """Read, check and tokenise the preference data, or find them in the cache.
+
+    Args:
+        day: the date that a chat template writes; None for today's.
+        cache: the folder in which large sets are prepared and kept; None: everything stays in memory.
 
     Raises:
         UserError: the data cannot be used.
     """
-    loaded = load_rows(config, stage="preference")
-    train, held_out = (tokenize_groups(rows, tokenizer, config, day=day) for rows in (loaded.train, loaded.eval))
-    return ReadPreferences(loaded, train, held_out)
+    make = partial(tokenize_groups, tokenizer=tokenizer, config=config, day=day)
+    with prepared(config, "preference", tokenizer, day, cache) as place:
+        made = _prepare(config, place, "preference", make, GROUPS, TokenizedData, _lines_of_held_out)
+    loaded, facts, train, held_out, lines = made
+    if lines is not None:  # of large data, the rows of which are gone
+        held_out = replace(held_out, rows=StoredRows(lines))
+    return ReadPreferences(loaded, facts, train, held_out)
+
+
+def _lines_of_held_out(train: TokenizedData, held_out: TokenizedData) -> Iterator[str]:
+    del train
+    return (as_line(row).decode() for row in held_out.rows)
+
+
+P = TypeVar("P", TokenizedData, TokenizedSFT)
+
+
+def _prepare(
+    config: DataConfig,
+    place: Place | None,
+    stage: Stage,
+    tokenize: Callable[..., P],
+    kind: Kind[Any],
+    part_type: type[P],
+    texts_of: Callable[[P, P], Iterator[str]],
+) -> tuple[LoadedData, RowFacts, P, P, Sequence[str] | None]:
+    """How the data were read, their training and held-out parts, and what is kept of their rows where those are gone.
+
+    The parts are those of the place, or are made and put there. Few rows stay in memory, with their tokens.
+
+    Args:
+        texts_of: what is kept of many rows.
+    """
+    found = None if place is None else place.take()
+    if place is not None and found is not None:
+        try:
+            return _taken(*found, kind, part_type)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            place.drop(error)
+
+    loaded = load_rows(config, stage=stage, folder=None if place is None else place.folder.parent)
+    facts = RowFacts.of(chain(loaded.train, loaded.eval))
+    if place is None or (isinstance(loaded.train, list) and isinstance(loaded.eval, list)):
+        return loaded, facts, tokenize(loaded.train), tokenize(loaded.eval), None
+
+    # Into files, of which the rest of the content says how they were made
+    train, held_out = (tokenize(getattr(loaded, name), folder=place.folder / name) for name in _PARTS)
+    writer, texts = StoreWriter(place.folder / _TEXTS, TEXTS), texts_of(train, held_out)
+    while batch := list(islice(texts, _AT_ONCE)):
+        writer.add(batch)
+    written = writer.close()
+    kept = Stored(place.folder / _TEXTS, TEXTS, written, check=False)
+    loaded = replace(loaded, train=(), eval=())
+    train, held_out = replace(train, rows=()), replace(held_out, rows=())
+    place.put(
+        {
+            "loaded": {f.name: getattr(loaded, f.name) for f in fields(loaded)}
+            | {name: _all_as_dict(getattr(loaded, name)) for name in _LEFT_OUT},
+            "facts": facts.as_json(),
+            "texts": written,
+            "parts": [
+                {"drops": _all_as_dict(part.drops), "findings": _all_as_dict(part.findings)}
+                | {name: getattr(part, name) for name in ("counts", "written")}
+                for part in (train, held_out)
+            ],
+        }
+    )
+    return loaded, facts, train, held_out, kept
+
+
+def _all_as_dict(items: Sequence[Any]) -> list[dict[str, Any]]:
+    return [asdict(item) for item in items]
+
+
+_PARTS = ("train", "eval")
+_LEFT_OUT = ("bad", "dropped")
+_TEXTS = "texts"
+_AT_ONCE = 1024
+
+
+def _taken(
+    folder: Path, content: dict[str, Any], kind: Kind[Any], part_type: type[P]
+) -> tuple[LoadedData, RowFacts, P, P, Sequence[str]]:
+    """What an entry of the cache holds.
+
+    Raises:
+        OSError, ValueError: a file is missing or damaged.
+        KeyError, TypeError: the content is not what was written.
+    """
+    train, held_out = (
+        part_type(
+            Stored(folder / name, kind, part["written"]),
+            (),
+            [BadRow(**row) for row in part["drops"]],
+            part["counts"],
+            [Found(**one) for one in part["findings"]],
+            part["written"],
+        )
+        for name, part in zip(_PARTS, content["parts"], strict=True)
+    )
+    others = {name: [BadRow(**row) for row in content["loaded"][name]] for name in _LEFT_OUT}
+    loaded = LoadedData(**content["loaded"] | others)
+    texts = Stored(folder / _TEXTS, TEXTS, content["texts"])
+    return loaded, RowFacts.from_json(content["facts"]), train, held_out, texts
 
 
 def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
@@ -158,12 +257,12 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
 
     # What the rows must have
     if needs.unit != "row":
-        require_pairs([*loaded.train, *loaded.eval], loss.name)
+        require_pairs(read.facts.examples, loss.name)
     if needs.scores:
-        require_scores([*loaded.train, *loaded.eval], loss.name)
+        require_scores(read.facts.examples, loss.name)
     drops = [*loaded.dropped, *train.drops, *held_out.drops]
-    info = _data_info("Preferences", loaded, train, held_out)
-    answers = sum(len(group.completions) for group in (*train.groups, *held_out.groups))
+    info = _data_info("Preferences", loaded, read.facts, train, held_out)
+    answers = int(sum(sizes(groups).sum() for groups in (train.groups, held_out.groups)))
     _warn_of_cuts(info["tokens"].get("truncated_completions", 0), answers, config, "")
 
     # Lists to pairs, pairs to rows
@@ -179,9 +278,9 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
         _warn_of_ties(parts["training"], loss.name)
     if config.min_score_gap:
         parts = {part: _apart(groups, part, needs.unit, config) for part, groups in parts.items()}
-    rows = {row.source: row for row in held_out.rows}
+    places = {row.source: index for index, row in enumerate(held_out.rows)}
     eval_groups = parts["held-out"]
-    eval_rows = [rows[group.source] for group in eval_groups]
+    eval_rows = Picked(held_out.rows, [places[group.source] for group in eval_groups])
     if needs.unit == "row":
         parts = {part: as_rows(groups) for part, groups in parts.items()}
 
@@ -192,7 +291,7 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
                 f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} {needs.unit}s, and "
                 f"{config.source} has {len(items)}."
             )
-    for group in (*parts["training"], *eval_groups):
+    for group in chain(parts["training"], eval_groups):
         if (problem := loss.problem(len(group.completions), group.scores)) is not None:
             raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
     info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
@@ -212,7 +311,7 @@ def _warn_of_ties(lists: Sequence[Group], loss: str) -> None:
         )
 
 
-def _apart(groups: list[Group], part: str, unit: str, config: DataConfig) -> list[Group]:
+def _apart(groups: Sequence[Group], part: str, unit: str, config: DataConfig) -> Sequence[Group]:
     """The pairs whose scores differ enough."""
     gap = config.min_score_gap
     if unit == "list":
@@ -235,23 +334,30 @@ def _apart(groups: list[Group], part: str, unit: str, config: DataConfig) -> lis
 
 
 def load_conversations(
-    config: DataConfig, tokenizer: Any, *, day: datetime.date | None = None
+    config: DataConfig, tokenizer: Any, *, day: datetime.date | None = None, cache: Path | None = None
 ) -> tuple[SFTData, list[BadRow]]:
-    """Read, check and tokenise the SFT data; `day` is the date that a chat template writes, None for today's.
+    """Read, check and tokenise the SFT data, or find them in the cache; arguments as of `read_preferences`.
 
     Raises:
         UserError: the data cannot be used, or nothing is left to train on.
     """
-    loaded = load_rows(config, stage="sft")
-    train = tokenize_sft(loaded.train, tokenizer, config, day=day)
-    held_out = tokenize_sft(loaded.eval, tokenizer, config, day=day)
+    make = partial(tokenize_sft, tokenizer=tokenizer, config=config, day=day)
+    with prepared(config, "sft", tokenizer, day, cache) as place:
+        made = _prepare(config, place, "sft", make, CONVERSATIONS, TokenizedSFT, _sources_of_train)
+    loaded, facts, train, held_out, sources = made
     drops = [*loaded.dropped, *train.drops, *held_out.drops]
-    info = _data_info("SFT data", loaded, train, held_out)
+    info = _data_info("SFT data", loaded, facts, train, held_out)
     _warn_of_cuts(info["tokens"].get("truncated", 0), len(train.sequences) + len(held_out.sequences), config, "sft.")
     info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
     info["tokens_digest"] = sequences_digest(train.sequences, held_out.sequences)
-    sources = [row.source for row in train.rows]
+    if sources is None:
+        sources = [row.source for row in train.rows]
     return SFTData(train.sequences, held_out.sequences, sources, info), [*loaded.bad, *drops]
+
+
+def _sources_of_train(train: TokenizedSFT, held_out: TokenizedSFT) -> Iterator[str]:
+    del held_out
+    return (row.source for row in train.rows)
 
 
 _BESIDE_TOKENS = tuple(f.name for f in fields(Group) if f.name not in ("prompt", "completions", "source", "scored"))

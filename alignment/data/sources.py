@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alignment.config.data import DataConfig, Ties
 from alignment.config.places import BUNDLED_PREFIX, MODELSCOPE_PREFIX, is_on_hub
 from alignment.data.columns import Numbered
@@ -20,10 +22,13 @@ from alignment.data.hub import read_hub, read_modelscope
 from alignment.data.layouts import SAMPLE, Layout, Stage, recognise, rows_of
 from alignment.data.reasons import UnusableRows, in_words
 from alignment.data.rows import BadRow, Row, count_reasons, fingerprint
+from alignment.data.sequences import Picked, RowList
 from alignment.errors import UserError, as_names
 
 BUNDLED = Path(__file__).parent / "bundled"
 _SHOWN_VALUES = 20
+_KEY_BYTES = 32
+_ABSENT = object()
 _RECOGNISED = 10_000
 """Records by which the layout of a source is recognised, so that no more of them are held at once."""
 
@@ -41,8 +46,8 @@ class LoadedData:
         description: one line for logs and reports.
     """
 
-    train: list[Row]
-    eval: list[Row]
+    train: Sequence[Row]
+    eval: Sequence[Row]
     layout: str
     family: str
     bad: list[BadRow]
@@ -53,7 +58,10 @@ class LoadedData:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    rows: list[Row]
+    """The rows of a source; `keys` are the digests of their prompts, end to end."""
+
+    rows: RowList
+    keys: bytearray
     layout: Layout
     bad: list[BadRow]
     dropped: list[BadRow]
@@ -74,7 +82,7 @@ class _Opened:
     allowed: int | None
 
 
-def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
+def load_rows(config: DataConfig, *, stage: Stage, folder: Path | None = None) -> LoadedData:
     """Read and check the rows of `config.source` and its held-out rows.
 
     Held-out rows come from `eval_source`, from another split of `source`, or from the bundled set's own eval file.
@@ -84,6 +92,9 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
 
     No more rows are read than `limit` asks for, unless the held-out rows, or `train_where`, need all of them.
 
+    Args:
+        folder: for the rows, where they are too many for memory; None: they stay in memory.
+
     Raises:
         UserError: a source cannot be read, or has more bad rows than `max_bad_rows`.
     """
@@ -91,19 +102,22 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
     evaluation = _open_eval(config, stage)
     aside = evaluation is None and config.eval_size
     limit = None if aside or config.train_where else config.limit
-    train = _read(_open(sources, config.split, "sft" if stage == "sft" else "train", config), config, stage, limit)
+    opened = _open(sources, config.split, "sft" if stage == "sft" else "train", config)
+    train = _read(opened, config, stage, limit, folder)
     parts = [train]
-    rows, held_out = train.rows, []
+    kept, held = np.arange(len(train.rows)), np.arange(0)
     if evaluation is not None:
-        parts.append(_read(evaluation, config, stage, config.eval_limit))
-        held_out = parts[1].rows
+        parts.append(_read(evaluation, config, stage, config.eval_limit, folder))
+        held = np.arange(len(parts[1].rows))
     elif config.eval_size:
-        rows, held_out = _hold_out(rows, config.eval_size, ", ".join(sources))
-    rows = _where(rows, config.train_where)
-    rows, held_out = rows[: config.limit], held_out[: config.eval_limit]
+        kept, held = _hold_out(train.keys, config.eval_size, ", ".join(sources))
+    kept = _where(train.rows, kept, config.train_where)[: config.limit]
+    held = held[: config.eval_limit]
+    rows, held_out = _picked(train.rows, kept), _picked(parts[-1].rows, held)
     bad = [row for part in parts for row in part.bad]
     dropped = [row for part in parts for row in part.dropped]
-    shared = {_prompt_key(row) for row in rows} & {_prompt_key(row) for row in held_out}
+    held_keys = {_key(parts[-1].keys, index) for index in held.tolist()}
+    shared = held_keys and {key for key in (_key(train.keys, index) for index in kept.tolist()) if key in held_keys}
     counts = f"{len(rows)} training and {len(held_out)} held-out rows"
     notes = [f"{', '.join(sources)}: {counts}, layout {train.layout.name}"]
     notes += [part.note for part in parts if part.note]
@@ -116,20 +130,49 @@ def load_rows(config: DataConfig, *, stage: Stage) -> LoadedData:
     return LoadedData(rows, held_out, layout.name, layout.family, bad, dropped, digest, "; ".join(notes))
 
 
-def _where(rows: list[Row], wanted: Mapping[str, Any]) -> list[Row]:
-    """The rows whose columns have one of the wanted values.
+def local_files(config: DataConfig) -> list[Path] | None:
+    """All files that the rows come from, in order; None where some come from elsewhere.
+
+    Raises:
+        UserError: there is no such file, or none of a split.
+    """
+    asked = [(source, config.split) for source in as_names("data.source", config.source)]
+    if config.eval_source is not None or config.eval_split is not None:
+        others = config.source if config.eval_source is None else config.eval_source
+        split = config.eval_split or config.split
+        asked += [(source, split) for source in as_names("data.eval_source", others)]
+    found: list[Path] = []
+    for source, split in asked:
+        files = [] if source.startswith(BUNDLED_PREFIX) else files_of(source, split, config.name)
+        own = [file for file in files if isinstance(file, Path)]
+        if not own or len(own) < len(files):
+            return None
+        found += own
+    return found
+
+
+def _picked(rows: RowList, indices: np.ndarray) -> Sequence[Row]:
+    """These rows, in order: in memory as a list, like all of them."""
+    if not rows.in_file:
+        return [rows[index] for index in indices]
+    return rows if len(indices) == len(rows) else Picked(rows, indices)
+
+
+def _where(rows: RowList, kept: np.ndarray, wanted: Mapping[str, Any]) -> np.ndarray:
+    """Those of the kept indices whose rows' columns have one of the wanted values.
 
     Raises:
         UserError: no row has the column, or a wanted value.
     """
     for column, values in wanted.items():
-        known = sorted({str(row.meta[column]) for row in rows if column in row.meta})
+        found = [row.meta.get(column, _ABSENT) for row in Picked(rows, kept)]
+        known = sorted({str(value) for value in found if value is not _ABSENT})
         accepted = {str(value) for value in (values if isinstance(values, list) else [values])}
         if lacking := sorted(accepted - set(known)):
             there = f"; it has {', '.join(known[:_SHOWN_VALUES])}" if known else ", which no row has"
             raise UserError(f"data.train_where: no training row has {lacking[0]} in the column {column}{there}.")
-        rows = [row for row in rows if str(row.meta.get(column)) in accepted]
-    return rows
+        kept = kept[[str(None if value is _ABSENT else value) in accepted for value in found]]
+    return kept
 
 
 def _open_eval(config: DataConfig, stage: Stage) -> _Opened | None:
@@ -190,8 +233,8 @@ def _bundled(source: str, part: str) -> Path:
     return BUNDLED / f"{source.removeprefix(BUNDLED_PREFIX)}_{part}.jsonl"
 
 
-def _read(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None) -> _Part:
-    """The rows of a source, at most `limit` of them.
+def _read(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None, folder: Path | None) -> _Part:
+    """The rows of a source, at most `limit` of them; in a file in the folder where they are many.
 
     Raises:
         UserError: the layout is not known or not for this stage, or too many rows are bad.
@@ -200,7 +243,7 @@ def _read(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None) 
     layout, records = _recognised(opened, config, stage, limit)
     bad: list[BadRow] = []
     dropped: list[BadRow] = []
-    rows: list[Row] = []
+    rows, keys = RowList(folder), bytearray()
     others = weighted = 0
     for row in rows_of(records, layout, config.columns) if layout is not None else (record for *_, record in records):
         if isinstance(row, BadRow):
@@ -213,6 +256,7 @@ def _read(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None) 
             weighted += row.weight != 1
             row = replace(row, completions=row.completions[:1], labels=None, scores=None, weight=1.0)
         rows.append(row)
+        keys += _prompt_key(row)
         if len(rows) == limit:
             break
 
@@ -237,7 +281,7 @@ def _read(opened: _Opened, config: DataConfig, stage: Stage, limit: int | None) 
         notes.append(f"the {best} completions of {layout.family} serve for SFT")
     if weighted:
         notes.append("SFT does not use their weights")
-    return _Part(rows, layout, bad, dropped, "; ".join(notes))
+    return _Part(rows, keys, layout, bad, dropped, "; ".join(notes))
 
 
 def _recognised(
@@ -258,23 +302,35 @@ def _recognised(
     return layout, chain(first, opened.records)
 
 
-def _prompt_key(row: Row) -> str:
-    return hashlib.sha256(json.dumps(row.prompt, sort_keys=True).encode("ascii")).hexdigest()
+def _prompt_key(row: Row) -> bytes:
+    return hashlib.sha256(json.dumps(row.prompt, sort_keys=True).encode("ascii")).digest()
 
 
-def _hold_out(rows: list[Row], size: int, source: str) -> tuple[list[Row], list[Row]]:
-    """Split off at most `size` rows, in the order of their prompts' hashes, all rows of a prompt together."""
-    by_prompt: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        by_prompt.setdefault(_prompt_key(row), []).append(index)
-    held: set[int] = set()
-    for key in sorted(by_prompt):
-        if len(held) + len(by_prompt[key]) <= size:
-            held.update(by_prompt[key])
-    if not held or len(held) == len(rows):
+def _key(keys: bytearray, index: int) -> bytes:
+    return bytes(keys[index * _KEY_BYTES : (index + 1) * _KEY_BYTES])
+
+
+def _hold_out(keys: bytearray, size: int, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training rows and of at most `size` held-out rows, both in the order of the rows.
+
+    Prompts are held out in the order of their digests, all rows of a prompt together.
+    """
+    words = np.frombuffer(keys, dtype=">u8").reshape(-1, _KEY_BYTES // 8)
+    order = np.lexsort(words.T[::-1])
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
+    starts = np.flatnonzero(is_first)
+    held: list[int] = []
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+        if len(held) + end - start <= size:
+            held += order[start:end].tolist()
+        if len(held) == size:
+            break
+    if not held or len(held) == len(order):
         raise UserError(
-            f"data.eval_size {size} cannot be set aside from {source}, which has {len(rows)} rows "
-            f"of {len(by_prompt)} prompts (rows of one prompt stay together)."
+            f"data.eval_size {size} cannot be set aside from {source}, which has {len(order)} rows "
+            f"of {len(starts)} prompts (rows of one prompt stay together)."
         )
-    train = [row for index, row in enumerate(rows) if index not in held]
-    return train, [rows[index] for index in sorted(held)]
+    is_held = np.zeros(len(order), dtype=bool)
+    is_held[held] = True
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)

@@ -7,19 +7,21 @@ afterwards. Nothing here looks for padding or end tokens by id to mask them: len
 from __future__ import annotations
 
 import datetime
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from alignment.config.data import DataConfig, Keep
+from alignment.data.batches import Batch, Tokenized, tokenize_rows
 from alignment.data.encoding import BatchEncoder
 from alignment.data.findings import Found
-from alignment.data.reasons import UnusableRows
 from alignment.data.rows import BadRow, Rejected, Row
+from alignment.data.sequences import Picked
+from alignment.data.token_store import CONVERSATIONS, GROUPS, Conversation
 from alignment.data.turns import Span
 from alignment.data.writer import Writer, special_ids
 from alignment.errors import UserError
@@ -28,13 +30,11 @@ from alignment.types import Group
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS_PER_CALL = 1024
-"""Rows per tokenizer call: enough for its threads, few enough that its encodings stay small."""
-
 GROUP_COUNTS = (
     *("truncated_prompts", "truncated_completions", "duplicate_completions"),
     *("seam_moves", "template_splits", "eos_appended", "several_turns"),
 )
+SFT_COUNTS = ("last_turn_only", "truncated", "eos_appended")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,15 @@ class TokenizedData:
             answer and another for a generation); eos_appended (by us); several_turns (completions with context between
             their scored turns).
         findings: what was found in the text of the rows, and which of their keys nothing reads.
+        written: describes the files of the tokens, where they are in files.
     """
 
-    groups: list[Group]
-    rows: list[Row]
+    groups: Sequence[Group]
+    rows: Sequence[Row]
     drops: list[BadRow]
     counts: dict[str, int]
     findings: list[Found]
+    written: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +71,15 @@ class TokenizedSFT:
         counts: sequences; truncated; eos_appended; last_turn_only (conversations of which only the last answer is
             scored, because the template writes earlier ones differently once more turns follow).
         findings: what was found in the text of the rows, and which of their keys nothing reads.
+        written: describes the files of the tokens, where they are in files.
     """
 
-    sequences: list[dict[str, list[int]]]
-    rows: list[Row]
+    sequences: Sequence[Conversation]
+    rows: Sequence[Row]
     drops: list[BadRow]
     counts: dict[str, int]
     findings: list[Found]
+    written: dict[str, Any] | None = None
 
 
 def tokenize_groups(
@@ -84,6 +88,7 @@ def tokenize_groups(
     config: DataConfig,
     *,
     day: datetime.date | None = None,
+    folder: Path | None = None,
 ) -> TokenizedData:
     """Groups of token ids: one prompt and its completions.
 
@@ -103,27 +108,36 @@ def tokenize_groups(
 
     Args:
         day: the date that a template writes; None for today's.
+        folder: for the tokens of many rows, which several processes make; None: they stay in memory.
 
     Raises:
         UserError: messages without a chat template, text without an EOS token, or no row is left.
     """
-    writer = Writer(tokenizer, config, day=day)
-    encoder = _Encoder(tokenizer, writer.chat)
-    groups: list[Group] = []
-    kept: list[Row] = []
-    drops: list[BadRow] = []
-    counts = Counter(dict.fromkeys(GROUP_COUNTS, 0))
-    for batch in _batches(rows):
+    found = tokenize_rows(rows, _GroupTokenizer(tokenizer, config, day), GROUPS, folder)
+    counts = {"groups": len(found.items), **dict.fromkeys(GROUP_COUNTS, 0), **found.counts}
+    return TokenizedData(found.items, _kept(rows, found), found.drops, counts, found.findings, found.written)
+
+
+class _GroupTokenizer:
+    """Makes groups of rows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, day: datetime.date | None) -> None:
+        self.writer = Writer(tokenizer, config, day=day)
+        self._encoder = _Encoder(tokenizer, self.writer.chat)
+        self._config = config
+
+    def __call__(self, rows: Sequence[Row]) -> Batch[Group]:
+        writer, encoder, done = self.writer, self._encoder, Batch[Group]()
         drafts = []
-        for row in batch:
+        for index, row in enumerate(rows):
             try:
-                drafts.append((row, *writer.group_texts(row, encoder.answer_start)))
+                drafts.append((index, row, *writer.group_texts(row, encoder.answer_start)))
             except Rejected as rejected:
-                drops.append(BadRow.of(row, rejected.reason, str(rejected)))
-        ids = iter(encoder.encode([text for _, prompt, wholes, _ in drafts for text in (prompt, *wholes)]))
+                done.drops.append(BadRow.of(row, rejected.reason, str(rejected)))
+        ids = iter(encoder.encode([text for _, _, prompt, wholes, _ in drafts for text in (prompt, *wholes)]))
         texts = [(text, spans) for *_, wholes, turns in drafts for text, spans in zip(wholes, turns, strict=True)]
         offsets = encoder.encode_with_offsets([text for text, spans in texts if spans is not None])
-        for row, prompt, wholes, turns in drafts:
+        for index, row, prompt, wholes, turns in drafts:
             rendered, encoded = next(ids), list(islice(ids, len(wholes)))
             masks: list[np.ndarray | None] = [None] * len(wholes)
             for k, spans in enumerate(turns):
@@ -131,19 +145,23 @@ def tokenize_groups(
                     encoded[k], places = next(offsets)
                     masks[k] = _answers(encoded[k], places, spans, encoder)[0]
             try:
-                group, notes = _group(row, rendered, encoded, masks, encoder, config)
+                group, notes = _group(row, rendered, encoded, masks, encoder, self._config)
             except Rejected as rejected:
-                drops.append(BadRow.of(row, rejected.reason, str(rejected)))
+                done.drops.append(BadRow.of(row, rejected.reason, str(rejected)))
                 continue
             if not all(whole.startswith(prompt) for whole in wholes):
                 notes |= {"template_splits": 1, "seam_moves": 0}
-            if _has_two_bos(rendered, tokenizer):
+            if _has_two_bos(rendered, encoder.tokenizer):
                 writer.findings.note("double_bos", row)
-            counts.update(notes)
-            groups.append(group)
-            kept.append(row)
-    _require_some(rows, groups, drops)
-    return TokenizedData(groups, kept, drops, {"groups": len(groups), **counts}, writer.settle(len(rows)))
+            done.counts.update(notes)
+            done.items.append(group)
+            done.kept.append(index)
+        return done
+
+
+def _kept(rows: Sequence[Row], found: Tokenized[Any]) -> Sequence[Row]:
+    """The rows of the items."""
+    return Picked(rows, found.kept) if found.written is not None else [rows[index] for index in found.kept]
 
 
 def _group(
@@ -201,6 +219,7 @@ def tokenize_sft(
     config: DataConfig,
     *,
     day: datetime.date | None = None,
+    folder: Path | None = None,
 ) -> TokenizedSFT:
     """Whole conversations with the assistant's tokens marked, each answer with its end-of-turn token.
 
@@ -209,39 +228,47 @@ def tokenize_sft(
 
     Args:
         day: the date that a template writes; None for today's.
+        folder: for the tokens of many rows, which several processes make; None: they stay in memory.
 
     Raises:
         UserError: messages without a chat template, text without an EOS token, or no row is left.
     """
-    writer = Writer(tokenizer, config, supervised=True, day=day)
-    encoder = _Encoder(tokenizer, writer.chat)
-    sequences: list[dict[str, list[int]]] = []
-    kept: list[Row] = []
-    drops: list[BadRow] = []
-    counts: Counter[str] = Counter({"last_turn_only": 0, "truncated": 0, "eos_appended": 0})
-    for batch in _batches(rows):
+    found = tokenize_rows(rows, _ConversationTokenizer(tokenizer, config, day), CONVERSATIONS, folder)
+    counts = {"sequences": len(found.items), **dict.fromkeys(SFT_COUNTS, 0), **found.counts}
+    return TokenizedSFT(found.items, _kept(rows, found), found.drops, counts, found.findings, found.written)
+
+
+class _ConversationTokenizer:
+    """Makes SFT sequences of rows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, day: datetime.date | None) -> None:
+        self.writer = Writer(tokenizer, config, supervised=True, day=day)
+        self._encoder = _Encoder(tokenizer, self.writer.chat)
+        self._max_length = config.max_length
+
+    def __call__(self, rows: Sequence[Row]) -> Batch[Conversation]:
+        writer, encoder, done = self.writer, self._encoder, Batch[Conversation]()
         drafts = []
-        for row in batch:
+        for index, row in enumerate(rows):
             try:
-                drafts.append((row, *writer.spans(row, encoder.answer_start)))
+                drafts.append((index, row, *writer.spans(row, encoder.answer_start)))
             except Rejected as rejected:
-                drops.append(BadRow.of(row, rejected.reason, str(rejected)))
-        encoded = encoder.encode_with_offsets([text for _, text, _, _ in drafts])
-        for (row, _, spans, last_only), (ids, offsets) in zip(drafts, encoded, strict=True):
+                done.drops.append(BadRow.of(row, rejected.reason, str(rejected)))
+        encoded = encoder.encode_with_offsets([text for _, _, text, _, _ in drafts])
+        for (index, row, _, spans, last_only), (ids, offsets) in zip(drafts, encoded, strict=True):
             ids, mask, appended = _scored(ids, offsets, spans, encoder)
-            truncated = len(ids) > config.max_length
-            ids, mask = ids[: config.max_length], mask[: config.max_length]
+            truncated = len(ids) > self._max_length
+            ids, mask = ids[: self._max_length], mask[: self._max_length]
             if not mask.any():
-                message = f"the first {config.max_length} tokens hold no answer"
-                drops.append(BadRow.of(row, "completion_truncated_away", message))
+                message = f"the first {self._max_length} tokens hold no answer"
+                done.drops.append(BadRow.of(row, "completion_truncated_away", message))
                 continue
-            counts.update(last_turn_only=last_only, truncated=truncated, eos_appended=appended * writer.chat)
-            if _has_two_bos(ids, tokenizer):
+            done.counts.update(last_turn_only=last_only, truncated=truncated, eos_appended=appended * writer.chat)
+            if _has_two_bos(ids, encoder.tokenizer):
                 writer.findings.note("double_bos", row)
-            sequences.append({"input_ids": ids.tolist(), "completion_mask": mask.tolist()})
-            kept.append(row)
-    _require_some(rows, sequences, drops)
-    return TokenizedSFT(sequences, kept, drops, {"sequences": len(sequences), **counts}, writer.settle(len(rows)))
+            done.items.append({"input_ids": ids.tolist(), "completion_mask": mask.tolist()})
+            done.kept.append(index)
+        return done
 
 
 def _scored(
@@ -338,11 +365,6 @@ class _Encoder:
         return self.blank[index]
 
 
-def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    for start in range(0, len(rows), ROWS_PER_CALL):
-        yield rows[start : start + ROWS_PER_CALL]
-
-
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     (different,) = np.nonzero(a[:length] != b[:length])
@@ -361,8 +383,3 @@ def _truncate_prompt(prompt: np.ndarray, config: DataConfig, bos: int | None) ->
 def _has_two_bos(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> bool:
     bos = tokenizer.bos_token_id
     return bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos
-
-
-def _require_some(rows: Sequence[Row], done: Sequence[Any], drops: list[BadRow]) -> None:
-    if rows and not done:
-        raise UnusableRows(f"None of the {len(rows)} rows can be tokenised", drops, "")

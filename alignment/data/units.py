@@ -5,11 +5,17 @@ A unit is a `Group`: one prompt with all completions of a list, with the two of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import overload
+
+import numpy as np
 
 from alignment.config.data import ListPairs
+from alignment.data.sequences import Picked
+from alignment.data.token_store import Stored
 from alignment.types import Group, rows_from_pairs
 
 
@@ -23,28 +29,70 @@ def spread_prompts(groups: Sequence[Group], count: int) -> list[int]:
     return [first_of_prompt[i * len(first_of_prompt) // count] for i in range(count)]
 
 
+def sizes(groups: Sequence[Group]) -> np.ndarray:
+    """(groups,) how many completions each has."""
+    if isinstance(groups, Stored):
+        return groups.counts("completions")
+    return np.array([len(group.completions) for group in groups], dtype=np.int64)
+
+
 def are_lists(groups: Sequence[Group]) -> bool:
     """Whether any group has more than two completions: then all of them are ranked lists, shorter ones too."""
-    return any(len(group.completions) > 2 for group in groups)
+    return bool((sizes(groups) > 2).any())
 
 
-def as_pairs(groups: Sequence[Group], how: ListPairs) -> list[Group]:
+class _Derived(Sequence[Group]):
+    """Groups that are made of others when they are asked for.
+
+    Args:
+        indices: (groups, n) of the group that each is made of, and n - 1 numbers for `make`.
+    """
+
+    def __init__(self, groups: Sequence[Group], indices: np.ndarray, make: Callable[..., Group]) -> None:
+        self._groups = groups
+        self._indices = indices
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        group, *numbers = self._indices[index].tolist()
+        return self._make(self._groups[group], *numbers)
+
+    def of(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """Itself, or all of them where what they are made of is a list as well."""
+        return list(self) if isinstance(groups, list) else self
+
+
+def as_pairs(groups: Sequence[Group], how: ListPairs) -> Sequence[Group]:
     """Pairs from ranked lists, list by list: the better completion first, with the weight of the list.
 
     Completions with equal scores make no pair, so a list can yield none.
     """
-    pairs = []
-    for group in groups:
+    found = array("q")
+    for place, group in enumerate(groups):
         for i, j in _index_pairs(len(group.completions), how):
-            scores = None if group.scores is None else (group.scores[i], group.scores[j])
-            if scores is None or scores[0] > scores[1]:
-                pairs.append(replace(group.only(i, j), scores=scores, weight=group.weight, source=group.source))
-    return pairs
+            if group.scores is None or group.scores[i] > group.scores[j]:
+                found.extend((place, i, j))
+    return _Derived(groups, np.array(found, dtype=np.int64).reshape(-1, 3), _pair).of(groups)
 
 
-def with_gap(pairs: Sequence[Group], gap: float) -> list[Group]:
+def _pair(group: Group, i: int, j: int) -> Group:
+    scores = None if group.scores is None else (group.scores[i], group.scores[j])
+    return replace(group.only(i, j), scores=scores, weight=group.weight, source=group.source)
+
+
+def with_gap(pairs: Sequence[Group], gap: float) -> Sequence[Group]:
     """The pairs whose chosen answer is scored higher than the rejected one by at least `gap`."""
-    return [pair for pair in pairs if pair.scores is not None and pair.scores[0] - pair.scores[1] >= gap]
+    apart = [i for i, pair in enumerate(pairs) if pair.scores is not None and pair.scores[0] - pair.scores[1] >= gap]
+    return [pairs[i] for i in apart] if isinstance(pairs, list) else Picked(pairs, apart)
 
 
 def _index_pairs(size: int, how: ListPairs) -> list[tuple[int, int]]:
@@ -55,13 +103,17 @@ def _index_pairs(size: int, how: ListPairs) -> list[tuple[int, int]]:
     return list(combinations(range(size), 2))
 
 
-def as_rows(groups: Sequence[Group]) -> list[Group]:
+def as_rows(groups: Sequence[Group]) -> Sequence[Group]:
     """One labelled row per completion, in the order of `rows_from_pairs`. Labelled rows stay as they are."""
-    if any(group.labels is not None for group in groups):
-        return list(groups)
-    rows = []
-    for sequence in rows_from_pairs(len(groups)):
-        pair, k = divmod(sequence, 2)
-        group = groups[pair]
-        rows.append(replace(group.only(k), labels=(k == 0,), weight=group.weight, source=group.source))
-    return rows
+    if isinstance(groups, Stored):
+        is_labelled = bool(groups.counts("labels").any())
+    else:
+        is_labelled = any(group.labels is not None for group in groups)
+    if is_labelled:
+        return groups
+    indices = np.array(rows_from_pairs(len(groups)), dtype=np.int64)
+    return _Derived(groups, np.stack([indices // 2, indices % 2], axis=1), _row).of(groups)
+
+
+def _row(group: Group, k: int) -> Group:
+    return replace(group.only(k), labels=(k == 0,), weight=group.weight, source=group.source)

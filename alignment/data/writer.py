@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +46,22 @@ class _Use:
         self.last = row
 
 
+@dataclass(frozen=True, slots=True)
+class WriterState:
+    """What a writer knows of the template from the rows before: whether it reads a key, where that is known."""
+
+    reads: dict[str, bool]
+    headers_seen: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriterNotes:
+    """What a writer in another process has found in some rows: how many have a key, and the findings."""
+
+    rows: dict[str, int]
+    findings: tuple[Counter[str], dict[str, tuple[str, str]]]
+
+
 @dataclass(slots=True)
 class Writer:
     """Writes rows as text, and notes what is wrong with them.
@@ -69,6 +86,7 @@ class Writer:
     _special: re.Pattern[str] | None = field(init=False, default=None)
     _headers_seen: int = field(init=False, default=0)
     _dialect: Dialect = field(init=False)
+    _state: WriterState = field(init=False, default=WriterState({}, 0))
 
     def __post_init__(self) -> None:
         tokenizer, config = self.tokenizer, self.config
@@ -329,6 +347,34 @@ class Writer:
                 text = f"have {key}, and {reader} has no place for it: it is not read"
                 found.append(Found(f"unread: {key}", use.rows, rows, text, quiet))
         return found
+
+    # In several processes
+
+    def state(self) -> WriterState:
+        """What is known up to now, for a writer of later rows in another process."""
+        known = {key: use.read for key, use in self._uses.items() if use.read or use.rows >= TRIES}
+        return WriterState(known, self._headers_seen)
+
+    def begin(self, state: WriterState) -> None:
+        """Forget the rows before, but for what they have shown."""
+        self._uses = {key: _Use(TRIES, read) for key, read in state.reads.items()}
+        self._headers_seen = state.headers_seen
+        self._state = state
+        self.findings.take()
+
+    def notes(self) -> WriterNotes | None:
+        """What the rows since `begin` add; None where it depends on rows before in a way that `state` did not say."""
+        known = self._state.reads
+        if self._headers_seen != self._state.headers_seen or (self.chat and not self._uses.keys() <= known.keys()):
+            return None
+        rows = {key: use.rows - (TRIES if key in known else 0) for key, use in self._uses.items()}
+        return WriterNotes(rows, self.findings.take())
+
+    def add(self, notes: WriterNotes) -> None:
+        """Add what the next rows have shown in another process."""
+        for key, rows in notes.rows.items():
+            self._uses.setdefault(key, _Use()).rows += rows
+        self.findings.add(*notes.findings)
 
     # The template by itself
 

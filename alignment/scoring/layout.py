@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import nlargest
 from typing import Protocol
 
 import numpy as np
@@ -229,7 +230,7 @@ def keys_per_position(layout: BatchLayout, groups: Sequence[Group]) -> float:
     Its kernel takes the keys and values of a shared prompt once for every completion, so a pair with a long prompt has
     nearly two for each position. Passes are filled from the longest prompts on.
     """
-    longest = sorted(groups, key=lambda group: -len(group.prompt))[:_FIRST_PASS]
+    longest = nlargest(_FIRST_PASS, groups, key=lambda group: len(group.prompt))
     rows = [batch.shared_row for batch in layout.batches(longest, 2**62) if batch.shared_row is not None]
     keys = sum(len(own) + len(prompt) for row in rows for own, prompt in parts_of(row))
     return keys / sum(row[-1].end for row in rows) if rows else 1.0

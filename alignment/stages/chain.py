@@ -206,7 +206,8 @@ class Chain:
 
     def _read_conversations(self) -> SFTData:
         assert self.config.sft is not None
-        load = partial(load_conversations, self.config.sft.data, self.work.tokenizer, day=self._day)
+        data_config, work = self.config.sft.data, self.work
+        load = partial(load_conversations, data_config, work.tokenizer, day=self._day, cache=work.cache)
         with self._keeping_bad_rows():
             data, rows = self.work.once(f"conversations of {self._day}", load)
         self.bad += rows
@@ -214,7 +215,7 @@ class Chain:
 
     def _read_preferences(self) -> PreferenceData:
         assert self.config.data is not None
-        load = partial(read_preferences, self.config.data, self.work.tokenizer, day=self._day)
+        load = partial(read_preferences, self.config.data, self.work.tokenizer, day=self._day, cache=self.work.cache)
         with self._keeping_bad_rows():
             read = self.work.once(f"preferences of {self._day}", load)
         data, rows = fit_preferences(read, self.config.data, self.config.loss)

@@ -41,9 +41,9 @@ def groups_to_reference(
     return wanted
 
 
-def evaluated(loss: Loss, groups: Sequence[Group]) -> list[Group]:
+def evaluated(loss: Loss, groups: Sequence[Group]) -> Sequence[Group]:
     """Held-out groups in the unit of the loss: pairs become rows where it reads rows."""
-    return as_rows(groups) if loss.requirements().unit == "row" else list(groups)
+    return as_rows(groups) if loss.requirements().unit == "row" else groups
 
 
 def step_totals(groups: Sequence[Group]) -> StepTotals:

@@ -90,14 +90,14 @@ class PreferenceTrainer(StageTrainer):
         self.tokens_per_batch = tokens_per_batch
         self.sampler = sampler
         self.groups = groups
-        self.eval_groups = list(eval_groups)
+        self.eval_groups = eval_groups
         self.held_out = []
         self.num_tokens = 0
         self.train_seconds = 0.0
         self._means = Means()
         self._gradients_checked = False
         self._step_groups: Sequence[Group] = ()
-        super().__init__(model=model, args=args, train_dataset=list(groups), callbacks=callbacks)
+        super().__init__(model=model, args=args, train_dataset=groups, callbacks=callbacks)
         self._processes = Processes(self.accelerator)
         self.objective = Objective(loss, model, reference, layout, args.device, self._processes)
         self._router_loss = RouterLoss(model, router_aux_loss_coef, "trainer.router_aux_loss_coef")

@@ -106,7 +106,7 @@ def _ours(model: str, rows: Path, cache: Path) -> Callable[[], Iterator[list[lis
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def prepare() -> Iterator[list[list[int]]]:
-        groups = read_preferences(config, tokenizer).train.groups
+        groups = read_preferences(config, tokenizer, cache=cache).train.groups
         return ([tokens.tolist() for tokens in (g.prompt, *g.completions)] for g in groups)
 
     return prepare
