@@ -31,13 +31,14 @@ class BatchEncoder:
     tokenizer: PreTrainedTokenizerBase
     _backend: Any = field(init=False, default=None)
     _token: re.Pattern[str] | None = field(init=False, default=None)
+    _cuts: frozenset[str] = field(init=False, default=frozenset())
     _probed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if hasattr(backend, "encode_batch_fast") and not getattr(self.tokenizer, "split_special_tokens", False):
             self._backend = backend
-            self._token = _cutting_tokens(self.tokenizer)
+            self._token, self._cuts = _cutting_tokens(self.tokenizer)
 
     @property
     def shares(self) -> bool:
@@ -91,24 +92,21 @@ class BatchEncoder:
         """Where the last token at which the text may be cut begins and ends; 0 if there is none."""
         last = 0, 0
         for match in self._token.finditer(text) if self._token is not None else ():
-            if match.lastgroup is not None:
+            if match[0] in self._cuts:
                 last = match.span()
         return last
 
 
-def _cutting_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """The added tokens as the tokenizer finds them, in a named group those at which a text may be cut.
+def _cutting_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern[str] | None, frozenset[str]]:
+    """A pattern of the added tokens as the tokenizer finds them, and those at which a text may be cut.
 
     At a token that takes the white space before it along, the text before it would be another. A token that wants to be
     a word of its own looks at its neighbours, so that nothing is cut where there is one.
     """
     added = [token for token in tokenizer.added_tokens_decoder.values() if not token.normalized and token.content]
     if not added or any(token.single_word for token in added):
-        return None
-    added.sort(key=lambda token: len(token.content), reverse=True)  # of two the longer one is found
-    ways = (f"(?P<cut{i}>{_escaped(t)})" if not t.lstrip else _escaped(t) for i, t in enumerate(added))
-    return re.compile("|".join(ways))
-
-
-def _escaped(token: Any) -> str:
-    return re.escape(token.content)
+        return None, frozenset()
+    longest_first = sorted((token.content for token in added), key=len, reverse=True)  # of two the longer one is found
+    # Without groups: they would keep the pattern from looking for the first characters of all tokens at once.
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    return pattern, frozenset(token.content for token in added if not token.lstrip)

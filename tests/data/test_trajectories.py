@@ -8,6 +8,7 @@ import pytest
 from alignment.config.data import ScoredTurns
 from alignment.data.layouts import recognise, to_row
 from alignment.data.rows import BadRow, Row
+from alignment.data.token_store import GROUPS, Stored, StoreWriter
 from alignment.data.tokens import tokenize_groups, tokenize_sft
 from alignment.errors import UserError
 from tests.conftest import each
@@ -358,3 +359,17 @@ def test_a_slow_tokenizer(config):
     assert len(tokenize_groups([pair(TALK[:2], [user("hi"), assistant("1")])], slow, config()).groups) == 1
     with pytest.raises(UserError, match="a ByT5Tokenizer, does not say where its tokens stand"):
         tokenize_groups([pair(TALK, TALK[:2])], slow, config())
+
+
+def test_masks_in_files(tiny, config, tmp_path):
+    """Groups with masks and without come back from the files of prepared data as they were."""
+    tiny.chat_template = CHATML
+    rows = [pair(TALK[:2], [user("hi"), assistant("1")]), pair(TALK, TALK[:2]), pair(TALK, [*TALK[:3], assistant("2")])]
+    groups = tokenize_groups(rows, tiny, config()).groups
+    writer = StoreWriter(tmp_path / "groups", GROUPS)
+    for group in groups:
+        writer.add([group])
+    stored = Stored(tmp_path / "groups", GROUPS, writer.close())
+    assert [group.scored is None for group in stored] == [True, False, True]
+    assert [group.keys() for group in stored] == [group.keys() for group in groups]
+    assert stored[1].scored_lengths == groups[1].scored_lengths
