@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +21,6 @@ from alignment.policy.float_weights import FloatWeights
 from alignment.policy.load import one_line
 from alignment.policy.residual_start import edit_base
 from alignment.policy.saved_adapter import OR_NEW, read_adapter
-
-log = logging.getLogger(__name__)
 
 
 def attach_adapter(
@@ -53,11 +50,6 @@ def attach_adapter(
     adapted = _attached(model, config, seed)
     start_adapter(adapted, config, seed, sources)
     _finish(adapted)
-    if config.modules_to_save and (dtype := next(model.parameters()).dtype).itemsize == 2:
-        log.warning(
-            "adapter.modules_to_save trains in %s, which rounds small updates away: model.dtype=float32 keeps them.",
-            str(dtype).removeprefix("torch."),
-        )
     return adapted
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
 from alignment.kernels.calibrated import is_calibrated
+from alignment.kernels.eight_bit import row_scales
 from alignment.policy.adapter_kinds import plain_name, updates
 from alignment.policy.digest import hash_tensor
-from alignment.policy.quantize import row_scales
 
 # These do not change a log-prob, and trainers write some of them (special tokens, a router's loss) into the
 # configuration.

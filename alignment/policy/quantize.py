@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from alignment.config.schema import QuantizationConfig
 from alignment.errors import require
 from alignment.kernels.calibrated import CalibratedState, quantised_state
+from alignment.kernels.eight_bit import row_scales, unpack_rows, use_weights_alone
 from alignment.policy.stored import Checkpoint
 from alignment.policy.targets import read_layers, router_layers
 
@@ -187,8 +188,12 @@ def pack_model(model: Any, quantization: QuantizationConfig, compute: torch.dtyp
 
 
 def settle_compute(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have the 4-bit layers of a checkpoint compute in the run's dtype; the checkpoint keeps that of its making."""
+    """Have the 4-bit layers of a checkpoint compute in the run's dtype; the checkpoint keeps that of its making.
+
+    Its layers in 8 bits compute in the dtype of their inputs.
+    """
     for module in model.modules():
+        use_weights_alone(module)
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and hasattr(module, "compute_dtype"):
             module.compute_dtype, module.compute_type_is_set = dtype, True  # type: ignore[assignment]
@@ -218,24 +223,13 @@ def plain_weight(layer: Any, name: str = "weight") -> Tensor:
         constants = quantised_state(layer) if name == "weight" else None
         return constants.add_to(unpacked) if isinstance(constants, CalibratedState) else unpacked
     if (scales := row_scales(layer)) is not None:
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        return int8_vectorwise_dequant(weight.data, scales).float()
+        return unpack_rows(weight, scales)
     return weight.detach().float()
 
 
 def is_packed_by_bitsandbytes(weight: Any) -> bool:
     """Whether a weight is in 4 or 8 bits of bitsandbytes."""
     return getattr(weight, "quant_state", None) is not None or weight.dtype is torch.int8
-
-
-def row_scales(layer: Any) -> Tensor | None:
-    """(out,) fp32: the scales of a layer in 8 bits, which bitsandbytes keeps in one of two places; else None."""
-    weight = layer._parameters.get("weight")
-    if weight is None or weight.dtype is not torch.int8:
-        return None
-    scales: Tensor | None = getattr(weight, "SCB", None)
-    return scales if scales is not None else layer.state.SCB
 
 
 def without_packing(model: Any, dtype: torch.dtype) -> Any:

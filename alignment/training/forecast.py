@@ -18,6 +18,7 @@ from alignment.errors import UserError
 from alignment.files import cache_dir
 from alignment.policy.load import resolve_dtype
 from alignment.policy.source import model_source
+from alignment.policy.stored import Checkpoint
 from alignment.training.budget import Plan, Room, make_plan, relative_time
 from alignment.training.memory import CONTEXT, USABLE_SHARE, Weights, attention_estimate, plan_policy, sizes_of
 from alignment.training.planning import available_memory
@@ -147,7 +148,10 @@ def _plan_stage(
         dropout=supervised and config.adapter is not None and config.adapter.dropout > 0,
         supervised=supervised,
     )
+    stored = Checkpoint.of(model.config)
     reason = attention_estimate(config.model.attention) or (_SPECTRUM if config.spectrum is not None else "")
+    if stored.is_packed and not stored.settings.get("load_in_4bit"):
+        reason = f"LoRA layers on {stored.title} run peft's own forward, which keeps more than is counted"
     sizes = replace(sizes, estimate=sizes.estimate or reason)
     copies = not supervised and config.reference.mode is ReferenceMode.live and config.adapter is None
     context = CONTEXT[machine.device] + (weights.base if copies else 0)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 _LAUNCHED = int(2.25e11)
@@ -108,6 +109,9 @@ def _form(layer: Any, value: int, adapted: bool) -> _Form:
         return _Form(reads=is_wide, values=kept if is_wide else kept + n, passing=_DORA * n * m * 4)
     if hasattr(layer, "modules_to_save") or (not adapted and layer.weight.requires_grad):
         return _Form(reads=True)
+    weight = getattr(layer.get_base_layer(), "weight", None) if hasattr(layer, "lora_A") else None
+    if weight is not None and weight.dtype is torch.int8:
+        return _Form(reads=is_wide, values=next(iter(layer.r.values())) + (0 if is_wide else n))
     return _Form(fused=True)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from alignment.config.compose import load as compose
 from alignment.config.schema import Calibration
@@ -50,6 +50,15 @@ def packed(config, folder, quantization=NF4):
     return load(folder, quantization, attention="auto")
 
 
+def stored_in_8_bits(folder):
+    random_model(tiny_config(**WIDE)).save_pretrained(folder / "plain")
+    bits = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=bits, device_map="cpu").save_pretrained(
+        folder / "int8"
+    )
+    return load(folder / "int8")
+
+
 def family(name):
     """Twice as many layers as the families' table has: of each kind some."""
     found = next(f for f in FAMILIES if f.model_type == name)
@@ -78,6 +87,7 @@ POLICIES = {
     "iec": lambda _: attach_adapter(dense(), adapter(iec=True), 0),
     "nf4": lambda folder: option("lora", packed(tiny_config(**WIDE), folder)),
     "icq": lambda folder: option("lora", packed(tiny_config(**WIDE), folder, ICQ)),
+    "int8": lambda folder: option("lora", stored_in_8_bits(folder)),
     "spectrum": lambda _: attach_adapter(dense(), adapter(target_modules=CHOSEN), 0),
     "spectrum of a whole model": lambda _: attach_adapter(dense(), None, 0, modules=CHOSEN),
     "whole model": lambda _: attach_adapter(dense(), None, 0),
@@ -89,10 +99,7 @@ POLICIES = {
     "experts of mixtral": lambda folder: mixture("mixtral", folder, "all-linear"),
     **{name: lambda _, name=name: attach_adapter(family(name), adapter(target_modules=["auto"]), 0) for name in STATES},
 }
-CORE = (
-    "dora", "vera", "oft", "boft", "tokens of tied ends", "spectrum", "one pass of a whole model", "experts", "mamba2",
-    "icq",
-)  # fmt: skip
+CORE = ("dora", "boft", "tokens of tied ends", "spectrum", "one pass of a whole model", "experts", "mamba2")
 
 
 def with_masters(parameters):
