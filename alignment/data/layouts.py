@@ -372,6 +372,8 @@ def _variables(record: Record) -> dict[str, Any]:
         value = [value] if isinstance(value, dict) else value
         if not isinstance(value, list):
             raise Rejected("wrong_type", f"column '{name}' holds {found(value)}, not a list")
+        if name == "tools":  # some sets hold each of them as a JSON text
+            value = [read_written(tool, name) if isinstance(tool, str) else tool for tool in value]
         variables[name] = without_empty(value)
     return variables
 

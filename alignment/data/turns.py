@@ -48,7 +48,8 @@ class Rendered:
         if not self.text.startswith(prompt) and not self.text.startswith(self.render(self.messages[:count], False)):
             raise Rejected(
                 "template_not_prefix",
-                "the chat template writes the prompt differently once an answer follows; data.template_kwargs may help",
+                "the chat template writes the prompt differently once an answer follows; data.template_kwargs or "
+                "another model.chat_template (training: TRL's for this model) may help",
             )
 
     def last(self, prompt: str) -> Span:

@@ -38,6 +38,7 @@ def test_function_calling_sharegpt(qwen, config, text):
         )
         return
     found = written(qwen, config, published("qwen2_5"), tools=TOOLS)
+    assert found == written(qwen, config, published("qwen2_5"), tools=[TOOLS[1:-1]])  # each as text
     assert f"<tools>\n{TOOLS[1:-1]}\n</tools>" in found
     assert found.endswith(
         "<|im_start|>user\nsum?<|im_end|>\n"
