@@ -93,14 +93,19 @@ def _pair(record: Record) -> tuple[Text, list[Text]]:
     whole, answers = split_conversations([chosen, rejected])
     turns = [m for m in whole if m["role"] != "system"]
     if isinstance(prompt, str):  # UltraFeedback repeats the first question; others the last one
-        same = prompt.strip() in {m["content"].strip() for m in (*turns[:1], *turns[-1:])}
-    else:
-        beginning = meaning([m for m in prompt if m["role"] != "system"])
-        same = bool(beginning) and meaning(turns)[: len(beginning)] == beginning
-    if not same:
-        raise Rejected("prompts_differ", "column 'prompt' is not what the conversations in chosen and rejected share")
-    # the longer of the two has the system message
-    return (prompt if isinstance(prompt, list) and len(prompt) > len(whole) else whole), [*answers]
+        if prompt.strip() not in {m["content"].strip() for m in (*turns[:1], *turns[-1:])}:
+            raise _other_prompt()
+        return whole, [*answers]
+    asked = [m for m in prompt if m["role"] != "system"]
+    if not asked or meaning(turns[: len(asked)]) != meaning(asked):
+        raise _other_prompt()
+    # What both answers begin with beyond the prompt belongs to it; the longer of the two has the system message.
+    prompt = [*prompt, *turns[len(asked) :]]
+    return (prompt if len(prompt) > len(whole) else whole), [*answers]
+
+
+def _other_prompt() -> Rejected:
+    return Rejected("prompts_differ", "column 'prompt' is not what the conversations in chosen and rejected share")
 
 
 def _conversation_pair(record: Record) -> tuple[Text, list[Text]]:

@@ -94,6 +94,9 @@ def test_the_prompt_is_what_both_share(chosen, rejected, cut):
     for record in (asked, asked | {"prompt": question}, whole):
         again = row_of(record)
         assert (again.prompt, again.completions) == (row.prompt, row.completions)
+    system = {"role": "system", "content": "s"}
+    for record in (whole | {"prompt": [system, *chosen[:1]]}, whole | {"system": "s"}):
+        assert row_of(record).prompt == [system, *row.prompt]
     ranked = row_of({"prompt": chosen[:1], "completions": [rejected[1:], chosen[1:]], "scores": [1, 2]})
     assert (ranked.prompt, ranked.completions) == (row.prompt, row.completions)
 
