@@ -20,7 +20,7 @@ ONLY_IN = {
     "plotly": {"comparison.charts", "comparison.tracked"},
     "sqlite3": {"reference.store", "cache"},
     "greenlet": {"training.cohort"},
-    "bitsandbytes": {"policy", "kernels.calibrated", "kernels.nf4", "config.gpu"},
+    "bitsandbytes": {"policy", "kernels.calibrated", "kernels.eight_bit", "kernels.nf4", "config.gpu"},
 }
 """Wings and modules that may import a heavy library, so that replacing one touches little."""
 
