@@ -53,6 +53,7 @@ class Group:
         source: the row's origin, "file:row", for messages and samples.
         scored: K arrays (C_k,) bool, each true for at least one token: the tokens of a completion that are scored. The
             others, such as the results of tools, are context: they are read and have no log-prob. None: all are scored.
+        dataset: name of the source that the group comes from, in a mixture; it changes nothing but what is reported.
 
     Raises:
         ValueError: a wrong dtype, nothing to score, or another number of labels, scores or masks than completions.
@@ -65,6 +66,7 @@ class Group:
     weight: float = 1.0
     source: str = ""
     scored: tuple[np.ndarray, ...] | None = None
+    dataset: str = ""
 
     def __post_init__(self) -> None:
         if any(tokens.dtype != np.int32 for tokens in (self.prompt, *self.completions)):

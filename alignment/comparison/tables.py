@@ -284,9 +284,9 @@ def settings_and_data(found: Comparison) -> Table:
         for stage, prefix in (("sft", "sft.data"), ("preference", "data")):
             info = submapping(summary, "data", stage)
             if info:
-                source, train, held_out = map(
-                    format_value, (member.settings.get(f"{prefix}.source"), info.get("train"), info.get("eval"))
-                )
+                mixed = ", ".join(submapping(info, "sources"))
+                named = f"a mixture of {mixed}" if mixed else member.settings.get(f"{prefix}.source")
+                source, train, held_out = map(format_value, (named, info.get("train"), info.get("eval")))
                 title = "SFT data" if stage == "sft" else "preference data"
                 add(title, f"{source}: {train} to train on, {held_out} held out")
         if fingerprint := dig(summary, "data", "preference", "fingerprint"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from alignment.config import schema
+from alignment.config.data import HANDED_DOWN, UNSET, SourceConfig
 from alignment.config.messages import sentence
 from alignment.config.overrides import (
     WITH_NONE,
@@ -74,14 +76,17 @@ def finish_composition(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
     """Do what Hydra cannot, after it has composed and while it is still set up.
 
     The option `none` of a group wins over values that the recipe gives this group. Every loss of a mixture gets its
-    recommended settings, except for those that you give.
+    recommended settings, and every source of mixed data those of the data, except for those that you give.
 
     Raises:
-        UserError: a mixture of a loss that does not exist, or with settings that its losses do not have.
+        UserError: a mixture of a loss that does not exist, or with settings that its losses or sources do not have.
     """
     for group in WITH_NONE:
         if choices.get(group) == "none":
             cfg[group] = None
+    for key in ("data", "sft.data"):
+        if (data := OmegaConf.select(cfg, key)) is not None:
+            _complete_sources(data, key)
     if _is_mixture(cfg):
         for name in cfg.loss.weights:
             given = cfg.loss.settings.get(name, {})
@@ -92,6 +97,28 @@ def finish_composition(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
                 cfg.loss.settings[name].merge_with(given)
             except OmegaConfBaseException as error:
                 raise UserError(sentence(error)) from error
+
+
+def _complete_sources(data: DictConfig, key: str) -> None:
+    """Give every source of a mixture all settings: its own, then those of the data, then none."""
+    for name, given in (data.get("sources") or {}).items():
+        place = f"{key}.sources.{name}"
+        given = OmegaConf.create({"source": given}) if isinstance(given, str | ListConfig) else given
+        if not isinstance(given, DictConfig) or given.get("source") is None:
+            known = [other for other in data.sources if other != name]
+            raise UserError(
+                f"{place}.source is missing{did_you_mean(str(name), known)}: a source of a mixture names where its "
+                f"rows come from."
+            )
+        source = OmegaConf.structured(SourceConfig)
+        for field in fields(SourceConfig):
+            handed = data._get_node(field.name) if field.name in HANDED_DOWN else UNSET.get(field.name)
+            source[field.name] = {} if field.name == "where" else handed
+        data.sources[name] = source
+        try:
+            data.sources[name].merge_with(given)
+        except OmegaConfBaseException as error:
+            raise UserError(sentence(error)) from error
 
 
 def _recommended(name: str) -> DictConfig:

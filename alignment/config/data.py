@@ -1,13 +1,16 @@
-"""The settings of one data set."""
+"""The settings of the data: of one set, or of a mixture of sources."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
-from alignment.errors import as_names, require
+from alignment.errors import UserError, as_names, require
+from alignment.losses import LOSSES
 
 ONE_OR_MORE = "one text, or a list of texts"
 """The kind of a setting whose type says no more than Any: configurations cannot be merged with unions of types."""
@@ -63,9 +66,79 @@ OUTCOMES = ("first", "second", "tie", "both_bad")
 """What `DataConfig.winner` gives values for."""
 
 
+class Exhausted(Enum):
+    """What ends an epoch of a mixture with weights.
+
+    `stop`: the first source of which all rows are drawn, so that no row is drawn twice. `repeat`: the last one, and
+    smaller sources begin again.
+    """
+
+    stop = "stop"
+    repeat = "repeat"
+
+
+class Duplicates(Enum):
+    """What becomes of training rows that repeat an earlier one: they are counted, or left out."""
+
+    keep = "keep"
+    drop = "drop"
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One source of a mixture: where its rows come from, and how many of them are trained on.
+
+    `source` to `template_kwargs` mean what they mean for the data. `where` keeps the rows, training and held out, whose
+    columns have these values. An epoch has `count` training rows of the source, or a number in proportion to `weight`,
+    or, with neither, all of them.
+    """
+
+    source: Any = field(metadata={"kind": ONE_OR_MORE})
+    name: str | None
+    revision: str | None
+    streaming: bool
+    split: str
+    eval_source: Any = field(metadata={"kind": ONE_OR_MORE})
+    eval_split: str | None
+    eval_size: int
+    columns: dict[str, str]
+    winner: dict[str, Any]
+    where: dict[str, Any]
+    system: str | None
+    max_bad_rows: int | None
+    limit: int | None
+    eval_limit: int | None
+    template_kwargs: dict[str, Any]
+    weight: float | None
+    count: int | None
+
+    def check(self, key: str) -> None:
+        """Refuse a share that is none; `key` names the source in messages."""
+        weight, count = self.weight, self.count
+        require(weight is None or count is None, f"{key} has a weight and a count: leave one of them out.")
+        require(
+            weight is None or 0 <= weight < math.inf,
+            f"{key}.weight must be null or a finite number, at least 0, not {weight}.",
+        )
+        require(count is None or count >= 0, f"{key}.count must be null or at least 0, not {count}.")
+
+
+OF_SOURCES = tuple(f.name for f in fields(SourceConfig) if f.name not in ("where", "weight", "count"))
+"""Settings of the data that each source of a mixture has of its own."""
+
+HANDED_DOWN = ("streaming", "system", "eval_size", "eval_limit", "max_bad_rows", "template_kwargs")
+"""Those of them that a source takes from the data unless it says otherwise."""
+
+UNSET: dict[str, Any] = {"split": "train", "columns": {}, "winner": {}, "train_where": {}}
+"""What the settings that are not handed down are without a value; all others are null."""
+
+METRICS = ("rewards", "logps", "lengths", "nats", "nats_per_token", "ranking", "kl", "reference_logps")
+"""Names of metrics, which no source of a mixture may have: its own are `eval/<source>/...`."""
+
+
 @dataclass(kw_only=True)
 class DataConfig:
-    """One data set and how it becomes tokens.
+    """One data set, or a mixture of them, and how it becomes tokens.
 
     `source` is `bundled:<name>`, a file, folder or pattern of this machine or at an address (`places.DATA_ENDINGS`),
     a hub id, or a list of these, which are read one after another. `revision` is that of a hub set, and `streaming`
@@ -78,6 +151,11 @@ class DataConfig:
 
     `winner` lists the values that a verdict on two answers has, e.g. {first: [0], second: [1], tie: [2]}; {} where they
     speak for themselves. Pairs whose scores differ by less than `min_score_gap` are left out.
+
+    `sources` makes a mixture: each name maps to a `SourceConfig`, and `source` is null. `exhausted` says what ends its
+    epoch, and `seed` draws its rows and their order. `duplicates` says what becomes of training rows that repeat an
+    earlier one. `decontaminate` names evaluation sets: a training row whose prompt shares words with one of them is
+    left out (see `alignment.data.decontamination`), with `decontaminate_answers` also one whose answers do.
     """
 
     source: Any = field(metadata={"kind": ONE_OR_MORE})
@@ -105,17 +183,77 @@ class DataConfig:
     winner: dict[str, Any]
     ties: Ties
     strengths: Strengths
+    sources: dict[str, Any]
+    exhausted: Exhausted
+    seed: int
+    duplicates: Duplicates
+    decontaminate: list[str]
+    decontaminate_answers: bool
 
     @property
     def named(self) -> list[str]:
         """All sources that the settings name."""
+        if self.sources:
+            return [name for part in self.parts.values() for name in part.named]
         others = [] if self.eval_source is None else as_names("data.eval_source", self.eval_source)
-        return [*as_names("data.source", self.source), *others]
+        return [*as_names("data.source", self.source), *others, *self.decontaminate]
+
+    @property
+    def title(self) -> str:
+        """The data in messages."""
+        return f"the mixture of {', '.join(self.sources)}" if self.sources else ", ".join(as_names("", self.source))
+
+    @property
+    def parts(self) -> dict[str, DataConfig]:
+        """The settings of each source of a mixture, as of a set of its own."""
+        return {
+            name: replace(self, sources={}, **{key: getattr(source, key) for key in OF_SOURCES})
+            for name, source in self.sources.items()
+        }
+
+    def _check_sources(self) -> Iterator[str]:
+        """What is wrong with the sources of a mixture."""
+        for key in (
+            "source",
+            "name",
+            "revision",
+            "split",
+            "eval_source",
+            "eval_split",
+            "columns",
+            "winner",
+            "train_where",
+        ):
+            if getattr(self, key) != UNSET.get(key):
+                now = "null" if UNSET.get(key) is None else str(UNSET[key])
+                yield f"data.{key} has no effect with data.sources: set data.{key}={now}, and give it to a source."
+        for name, source in self.sources.items():
+            if not re.fullmatch(r"[\w-]+", name):
+                yield f"data.sources: the name '{name}' of a source may have letters, digits, _ and - only."
+            if name in METRICS or name in LOSSES:
+                yield f"data.sources.{name}: a metric has this name already, so give the source another one."
+            source.check(f"data.sources.{name}")
+        shares = [source.weight for source in self.sources.values() if source.weight is not None]
+        others = any(source.weight is None and source.count != 0 for source in self.sources.values())
+        if not sum(shares) and not others:
+            yield "data.sources: no source has a weight or a count above 0, so there is nothing to train on."
 
     def __post_init__(self) -> None:
-        require(bool(as_names("data.source", self.source)), "data.source=[] names nothing to read.")
+        if self.sources:
+            for problem in self._check_sources():
+                raise UserError(problem)
+        else:
+            given = self.source is not None and as_names("data.source", self.source)
+            now = "null" if self.source is None else self.source
+            require(bool(given), f"data.source={now} names nothing to read: give it a source, or data.sources.")
         if self.eval_source is not None:
             as_names("data.eval_source", self.eval_source)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"data.seed must be in [0, {2**32}), not {self.seed}.")
+        require(
+            not self.decontaminate_answers or bool(self.decontaminate),
+            "data.decontaminate_answers has no effect without data.decontaminate, which names the evaluation sets.",
+        )
         require(self.max_length >= 2, f"data.max_length must be at least 2, not {self.max_length}.")
         require(
             1 <= self.max_prompt_length < self.max_length,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 from alignment.config.data import DataConfig
@@ -40,7 +41,7 @@ def read_modelscope(source: str, split: str, config: DataConfig) -> Iterator[dic
         UserError: the package is not installed, or the set cannot be loaded.
     """
     try:
-        from modelscope.msdatasets import MsDataset
+        load = import_module("modelscope.msdatasets").MsDataset.load
     except ImportError as error:
         raise UserError(
             f"{source} needs the package modelscope, which cannot be imported ({error}): install it, or give a local "
@@ -49,7 +50,7 @@ def read_modelscope(source: str, split: str, config: DataConfig) -> Iterator[dic
     asked = {"subset_name": config.name, "split": split, "version": config.revision}
     more = {key: value for key, value in asked.items() if value is not None}
     try:
-        yield from MsDataset.load(source.removeprefix(MODELSCOPE_PREFIX), use_streaming=config.streaming, **more)
+        yield from load(source.removeprefix(MODELSCOPE_PREFIX), use_streaming=config.streaming, **more)
     except Exception as error:  # of several libraries: network, name, split, file
         cause = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(

@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from alignment.config.data import DataConfig
 from alignment.data.findings import Found, report
 from alignment.data.layouts import Stage
+from alignment.data.mixture import mixed, source_in_words
 from alignment.data.prepared import Place, prepared
 from alignment.data.reasons import in_words
 from alignment.data.row_facts import RowFacts
@@ -45,12 +46,16 @@ class PreferenceData:
 
 @dataclass(slots=True)
 class SFTData:
-    """Tokenised conversations of a run; `sources` are those of `train`, `info` goes into the summary."""
+    """Tokenised conversations of a run; `sources` are those of `train`, `info` goes into the summary.
+
+    `eval_datasets` names the source in a mixture of each held-out conversation; without a mixture it is empty.
+    """
 
     train: Sequence[Conversation]
     eval: Sequence[Conversation]
     sources: Sequence[str]
     info: dict[str, Any]
+    eval_datasets: list[str] = field(default_factory=list)
 
 
 _SAMPLE_TOKENS = 16384
@@ -84,8 +89,11 @@ def _data_info(title: str, loaded: LoadedData, facts: RowFacts, *parts: Tokenize
     for sentence in missing:
         log.warning("  %s", sentence)
     facts.report()
+    for name, numbers in loaded.sources.items():
+        log.info("  %s", source_in_words(name, numbers))
     findings, sentences = report(found for part in parts for found in part.findings)
-    return {
+    of_sources = {"sources": loaded.sources} if loaded.sources else {}
+    return of_sources | {
         "source": loaded.description,
         "layout": loaded.layout,
         "fingerprint": loaded.fingerprint,
@@ -134,8 +142,10 @@ def read_preferences(
     Raises:
         UserError: the data cannot be used.
     """
-    make = partial(tokenize_groups, tokenizer=tokenizer, config=config, day=day)
+    make = partial(tokenize_groups, tokenizer=tokenizer, day=day)
     with prepared(config, "preference", tokenizer, day, cache) as place:
+        if config.sources:
+            return ReadPreferences(*mixed(config, "preference", make, place))
         made = _prepare(config, place, "preference", make, GROUPS, TokenizedData, _lines_of_held_out)
     loaded, facts, train, held_out, lines = made
     if lines is not None:  # of large data, the rows of which are gone
@@ -177,10 +187,10 @@ def _prepare(
     loaded = load_rows(config, stage=stage, folder=None if place is None else place.folder.parent)
     facts = RowFacts.of(chain(loaded.train, loaded.eval))
     if place is None or (isinstance(loaded.train, list) and isinstance(loaded.eval, list)):
-        return loaded, facts, tokenize(loaded.train), tokenize(loaded.eval), None
+        return loaded, facts, tokenize(loaded.train, config=config), tokenize(loaded.eval, config=config), None
 
     # Into files, of which the rest of the content says how they were made
-    train, held_out = (tokenize(getattr(loaded, name), folder=place.folder / name) for name in _PARTS)
+    train, held_out = (tokenize(getattr(loaded, name), config=config, folder=place.folder / name) for name in _PARTS)
     writer, texts = StoreWriter(place.folder / _TEXTS, TEXTS), texts_of(train, held_out)
     while batch := list(islice(texts, _AT_ONCE)):
         writer.add(batch)
@@ -273,11 +283,13 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
                 parts[part] = as_pairs(groups, config.list_pairs)
                 log.info("  %s: %d pairs of %d lists", part, len(parts[part]), len(groups))
                 if groups and not parts[part]:
-                    raise UserError(f"{config.source}: no {part} list has two completions with different scores.")
+                    raise UserError(f"{config.title}: no {part} list has two completions with different scores.")
     if needs.orders_ties:
         _warn_of_ties(parts["training"], loss.name)
     if config.min_score_gap:
         parts = {part: _apart(groups, part, needs.unit, config) for part, groups in parts.items()}
+    if any(group.labels is not None for group in parts["held-out"]):  # beside labelled rows pairs are rows too
+        parts["held-out"] = as_rows(parts["held-out"])
     places = {row.source: index for index, row in enumerate(held_out.rows)}
     eval_groups = parts["held-out"]
     eval_rows = Picked(held_out.rows, [places[group.source] for group in eval_groups])
@@ -289,7 +301,7 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
         if 0 < len(items) < needs.min_items:
             raise UserError(
                 f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} {needs.unit}s, and "
-                f"{config.source} has {len(items)}."
+                f"{config.title} has {len(items)}."
             )
     for group in chain(parts["training"], eval_groups):
         if (problem := loss.problem(len(group.completions), group.scores)) is not None:
@@ -318,7 +330,7 @@ def _apart(groups: Sequence[Group], part: str, unit: str, config: DataConfig) ->
         raise UserError(f"data.min_score_gap={gap:g} chooses pairs, and the loss takes whole lists: set it to 0.")
     if any(group.scores is None for group in groups):
         raise UserError(
-            f"data.min_score_gap={gap:g} needs scores, and {config.source} has answers without: set it to 0."
+            f"data.min_score_gap={gap:g} needs scores, and {config.title} has answers without: set it to 0."
         )
     apart = with_gap(groups, gap)
     log.info(
@@ -329,7 +341,7 @@ def _apart(groups: Sequence[Group], part: str, unit: str, config: DataConfig) ->
         gap,
     )
     if groups and not apart:
-        raise UserError(f"{config.source}: no {part} pair has scores that differ by data.min_score_gap={gap:g}.")
+        raise UserError(f"{config.title}: no {part} pair has scores that differ by data.min_score_gap={gap:g}.")
     return apart
 
 
@@ -341,10 +353,14 @@ def load_conversations(
     Raises:
         UserError: the data cannot be used, or nothing is left to train on.
     """
-    make = partial(tokenize_sft, tokenizer=tokenizer, config=config, day=day)
+    make = partial(tokenize_sft, tokenizer=tokenizer, day=day)
     with prepared(config, "sft", tokenizer, day, cache) as place:
-        made = _prepare(config, place, "sft", make, CONVERSATIONS, TokenizedSFT, _sources_of_train)
-    loaded, facts, train, held_out, sources = made
+        if config.sources:
+            loaded, facts, train, held_out = mixed(config, "sft", make, place)
+            sources = None
+        else:
+            made = _prepare(config, place, "sft", make, CONVERSATIONS, TokenizedSFT, _sources_of_train)
+            loaded, facts, train, held_out, sources = made
     drops = [*loaded.dropped, *train.drops, *held_out.drops]
     info = _data_info("SFT data", loaded, facts, train, held_out)
     _warn_of_cuts(info["tokens"].get("truncated", 0), len(train.sequences) + len(held_out.sequences), config, "sft.")
@@ -352,7 +368,8 @@ def load_conversations(
     info["tokens_digest"] = sequences_digest(train.sequences, held_out.sequences)
     if sources is None:
         sources = [row.source for row in train.rows]
-    return SFTData(train.sequences, held_out.sequences, sources, info), [*loaded.bad, *drops]
+    names = [name for name, numbers in loaded.sources.items() for _ in range(numbers["eval"])]
+    return SFTData(train.sequences, held_out.sequences, sources, info, names), [*loaded.bad, *drops]
 
 
 def _sources_of_train(train: TokenizedSFT, held_out: TokenizedSFT) -> Iterator[str]:
@@ -360,7 +377,8 @@ def _sources_of_train(train: TokenizedSFT, held_out: TokenizedSFT) -> Iterator[s
     return (row.source for row in train.rows)
 
 
-_BESIDE_TOKENS = tuple(f.name for f in fields(Group) if f.name not in ("prompt", "completions", "source", "scored"))
+_APART = ("prompt", "completions", "source", "scored", "dataset")
+_BESIDE_TOKENS = tuple(f.name for f in fields(Group) if f.name not in _APART)
 
 
 def _groups_digest(*parts: Sequence[Group]) -> str:

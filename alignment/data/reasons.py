@@ -21,6 +21,8 @@ WORDS = {
     "bad_weight": "with a weight that is no number",
     "broken_json": "that are no valid JSON",
     "completion_truncated_away": "whose prompt alone fills max_length",
+    "contaminated": "that share words with an evaluation set",
+    "duplicate": "that repeat an earlier one",
     "empty_answer": "with an empty answer",
     "empty_prompt": "with an empty prompt",
     "identical_after_tokenising": "with answers that are the same in their first tokens",

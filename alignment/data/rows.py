@@ -66,8 +66,8 @@ class BadRow:
 
     @property
     def fault(self) -> bool:
-        """Whether something is wrong with it; a comparison without a winner is right and serves for nothing."""
-        return self.reason not in ("tie", "both_bad", "single_answer")
+        """Whether something is wrong with it: a comparison without a winner or a repeated row is right, and no use."""
+        return self.reason not in ("tie", "both_bad", "single_answer", "duplicate", "contaminated")
 
     @classmethod
     def of(cls, row: Row, reason: str, message: str) -> BadRow:
@@ -107,6 +107,18 @@ def fingerprint(*parts: Sequence[Row]) -> str:
             digest.update(json.dumps(content, sort_keys=True, default=str).encode("ascii") + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()
+
+
+def prompt_key(row: Row) -> bytes:
+    """SHA-256 of a row's prompt."""
+    return hashlib.sha256(json.dumps(row.prompt, sort_keys=True).encode("ascii")).digest()
+
+
+def content_key(row: Row) -> int:
+    """64-bit hash of what a row trains on: prompt, completions, labels and steps, wherever it came from."""
+    content = [row.prompt, row.completions, row.labels, row.steps, row.variables]
+    text = json.dumps(content, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode("ascii"), digest_size=8).digest(), "big")
 
 
 def count_reasons(bad: Iterable[BadRow]) -> dict[str, int]:

@@ -86,7 +86,8 @@ def as_pairs(groups: Sequence[Group], how: ListPairs) -> Sequence[Group]:
 
 def _pair(group: Group, i: int, j: int) -> Group:
     scores = None if group.scores is None else (group.scores[i], group.scores[j])
-    return replace(group.only(i, j), scores=scores, weight=group.weight, source=group.source)
+    pair = replace(group.only(i, j), scores=scores, weight=group.weight)
+    return replace(pair, source=group.source, dataset=group.dataset)
 
 
 def with_gap(pairs: Sequence[Group], gap: float) -> Sequence[Group]:
@@ -104,16 +105,22 @@ def _index_pairs(size: int, how: ListPairs) -> list[tuple[int, int]]:
 
 
 def as_rows(groups: Sequence[Group]) -> Sequence[Group]:
-    """One labelled row per completion, in the order of `rows_from_pairs`. Labelled rows stay as they are."""
+    """One labelled row per completion, in the order of `rows_from_pairs`. Labelled rows stay as they are, in front."""
     if isinstance(groups, Stored):
-        is_labelled = bool(groups.counts("labels").any())
+        is_labelled = groups.counts("labels") > 0
     else:
-        is_labelled = any(group.labels is not None for group in groups)
-    if is_labelled:
+        is_labelled = np.array([group.labels is not None for group in groups], dtype=bool)
+    if is_labelled.all():
         return groups
-    indices = np.array(rows_from_pairs(len(groups)), dtype=np.int64)
-    return _Derived(groups, np.stack([indices // 2, indices % 2], axis=1), _row).of(groups)
+    (labelled,), (pairs,) = np.nonzero(is_labelled), np.nonzero(~is_labelled)
+    order = np.array(rows_from_pairs(len(pairs)), dtype=np.int64)
+    as_they_are = np.stack([labelled, np.full(len(labelled), -1)], axis=1)
+    split = np.stack([pairs[order // 2], order % 2], axis=1)
+    return _Derived(groups, np.concatenate([as_they_are, split]), _row).of(groups)
 
 
 def _row(group: Group, k: int) -> Group:
-    return replace(group.only(k), labels=(k == 0,), weight=group.weight, source=group.source)
+    if k < 0:
+        return group
+    row = replace(group.only(k), labels=(k == 0,), weight=group.weight)
+    return replace(row, source=group.source, dataset=group.dataset)

@@ -201,7 +201,8 @@ def _adapter_line(adapter: dict[str, Any]) -> str:
 
 def _data_line(run: RunFiles, stage: str, source: Any) -> str | None:
     info = submapping(run.summary, "data", stage)
-    parts = [str(source)] if source else []
+    mixed = submapping(info, "sources")
+    parts = [f"a mixture of {', '.join(mixed)}"] if mixed else [str(source)] if source else []
     parts += [
         f"{format_value(info[key])} {title}"
         for key, title in (("train", "rows to train on"), ("eval", "held out"))
@@ -213,6 +214,34 @@ def _data_line(run: RunFiles, stage: str, source: Any) -> str | None:
     if info.get("fingerprint") is not None:
         parts.append(f"fingerprint {short_hash(info['fingerprint'])}")
     return "; ".join(parts) or None
+
+
+_SOURCE_COLUMNS = {
+    "rows": "of",
+    "trained on": "train",
+    "share": "share",
+    "held out": "eval",
+    "loss": "loss",
+    "reward accuracy": "rewards/accuracies",
+    "reward margin": "rewards/margins",
+    "margin vs reference, nats": "nats/margins",
+    "ranking accuracy": "ranking/accuracies",
+}
+"""The columns of the table of sources, with their names in the summary's data or among the metrics of a source."""
+
+
+def _source_table(summary: dict[str, Any], stage: str) -> tuple[list[str], Rows]:
+    """A row per source of a mixture: its share of the training, and how its held-out rows are at the end."""
+    sources = submapping(summary, "data", stage, "sources")
+    metrics = submapping(summary, "stages", stage, "metrics")
+    shown: dict[str, list[str]] = {}
+    for title, key in _SOURCE_COLUMNS.items():
+        show = percent if title == "share" or title.endswith("accuracy") else format_value
+        values = (facts.get(key, metrics.get(f"eval/{name}/{key}")) for name, facts in sources.items())
+        cells = [show(value) for value in values]
+        if set(cells) - {DASH}:
+            shown[title] = cells
+    return ["source", *shown], [[name, *cells] for name, *cells in zip(sources, *shown.values(), strict=True)]
 
 
 def _quantisation(settings: Mapping[str, Any]) -> str:
@@ -295,6 +324,11 @@ def write_report(run_dir: Path) -> Path:
     header, rows = _stage_table(run.summary)
     if rows:
         parts += ["## Stages", markdown_table([escape_markdown(cell) for cell in header], rows)]
+    for stage in STAGES:
+        header, rows = _source_table(run.summary, stage)
+        if rows:
+            parts.append(f"Sources of the {'SFT' if stage == 'sft' else 'preference'} data, held out at the end:")
+            parts.append(markdown_table(header, rows))
     if (together := as_count(dig(run.summary, "cohort", "size"))) > 1:
         parts.append(
             f"Up to {together} members of a sweep trained together in one process: the seconds of the preference "

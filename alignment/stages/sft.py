@@ -88,6 +88,8 @@ class SFTStage:
             "seed": self._config.seed,
             "template": self._work.tokenizer.chat_template,
         }
+        if self._data.eval_datasets:  # what else the result holds of the same tokens
+            settings["eval_datasets"] = self._data.eval_datasets
         return stage_key(model, (self._data.train, self._data.eval), settings)
 
     def run(self, model: nn.Module, log_metrics: LogFunction) -> StageResult:
@@ -226,6 +228,21 @@ def _trainer_class(data: SFTData) -> Any:
             loss = _scored_loss(model, inputs["input_ids"], inputs["labels"], num_items_in_batch)
             return (loss, {}) if return_outputs else loss
 
+        def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+            """Of a mixture source by source; the whole loss is the mean over the examples of all of them."""
+            if not data.eval_datasets:
+                return super().evaluation_loop(dataloader, *args, **kwargs)
+            total = 0.0
+            found: dict[str, float] = {}
+            for name in dict.fromkeys(data.eval_datasets):
+                members = [i for i, of in enumerate(data.eval_datasets) if of == name]
+                part = self.get_eval_dataloader(dataloader.dataset.select(members))
+                output = super().evaluation_loop(part, *args, **kwargs)
+                found[f"eval_{name}/loss"] = output.metrics["eval_loss"]
+                total += output.metrics["eval_loss"] * len(members)
+            output.metrics["eval_loss"] = total / len(data.eval_datasets)
+            return output._replace(metrics=output.metrics | found, num_samples=len(data.eval_datasets))
+
         def step_rows(self) -> Sequence[str]:
             seen = [
                 ids[mask.bool()].tolist()
@@ -238,8 +255,9 @@ def _trainer_class(data: SFTData) -> Any:
 
 
 def _final_metrics(history: Sequence[dict[str, float]], has_eval: bool) -> dict[str, float]:
-    last = {name: row[name] for row in history for name in ("loss", "eval_loss") if name in row}
+    last = {name: value for row in history for name, value in row.items() if name == "loss" or name.startswith("eval_")}
     final = {"train/loss": last["loss"]}
     if has_eval:
-        final["eval/loss"] = last["eval_loss"]
+        names = [name for name in last if name == "eval_loss" or name.endswith("/loss")]
+        final |= {f"eval/{name.removeprefix('eval_')}": last[name] for name in names}
     return final

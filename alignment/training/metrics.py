@@ -147,12 +147,16 @@ def held_out_rows(groups: Sequence[Group], inputs: LossInputs, output: LossOutpu
 
     Returns:
         One dict per item: `source`, `key` (a hash of its tokens, equal in runs with the same data and tokenizer), its
-        metrics (a labelled row has those of its side), and with a reference its log-probs as `reference_logps/*`.
+        metrics (a labelled row has those of its side), and with a reference its log-probs as `reference_logps/*`. In a
+        mixture `dataset` names its source.
     """
     per_sequence = _per_sequence(inputs, output)
     if inputs.reference is not None:
         per_sequence["reference_logps"] = inputs.reference.sums()
     rows: list[dict[str, Any]] = [{"source": group.source, "key": _key(group)} for group in groups]
+    for row, group in zip(rows, groups, strict=True):
+        if group.dataset:
+            row["dataset"] = group.dataset
     if inputs.labels is None:
         for name, values in _by_pair(inputs, per_sequence).items():
             for row, value in zip(rows, values.tolist(), strict=True):
@@ -162,6 +166,27 @@ def held_out_rows(groups: Sequence[Group], inputs: LossInputs, output: LossOutpu
             for row, value, label in zip(rows, values.tolist(), inputs.labels.tolist(), strict=True):
                 row[f"{kind}/{'chosen' if label else 'rejected'}"] = value
     return rows
+
+
+def means_by_dataset(rows: Sequence[dict[str, Any]], losses: Tensor) -> dict[str, float]:
+    """The means over the items of each source of a mixture, as "<source>/<metric>"; nothing without a mixture.
+
+    Args:
+        rows: from `held_out_rows`.
+        losses: (items,), or (2 * items,) where the loss took pairs as rows, in the order of `rows_from_pairs`.
+    """
+    per_item = losses.detach().double().cpu().reshape(-1, len(rows)).mean(0)
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(row["dataset"] for row in rows if "dataset" in row):
+        members = [i for i, row in enumerate(rows) if row.get("dataset") == name]
+        means = Means()
+        means.add({"loss": per_item[members]})
+        for i in members:
+            for key, value in rows[i].items():
+                if isinstance(value, int | float) and not key.startswith("reference_logps/"):
+                    means.add({key: torch.tensor(value, dtype=torch.float64)})
+        found |= {f"{name}/{key}": value for key, value in means.take().items()}
+    return found
 
 
 def _key(group: Group) -> str:

@@ -27,7 +27,7 @@ from alignment.policy.layers import checkpoint_layers, decoder_layers
 from alignment.reference.base import Reference
 from alignment.scoring.layout import BatchLayout
 from alignment.scoring.logps import largest_group, ran_out_of_memory, smaller_budget
-from alignment.training.metrics import Means, Observed, held_out_rows, preference_metrics, read
+from alignment.training.metrics import Means, Observed, held_out_rows, means_by_dataset, preference_metrics, read
 from alignment.training.objective import Evaluation, Objective, Processes, evaluated, step_seeds, step_totals
 from alignment.training.optimizers import as_policy, as_stepped
 from alignment.training.router import RouterLoss
@@ -304,6 +304,8 @@ class PreferenceTrainer(StageTrainer):
     def held_out_metrics(self, groups: Sequence[Group], at_reference: bool = False) -> dict[str, float]:
         """Exact means over the groups; the loss is computed once over all of them, as if they were one step.
 
+        In a mixture the means over each source are there too, as "<source>/<metric>".
+
         Nothing is drawn at random, and the loss's running state does not change. Pass `at_reference` while the policy
         still equals its reference: then the reference's log-probs serve for both.
         """
@@ -327,7 +329,8 @@ class PreferenceTrainer(StageTrainer):
         if len(evaluated_groups) > len(groups):  # the loss took pairs as rows; the metrics are those of the pairs
             inputs, output = _paired(inputs, output)
         means.add(preference_metrics(inputs, output))
-        return means.take(), held_out_rows(groups, inputs, output)
+        rows = held_out_rows(groups, inputs, output)
+        return means.take() | means_by_dataset(rows, found.losses), rows
 
     def save_state(self, folder: Path) -> None:
         """Write the loss's running state into a checkpoint."""

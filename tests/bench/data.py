@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,29 +80,10 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> None:
 def _ours(model: str, rows: Path, cache: Path) -> Callable[[], Iterator[list[list[int]]]]:
     from transformers import AutoTokenizer
 
-    from alignment.config.schema import DataConfig, Keep, ListPairs
     from alignment.data.prepare import read_preferences
+    from tests.bench.one_run import data_config
 
-    config = DataConfig(
-        source=str(rows),
-        name=None,
-        split="train",
-        eval_source=None,
-        eval_split=None,
-        eval_size=0,
-        columns={},
-        train_where={},
-        system=None,
-        max_length=MAX_LENGTH,
-        max_prompt_length=MAX_LENGTH // 2,
-        truncate_prompt=Keep.end,
-        max_bad_rows=None,
-        allow=[],
-        limit=None,
-        eval_limit=None,
-        template_kwargs={},
-        list_pairs=ListPairs.best_vs_worst,
-    )
+    config = replace(data_config(str(rows)), max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH // 2)
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def prepare() -> Iterator[list[list[int]]]:

@@ -25,7 +25,7 @@ import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from alignment.config.data import DataConfig, Keep, ListPairs, ScoredTurns
+from alignment.config.data import DataConfig, Duplicates, Exhausted, Keep, ListPairs, ScoredTurns, Strengths, Ties
 from alignment.config.schema import (
     Calibration,
     Device,
@@ -34,8 +34,6 @@ from alignment.config.schema import (
     OptimConfig,
     Planning,
     QuantizationConfig,
-    Strengths,
-    Ties,
     TrainerConfig,
 )
 from alignment.data.rows import Row
@@ -124,6 +122,12 @@ def data_config(source: str) -> DataConfig:
         winner={},
         ties=Ties.drop,
         strengths=Strengths.scores,
+        sources={},
+        exhausted=Exhausted.stop,
+        seed=0,
+        duplicates=Duplicates.keep,
+        decontaminate=[],
+        decontaminate_answers=False,
     )
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,22 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from alignment.config.data import DataConfig, Keep, ListPairs, ScoredTurns, Strengths, Ties
+from alignment.config.data import (
+    DataConfig,
+    Duplicates,
+    Exhausted,
+    Keep,
+    ListPairs,
+    ScoredTurns,
+    SourceConfig,
+    Strengths,
+    Ties,
+)
 from tests.conftest import shared_data
 from tests.helpers.chat_templates import CHATML
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config():
     """A `DataConfig` with the given fields over plain defaults."""
 
@@ -37,8 +48,34 @@ def config():
                 "truncate_prompt": Keep.end,
                 "score": ScoredTurns.all,
             },
+            **{"sources": {}, "exhausted": Exhausted.stop, "seed": 0, "duplicates": Duplicates.keep},
+            **{"decontaminate": [], "decontaminate_answers": False},
         }
         return DataConfig(source=source if isinstance(source, list) else str(source), **(defaults | fields))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mixture(config):
+    """A `DataConfig` of sources, each given as the fields that it has of its own."""
+
+    def make(sources, **fields):
+        plain = {
+            **dict.fromkeys(("name", "revision", "eval_source", "eval_split", "system", "max_bad_rows", "limit")),
+            **dict.fromkeys(("eval_limit", "weight", "count")),
+            **{
+                "streaming": False,
+                "split": "train",
+                "eval_size": 0,
+                "columns": {},
+                "winner": {},
+                "where": {},
+                "template_kwargs": {},
+            },
+        }
+        parts = {name: SourceConfig(**(plain | own | {"source": str(own["source"])})) for name, own in sources.items()}
+        return replace(config(), source=None, sources=parts, **fields)
 
     return make
 

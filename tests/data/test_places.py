@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from alignment.config.places import is_on_hub
-from alignment.data import sources
+from alignment.data import opening, sources
 from alignment.data.formats import read_file
 from alignment.data.sources import load_rows
 from alignment.errors import UserError
@@ -195,7 +195,7 @@ def counted(monkeypatch):
             taken.append(record)
             yield number, record
 
-    monkeypatch.setattr(sources, "read_file", reading)
+    monkeypatch.setattr(opening, "read_file", reading)
     return taken
 
 

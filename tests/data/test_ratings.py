@@ -92,7 +92,7 @@ def test_rated_data_without_two_answers_to_a_prompt_are_refused(config, jsonl):
     """The message says why, and not that the layout is unknown."""
     path = jsonl([{"prompt": f"p{k}", "response": "x", "score": k} for k in range(3)])
     with pytest.raises(
-        UserError, match=r"no usable row, and 3 that compare nothing: rows 1, 2 and 3: its prompt has no"
+        UserError, match=r"no usable row, and 3 whose prompt has no second answer: rows 1, 2 and 3: its prompt has no"
     ):
         load_rows(config(path), stage="preference")
 

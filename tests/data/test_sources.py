@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from alignment.data import sources
+from alignment.data import opening
 from alignment.data.rows import BadRow, Row, fingerprint, require_pairs, require_scores, write_rejected
 from alignment.data.sources import load_rows
 from alignment.errors import UserError
@@ -130,7 +130,7 @@ def test_unreadable_files(tmp_path, config, name, content, message):
 
 @pytest.mark.parametrize("source", ["./nothing", "/nothing/here", "nothing.jsonl", "~/nothing-here", "a/b/c", "a b"])
 def test_absent_paths_are_not_taken_for_hub_ids(config, source, monkeypatch):
-    monkeypatch.setattr(sources, "read_hub", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(opening, "read_hub", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=f"no file or folder '{source}'"):
         load(config(source))
 
@@ -192,7 +192,7 @@ def test_folder_names_the_file_of_a_bad_row(jsonl, tmp_path, config):
 
 
 def test_bundled(jsonl, tmp_path, config, monkeypatch):
-    monkeypatch.setattr(sources, "BUNDLED", tmp_path)
+    monkeypatch.setattr(opening, "BUNDLED", tmp_path)
     jsonl([pair(1), pair(2)], "toy_train.jsonl")
     jsonl([pair(3)], "toy_eval.jsonl")
     jsonl([{"prompt": f"p{i}", "completion": "c"} for i in range(4)], "toy_sft.jsonl")

@@ -1,6 +1,7 @@
 """One whole training step against a plain computation from full logits that shares no code with it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,26 @@ def test_evaluation_does_not_depend_on_its_batches(name, tmp_path):
         assert other.keys() == results[0].keys()
         for key, value in other.items():
             assert math.isclose(value, results[0][key], rel_tol=1e-9, abs_tol=1e-12), key
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_the_sources_of_a_mixture_are_evaluated_apart(name, tmp_path):
+    """Each as it would be alone, though one pass scores all: metrics of pairs, and losses that look at one pair."""
+    groups = [replace(group, dataset="ab"[i % 3 == 0]) for i, group in enumerate(random_groups(7, seed=6))]
+    policy = tiny_policy(trained=True)
+    train = as_rows(groups) if name == "kto" else groups
+    trainer = make_trainer(policy, train, make_loss(name), tmp_path)
+    moved(policy)
+    found = trainer.held_out_metrics(groups)
+    for source in "ab":
+        alone = trainer.held_out_metrics([replace(g, dataset="") for g in groups if g.dataset == source])
+        apart = {key.removeprefix(f"{source}/"): value for key, value in found.items() if key.startswith(f"{source}/")}
+        assert {"loss", "rewards/margins", "nats/margins", "ranking/accuracies", "lengths/gap"} <= apart.keys()
+        for key in apart.keys() - ({"loss"} if name == "kto" else set()):  # its baseline is that of all rows
+            assert math.isclose(apart[key], alone[key], rel_tol=1e-9, abs_tol=1e-12), key
+    shares = {source: sum(group.dataset == source for group in groups) / len(groups) for source in "ab"}
+    assert math.isclose(found["loss"], sum(found[f"{source}/loss"] * share for source, share in shares.items()))
+    assert all("dataset" in row for row in trainer._evaluated(groups, False)[1])
 
 
 def test_kto_evaluates_pairs_as_pairs(tmp_path):
