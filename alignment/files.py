@@ -53,7 +53,10 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
-_DISK_WORDS = ("No space left on device", "Read-only file system", "Permission denied", "inline_container.cc")
+_DISK_WORDS = (
+    *("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied"),
+    *("inline_container.cc", "iostream"),
+)
 
 
 def disk_problem(error: BaseException) -> str | None:
@@ -63,8 +66,8 @@ def disk_problem(error: BaseException) -> str | None:
             return None
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; free the disk or mend the rights"
-    # Copies of folders gather their errors as text, and writers that are not Python's know no errno; that of torch, in
-    # inline_container.cc, gives no reason either.
+    # Copies of folders gather their errors as text, and writers that are not Python's know no errno. That of torch gives
+    # no reason either: it checks in inline_container.cc what it has written, and its streams fail by themselves.
     if any(words in str(error) for words in _DISK_WORDS):
         return "A file could not be written; free the disk or mend the rights"
     return None

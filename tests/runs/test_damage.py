@@ -72,6 +72,7 @@ def test_what_an_earlier_kill_left_is_removed(tmp_path):
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "a/b: No space left on device; free the disk"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "A file could not be"),
+        (RuntimeError("basic_ios::clear: iostream error"), "A file could not be"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system; free the disk"),
         (shutil.Error([("a", "b", str(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "b")))]), "A file could not be"),
         (FileNotFoundError(errno.ENOENT, "none", "a"), None),
