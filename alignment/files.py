@@ -66,7 +66,7 @@ def disk_problem(error: BaseException) -> str | None:
             return None
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; free the disk or mend the rights"
-    # Copies of folders gather their errors as text, and writers that are not Python's know no errno. That of torch gives
+    # Copies of folders gather their errors as text, and writers that are not Python's know no errno. Torch's gives
     # no reason either: it checks in inline_container.cc what it has written, and its streams fail by themselves.
     if any(words in str(error) for words in _DISK_WORDS):
         return "A file could not be written; free the disk or mend the rights"
