@@ -52,6 +52,8 @@ class Question:
     def take(self, record: Record) -> Any:
         """The prompt, taken out of the record; the input stands on a new line below the instruction."""
         prompt = pop(record, self.column)
+        if isinstance(prompt, dict) and isinstance(prompt.get("full_text"), str):  # WebGPT
+            prompt = prompt["full_text"]
         more = None if self.more is None else record.pop(self.more, None)
         if more is None or more == "" or not isinstance(prompt, str):
             return prompt

@@ -10,7 +10,8 @@ from typing import Any
 
 from alignment.config.data import Strengths, Ties
 from alignment.data.columns import Question, Reading, Record, named, number, plain, pop, pop_answer, whole
-from alignment.data.messages import read_written
+from alignment.data.messages import TURN, WRITTEN_MESSAGES, read_written
+from alignment.data.ratings import weight_of
 from alignment.data.rows import Rejected
 from alignment.data.verdicts import Answers, Codes, Outcome, Winner, decide, is_verdict, majority, values_of
 from alignment.errors import UserError
@@ -97,8 +98,10 @@ def compared(records: Sequence[Record], usual: AbstractSet[str], verdicts: Verdi
     if answers is None:
         return None
     rest = usual - {*answers.columns}
+    question = Question.among(rest)
+    if question is None and not any(_holds_turns(record.get(answers.columns[0])) for record in records):
+        return None
     judge = _judge(records, rest, answers, verdicts, source)
-    question = Question.among(rest - {*judge.columns})
 
     def recast(record: Record) -> list[Record]:
         # The verdict
@@ -117,14 +120,14 @@ def compared(records: Sequence[Record], usual: AbstractSet[str], verdicts: Verdi
 
         # Strengths and ties
         if strength and verdicts.strengths is Strengths.weights:
-            record["weight"] = strength * number(record.get("weight", 1), "weight")
+            record["weight"] = strength * weight_of(record.get("weight"))
         elif scores is None and strength is not None:
             scores = [0.0, strength] if outcome is Outcome.second else [strength, 0.0]
         first = _pair(record, one, other, scores)
         second = _pair(record, other, one, None if scores is None else scores[::-1])
         if outcome is not Outcome.tie:
             return [second if outcome is Outcome.second else first]
-        half = number(record.get("weight", 1), "weight") / 2
+        half = weight_of(record.get("weight")) / 2
         return [first | {"weight": half}, second | {"weight": half}]
 
     return Reading("compared pairs", judge.said, recast)
@@ -219,9 +222,14 @@ def _conversations(prompt: Any, one: Any, other: Any, turn: Any) -> tuple[Any, A
     if questions and all(answers and len(answers) == len(questions) for answers in both):
         first, second = (_turns(questions, answers or []) for answers in both)
         return None, first, second
-    if prompt is None:
-        return None, _until(one, turn), _until(other, turn)
-    return prompt, one, other
+    return prompt, _until(one, turn), _until(other, turn)
+
+
+def _holds_turns(value: Any) -> bool:
+    """Whether an answer is a whole conversation, which needs no prompt."""
+    return isinstance(value, list) or (
+        isinstance(value, str) and bool(WRITTEN_MESSAGES.match(value) or TURN.search(value))
+    )
 
 
 def _texts(value: Any) -> list[str] | None:
@@ -247,7 +255,7 @@ def _turns(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str, s
 
 def _until(conversation: Any, turn: Any) -> Any:
     """A conversation up to its answer number `turn`."""
-    if isinstance(conversation, str) and conversation.lstrip().startswith("["):
+    if isinstance(conversation, str) and WRITTEN_MESSAGES.match(conversation):
         conversation = read_written(conversation, "conversation")
     if not isinstance(conversation, list) or not isinstance(turn, int):
         return conversation

@@ -217,7 +217,7 @@ def recognise(
     renamed = [rename(record, columns) for record in records]
     layout = _known(renamed)
     if layout is None or (stage == "preference" and layout.family == "sft"):
-        layout = _under_other_names(renamed, verdicts or Verdicts(), source) or layout
+        layout = _under_other_names(renamed, verdicts or Verdicts(), stage, source) or layout
     if layout is None:
         accepted = "; ".join(
             f"{known.name} ({', '.join(known.columns)})" for known in LAYOUTS if stage == "sft" or known.family != "sft"
@@ -254,16 +254,15 @@ def _known(records: Sequence[Record]) -> Layout | None:
     return None
 
 
-def _under_other_names(records: Sequence[Record], verdicts: Verdicts, source: str) -> Layout | None:
+def _under_other_names(records: Sequence[Record], verdicts: Verdicts, stage: Stage, source: str) -> Layout | None:
     """The layout that the records have under the names of the field."""
     usual = _usual(records)
-    for read in (
-        lambda: compared(records, usual, verdicts, source),
-        lambda: listed(records, usual),
-        lambda: thumbs(records, usual),
-        lambda: rated(records, usual),
-        lambda: asked(usual),
-    ):
+    readings = [lambda: asked(usual)]
+    if not usual >= {"chosen", "rejected"}:
+        ranked = [lambda: rated(records, usual)] if stage == "preference" else []
+        compares = [lambda: compared(records, usual, verdicts, source), lambda: listed(records, usual)]
+        readings = [*compares, lambda: thumbs(records, usual), *ranked, *readings]
+    for read in readings:
         if (reading := read()) is None:
             continue
         recast = [record for _, _, record in reading.each((source, 0, r) for r in records)]

@@ -31,6 +31,7 @@ SCORES = ("score", "rating", "overallscore", "reward", "rewardscore", "qualitysc
 SCORE_LISTS = ("scores", "ratings", "rewards", "overallscores")
 RANKS = ("ranks", "rank")
 THUMBS = ("thumbsup", "thumbs", "thumb", "feedback", "liked", "reaction", "label", "rating", "vote")
+THUMBS_DOWN = ("thumbsdown", "thumbdown", "disliked")
 _WORDS = {
     **dict.fromkeys(("up", "thumbsup", "thumbup", "👍", "like", "liked", "upvote", "good", "positive"), True),
     **dict.fromkeys(("true", "1", "yes", "desirable", "chosen", "accepted"), True),
@@ -109,13 +110,15 @@ def thumbs(records: Sequence[Record], usual: AbstractSet[str]) -> Reading | None
     )
     if label is None:
         return None
-    whole = next((column for column in ("messages", "conversations") if column in usual), None)
     question, answer = _asked(usual - {label})
-    if whole is None and (question is None or answer is None):
+    if not usual & {"messages", "conversations"} and (question is None or answer is None):
         return None
+    down = named(THUMBS_DOWN, usual - {label})
 
     def recast(record: Record) -> list[Record]:
         record["label"] = pop(record, label)
+        if down is not None and thumb(record["label"]) == thumb(pop(record, down)):
+            raise Rejected("no_vote", f"the columns {label} and {down} say the same")
         if question is not None and answer is not None:
             prompt = question.take(record)
             record |= {"prompt": prompt, "completion": pop_answer(record, answer)}
@@ -148,27 +151,36 @@ def _asked(usual: AbstractSet[str]) -> tuple[Question | None, str | None]:
 def listed(records: Sequence[Record], usual: AbstractSet[str]) -> Reading | None:
     """The reading of lists of answers under other names; None where there are none."""
     question = Question.among(usual)
-    answers = named(LISTS, usual)
-    if question is None or answers is None or not any(isinstance(record.get(answers), list) for record in records):
-        return None
-    scores, ranks = named(SCORE_LISTS, usual), named(RANKS, usual)
+    answers = _list_of(LISTS, records, usual)
+    scores, ranks = _list_of((*SCORE_LISTS, *SCORES), records, usual), _list_of(RANKS, records, usual)
+    if question is None or answers is None or not (scores or ranks or _holds_ratings(records, answers)):
+        return None  # other names do not say that the best answer stands first
 
     def recast(record: Record) -> list[Record]:
         completions = pop(record, answers)
         if not isinstance(completions, list):
             raise Rejected("wrong_type", f"column '{answers}' holds {found(completions)}, not a list")
         rated = [_rated(completion) for completion in completions]
-        values = None
         if scores is not None:
             values = pop(record, scores)
-        elif ranks is not None:
-            values = from_ranks(pop(record, ranks))
-        elif any(score is not None for _, score in rated):
-            values = [score for _, score in rated]
+        else:
+            values = from_ranks(pop(record, ranks)) if ranks is not None else [score for _, score in rated]
         record |= {"prompt": question.take(record), "completions": [text for text, _ in rated], "scores": values}
         return [record]
 
     return Reading("", "", recast)
+
+
+def _list_of(names: Sequence[str], records: Sequence[Record], usual: AbstractSet[str]) -> str | None:
+    """The column of one of these names that holds lists."""
+    lists = {column for column in usual if any(isinstance(record.get(column), list) for record in records)}
+    return named(names, lists)
+
+
+def _holds_ratings(records: Sequence[Record], column: str) -> bool:
+    """Whether the items of a column's lists have a score or a rank each."""
+    lists = [record[column] for record in records if isinstance(record.get(column), list)]
+    return any(isinstance(item, dict) and named((*SCORES, *RANKS), item) for items in lists for item in items)
 
 
 def _rated(completion: Any) -> tuple[Any, float | None]:

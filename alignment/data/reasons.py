@@ -32,6 +32,7 @@ WORDS = {
     "no_completion_tokens": "of whose answer the template leaves nothing",
     "no_prompt_tokens": "of whose prompt no token is left",
     "no_scored_tokens": "none of whose scored turns fits into max_length",
+    "no_vote": "without a thumb up or down",
     "not_utf8": "that are not UTF-8",
     "not_text": "with a part that is no text",
     "nothing_to_learn": "none of whose answers is to be learnt",

@@ -67,7 +67,7 @@ class BadRow:
     @property
     def fault(self) -> bool:
         """Whether something is wrong with it: a comparison without a winner or a repeated row is right, and no use."""
-        return self.reason not in ("tie", "both_bad", "single_answer", "duplicate", "contaminated")
+        return self.reason not in ("tie", "both_bad", "single_answer", "no_vote", "duplicate", "contaminated")
 
     @classmethod
     def of(cls, row: Row, reason: str, message: str) -> BadRow:

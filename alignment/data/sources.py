@@ -272,7 +272,8 @@ def _read(
     bad: list[BadRow] = []
     dropped: list[BadRow] = []
     rows, keys, contents = RowList(folder), bytearray(), array("Q")
-    others = weighted = elsewhere = 0
+    others = weighted = elsewhere = both_ways = 0
+    before = ""
     for row in rows_of(records, layout, config.columns) if layout is not None else (record for *_, record in records):
         if isinstance(row, BadRow):
             (bad if row.fault else dropped).append(row)
@@ -291,6 +292,7 @@ def _read(
             dropped.append(problem)
             continue
         rows.append(row)
+        both_ways, before = both_ways + (row.source == before), row.source  # only a tie gives two rows
         keys += prompt_key(row)
         contents.append(content)
         if len(rows) == limit:
@@ -313,6 +315,8 @@ def _read(
     if not rows or layout is None:
         raise UserError(f"{source} has no usable row.")
     notes = [layout.reading.note] if layout.reading is not None and layout.reading.note else []
+    if both_ways:
+        notes.append(f"{both_ways} ties are two pairs each, one for each order, with half the weight")
     if stage == "sft" and layout.family == "labelled":
         notes.append(f"{others} rows labelled undesirable are not used for SFT")
     if stage == "sft" and layout.family in ("pairs", "lists"):

@@ -1,5 +1,6 @@
 """Two answers with a verdict: every layout of the field, every spelling of a winner, and what is refused."""
 
+import csv
 import json
 from collections import Counter
 from itertools import product
@@ -12,6 +13,8 @@ from alignment.config.data import Strengths, Ties
 from alignment.data.comparisons import Verdicts
 from alignment.data.layouts import recognise, rows_of
 from alignment.data.rows import BadRow, Row
+from alignment.data.sources import load_rows
+from alignment.data.tokens import tokenize_groups
 from alignment.errors import UserError
 
 
@@ -87,6 +90,10 @@ SHP = [
     {"history": "p", "human_ref_A": "x", "human_ref_B": "y", "labels": 1, "score_A": 9, "score_B": 2},
     {"history": "p", "human_ref_A": "x", "human_ref_B": "y", "labels": 0, "score_A": 3, "score_B": 8},
 ]
+WEBGPT = [
+    {"question": {"id": 1, "full_text": "p"}, "answer_0": "x", "answer_1": "y", "score_0": first, "score_1": -first}
+    for first in (-0.5, 1.0, 0.0)
+]
 CHOSEN = [{"question": "p", "answer_a": "x", "answer_b": "y", "chosen": chosen} for chosen in ("A", "B")]
 X, Y = ("x", "y"), ("y", "x")
 
@@ -131,9 +138,21 @@ X, Y = ("x", "y"), ("y", "x")
             "column better_response_id says which of response_0 and response_1 won: 0 and 1 as in their names",
         ),
         (SHP, ["p", "p"], [X, Y], "the higher of score_A and score_B won"),
+        (WEBGPT, ["p", "p"], [Y, X, "tie"], "the higher of score_0 and score_1 won"),
         (CHOSEN, ["p", "p"], [X, Y], "column chosen says which of answer_a and answer_b won"),
     ],
-    ids=("LLMBar", "PandaLM", "arena", "arena in lists", "HelpSteer2", "HelpSteer3", "SafeRLHF", "SHP", "chosen"),
+    ids=(
+        "LLMBar",
+        "PandaLM",
+        "arena",
+        "arena in lists",
+        "HelpSteer2",
+        "HelpSteer3",
+        "SafeRLHF",
+        "SHP",
+        "WebGPT",
+        "chosen",
+    ),
 )
 def test_layouts_of_the_field(records, prompts, expected, note):
     """Each is recognised with no setting, the log says what decided, and the pairs are those worked out by hand."""
@@ -163,6 +182,27 @@ def test_real_votes_are_read_as_they_were_converted_before(shared):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("votes", "outcome"),
+    [
+        ("AAB", X),
+        ("AB", "tie"),
+        ("BBB", Y),
+        ("ABC", "tie"),
+        (["A", None, None], X),
+        (["A", "both_bad", "both_bad"], "both_bad"),
+    ],
+)
+def test_more_than_half_of_the_votes_decide(votes, outcome):
+    """Half of them do not; missing votes do not count."""
+    record = {"prompt": "p", "response_a": "x", "response_b": "y"}
+    columns = {f"annotator_{k}": vote for k, vote in enumerate(votes, 1)}
+    full = record | dict.fromkeys(columns, "A")
+    assert outcomes(read(full, full, record | columns)[2])[-1] == outcome
+    listed = record | {"votes": [vote for vote in votes if vote is not None]}
+    assert outcomes(read(record | {"votes": ["A"]}, listed)[2])[-1] == outcome
+
+
 def test_an_arena_conversation_ends_at_the_turn_that_was_judged():
     """MT-bench shows two turns and asks for a verdict on one of them."""
     record = {
@@ -174,6 +214,52 @@ def test_an_arena_conversation_ends_at_the_turn_that_was_judged():
     assert (row.prompt, row.completions) == ([user("p")], ([assistant("y")], [assistant("x")]))
     written = record | {side: json.dumps(record[side]) for side in ("conversation_a", "conversation_b")}
     assert read(written)[2] == [row]
+
+
+def test_arena_conversations_differ_from_the_first_answer_on():
+    """Each side has its own earlier answers: the pair is of whole trajectories after the first question."""
+    sides = {
+        side: [user("p"), assistant(f"{side}1"), user("more"), assistant(f"{side}2")]
+        for side in ("conversation_a", "conversation_b")
+    }
+    [row] = read({**sides, "winner": "model_b", "turn": 2})[2]
+    assert row.prompt == [user("p")]
+    assert row.completions == (sides["conversation_b"][1:], sides["conversation_a"][1:])
+
+
+def test_arena_votes_in_a_table(config, tmp_path):
+    """All cells are text there: lists of turns, and the ones and zeros of the winner."""
+    path = tmp_path / "votes.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, KAGGLE[0].keys())
+        writer.writeheader()
+        writer.writerows(KAGGLE)
+    loaded = load_rows(config(path), stage="preference")
+    assert [row.completions[0][0]["content"] for row in loaded.train] == ["Lima.", "Quito."]
+    assert [(row.reason, row.row) for row in loaded.dropped] == [("tie", 3)]
+    assert loaded.bad == []
+
+
+def test_compared_pairs_have_the_tokens_of_the_pairs_that_they_are(qwen, config, jsonl, shared):
+    """Real votes through the chat template: as if a script had written chosen and rejected."""
+    records = json.loads((shared / "pandalm_human" / "testset-v1.json").read_text())[:18]
+    loaded = load_rows(config(jsonl(records)), stage="preference")
+    pairs = [
+        {"prompt": row.prompt, "chosen": row.completions[0], "rejected": row.completions[1]} for row in loaded.train
+    ]
+    converted = load_rows(config(jsonl(pairs, "pairs.jsonl")), stage="preference")
+    ours, theirs = (tokenize_groups(rows.train, qwen, config()).groups for rows in (loaded, converted))
+    assert len(ours) == len(theirs) > 10
+    for group, other in zip(ours, theirs, strict=True):
+        assert [ids.tolist() for ids in (group.prompt, *group.completions)] == [
+            ids.tolist() for ids in (other.prompt, *other.completions)
+        ]
+
+
+def test_sentences_without_a_question_are_no_answers():
+    """Data of paraphrases have two texts and a label, and nothing was asked."""
+    with pytest.raises(UserError, match="layout of f is not known"):
+        read({"text_a": "x", "text_b": "y", "label": 1})
 
 
 def test_several_turns_in_lists_of_texts_become_conversations():
@@ -424,9 +510,11 @@ def test_three_answers_are_no_comparison_of_two():
         read(record)
 
 
-def test_sft_learns_the_chosen_answer_of_a_comparison():
-    """The layout serves both stages."""
-    assert read(*LLMBAR, stage="sft")[2][1].completions == ("Wheel.", "Apple.")
+def test_sft_learns_the_chosen_answer_of_a_comparison(config, jsonl):
+    """The layout serves both stages; a tie has no chosen answer, however ties are kept."""
+    tie = LLMBAR[0] | {"label": 0}
+    loaded = load_rows(config(jsonl([*LLMBAR, tie]), ties=Ties.both_ways), stage="sft")
+    assert [row.completions for row in loaded.train] == [("Apple.",), ("Wheel.",)]
 
 
 @pytest.mark.parametrize(("order", "ties"), product(("AB", "BA"), Ties))

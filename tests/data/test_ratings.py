@@ -47,6 +47,12 @@ def test_rated_answers_to_one_prompt_become_a_ranked_list():
     assert (alone.reason, alone.row, alone.fault) == ("single_answer", 4, False)
 
 
+def test_answers_under_different_systems_are_not_compared():
+    """Their prompts are not the same."""
+    records = [{"prompt": "p", "response": f"x{k}", "score": k, "system": f"s{k % 2}"} for k in range(4)]
+    assert [row.scores for row in read(*records)[2]] == [(2.0, 0.0), (3.0, 1.0)]
+
+
 @pytest.mark.parametrize(
     "columns",
     [
@@ -104,12 +110,33 @@ def test_a_file_in_the_order_of_its_models_is_read_beyond_the_limit(config, json
     assert [(row.prompt, row.completions) for row in rows] == [("p0", ("20", "10")), ("p1", ("21", "11"))]
 
 
-def test_sft_learns_the_best_of_rated_answers(config, jsonl):
-    """Where no layout of SFT is there: its own layouts come first."""
-    loaded = load_rows(config(jsonl(RATED)), stage="sft")
-    assert [row.completions for row in loaded.train] == [("y",), ("u",)]
-    plain = [{"prompt": "p", "completion": text, "score": k} for k, text in enumerate("xy")]
-    assert len(load_rows(config(jsonl(plain)), stage="sft").train) == 2
+@pytest.mark.parametrize("answer", ["completion", "response"])
+def test_sft_learns_all_rated_answers(config, jsonl, answer):
+    """A score beside an answer changes nothing for SFT, whatever the answer's column is called."""
+    records = [{"prompt": "p", answer: text, "score": k} for k, text in enumerate("xy")]
+    rows = load_rows(config(jsonl(records)), stage="sft").train
+    assert [row.completions for row in rows] == [("x",), ("y",)]
+
+
+def test_answers_in_any_order_are_no_ranked_list():
+    """Only `completions` stand best first by themselves: a list of another name needs scores or ranks."""
+    with pytest.raises(UserError, match="layout of f is not known"):
+        read({"prompt": "p", "responses": ["x", "y"]})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"generations": ["r", "c"], "rating": [1, 9]},
+        {"response1": "r", "response2": "c", "overall_preference": -2},
+        {"response": "other", "score": 3},
+        {"response": "other", "feedback": "up"},
+    ],
+)
+def test_chosen_and_rejected_say_more_than_what_stands_beside_them(more):
+    """As in sets that keep the comparison from which their pairs were made."""
+    [row] = read({"question": "p", "chosen": "c", "rejected": "r"} | more)[2]
+    assert (row.prompt, row.completions) == ("p", ("c", "r"))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +146,7 @@ def test_sft_learns_the_best_of_rated_answers(config, jsonl):
         ({"prompt": "p", "completions": ["x", "y", "z"], "ranks": [2, 1, 1]}, ("y", "z", "x"), (-1.0, -1.0, -2.0)),
         ({"prompt": "p", "responses": ["x", "y"], "rewards": [0.1, 0.7]}, ("y", "x"), (0.7, 0.1)),
         ({"question": "p", "answers": ["x", "y"], "rank": ["2", "1"]}, ("y", "x"), (-1.0, -2.0)),
-        ({"prompt": "p", "responses": ["x", "y"]}, ("x", "y"), None),
+        ({"prompt": "p", "generations": ["x", "y"], "rating": [8, 9.5]}, ("y", "x"), (9.5, 8.0)),
         (
             {"prompt": "p", "answers": [{"answer": "x", "model": "m", "rank": 2.0}, {"answer": "y", "rank": 1.0}]},
             *(("y", "x"), (-1.0, -2.0)),
@@ -204,6 +231,16 @@ def test_a_thumb_that_says_nothing_is_a_bad_row():
     rows = read(good, good, good | {"feedback": None}, good | {"feedback": "so-so"})[2]
     assert [row.reason for row in rows[2:]] == ["missing_field", "bad_label"]
     assert rows[3].message == "a label is true or false, or a word such as good or bad, up or down"
+
+
+def test_two_columns_of_thumbs():
+    """Up and down in one column each: neither, or both, is no vote, which is no fault."""
+    votes = ((1, 0), (0, 1), (0, 0), (1, 1))
+    records = [{"prompt": "p", "response": "x", "thumbs_up": up, "thumbs_down": down} for up, down in votes]
+    rows = read(*records)[2]
+    assert [row.labels if isinstance(row, Row) else (row.reason, row.fault) for row in rows] == [
+        *((True,), (False,)), *[("no_vote", False)] * 2,
+    ]  # fmt: skip
 
 
 def test_written_feedback_is_no_thumb():

@@ -122,64 +122,6 @@ def test_a_loss_of_lists_gets_lists_and_pairs_as_they_are(load_lists):
     assert [len(group.completions) for group in data.eval] == [2]
 
 
-def test_equal_scores_in_lists_of_two_are_no_pair_either(load_lists):
-    """Also where no list is longer."""
-    data = load_lists("dpo", [LISTS[1], {"prompt": "d", "completions": ["x", "y"], "scores": [1, 2]}])
-    assert [(group.scores, group.source.rpartition(":")[2]) for group in data.train] == [((2.0, 1.0), "2")]
-
-
-@pytest.mark.parametrize("loss", ["plackett_luce", "best_vs_rest", "all_pairs"])
-def test_a_loss_that_ranks_equal_scores_says_so(load_lists, caplog, loss):
-    """Two of the three lists have some; a loss of pairs of unequal scores leaves them out by itself."""
-    load_lists(loss, LISTS)
-    said = "2 of 3 lists have equal scores" in caplog.text
-    assert said is (loss != "all_pairs")
-
-
-GAPS = [
-    {"prompt": f"p{k}", "chosen": "x", "rejected": "y", "score_chosen": score, "score_rejected": 1}
-    for k, score in enumerate((4, 3, 2.5, 0))
-]
-
-
-@pytest.mark.parametrize(("gap", "left"), [(0, [4.0, 3.0, 2.5, 0.0]), (0.5, [4.0, 3.0, 2.5]), (2, [4.0, 3.0])])
-def test_pairs_with_a_minimal_gap_of_scores(load_lists, caplog, gap, left):
-    """At the gap a pair stays; what is left out is counted, also in the held-out part."""
-    caplog.set_level(logging.INFO)
-    data = load_lists("dpo", GAPS, f"data.min_score_gap={gap}", held_out=GAPS)
-    assert [group.scores[0] for group in data.train] == [group.scores[0] for group in data.eval] == left
-    assert [row.prompt for row in data.eval_rows] == [f"p{k}" for k in range(len(left))]
-    assert (f"{4 - len(left)} of 4 pairs are left out, their scores differ by less than {gap}" in caplog.text) is (
-        gap > 0
-    )
-
-
-def test_a_minimal_gap_chooses_among_the_pairs_of_a_list(load_lists):
-    """Of six pairs of four answers those with a gap of 3 or more."""
-    data = load_lists("dpo", LISTS[2:], "data.list_pairs=all_pairs", "data.min_score_gap=3")
-    assert [group.scores for group in data.train] == [(4.0, 1.0), (4.0, 0.0), (4.0, 1.0), (4.0, 0.0)]
-
-
-@pytest.mark.parametrize(
-    ("loss", "records", "gap", "message"),
-    [
-        ("plackett_luce", LISTS, 1, "data.min_score_gap=1 chooses pairs, and the loss takes whole lists: set it to 0"),
-        (
-            "dpo",
-            [{"prompt": "p", "chosen": "x", "rejected": "y"}],
-            1,
-            r"min_score_gap=1 needs scores, and .* set it to 0",
-        ),
-        ("dpo", GAPS, 9, r"no training pair has scores that differ by data\.min_score_gap=9"),
-        ("dpo", GAPS, -1, r"data\.min_score_gap must be a finite number, at least 0, not -1"),
-    ],
-)
-def test_a_gap_that_chooses_nothing_is_refused(load_lists, loss, records, gap, message):
-    """In one sentence that says what to set."""
-    with pytest.raises(UserError, match=message):
-        load_lists(loss, records, f"data.min_score_gap={gap}")
-
-
 @pytest.mark.parametrize(
     ("loss", "record", "message"),
     [
