@@ -9,6 +9,7 @@ import torch
 from alignment.config.data import ListPairs
 from alignment.data.units import as_pairs, as_rows
 from alignment.kernels.attention import enable_shared_prompts
+from alignment.losses import LOSSES
 from alignment.scoring.layout import FlatLayout, SharedLayout
 from alignment.scoring.logps import join_scores, score_groups
 from alignment.training.objective import mismatched_groups, step_totals
@@ -16,7 +17,16 @@ from alignment.types import Group
 from tests.conftest import each, random_groups, recommended_loss, tiny_policy
 from tests.helpers.policies import CPU
 from tests.helpers.references import cached, prepared
-from tests.helpers.steps import make_loss, make_trainer, masks_of, moved, plain_loss, sequence_logp, step_gradient
+from tests.helpers.steps import (
+    groups_for,
+    make_loss,
+    make_trainer,
+    masks_of,
+    moved,
+    plain_loss,
+    sequence_logp,
+    step_gradient,
+)
 
 
 def with_turns(groups, seed=0):
@@ -125,3 +135,26 @@ def test_a_cached_reference_serves_a_step(tmp_path):
     trainer = make_trainer(model, GROUPS, recommended_loss("dpo"), tmp_path, reference=reference)
     loss, _ = step_gradient(trainer, GROUPS)
     assert loss == pytest.approx(np.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", each(sorted(set(LOSSES) - {"mixture"}), ("tdpo2", "wpo")))
+def test_every_loss_reads_the_scored_tokens_alone(name, tmp_path):
+    """What it is given per token, quantities of the distributions too; the reference is the policy at the start."""
+    loss = recommended_loss(name)
+    groups = with_turns(groups_for(loss, num=4))
+    policy = tiny_policy(trained=True)
+    trainer = make_trainer(policy, groups, loss, tmp_path)
+    lengths = [n for group in groups for n in group.scored_lengths]
+    at_start = trainer.evaluate_step(groups)
+    moved(policy)
+    after = trainer.evaluate_step(groups)
+    for inputs in (at_start.inputs, after.inputs):
+        for ragged in (inputs.policy, inputs.reference, *inputs.quantities.values()):
+            assert ragged is None or ragged.lengths.tolist() == lengths
+    if loss.requirements().reference:
+        torch.testing.assert_close(at_start.inputs.policy.values, at_start.inputs.reference.values, rtol=0, atol=1e-5)
+    texts = [(g.prompt, c, m) for g in groups for c, m in zip(g.completions, masks_of(g), strict=True)]
+    by_hand = torch.cat([sequence_logp(policy, *text).detach() for text in texts])
+    torch.testing.assert_close(after.inputs.policy.values, by_hand, rtol=1e-6, atol=1e-6)
+    assert after.losses.isfinite().all()
+    assert (after.losses - at_start.losses).abs().max() > 0
