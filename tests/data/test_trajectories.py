@@ -253,6 +253,8 @@ def test_qwen3(qwen, config):
         f"«{empty}one<|im_end|>»{more[10:]}«{empty}two<|im_end|>»",
         f"«<think>\nT\n</think>\n\none<|im_end|>»{more[10:]}«<think>\nU\n</think>\n\ntwo<|im_end|>»",
     ]
+    off = tokenize_groups([row], qwen, config(template_kwargs={"enable_thinking": False})).groups[0]
+    assert shown(qwen, off) == [asked + empty, f"«one<|im_end|>»{more[10:]}{empty}«two<|im_end|>»", "«1<|im_end|>»"]
 
 
 def test_llama3_and_gemma(tiny, config):
