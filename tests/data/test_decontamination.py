@@ -6,7 +6,7 @@ import pytest
 
 from alignment.data.decontamination import words_of
 from alignment.data.prepare import fit_preferences, read_preferences
-from alignment.data.sources import load_rows
+from alignment.data.sources import load_rows, local_files
 from alignment.errors import UserError
 from tests.conftest import recommended_loss
 
@@ -142,6 +142,13 @@ def test_a_real_evaluation_set(shared, config, jsonl):
     assert len(data.dropped) == len(prompts) - short and short < 20
     pandalm = config(shared / "pandalm_human" / "pairs.jsonl", decontaminate=[str(source)])
     assert not load_rows(pandalm, stage="preference").dropped
+
+
+def test_the_evaluation_sets_belong_to_the_files_of_prepared_data(config, jsonl):
+    """Tokens that are kept depend on them; what is bundled is told by no file, so nothing is kept."""
+    path, other = jsonl([pair("x")]), jsonl([{"prompt": LONG}], "eval.jsonl")
+    assert local_files(config(path, decontaminate=[str(other)])) == [path, other]
+    assert local_files(config(path, decontaminate=["bundled:quickstart"])) is None
 
 
 def test_bundled_sets_by_name(config):

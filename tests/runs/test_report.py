@@ -157,6 +157,21 @@ def put(path: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_the_sources_of_a_mixture(run_dir: Path) -> None:
+    """Rows, share and held-out metrics of each; a metric that none has is no column, one that is missing a dash."""
+    facts = {"of": 90, "train": 60, "share": 0.75, "eval": 12, "layout": "pairs"}
+    summary = put("data.preference.sources", {"chat": facts, "sums": facts | {"share": 0.25, "eval": 0}})
+    summary["stages"]["preference"]["metrics"] |= {"eval/chat/loss": 0.5, "eval/chat/rewards/accuracies": 0.8}
+    RunRecord(run_dir).write_summary(summary)
+    text = write_report(run_dir).read_text("utf-8")
+    header = ["rows", "trained on", "share", "held out", "loss", "reward accuracy"]
+    assert cells(text, "source") == header
+    assert cells(text, "chat") == ["90", "60", "75.0%", "12", "0.5", "80.0%"]
+    assert cells(text, "sums") == ["90", "60", "25.0%", "0", "-", "-"]
+    assert "a mixture of chat, sums; " in cells(text, "preference data")[0]
+
+
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     ("path", "value", "warning"),
     [
