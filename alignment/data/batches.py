@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ROWS_PER_BATCH = 1024
-"""Rows per tokenizer call: enough for its threads, few enough that its encodings stay small."""
+"""Rows that are one task."""
 
 _SHOWN_AFTER = 3.0
 """Seconds after which progress is shown."""

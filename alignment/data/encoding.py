@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_AT_ONCE = 384
+"""Texts per tokenizer call: enough for its threads, few enough that its encodings take little memory."""
 _PROBED = 96
 """Texts of the first call that are tokenised whole, too: both ways must agree."""
 
@@ -51,7 +53,9 @@ class BatchEncoder:
             return
         if self.shares and not self._probed:
             self._probe(texts[:_PROBED])
-        yield from self._in_parts(texts) if self.shares else self._whole(texts)
+        for start in range(0, len(texts), _AT_ONCE):
+            some = texts[start : start + _AT_ONCE]
+            yield from self._in_parts(some) if self.shares else self._whole(some)
 
     def _probe(self, texts: Sequence[str]) -> None:
         self._probed = True
