@@ -32,7 +32,9 @@ _LINES_IN_MARKDOWN = 3
 """Members that a caution names in Markdown, where the list cannot fold."""
 
 _TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
+    loader=FileSystemLoader(
+        [Path(__file__).parent, Path(__file__).parents[1]]
+    ),  # the package has the style of all pages
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,

@@ -6,17 +6,16 @@ They count words and need no tokenizer. The pair of a ranked list is its best an
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from alignment.data.rows import Row, Text
+from alignment.data.rows import Row
+from alignment.data.words import answers, prompts, words
+from alignment.data.words import overlaps as overlaps  # one of these statistics
 from alignment.errors import UserError
 from alignment.evaluation.judge import compare, judge
-
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,42 +55,6 @@ class NearDuplicate:
     similarity: float
 
 
-def text_of(text: Text) -> str:
-    """The text itself, or the contents of all messages but the system's."""
-    if isinstance(text, str):
-        return text
-    return "\n".join(message["content"] for message in text if message["role"] != "system")
-
-
-def prompts(rows: Sequence[Row]) -> list[str]:
-    """The prompts as plain texts."""
-    return [text_of(row.prompt) for row in rows]
-
-
-def answers(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The chosen and the rejected answer of every row.
-
-    Raises:
-        UserError: a row has only one completion.
-    """
-    for row in rows:
-        if len(row.completions) < 2:
-            raise UserError(f"Row {row.source} has one completion, but two are needed: use pairs or ranked lists.")
-    return [(_answer(row.completions[0]), _answer(row.completions[-1])) for row in rows]
-
-
-def _answer(completion: Text) -> str:
-    """What the assistant says in it."""
-    if isinstance(completion, str):
-        return completion
-    return text_of([message for message in completion if message["role"] == "assistant"])
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, in lower case and without punctuation."""
-    return _WORD.findall(text.casefold())
-
-
 def lengths(rows: Sequence[Row]) -> dict[str, list[int]]:
     """Number of words of every prompt, chosen and rejected answer."""
     sides = {
@@ -100,15 +63,6 @@ def lengths(rows: Sequence[Row]) -> dict[str, list[int]]:
         "rejected": [rejected for _, rejected in answers(rows)],
     }
     return {side: [len(words(text)) for text in texts] for side, texts in sides.items()}
-
-
-def overlaps(rows: Sequence[Row]) -> list[float]:
-    """For each pair, the words that both answers share over the words of either, repetitions counted."""
-    found = []
-    for chosen, rejected in answers(rows):
-        a, b = Counter(words(chosen)), Counter(words(rejected))
-        found.append((a & b).total() / max(1, (a | b).total()))
-    return found
 
 
 def length_groups(rows: Sequence[Row], groups: int) -> list[LengthGroup]:

@@ -48,6 +48,10 @@ SAMPLE = 32
 """Number of records whose values tell apart layouts with the same columns."""
 
 
+class NotPreferences(UserError):
+    """Data of SFT where preferences are wanted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """One accepted layout: its columns, what must hold for a sample record, and its converter.
@@ -228,7 +232,7 @@ def recognise(
             "data.columns maps our names to the file's."
         )
     if stage == "preference" and layout.family == "sft":
-        raise UserError(
+        raise NotPreferences(
             f"Preference data is wanted, but {source} has SFT data (columns {listed_columns}): "
             "pairs need the columns chosen and rejected, ranked lists completions, labelled rows a label."
         )

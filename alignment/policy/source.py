@@ -12,7 +12,7 @@ from typing import Any
 from alignment.config.preflight import model_problem
 from alignment.config.schema import WHEEL_PREFIX, ModelConfig
 from alignment.errors import UserError
-from alignment.policy.wheel_model import wheel_model_folder
+from alignment.policy.wheel_model import wheel_model_folder, wheel_tokenizer_folder
 
 ADAPTER_FILE = "adapter_config.json"
 """A folder with this file holds an adapter, whatever else is in it."""
@@ -54,6 +54,17 @@ def model_source(config: ModelConfig, cache: Path) -> ModelSource:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.name: the folder {path} holds no config.json, so it is not a model.")
     return _plain(str(folder))
+
+
+def tokenizer_source(config: ModelConfig, cache: Path) -> str:
+    """Where the tokenizer of the model is; no weights are read for it.
+
+    Raises:
+        UserError: as `model_source`.
+    """
+    if config.name.startswith(WHEEL_PREFIX):
+        return str(wheel_tokenizer_folder(config.name, cache))
+    return model_source(config, cache).tokenizer
 
 
 def other_base(adapter: Path, now: Mapping[str, Any]) -> list[str]:

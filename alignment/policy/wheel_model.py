@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,41 @@ def wheel_model_folder(name: str, cache: Path) -> Path:
     Raises:
         UserError: the package is not installed, or does not have exactly one GGUF file.
     """
+    source, folder = _source_and_folder(name, cache)
+    return _made(folder, source, _convert, "Converting %s to safetensors (once, about half a minute) ...")
+
+
+def wheel_tokenizer_folder(name: str, cache: Path) -> Path:
+    """A folder with the tokenizer of the model: the model's own if it is made already, else one without weights.
+
+    Raises:
+        UserError: as for the model.
+    """
+    source, folder = _source_and_folder(name, cache)
+    if folder.is_dir():
+        return folder
+    alone = folder.with_name(f"{folder.name}-tokenizer")
+    return _made(alone, source, _convert_tokenizer, "Reading the tokenizer in %s (once) ...")
+
+
+def _source_and_folder(name: str, cache: Path) -> tuple[Path, Path]:
     package = name.removeprefix(WHEEL_PREFIX)
     source = _gguf_file(package)
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = CacheKind.models.under(cache) / f"{package}-{digest}"
+    return source, CacheKind.models.under(cache) / f"{package}-{digest}"
+
+
+def _made(folder: Path, source: Path, convert: Callable[[Path, Path], None], saying: str) -> Path:
     if folder.is_dir():
         mark_used(folder)
         return folder
     with file_lock(folder.with_name(f"{folder.name}.lock"), "Another run is converting the model; waiting for it ..."):
         if not folder.is_dir():
-            log.info("Converting %s to safetensors (once, about half a minute) ...", source.name)
+            log.info(saying, source.name)
             partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
             try:
-                _convert(source, partial)
+                convert(source, partial)
                 os.replace(partial, folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -62,7 +84,7 @@ def wheel_model_folder(name: str, cache: Path) -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # The loaded tensors are plain floats; the marks of the quantised file would only stop `save_pretrained`.
@@ -70,4 +92,10 @@ def _convert(source: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     model.save_pretrained(folder)
+    _convert_tokenizer(source, folder)
+
+
+def _convert_tokenizer(source: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
