@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -27,7 +27,7 @@ from alignment.config.registry import register
 from alignment.config.schema import RunConfig
 from alignment.data.sources import load_rows
 from alignment.data.tokens import tokenize_groups
-from alignment.files import cache_dir
+from alignment.files import atomic_write_text, cache_dir
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.load import load_base, load_tokenizer
@@ -238,17 +238,25 @@ def _lowest_layer(modules: Mapping[str, Any]) -> int:
 
 
 def measure_trainings(
-    variants: Mapping[str, Sequence[str]], steps: int, seeds: Sequence[int], model: str | None
-) -> dict[str, list[dict[str, float]]]:
-    """Of each variant a training with each seed, in turns; the reference and what is searched are shared."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    variants: Mapping[str, Sequence[str]],
+    steps: int,
+    seeds: Sequence[int],
+    model: str | None,
+    found: dict[str, list[dict[str, float]]],
+) -> Iterator[None]:
+    """Of each variant a training with each seed, in turns; the reference and what is searched are shared.
+
+    `found` grows by one result before each yield. What it has already is not measured again.
+    """
     cache = cache_dir(None)
-    for seed in seeds:
+    for number, seed in enumerate(seeds):
         for name, overrides in variants.items():
+            if len(found.get(name, ())) > number:
+                continue
             result = train(overrides, seed, steps, cache, model)
-            found[name].append(result)
+            found.setdefault(name, []).append(result)
             say(f"{name}, seed {seed}", result)
-    return found
+            yield
 
 
 def measure_depth(model: str | None, count: int = 4, rounds: int = 4) -> Rows:
@@ -381,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these quantisers or adapters alone")
     parser.add_argument("--adapter", nargs="+", action="append", metavar="WORD", default=[], help="NAME OVERRIDE ...")
     parser.add_argument("--model", help="instead of the one in the wheel")
-    parser.add_argument("--out", type=Path, help="folder of the results; what it has of other parts stays")
+    parser.add_argument("--out", type=Path, help="folder of the results; what it has already is not trained again")
     parser.add_argument("--docs", action="store_true", help="also write the tables into docs/quantisers.md")
     arguments = parser.parse_args(argv)
     keep_freed_memory()
@@ -394,6 +402,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     def chosen(variants: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
         return {n: o for n, o in variants.items() if not arguments.only or n in arguments.only}
 
+    settings = {"steps": arguments.steps, "seeds": list(arguments.seeds)}
+    if result.get("settings") != settings:  # other trainings than these
+        result = {key: value for key, value in result.items() if key not in ("dpo", "adapters")}
+    minutes = result["minutes"]
+
+    def keep() -> None:
+        spent = minutes + (time.monotonic() - started) / 60
+        result.update(settings=settings, date=today, machine=machine(), versions=versions(), minutes=spent)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, json.dumps(result, indent=1))
+
     adapters = ADAPTERS | {name: tuple(overrides) for name, *overrides in arguments.adapter}
     trainings = {"dpo": chosen(QUANTISERS), "adapters": chosen(adapters)}
     for part in arguments.parts:
@@ -402,17 +421,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif part == "depth":
             result[part] = measure_depth(arguments.model)
         else:
-            new = measure_trainings(trainings[part], arguments.steps, arguments.seeds, arguments.model)
-            result[part] = result.get(part, {}) | new
-    result |= {
-        "settings": {"steps": arguments.steps, "seeds": list(arguments.seeds)},
-        "date": today,
-        "machine": machine(),
-        "versions": versions(),
-        "minutes": result["minutes"] + (time.monotonic() - started) / 60,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1))
+            measured = result.setdefault(part, {})
+            for _ in measure_trainings(trainings[part], arguments.steps, arguments.seeds, arguments.model, measured):
+                keep()
+    keep()
     text = markdown(result)
     (folder / "quantization.md").write_text(text)
     if arguments.docs:

@@ -11,6 +11,7 @@ from tests.bench.quantization import (
     bits_per_weight,
     markdown,
     measure_errors,
+    measure_trainings,
     put_into_docs,
 )
 from tests.helpers.wide_model import save_wide_model
@@ -45,6 +46,20 @@ def test_the_errors_of_the_quantisers(folder, monkeypatch):
 def test_bits_of_a_layer_that_is_not_packed():
     """Those of its dtype."""
     assert bits_per_weight([torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)]) == 16
+
+
+def test_what_was_measured_before_is_not_measured_again(monkeypatch):
+    """An interrupted benchmark goes on with the seed and the variant that it had come to."""
+    done = []
+    monkeypatch.setattr(
+        quantization, "train", lambda overrides, seed, *_: done.append((*overrides, seed)) or {"loss": 1}
+    )
+    found = {"a": [{"loss": 0.5}]}
+    steps = measure_trainings({"a": ("x",), "b": ("y",)}, 3, [0, 1], None, found)
+    next(steps)
+    assert found == {"a": [{"loss": 0.5}], "b": [{"loss": 1}]}
+    list(steps)
+    assert done == [("y", 0), ("x", 1), ("y", 1)] and found["a"] == [{"loss": 0.5}, {"loss": 1}]
 
 
 def test_the_tables_go_between_the_markers(tmp_path):
