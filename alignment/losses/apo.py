@@ -112,7 +112,7 @@ class APOZeroUnpaired(WeightedRowLoss):
     """
 
     name: ClassVar[str] = "apo_zero_unpaired"
-    title: ClassVar[str] = "APO-zero unpaired"
+    title: ClassVar[str] = "APO-zero, rows"
     purpose: ClassVar[str] = "KTO without its KL: good answers up, bad answers down"
     needs_reference: ClassVar[bool] = True
 
