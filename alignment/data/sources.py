@@ -267,6 +267,7 @@ def _read(
     Raises:
         UserError: the layout is not known or not for this stage, or too many rows are bad.
     """
+    # One row after another, until the limit
     source = opened.name
     layout, records = _recognised(opened, config, stage, limit)
     bad: list[BadRow] = []
@@ -314,6 +315,8 @@ def _read(
         raise UnusableRows(f"{source} has no usable row, and {len(bad)} bad ones", bad, source)
     if not rows or layout is None:
         raise UserError(f"{source} has no usable row.")
+
+    # What to say of it
     notes = [layout.reading.note] if layout.reading is not None and layout.reading.note else []
     if both_ways:
         notes.append(f"{both_ways} ties are two pairs each, one for each order, with half the weight")
