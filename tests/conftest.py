@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,6 +21,10 @@ from alignment.types import Group
 torch.set_num_threads(2)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background jobs ignore Ctrl-C, and tests that press it would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, and no time limit: others may share the machine.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, max_examples=60)

@@ -10,7 +10,6 @@ from enum import Enum
 from typing import Any
 
 from alignment.errors import UserError, as_names, require
-from alignment.losses import LOSSES
 
 ONE_OR_MORE = "one text, or a list of texts"
 """The kind of a setting whose type says no more than Any: configurations cannot be merged with unions of types."""
@@ -230,6 +229,8 @@ class DataConfig:
         for name, source in self.sources.items():
             if not re.fullmatch(r"[\w-]+", name):
                 yield f"data.sources: the name '{name}' of a source may have letters, digits, _ and - only."
+            from alignment.losses import LOSSES  # with torch, which commands that only look at settings do without
+
             if name in METRICS or name in LOSSES:
                 yield f"data.sources.{name}: a metric has this name already, so give the source another one."
             source.check(f"data.sources.{name}")

@@ -98,7 +98,8 @@ def test_every_loss_is_titled_as_its_paper_writes_it():
     assert len(set(titles)) == len(titles)
     for name, shown in zip([*LOSSES, *mixtures()], titles, strict=True):
         assert name == "mixture" or name != shown
-        assert re.sub(r"[^a-z0-9]", "", shown.lower()) == name.replace("_", "")
+        if name != "apo_zero_unpaired":  # no paper names it
+            assert re.sub(r"[^a-z0-9]", "", shown.lower()) == name.replace("_", "")
     assert [title(name) for name in ("simpo", "slic_hf", "mpo", "margin_dpo")] == [
         "SimPO",
         "SLiC-HF",

@@ -237,7 +237,9 @@ def test_what_is_no_name_is_refused():
 # A whole second run
 
 
-@pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "whole model"])
+@pytest.mark.parametrize(
+    "adapted", [True, pytest.param(False, marks=pytest.mark.matrix)], ids=["adapter", "whole model"]
+)
 def test_a_second_run_goes_on_from_the_first(adapted, saved, tiny_model_folder, tmp_path):
     """Its reference is the policy that the first has ended with; without an adapter, as one whole model."""
     from alignment.config.compose import as_plain, compose_node, to_run_config

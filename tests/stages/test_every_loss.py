@@ -161,7 +161,7 @@ def test_training_raises_the_margin_on_held_out_pairs(name, prepared, tiny_model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", each(BY_COMMAND, ["kto", "mpo"]))
+@pytest.mark.parametrize("name", each(BY_COMMAND, ["kto"]))
 def test_the_command_trains_each_kind_of_loss(name, real_files, tiny_model_folder, tmp_path):
     ended = command(
         *overrides(name, recommended_loss(name).requirements().unit, real_files, tiny_model_folder),

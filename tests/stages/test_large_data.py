@@ -39,7 +39,7 @@ def left_by(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_run_on_mapped_files_is_the_same_run(tiny: Callable[..., Ended], tmp_path: Path) -> None:
     """Both stages, their evaluation and the answers, to the last digit; only where the tokens are differs."""
     for name, patch in (("memory", None), ("files", few_are_many)):

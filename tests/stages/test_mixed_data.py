@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.commands import pair, write_lines, write_project
 from tests.helpers.runs import assert_whole, at_row, metric_rows, only_run, run, summary
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from tests.helpers.families import FAMILIES, write_chat_model
 RECIPES = asset_dir("recipes")
 NAMES = [path.relative_to(RECIPES).with_suffix("").as_posix() for path in sorted(RECIPES.rglob("*.yaml"))]
 OPTIONS = {published.option: published for published in PUBLISHED}
-CORE = ("sft_qwen3", "kto_qwen3", "gpt_oss_20b")
+CORE = ("kto_qwen3",)
 
 
 @pytest.fixture(scope="module")
