@@ -15,6 +15,7 @@ from tests.helpers.commands import command, write_project
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.matrix
 def test_members_measures_and_the_page_are_those_of_the_runs(tmp_path, tiny_model_folder):
     ended = command(
         *("--config-dir", str(write_project(tmp_path / "project", tiny_model_folder)), "-m", "recipe=tiny"),

@@ -181,7 +181,8 @@ def test_the_trained_adapter_loads_with_peft(chain, qwen_folder):
     assert policy_identity(policy)[0] == summary["model"]["final_identity"] != summary["reference"]["identity"]
 
 
-@pytest.mark.parametrize("sft", ["taken over", pytest.param("trained again", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("sft", ["taken over", "trained again"])
 def test_a_second_run_with_another_beta_computes_no_reference(sft, chain, qwen_folder, short_pairs, tmp_path):
     """Also where the SFT policy comes back from disk instead of from the same training."""
     folder, first, cache = chain

@@ -200,6 +200,7 @@ def test_other_kinds_of_runs(settings, kills, project, tmp_path):
     assert_same(finish(project, cwd, *arguments), expected)
 
 
+@pytest.mark.matrix
 def test_a_member_of_a_sweep_is_resumed_on_its_own(project, uninterrupted, tmp_path):
     ended = run(project, tmp_path, *TINY, "-m", "loss.beta=0.1,0.2", patch=partial(at_row, "preference", 6))
     assert ended.code == -signal.SIGKILL, ended.err

@@ -219,7 +219,7 @@ def test_sft_is_done_once_and_the_runs_are_the_same(settings, project, tmp_path)
     assert metric_rows(first) != metric_rows(second), "beta is another one"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_what_changes_sft_is_trained_and_what_does_not_is_not(project, tmp_path):
     cache = tmp_path / "cache"
     small = ("sft.trainer.max_steps=1", "trainer.max_steps=1", "evaluation.prompts=0")
@@ -262,7 +262,7 @@ def test_a_result_that_is_not_what_was_kept_is_trained_again(project, tmp_path):
     assert_same(third, first)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_run_killed_in_sft_takes_over_what_another_has_done_since(project, tmp_path):
     cache = tmp_path / "cache"
     killed, second = run(project, tmp_path / "second", cache, patch=at_step_6)

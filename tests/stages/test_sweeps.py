@@ -220,7 +220,7 @@ def test_another_sweep_in_the_same_folder_is_refused(project, uninterrupted, tmp
     assert contents(uninterrupted) == before
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_failed_member_ends_no_other(project, uninterrupted, tmp_path):
     sweep = tmp_path / "sweep"
     arguments = ("--config-dir", str(project), *GRID)

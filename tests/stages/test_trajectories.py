@@ -96,7 +96,7 @@ def test_a_conversation_for_people():
     assert readable(task(7)["chosen"]) == 'user: Add 2 to 7.\n\nassistant: add({"a": 2})\n\ntool: 9\n\nassistant: 9.'
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_whole_runs_on_trajectories(tiny_model_folder, tmp_path):
     """DPO with a cached reference, then IPO, which finds all of it; answers are to the prompts that pairs share."""
     write_lines(tmp_path / "pairs.jsonl", [task(number, number % 2) for number in range(10)])

@@ -172,8 +172,8 @@ def killed_in_the_second(when: str):
         stages.save_policy = saved
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["at the rung", pytest.param("before it is saved", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("when", ["at the rung", "before it is saved"])
 def test_a_killed_member_ends_where_it_would_have(when, project, sweep, tmp_path):
     arguments = ("--config-dir", str(project), *SWEEP)
     for name in ("cache", "sweep"):

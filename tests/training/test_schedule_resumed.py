@@ -18,7 +18,7 @@ from alignment.reference.live import LiveReference
 from alignment.scoring.layout import FlatLayout
 from alignment.training.schedule import Schedule
 from alignment.types import Group
-from tests.conftest import each, random_groups, tiny_config, tiny_policy
+from tests.conftest import random_groups, tiny_config, tiny_policy
 from tests.helpers.commands import write_project
 from tests.helpers.policies import CPU, start_of
 from tests.helpers.references import ROUNDING, cached
@@ -96,7 +96,8 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", each(RUNS, ["hard, cached"]))
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", RUNS)
 def test_a_run_killed_between_refreshes_ends_like_one_that_was_not(kind, project, tmp_path):
     """The store is lost meanwhile: what the start has to say is computed again, the rest is in the checkpoint."""
     settings, steps, kills = RUNS[kind]
