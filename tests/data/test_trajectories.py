@@ -1,15 +1,18 @@
 """Completions of several turns, token by token: what is prompt, what is scored, what is context."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 
 from alignment.config.data import ScoredTurns
+from alignment.data.dialect import Dialect
 from alignment.data.layouts import recognise, to_row
 from alignment.data.rows import BadRow, Row
 from alignment.data.token_store import GROUPS, Stored, StoreWriter
 from alignment.data.tokens import tokenize_groups, tokenize_sft
+from alignment.data.writer import Writer
 from alignment.errors import UserError
 from tests.conftest import each
 from tests.helpers.chat_templates import CHATML, LLAMA3, NO_END, published, published_names
@@ -335,7 +338,9 @@ def test_published_templates_score_what_the_policy_would_say(name, tiny, config)
             for index, found in zip(wanted, scored, strict=True):
                 assert turns[index]["content"] in found
                 assert not any(word in found for word in ("ASK", "MORE", "RESULT"))
-                ends = tiny.apply_chat_template([question, *turns[: index + 1]], tokenize=False)
+                render = partial(Writer(tiny, config()).render, generation=False, variables={})
+                dialect = Dialect.of(tiny.chat_template, render)
+                ends = render(dialect.write([question, *turns[: index + 1]]))
                 assert found.removesuffix("</s>").rstrip() in ends.rstrip()
 
 
