@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from alignment.comparison.answers import questions
 from alignment.comparison.charts import CURVES, GLANCE, Chart, charts, legend, library
 from alignment.comparison.ranking import Comparison
@@ -25,21 +23,14 @@ from alignment.comparison.tables import (
     results,
     settings_and_data,
 )
+from alignment.pages import page_templates
 from alignment.runs.style import COLOURS
 from alignment.runs.text import escape_markdown, markdown_table
 
 _LINES_IN_MARKDOWN = 3
 """Members that a caution names in Markdown, where the list cannot fold."""
 
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(
-        [Path(__file__).parent, Path(__file__).parents[1]]
-    ),  # the package has the style of all pages
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_TEMPLATES = page_templates(Path(__file__).parent)
 
 
 def _shared_note(several: Sequence[Chart]) -> str:

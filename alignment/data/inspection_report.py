@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +14,7 @@ from rich.text import Text
 from alignment.data.histogram import histogram, quantile, summary
 from alignment.data.inspection import Inspection, LeftOut
 from alignment.data.token_view import Part, Token, TokenView
+from alignment.pages import page_templates
 
 STAGES = {"preference": "Preferences", "sft": "SFT data"}
 LEGEND = {
@@ -31,15 +31,7 @@ _FIRST, _LAST = 48, 16
 """Tokens of a long run that a terminal shows."""
 _BAR = 10
 
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(
-        [Path(__file__).parent, Path(__file__).parents[1]]
-    ),  # the package has the style of all pages
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_TEMPLATES = page_templates(Path(__file__).parent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,22 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from alignment.config.adapters import DATA_INITS, RESIDUAL_INITS, AdapterConfig
 from alignment.errors import UserError
-from alignment.files import CacheKind, atomic_write_bytes, mark_used, to_json
+from alignment.files import CacheKind, to_json
 from alignment.policy.adapter_kinds import ADAPTER, dora_norm, lora_layers
-from alignment.policy.digest import hash_tensor
 from alignment.policy.float_weights import FloatWeights
 from alignment.policy.identity import policy_identity
+from alignment.policy.kept_tensors import read_pairs, write_pairs
 from alignment.policy.layer_inputs import input_moments
 from alignment.policy.residual_start import ResidualStart, Start, edit_base, put
 
 log = logging.getLogger(__name__)
+
+_PARTS = ("A", "B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,39 +108,15 @@ def _stored(
     path: Path | None = None
     if sources.cache is not None:
         path = CacheKind.adapter_starts.under(sources.cache) / f"{digest.hexdigest()}.safetensors"
-        if (kept := _read(path, layers)) is not None:
-            return kept
+        if path.exists():
+            if (kept := read_pairs(path, _PARTS)) is not None:
+                return kept
+            log.warning("%s is damaged: the adapter's start is computed anew.", path)
     log.info("Computing the adapter's start (adapter.init=%s) for %d layers ...", config.init, len(layers))
     start = dict(_computed(model, layers, config, seed, sources, sequences))
     if path is not None:
-        tensors = {f"{name}.{part}": t for name, pair in start.items() for part, t in zip("AB", pair, strict=True)}
-        atomic_write_bytes(path, save(tensors, {"digest": _checksum(start)}))
+        write_pairs(path, start, _PARTS)
     return start
-
-
-def _checksum(start: Start) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(start):
-        digest.update(name.encode())
-        for tensor in start[name]:
-            hash_tensor(digest, tensor)
-    return digest.hexdigest()
-
-
-def _read(path: Path, layers: Mapping[str, Any]) -> Start | None:
-    """What was kept; None where there is nothing, or, after a log line, where the file is damaged."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            start = {name: (file.get_tensor(f"{name}.A"), file.get_tensor(f"{name}.B")) for name in layers}
-            if (file.metadata() or {}).get("digest") == _checksum(start):
-                mark_used(path)
-                return start
-    except (SafetensorError, OSError):
-        pass
-    log.warning("%s is damaged: the adapter's start is computed anew.", path)
-    return None
 
 
 def _weights(name: str, layer: Any, config: AdapterConfig, sources: StartSources) -> Iterator[Tensor]:

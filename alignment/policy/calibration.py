@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from alignment.config.schema import Calibration
 from alignment.errors import UserError
-from alignment.files import CacheKind, atomic_write_bytes, file_lock, mark_used
+from alignment.files import CacheKind, file_lock
 from alignment.kernels.calibrated import BLOCK, block_constants, make_calibrated, pack_constants
 from alignment.policy.digest import hash_tensor
+from alignment.policy.kept_tensors import read_pairs, write_pairs
 
 log = logging.getLogger(__name__)
+
+_PARTS = ("codes", "scales")
 
 _GRIDS = {Calibration.entropy: (0.1 / 1.8482, 201), Calibration.mse: (0.3, 61)}
 """How far from the median candidates lie, as a share of the block's largest distance from it, and how many there are.
@@ -163,10 +164,12 @@ def _constants(weights: dict[str, Tensor], objective: Calibration, device: torch
         hash_tensor(digest, weight)
     path = CacheKind.calibration.under(cache) / f"{digest.hexdigest()}.safetensors"
     with file_lock(path.with_suffix(".lock"), "Another run is calibrating this model; waiting for its result ..."):
-        found = _read(path) if path.exists() else None
+        found = None
+        if path.exists() and (found := read_pairs(path, _PARTS)) is None:
+            log.warning("%s is damaged: the model is calibrated anew.", path)
         if found is None or found.keys() != weights.keys():
             found = _searched(weights, objective, device)
-            _write(path, found)
+            write_pairs(path, found, _PARTS)
     return found
 
 
@@ -185,32 +188,3 @@ def _searched(weights: dict[str, Tensor], objective: Calibration, device: torch.
         time.monotonic() - started,
     )
     return found
-
-
-def _checksum(found: _Constants) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for key in sorted(found):
-        digest.update(key.encode())
-        for tensor in found[key]:
-            hash_tensor(digest, tensor)
-    return digest.hexdigest()
-
-
-def _write(path: Path, found: _Constants) -> None:
-    tensors = {f"{key}.{part}": pair[i] for key, pair in found.items() for i, part in enumerate(("codes", "scales"))}
-    atomic_write_bytes(path, save(tensors, {"checksum": _checksum(found)}))
-
-
-def _read(path: Path) -> _Constants | None:
-    """What `_write` wrote; None, after a log line, where the file is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            keys = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118
-            found = {key: (file.get_tensor(f"{key}.codes"), file.get_tensor(f"{key}.scales")) for key in keys}
-            if (file.metadata() or {}).get("checksum") == _checksum(found):
-                mark_used(path)
-                return found
-    except (SafetensorError, OSError):
-        pass
-    log.warning("%s is damaged: the model is calibrated anew.", path)
-    return None
