@@ -55,9 +55,14 @@ def _caches(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(_caches, monkeypatch):
-    """No test reads or writes the user's cache, or another test's. A run makes the folder when it writes there."""
-    monkeypatch.setenv("ALIGNMENT_CACHE", str(_caches / str(next(_NUMBERS))))
+def _own_cache(_caches):
+    """No test reads or writes the user's cache, or another test's. A run makes the folder when it writes there.
+
+    It has a patch of its own: a test that undoes its patches must not go on in the user's cache.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGNMENT_CACHE", str(_caches / str(next(_NUMBERS))))
+        yield
 
 
 CORE_LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "beta_dpo", "bco", "tdpo1", "plackett_luce", "mpo")

@@ -74,6 +74,7 @@ def test_all_runs_follow_one_trajectory(job):
     assert sum(results["ours_warm"]["profile"]["shares"].values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_part_computes_the_same_by_other_means(job, monkeypatch):
     """And the part is out: counted by the passes, the calls of the head's routine and of oneDNN's."""
     monkeypatch.setattr(scoring_head, "_ScoreOnce", scoring_head._ScoreOnce)  # put back after the test

@@ -172,6 +172,7 @@ def test_a_gpu_that_takes_no_work_is_named(ready):
     assert "a GPU that takes work (H100 says: CUDA error: all CUDA-capable devices are busy or unavailable; end" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("built", "driver", "visible", "expected"),
     [

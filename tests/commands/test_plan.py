@@ -160,6 +160,7 @@ def test_sizes(text, expected):
 # The recipes and the table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sft_qwen3", "dpo_qwen3", "ipo_qwen3", "simpo_qwen3", "kto_qwen3", "orpo_qwen3"])
 def test_the_qwen3_recipes_fit_where_they_say(recipe, qwen3_small):
     """From the 6 GB that their headers name; on 24 GiB nothing is computed twice."""
@@ -171,6 +172,7 @@ def test_the_qwen3_recipes_fit_where_they_say(recipe, qwen3_small):
     assert all("6 GB of memory or more" in path.read_text() for path in asset_dir("recipes").glob(f"{recipe}.yaml"))
 
 
+@pytest.mark.slow
 def test_the_table_in_the_readme_is_what_the_command_writes():
     path = asset_dir("recipes") / "README.md"
     text = path.read_text(encoding="utf-8")
@@ -189,6 +191,7 @@ def test_the_table_goes_between_its_markers():
 # Models with an option of their own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.option)
 def test_a_model_option_composes_under_its_recipe_and_is_planned(published):
     """Its name is the hub's; a model of four of its layers is planned and fits, without the hub."""

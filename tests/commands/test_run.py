@@ -213,6 +213,7 @@ def test_wrong_files(name, content, said, tmp_path, monkeypatch):
     assert sorted(Path.cwd().iterdir()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -232,6 +233,7 @@ def test_what_has_an_effect_is_accepted(arguments):
     load("recipe=quickstart", *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="other systems have another OpenMP")
 @pytest.mark.parametrize(
     ("own", "spins"),

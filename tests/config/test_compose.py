@@ -6,6 +6,7 @@ from alignment.config.compose import load, load_loss
 from alignment.errors import UserError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"), [("dpo", ()), ("simpo", ("gamma_beta_ratio=0.3",)), ("mpo", ("settings.dpo.beta=0.4",))]
 )

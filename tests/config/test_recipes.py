@@ -46,6 +46,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 # The shipped recipes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_recipe_composes_and_its_values_arrive(name):
     """Every value that the file sets is the run's, so no block is shadowed by what the recipe inherits."""
@@ -136,6 +137,7 @@ def test_the_table_of_recipes_is_complete():
     assert sorted(rows) == sorted((name, f"{name}.yaml") for name in FILES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QWEN3)
 def test_the_qwen3_recipes_differ_in_the_loss_and_what_it_asks_for(name):
     loss, lr, groups = QWEN3[name]
@@ -155,6 +157,7 @@ def test_the_qwen3_recipes_differ_in_the_loss_and_what_it_asks_for(name):
 # Loss values and their loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "loss"), [("dpo_qwen3", "dpo"), ("dpo_qwen3", "simpo"), ("dpo_qwen3", "orpo"), ("ipo_qwen3", "ipo")]
 )
@@ -219,6 +222,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_file_is_named_in_one_sentence(case, tmp_path):
     name, text, expected = BROKEN[case]
@@ -245,6 +249,7 @@ def test_a_recipe_that_includes_itself(tmp_path):
         load("recipe=circle", config_dir=write(tmp_path, {"recipe/circle.yaml": "defaults:\n  - circle\n"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -55,6 +55,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("typed", "said"), each(REFUSED, [REFUSED[0], REFUSED[2]]))
 def test_another_setting_is_refused_in_one_sentence(typed, said, old_run):
     """An old default is no licence to change it, and a setting of today cannot be switched on."""

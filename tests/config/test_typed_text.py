@@ -209,6 +209,7 @@ def test_the_home_folder_of_configurations_and_templates(tmp_path, monkeypatch):
     assert load("data=mine", config_dir=Path("~/conf")).data.source == "~/rows.jsonl"
 
 
+@pytest.mark.slow
 def test_text_in_the_sweep_of_a_recipe_is_text(tmp_path, monkeypatch):
     """A list in YAML separates members; a comma in one of its texts does not."""
     monkeypatch.chdir(tmp_path)
@@ -223,6 +224,7 @@ def test_text_in_the_sweep_of_a_recipe_is_text(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999"])
 def test_seeds_that_no_generator_takes_are_refused(seed):
     """Before anything is loaded; the largest one is taken."""

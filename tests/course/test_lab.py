@@ -88,6 +88,7 @@ def test_runs_are_named_in_order_and_done_once(monkeypatch, tmp_path):
     assert called[2] == called[0], "what is not finished is run again"
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_says_why(capsys):
     with pytest.raises(UserError, match="status 1: Error: There is no loss 'dppo'"):
         lab._command("alignment.losses", "show", "dppo")

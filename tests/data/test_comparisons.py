@@ -288,6 +288,7 @@ TIES = ["tie", "Tie", "TIE", "draw", "equal", "same", "both_good", "[[C]]", "A=B
 BAD = ["both_bad", "tie (bothbad)", "Both Bad", "both are bad"]
 
 
+@pytest.mark.slow
 @given(
     columns=st.sampled_from(COLUMNS),
     words=st.sampled_from([*SPELLINGS, ("COLUMN", "COLUMN"), ("TEXT", "TEXT")]),

@@ -290,6 +290,7 @@ def test_a_source_takes_the_settings_of_the_data_unless_it_has_its_own():
     assert (data.sources["b"].where, data.sources["b"].weight) == ({"k": ["v"]}, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -106,6 +106,7 @@ def unread(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("the rows were read again")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_limits")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("prepare", [preferences, conversations])
@@ -161,6 +162,7 @@ def test_every_change_makes_new_tokens(
     assert data == preferences(config(path), chat, None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_limits")
 @pytest.mark.parametrize("what", ["a byte", "a cut", "a missing file", "the entry"])
 def test_damaged_tokens_are_made_again(
@@ -257,6 +259,7 @@ def preparing(
     process.join()
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_begins_again(
     preparing: tuple[DataConfig, multiprocessing.Process], chat: Any, tmp_path: Path
 ) -> None:

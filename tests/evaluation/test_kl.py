@@ -54,6 +54,7 @@ def test_it_is_zero_at_the_start(trained):
         assert abs(found[name]) < 1e-12, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True], ids=["from the base", "from an adapter"])
 def test_by_hand(trained):
     """Log-ratios of the very tokens sampled, from full logits of two models, one prompt at a time."""

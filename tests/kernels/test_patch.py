@@ -16,6 +16,7 @@ from tests.bench.layers import Layer, Saved
 from tests.helpers.patched import FEW, MANY, MODELS, PATCHED, assert_close, classes, compute, lora_layers, pair, tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("shape", [FEW, MANY])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

@@ -263,6 +263,7 @@ def test_mpo_is_a_mixture():
     assert changed.weights["dpo"] == 0.5 and changed.settings["dpo"].beta == 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -92,6 +92,7 @@ def test_it_is_swept_over_and_mixed(folder):
     assert all(row["margin_dpo/loss"] == pytest.approx(row["dpo/loss"]) for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

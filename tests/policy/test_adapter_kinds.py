@@ -85,6 +85,7 @@ def move(model, seed=5):
 # Start, identity, reference, files
 
 
+@pytest.mark.slow
 @each_case
 def test_an_adapter_is_the_same_wherever_it_goes(option, bits, bases, sources, tmp_path):
     """It starts at the base or says so; its frozen start stays; saved, loaded, continued and merged it is equal."""

@@ -42,6 +42,7 @@ def dpo_step(trainer, model, optimizer):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", [pytest.param(f, id=f.model_type, marks=() if f.core else pytest.mark.matrix) for f in FAMILIES]
 )

@@ -237,6 +237,7 @@ def test_nf4_that_leaves_most_weights_plain_is_a_warning(folders, caplog, monkey
     assert stored_facts(model)["notes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [

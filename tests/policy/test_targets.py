@@ -37,6 +37,7 @@ def all_linear(model):
     return _maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), model).target_modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", PLAIN)
 def test_on_a_plain_architecture_auto_is_all_linear(model_type):
     """The same layers with and without a run, and the same random adapter."""

@@ -24,6 +24,7 @@ def gpu(tmp_path_factory) -> Side:
     return side
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(NAMES, CORE_LOSSES))
 def test_a_step_is_that_of_the_cpu(name, cpu, gpu):
     loss = recommended_loss(name)

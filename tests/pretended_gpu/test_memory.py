@@ -21,6 +21,7 @@ def side(tmp_path_factory) -> Side:
         return Side(device, tmp_path_factory.mktemp("gpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_a_step_goes_on_with_smaller_passes(name, side):
     """KTO takes statistics from the whole step: its passes without gradient are made smaller as well."""

@@ -33,6 +33,7 @@ def test_a_mask_on_the_cpu(monkeypatch, caplog):
     assert "a CPU tensor of" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [FlatLayout(), SharedLayout()], ids=["flat", "shared"])
 def test_a_wait_inside_a_pass(layout, monkeypatch):
     head = logps.score_hidden
@@ -46,6 +47,7 @@ def test_a_wait_inside_a_pass(layout, monkeypatch):
         check_pass(layout, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [FlatLayout(), SharedLayout()], ids=["flat", "shared"])
 def test_hidden_states_in_32_bits(layout, monkeypatch):
     forward = Qwen3DecoderLayer.forward

@@ -113,6 +113,7 @@ def kept_bytes(model: Any, batch: MicroBatch) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("prompt", "answers"), [(180, (330, 330)), (768, (128, 128)), (1500, (100, 100)), (1500, (100,) * 4)]
@@ -198,6 +199,7 @@ def traffic_of(size: str, batch: MicroBatch, patch: pytest.MonkeyPatch | None) -
     return tuple(collections.Counter({k: b[k] - a[k] for k in b if b[k] != a[k]}) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_moved_bytes(size, monkeypatch):
     """Fused, all beside the products moves a third of its bytes, and frozen weights have two products, not three.

@@ -66,6 +66,7 @@ def test_who_wants_what_another_computes_waits_and_finds_it(tmp_path, monkeypatc
 # Cached and live are the policy at the start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "tokens_per_batch"),
     [
@@ -113,6 +114,7 @@ def test_after_sft_the_reference_is_the_sft_policy_and_not_the_base(mode, route,
     assert reference.identity != policy_identity(base)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fresh", "trained"])
 def test_the_live_reference_stays_while_the_trainer_trains(kind, tmp_path):
     """Ten optimizer steps of the real loop, with checkpoints; the saved policy is the trained adapter alone."""

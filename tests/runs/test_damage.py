@@ -17,6 +17,7 @@ from alignment.training.callbacks import last_checkpoint, remove_damaged
 CONTENT = {"steps": 8, "metrics": {"loss": 0.25, "margin": float("inf")}, "text": ["a\ud83d", None, True]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("indent", [None, 2])
 def test_every_changed_byte_of_a_sealed_file_is_found_or_harmless(tmp_path, indent):
     """Changed white space is the only change that passes; the value is the same then."""

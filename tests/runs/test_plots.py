@@ -73,6 +73,7 @@ def test_curves_carry_the_data_and_say_what_they_are(tmp_path: Path, figures: di
     assert chosen.get_color() != rejected.get_color()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "file"),
     [

@@ -110,6 +110,7 @@ def cells(text: str, first: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
+@pytest.mark.slow
 def test_a_whole_run(run_dir: Path) -> None:
     text = write_report(run_dir).read_text("utf-8")
     assert "Read this first" not in text, "nothing about this run needs a warning"
@@ -208,6 +209,7 @@ def test_warnings_of_the_curves(run_dir: Path, last: dict[str, float], warning: 
     assert warning in write_report(run_dir).read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("damage", ["remove", "empty", "half", "binary", "list", "deep"])
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json", "metrics.jsonl", "samples.jsonl"])

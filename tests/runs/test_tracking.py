@@ -58,6 +58,7 @@ def nobody_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     wandb.teardown()
 
 
+@pytest.mark.slow
 def test_members_of_a_sweep_are_one_group(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
     sweep = tmp_path / "betas"
     for name in ("0-tiny", "1-tiny"):
@@ -81,6 +82,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
 def test_any_folder_name_is_a_name_for_wandb(text: str, tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
     """A run, and a sweep, may be called anything: W&B gets the name as text, cut to what it takes, and all rows."""
@@ -213,6 +215,7 @@ def test_offline_run_holds_everything_and_continues_under_its_id(
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1]
 
 
+@pytest.mark.slow
 def test_an_unreachable_server_leaves_an_offline_run(
     tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

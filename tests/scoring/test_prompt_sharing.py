@@ -81,6 +81,7 @@ def everything_in_fp64(monkeypatch):
     monkeypatch.setattr(alignment.kernels.attention, "_has_cpu_kernel", lambda: True)  # not to be asked in this state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_equals_the_flat_layout_in_fp64(name, everything_in_fp64):
     model = tiny_model(name, torch.float64)
@@ -132,6 +133,7 @@ def test_equals_the_flat_layout_on_a_quantised_base(tiny_model_folder):
     assert_same(scores_and_gradient(model, groups, SharedLayout(), 90), expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_a_training_step_is_the_same(name, tmp_path):
     """Loss and gradient of a step, reference and mismatched answers included."""

@@ -255,6 +255,7 @@ def test_nothing_of_the_vocabularys_width_is_kept(route, quantities, rows, chunk
     assert max(tokens for tokens, _ in logits) <= chunk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [FlatLayout, SharedLayout])
 @pytest.mark.parametrize("prompts", [False, True], ids=["completions", "prompts too"])
 def test_through_a_model_with_its_adapter_off_as_the_other(kind, prompts):

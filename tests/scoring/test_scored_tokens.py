@@ -63,6 +63,7 @@ def test_log_probs_are_those_of_the_scored_tokens(layout, tokens_per_batch):
     torch.testing.assert_close(found.sums(), sums, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", each(("dpo", "ipo", "simpo", "orpo", "kto"), ("dpo", "kto")))
 def test_loss_and_gradient_equal_those_by_hand(name, layout, tmp_path):

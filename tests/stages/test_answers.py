@@ -130,6 +130,7 @@ def test_who_would_answer_the_same_is_not_asked(name, ask):
     assert ask.asked == 1
 
 
+@pytest.mark.slow
 def test_whatever_could_change_an_answer_is_asked_anew(ask):
     plain = ask()
     expected = {name: ask(**change()) for name, change in OTHER.items()}

@@ -21,6 +21,7 @@ from alignment.config.sweep import Sweep
 from alignment.errors import UserError
 from alignment.files import file_lock
 from alignment.run import end_sweep
+from alignment.runs.record import RunRecord
 from tests.helpers.commands import command, write_project
 from tests.helpers.patience import patience
 
@@ -114,13 +115,19 @@ def hazardous_project(folder: Path, model: Path) -> Path:
 
 @pytest.mark.matrix
 def test_a_job_that_is_told_to_stop_stops_like_ctrl_c(tiny_model_folder, tmp_path):
-    """SIGTERM in a launcher's process: one line says how to go on, and nothing is left half-written."""
+    """SIGTERM in a launcher's process: one line says how to go on, and nothing is left half-written.
+
+    Joblib kills the other job at once. What that one was writing has a temporary name, and goes when its run goes on.
+    """
     needs("hydra_joblib_launcher")
     project = hazardous_project(tmp_path, tiny_model_folder)
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "loss=hazard")
     ended = sweep(project, tmp_path, *launcher, "loss.fault=stopped,none")
     assert ended.returncode == 1 and "Interrupted; continue with: python -m alignment.run" in ended.stderr, ended.stderr
-    assert not list(tmp_path.rglob("*.tmp"))
+    stopped, killed = (tmp_path / "sweep" / f"{number}-tiny" for number in range(2))
+    assert not list(stopped.rglob("*.tmp"))
+    RunRecord(killed)
+    assert not list(killed.rglob("*.tmp"))
 
 
 @pytest.mark.matrix

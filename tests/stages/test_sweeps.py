@@ -53,6 +53,7 @@ def members(*overrides: str) -> list[list[str]]:
     return [member[:-1] for member in found]
 
 
+@pytest.mark.slow
 def test_the_members_of_a_recipe(project):
     register(project)
     assert members("recipe=sub/many") == [
@@ -98,6 +99,7 @@ def test_a_block_that_is_no_sweep_is_refused(sweep, tmp_path):
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -115,6 +117,7 @@ def test_what_is_refused_before_a_sweep(arguments, said, project, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_an_agent_of_wandb_runs_composes(monkeypatch):
     """Its parameters are settings of the run, and both ends of their ranges are accepted."""
     monkeypatch.setenv("WANDB_SWEEP_ID", "the-sweep")

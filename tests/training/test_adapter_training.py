@@ -22,6 +22,7 @@ def policy(tiny_model_folder, tmp_path_factory):
     return lambda option, bits: attach_adapter(share(loaded(bits)), adapter(**OPTIONS[option]), 3, sources)
 
 
+@pytest.mark.slow
 @each_case
 def test_each_adapter_starts_at_its_reference(option, bits, policy, tmp_path):
     """At step 0 policy and reference are equal, and the loss is what its formula gives, stored or live."""
@@ -44,6 +45,7 @@ def _ways():
             yield pytest.param(option, bits, way, marks=marks, id="-".join((case.id, *way)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "bits", "way"), _ways())
 def test_each_adapter_resumes_to_the_last_bit(option, bits, way, policy, tmp_path):
     """From a checkpoint, a new policy ends with the weights that the first has ended with."""

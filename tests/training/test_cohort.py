@@ -28,6 +28,7 @@ def micro_batches(layout, number, seed):
     return next(iter(LAYOUTS[layout]().batches(random_groups(number, seed=seed), 10_000)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "layout", "every"),
     [

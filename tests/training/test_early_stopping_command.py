@@ -39,6 +39,7 @@ def test_the_objective_of_searches_is_the_metric_of_early_stopping(tmp_path):
     assert metric in STOPPING_METRICS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

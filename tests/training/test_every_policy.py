@@ -133,6 +133,7 @@ def around(policy, model):
     return functools.partial(elastic, model, policy.adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(POLICIES, CORE))
 def test_every_policy_starts_at_its_reference(name, make, tmp_path):
     """Stored or live, for pairs and rows; all that start at one base share its identity."""
@@ -156,6 +157,7 @@ def _cases():
             yield pytest.param(name, way, marks=marks, id="-".join((name, *way)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), _cases())
 def test_every_policy_goes_on_and_is_saved_as_what_it_is(name, way, make, folder, tmp_path):
     """Resumed it ends with the same bits; saved it loads equal; its adapter is peft's, and merged it is equal."""

@@ -159,6 +159,7 @@ def policy_sizes(model, dtype, kind="lora"):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "trained", "dtype"),
     [
@@ -195,6 +196,7 @@ def test_other_layers_are_estimated_and_said_to_be(kind):
     assert totals[2] - totals[1] == pytest.approx(expected, rel=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [0, 1, 2, 3])
 def test_saved_bytes_with_checkpointing(every):
     """What is held when the forward pass ends: inputs of the layers that are run again, all of the others."""
@@ -221,6 +223,7 @@ def test_activations_by_hand():
     assert activation_bytes((), 1, 100) == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("positions", "every", "measured"),
     [(4077, 0, 8.307), (8125, 0, 13.822), (10879, 0, 17.589), (10879, 1, 3.985)],
@@ -243,6 +246,7 @@ def test_what_an_h200_measured(positions, every, measured):
     assert (needs.head > 0) == (every == 0)  # every layer checkpointed: the layers' backward pass is the peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_checkpointing_changes_no_gradient_and_runs_the_chosen_layers_again(trained):
     """Each k runs the first of every k layers twice; hooks on a part of the layer count the runs."""
@@ -370,6 +374,7 @@ def test_time_of_a_pass():
     assert relative_time(sizes, 0, 4096, "cuda") > relative_time(sizes, 1, 16384, "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hidden", "mlp", "heads", "layers", "launched", "useful"),
     [

@@ -61,6 +61,7 @@ def test_planned_weights_are_those_of_the_loaded_mixture(kind, targets, folders)
     assert planned.quantised and loaded.quantised
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "targets"), [("qwen3_moe", "attention"), ("qwen3_moe", "experts")])
 @pytest.mark.parametrize("quantization", [NF4, None])
 def test_saved_bytes_of_a_layer_of_experts_are_counted(kind, targets, quantization, folders):
@@ -116,6 +117,7 @@ def test_qwen3_30b_a3b_by_hand():
         assert relative_time(sizes, 0, tokens, "cuda") == pytest.approx(time)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "least", "most"), [(qwen3_30b, 15, 40), (gpt_oss_20b, 11, 30)])
 @pytest.mark.parametrize("targets", ["all", "attention"])
 def test_large_mixtures_fit_one_gpu_of_80_gb(config, least, most, targets):

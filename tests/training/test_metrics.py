@@ -146,6 +146,7 @@ def mean_of(rows, name):
     return math.fsum(column) / len(column)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "simpo", "orpo", "kto"])
 def test_the_same_metrics_for_every_loss(name, tmp_path):
     """In nats, per token and per pair, against a plain computation, whatever the loss takes and optimises."""

@@ -93,6 +93,7 @@ def refusal(optim, lora):
         return str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(NAMES, CORE))
 def test_an_optimizer_trains_and_resumes_or_is_refused_in_a_sentence(name, tmp_path):
     """A LoRA trains, or the whole model where the optimizer asks for that; no name ends in a traceback."""
@@ -231,6 +232,7 @@ class Averaging(torch.optim.Optimizer):
         return all(p.equal(value.to(p.dtype)) for p, value in zip(model.parameters(), values, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_schedule_free_policy_is_its_average_wherever_it_is_used(dtype, tmp_path, monkeypatch):
     """Gradients are taken at y; evaluation, checkpoint, refreshed reference and final policy read x; it resumes."""
@@ -301,6 +303,7 @@ def test_a_tiny_rate_moves_a_bf16_policy_by_its_masters(masters, tmp_path):
     assert share > 0.2 if masters else share == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw_torch_fused", "adagrad", "muon", "paged_adamw_8bit"])
 def test_a_bf16_policy_with_masters_resumes_bit_equal(name, tmp_path):
     """The masters are in the checkpoint: from the rounded weights alone the training would go another way."""
@@ -309,6 +312,7 @@ def test_a_bf16_policy_with_masters_resumes_bit_equal(name, tmp_path):
     assert not equal(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw_torch", "muon", "adagrad"])
 def test_the_plan_counts_masters_and_states(name, tmp_path):
     """Bytes of states and masters of a whole bf16 policy after a step, as the plan has them."""

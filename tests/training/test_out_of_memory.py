@@ -57,6 +57,7 @@ def step_of(tmp_path, budget, loss="dpo", failing=(), every=0, scoring_budget=No
     return trainer, value, gradients, trainer._means.take()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 @pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
 def test_a_step_that_ran_out_of_memory_is_that_of_the_smaller_budget(loss, failing, tmp_path, caplog):
@@ -76,6 +77,7 @@ def test_a_step_that_ran_out_of_memory_is_that_of_the_smaller_budget(loss, faili
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "cublas", "driver"])
 def test_whoever_lacks_the_memory(error, tmp_path):
     """In a step and in a reference pass."""
@@ -96,6 +98,7 @@ def test_another_error_of_a_gpu_is_no_lack_of_memory(tmp_path):
         step_gradient(trainer, groups)
 
 
+@pytest.mark.slow
 def test_at_last_every_layer_is_checkpointed_and_then_it_ends(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer, value, gradients, metrics = step_of(tmp_path, 1, failing=(0,), every=0)

@@ -132,6 +132,7 @@ def as_planned(name, model, optimizer):
     return replace(sizes, layers=measured_layers(model, sizes.layers, modules))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(POLICIES, CORE))
 def test_the_peak_of_a_step_is_planned(name, tmp_path):
     """To 15 per cent of what a step takes beside the weights, which the plan counts to the byte; two passes a step."""

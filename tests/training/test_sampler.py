@@ -158,6 +158,7 @@ def test_the_reference_is_prepared_for_exactly_these_steps():
     assert len(groups_to_reference(kto, rows, steps[:1], [])) == 8, "rows that no step uses are not computed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "train", "held_out"), [("training", 1, 4), ("held-out", 4, 1)])
 def test_a_single_row_is_refused_where_the_loss_needs_a_second(part, train, held_out, tiny_model_folder, tmp_path):
     """A lone KTO row has no mismatched completion."""

@@ -115,6 +115,7 @@ def weights(trainer):
 STATEFUL = [name for name in NAMES if LOSSES[name].initial_state is not Loss.initial_state]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*STATEFUL, "kto", "sampo", "mpo"])
 def test_resumed_equals_uninterrupted(name, tmp_path):
     """The running state is in the checkpoint, and draws depend on the step's number."""

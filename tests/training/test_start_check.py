@@ -115,6 +115,7 @@ def wrong(kind, original):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reference"),
     [*((name, "cache") for name in sorted(SETTINGS)), *((name, "none") for name in sorted(REFERENCE_FREE))],
