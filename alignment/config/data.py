@@ -146,7 +146,7 @@ class DataConfig:
     `columns` maps our column names to the file's own, e.g. {prompt: question, chosen: best}. `train_where` keeps the
     training rows whose columns have these values, e.g. {kind: [add, subtract]}; held-out rows all stay.
     `max_bad_rows` null means 0 for local files and no limit for hub sets. `allow` names findings in the text that do
-    not stop the run (see `alignment.data.findings`).
+    not stop the run (see `alignment.data.rows.findings`).
 
     `winner` lists the values that a verdict on two answers has, e.g. {first: [0], second: [1], tie: [2]}; {} where they
     speak for themselves. Pairs whose scores differ by less than `min_score_gap` are left out.
@@ -154,7 +154,7 @@ class DataConfig:
     `sources` makes a mixture: each name maps to a `SourceConfig`, and `source` is null. `exhausted` says what ends its
     epoch, and `seed` draws its rows and their order. `duplicates` says what becomes of training rows that repeat an
     earlier one. `decontaminate` names evaluation sets: a training row whose prompt shares words with one of them is
-    left out (see `alignment.data.decontamination`), with `decontaminate_answers` also one whose answers do.
+    left out (see `alignment.data.sources.decontamination`), with `decontaminate_answers` also one whose answers do.
     """
 
     source: Any = field(metadata={"kind": ONE_OR_MORE})

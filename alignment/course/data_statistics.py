@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from alignment.data.rows import Row
-from alignment.data.words import answers, prompts, words
-from alignment.data.words import overlaps as overlaps  # one of these statistics
+from alignment.data.inspection.words import answers, prompts, words
+from alignment.data.inspection.words import overlaps as overlaps  # one of these statistics
+from alignment.data.rows.row import Row
 from alignment.errors import UserError
 from alignment.evaluation.judge import compare, judge
 

@@ -1,6 +1,6 @@
-"""From files to groups of tokens.
+"""From files to groups of tokens, in seven rooms. Each imports only those after it.
 
-`sources` reads files and hub sets, `layouts` recognises their columns, `rows` holds the text, `tokens` tokenises it,
-`units` makes pairs of lists and rows of pairs, and `prepare` does all of it for a run. Large data go through `batches`,
-in several processes, into a `token_store`, which `prepared` keeps in the cache. `bundled/`: the quickstart set.
+`inspection` shows what the others make of data. `preparation` is the data of a run: `tokens` are made of rows, which
+`sources` read, in one of the `layouts` that are known. `conversations` are messages and what a chat template makes of
+them, `rows` the text that all of them pass on. `bundled/`: the quickstart set.
 """

@@ -14,12 +14,12 @@ from rich.console import Console
 from alignment.config.compose import load, load_loss
 from alignment.config.schema import RunConfig
 from alignment.config.typed_text import quoted
-from alignment.data.findings import FINDINGS
-from alignment.data.inspection import UNLIMITED, Inspection, inspect, left_out
-from alignment.data.inspection_report import left_out_table, print_inspection, print_table, to_html
-from alignment.data.layouts import NotPreferences
-from alignment.data.reasons import UnusableRows
-from alignment.data.sources import load_rows
+from alignment.data.inspection.inspection import UNLIMITED, Inspection, inspect, left_out
+from alignment.data.inspection.report import left_out_table, print_inspection, print_table, to_html
+from alignment.data.layouts.recognition import NotPreferences
+from alignment.data.rows.findings import FINDINGS
+from alignment.data.rows.reasons import UnusableRows
+from alignment.data.sources.loading import load_rows
 from alignment.errors import CommandParser, UserError
 from alignment.files import atomic_write_text, cache_dir
 from alignment.policy.load import load_tokenizer

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from alignment.config.schema import RunConfig
-from alignment.data.writer import end_of_turn
+from alignment.data.conversations.writer import end_of_turn
 from alignment.errors import UserError
 from alignment.policy.load import one_line
 from alignment.policy.saved_adapter import require_same_form

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from alignment.data.reasons import in_words
+from alignment.data.rows.reasons import in_words
 from alignment.evaluation.intervals import wilson_interval
 from alignment.losses import title as loss_title
 from alignment.runs.cautions import cautions

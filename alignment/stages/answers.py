@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from alignment.config.schema import Judge, RunConfig
-from alignment.data.prepare import PreferenceData
-from alignment.data.trajectories import readable
-from alignment.data.units import spread_prompts
+from alignment.data.conversations.trajectories import readable
+from alignment.data.preparation.prepare import PreferenceData
+from alignment.data.tokens.units import spread_prompts
 from alignment.errors import UserError
 from alignment.evaluation.generate import as_text, presets, presets_in_words, sample
 from alignment.evaluation.judge import Verdict, compare, judge, win_rate

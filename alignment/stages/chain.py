@@ -18,7 +18,8 @@ from torch import nn
 from transformers import set_seed
 
 from alignment.config.schema import RunConfig
-from alignment.data.prepare import (
+from alignment.data.conversations.writer import end_of_turn
+from alignment.data.preparation.prepare import (
     PreferenceData,
     SFTData,
     fit_preferences,
@@ -26,9 +27,8 @@ from alignment.data.prepare import (
     read_preferences,
     sample_sequences,
 )
-from alignment.data.reasons import UnusableRows
-from alignment.data.rows import BadRow, write_rejected
-from alignment.data.writer import end_of_turn
+from alignment.data.rows.reasons import UnusableRows
+from alignment.data.rows.row import BadRow, write_rejected
 from alignment.errors import NotFinite, UserError
 from alignment.evaluation.generate import stop_tokens
 from alignment.files import CacheKind, cache_dir, read_sealed, write_sealed

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from alignment.config.schema import ReferenceMode, RunConfig
-from alignment.data.prepare import PreferenceData
-from alignment.data.units import spread_prompts
+from alignment.data.preparation.prepare import PreferenceData
+from alignment.data.tokens.units import spread_prompts
 from alignment.evaluation.kl import sampled_kl
 from alignment.files import CacheKind, atomic_write_bytes, read_sealed, to_json_lines, write_sealed
 from alignment.losses import Quantity

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 
 from alignment.config.schema import RunConfig
-from alignment.data.prepare import SFTData
+from alignment.data.preparation.prepare import SFTData
 from alignment.errors import require
 from alignment.policy.layers import as_found, checkpoint_layers
 from alignment.scoring.logps import keeps_logits

@@ -60,7 +60,7 @@ def stage_key(
         settings: everything else that decides the result: optimizer, loop, seed.
     """
     # Imported here: `alignment.cache` lists and removes results without the libraries of models.
-    from alignment.data.prepare import sequences_digest
+    from alignment.data.preparation.prepare import sequences_digest
     from alignment.policy.adapter import has_adapter
     from alignment.policy.identity import trained_digest
 

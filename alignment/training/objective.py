@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.losses import Loss, LossInputs, LossOutput, Quantity, StepTotals
 from alignment.reference.base import Reference
 from alignment.reference.live import LiveReference

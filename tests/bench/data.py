@@ -80,7 +80,7 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> None:
 def _ours(model: str, rows: Path, cache: Path) -> Callable[[], Iterator[list[list[int]]]]:
     from transformers import AutoTokenizer
 
-    from alignment.data.prepare import read_preferences
+    from alignment.data.preparation.prepare import read_preferences
     from tests.bench.one_run import data_config
 
     config = replace(data_config(str(rows)), max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH // 2)

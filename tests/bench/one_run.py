@@ -36,9 +36,9 @@ from alignment.config.schema import (
     QuantizationConfig,
     TrainerConfig,
 )
-from alignment.data.rows import Row
-from alignment.data.sources import load_rows
-from alignment.data.tokens import tokenize_groups
+from alignment.data.rows.row import Row
+from alignment.data.sources.loading import load_rows
+from alignment.data.tokens.tokenization import tokenize_groups
 from alignment.files import cache_dir
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.kernels.matmul import matmul

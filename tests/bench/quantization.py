@@ -25,8 +25,8 @@ from torch import nn
 from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.registry import register
 from alignment.config.schema import RunConfig
-from alignment.data.sources import load_rows
-from alignment.data.tokens import tokenize_groups
+from alignment.data.sources.loading import load_rows
+from alignment.data.tokens.tokenization import tokenize_groups
 from alignment.files import atomic_write_text, cache_dir
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter import attach_adapter

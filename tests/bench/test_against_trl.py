@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alignment.config.schema import Device
-from alignment.data.rows import Row
+from alignment.data.rows.row import Row
 from alignment.kernels import matmul
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.load import load_base, load_tokenizer, resolve_device

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from alignment.data.__main__ import main
-from alignment.data.inspection_report import plain, visible
+from alignment.data.inspection.report import plain, visible
 from tests.helpers.commands import pair, write_lines, write_project
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\x1b[2J\u202e\"'&"

@@ -17,7 +17,7 @@ from alignment.course.data_statistics import (
     overlaps,
     words,
 )
-from alignment.data.rows import Row
+from alignment.data.rows.row import Row
 from alignment.errors import UserError
 
 

@@ -24,7 +24,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alignment.data.opening import BUNDLED
+from alignment.data.sources.opening import BUNDLED
 from alignment.errors import UserError
 
 SEED = 20

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from alignment.config.compose import as_plain, compose_node, load, to_run_config
 from alignment.config.registry import register
 from alignment.config.schema import EvaluationConfig
-from alignment.data.units import spread_prompts
+from alignment.data.tokens.units import spread_prompts
 from alignment.evaluation.generate import sample, without_presets
 from alignment.evaluation.kl import sampled_kl
 from alignment.reference.frozen import FrozenPolicy

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.registry import register
 from alignment.config.schema import Calibration, Dtype, ModelConfig, QuantizationConfig
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.kernels.patch import patch_layers
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.identity import policy_identity

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.training.callbacks import prepare_trainer
 from alignment.training.elastic import ElasticSteps
 from alignment.training.objective import groups_to_reference

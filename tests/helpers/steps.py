@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.reference.live import LiveReference
 from alignment.scoring.layout import FlatLayout
 from alignment.training.sampler import StepSampler

@@ -41,9 +41,10 @@ def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def layers() -> list[set[str]]:
-    """The order of the wings in the contract, from the top; a layer may have several."""
-    (contract,) = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+def layers(container: str) -> list[set[str]]:
+    """The order of the wings, or of the rooms of one, in its contract, from the top; a layer may have several."""
+    contracts = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    [contract] = [contract for contract in contracts if contract["containers"] == [container]]
     return [set(re.split(r"\W+", layer)) for layer in contract["layers"]]
 
 
@@ -158,7 +159,7 @@ def code_of(text: str) -> list[str]:
 
 
 def test_the_order_of_the_wings_is_told_as_it_is_held():
-    order = layers()
+    order = layers("alignment")
     told = re.search(r"stands below it:\n\n((?:    .*\n)+)", text_of(ROOT / "CONTRIBUTING.md"))[1]
     assert [set(re.findall(r"[a-z]+", line[:46])) for line in told.splitlines()] == order
     floors = re.findall(r"<li><b>([a-z ]+)</b> <span>", text_of(ROOT / "docs" / "architecture.md"))
@@ -166,6 +167,14 @@ def test_the_order_of_the_wings_is_told_as_it_is_held():
     assert floors == ["commands", *wings, "ground files"]
     tree = re.findall(r"^  ([a-z]+)/ ", text_of(ROOT / "README.md"), re.MULTILINE)
     assert [name for name in tree if name in wings] == wings
+
+
+def test_the_order_of_the_rooms_of_data_is_told_as_it_is_held():
+    """By the table of docs/architecture.md, from the top."""
+    place = {name: k for k, layer in enumerate(layers("alignment.data")[1:]) for name in layer}
+    table = text_of(ROOT / "docs" / "architecture.md").partition("| room |")[2].partition("\n\n")[0]
+    rooms = re.findall(r"^\| `([a-z]+)` \|", table, re.MULTILINE)
+    assert set(rooms) == place.keys() and rooms == sorted(rooms, key=place.__getitem__)
 
 
 # The site

@@ -64,7 +64,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     code = (
-        "import alignment.config.compose as c, alignment.data.sources as s, alignment.losses.__main__ as m\n"
+        "import alignment.config.compose as c, alignment.data.sources.loading as s, alignment.losses.__main__ as m\n"
         "config = c.load()\n"
         "print(c.asset_dir('conf'))\n"
         "print(c.asset_dir('recipes'))\n"
@@ -86,7 +86,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     assert done.stdout.split() == [
         str(package / "_assets" / "conf"),
         str(package / "_assets" / "recipes"),
-        str(package / "data" / "sources.py"),
+        str(package / "data" / "sources" / "loading.py"),
         "0.01",
         "True",
         "True",

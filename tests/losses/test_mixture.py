@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignment.config.compose import load
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.errors import UserError
 from alignment.losses import (
     BCO,

@@ -13,7 +13,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.registry import register
-from alignment.data.tokens import tokenize_groups
+from alignment.data.tokens.tokenization import tokenize_groups
 from alignment.policy.adapter import load_adapter
 from alignment.policy.identity import policy_identity
 from alignment.policy.load import load_base
@@ -156,7 +156,7 @@ def test_the_reference_is_the_sft_policy(chain, qwen_folder, short_pairs):
         ["recipe=quickstart", f"data.source={short_pairs['held_out']}", "data.system=null", "data.max_length=64",
          "data.max_prompt_length=24", "data.limit=null", "data.eval_limit=null", "data.eval_source=null"]
     )  # fmt: skip
-    from alignment.data.sources import load_rows
+    from alignment.data.sources.loading import load_rows
 
     config = to_run_config(node).data
     groups = tokenize_groups(

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.errors import UserError
 from alignment.losses import LOSSES
 from alignment.policy.adapter import load_adapter

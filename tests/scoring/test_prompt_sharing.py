@@ -12,7 +12,7 @@ import alignment.kernels.block_attention
 import alignment.kernels.matmul
 import alignment.scoring.layout
 import alignment.scoring.prompt_sharing
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.kernels.attention import PromptSpan, attend, enable_shared_prompts, longest_sequence, position_ids
 from alignment.reference.cached import CachedReference
 from alignment.reference.store import ReferenceStore

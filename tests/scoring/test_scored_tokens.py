@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alignment.config.data import ListPairs
-from alignment.data.units import as_pairs, as_rows
+from alignment.data.tokens.units import as_pairs, as_rows
 from alignment.kernels.attention import enable_shared_prompts
 from alignment.losses import LOSSES
 from alignment.scoring.layout import FlatLayout, SharedLayout

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from alignment.config.schema import EvaluationConfig, Judge
-from alignment.data.prepare import PreferenceData
+from alignment.data.preparation.prepare import PreferenceData
 from alignment.evaluation.generate import sample
 from alignment.stages import answers as evaluation
 from alignment.stages import store as stage_store

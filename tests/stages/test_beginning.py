@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alignment.config.compose import load
-from alignment.data.prepare import fit_preferences, load_conversations, read_preferences
+from alignment.data.preparation.prepare import fit_preferences, load_conversations, read_preferences
 from alignment.errors import UserError
 from alignment.files import read_sealed
 from alignment.policy.adapter import attach_adapter

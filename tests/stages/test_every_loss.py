@@ -15,8 +15,8 @@ import torch
 
 from alignment.config.compose import load
 from alignment.config.schema import RunConfig
-from alignment.data.prepare import ReadPreferences, fit_preferences, read_preferences
-from alignment.data.sources import load_rows
+from alignment.data.preparation.prepare import ReadPreferences, fit_preferences, read_preferences
+from alignment.data.sources.loading import load_rows
 from alignment.losses import LOSSES
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.load import load_base, load_tokenizer

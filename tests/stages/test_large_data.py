@@ -18,7 +18,9 @@ __all__ = ["project", "tiny"]
 
 def few_are_many() -> None:
     """As many rows as the tiny recipe has are many."""
-    from alignment.data import batches, prepared, sequences
+    from alignment.data.preparation import prepared
+    from alignment.data.rows import sequences
+    from alignment.data.tokens import batches
 
     batches.ROWS_PER_BATCH = 2
     sequences.KEPT_ROWS = prepared.KEPT_ROWS = 2

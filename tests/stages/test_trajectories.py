@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from alignment.config.compose import as_plain, compose_node, register, to_run_config
 from alignment.config.compose import load as load_config
-from alignment.data.layouts import recognise, to_row
-from alignment.data.tokens import tokenize_groups
-from alignment.data.trajectories import readable
+from alignment.data.conversations.trajectories import readable
+from alignment.data.layouts.recognition import recognise, to_row
+from alignment.data.tokens.tokenization import tokenize_groups
 from alignment.kernels.attention import enable_shared_prompts
 from alignment.scoring.layout import FlatLayout, SharedLayout
 from alignment.stages.chain import Chain

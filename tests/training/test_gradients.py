@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from tests.conftest import random_groups, tiny_policy
 from tests.helpers.steps import SETTINGS, make_loss, make_trainer, moved, plain_loss, sequence_logp, step_gradient
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.losses import LossInputs, LossOutput
 from alignment.training.metrics import Means, Observed, held_out_rows, preference_metrics, read
 from alignment.types import Group, RaggedLogps

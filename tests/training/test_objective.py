@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.losses import Quantity
 from alignment.scoring.logps import enable_scoring
 from alignment.training.objective import step_seeds, step_totals

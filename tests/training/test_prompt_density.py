@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.errors import UserError
 from alignment.training import prompt_density as density
 from alignment.training.prompt_density import density_weights, fit_log_odds, prompt_embeddings, with_density_weights

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer, TrainingArguments
 
 from alignment.config.compose import load
-from alignment.data.prepare import fit_preferences, read_preferences
-from alignment.data.units import as_rows
+from alignment.data.preparation.prepare import fit_preferences, read_preferences
+from alignment.data.tokens.units import as_rows
 from alignment.errors import UserError
 from alignment.losses import LOSSES
 from alignment.scoring.layout import FlatLayout

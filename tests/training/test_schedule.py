@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignment.config.schema import ReferenceMode
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.errors import UserError
 from alignment.kernels.base import is_patched, original_class
 from alignment.policy import identity as identities

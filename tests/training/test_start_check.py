@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from alignment.data.units import as_rows
+from alignment.data.tokens.units import as_rows
 from alignment.errors import UserError
 from alignment.losses import LossOutput
 from alignment.losses.base import Loss

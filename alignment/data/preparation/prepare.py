@@ -1,0 +1,408 @@
+"""The data of a run: read, checked for the stage that uses them, and tokenised."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from alignment.config.data import DataConfig
+from alignment.data.layouts.recognition import Stage
+from alignment.data.preparation.mixture import mixed, source_in_words
+from alignment.data.preparation.prepared import Place, prepared
+from alignment.data.rows.findings import Found, report
+from alignment.data.rows.reasons import in_words
+from alignment.data.rows.row import BadRow, Row, count_reasons, left_out, require_pairs, require_scores
+from alignment.data.rows.row_facts import RowFacts
+from alignment.data.rows.sequences import Picked, StoredRows, as_line
+from alignment.data.sources.loading import LoadedData, load_rows
+from alignment.data.tokens.token_store import CONVERSATIONS, GROUPS, TEXTS, Conversation, Kind, Stored, StoreWriter
+from alignment.data.tokens.tokenization import TokenizedData, TokenizedSFT, tokenize_groups, tokenize_sft
+from alignment.data.tokens.units import are_lists, as_pairs, as_rows, sizes, with_gap
+from alignment.errors import UserError
+from alignment.types import Group
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class PreferenceData:
+    """Tokenised preference data of a run. `eval_rows` belong to `eval`, in order; `info` goes into the summary."""
+
+    train: Sequence[Group]
+    eval: Sequence[Group]
+    eval_rows: Sequence[Row]
+    info: dict[str, Any]
+
+
+@dataclass(slots=True)
+class SFTData:
+    """Tokenised conversations of a run; `sources` are those of `train`, `info` goes into the summary.
+
+    `eval_datasets` names the source in a mixture of each held-out conversation; without a mixture it is empty.
+    """
+
+    train: Sequence[Conversation]
+    eval: Sequence[Conversation]
+    sources: Sequence[str]
+    info: dict[str, Any]
+    eval_datasets: list[str] = field(default_factory=list)
+
+
+_SAMPLE_TOKENS = 16384
+"""Four times the width of a layer of 4096, so that second moments of its inputs are of full rank."""
+
+
+def sample_sequences(conversations: SFTData | None, preferences: PreferenceData | None) -> list[np.ndarray]:
+    """The first sequences of the first stage's training data, of about 16384 tokens in all."""
+    sequences: Iterator[np.ndarray] = iter(())
+    if conversations is not None:
+        sequences = (np.array(example["input_ids"]) for example in conversations.train)
+    elif preferences is not None:
+        sequences = (np.concatenate([group.prompt, group.completions[0]]) for group in preferences.train)
+    found: list[np.ndarray] = []
+    total = 0
+    for sequence in sequences:
+        found.append(sequence)
+        total += len(sequence)
+        if total >= _SAMPLE_TOKENS:
+            break
+    return found
+
+
+def _data_info(title: str, loaded: LoadedData, facts: RowFacts, *parts: TokenizedData | TokenizedSFT) -> dict[str, Any]:
+    """What the summary says of the data; the log says it too."""
+    drops = [*loaded.dropped, *(row for part in parts for row in part.drops)]
+    counts = _sum_counts(*(part.counts for part in parts))
+    log.info("%s: %s.", title, loaded.description)
+    log.info("  %s", in_words({name: count for name, count in counts.items() if count}))
+    missing = left_out([*loaded.bad, *drops])
+    for sentence in missing:
+        log.warning("  %s", sentence)
+    facts.report()
+    for name, numbers in loaded.sources.items():
+        log.info("  %s", source_in_words(name, numbers))
+    findings, sentences = report(found for part in parts for found in part.findings)
+    of_sources = {"sources": loaded.sources} if loaded.sources else {}
+    return of_sources | {
+        "source": loaded.description,
+        "layout": loaded.layout,
+        "fingerprint": loaded.fingerprint,
+        "bad_rows": count_reasons(loaded.bad),
+        "dropped": count_reasons(drops),
+        "tokens": {name: count for name, count in counts.items() if count},
+        "findings": findings,
+        "notes": missing + sentences,
+    }
+
+
+def _warn_of_cuts(cut: int, answers: int, config: DataConfig, prefix: str) -> None:
+    if 2 * cut > answers:
+        log.warning(
+            "%d of %d answers are cut at %sdata.max_length=%d: the policy does not learn how they end, so raise it.",
+            cut,
+            answers,
+            prefix,
+            config.max_length,
+        )
+
+
+def _sum_counts(*parts: dict[str, int]) -> dict[str, int]:
+    return dict(sum((Counter(part) for part in parts), Counter()))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPreferences:
+    """Preference data, read and tokenised, before a loss is chosen."""
+
+    loaded: LoadedData
+    facts: RowFacts
+    train: TokenizedData
+    held_out: TokenizedData
+
+
+def read_preferences(
+    config: DataConfig, tokenizer: Any, *, day: datetime.date | None = None, cache: Path | None = None
+) -> ReadPreferences:
+    """Read, check and tokenise the preference data, or find them in the cache.
+
+    Args:
+        day: the date that a chat template writes; None for today's.
+        cache: the folder in which large sets are prepared and kept; None: everything stays in memory.
+
+    Raises:
+        UserError: the data cannot be used.
+    """
+    make = partial(tokenize_groups, tokenizer=tokenizer, day=day)
+    with prepared(config, "preference", tokenizer, day, cache) as place:
+        if config.sources:
+            return ReadPreferences(*mixed(config, "preference", make, place))
+        made = _prepare(config, place, "preference", make, GROUPS, TokenizedData, _lines_of_held_out)
+    loaded, facts, train, held_out, lines = made
+    if lines is not None:  # of large data, the rows of which are gone
+        held_out = replace(held_out, rows=StoredRows(lines))
+    return ReadPreferences(loaded, facts, train, held_out)
+
+
+def _lines_of_held_out(train: TokenizedData, held_out: TokenizedData) -> Iterator[str]:
+    del train
+    return (as_line(row).decode() for row in held_out.rows)
+
+
+P = TypeVar("P", TokenizedData, TokenizedSFT)
+
+
+def _prepare(
+    config: DataConfig,
+    place: Place | None,
+    stage: Stage,
+    tokenize: Callable[..., P],
+    kind: Kind[Any],
+    part_type: type[P],
+    texts_of: Callable[[P, P], Iterator[str]],
+) -> tuple[LoadedData, RowFacts, P, P, Sequence[str] | None]:
+    """How the data were read, their training and held-out parts, and what is kept of their rows where those are gone.
+
+    The parts are those of the place, or are made and put there. Few rows stay in memory, with their tokens.
+
+    Args:
+        texts_of: what is kept of many rows.
+    """
+    found = None if place is None else place.take()
+    if place is not None and found is not None:
+        try:
+            return _taken(*found, kind, part_type)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            place.drop(error)
+
+    loaded = load_rows(config, stage=stage, folder=None if place is None else place.folder.parent)
+    facts = RowFacts.of(chain(loaded.train, loaded.eval))
+    if place is None or (isinstance(loaded.train, list) and isinstance(loaded.eval, list)):
+        return loaded, facts, tokenize(loaded.train, config=config), tokenize(loaded.eval, config=config), None
+
+    # Into files, of which the rest of the content says how they were made
+    train, held_out = (tokenize(getattr(loaded, name), config=config, folder=place.folder / name) for name in _PARTS)
+    writer, texts = StoreWriter(place.folder / _TEXTS, TEXTS), texts_of(train, held_out)
+    while batch := list(islice(texts, _AT_ONCE)):
+        writer.add(batch)
+    written = writer.close()
+    kept = Stored(place.folder / _TEXTS, TEXTS, written, check=False)
+    loaded = replace(loaded, train=(), eval=())
+    train, held_out = replace(train, rows=()), replace(held_out, rows=())
+    place.put(
+        {
+            "loaded": {f.name: getattr(loaded, f.name) for f in fields(loaded)}
+            | {name: _all_as_dict(getattr(loaded, name)) for name in _LEFT_OUT},
+            "facts": facts.as_json(),
+            "texts": written,
+            "parts": [
+                {"drops": _all_as_dict(part.drops), "findings": _all_as_dict(part.findings)}
+                | {name: getattr(part, name) for name in ("counts", "written")}
+                for part in (train, held_out)
+            ],
+        }
+    )
+    return loaded, facts, train, held_out, kept
+
+
+def _all_as_dict(items: Sequence[Any]) -> list[dict[str, Any]]:
+    return [asdict(item) for item in items]
+
+
+_PARTS = ("train", "eval")
+_LEFT_OUT = ("bad", "dropped")
+_TEXTS = "texts"
+_AT_ONCE = 1024
+
+
+def _taken(
+    folder: Path, content: dict[str, Any], kind: Kind[Any], part_type: type[P]
+) -> tuple[LoadedData, RowFacts, P, P, Sequence[str]]:
+    """What an entry of the cache holds.
+
+    Raises:
+        OSError, ValueError: a file is missing or damaged.
+        KeyError, TypeError: the content is not what was written.
+    """
+    train, held_out = (
+        part_type(
+            Stored(folder / name, kind, part["written"]),
+            (),
+            [BadRow(**row) for row in part["drops"]],
+            part["counts"],
+            [Found(**one) for one in part["findings"]],
+            part["written"],
+        )
+        for name, part in zip(_PARTS, content["parts"], strict=True)
+    )
+    others = {name: [BadRow(**row) for row in content["loaded"][name]] for name in _LEFT_OUT}
+    loaded = LoadedData(**content["loaded"] | others)
+    texts = Stored(folder / _TEXTS, TEXTS, content["texts"])
+    return loaded, RowFacts.from_json(content["facts"]), train, held_out, texts
+
+
+def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
+    """The data as the loss takes them: ranked lists, pairs or labelled rows.
+
+    Lists become pairs unless the loss is one of lists, which takes a pair as a list of two. For a loss of rows each
+    pair becomes two labelled rows.
+
+    Returns:
+        The data, and the rows that were left out.
+
+    Raises:
+        UserError: the data do not fit the loss, or nothing is left to train on.
+    """
+    loaded, train, held_out = read.loaded, read.train, read.held_out
+    needs = loss.requirements()
+
+    # What the rows must have
+    if needs.unit != "row":
+        require_pairs(read.facts.examples, loss.name)
+    if needs.scores:
+        require_scores(read.facts.examples, loss.name)
+    drops = [*loaded.dropped, *train.drops, *held_out.drops]
+    info = _data_info("Preferences", loaded, read.facts, train, held_out)
+    answers = int(sum(sizes(groups).sum() for groups in (train.groups, held_out.groups)))
+    _warn_of_cuts(info["tokens"].get("truncated_completions", 0), answers, config, "")
+
+    # Lists to pairs, pairs to rows
+    parts = {"training": train.groups, "held-out": held_out.groups}
+    if needs.unit != "list":
+        for part, groups in parts.items():
+            if loaded.family == "lists" or are_lists(groups):
+                parts[part] = as_pairs(groups, config.list_pairs)
+                log.info("  %s: %d pairs of %d lists", part, len(parts[part]), len(groups))
+                if groups and not parts[part]:
+                    raise UserError(f"{config.title}: no {part} list has two completions with different scores.")
+    if needs.orders_ties:
+        _warn_of_ties(parts["training"], loss.name)
+    if config.min_score_gap:
+        parts = {part: _apart(groups, part, needs.unit, config) for part, groups in parts.items()}
+    if any(group.labels is not None for group in parts["held-out"]):  # beside labelled rows pairs are rows too
+        parts["held-out"] = as_rows(parts["held-out"])
+    places = {row.source: index for index, row in enumerate(held_out.rows)}
+    eval_groups = parts["held-out"]
+    eval_rows = Picked(held_out.rows, [places[group.source] for group in eval_groups])
+    if needs.unit == "row":
+        parts = {part: as_rows(groups) for part, groups in parts.items()}
+
+    # What is left must be enough
+    for part, items in parts.items():
+        if 0 < len(items) < needs.min_items:
+            raise UserError(
+                f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} {needs.unit}s, and "
+                f"{config.title} has {len(items)}."
+            )
+    for group in chain(parts["training"], eval_groups):
+        if (problem := loss.problem(len(group.completions), group.scores)) is not None:
+            raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
+    info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
+    info["tokens_digest"] = _groups_digest(parts["training"], eval_groups)
+    return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
+
+
+def _warn_of_ties(lists: Sequence[Group], loss: str) -> None:
+    tied = sum(len(set(group.scores)) < len(group.scores) for group in lists if group.scores is not None)
+    if tied:
+        log.warning(
+            "  %d of %d lists have equal scores, and loss %s ranks these answers in the order of the file: all_pairs "
+            "and lipo make no pair of them.",
+            tied,
+            len(lists),
+            loss,
+        )
+
+
+def _apart(groups: Sequence[Group], part: str, unit: str, config: DataConfig) -> Sequence[Group]:
+    """The pairs whose scores differ enough."""
+    gap = config.min_score_gap
+    if unit == "list":
+        raise UserError(f"data.min_score_gap={gap:g} chooses pairs, and the loss takes whole lists: set it to 0.")
+    if any(group.scores is None for group in groups):
+        raise UserError(
+            f"data.min_score_gap={gap:g} needs scores, and {config.title} has answers without: set it to 0."
+        )
+    apart = with_gap(groups, gap)
+    log.info(
+        "  %s: %d of %d pairs are left out, their scores differ by less than %g",
+        part,
+        len(groups) - len(apart),
+        len(groups),
+        gap,
+    )
+    if groups and not apart:
+        raise UserError(f"{config.title}: no {part} pair has scores that differ by data.min_score_gap={gap:g}.")
+    return apart
+
+
+def load_conversations(
+    config: DataConfig, tokenizer: Any, *, day: datetime.date | None = None, cache: Path | None = None
+) -> tuple[SFTData, list[BadRow]]:
+    """Read, check and tokenise the SFT data, or find them in the cache; arguments as of `read_preferences`.
+
+    Raises:
+        UserError: the data cannot be used, or nothing is left to train on.
+    """
+    make = partial(tokenize_sft, tokenizer=tokenizer, day=day)
+    with prepared(config, "sft", tokenizer, day, cache) as place:
+        if config.sources:
+            loaded, facts, train, held_out = mixed(config, "sft", make, place)
+            sources = None
+        else:
+            made = _prepare(config, place, "sft", make, CONVERSATIONS, TokenizedSFT, _sources_of_train)
+            loaded, facts, train, held_out, sources = made
+    drops = [*loaded.dropped, *train.drops, *held_out.drops]
+    info = _data_info("SFT data", loaded, facts, train, held_out)
+    _warn_of_cuts(info["tokens"].get("truncated", 0), len(train.sequences) + len(held_out.sequences), config, "sft.")
+    info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
+    info["tokens_digest"] = sequences_digest(train.sequences, held_out.sequences)
+    if sources is None:
+        sources = [row.source for row in train.rows]
+    names = [name for name, numbers in loaded.sources.items() for _ in range(numbers["eval"])]
+    return SFTData(train.sequences, held_out.sequences, sources, info, names), [*loaded.bad, *drops]
+
+
+def _sources_of_train(train: TokenizedSFT, held_out: TokenizedSFT) -> Iterator[str]:
+    del held_out
+    return (row.source for row in train.rows)
+
+
+_APART = ("prompt", "completions", "source", "scored", "dataset")
+_BESIDE_TOKENS = tuple(f.name for f in fields(Group) if f.name not in _APART)
+
+
+def _groups_digest(*parts: Sequence[Group]) -> str:
+    """Digest of groups as they train: tokens, weights, labels and scores, but not where they came from."""
+    digest = hashlib.blake2b(digest_size=16)
+    for groups in parts:
+        digest.update(f"{len(groups)} groups;".encode())
+        for group in groups:
+            for tokens in (group.prompt, *group.completions):
+                digest.update(f"{len(tokens)}:".encode())
+                digest.update(np.ascontiguousarray(tokens, dtype="<i4").data)
+            digest.update(repr([getattr(group, name) for name in _BESIDE_TOKENS]).encode())
+            for mask in group.scored or ():
+                digest.update(b"scored" + np.packbits(mask).tobytes())
+    return digest.hexdigest()
+
+
+def sequences_digest(*parts: Sequence[Mapping[str, Sequence[float]]]) -> str:
+    """The same for SFT sequences; it names their stage's result too."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sequences in parts:
+        digest.update(f"{len(sequences)} sequences;".encode())
+        for sequence in sequences:
+            for name, values in sorted(sequence.items()):
+                digest.update(f"{name}{len(values)}:".encode())
+                digest.update(np.asarray(values, dtype="<f8").data)
+    return digest.hexdigest()

@@ -1,0 +1,155 @@
+"""Prepared data in the cache: a set that is large is read and tokenised once, and found by every later start.
+
+An entry is a folder `<cache>/tokens/<key>` with the files of each part, and `entry.json`, which holds everything else
+and the digests of the files. The key is a hash of the bytes of the source files, the settings, the tokenizer with its
+template, the versions of the libraries and the code of this package that makes the tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import alignment
+from alignment.config.data import DataConfig
+from alignment.data.layouts.recognition import Stage
+from alignment.data.rows.sequences import KEPT_ROWS
+from alignment.data.sources.loading import local_files
+from alignment.errors import UserError
+from alignment.files import CacheKind, file_digest, file_lock, mark_used, read_sealed, to_json, write_sealed
+
+log = logging.getLogger(__name__)
+
+_ENTRY = "entry.json"
+_SMALL = 2**18
+"""Bytes of source files that hold fewer rows than are worth keeping."""
+_ABANDONED = 86400
+"""Seconds after which an unfinished folder is of a process that was killed."""
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+
+
+class Place:
+    """Where the data of one preparation go.
+
+    Attributes:
+        folder: for what is made; it goes away with the preparation unless that is kept.
+    """
+
+    def __init__(self, folder: Path, entry: Path | None) -> None:
+        self.folder = folder
+        self._entry = entry
+
+    def take(self) -> tuple[Path, dict[str, Any]] | None:
+        """The folder and the content of the entry; None if there is none yet."""
+        if self._entry is None or not self._entry.is_dir():
+            return None
+        try:
+            content = read_sealed(self._entry / _ENTRY)
+        except UserError as error:
+            self.drop(error)
+            return None
+        mark_used(self._entry)
+        log.info("The tokens of these data are in the cache (%s).", self._entry.name[:12])
+        return self._entry, content
+
+    def drop(self, error: Exception) -> None:
+        """Remove a damaged entry."""
+        assert self._entry is not None
+        log.warning("The tokens in %s are damaged (%s): they are made again.", self._entry, error)
+        shutil.rmtree(self._entry, ignore_errors=True)
+
+    def put(self, content: Mapping[str, Any]) -> None:
+        """Keep what is in the folder; a crash at any moment leaves all of it or nothing."""
+        if self._entry is not None:
+            write_sealed(self.folder / _ENTRY, content)
+            os.replace(self.folder, self._entry)
+
+
+@contextmanager
+def prepared(
+    config: DataConfig, stage: Stage, tokenizer: Any, day: date | None, cache: Path | None
+) -> Iterator[Place | None]:
+    """The place for the data of a run; another process that prepares the same waits, and then finds them.
+
+    None without a cache: everything stays in memory.
+    """
+    if cache is None:
+        yield None
+        return
+    store = CacheKind.tokens.under(cache)
+    key = _key(config, stage, tokenizer, day)
+    if key is None:
+        with _unfinished(store, ".") as folder:
+            yield Place(folder, None)
+        return
+    waiting = f"Another run is preparing these data ({key[:12]}); waiting for their tokens ..."
+    with file_lock(store / f"{key}.lock", waiting):
+        for rest in store.glob(f".{key}-*"):  # of a process that was killed
+            shutil.rmtree(rest, ignore_errors=True)
+        with _unfinished(store, f".{key}-") as folder:
+            yield Place(folder, store / key)
+
+
+@contextmanager
+def _unfinished(store: Path, prefix: str) -> Iterator[Path]:
+    """The name of a folder that is gone afterwards, unless it was renamed. Files that are mapped stay readable."""
+    for rest in store.glob(".*"):
+        if rest.is_dir() and rest.stat().st_mtime < time.time() - _ABANDONED:
+            shutil.rmtree(rest, ignore_errors=True)
+    folder = store / f"{prefix}{os.getpid()}-{time.time_ns()}"
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> str | None:
+    """Name of the entry; None where the data are few, or come from where their content cannot be told beforehand."""
+    if config.limit is not None and config.limit <= KEPT_ROWS:
+        return None
+    files = local_files(config)
+    if not files or sum(path.stat().st_size for path in files) < _SMALL:
+        return None
+    writes_date = "strftime_now" in str(tokenizer.chat_template)
+    content = [
+        [[str(path), file_digest(path)] for path in files],
+        asdict(config),
+        stage,
+        _tokenizer_digest(tokenizer),
+        str(day or date.today()) if writes_date else None,
+        [version(name) for name in _LIBRARIES],
+        _code(),
+    ]
+    return hashlib.blake2b(to_json(content), digest_size=16).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of all that decides a tokenizer's ids and texts."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if hasattr(backend, "to_str") else sorted(tokenizer.get_vocab().items())
+    special = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
+    added = {str(number): repr(token) for number, token in tokenizer.added_tokens_decoder.items()}
+    traits = [type(tokenizer).__name__, str(tokenizer.chat_template), getattr(tokenizer, "split_special_tokens", None)]
+    return hashlib.blake2b(to_json([vocabulary, special, added, traits]), digest_size=16).hexdigest()
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of the sources that make tokens of rows."""
+    digest = hashlib.blake2b(digest_size=16)
+    package = Path(alignment.__file__).parent
+    for path in sorted([*package.glob("data/**/*.py"), *package.glob("config/*.py"), package / "types.py"]):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
