@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,11 @@ class Reference(ABC):
         self.refreshes: list[dict[str, Any]] = []
 
     @abstractmethod
-    def prepare(self, groups: Iterable[Group]) -> None:
+    def prepare(self, groups: Sequence[Group]) -> None:
         """Get ready before the first update. `groups` are all that will be asked for before the first refresh."""
 
     @abstractmethod
-    def refresh(self, step: int, groups: Iterable[Group]) -> None:
+    def refresh(self, step: int, groups: Sequence[Group]) -> None:
         """Follow the policy after `step` steps. `groups` are all that will be asked for before the next refresh."""
 
     @abstractmethod

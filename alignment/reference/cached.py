@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from alignment.data.rows.sequences import Picked
 from alignment.errors import NotFinite, require
 from alignment.reference.base import Reference, agreement_limit
+from alignment.reference.completions import Completions, CompletionValues
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.logps import in_passes, join_scores, score_tokens
@@ -23,6 +26,10 @@ from alignment.types import Group, Quantity, RaggedLogps
 log = logging.getLogger(__name__)
 
 _SEQUENCES_PER_WRITE = 64
+_LOOKED_UP = 4096
+"""Completions that are looked up together."""
+_COMPUTED = 16384
+"""Completions that are laid out in passes together; of more, those that come first are computed first."""
 _LOGPS, _ENTROPIES = 0, 1
 """Rows of the values that this module keeps of a completion; the second only where entropies are asked for."""
 
@@ -65,7 +72,7 @@ class CachedReference(Reference):
         self._tokens_per_batch = tokens_per_batch
         self._device = device
         self._spot_checks = spot_checks
-        self._values: dict[bytes, np.ndarray] = {}  # (1 or 2, tokens): log-probs, entropies
+        self._values: CompletionValues | None = None  # rows: log-probs, entropies
         self._register()
         self._summary: dict[str, Any] = {
             "mode": "cache",
@@ -77,27 +84,25 @@ class CachedReference(Reference):
             "seconds": 0.0,
         }
 
-    def prepare(self, groups: Iterable[Group]) -> None:
+    def prepare(self, groups: Sequence[Group]) -> None:
         """Look up all completions, recompute a few of those found as a check, and compute and store the rest."""
         started = time.monotonic()
-        wanted: dict[bytes, Group] = {}
-        for group in groups:
-            for k, key in enumerate(group.keys()):
-                wanted.setdefault(key, group.only(k))
+        wanted = Completions(groups)
         with self._store.locked(self.identity):
-            self._values = self._stored(wanted)
-            if self._values and not self._spot_check(wanted):
+            values = self._begin(wanted)
+            self._look_up(wanted, values)
+            if len(values) and not self._spot_check(wanted, values):
                 for identity in self._identities():
                     self._store.forget(identity)
-                self._values = {}
-            missing = {key: group for key, group in wanted.items() if key not in self._values}
-            self._summary["hits"] += len(wanted) - len(missing)
+                values = self._begin(wanted)
+            missing = Picked(wanted, np.sort(wanted.first[~values.known()]))
+            self._summary["hits"] += len(values)
             self._summary["misses"] += len(missing)
-            log.info("Reference %s: %d of %d completions stored.", self.identity[:12], len(self._values), len(wanted))
+            log.info("Reference %s: %d of %d completions stored.", self.identity[:12], len(values), len(wanted.first))
             self._compute(missing)
         self._summary["seconds"] += time.monotonic() - started
 
-    def refresh(self, step: int, groups: Iterable[Group]) -> None:
+    def refresh(self, step: int, groups: Sequence[Group]) -> None:
         """Become the policy as it is now. The store may already have its log-probs."""
         self._note_refresh(step, self._model)
         self._register()
@@ -111,26 +116,36 @@ class CachedReference(Reference):
         for identity, kept in zip(self._identities(), ("log-probs", "entropies"), strict=False):
             self._store.register(identity, self._description | ({"values": kept} if kept == "entropies" else {}))
 
-    def _stored(self, wanted: dict[bytes, Group]) -> dict[bytes, np.ndarray]:
-        """The completions that the store has in full."""
-        found = [self._store.get(identity, list(wanted)) for identity in self._identities()]
-        lengths = {key: group.scored_lengths[0] for key, group in wanted.items()}
-        return {
-            key: np.stack([rows[key] for rows in found])
-            for key, length in lengths.items()
-            if all(key in rows and len(rows[key]) == length for rows in found)
-        }
+    def _begin(self, wanted: Completions) -> CompletionValues:
+        """No values yet, in place of those before."""
+        self._forget_values()
+        self._values = CompletionValues(self._store.path.parent, wanted.hashes, len(self._identities()))
+        return self._values
 
-    def _spot_check(self, wanted: dict[bytes, Group]) -> bool:
-        found = sorted(self._values)
+    def _forget_values(self) -> None:
+        if self._values is not None:
+            self._values.close()
+            self._values = None
+
+    def _look_up(self, wanted: Completions, values: CompletionValues) -> None:
+        """Take the completions that the store has in full."""
+        different = wanted.different()
+        while lengths := {key: group.scored_lengths[0] for key, group in islice(different, _LOOKED_UP)}:
+            found = [self._store.get(identity, list(lengths)) for identity in self._identities()]
+            for key, length in lengths.items():
+                if all(key in rows and len(rows[key]) == length for rows in found):
+                    values.add(key, np.stack([rows[key] for rows in found]))
+
+    def _spot_check(self, wanted: Completions, values: CompletionValues) -> bool:
+        found = wanted.first[values.known()]  # in the order of their keys
         picks = found[:: max(1, len(found) // max(1, self._spot_checks))][: self._spot_checks]
-        if not picks:
+        if not len(picks):
             return True
-        groups = [wanted[key] for key in picks]
+        keys, groups = zip(*(wanted[place] for place in picks.tolist()), strict=True)
         fresh = join_scores(groups, [(b, RaggedLogps(v[_LOGPS], b.offsets)) for b, v in self._score(groups)])
-        stored = np.concatenate([self._values[key][_LOGPS] for key in picks])
+        stored = np.concatenate([values.get(key, _LOGPS) for key in keys])
         difference = np.abs(fresh.values.numpy() - stored)
-        self._summary["spot_checks"] += len(picks)
+        self._summary["spot_checks"] += len(keys)
         self._summary["spot_check_max_diff"] = float(difference.max())
         # The mean over all checks: in 16 bits, a single token of a short completion may be off by more.
         mean = float(difference.mean())
@@ -156,39 +171,45 @@ class CachedReference(Reference):
         for batch, scores in passes:
             yield batch, torch.stack([scores.logps, *scores.by_quantity().values()]).to("cpu")
 
-    def _compute(self, missing: dict[bytes, Group]) -> None:
+    def _compute(self, missing: Sequence[tuple[bytes, Group]]) -> None:
         if not missing:
             return
-        keys, groups = list(missing), list(missing.values())
-        pending: dict[bytes, np.ndarray] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
-            task = progress.add_task("Reference log-probs", total=len(groups))
-            for batch, values in self._score(groups):
-                if not values.isfinite().all():
-                    if self.refreshes:
-                        raise NotFinite(
-                            f"After step {self.refreshes[-1]['step']} the policy, which becomes the reference, gives "
-                            f"log-probs that are not finite: the training has diverged, try a lower optim.lr."
-                        )
-                    raise NotFinite(
-                        "The policy that this stage starts from gives log-probs that are not finite: its weights are "
-                        "damaged or overflow in this dtype (model.dtype, quantization.compute_dtype)."
-                    )
-                for part, index in zip(
-                    values.float().split(batch.offsets.diff().tolist(), 1), batch.indices, strict=True
-                ):
-                    pending[keys[index]] = part.numpy().copy()
-                progress.advance(task, len(batch.indices))
-                if len(pending) >= _SEQUENCES_PER_WRITE:
-                    self._flush(pending)
-                    pending = {}
-            self._flush(pending)
+            task = progress.add_task("Reference log-probs", total=len(missing))
+            for start in range(0, len(missing), _COMPUTED):
+                keys, groups = zip(*missing[start : start + _COMPUTED], strict=True)
+                for done in self._computed(keys, groups):
+                    progress.advance(task, done)
 
-    def _flush(self, pending: dict[bytes, np.ndarray]) -> None:
+    def _computed(self, keys: Sequence[bytes], groups: Sequence[Group]) -> Iterator[int]:
+        """Compute and store completions; how many in each pass."""
+        pending: dict[bytes, np.ndarray] = {}
+        for batch, values in self._score(groups):
+            if not values.isfinite().all():
+                if self.refreshes:
+                    raise NotFinite(
+                        f"After step {self.refreshes[-1]['step']} the policy, which becomes the reference, gives "
+                        f"log-probs that are not finite: the training has diverged, try a lower optim.lr."
+                    )
+                raise NotFinite(
+                    "The policy that this stage starts from gives log-probs that are not finite: its weights are "
+                    "damaged or overflow in this dtype (model.dtype, quantization.compute_dtype)."
+                )
+            for part, index in zip(values.float().split(batch.offsets.diff().tolist(), 1), batch.indices, strict=True):
+                pending[keys[index]] = part.numpy().copy()
+            if len(pending) >= _SEQUENCES_PER_WRITE:
+                self._flush(pending)
+                pending = {}
+            yield len(batch.indices)
+        self._flush(pending)
+
+    def _flush(self, pending: Mapping[bytes, np.ndarray]) -> None:
+        assert self._values is not None, "`prepare` begins them"
         for row, identity in enumerate(self._identities()):
             self._store.put(identity, {key: value[row] for key, value in pending.items()})
-        self._values.update(pending)
+        for key, value in pending.items():
+            self._values.add(key, value)
 
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
         """Log-probs of all completions; `prepare` or `refresh` must have seen the groups."""
@@ -199,20 +220,18 @@ class CachedReference(Reference):
         return self._known(groups, _ENTROPIES)
 
     def _known(self, groups: Sequence[Group], row: int) -> RaggedLogps:
-        return RaggedLogps.from_sequences(
-            [torch.from_numpy(self._values[key][row]) for group in groups for key in group.keys()]  # noqa: SIM118
-        )
+        assert self._values is not None, "`prepare` comes first"
+        keys = [key for group in groups for key in group.keys()]  # noqa: SIM118
+        return RaggedLogps.from_sequences([torch.from_numpy(self._values.get(key, row)) for key in keys])
 
     def _tensors(self) -> dict[str, Tensor]:
-        keys = np.frombuffer(b"".join(self._values), np.uint8).reshape(len(self._values), -1)
-        lengths = np.array([value.shape[1] for value in self._values.values()])
-        values = np.concatenate(list(self._values.values()), axis=1)
-        return {name: torch.tensor(array) for name, array in (("keys", keys), ("lengths", lengths), ("values", values))}
+        assert self._values is not None, "a refresh prepares them"
+        return {name: torch.from_numpy(array) for name, array in self._values.arrays().items()}
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
-        values = tensors["values"].split(tensors["lengths"].tolist(), 1)
-        keys = (key.tobytes() for key in tensors["keys"].numpy())
-        self._values = {key: value.numpy() for key, value in zip(keys, values, strict=True)}
+        self._forget_values()
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        self._values = CompletionValues.of(self._store.path.parent, **arrays)
 
     def summary(self) -> dict[str, Any]:
         """Identities, hits, misses and what the spot checks found."""
@@ -220,5 +239,5 @@ class CachedReference(Reference):
 
     def close(self) -> None:
         """Close the store."""
-        self._values = {}
+        self._forget_values()
         self._store.close()

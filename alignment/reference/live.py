@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,10 +45,10 @@ class LiveReference(Reference):
         self._tokens_per_batch = tokens_per_batch
         self._device = device
 
-    def prepare(self, groups: Iterable[Group]) -> None:
+    def prepare(self, groups: Sequence[Group]) -> None:
         """Nothing to prepare."""
 
-    def refresh(self, step: int, groups: Iterable[Group]) -> None:
+    def refresh(self, step: int, groups: Sequence[Group]) -> None:
         """Move towards the policy as it is now."""
         del groups
         self.frozen.mix(self._mix)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
@@ -45,19 +46,22 @@ def split_step(groups_per_step: int, longest: int, tokens_per_batch: int) -> tup
 
 
 def _dataset(examples: Sequence[dict[str, list[int]]]) -> Dataset:
-    """Token ids with labels, -100 where a token is not scored."""
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": example["input_ids"],
-                "labels": [
-                    token if scored else -100
-                    for token, scored in zip(example["input_ids"], example["completion_mask"], strict=True)
-                ],
-            }
-            for example in examples
-        ]
-    )
+    """Token ids with labels, -100 where a token is not scored; an example is made when it is read.
+
+    What the dataset holds itself is the number of each example.
+    """
+
+    def read(numbers: dict[str, list[int]]) -> dict[str, list[list[int]]]:
+        found = [examples[number] for number in numbers["number"]]
+        return {
+            "input_ids": [example["input_ids"] for example in found],
+            "labels": [
+                [t if scored else -100 for t, scored in zip(e["input_ids"], e["completion_mask"], strict=True)]
+                for e in found
+            ],
+        }
+
+    return Dataset.from_dict({"number": np.arange(len(examples))}).with_transform(read)
 
 
 class SFTStage:
@@ -90,7 +94,7 @@ class SFTStage:
         }
         if self._data.eval_datasets:  # what else the result holds of the same tokens
             settings["eval_datasets"] = self._data.eval_datasets
-        return stage_key(model, (self._data.train, self._data.eval), settings)
+        return stage_key(model, self._data.info["tokens_digest"], settings)
 
     def run(self, model: nn.Module, log_metrics: LogFunction) -> StageResult:
         """Train on the conversations, from the newest checkpoint if there is one."""
@@ -100,27 +104,28 @@ class SFTStage:
     def _trained(self, model: nn.Module, log_metrics: LogFunction) -> StageResult:
         started = time.monotonic()
         examples, loop = self._data.train, self._config.trainer
-        lengths = [len(example["input_ids"]) for example in examples]
+        lengths = np.fromiter((len(example["input_ids"]) for example in examples), np.int64, len(examples))
+        longest = int(lengths.max())
         plan = plan_stage(
             model,
             self._run_config,
             supervised=True,
             folder=self._folder,
             device=self._work.device,
-            longest=max(lengths),
+            longest=longest,
         )
         checkpoint_layers(model, plan.checkpoint_every)
         steps_per_epoch = math.ceil(len(examples) / loop.groups_per_step)
         num_steps = loop.max_steps or math.ceil(loop.epochs * steps_per_epoch)
         checkpoint, done = last_checkpoint(self._folder / "checkpoints")
 
-        trainer = self._trainer(model, plan, max(lengths), num_steps, log_metrics)
+        trainer = self._trainer(model, plan, longest, num_steps, log_metrics)
         if checkpoint is not None:
             log.info("SFT continues from step %d.", done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.require_finite_weights()
 
-        num_tokens = round((num_steps - done) * loop.groups_per_step * (sum(lengths) / len(lengths)))
+        num_tokens = round((num_steps - done) * loop.groups_per_step * (int(lengths.sum()) / len(lengths)))
         memory = memory_result(plan, self._work.device, plan.tokens_per_batch)
         seconds = time.monotonic() - started
         return StageResult(

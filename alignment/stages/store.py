@@ -48,26 +48,23 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def stage_key(
-    model: nn.Module, sequences: Sequence[Sequence[Mapping[str, Sequence[int]]]], settings: Mapping[str, Any]
-) -> str:
+def stage_key(model: nn.Module, tokens: str, settings: Mapping[str, Any]) -> str:
     """Name of the result that a stage would have.
 
     Args:
         model: the policy at the start of the stage. A fresh adapter has no effect, so the identity of the policy does
             not show it; but training starts from its random tensors, so these count too.
-        sequences: the tokens of the training and of the held-out examples.
+        tokens: digest of the tokens of the training and of the held-out examples.
         settings: everything else that decides the result: optimizer, loop, seed.
     """
     # Imported here: `alignment.cache` lists and removes results without the libraries of models.
-    from alignment.data.preparation.prepare import sequences_digest
     from alignment.policy.adapter import has_adapter
     from alignment.policy.identity import trained_digest
 
     digest = _begun_key(model, settings)
     if has_adapter(model):
         digest.update(trained_digest(model).encode())
-    digest.update(sequences_digest(*sequences).encode())
+    digest.update(tokens.encode())
     return digest.hexdigest()
 
 

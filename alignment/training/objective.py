@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,17 +31,64 @@ def mismatched_groups(loss: Loss, groups: Sequence[Group]) -> list[Group]:
     return [replace(sequences[j], prompt=sequences[i].prompt) for i, j in loss.mismatched(len(groups))]
 
 
+class _Asked(Sequence[Group]):
+    """Groups for which a reference is asked, each made when it is read.
+
+    Args:
+        used: (groups,) which of the training groups.
+        mismatched: (sequences, 3) of training groups: whose prompt, whose completion, and which of its completions.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], used: np.ndarray, others: Sequence[Group], mismatched: np.ndarray
+    ) -> None:
+        self._groups = groups
+        self._used = used
+        self._others = others
+        self._mismatched = mismatched
+
+    def __len__(self) -> int:
+        return len(self._used) + len(self._others) + len(self._mismatched)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        if place < len(self._used):
+            return self._groups[int(self._used[place])]
+        place -= len(self._used)
+        if place < len(self._others):
+            return self._others[place]
+        prompt, completion, k = self._mismatched[place - len(self._others)].tolist()
+        return replace(self._groups[completion].only(k), prompt=self._groups[prompt].prompt)
+
+    def __iter__(self) -> Iterator[Group]:
+        every = len(self._used) == len(self._groups)
+        yield from self._groups if every else (self._groups[index] for index in self._used.tolist())
+        yield from self._others
+        yield from (self[index] for index in range(len(self._used) + len(self._others), len(self)))
+
+
 def groups_to_reference(
     loss: Loss, groups: Sequence[Group], steps: Sequence[Sequence[int]], eval_groups: Sequence[Group]
-) -> list[Group]:
+) -> Sequence[Group]:
     """Every group for which these steps and the evaluation ask the reference."""
-    used = {index for step in steps for index in step}
-    wanted = [groups[index] for index in sorted(used)] + list(eval_groups)
-    for step in steps:
-        wanted += mismatched_groups(loss, [groups[index] for index in step])
+    used = np.unique(np.fromiter(chain.from_iterable(steps), dtype=np.int64))
+    others = list(eval_groups)
     if eval_groups:
-        wanted += mismatched_groups(loss, evaluated(loss, eval_groups))
-    return wanted
+        others += mismatched_groups(loss, evaluated(loss, eval_groups))
+    found = array("i")
+    for step in steps:
+        sequences: list[tuple[int, int]] | None = None
+        for i, j in loss.mismatched(len(step)):
+            if sequences is None:
+                sequences = [(index, k) for index in step for k in range(len(groups[index].completions))]
+            found.extend((sequences[i][0], *sequences[j]))
+    return _Asked(groups, used, others, np.frombuffer(found, dtype=np.int32).reshape(-1, 3))
 
 
 def evaluated(loss: Loss, groups: Sequence[Group]) -> Sequence[Group]:

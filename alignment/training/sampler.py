@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain, count, islice
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import overload
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -31,7 +34,7 @@ class StepSampler(Sampler[list[int]]):
         seed: int,
         min_groups: int = 1,
         *,
-        parts: Sequence[Sequence[int]] | None = None,
+        parts: Sequence[Sequence[int] | np.ndarray] | None = None,
         epochs: float = 1.0,
         max_steps: int | None = None,
     ) -> None:
@@ -40,41 +43,76 @@ class StepSampler(Sampler[list[int]]):
         self.seed = seed
         self.min_groups = min_groups
         self.epoch = 0
-        self._parts = [range(num_groups)] if parts is None else parts
-        lengths = [len(self._part_steps(part, 0)) for part in self._parts]
-        self._length = sum(lengths)
+        self._parts: Sequence[Sequence[int] | np.ndarray] = [range(num_groups)] if parts is None else parts
+        self._lengths = [self._num_steps(len(part)) for part in self._parts]
+        self._length = sum(self._lengths)
         self.num_steps = max_steps or math.ceil(epochs * self._length)
-        shares = (self.num_steps * done / self._length for done in accumulate(lengths[:-1]))
+        shares = (self.num_steps * done / self._length for done in accumulate(self._lengths[:-1]))
         self.starts = tuple(math.floor(share + 0.5) for share in shares)
+        self._order: tuple[tuple[int, int], np.ndarray] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch to iterate over next."""
         self.epoch = epoch
 
-    def steps(self, epoch: int) -> list[list[int]]:
+    def steps(self, epoch: int) -> Steps:
         """The steps of one epoch; does not change the current epoch."""
-        return list(islice(self._all_steps(), epoch * self._length, (epoch + 1) * self._length))
+        return Steps(self, range(epoch * self._length, (epoch + 1) * self._length))
 
-    def first_steps(self, num_steps: int) -> list[list[int]]:
+    def first_steps(self, num_steps: int) -> Steps:
         """The first `num_steps` steps of the whole training, over as many epochs as needed."""
-        return list(islice(self._all_steps(), num_steps))
+        return Steps(self, range(num_steps))
 
-    def _all_steps(self) -> Iterator[list[int]]:
-        """Each part's steps until the next part starts; the last part never ends."""
-        for part, start, end in zip(self._parts, [0, *self.starts], [*self.starts, None], strict=True):
-            epochs = chain.from_iterable(self._part_steps(part, epoch) for epoch in count())
-            yield from islice(epochs, None if end is None else end - start)
+    def step(self, number: int) -> list[int]:
+        """The groups of a step, counted from 0; each part's steps go on until the next part starts, the last's on."""
+        part = bisect_right(self.starts, number)
+        epoch, index = divmod(number - (0, *self.starts)[part], self._lengths[part])
+        order = self._part_order(part, epoch)
+        start, is_last = index * self.groups_per_step, index == self._lengths[part] - 1
+        found: list[int] = order[start : len(order) if is_last else start + self.groups_per_step].tolist()
+        return found
 
-    def _part_steps(self, part: Sequence[int], epoch: int) -> list[list[int]]:
-        order = [part[i] for i in np.random.default_rng((self.seed, epoch)).permutation(len(part)).tolist()]
-        steps = [order[i : i + self.groups_per_step] for i in range(0, len(order), self.groups_per_step)]
-        if len(steps) > 1 and len(steps[-1]) < self.min_groups:
-            last = steps.pop()
-            steps[-1].extend(last)
-        return steps
+    def _num_steps(self, num_groups: int) -> int:
+        steps = math.ceil(num_groups / self.groups_per_step)
+        last = num_groups - (steps - 1) * self.groups_per_step
+        return steps - 1 if steps > 1 and last < self.min_groups else steps
+
+    def _part_order(self, part: int, epoch: int) -> np.ndarray:
+        """(groups,) of a part in the order of one of its epochs; that of the last call is kept."""
+        if self._order is None or self._order[0] != (part, epoch):
+            self._order = None  # so that never two of them are in memory
+            groups = self._parts[part]
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(groups))
+            if isinstance(groups, range):  # which is an array only where it must be
+                order *= groups.step
+                order += groups.start
+            else:
+                order = np.asarray(groups)[order]
+            self._order = (part, epoch), order
+        return self._order[1]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.steps(self.epoch))
 
     def __len__(self) -> int:
         return self._length
+
+
+@dataclass(frozen=True, slots=True)
+class Steps(Sequence[list[int]]):
+    """Steps of a training, each made when it is asked for: however many there are, they take no memory."""
+
+    sampler: StepSampler
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Steps: ...
+    def __getitem__(self, index: int | slice) -> list[int] | Steps:
+        if isinstance(index, slice):
+            return Steps(self.sampler, self.numbers[index])
+        return self.sampler.step(self.numbers[index])

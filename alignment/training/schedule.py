@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback
 
 from alignment.config.schema import RunConfig
@@ -17,13 +19,17 @@ from alignment.training.sampler import StepSampler
 from alignment.types import Group
 
 
-def consecutive_parts(groups: Sequence[Group], num_parts: int) -> list[list[int]]:
+def consecutive_parts(groups: Sequence[Group], num_parts: int) -> list[np.ndarray]:
     """Indices of the groups of `num_parts` consecutive parts of the data; groups made from one row stay together."""
-    rows = {source: row for row, source in enumerate(dict.fromkeys(group.source for group in groups))}
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
-    for number, group in enumerate(groups):
-        parts[rows[group.source] * num_parts // len(rows)].append(number)
-    return parts
+    sources = np.fromiter((_short_hash(group.source) for group in groups), np.uint64, len(groups))
+    _, first, which = np.unique(sources, return_index=True, return_inverse=True)
+    rows = first.argsort().argsort()[which]  # of each group, in the order in which the rows come first
+    part_of = rows * num_parts // len(first)
+    return [np.flatnonzero(part_of == part) for part in range(num_parts)]
+
+
+def _short_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,7 @@ class Schedule:
     """
 
     sampler: StepSampler
-    steps: list[list[int]]
+    steps: Sequence[list[int]]
     refreshes: tuple[int, ...]
 
     @classmethod
@@ -77,7 +83,7 @@ class Schedule:
         refreshes = sampler.starts if every is None else tuple(range(every, num_steps, every))
         return cls(sampler, sampler.first_steps(num_steps), refreshes)
 
-    def until_refresh(self, step: int) -> list[list[int]]:
+    def until_refresh(self, step: int) -> Sequence[list[int]]:
         """The steps from number `step`, counted from 0, to the next refresh."""
         return self.steps[step : next((end for end in self.refreshes if end > step), None)]
 
@@ -92,7 +98,7 @@ class FollowPolicy(TrainerCallback):
         self,
         reference: Reference,
         schedule: Schedule,
-        asked: Callable[[Sequence[Sequence[int]]], list[Group]],
+        asked: Callable[[Sequence[Sequence[int]]], Sequence[Group]],
     ) -> None:
         """`asked` gives all groups whose reference some steps, and the evaluations between them, need."""
         self._reference = reference

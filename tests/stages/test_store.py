@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignment.data.preparation.prepare import sequences_digest
 from alignment.stages import store as stage_store
 from alignment.stages.store import StageStore, StoredStage, stage_key
 from tests.conftest import tiny_policy
@@ -84,26 +85,26 @@ def test_the_key_changes_with_everything_that_counts(monkeypatch):
     """Also with what was drawn for an adapter that has no effect yet."""
     settings = {"seed": 0}
     model = tiny_policy()
-    key = stage_key(model, TOKENS, settings)
-    assert key == stage_key(tiny_policy(), TOKENS, settings)
+    key = stage_key(model, sequences_digest(*TOKENS), settings)
+    assert key == stage_key(tiny_policy(), sequences_digest(*TOKENS), settings)
     more = [[{"input_ids": [1, 2, 4], "completion_mask": [0, 1, 1]}], []]
     moved = [[], TOKENS[0]]
     masked = [[{"input_ids": [1, 2, 3], "completion_mask": [0, 0, 1]}], []]
-    others = [stage_key(model, tokens, settings) for tokens in (more, moved, masked)]
-    others.append(stage_key(model, TOKENS, {"seed": 1}))
-    others.append(stage_key(tiny_policy(r=2), TOKENS, settings))
-    others.append(stage_key(tiny_policy(r=None), TOKENS, settings))
-    others.append(stage_key(tiny_policy(dtype=torch.float32), TOKENS, settings))
+    others = [stage_key(model, sequences_digest(*tokens), settings) for tokens in (more, moved, masked)]
+    others.append(stage_key(model, sequences_digest(*TOKENS), {"seed": 1}))
+    others.append(stage_key(tiny_policy(r=2), sequences_digest(*TOKENS), settings))
+    others.append(stage_key(tiny_policy(r=None), sequences_digest(*TOKENS), settings))
+    others.append(stage_key(tiny_policy(dtype=torch.float32), sequences_digest(*TOKENS), settings))
     drawn = next(p for name, p in model.named_parameters() if "lora_A" in name)
     with torch.no_grad():
         drawn[0, 0] += 1e-12
-    others.append(stage_key(model, TOKENS, settings))
+    others.append(stage_key(model, sequences_digest(*TOKENS), settings))
     for name, value in (("_code", lambda: "other"), ("versions", lambda: {"torch": "1.0"})):
         with monkeypatch.context() as patched:
             patched.setattr(stage_store, name, value)
-            others.append(stage_key(tiny_policy(), TOKENS, settings))
+            others.append(stage_key(tiny_policy(), sequences_digest(*TOKENS), settings))
     assert len({key, *others}) == len(others) + 1
-    assert key == stage_key(tiny_policy(), TOKENS, settings)
+    assert key == stage_key(tiny_policy(), sequences_digest(*TOKENS), settings)
 
 
 def test_the_key_changes_with_the_code_of_every_wing(tmp_path, monkeypatch):
@@ -125,10 +126,10 @@ def test_the_key_changes_with_the_code_of_every_wing(tmp_path, monkeypatch):
 
     store = StageStore(tmp_path / "stages")
     monkeypatch.setattr(stage_store, "_code", code)
-    old = stage_key(tiny_policy(), TOKENS, {})
+    old = stage_key(tiny_policy(), sequences_digest(*TOKENS), {})
     store.put(old, None, {})
     (package / "losses" / "dpo.py").write_text("pass\n")
-    assert store.take(stage_key(tiny_policy(), TOKENS, {})) is None
+    assert store.take(stage_key(tiny_policy(), sequences_digest(*TOKENS), {})) is None
     assert store.take(old) is not None
 
 

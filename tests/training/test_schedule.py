@@ -373,8 +373,8 @@ def test_sdpo_equals_two_trainings_of_which_the_second_starts_from_the_first(mod
 def test_both_rows_of_a_pair_are_in_one_part():
     """Pairs taken apart are all chosen rows, then all rejected ones; halves of that would be halves of the pairs."""
     rows = as_rows(GROUPS[:7])
-    parts = consecutive_parts(rows, 3)
+    parts = [part.tolist() for part in consecutive_parts(rows, 3)]
     assert parts == [[0, 1, 2, 7, 8, 9], [3, 4, 10, 11], [5, 6, 12, 13]]
-    assert consecutive_parts(GROUPS[:7], 3) == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [part.tolist() for part in consecutive_parts(GROUPS[:7], 3)] == [[0, 1, 2], [3, 4], [5, 6]]
     for part in parts:
         assert [rows[i].labels for i in part].count((True,)) == len(part) / 2

@@ -144,8 +144,8 @@ def test_mismatched_rows_are_part_of_the_start(tmp_path, monkeypatch):
     reference = cached(model, tmp_path)
     reference.prepare([*PAIRS, *mismatched("kto", rows)])
     plain = {key for g in rows for key in g.keys()}  # noqa: SIM118
-    for key in reference._values.keys() - plain:
-        reference._values[key] = reference._values[key] - 1
+    for key in {key for g in mismatched("kto", rows) for key in g.keys()} - plain:  # noqa: SIM118
+        reference._values.add(key, reference._values.get(key, 0)[None] - 1)
     trainer = make_trainer(model, rows, make_loss("kto"), tmp_path, reference=reference)
     with pytest.raises(UserError, match=re.escape("The loss kto is")):
         check_start(trainer, rows)

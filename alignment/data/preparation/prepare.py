@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from alignment.data.tokens.token_store import CONVERSATIONS, GROUPS, TEXTS, Conv
 from alignment.data.tokens.tokenization import TokenizedData, TokenizedSFT, tokenize_groups, tokenize_sft
 from alignment.data.tokens.units import are_lists, as_pairs, as_rows, sizes, with_gap
 from alignment.errors import UserError
+from alignment.losses.base import Loss
 from alignment.types import Group
 
 log = logging.getLogger(__name__)
@@ -122,12 +123,17 @@ def _sum_counts(*parts: dict[str, int]) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class ReadPreferences:
-    """Preference data, read and tokenised, before a loss is chosen."""
+    """Preference data, read and tokenised, before a loss is chosen.
+
+    Attributes:
+        digest: of the groups of both parts as they are, where it is known.
+    """
 
     loaded: LoadedData
     facts: RowFacts
     train: TokenizedData
     held_out: TokenizedData
+    digest: str | None = None
 
 
 def read_preferences(
@@ -146,64 +152,84 @@ def read_preferences(
     with prepared(config, "preference", tokenizer, day, cache) as place:
         if config.sources:
             return ReadPreferences(*mixed(config, "preference", make, place))
-        made = _prepare(config, place, "preference", make, GROUPS, TokenizedData, _lines_of_held_out)
-    loaded, facts, train, held_out, lines = made
-    if lines is not None:  # of large data, the rows of which are gone
-        held_out = replace(held_out, rows=StoredRows(lines))
-    return ReadPreferences(loaded, facts, train, held_out)
-
-
-def _lines_of_held_out(train: TokenizedData, held_out: TokenizedData) -> Iterator[str]:
-    del train
-    return (as_line(row).decode() for row in held_out.rows)
+        made = _prepare(config, place, make, _PREFERENCES)
+    held_out = made.held_out
+    if made.texts is not None:  # of large data, the rows of which are gone
+        held_out = replace(held_out, rows=StoredRows(made.texts))
+    return ReadPreferences(made.loaded, made.facts, made.train, held_out, made.digest)
 
 
 P = TypeVar("P", TokenizedData, TokenizedSFT)
 
 
-def _prepare(
-    config: DataConfig,
-    place: Place | None,
-    stage: Stage,
-    tokenize: Callable[..., P],
-    kind: Kind[Any],
-    part_type: type[P],
-    texts_of: Callable[[P, P], Iterator[str]],
-) -> tuple[LoadedData, RowFacts, P, P, Sequence[str] | None]:
-    """How the data were read, their training and held-out parts, and what is kept of their rows where those are gone.
+@dataclass(frozen=True, slots=True)
+class _Use(Generic[P]):
+    """What the data are prepared for.
 
-    The parts are those of the place, or are made and put there. Few rows stay in memory, with their tokens.
-
-    Args:
-        texts_of: what is kept of many rows.
+    Attributes:
+        kind: of the items.
+        part_type: of the training and of the held-out part.
+        items: of a part.
+        texts: what is kept of many rows, given both parts.
+        digest: of the items of both parts.
     """
+
+    stage: Stage
+    kind: Kind[Any]
+    part_type: type[P]
+    items: Callable[[P], Sequence[Any]]
+    texts: Callable[[P, P], Iterator[str]]
+    digest: Callable[..., str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Made(Generic[P]):
+    """Data, read and tokenised.
+
+    Attributes:
+        texts: what is kept of many rows, which themselves are gone; None for few.
+        digest: of many items; None for few.
+    """
+
+    loaded: LoadedData
+    facts: RowFacts
+    train: P
+    held_out: P
+    texts: Sequence[str] | None = None
+    digest: str | None = None
+
+
+def _prepare(config: DataConfig, place: Place | None, tokenize: Callable[..., P], use: _Use[P]) -> _Made[P]:
+    """The data of the place, or data that are made and put there. Few rows stay in memory, with their tokens."""
     found = None if place is None else place.take()
     if place is not None and found is not None:
         try:
-            return _taken(*found, kind, part_type)
+            return _taken(*found, use)
         except (OSError, ValueError, KeyError, TypeError) as error:
             place.drop(error)
 
-    loaded = load_rows(config, stage=stage, folder=None if place is None else place.folder.parent)
+    loaded = load_rows(config, stage=use.stage, folder=None if place is None else place.folder.parent)
     facts = RowFacts.of(chain(loaded.train, loaded.eval))
     if place is None or (isinstance(loaded.train, list) and isinstance(loaded.eval, list)):
-        return loaded, facts, tokenize(loaded.train, config=config), tokenize(loaded.eval, config=config), None
+        return _Made(loaded, facts, tokenize(loaded.train, config=config), tokenize(loaded.eval, config=config))
 
     # Into files, of which the rest of the content says how they were made
     train, held_out = (tokenize(getattr(loaded, name), config=config, folder=place.folder / name) for name in _PARTS)
-    writer, texts = StoreWriter(place.folder / _TEXTS, TEXTS), texts_of(train, held_out)
+    writer, texts = StoreWriter(place.folder / _TEXTS, TEXTS), use.texts(train, held_out)
     while batch := list(islice(texts, _AT_ONCE)):
         writer.add(batch)
     written = writer.close()
     kept = Stored(place.folder / _TEXTS, TEXTS, written, check=False)
     loaded = replace(loaded, train=(), eval=())
     train, held_out = replace(train, rows=()), replace(held_out, rows=())
+    digest = use.digest(use.items(train), use.items(held_out))
     place.put(
         {
             "loaded": {f.name: getattr(loaded, f.name) for f in fields(loaded)}
             | {name: _all_as_dict(getattr(loaded, name)) for name in _LEFT_OUT},
             "facts": facts.as_json(),
             "texts": written,
+            "digest": digest,
             "parts": [
                 {"drops": _all_as_dict(part.drops), "findings": _all_as_dict(part.findings)}
                 | {name: getattr(part, name) for name in ("counts", "written")}
@@ -211,7 +237,7 @@ def _prepare(
             ],
         }
     )
-    return loaded, facts, train, held_out, kept
+    return _Made(loaded, facts, train, held_out, kept, digest)
 
 
 def _all_as_dict(items: Sequence[Any]) -> list[dict[str, Any]]:
@@ -224,9 +250,7 @@ _TEXTS = "texts"
 _AT_ONCE = 1024
 
 
-def _taken(
-    folder: Path, content: dict[str, Any], kind: Kind[Any], part_type: type[P]
-) -> tuple[LoadedData, RowFacts, P, P, Sequence[str]]:
+def _taken(folder: Path, content: dict[str, Any], use: _Use[P]) -> _Made[P]:
     """What an entry of the cache holds.
 
     Raises:
@@ -234,8 +258,8 @@ def _taken(
         KeyError, TypeError: the content is not what was written.
     """
     train, held_out = (
-        part_type(
-            Stored(folder / name, kind, part["written"]),
+        use.part_type(
+            Stored(folder / name, use.kind, part["written"]),
             (),
             [BadRow(**row) for row in part["drops"]],
             part["counts"],
@@ -247,7 +271,7 @@ def _taken(
     others = {name: [BadRow(**row) for row in content["loaded"][name]] for name in _LEFT_OUT}
     loaded = LoadedData(**content["loaded"] | others)
     texts = Stored(folder / _TEXTS, TEXTS, content["texts"])
-    return loaded, RowFacts.from_json(content["facts"]), train, held_out, texts
+    return _Made(loaded, RowFacts.from_json(content["facts"]), train, held_out, texts, content["digest"])
 
 
 def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
@@ -303,11 +327,14 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
                 f"data.source: loss {loss.name} is defined for at least {needs.min_items} {part} {needs.unit}s, and "
                 f"{config.title} has {len(items)}."
             )
-    for group in chain(parts["training"], eval_groups):
-        if (problem := loss.problem(len(group.completions), group.scores)) is not None:
-            raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
+    if type(loss).problem is not Loss.problem:  # which reads nothing
+        for group in chain(parts["training"], eval_groups):
+            if (problem := loss.problem(len(group.completions), group.scores)) is not None:
+                raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
     info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
-    info["tokens_digest"] = _groups_digest(parts["training"], eval_groups)
+    as_read = parts["training"] is train.groups and eval_groups is held_out.groups
+    known = read.digest if as_read else None
+    info["tokens_digest"] = known or _groups_digest(parts["training"], eval_groups)
     return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
 
 
@@ -355,26 +382,16 @@ def load_conversations(
     """
     make = partial(tokenize_sft, tokenizer=tokenizer, day=day)
     with prepared(config, "sft", tokenizer, day, cache) as place:
-        if config.sources:
-            loaded, facts, train, held_out = mixed(config, "sft", make, place)
-            sources = None
-        else:
-            made = _prepare(config, place, "sft", make, CONVERSATIONS, TokenizedSFT, _sources_of_train)
-            loaded, facts, train, held_out, sources = made
+        made = _Made(*mixed(config, "sft", make, place)) if config.sources else _prepare(config, place, make, _SFT)
+    loaded, train, held_out = made.loaded, made.train, made.held_out
     drops = [*loaded.dropped, *train.drops, *held_out.drops]
-    info = _data_info("SFT data", loaded, facts, train, held_out)
+    info = _data_info("SFT data", loaded, made.facts, train, held_out)
     _warn_of_cuts(info["tokens"].get("truncated", 0), len(train.sequences) + len(held_out.sequences), config, "sft.")
     info["train"], info["eval"] = len(train.sequences), len(held_out.sequences)
-    info["tokens_digest"] = sequences_digest(train.sequences, held_out.sequences)
-    if sources is None:
-        sources = [row.source for row in train.rows]
+    info["tokens_digest"] = made.digest or sequences_digest(train.sequences, held_out.sequences)
+    sources = [row.source for row in train.rows] if made.texts is None else made.texts
     names = [name for name, numbers in loaded.sources.items() for _ in range(numbers["eval"])]
     return SFTData(train.sequences, held_out.sequences, sources, info, names), [*loaded.bad, *drops]
-
-
-def _sources_of_train(train: TokenizedSFT, held_out: TokenizedSFT) -> Iterator[str]:
-    del held_out
-    return (row.source for row in train.rows)
 
 
 _APART = ("prompt", "completions", "source", "scored", "dataset")
@@ -406,3 +423,21 @@ def sequences_digest(*parts: Sequence[Mapping[str, Sequence[float]]]) -> str:
                 digest.update(f"{name}{len(values)}:".encode())
                 digest.update(np.asarray(values, dtype="<f8").data)
     return digest.hexdigest()
+
+
+_PREFERENCES = _Use(
+    stage="preference",
+    kind=GROUPS,
+    part_type=TokenizedData,
+    items=lambda part: part.groups,
+    texts=lambda train, held_out: (as_line(row).decode() for row in held_out.rows),
+    digest=_groups_digest,
+)
+_SFT = _Use(
+    stage="sft",
+    kind=CONVERSATIONS,
+    part_type=TokenizedSFT,
+    items=lambda part: part.sequences,
+    texts=lambda train, held_out: (row.source for row in train.rows),
+    digest=sequences_digest,
+)
