@@ -21,6 +21,7 @@ from alignment.kernels.base import in_words
 from alignment.kernels.gather import select_rows
 from alignment.scoring.head import LogitTransform, OtherModel, score_hidden
 from alignment.scoring.layout import BatchLayout, MicroBatch
+from alignment.scoring.states import Fork, run_forked
 from alignment.scoring.token_plan import TokenPlan
 from alignment.scoring.token_scores import TokenScores
 from alignment.types import Group, Quantity, RaggedLogps, to_device
@@ -54,6 +55,7 @@ def enable_scoring(model: nn.Module) -> None:
         score_positions: Tensor | None = None,
         targets: Tensor | None = None,
         shared_row: SharedRow | None = None,
+        fork: Fork | None = None,
         quantities: frozenset[Quantity] = frozenset(),
         other: OtherModel | None = None,
         hidden_only: bool = False,
@@ -66,13 +68,22 @@ def enable_scoring(model: nn.Module) -> None:
             kwargs |= {"shared_row": shared_row, "attention_mask": targets.new_zeros(1, 1, 1, 1)}
         whole = keeps_logits(self)
         head = scoring_head(self)  # looked up here, since an adapter may have replaced it
+
+        def run(**inputs: Any) -> Tensor:
+            states: Tensor = (
+                plain_forward(use_cache=False, **inputs).logits
+                if whole
+                else self.get_decoder()(use_cache=False, **inputs).last_hidden_state
+            )
+            return states
+
         # Autocast is entered here so that policy and reference are always scored in the same precision.
         with autocast(self, targets.device):
-            if whole:
-                hidden = plain_forward(use_cache=False, **kwargs).logits
+            if fork is None:
+                hidden = run(**kwargs).flatten(0, 1)
             else:
-                hidden = self.get_decoder()(use_cache=False, **kwargs).last_hidden_state
-            hidden = select_rows(hidden.flatten(0, 1), score_positions)
+                hidden = run_forked(run, self.get_decoder(), kwargs["input_ids"], kwargs["position_ids"], fork)
+            hidden = select_rows(hidden, score_positions)
             form = LogitTransform() if whole else transform
             return hidden if hidden_only else score_hidden(head, hidden, targets, form, quantities, other)
 
@@ -107,6 +118,8 @@ def scoring_head(model: nn.Module) -> nn.Module:
 def _pass(model: nn.Module, batch: MicroBatch, **options: Any) -> Tensor:
     if batch.shared_row is not None:
         options |= {"shared_row": batch.shared_row, "position_ids": batch.position_ids}
+    if batch.fork is not None:
+        options |= {"fork": batch.fork, "position_ids": batch.position_ids}
     scores: Tensor = model(
         input_ids=batch.input_ids, score_positions=batch.score_positions, targets=batch.targets, **options
     )
@@ -215,14 +228,9 @@ def ran_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
-def positions(batch: MicroBatch) -> int:
-    """Positions that a pass runs, padding included."""
-    return batch.input_ids.numel()
-
-
 def largest_group(layout: BatchLayout, groups: Sequence[Group]) -> int:
     """Positions of the largest of the groups in a pass of its own."""
-    return max(positions(batch) for group in groups for batch in layout.batches([group], 1))
+    return max(batch.positions for group in groups for batch in layout.batches([group], 1))
 
 
 def smaller_budget(layout: BatchLayout, groups: Sequence[Group], tokens_per_batch: int) -> int | None:
@@ -230,7 +238,7 @@ def smaller_budget(layout: BatchLayout, groups: Sequence[Group], tokens_per_batc
 
     Call it after a GPU ran out of memory; it logs the new budget.
     """
-    used = max(positions(batch) for batch in layout.batches(groups, tokens_per_batch))
+    used = max(batch.positions for batch in layout.batches(groups, tokens_per_batch))
     least = largest_group(layout, groups)
     if used <= least:
         return None

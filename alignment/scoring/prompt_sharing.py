@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from alignment.kernels.attention import disable_shared_prompts, enable_shared_prompts
 from alignment.kernels.base import in_words
-from alignment.scoring.layout import PASS_COST, BatchLayout, FlatLayout, SharedLayout
-from alignment.scoring.logps import join_scores, score
+from alignment.scoring.layout import PASS_COST, BatchLayout, FlatLayout, ForkedLayout, SharedLayout
+from alignment.scoring.logps import autocast, join_scores, score
+from alignment.scoring.states import carries_states, enable_forking, lost_state
 from alignment.types import Group
 
 log = logging.getLogger(__name__)
@@ -28,48 +29,70 @@ by 0.066 and 0.03 in bfloat16, by 0.063 and 0.35 packed in NF4. Wrong layouts di
 wrong token, positions that go on from one completion to the next, completions that see each other, a causal mask that
 is aligned at the start. docs/gpu.md has the table.
 """
+_NO_LIMIT = 10_000
+"""Positions of a pass that holds the whole comparison."""
 _SHORT_WINDOW = 6
 """Replaces a model's sliding window in the comparison, so that a few tokens already reach beyond it."""
 
 
 def choose_layout(model: nn.Module, device: torch.device) -> BatchLayout:
-    """The shared layout if this model computes the same with it, else the flat one and a log line that says why.
+    """The shared layout if this model computes the same with it, else the forked one if it does, else the flat one.
 
-    A few random sequences are scored in both layouts, with gradients. State-space layers, unknown kinds of attention
-    and positions that cannot restart all show as different numbers.
+    A few random sequences are scored in each layout, with gradients. Unknown kinds of attention and positions that
+    cannot restart show as different numbers in a shared row. State-space layers show by the states that they keep, and
+    in a fork those that drop them, or hand them on without their gradient. A log line says why prompts share no row.
     """
     flat = FlatLayout(PASS_COST[device.type])
     wrapped: Any = model
-    base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    groups = _probe(base.get_input_embeddings().num_embeddings)
+    windows = [None, _SHORT_WINDOW] if _has_window(base.config.get_text_config()) else [None]
     was_training = model.training
     model.train()  # as in a training step: some layers compute differently in evaluation
     try:
-        reason = _why_not(model, base, flat, device)
+        expected = []
+        for window in windows:
+            with _window(base, window):
+                expected.append((window, _scores_and_gradient(model, groups, flat, device)))
+        shared = _why_not(model, base, SharedLayout(), groups, expected, device)
+        if shared is None:
+            return SharedLayout()
+        disable_shared_prompts(base)
+        forked = _why_not(model, base, ForkedLayout(_NO_LIMIT, least_gain=0), groups, expected, device)
     finally:
         model.train(was_training)
-    if reason is None:
-        return SharedLayout()
-    disable_shared_prompts(base)
-    log.info("Prompts are not shared between completions: %s.", reason)
+    if forked is None:
+        log.info(
+            "Prompts share no row with their completions (%s): long ones run once and hand their states on.", shared
+        )
+        return ForkedLayout(PASS_COST[device.type])
+    log.info("Prompts are not shared between completions: %s. Nor are their states: %s.", shared, forked)
     return flat
 
 
-def _why_not(model: nn.Module, base: Any, flat: FlatLayout, device: torch.device) -> str | None:
-    groups = _probe(base.get_input_embeddings().num_embeddings)
-    windows = [None, _SHORT_WINDOW] if _has_window(base.config.get_text_config()) else [None]
-    expected = []
-    for window in windows:
-        with _window(base, window):
-            expected.append(_scores_and_gradient(model, groups, flat, device))
+def _why_not(
+    model: nn.Module,
+    base: Any,
+    layout: BatchLayout,
+    groups: Sequence[Group],
+    expected: Sequence[tuple[int | None, tuple[Tensor, Tensor]]],
+    device: torch.device,
+) -> str | None:
     try:
-        if not enable_shared_prompts(base):
+        if isinstance(layout, ForkedLayout):
+            enable_forking(base)
+            if (state := _lost_state(base, layout, groups, device)) is not None:
+                return f"its completions do not read {state} of their prompt"
+        elif carries_states(base, device):
+            return "its layers hand a state from token to token"
+        elif not enable_shared_prompts(base):
             return f"its attention ({base.config._attn_implementation}) cannot be replaced"
-        for window, expected_values in zip(windows, expected, strict=True):
+        for window, values in expected:
             with _window(base, window):
-                reason = _difference(model, groups, expected_values, base.dtype, device)
+                reason = _difference(model, layout, groups, values, base.dtype, device)
             if reason is not None:
                 return reason
-    except Exception as error:  # whatever an architecture does with an attention that it does not know
+    except Exception as error:  # whatever an architecture does with an attention or a cache that it does not know
         if device.type == "cuda" and not isinstance(error, NotImplementedError):
             # A GPU's launch error hides here just as well, and costs a third of the speed.
             log.warning("Sharing prompts failed on the GPU with %s.", type(error).__name__, exc_info=error)
@@ -77,25 +100,33 @@ def _why_not(model: nn.Module, base: Any, flat: FlatLayout, device: torch.device
     return None
 
 
+def _lost_state(base: Any, layout: BatchLayout, groups: Sequence[Group], device: torch.device) -> str | None:
+    (batch,) = (batch.to(device) for batch in layout.batches(groups, _NO_LIMIT))
+    assert batch.position_ids is not None and batch.fork is not None
+    with autocast(base, device):
+        return lost_state(base, batch.input_ids, batch.position_ids, batch.fork)
+
+
 def _difference(
     model: nn.Module,
+    layout: BatchLayout,
     groups: Sequence[Group],
     expected: tuple[Tensor, Tensor],
     dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:
     precise = dtype in (torch.float32, torch.float64)
-    found = _scores_and_gradient(model, groups, SharedLayout(), device)
+    found = _scores_and_gradient(model, groups, layout, device)
     differences, limits = _distance(found, expected), _PRECISE_FLOOR if precise else _FLOOR
     if not _within(differences, limits):
         noise = _distance(_scores_and_gradient(model, groups, FlatLayout(), device, tokens_per_batch=1), expected)
         limits = tuple(min(most, max(least, 3 * n)) for least, n, most in zip(limits, noise, _CEILING, strict=True))  # type: ignore[assignment]
     if not _within(differences, limits):
         return (
-            f"with shared prompts its log-probs differ by {differences[0]:.2g} nats per token and its gradient by "
+            f"its log-probs differ by {differences[0]:.2g} nats per token and its gradient by "
             f"{differences[1]:.2g} of its norm"
         )
-    leak = _leak(model, groups, found[0], device)
+    leak = _leak(model, layout, groups, found[0], device)
     if not leak <= (1e-6 if precise else 5e-3):
         return f"its completions see each other (log-probs change by {leak:.2g} nats per token)"
     return None
@@ -122,7 +153,11 @@ def _probe(vocabulary: int) -> list[Group]:
 
 
 def _scores_and_gradient(
-    model: nn.Module, groups: Sequence[Group], layout: BatchLayout, device: torch.device, tokens_per_batch: int = 10_000
+    model: nn.Module,
+    groups: Sequence[Group],
+    layout: BatchLayout,
+    device: torch.device,
+    tokens_per_batch: int = _NO_LIMIT,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of all completions, and the gradient of a few trainable tensors close to the input."""
     parameters = [p for p in model.parameters() if p.requires_grad][:8]
@@ -141,10 +176,12 @@ def _scores_and_gradient(
 
 
 @torch.no_grad()
-def _leak(model: nn.Module, groups: Sequence[Group], values: Tensor, device: torch.device) -> float:
+def _leak(
+    model: nn.Module, layout: BatchLayout, groups: Sequence[Group], values: Tensor, device: torch.device
+) -> float:
     """How much the other sequences' log-probs change when the first completion of every prompt is replaced."""
     changed = [Group(g.prompt, (g.completions[0][::-1].copy(), *g.completions[1:])) for g in groups]
-    (batch,) = SharedLayout().batches(changed, 10_000)
+    (batch,) = layout.batches(changed, _NO_LIMIT)
     found = join_scores(changed, [(batch, score(model, batch.to(device)).to("cpu"))]).values
     first = torch.cat([torch.full((len(c),), k == 0) for g in groups for k, c in enumerate(g.completions)])
     return (found - values)[~first].abs().mean().item()

@@ -28,7 +28,7 @@ from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
-from alignment.scoring.layout import BatchLayout, keys_per_position
+from alignment.scoring.layout import BatchLayout, ForkedLayout, keys_per_position
 from alignment.scoring.logps import largest_group
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.stages.stage import PreferenceResult, StageResult, Workspace
@@ -205,6 +205,7 @@ class PreferenceStage:
             device=self._device,
             longest=largest,
             keys_per_position=keys_per_position(layout, self._data.train),
+            forked=isinstance(layout, ForkedLayout),
             slot=slot,
         )
         if slot is None or not slot.is_joint:

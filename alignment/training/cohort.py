@@ -60,7 +60,12 @@ def join(batches: Sequence[MicroBatch]) -> tuple[MicroBatch, list[int]]:
 
     Returns:
         The joined batch, and how many rows of hidden states each micro-batch has in it, in order.
+
+    Raises:
+        NotImplementedError: the prompts of a batch run before its completions, in a call of their own.
     """
+    if any(batch.fork is not None for batch in batches):
+        raise NotImplementedError("their prompts hand states to their completions")
     tokens: list[Tensor] = []
     scored: list[Tensor] = []
     sizes: list[int] = []

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from alignment.kernels.base import in_words
 from alignment.scoring.logps import autocast
+from alignment.scoring.states import run_prompts
 from alignment.training.layer_memory import Layer, has_states
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class _Kept:
         self.tensor = tensor
 
 
-def _kept_bytes(model: Any, layers: Sequence[nn.Module], length: int) -> list[int]:
+def _kept_bytes(model: Any, layers: Sequence[nn.Module], length: int, forked: bool) -> list[int]:
     """Bytes that each layer's part of one pass keeps, weights and buffers aside; shared ones count where they are
     first."""
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -47,11 +48,17 @@ def _kept_bytes(model: Any, layers: Sequence[nn.Module], length: int) -> list[in
 
     device = next(model.parameters()).device
     tokens = torch.arange(length, device=device)[None] % 64
+
+    def run(**inputs: Tensor) -> Tensor:
+        hidden: Tensor = model.get_decoder()(use_cache=False, **inputs).last_hidden_state
+        return hidden
+
     handles = [layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(layers)]
     handles += [layer.register_forward_hook(enter(len(layers))) for layer in layers]
     try:
         with saved_tensors_hooks(pack, lambda holder: holder.tensor), autocast(model, device), torch.enable_grad():
-            hidden = model.get_decoder()(input_ids=tokens, use_cache=False)
+            positions = torch.arange(length, device=device)[None]
+            hidden = run_prompts(run, model.get_decoder(), tokens, positions, None) if forked else run(input_ids=tokens)
         found = [0] * (len(layers) + 1)
         for holder, index in sorted(kept.items(), key=lambda item: item[1]):
             storage = holder.tensor.untyped_storage()
@@ -65,20 +72,23 @@ def _kept_bytes(model: Any, layers: Sequence[nn.Module], length: int) -> list[in
     return found[:-1]
 
 
-def measured_layers(model: Any, layers: Sequence[Layer], modules: Sequence[nn.Module]) -> tuple[Layer, ...] | None:
+def measured_layers(
+    model: Any, layers: Sequence[Layer], modules: Sequence[nn.Module], forked: bool = False
+) -> tuple[Layer, ...] | None:
     """The layers with what they keep as measured; None where the model cannot be run so.
 
     Args:
         model: loaded, with its adapter. It is run twice on a few tokens.
         layers: as they are counted.
         modules: the model's decoder layers.
+        forked: whether passes hand states on. A GPU's fused kernels, which keep less, do not run then.
     """
     was_training = model.training
     device = next(model.parameters()).device
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             model.train()
-            short, long = (_kept_bytes(model, modules, length) for length in _LENGTHS)
+            short, long = (_kept_bytes(model, modules, length, forked) for length in _LENGTHS)
     except Exception as error:  # whatever an unusual model does with a bare pass
         log.info("What the layers keep cannot be measured: %s.", in_words(error).rstrip("."))
         return None

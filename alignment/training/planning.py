@@ -72,6 +72,7 @@ def plan_stage(
     device: torch.device,
     longest: int,
     keys_per_position: float = 1.0,
+    forked: bool = False,
     slot: CohortSlot | None = None,
 ) -> Plan:
     """How a stage runs its steps on this machine as it is now; a resumed stage keeps the plan that it began with.
@@ -84,6 +85,7 @@ def plan_stage(
         device: where the policy is.
         longest: positions of the largest group of the data, or of the longest conversation.
         keys_per_position: that a GPU's attention keeps, as `layout.keys_per_position` counts them.
+        forked: whether prompts run once and hand their states on.
         slot: in the cohort that the stage trains in. Each member has its own gradients and optimizer states, and where
             the members' passes are joint, one pass holds a group of each.
     """
@@ -114,7 +116,10 @@ def plan_stage(
         keys_per_position=keys_per_position,
     )
     modules = decoder_layers(model)
-    if not all(map(is_counted, modules)) and (layers := measured_layers(model, sizes.layers, modules)) is not None:
+    if (
+        not all(map(is_counted, modules))
+        and (layers := measured_layers(model, sizes.layers, modules, forked)) is not None
+    ):
         estimate = attention_estimate(policy.config.get_text_config()._attn_implementation)
         sizes = replace(sizes, layers=layers, estimate=estimate)
     members = 1 if slot is None else slot.width

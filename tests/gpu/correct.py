@@ -168,7 +168,7 @@ def probe_numbers(size: str, model: Any, base: Any) -> None:
     enable_shared_prompts(base)
     try:
         shared = prompt_sharing._scores_and_gradient(model, groups, SharedLayout(), DEVICE)
-        leak = prompt_sharing._leak(model, groups, shared[0], DEVICE)
+        leak = prompt_sharing._leak(model, SharedLayout(), groups, shared[0], DEVICE)
         note(OUT, "probe", size=size, shared=prompt_sharing._distance(shared, flat), noise=noise, leak=leak)
     except Exception as error:  # what `choose_layout` would turn into a log line
         note(OUT, "probe", size=size, error=f"{type(error).__name__}: {error}"[:800])

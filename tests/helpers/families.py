@@ -17,12 +17,13 @@ from torch import nn
 from alignment.kernels.linear import is_lora_layer
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.targets import own_name
-from alignment.scoring.layout import SharedLayout
+from alignment.scoring.layout import FlatLayout, ForkedLayout, SharedLayout
 from alignment.scoring.prompt_sharing import choose_layout
 from tests.conftest import TINY_SIZES
 from tests.helpers.policies import CPU, NF4, adapter, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+LAYOUTS = {SharedLayout: "shared prompts", ForkedLayout: "forked states", FlatLayout: "one row each"}
 COLUMNS = ("family", "`model_type`", "layout", "attention", "in 4 bits", "adapters of `auto`", "special")
 
 SIZES = TINY_SIZES | {
@@ -235,7 +236,7 @@ def row(family: Family, model: nn.Module, layout) -> tuple[str, ...]:
     return (
         family.title,
         f"`{family.model_type}`",
-        "shared prompts" if isinstance(layout, SharedLayout) else "one row each",
+        LAYOUTS[type(layout)],
         base.config._attn_implementation.removeprefix("shared_prompts_"),
         f"{100 * quantised_share(base):.0f} %",
         ", ".join(f"`{name}`" for name in adapted),

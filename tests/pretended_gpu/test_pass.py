@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignment.kernels import attention
-from alignment.scoring.layout import FlatLayout, SharedLayout
+from alignment.scoring.layout import FlatLayout, ForkedLayout, SharedLayout
 from alignment.scoring.prompt_sharing import choose_layout
 from tests.pretended_gpu.device import GPU, MixedDevices
 from tests.pretended_gpu.machine import pretended_gpu
@@ -24,14 +24,14 @@ def test_a_pass_is_that_of_the_cpu(layout, dtype):
     ids=["unexpected", "expected"],
 )
 def test_a_kernel_that_fails_in_the_probe(error, level, monkeypatch, caplog):
-    """The model trains without shared prompts; an error that nobody expects is shown whole, not in one line."""
+    """The model trains without shared rows; an error that nobody expects is shown whole, not in one line."""
 
     def fail(*args):
         raise error
 
     with pretended_gpu(), monkeypatch.context() as patch, caplog.at_level("INFO", "alignment.scoring.prompt_sharing"):
         patch.setattr(attention, "_flash_forward", fail)
-        assert isinstance(choose_layout(policy_on(GPU, torch.bfloat16), GPU), FlatLayout)
+        assert isinstance(choose_layout(policy_on(GPU, torch.bfloat16), GPU), ForkedLayout)
     lines = [record for record in caplog.records if record.name == "alignment.scoring.prompt_sharing"]
     assert {record.levelname for record in lines} == {"INFO", level}
     assert str(error) in lines[-1].getMessage() and lines[-1].levelname == "INFO"

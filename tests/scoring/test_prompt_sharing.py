@@ -12,11 +12,12 @@ import alignment.kernels.block_attention
 import alignment.kernels.matmul
 import alignment.scoring.layout
 import alignment.scoring.prompt_sharing
+import alignment.scoring.states
 from alignment.data.tokens.units import as_rows
 from alignment.kernels.attention import PromptSpan, attend, enable_shared_prompts, longest_sequence, position_ids
 from alignment.reference.cached import CachedReference
 from alignment.reference.store import ReferenceStore
-from alignment.scoring.layout import FlatLayout, SharedLayout
+from alignment.scoring.layout import FlatLayout, ForkedLayout, SharedLayout
 from alignment.scoring.logps import enable_scoring, join_scores, score
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.types import Group
@@ -315,8 +316,8 @@ def test_these_models_share(name):
         ("bloom", {}),
     ],
 )
-def test_these_models_do_not(name, settings, caplog):
-    """State-space layers, convolutions, capped logits, biases by distance: one line in the log, and flat rows."""
+def test_these_models_share_no_row(name, settings, caplog):
+    """State-space layers, convolutions, capped logits, biases by distance: one line in the log, and forked states."""
     settings = {"num_key_value_heads": 2} | settings
     config = tiny_config(model_type=name, **settings)
     torch.manual_seed(0)
@@ -324,23 +325,27 @@ def test_these_models_do_not(name, settings, caplog):
     enable_scoring(model)
     before = config._attn_implementation
     with caplog.at_level(logging.INFO, logger="alignment.scoring.prompt_sharing"):
-        assert isinstance(choose_layout(model, CPU), FlatLayout)
-    assert caplog.text.count("Prompts are not shared between completions: ") == 1
+        assert isinstance(choose_layout(model, CPU), ForkedLayout)
+    assert caplog.text.count("Prompts share no row with their completions") == 1
     assert model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize("part", ["attend", "enable_shared_prompts"])
-def test_whatever_sharing_raises_the_rows_are_flat(part, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("part", "layout"), [("attend", ForkedLayout), ("enable_shared_prompts", ForkedLayout), ("both", FlatLayout)]
+)
+def test_whatever_sharing_raises_no_row_is_shared(part, layout, monkeypatch, caplog):
     """A class that nobody has seen may raise anything: sharing only makes training faster, so it never stops one."""
 
     def unforeseen(*args, **kwargs):
         raise KeyError("shared_row")
 
     where = alignment.kernels.attention if part == "attend" else alignment.scoring.prompt_sharing
-    monkeypatch.setattr(where, part, unforeseen)
+    monkeypatch.setattr(where, "enable_shared_prompts" if part == "both" else part, unforeseen)
+    if part == "both":
+        monkeypatch.setattr(alignment.scoring.states, "run_completions", unforeseen)
     model = tiny_policy(torch.float32)
     with caplog.at_level(logging.INFO, logger="alignment.scoring.prompt_sharing"):
-        assert isinstance(choose_layout(model, CPU), FlatLayout)
+        assert isinstance(choose_layout(model, CPU), layout)
     assert "KeyError: 'shared_row'" in caplog.text
     assert model.config._attn_implementation == "sdpa"
 
@@ -385,16 +390,16 @@ def test_a_wrong_attention_is_found(monkeypatch, caplog):
 
     for wrong in (joined, forgetful, rescaled):
         monkeypatch.setattr(alignment.kernels.attention, "attend", wrong)
-        assert isinstance(choose_layout(tiny_policy(torch.float32, trained=True), CPU), FlatLayout), wrong
+        assert not isinstance(choose_layout(tiny_policy(torch.float32, trained=True), CPU), SharedLayout), wrong
     # A window that reaches beyond every prompt of the comparison has to be seen too.
     monkeypatch.setattr(
         alignment.kernels.attention, "attend", lambda q, k, v, row, scale, window=None: right(q, k, v, row, scale)
     )
-    assert isinstance(choose_layout(tiny_model("mistral", torch.float32, sliding_window=4096), CPU), FlatLayout)
+    assert not isinstance(choose_layout(tiny_model("mistral", torch.float32, sliding_window=4096), CPU), SharedLayout)
     monkeypatch.setattr(alignment.kernels.attention, "attend", right)
     assert isinstance(choose_layout(tiny_model("mistral", torch.float32, sliding_window=4096), CPU), SharedLayout)
     monkeypatch.setattr(alignment.scoring.layout, "position_ids", lambda row: torch.arange(row[-1].end)[None])
-    assert isinstance(choose_layout(tiny_policy(torch.float32, trained=True), CPU), FlatLayout)
+    assert not isinstance(choose_layout(tiny_policy(torch.float32, trained=True), CPU), SharedLayout)
 
 
 def test_attention_without_shared_prompts_stays_what_it_was():

@@ -112,7 +112,7 @@ def test_the_right_layout_is_taken(policy):
 @pytest.mark.parametrize("fault", each(FAULTS, ["siblings are seen"]))
 def test_a_wrong_layout_is_refused(policy, fault, monkeypatch):
     monkeypatch.setattr(*FAULTS[fault])
-    assert isinstance(choose_layout(policy, CPU), FlatLayout)
+    assert not isinstance(choose_layout(policy, CPU), SharedLayout)
 
 
 def table() -> None:

@@ -118,7 +118,7 @@ def optimizer_of(name, model):
     return "muon", lambda _: muon(model, optim, ())
 
 
-def as_planned(name, model, optimizer):
+def as_planned(name, model, optimizer, forked=False):
     """The sizes of a loaded policy, as a stage plans with them."""
     sizes = sizes_of(
         model, count_weights(model), value=model.dtype.itemsize, optimizer=optimizer, device="cpu",
@@ -129,7 +129,7 @@ def as_planned(name, model, optimizer):
         assert not sizes.estimate
         return sizes
     assert "have another form than the usual one" in sizes.estimate
-    return replace(sizes, layers=measured_layers(model, sizes.layers, modules))
+    return replace(sizes, layers=measured_layers(model, sizes.layers, modules, forked))
 
 
 @pytest.mark.slow
@@ -142,6 +142,17 @@ def test_the_peak_of_a_step_is_planned(name, tmp_path):
     with elastic(model, adapter(iec=True)) if name == "iec" else nullcontext():
         peak, positions = step_peak(model, make, passes)
     needs = step_needs(as_planned(name, model, optimizer), 0, positions, 0, alone=passes == 1)
+    assert needs.total - needs.weights - needs.adapter == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["mamba2", "falcon_h1", "bamba"])
+def test_the_peak_of_a_step_of_forks_is_planned(name):
+    """Twice as many tokens in the prompt as in an answer, so that the prompt runs once; again to 15 per cent."""
+    model = POLICIES[name](None)
+    peak, positions = step_peak(model, torch.optim.AdamW, passes=1, prompt=256)
+    assert positions == 256 + 2 * 127
+    needs = step_needs(as_planned(name, model, "adamw_torch", forked=True), 0, positions, 0)
     assert needs.total - needs.weights - needs.adapter == pytest.approx(peak, rel=0.15)
 
 
