@@ -376,6 +376,19 @@ class Writer:
             self._uses.setdefault(key, _Use()).rows += rows
         self.findings.add(*notes.findings)
 
+    # In a process that goes on where another was killed
+
+    def memory(self) -> dict[str, Any]:
+        """All that is known of the rows up to now, in JSON."""
+        uses = {key: (use.rows, use.read) for key, use in self._uses.items()}
+        return {"uses": uses, "headers": self._headers_seen, "findings": self.findings.found()}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Know what `memory` returned."""
+        self._uses = {key: _Use(*use) for key, use in memory["uses"].items()}
+        self._headers_seen = memory["headers"]
+        self.findings.add(*memory["findings"])
+
     # The template by itself
 
     def _turn_markers(self) -> list[str]:

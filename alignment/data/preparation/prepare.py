@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -215,6 +216,7 @@ def _prepare(config: DataConfig, place: Place | None, tokenize: Callable[..., P]
 
     # Into files, of which the rest of the content says how they were made
     train, held_out = (tokenize(getattr(loaded, name), config=config, folder=place.folder / name) for name in _PARTS)
+    shutil.rmtree(place.folder / _TEXTS, ignore_errors=True)  # of a process that was killed
     writer, texts = StoreWriter(place.folder / _TEXTS, TEXTS), use.texts(train, held_out)
     while batch := list(islice(texts, _AT_ONCE)):
         writer.add(batch)

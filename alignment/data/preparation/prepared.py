@@ -26,6 +26,8 @@ from alignment.config.data import DataConfig
 from alignment.data.layouts.recognition import Stage
 from alignment.data.rows.sequences import KEPT_ROWS
 from alignment.data.sources.loading import local_files
+from alignment.data.tokens.batches import ProcessDied
+from alignment.data.tokens.progress import JOURNAL
 from alignment.errors import UserError
 from alignment.files import CacheKind, file_digest, file_lock, mark_used, read_sealed, to_json, write_sealed
 
@@ -43,7 +45,8 @@ class Place:
     """Where the data of one preparation go.
 
     Attributes:
-        folder: for what is made; it goes away with the preparation unless that is kept.
+        folder: for what is made; it goes away with the preparation unless that is kept. If a process that prepared the
+            same was killed, it has what that one had made.
     """
 
     def __init__(self, folder: Path, entry: Path | None) -> None:
@@ -52,6 +55,8 @@ class Place:
 
     def take(self) -> tuple[Path, dict[str, Any]] | None:
         """The folder and the content of the entry; None if there is none yet."""
+        if self._entry is not None and (self.folder / _ENTRY).is_file():  # of a process that was killed at its end
+            self._rename()
         if self._entry is None or not self._entry.is_dir():
             return None
         try:
@@ -73,7 +78,13 @@ class Place:
         """Keep what is in the folder; a crash at any moment leaves all of it or nothing."""
         if self._entry is not None:
             write_sealed(self.folder / _ENTRY, content)
-            os.replace(self.folder, self._entry)
+            self._rename()
+
+    def _rename(self) -> None:
+        assert self._entry is not None
+        for journal in self.folder.glob(f"*/{JOURNAL}"):
+            journal.unlink()
+        os.replace(self.folder, self._entry)
 
 
 @contextmanager
@@ -90,28 +101,31 @@ def prepared(
     store = CacheKind.tokens.under(cache)
     key = _key(config, stage, tokenizer, day)
     if key is None:
-        with _unfinished(store, ".") as folder:
+        with _unfinished(store / f".{os.getpid()}-{time.time_ns()}", goes_on=False) as folder:
             yield Place(folder, None)
         return
     waiting = f"Another run is preparing these data ({key[:12]}); waiting for their tokens ..."
-    with file_lock(store / f"{key}.lock", waiting):
-        for rest in store.glob(f".{key}-*"):  # of a process that was killed
-            shutil.rmtree(rest, ignore_errors=True)
-        with _unfinished(store, f".{key}-") as folder:
-            yield Place(folder, store / key)
+    with file_lock(store / f"{key}.lock", waiting), _unfinished(store / f".{key}", goes_on=True) as folder:
+        yield Place(folder, store / key)
 
 
 @contextmanager
-def _unfinished(store: Path, prefix: str) -> Iterator[Path]:
-    """The name of a folder that is gone afterwards, unless it was renamed. Files that are mapped stay readable."""
-    for rest in store.glob(".*"):
+def _unfinished(folder: Path, goes_on: bool) -> Iterator[Path]:
+    """A folder that is gone afterwards, unless it was renamed. Files that are mapped stay readable.
+
+    Args:
+        goes_on: it stays for the next process, which takes the same folder, unless the data cannot be used.
+    """
+    for rest in folder.parent.glob(".*"):
         if rest.is_dir() and rest.stat().st_mtime < time.time() - _ABANDONED:
             shutil.rmtree(rest, ignore_errors=True)
-    folder = store / f"{prefix}{os.getpid()}-{time.time_ns()}"
     try:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        if not goes_on or (isinstance(error, UserError) and not isinstance(error, ProcessDied)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from alignment.data.rows.row import Row
@@ -138,7 +138,11 @@ class Findings:
         self._counts, self._first = Counter(), {}
         return taken
 
-    def add(self, counts: Counter[str], first: dict[str, tuple[str, str]]) -> None:
+    def found(self) -> tuple[Counter[str], dict[str, tuple[str, str]]]:
+        """What was found up to now, for `add`."""
+        return self._counts, self._first
+
+    def add(self, counts: Mapping[str, int], first: dict[str, tuple[str, str]]) -> None:
         """Add what another process has found in the next rows."""
         self._counts.update(counts)
         self._first = first | self._first

@@ -24,7 +24,8 @@ from alignment.data.conversations.writer import Writer, WriterState
 from alignment.data.rows.findings import Found
 from alignment.data.rows.reasons import UnusableRows
 from alignment.data.rows.row import BadRow, Row
-from alignment.data.tokens.token_store import Arrays, Kind, Stored, StoreWriter
+from alignment.data.tokens.progress import Done, JournaledWriter
+from alignment.data.tokens.token_store import Arrays, Kind, Stored
 from alignment.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ ROWS_PER_BATCH = 1024
 
 _SHOWN_AFTER = 3.0
 """Seconds after which progress is shown."""
+_BAR: dict[str, Any] = {"delay": _SHOWN_AFTER, "disable": None, "leave": False}
 _QUEUED = 2
 """Batches that a process is given at once, so that it never waits for the next one."""
 
@@ -55,10 +57,22 @@ class Batch(Generic[T]):
     counts: Counter[str] = field(default_factory=Counter)
 
 
+class ProcessDied(UserError):
+    """A process that tokenises rows has died; what was done stays for the next start."""
+
+
 class BatchTokenizer(Protocol[T]):
-    """Makes items of rows. All that it remembers from one batch to the next is in its writer."""
+    """Makes items of rows. All that it remembers from one batch to the next is in its writer and its encoder."""
 
     writer: Writer
+
+    def memory(self) -> dict[str, Any]:
+        """What it remembers of the rows before, in JSON."""
+        ...
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Remember what `memory` returned in another process."""
+        ...
 
     def __call__(self, rows: Sequence[Row]) -> Batch[T]:
         """Tokenise some rows."""
@@ -88,44 +102,49 @@ def tokenize_rows(
     """Tokenise all rows, in order. The result does not depend on the number of processes.
 
     Args:
-        folder: does not exist yet; the items are written to it. None: they stay in memory.
+        folder: the items are written to it; if some of them are there from a process that was killed, behind these.
+            None: they stay in memory.
 
     Raises:
         UserError: a row cannot be written as text at all, too much was found in the rows, or no row is left.
     """
-    kept, drops, counts = array("q"), [], Counter[str]()
-    items: list[T] = []
-    writer = None if folder is None else StoreWriter(folder, kind)
-    started, start = time.monotonic(), 0
-    with tqdm(total=len(rows), desc="Tokenising", unit=" rows", delay=_SHOWN_AFTER, disable=None, leave=False) as bar:
-        for batch, packed in _batches(rows, tokenize, kind, writer is not None):
+    done, items = Done(), list[T]()
+    writer = None if folder is None else JournaledWriter(folder, kind)
+    if writer is not None and writer.done.memory is not None:
+        done = writer.done
+        tokenize.recall(writer.done.memory)
+        log.info("  %d of %d rows were tokenised before: going on with the others.", done.rows, len(rows))
+    started, before = time.monotonic(), done.rows
+    bar = tqdm(total=len(rows), initial=before, desc="Tokenising", unit=" rows", **_BAR)
+    with bar:
+        for batch, packed in _batches(rows, tokenize, kind, before, writer is not None):
+            passed = min(ROWS_PER_BATCH, len(rows) - done.rows)
             if writer is None:
                 items += batch.items
             else:
-                writer.add_packed(packed if packed is not None else kind.pack(batch.items), len(batch.kept))
-            kept.extend(start + index for index in batch.kept)
-            drops += batch.drops
-            counts.update(batch.counts)
-            passed = min(ROWS_PER_BATCH, len(rows) - start)
-            start += passed
+                arrays = packed if packed is not None else kind.pack(batch.items)
+                found = batch.kept, batch.drops, batch.counts
+                writer.add((arrays, len(batch.kept)), passed, *found, tokenize.memory())
+            done.add(passed, batch.kept, batch.drops, batch.counts)
             bar.update(passed)
     if (seconds := time.monotonic() - started) > _SHOWN_AFTER:
-        log.info("  Tokenised %d rows in %.0f s, %.0f a second.", len(rows), seconds, len(rows) / seconds)
+        number = len(rows) - before
+        log.info("  Tokenised %d rows in %.0f s, %.0f a second.", number, seconds, number / seconds)
     written = None if writer is None else writer.close()
-    if len(rows) and not kept:
-        raise UnusableRows(f"None of the {len(rows)} rows can be tokenised", drops, "")
+    if len(rows) and not done.kept:
+        raise UnusableRows(f"None of the {len(rows)} rows can be tokenised", done.drops, "")
     findings = tokenize.writer.settle(len(rows))
-    done: Sequence[T] = items
+    every: Sequence[T] = items
     if folder is not None and written is not None:
-        done = Stored(folder, kind, written, check=False)
-    return Tokenized(done, kept, drops, counts, findings, written)
+        every = Stored(folder, kind, written, check=False)
+    return Tokenized(every, done.kept, done.drops, done.counts, findings, written)
 
 
 def _batches(
-    rows: Sequence[Row], tokenize: BatchTokenizer[T], kind: Kind[T], many: bool
+    rows: Sequence[Row], tokenize: BatchTokenizer[T], kind: Kind[T], first: int, many: bool
 ) -> Iterator[tuple[Batch[T], Arrays | None]]:
-    """All batches in order; those that another process has made come packed, without their items."""
-    starts = range(0, len(rows), ROWS_PER_BATCH)
+    """All batches from a row on, in order; those that another process has made come packed, without their items."""
+    starts = range(first, len(rows), ROWS_PER_BATCH)
     processes = min(len(os.sched_getaffinity(0)), len(starts) - 1) if many and sys.platform == "linux" else 1
 
     def here(start: int) -> tuple[Batch[T], None]:
@@ -134,7 +153,7 @@ def _batches(
     if processes < 2:
         yield from map(here, starts)
         return
-    yield here(0)  # what the first rows show about the template, the other processes know from the beginning
+    yield here(first)  # what the first rows show about the template, the other processes know from the beginning
 
     def there(task: tuple[int, WriterState]) -> tuple[Batch[T], Arrays, Any] | None:
         """What another process does; None for a batch that has to be done here, after all before it."""
@@ -210,7 +229,7 @@ def _results(tasks: Iterator[Any], workers: list[Connection]) -> Iterator[Any]:
     """The results of all tasks, in order.
 
     Raises:
-        UserError: a process has died.
+        ProcessDied: a process has.
     """
     waiting: dict[Connection, list[int]] = {worker: [] for worker in workers}
     done: dict[int, Any] = {}
@@ -234,7 +253,7 @@ def _results(tasks: Iterator[Any], workers: list[Connection]) -> Iterator[Any]:
             try:
                 done[waiting[worker].pop(0)] = worker.recv()
             except (EOFError, OSError):
-                raise UserError(
+                raise ProcessDied(
                     "A process that tokenises rows has died: free memory, or find what has ended it, and start again."
                 ) from None
         while given in done:

@@ -47,6 +47,16 @@ class BatchEncoder:
         """Whether the tokenizer takes texts apart as expected, as far as it was asked."""
         return self._backend is not None
 
+    def answer(self) -> bool | None:
+        """What the tokenizer has shown about that; None as long as it was not asked."""
+        return self.shares if self._probed else None
+
+    def take_answer(self, shares: bool | None) -> None:
+        """Know what `answer` gave in another process."""
+        self._probed = shares is not None
+        if shares is False:
+            self._backend = None
+
     def encode(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
         """The ids of each text."""
         if not texts:

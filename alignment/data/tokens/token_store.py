@@ -136,10 +136,16 @@ TEXTS: Kind[str] = Kind({"text": Column.of(str)}, lambda text: {"text": text}, l
 
 
 class StoreWriter:
-    """Writes items of one kind to a folder that does not exist yet."""
+    """Writes items of one kind to a folder that does not exist yet.
 
-    def __init__(self, folder: Path, kind: Kind[Any]) -> None:
-        folder.mkdir(parents=True)
+    Args:
+        begun: goes on in a folder that exists: what `state` returned, and the digests of the files up to there by name.
+            What else is in the folder is removed.
+    """
+
+    def __init__(
+        self, folder: Path, kind: Kind[Any], begun: tuple[dict[str, Any], dict[str, Any]] | None = None
+    ) -> None:
         self._folder = folder
         self._kind = kind
         self._files: dict[str, Any] = {}
@@ -147,6 +153,30 @@ class StoreWriter:
         self._dtypes: dict[str, str] = {}
         self._sums: dict[str, int] = {}
         self.count = 0
+        if begun is None:
+            folder.mkdir(parents=True)
+            return
+        state, self._digests = begun
+        self.count, self._dtypes, self._sums = state["count"], state["dtypes"], state["sums"]
+        for path in folder.iterdir():
+            if "." in path.name and path.name not in state["files"]:  # of a batch that was cut off
+                path.unlink()
+        for name, (size, _) in state["files"].items():
+            self._files[name] = (folder / name).open("r+b")
+            self._files[name].truncate(size)
+            self._files[name].seek(size)
+
+    @staticmethod
+    def digest() -> Any:
+        """The digest of an empty file."""
+        return hashlib.blake2b(digest_size=32)
+
+    def state(self) -> dict[str, Any]:
+        """What was written up to now, in JSON, and is there for other processes too."""
+        for file in self._files.values():
+            file.flush()
+        files = {name: [file.tell(), self._digests[name].hexdigest()] for name, file in self._files.items()}
+        return {"count": self.count, "dtypes": self._dtypes, "sums": self._sums, "files": files}
 
     def add(self, items: Sequence[Any]) -> None:
         """Write some items."""
@@ -172,7 +202,7 @@ class StoreWriter:
                 raise ValueError(f"{name} has values of the types {self._dtypes[name]} and {array.dtype.str}.")
             if name not in self._files:
                 self._files[name] = (self._folder / name).open("xb")
-                self._digests[name] = hashlib.blake2b(digest_size=32)
+                self._digests[name] = self.digest()
             data = np.ascontiguousarray(array).data.cast("B")
             self._files[name].write(data)
             self._digests[name].update(data)

@@ -118,12 +118,28 @@ def tokenize_groups(
     return TokenizedData(found.items, _kept(rows, found), found.drops, counts, found.findings, found.written)
 
 
-class _GroupTokenizer:
+class _RowTokenizer:
+    """What the makers of groups and of conversations have alike."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, writer: Writer) -> None:
+        self.writer = writer
+        self._encoder = _Encoder(tokenizer, writer.chat)
+
+    def memory(self) -> dict[str, Any]:
+        """What it remembers of the rows before, in JSON."""
+        return {"writer": self.writer.memory(), "shares": self._encoder.batches.answer()}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Remember what `memory` returned in another process."""
+        self.writer.recall(memory["writer"])
+        self._encoder.batches.take_answer(memory["shares"])
+
+
+class _GroupTokenizer(_RowTokenizer):
     """Makes groups of rows."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, day: datetime.date | None) -> None:
-        self.writer = Writer(tokenizer, config, day=day)
-        self._encoder = _Encoder(tokenizer, self.writer.chat)
+        super().__init__(tokenizer, Writer(tokenizer, config, day=day))
         self._config = config
 
     def __call__(self, rows: Sequence[Row]) -> Batch[Group]:
@@ -238,12 +254,11 @@ def tokenize_sft(
     return TokenizedSFT(found.items, _kept(rows, found), found.drops, counts, found.findings, found.written)
 
 
-class _ConversationTokenizer:
+class _ConversationTokenizer(_RowTokenizer):
     """Makes SFT sequences of rows."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, day: datetime.date | None) -> None:
-        self.writer = Writer(tokenizer, config, supervised=True, day=day)
-        self._encoder = _Encoder(tokenizer, self.writer.chat)
+        super().__init__(tokenizer, Writer(tokenizer, config, supervised=True, day=day))
         self._max_length = config.max_length
 
     def __call__(self, rows: Sequence[Row]) -> Batch[Conversation]:

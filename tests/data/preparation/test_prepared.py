@@ -21,11 +21,11 @@ from alignment.data.conversations import writer
 from alignment.data.preparation import prepared
 from alignment.data.preparation.prepare import fit_preferences, load_conversations, read_preferences
 from alignment.data.rows import sequences
-from alignment.data.tokens import batches
+from alignment.data.tokens import batches, progress
 from alignment.errors import UserError
 from alignment.files import CacheKind
 from alignment.types import Group
-from tests.conftest import recommended_loss
+from tests.conftest import each, recommended_loss
 from tests.helpers.chat_templates import CHATML
 
 TOOLS = "{% for t in tools or [] %}{{ t.name }}{% endfor %}"
@@ -259,13 +259,13 @@ def preparing(
     settings = config(jsonl(records(400)), max_bad_rows=50)
 
     def slowly() -> None:
-        add = batches.StoreWriter.add_packed
+        add = progress.StoreWriter.add_packed
 
         def wait(self: Any, *args: Any) -> None:
             add(self, *args)
             time.sleep(0.02)
 
-        batches.StoreWriter.add_packed = wait  # type: ignore[method-assign]
+        progress.StoreWriter.add_packed = wait  # type: ignore[method-assign]
         preferences(settings, chat, tmp_path)
 
     process = multiprocessing.get_context("fork").Process(target=slowly)
@@ -279,7 +279,7 @@ def preparing(
 
 
 @pytest.mark.slow
-def test_a_killed_preparation_begins_again(
+def test_a_killed_preparation_goes_on(
     preparing: tuple[DataConfig, multiprocessing.Process], chat: Any, tmp_path: Path
 ) -> None:
     """Nothing of it is served or left behind, and the processes that worked for it end with it."""
@@ -293,6 +293,104 @@ def test_a_killed_preparation_begins_again(
     assert len(entries(tmp_path)) == 1
     assert not list(CacheKind.tokens.under(tmp_path).glob(".*"))
     assert not psutil.wait_procs(helpers, timeout=10)[1]
+
+
+DEATHS = {
+    "in the first batch": ("train", 1),
+    "before a line": ("train", 5),
+    "in a line": ("train", 5),
+    "in held-out rows": ("eval", 2),
+    "at the end": ("entry", 0),
+}
+"""Moments: the part, and the number of its batch."""
+
+
+def die_at(moment: str) -> None:
+    """Let this process end at that moment."""
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    part, number = DEATHS[moment]
+    if part == "entry":
+        prepared.write_sealed = die
+    add, seal, writers = progress.JournaledWriter.add, progress._sealed, []
+
+    def added(self: Any, *args: Any) -> None:
+        writers.append(self)
+        add(self, *args)
+
+    def sealed(text: str) -> bytes:
+        folder = writers[-1].folder
+        if folder.name == part and sum(writer.folder == folder for writer in writers) == number:
+            if moment == "in a line":
+                with (folder / progress.JOURNAL).open("ab") as file:
+                    file.write(seal(text)[:50])
+            die()
+        return seal(text)
+
+    progress.JournaledWriter.add = added  # type: ignore[method-assign]
+    progress._sealed = sealed
+
+
+@pytest.mark.usefixtures("small_limits")
+@pytest.mark.parametrize("moment", each(DEATHS, ["before a line", "in held-out rows"]))
+def test_what_was_done_before_a_kill_is_not_done_again(
+    moment: str,
+    chat: Any,
+    config: Callable[..., DataConfig],
+    jsonl: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store is, to the byte, that of a preparation that was never disturbed; whole batches are not made again."""
+    settings = config(jsonl(records()), max_bad_rows=5, eval_size=16)
+    whole = preferences(settings, chat, tmp_path / "whole")
+    cache = tmp_path / "killed"
+
+    def killed() -> None:
+        die_at(moment)
+        preferences(settings, chat, cache)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not entries(cache)
+
+    made: list[str] = []
+    add = progress.JournaledWriter.add
+
+    def counted(self: Any, *args: Any) -> None:
+        made.append(self.folder.name)
+        add(self, *args)
+
+    monkeypatch.setattr(progress.JournaledWriter, "add", counted)
+    assert preferences(settings, chat, cache) == whole
+    part, number = DEATHS[moment]
+    of_train = {"train": 13 - (number - 1), "eval": 0, "entry": 0}[part]
+    of_eval = {"train": 2, "eval": 2 - (number - 1), "entry": 0}[part]
+    assert (made.count("train"), made.count("eval")) == (of_train, of_eval)
+    [found], [undisturbed] = entries(cache), entries(tmp_path / "whole")
+    files = {path.relative_to(found): path.read_bytes() for path in found.rglob("*") if path.is_file()}
+    assert files == {p.relative_to(undisturbed): p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()}
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_a_batch_that_was_damaged_meanwhile_is_made_again(
+    preparing: tuple[DataConfig, multiprocessing.Process], chat: Any, tmp_path: Path
+) -> None:
+    """A byte of an early batch is another: the batches before it stay, it and what follows are made anew."""
+    settings, process = preparing
+    [folder] = CacheKind.tokens.under(tmp_path).glob(".*/train")
+    while len((folder / progress.JOURNAL).read_bytes().splitlines()) < 4:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    file = folder / "completions.values"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert preferences(settings, chat, tmp_path) == preferences(settings, chat, None)
 
 
 def test_two_that_prepare_the_same_make_it_once(
