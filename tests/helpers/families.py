@@ -23,6 +23,7 @@ from tests.conftest import TINY_SIZES
 from tests.helpers.policies import CPU, NF4, adapter, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+TABLE = re.compile(r"^\|.*\n(?:\|.*\n)*", re.MULTILINE)
 LAYOUTS = {SharedLayout: "shared prompts", ForkedLayout: "forked states", FlatLayout: "one row each"}
 COLUMNS = ("family", "`model_type`", "layout", "attention", "in 4 bits", "adapters of `auto`", "special")
 
@@ -259,7 +260,7 @@ def quantised_share(model) -> float:
 
 def table() -> dict[str, str]:
     """The rows of the page, by `model_type`."""
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    lines = TABLE.search(PAGE.read_text(encoding="utf-8"))[0].splitlines()
     return {re.search(r"`(\w+)`", line)[1]: line for line in lines[2:]}
 
 
@@ -275,7 +276,7 @@ def main() -> None:
             model = policy(write_model(family, Path(folder)))
             lines.append(line(row(family, model, choose_layout(model, CPU))))
     text = PAGE.read_text(encoding="utf-8")
-    start, end = re.search(r"^\|.*\n(?:\|.*\n)*", text, re.MULTILINE).span()
+    start, end = TABLE.search(text).span()
     PAGE.write_text(text[:start] + "\n".join(lines) + "\n" + text[end:], encoding="utf-8")
     print(f"Written: {PAGE}")
 

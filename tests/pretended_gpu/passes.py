@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from alignment.kernels.patch import patch_layers
 from alignment.policy.layers import decoder_layers
-from alignment.scoring.layout import BatchLayout, FlatLayout, SharedLayout
+from alignment.scoring.layout import BatchLayout, FlatLayout, ForkedLayout, SharedLayout
 from alignment.scoring.logps import join_scores, score
 from alignment.scoring.prompt_sharing import choose_layout
 from tests.conftest import random_groups, tiny_policy
@@ -23,8 +23,9 @@ GROUPS = random_groups(6, k=3, seed=6)
 TOKENS_PER_BATCH = 60
 
 MAY_WAIT = {
-    "flat": {("item", "scoring/logps.py"): 1},  # transformers looks for packed sequences
-    "shared": {},
+    FlatLayout: {("item", "scoring/logps.py"): 1},  # transformers looks for packed sequences
+    SharedLayout: {},
+    ForkedLayout: {},
 }
 """How often the host may wait in one pass: kind and file. All else is asked of the device after the last pass."""
 
@@ -116,6 +117,6 @@ def check_pass(layout: BatchLayout, dtype: torch.dtype) -> None:
     assert relative <= (1e-5 if exact else 0.08), f"the gradient differs by {relative:.2g} of its norm"
     assert found.hidden == {dtype}, f"hidden states are {found.hidden}"
     assert found.dtypes == (torch.float32, {torch.float32}), f"log-probs and gradients are {found.dtypes}"
-    may = MAY_WAIT["flat" if isinstance(layout, FlatLayout) else "shared"]
+    may = MAY_WAIT[type(layout)]
     too_often = {key: number for key, number in found.waits.items() if number > found.count * may.get(key, 0)}
     assert not too_often, f"the host waits in {found.count} passes: {too_often}"

@@ -13,7 +13,9 @@ from tests.pretended_gpu.passes import check_pass, policy_on
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [FlatLayout(), SharedLayout()], ids=["flat", "shared"])
+@pytest.mark.parametrize(
+    "layout", [FlatLayout(), SharedLayout(), ForkedLayout(60, 0)], ids=["flat", "shared", "forked"]
+)
 def test_a_pass_is_that_of_the_cpu(layout, dtype):
     check_pass(layout, dtype)
 
