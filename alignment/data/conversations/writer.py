@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from alignment.config.data import DataConfig, ScoredTurns
 from alignment.data.conversations.dialect import Dialect
 from alignment.data.conversations.messages import TRAIN_KEYS, WRITTEN_MESSAGES, learned
+from alignment.data.conversations.rendering import ChatTemplate
 from alignment.data.conversations.trajectories import shared_turns
 from alignment.data.conversations.turns import Rendered, Span, marked_spans
 from alignment.data.rows.findings import Findings, Found
@@ -81,6 +82,7 @@ class Writer:
     findings: Findings = field(init=False)
     chat: bool = field(init=False)
     _template: str | None = field(init=False, default=None)
+    _renderer: ChatTemplate = field(init=False)
     _uses: dict[str, _Use] = field(init=False, default_factory=dict)
     _markers: list[str] = field(init=False, default_factory=list)
     _special: re.Pattern[str] | None = field(init=False, default=None)
@@ -100,6 +102,7 @@ class Writer:
         if self.chat:
             if self.day is not None:
                 self._template = dated(str(tokenizer.chat_template), self.day)
+            self._renderer = ChatTemplate(tokenizer, self._template)
             special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
             special |= set(tokenizer.all_special_tokens)
             longest_first = sorted(special, key=len, reverse=True)
@@ -136,10 +139,7 @@ class Writer:
         if taken:
             raise Rejected("bad_variables", f"its variables of the chat template cannot set {', '.join(taken)}")
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation, **given
-            )
-            return cast(str, text)
+            return self._renderer.write(messages, generation, given)
         except TemplateError as error:
             hint = ""
             if messages[0]["role"] == "system" and self.config.system == messages[0]["content"]:

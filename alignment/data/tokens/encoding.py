@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ class BatchEncoder:
     """Token ids of texts, without special tokens besides those in the text.
 
     A fast tokenizer looks for its added tokens first, and then tokenises what stands between two of them by itself. So
-    a text may be cut where one begins. The prompt of a row is followed by each of its completions: its part up to its
-    last such token is tokenised once for all of them.
+    a text may be cut where one begins. The prompt of a row is followed by each of its completions: its parts up to its
+    last such token are tokenised once for all of them, and a part that many rows have, as a system text, once for all.
 
     The first texts are tokenised whole as well. If anything differs, texts stay whole from then on.
     """
@@ -89,26 +90,29 @@ class BatchEncoder:
         """Every text is a beginning, which the texts after it may share, and the rest; equal parts are one."""
         parts: dict[str, int] = {}
         places = []
-        cut, shared = 0, ""
+        cut, shared, beginning = 0, "", list[int]()
         for text in texts:
             if not cut or not text.startswith(shared):
-                cut, end = self._last_cut(text)
-                shared = text[:end]  # with the token: there the next text may be cut, too
-            two = (text[:cut], text[cut:])
-            places.append([parts.setdefault(part, len(parts)) for part in two if part])
+                cuts, end = self._cuts_of(text)
+                cut, shared = cuts[-1], text[:end]  # with the token: there the next text may be cut, too
+                segments = (text[a:b] for a, b in pairwise(cuts))  # a system text is that of many rows
+                beginning = [parts.setdefault(part, len(parts)) for part in segments]
+            rest = text[cut:]
+            places.append([*beginning, parts.setdefault(rest, len(parts))] if rest else beginning)
         self._backend.no_truncation()
         self._backend.no_padding()
         ids = [encoding.ids for encoding in self._backend.encode_batch_fast(list(parts), add_special_tokens=False)]
         for place in places:
             yield ids[place[0]] if len(place) == 1 else [token for part in place for token in ids[part]]
 
-    def _last_cut(self, text: str) -> tuple[int, int]:
-        """Where the last token at which the text may be cut begins and ends; 0 if there is none."""
-        last = 0, 0
+    def _cuts_of(self, text: str) -> tuple[list[int], int]:
+        """0 and where the tokens begin at which the text may be cut, and where the last of these ends."""
+        starts, end = [0], 0
         for match in self._token.finditer(text) if self._token is not None else ():
             if match[0] in self._cuts:
-                last = match.span()
-        return last
+                starts += [match.start()] if match.start() else []
+                end = match.end()
+        return starts, end
 
 
 def _cutting_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern[str] | None, frozenset[str]]:

@@ -195,28 +195,32 @@ def _group(
     room = config.max_length - len(prompt)
     notes = {"seam_moves": int(boundary < len(rendered)), "truncated_prompts": int(len(prompt) < boundary)}
     notes |= {"truncated_completions": 0, "eos_appended": 0}
-    completions, scored = [], []
+    completions: list[np.ndarray] = []
+    scored: list[np.ndarray | None] = []  # None: all of it
     for whole, mask in zip(wholes, masks, strict=True):
         completion, appended = (whole[boundary:], 0) if row.steps is not None else encoder.ended(whole[boundary:])
         if len(completion) == appended:
             raise Rejected("no_completion_tokens", "the chat template leaves nothing of the completion")
         notes["eos_appended"] += appended * encoder.chat
         notes["truncated_completions"] += len(completion) > room
-        ones = np.ones(len(whole), dtype=np.int64) if mask is None else mask
+        if mask is None:
+            completions.append(completion[:room])
+            scored.append(None)
+            continue
         # A missing end of turn belongs to the last turn.
-        ones = np.append(ones[boundary : boundary + len(completion) - appended], ones[-1:].repeat(appended))[:room]
+        ones = np.append(mask[boundary : boundary + len(completion) - appended], mask[-1:].repeat(appended))[:room]
         if not ones.any():
             raise Rejected("no_scored_tokens", f"the first {config.max_length} tokens hold none of its scored turns")
         last = int(np.nonzero(ones)[0][-1]) + 1
         completions.append(completion[:last])
-        scored.append(ones[:last].astype(np.bool_))
-    texts = [completion.tobytes() + mask.tobytes() for completion, mask in zip(completions, scored, strict=True)]
+        scored.append(None if ones[:last].all() else ones[:last].astype(np.bool_))
+    texts = [(c.tobytes(), None if m is None else m.tobytes()) for c, m in zip(completions, scored, strict=True)]
     first = {text: k for k, text in reversed(list(enumerate(texts)))}
     if len(first) < min(2, len(completions)):
         raise Rejected("identical_after_tokenising", f"the completions agree in their first {room} tokens")
     notes["duplicate_completions"] = len(completions) - len(first)
     kept = sorted(first.values())
-    notes["several_turns"] = sum(not scored[k].all() for k in kept)
+    notes["several_turns"] = sum(scored[k] is not None for k in kept)
     group = Group(
         prompt,
         tuple(completions[k] for k in kept),
@@ -224,9 +228,14 @@ def _group(
         scores=None if row.scores is None else tuple(row.scores[k] for k in kept),
         weight=row.weight,
         source=row.source,
-        scored=tuple(scored[k] for k in kept) if notes["several_turns"] else None,
+        scored=_masks(completions, scored, kept) if notes["several_turns"] else None,
     )
     return group, notes
+
+
+def _masks(completions: list[np.ndarray], scored: list[np.ndarray | None], kept: list[int]) -> tuple[np.ndarray, ...]:
+    found = ((completions[k], scored[k]) for k in kept)
+    return tuple(np.ones(len(tokens), dtype=np.bool_) if mask is None else mask for tokens, mask in found)
 
 
 def tokenize_sft(
@@ -382,6 +391,8 @@ class _Encoder:
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
+    if a[:length].tobytes() == b[:length].tobytes():  # nearly always
+        return length
     (different,) = np.nonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length
 

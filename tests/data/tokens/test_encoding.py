@@ -48,7 +48,7 @@ def test_texts_with_a_shared_beginning_have_the_tokens_of_whole_texts(kind: str,
 
 
 def test_a_prompt_is_tokenised_once_for_its_completions(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the tokenizer is given: the prompt up to its last special token, and what follows it."""
+    """What the tokenizer is given: the prompt's parts up to its last special token, and what follows it, each once."""
     encoder = BatchEncoder(qwen)
     list(encoder.encode(["<|im_start|>x<|im_start|>"]))
     given: list[str] = []
@@ -62,10 +62,11 @@ def test_a_prompt_is_tokenised_once_for_its_completions(qwen: Any, monkeypatch: 
             return qwen.backend_tokenizer.encode_batch_fast(texts, **kwargs)
 
     monkeypatch.setattr(encoder, "_backend", Backend())
-    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    list(encoder.encode([prompt, f"{prompt}Yes", f"{prompt}No"]))
-    start = "<|im_start|>assistant\n"
-    assert given == [prompt.removesuffix(start), start, f"{start}Yes", f"{start}No"]
+    start, end = "<|im_start|>assistant\n", "<|im_end|>\n"
+    prompts = [f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{x}{end}{start}" for x in ("Hi", "Ho")]
+    list(encoder.encode([text for prompt in prompts for text in (prompt, f"{prompt}Yes", f"{prompt}No")]))
+    first, second = ([f"<|im_start|>user\n{question}"] for question in ("Hi", "Ho"))
+    assert given == ["<|im_start|>system\nBe brief.", end, *first, start, f"{start}Yes", f"{start}No", *second]
 
 
 def test_a_tokenizer_of_another_mind_gets_whole_texts(qwen: Any, caplog: pytest.LogCaptureFixture) -> None:
