@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
+import tokenize
 from typing import Any
 
 from alignment.data.conversations.tool_calls import read_calls, with_objects
@@ -15,16 +17,22 @@ ROLES = {
     "developer": "developer",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
     "tool_response": "tool",
+    "ipython": "tool",
 }
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of the parts of a content that are text."""
 CALLS = ("function_call", "tool_call")
 """Roles whose content is a call, or a list of them."""
 TRAIN_KEYS = ("train", "training", "weight", "loss")
@@ -32,6 +40,9 @@ TRAIN_KEYS = ("train", "training", "weight", "loss")
 WRITTEN_MESSAGES = re.compile(r"(array\()?\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 """The beginning of a text that is a list of messages."""
 TURN = re.compile(r"\n\n(Human|Assistant):")
+_ASKS = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
+"""A dialogue as one text that ends where the answer is due."""
+_STRINGS = re.compile(r"""(?<=['"])\s+['"]""")
 
 
 def found(value: Any) -> str:
@@ -75,12 +86,13 @@ def _rows_of(table: dict[str, Any]) -> list[Any]:
 def _message(item: Any, column: str) -> Message:
     if not isinstance(item, dict):
         raise Rejected("wrong_type", f"a message in column '{column}' is {found(item)}, not an object")
-    role, content = ("role", "content") if "role" in item else ("from", "value")
+    role = "role" if "role" in item else "from"
+    content = "value" if "value" in item and "content" not in item else "content"
     more = {key: without_empty(item[key]) for key in item if key not in (role, content)}
     more = {key: kept for key, kept in more.items() if kept not in (None, "", [], {})}
     if role not in item or (content not in item and not {"tool_calls", "function_call"} & more.keys()):
         raise Rejected("missing_field", f"a message in column '{column}' has no role and content")
-    known = ROLES.get(str(item[role]))
+    known = ROLES.get(str(item[role]).lower())
     if known is None:
         raise Rejected(
             "bad_roles", f"column '{column}' has the role {item[role]!r}, and the roles are {', '.join(ROLES)}"
@@ -93,7 +105,7 @@ def _message(item: Any, column: str) -> Message:
                 "bad_weight", f"a message's {key} is 1 or 0 (learn it or not), and column '{column}' has {more[key]!r}"
             )
     older = more.pop("function_call", None)
-    is_call = item[role] in CALLS
+    is_call = str(item[role]).lower() in CALLS
     empty_is_fine, objects = "tool_calls" in more or older is not None, is_call or known == "tool"
     read = {"role": known, "content": _content(item.get(content), column, empty_is_fine, objects), **more}
     if "tool_calls" in more:
@@ -107,7 +119,7 @@ def _content(value: Any, column: str, empty_is_fine: bool, objects: bool) -> str
         return ""
     if isinstance(value, list):
         for part in value:
-            if isinstance(part, dict) and part.get("type", "text") != "text":
+            if isinstance(part, dict) and part.get("type", "text") not in TEXT_PARTS:
                 raise Rejected(
                     "not_text",
                     f"a message in column '{column}' has a part of type {part['type']!r}, and only text is read",
@@ -173,12 +185,38 @@ def read_written(text: str, column: str) -> Any:
     inside = re.fullmatch(r"array\((.*?)(,\s*dtype=\w+)?\)", text, re.DOTALL)
     text = inside[1] if inside else text
     for candidate in (text, re.sub(r"\}\s*\n?\s*\{", "}, {", text)):  # arrays of numpy are printed without commas
-        for parse in (json.loads, ast.literal_eval):
+        for parse in (json.loads, _literal):
             try:
                 return parse(candidate)
             except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
                 continue
     raise Rejected("wrong_type", f"column '{column}' holds text that is neither JSON nor a Python literal")
+
+
+def _literal(text: str) -> Any:
+    """The value of a Python literal. Texts side by side, as numpy prints a list, would become one text."""
+    if _STRINGS.search(text):
+        strings = sum(token.type == tokenize.STRING for token in tokenize.generate_tokens(io.StringIO(text).readline))
+        constants = (node.value for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Constant))
+        if strings != sum(isinstance(value, str) for value in constants):
+            raise ValueError("texts without commas between them")
+    return ast.literal_eval(text)
+
+
+def list_in(value: Any, column: str) -> Any:
+    """A list that is written as text, as cells of a table hold it, read; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "array([")):
+        return value
+    try:
+        read = read_written(value, column)
+    except Rejected:
+        return value
+    return read if isinstance(read, list) else value
+
+
+def asking(text: str) -> list[Message] | None:
+    """The messages of a prompt that is a dialogue in one text, up to "\\n\\nAssistant:"; None where it is none."""
+    return dialogue_of(f"\n\n{text.strip()}", "prompt")[:-1] if _ASKS.fullmatch(text) else None
 
 
 def text_of(value: Any, column: str) -> Text:

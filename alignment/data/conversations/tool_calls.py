@@ -18,7 +18,8 @@ def with_objects(calls: list[dict[str, Any]], column: str) -> list[dict[str, Any
         function = call.get("function", call)
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             try:
-                function = function | {"arguments": json.loads(function["arguments"])}
+                arguments = function["arguments"]
+                function = function | {"arguments": json.loads(arguments) if arguments.strip() else {}}
             except ValueError:
                 raise Rejected(
                     "bad_tool_call", f"the arguments of a tool call in column '{column}' are text that is no JSON"

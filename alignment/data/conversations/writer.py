@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from jinja2 import TemplateError
 
 from alignment.config.data import DataConfig, ScoredTurns
 from alignment.data.conversations.dialect import Dialect
-from alignment.data.conversations.messages import TRAIN_KEYS, WRITTEN_MESSAGES, learned
+from alignment.data.conversations.markers import HEADERS, turn_markers
+from alignment.data.conversations.messages import TRAIN_KEYS, WRITTEN_MESSAGES, asking, learned
 from alignment.data.conversations.rendering import ChatTemplate
 from alignment.data.conversations.trajectories import shared_turns
 from alignment.data.conversations.turns import Rendered, Span, marked_spans
@@ -107,7 +108,7 @@ class Writer:
             special |= set(tokenizer.all_special_tokens)
             longest_first = sorted(special, key=len, reverse=True)
             self._special = re.compile("|".join(map(re.escape, longest_first))) if special else None
-            self._markers = self._turn_markers()
+            self._markers = turn_markers(lambda messages: self.render(messages, False, {}), self._special)
             self._dialect = Dialect.of(
                 self._template or str(tokenizer.chat_template), lambda messages: self.render(messages, False, {})
             )
@@ -116,19 +117,26 @@ class Writer:
 
     def messages(self, row: Row) -> list[Message]:
         """The row's prompt as messages; if it has no system message, with that of the settings."""
-        prompt = self._dialect.write(
-            [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-        )
+        asked = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        prompt = self._dialect.write(self._dialogue(row) or asked)
         if self.config.system is not None and prompt[0]["role"] not in ("system", "developer"):
             return [{"role": "system", "content": self.config.system}, *prompt]
         return prompt
 
     def answers(self, row: Row) -> list[list[Message]]:
         """The turns of each completion."""
+        in_dialogue = self._dialogue(row) is not None
         return [
-            [{"role": "assistant", "content": answer}] if isinstance(answer, str) else self._dialect.write(answer)
+            [{"role": "assistant", "content": answer.strip() if in_dialogue else answer}]
+            if isinstance(answer, str)
+            else self._dialect.write(answer)
             for answer in row.completions
         ]
+
+    @staticmethod
+    def _dialogue(row: Row) -> list[Message] | None:
+        """The messages of a prompt that is a dialogue in one text."""
+        return asking(row.prompt) if isinstance(row.prompt, str) else None
 
     def render(
         self, messages: list[Message], generation: bool, variables: Mapping[str, Any], without: str | None = None
@@ -288,6 +296,8 @@ class Writer:
     def _inspect_text(self, row: Row, message: Message) -> None:
         text = message["content"]
         marker = next((marker for marker in self._markers if marker in text), None)
+        if marker is None and (foreign := HEADERS.search(text)) is not None:
+            marker = foreign[0]
         if marker is not None:
             self.findings.note("formatted", row, f"'{marker[:40]}' in a turn of {message['role']}")
         elif self._special is not None and (token := self._special.search(text)):
@@ -388,33 +398,6 @@ class Writer:
         self._uses = {key: _Use(*use) for key, use in memory["uses"].items()}
         self._headers_seen = memory["headers"]
         self.findings.add(*memory["findings"])
-
-    # The template by itself
-
-    def _turn_markers(self) -> list[str]:
-        """What the template writes between turns: text that holds it was formatted before."""
-        marks = ["Aa0aA", "Bb1bB", "Cc2cC"]
-        turns: list[Message] = [
-            {"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)
-        ]
-        try:
-            whole = self.render(turns, False, {})
-        except Rejected:  # a template of single questions
-            return []
-        between = re.fullmatch(f".*{marks[0]}(.*){marks[1]}(.*){marks[2]}.*", whole, re.DOTALL)
-        found = {marker for part in (between.groups() if between else ()) for marker in _headers(part, self._special)}
-        return sorted(found, key=len, reverse=True)
-
-
-def _headers(part: str, special: re.Pattern[str] | None) -> Iterator[str]:
-    """The beginnings of turns in what a template writes between two: special tokens with the words after them."""
-    starts = [match.start() for match in special.finditer(part)] if special is not None else []
-    for start, end in zip(starts, [*starts, len(part)][1:], strict=True):
-        header = part[start:end].strip()
-        if special is not None and special.sub("", header).strip():  # more than an end-of-turn token
-            yield header
-    if not starts and len(part.strip()) >= 4:
-        yield part.strip()
 
 
 def dated(template: str, day: datetime.date) -> str:

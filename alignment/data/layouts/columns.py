@@ -104,12 +104,15 @@ def number(value: Any, column: str) -> float:
     """The number that a cell holds or writes.
 
     Raises:
-        Rejected: it is none.
+        Rejected: it is none, or not finite.
     """
     try:
-        return float(value)
+        found = float(value)
     except (TypeError, ValueError):
-        raise Rejected("bad_score", f"column '{column}' has {value!r}, which is no number") from None
+        found = math.nan
+    if not math.isfinite(found):
+        raise Rejected("bad_score", f"column '{column}' has {value!r}, which is no finite number")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,3 +146,17 @@ class Reading:
                 continue
             for each in recast:
                 yield file, number, each
+
+
+def cased(usual: Collection[str], names: Collection[str]) -> Reading | None:
+    """The reading of columns that have these names but for case, spaces and signs; None where there are none."""
+    theirs = {name: column for name in names if name not in usual and (column := named((plain(name),), usual))}
+    theirs = {name: column for name, column in theirs.items() if column not in names}
+    if not theirs:
+        return None
+
+    def recast(record: Record) -> list[Record]:
+        found = {name: record.pop(column) for name, column in theirs.items() if column in record}
+        return [record | found]
+
+    return Reading("", f"read are the columns {', '.join(map(repr, theirs.values()))}", recast)

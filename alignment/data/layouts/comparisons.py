@@ -29,6 +29,8 @@ VERDICTS = (
 """Plain names of the column that says which answer won, in the order in which one of several is taken."""
 VOTES = re.compile(r"(annotator|annotation|rater|vote|judge|label|preference)\d+")
 RATINGS = ("score", "rating", "reward")
+_TEXTS = re.compile(r"""\s*\[\s*(['"]).*['"]\s+['"].*['"]\s*\]\s*""", re.DOTALL)
+"""Several texts in brackets without commas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +235,17 @@ def _holds_turns(value: Any) -> bool:
 
 
 def _texts(value: Any) -> list[str] | None:
-    """A list of texts, also where it is written as text; a missing one is empty."""
+    """A list of texts, also where it is written as text; a missing one is empty.
+
+    Raises:
+        Rejected: it is written as numpy prints it, without commas, which is read as one text or not at all.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = read_written(value, "prompt")
         except Rejected:
+            if _TEXTS.fullmatch(value):
+                raise
             return None
     if not isinstance(value, list) or not all(text is None or isinstance(text, str) for text in value):
         return None
@@ -257,8 +265,9 @@ def _until(conversation: Any, turn: Any) -> Any:
     """A conversation up to its answer number `turn`."""
     if isinstance(conversation, str) and WRITTEN_MESSAGES.match(conversation):
         conversation = read_written(conversation, "conversation")
-    if not isinstance(conversation, list) or not isinstance(turn, int):
+    number = whole(turn)
+    if not isinstance(conversation, list) or number is None:
         return conversation
     speakers = [m.get("role", m.get("from")) if isinstance(m, dict) else None for m in conversation]
     ends = [place for place, speaker in enumerate(speakers, 1) if speaker in ("assistant", "gpt")]
-    return conversation[: ends[turn - 1]] if 1 <= turn <= len(ends) else conversation
+    return conversation[: ends[number - 1]] if 1 <= number <= len(ends) else conversation

@@ -10,7 +10,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.data.conversations.messages import found
+from alignment.data.conversations.messages import found, list_in, messages_of
 from alignment.data.layouts.columns import (
     ANSWERS,
     Numbered,
@@ -24,8 +24,10 @@ from alignment.data.layouts.columns import (
     pop_answer,
     whole,
 )
+from alignment.data.layouts.prompts import ASKED
 from alignment.data.rows.row import BadRow, Rejected
 
+CONVERSATIONS = ("messages", "conversations", "conversation")
 LISTS = ("completions", "responses", "answers", "candidates", "outputs", "generations", "replies")
 SCORES = ("score", "rating", "overallscore", "reward", "rewardscore", "qualityscore", "helpfulness")
 SCORE_LISTS = ("scores", "ratings", "rewards", "overallscores")
@@ -49,7 +51,8 @@ def thumb(value: Any) -> bool:
         Rejected: it says neither.
     """
     if isinstance(value, str):
-        value = _WORDS.get(_COLOURS.sub("", value).lower())
+        word = _COLOURS.sub("", value).lower()
+        value = _WORDS.get(word, whole(word))
     if value not in (True, False):
         raise Rejected("bad_label", "a label is true or false, or a word such as good or bad, up or down")
     return bool(value)
@@ -57,7 +60,7 @@ def thumb(value: Any) -> bool:
 
 def scores_of(values: list[Any]) -> tuple[float, ...] | None:
     """One finite number per completion, or None if all are absent."""
-    if all(value is None for value in values):
+    if all(value in (None, "") for value in values):  # a cell of a table is empty, not null
         return None
     try:
         scores = tuple(float(value) for value in values)
@@ -70,7 +73,7 @@ def scores_of(values: list[Any]) -> tuple[float, ...] | None:
 
 def list_scores(record: Record) -> tuple[float, ...] | None:
     """The scores of a list: from the column `scores`, from `ranks`, or from its completions; None without any."""
-    completions, values = record["completions"], record.get("scores")
+    completions, values = (list_in(record.get(name), name) for name in ("completions", "scores"))
     if values is None and record.get("ranks") is not None:
         values = from_ranks(record["ranks"])
     if values is None:
@@ -88,7 +91,7 @@ def is_rated(completion: Any) -> bool:
 def weight_of(value: Any) -> float:
     """The weight of a row, 1 if there is none."""
     try:
-        weight = 1.0 if value is None else float(value)
+        weight = 1.0 if value in (None, "") else float(value)
     except (TypeError, ValueError):
         weight = math.nan
     if not 0 <= weight < math.inf:
@@ -98,6 +101,7 @@ def weight_of(value: Any) -> float:
 
 def from_ranks(ranks: Any) -> list[float]:
     """Scores in the order of ranks, of which 1 is the best: their negatives."""
+    ranks = list_in(ranks, "ranks")
     if not isinstance(ranks, list):
         raise Rejected("bad_score", f"the ranks are {found(ranks)}, not one number for each completion")
     return [-number(rank, "rank") for rank in ranks]
@@ -157,12 +161,12 @@ def listed(records: Sequence[Record], usual: AbstractSet[str]) -> Reading | None
         return None  # other names do not say that the best answer stands first
 
     def recast(record: Record) -> list[Record]:
-        completions = pop(record, answers)
+        completions = list_in(pop(record, answers), answers)
         if not isinstance(completions, list):
             raise Rejected("wrong_type", f"column '{answers}' holds {found(completions)}, not a list")
         rated = [_rated(completion) for completion in completions]
         if scores is not None:
-            values = pop(record, scores)
+            values = list_in(pop(record, scores), scores)
         else:
             values = from_ranks(pop(record, ranks)) if ranks is not None else [score for _, score in rated]
         record |= {"prompt": question.take(record), "completions": [text for text, _ in rated], "scores": values}
@@ -173,14 +177,19 @@ def listed(records: Sequence[Record], usual: AbstractSet[str]) -> Reading | None
 
 def _list_of(names: Sequence[str], records: Sequence[Record], usual: AbstractSet[str]) -> str | None:
     """The column of one of these names that holds lists."""
-    lists = {column for column in usual if any(isinstance(record.get(column), list) for record in records)}
+    lists = {c for c in usual if any(isinstance(list_in(record.get(c), c), list) for record in records)}
     return named(names, lists)
 
 
 def _holds_ratings(records: Sequence[Record], column: str) -> bool:
     """Whether the items of a column's lists have a score or a rank each."""
-    lists = [record[column] for record in records if isinstance(record.get(column), list)]
-    return any(isinstance(item, dict) and named((*SCORES, *RANKS), item) for items in lists for item in items)
+    lists = [list_in(record.get(column), column) for record in records]
+    return any(
+        isinstance(item, dict) and named((*SCORES, *RANKS), item) is not None
+        for items in lists
+        if isinstance(items, list)
+        for item in items
+    )
 
 
 def _rated(completion: Any) -> tuple[Any, float | None]:
@@ -204,7 +213,8 @@ class Gathered(Reading):
         groups: dict[str, list[Numbered]] = {}
         for file, row, record in self.each(records):
             if isinstance(record, dict):
-                key = json.dumps([record["prompt"], record.get("system")], sort_keys=True, default=str)
+                asks = [record["prompt"], *(record.get(name) for name in ASKED)]
+                key = json.dumps(asks, sort_keys=True, default=str)
                 groups.setdefault(key, []).append((file, row, record))
             else:
                 yield file, row, record
@@ -222,15 +232,19 @@ class Gathered(Reading):
 def rated(records: Sequence[Record], usual: AbstractSet[str]) -> Reading | None:
     """The reading of single answers with a number each; None where there are none."""
     question, answer = _asked(usual)
-    score = next(
-        (column for name in SCORES if (column := named((name,), usual)) and _are_numbers(records, column)), None
-    )
-    if question is None or answer is None or score is None:
+    score = next((c for name in (*SCORES, *RANKS) if (c := named((name,), usual)) and _are_numbers(records, c)), None)
+    if question is None or score is None or (answer is None and plain(question.column) not in CONVERSATIONS):
         return None
+    best = -1 if plain(score) in RANKS else 1
 
     def recast(record: Record) -> list[Record]:
-        prompt, completion = question.take(record), pop_answer(record, answer)
-        return [record | {"prompt": prompt, "completions": [completion], "scores": [number(pop(record, score), score)]}]
+        rating = best * number(pop(record, score), score)
+        if answer is not None:
+            prompt, completion = question.take(record), pop_answer(record, answer)
+        else:
+            turns = messages_of(question.take(record), question.column)
+            prompt, completion = turns[:-1], turns[-1:]
+        return [record | {"prompt": prompt, "completions": [completion], "scores": [rating]}]
 
     return Gathered("rated answers", f"column {score} ranks the answers to each prompt", recast)
 

@@ -10,17 +10,18 @@ from typing import Any, Literal, TypeGuard
 from alignment.data.conversations.messages import (
     TURN,
     WRITTEN_MESSAGES,
+    asking,
     dialogue_of,
     found,
+    list_in,
     meaning,
     messages_of,
-    read_written,
     text_of,
-    without_empty,
 )
 from alignment.data.conversations.trajectories import require_answer, shared_turns, split_conversations
-from alignment.data.layouts.columns import Numbered, Reading, Record
+from alignment.data.layouts.columns import Numbered, Reading, Record, cased
 from alignment.data.layouts.comparisons import Verdicts, compared
+from alignment.data.layouts.prompts import VARIABLES, framed, variables_of
 from alignment.data.layouts.ratings import (
     asked,
     is_rated,
@@ -37,8 +38,6 @@ from alignment.errors import UserError
 
 Stage = Literal["preference", "sft"]
 
-VARIABLES = ("tools", "documents", "chat_template_kwargs")
-"""Columns that the chat template reads, the last one as several variables by name."""
 OUR_COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "label", "messages", "conversations", "system"),
     *("score_chosen", "score_rejected", "completions", "scores", "steps", "weight", *VARIABLES),
@@ -127,7 +126,7 @@ def _split_pair(read: Callable[[Any, str], list[Message]]) -> Callable[[Record],
 
 def _list(prompt: str) -> Callable[[Record], tuple[Text, list[Text]]]:
     def convert(record: Record) -> tuple[Text, list[Text]]:
-        completions = record["completions"]
+        completions = list_in(record["completions"], "completions")
         if not isinstance(completions, list):
             raise Rejected("wrong_type", f"column 'completions' holds {found(completions)}, not a list")
         answers = [c["response"] if is_rated(c) else c for c in completions]
@@ -154,7 +153,7 @@ def _holds_steps(column: str) -> Callable[[Record], bool]:
 
 def _holds_list(record: Record) -> bool:
     """Alternative completions. With a column `labels` they would be the labelled steps of one answer."""
-    return isinstance(record["completions"], list) and record.get("labels") is None
+    return isinstance(list_in(record["completions"], "completions"), list) and record.get("labels") is None
 
 
 def _holds_messages(record: Record) -> bool:
@@ -266,7 +265,7 @@ def _under_other_names(records: Sequence[Record], verdicts: Verdicts, stage: Sta
         ranked = [lambda: rated(records, usual)] if stage == "preference" else []
         compares = [lambda: compared(records, usual, verdicts, source), lambda: listed(records, usual)]
         readings = [*compares, lambda: thumbs(records, usual), *ranked, *readings]
-    for read in readings:
+    for read in [*readings, lambda: cased(usual, OUR_COLUMNS)]:
         if (reading := read()) is None:
             continue
         recast = [record for _, _, record in reading.each((source, 0, r) for r in records)]
@@ -303,20 +302,16 @@ def to_row(record: Any, layout: Layout, columns: Mapping[str, str], file: str, n
 
 
 def _to_row(record: Record, layout: Layout, source: str) -> Row:
-    # Convert, with the system message in front
+    # Convert, with the system message and earlier turns in front
     for name in layout.columns:
         if record.get(name) is None:
             raise Rejected("missing_field", f"column '{name}' is absent or null")
     prompt, answers = layout.convert(record)
-    system = record.get("system")
-    if system is not None and not isinstance(system, str):
-        raise Rejected("wrong_type", f"column 'system' holds {found(system)}, not text")
-    if system or isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
+    asked = asking(prompt) or [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    framing, used = framed(asked, record)
+    if framing != asked or isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
+        prompt = framing
         answers = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
-        if system and (not prompt or prompt[0]["role"] not in ("system", "developer")):
-            prompt = [{"role": "system", "content": system}, *prompt]
 
     # Check the texts
     _check_prompt(prompt)
@@ -330,7 +325,7 @@ def _to_row(record: Record, layout: Layout, source: str) -> Row:
         answers = [*shared]
 
     # Labels, scores, weight, steps; all other columns are metadata
-    used = {*layout.columns, "system"}
+    used |= {*layout.columns, "system"}
     labels = scores = None
     if layout.family == "labelled":
         labels = (thumb(record["label"]),)
@@ -357,33 +352,10 @@ def _to_row(record: Record, layout: Layout, source: str) -> Row:
         _check_text(steps)
         if any(isinstance(answer, list) and len(answer) > 1 for answer in answers):
             raise Rejected("bad_roles", "a step is one text or one assistant message, and this one has several turns")
-    variables = _variables(record)
+    variables = variables_of(record)
     used.update(VARIABLES)
     meta = {name: value for name, value in record.items() if name not in used}
     return Row(prompt, tuple(answers), labels, scores, meta, source, weight, steps, variables)
-
-
-def _variables(record: Record) -> dict[str, Any]:
-    """Variables of the chat template by name, from the columns that hold some."""
-    variables: dict[str, Any] = {}
-    for name in VARIABLES:
-        value = record.get(name)
-        if isinstance(value, str) and value.strip():
-            value = read_written(value, name)
-        if value in (None, "", [], {}):
-            continue
-        if name == "chat_template_kwargs":
-            if not isinstance(value, dict):
-                raise Rejected("wrong_type", f"column '{name}' holds {found(value)}, not variables by name")
-            variables |= {key: kept for key, kept in value.items() if kept is not None}
-            continue
-        value = [value] if isinstance(value, dict) else value
-        if not isinstance(value, list):
-            raise Rejected("wrong_type", f"column '{name}' holds {found(value)}, not a list")
-        if name == "tools":  # some sets hold each of them as a JSON text
-            value = [read_written(tool, name) if isinstance(tool, str) else tool for tool in value]
-        variables[name] = without_empty(value)
-    return variables
 
 
 def _check_prompt(prompt: Text) -> None:

@@ -41,6 +41,7 @@ WORDS = {
     "template_error": "that the chat template refuses",
     "template_not_prefix": "that the chat template writes differently with an answer",
     "tie": "that are ties",
+    "two_systems": "with two system texts",
     "too_few_answers": "with fewer than two answers",
     "too_many_cells": "with more cells than the header",
     "wrong_type": "with another type of value than text or messages",

@@ -9,6 +9,7 @@ from typing import Any
 
 from alignment.data.rows.row import Row
 from alignment.data.rows.sequences import as_line, from_line
+from alignment.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,16 @@ class RowFacts:
         return facts
 
     def report(self) -> None:
-        """Say which columns change the loss, with their range, and which ones the training does not read."""
+        """Say which columns change the loss, with their range, and which ones the training does not read.
+
+        Raises:
+            UserError: the weights leave nothing to learn.
+        """
+        if self.weights is not None and self.weights[1] == 0:
+            raise UserError(
+                "The column weight is 0 in every row, so that nothing would be learnt: leave it out, or give weights "
+                "above 0."
+            )
         if self.weights is not None:
             log.info("  The column weight (%g to %g) multiplies the loss of its row.", *self.weights)
         if self.scores is not None:
@@ -59,7 +69,9 @@ class RowFacts:
         if self.steps:
             log.info("  The column of steps begins the answers: its text belongs to the prompt and is not scored.")
         if self.unread:
-            log.info("  Training does not read these columns: %s.", ", ".join(self.unread))
+            log.info(
+                "  Training does not read these columns: %s.", ", ".join(name or "(no name)" for name in self.unread)
+            )
 
     def as_json(self) -> dict[str, Any]:
         """The facts as JSON holds them."""

@@ -31,6 +31,12 @@ _HEAD = 4096
 _DOCUMENT = 1 << 22
 """Bytes of a JSON document that are looked at as a whole: longer than any row, and little memory."""
 
+_PACKED = {b"\x1f\x8b": ".gz", b"(\xb5/\xfd": ".zst", b"\xfd7zXZ": ".xz", b"BZh": ".bz2", b"PK\x03\x04": ".zip"}
+"""How packed files begin."""
+
+_WRAPPERS = ("data", "rows", "train", "examples", "instances", "records", "items", "samples")
+"""Keys under which an object holds its rows, whatever it holds besides."""
+
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -74,9 +80,12 @@ def _open(path: File) -> Iterator[Any]:
 
 
 def _refuse_encodings(path: File) -> None:
-    """Refuse text in 16 or 32 bits: by its mark at the beginning, or by the zeros that ASCII has there."""
+    """Refuse what is packed though its name does not say so, and text in 16 or 32 bits: by the mark at its beginning,
+    or by the zeros that ASCII has there."""
     with _open(path) as file:
         head = file.read(_HEAD)
+    if packing := next((ending for mark, ending in _PACKED.items() if head.startswith(mark)), None):
+        raise UserError(f"{path} is a {packing} file by its content: name it so if that is accepted, or unpack it.")
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) or b"\0" in head:
         raise UserError(f"{path} is no UTF-8 text (it looks like UTF-16): save it as UTF-8.")
 
@@ -133,10 +142,7 @@ def _read_array(path: File, wrapped: bool = False) -> Numbered:
                 stream.take(":")
             yield from enumerate(stream.elements(), 1)
             if wrapped and stream.peek() == ",":
-                raise UserError(
-                    f"{path} holds more in its object than the list of rows under '{key}': write the rows alone, as "
-                    f"one array or each on a line of its own."
-                )
+                raise _more_than(path, key)
             if wrapped:
                 stream.take("}")
             stream.end()
@@ -182,7 +188,36 @@ def _unwrapped(document: Any, path: File) -> list[Any] | None:
             f"{path} holds several lists of rows in one object ({', '.join(lists)}): write each to a file of its own, "
             f"named after its split, like {lists[0]}.json."
         )
+    wrapped = [key for key in lists if key in _WRAPPERS and document[key]]
+    if wrapped and not any(key in OUR_COLUMNS for key in document):
+        raise _more_than(path, wrapped[0])
+    if _holds_columns(document):
+        raise UserError(
+            f"{path} holds a table by columns or by row numbers, not rows: write one object for each row "
+            f"(pandas: to_json(orient='records', lines=True))."
+        )
     return [document]
+
+
+def _more_than(path: File, key: str) -> UserError:
+    return UserError(
+        f"{path} holds more in its object than the list of rows under '{key}': write the rows alone, as one array or "
+        f"each on a line of its own."
+    )
+
+
+def _holds_columns(document: dict[str, Any]) -> bool:
+    """Whether an object is a table in one of the other forms that pandas writes, or has a list of texts per column."""
+    values = list(document.values())
+    if document.keys() == {"columns", "index", "data"}:
+        return True
+    if values and all(isinstance(value, dict) for value in values):
+        keys = [set(value) for value in values]
+        numbered = any(names and all(map(str.isdigit, names)) for names in (keys[0], document))
+        return numbered and all(same == keys[0] for same in keys)
+    lengths = {len(value) if isinstance(value, list) else None for value in values}
+    texts = (item for value in values if isinstance(value, list) for item in value)
+    return len(document) > 1 and len(lengths) == 1 and None not in lengths and all(isinstance(t, str) for t in texts)
 
 
 def _are_rows(value: Any) -> bool:
@@ -286,7 +321,7 @@ def _read_batches(path: File, kind: str, batches: Callable[[], Iterator[Any]]) -
                 number += 1
                 yield number, record
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not a readable {kind} file: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{path} is not a readable {kind} file: {str(error).splitlines()[0].rstrip('.')}.") from None
 
 
 _READERS: dict[str, Callable[[File], Numbered]] = {

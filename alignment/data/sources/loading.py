@@ -13,6 +13,7 @@ import numpy as np
 
 from alignment.config.data import DataConfig, Duplicates, Ties
 from alignment.config.places import BUNDLED_PREFIX
+from alignment.data.conversations.messages import found
 from alignment.data.layouts.columns import Numbered
 from alignment.data.layouts.comparisons import Verdicts
 from alignment.data.layouts.recognition import SAMPLE, Layout, Stage, recognise, rows_of
@@ -275,7 +276,7 @@ def _read(
     rows, keys, contents = RowList(folder), bytearray(), array("Q")
     others = weighted = elsewhere = both_ways = 0
     before = ""
-    for row in rows_of(records, layout, config.columns) if layout is not None else (record for *_, record in records):
+    for row in rows_of(records, layout, config.columns) if layout is not None else map(_no_object, records):
         if isinstance(row, BadRow):
             (bad if row.fault else dropped).append(row)
             continue
@@ -328,6 +329,14 @@ def _read(
     if weighted:
         notes.append("SFT does not use their weights")
     return _Part(rows, keys, contents, layout, bad, dropped, "; ".join(notes))
+
+
+def _no_object(item: Numbered) -> BadRow:
+    """A record of a source that has no object at all."""
+    file, number, record = item
+    if isinstance(record, BadRow):
+        return record
+    return BadRow("wrong_type", f"the row is {found(record)}, not an object", file, number)
 
 
 def _recognised(

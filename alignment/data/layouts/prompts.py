@@ -1,0 +1,68 @@
+"""Columns that belong to a prompt beside its text: a system text, earlier turns, and variables of the chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alignment.data.conversations.messages import found, list_in, read_written, without_empty
+from alignment.data.layouts.columns import Record
+from alignment.data.rows.row import Message, Rejected
+
+SYSTEMS = ("system", "system_prompt", "system_message")
+VARIABLES = ("tools", "documents", "chat_template_kwargs")
+"""Columns that the chat template reads, the last one as several variables by name."""
+ASKED = (*SYSTEMS, "history", *VARIABLES)
+"""With another value in one of these columns, something else is asked."""
+
+
+def framed(prompt: list[Message], record: Record) -> tuple[list[Message], set[str]]:
+    """A prompt with the system text and the earlier turns of its record, and the columns that these are from.
+
+    Raises:
+        Rejected: the system text is none, or another one than the prompt's own.
+    """
+    name = next((name for name in SYSTEMS if record.get(name)), None)
+    system, history = (record[name] if name else None), _history(record.get("history"))
+    if system is not None and not isinstance(system, str):
+        raise Rejected("wrong_type", f"column '{name}' holds {found(system)}, not text")
+    own = prompt[:1] if prompt and prompt[0]["role"] in ("system", "developer") else []
+    if system and own and system.strip() != own[0]["content"].strip():
+        raise Rejected(
+            "two_systems", f"column '{name}' and the first message are two system texts: leave one of them out"
+        )
+    first = own or ([{"role": "system", "content": system}] if system else [])
+    return [*first, *history, *prompt[len(own) :]], {*([name] if name else []), *(["history"] if history else [])}
+
+
+def _history(value: Any) -> list[Message]:
+    """Earlier turns as LLaMA-Factory's Alpaca files have them, [[question, answer], ...]; none where it is no such."""
+    pairs = list_in(value, "history")
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return []
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
+        return []
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+
+def variables_of(record: Record) -> dict[str, Any]:
+    """Variables of the chat template by name, from the columns that hold some."""
+    variables: dict[str, Any] = {}
+    for name in VARIABLES:
+        value = record.get(name)
+        if isinstance(value, str) and value.strip():
+            value = read_written(value, name)
+        if value in (None, "", [], {}):
+            continue
+        if name == "chat_template_kwargs":
+            if not isinstance(value, dict):
+                raise Rejected("wrong_type", f"column '{name}' holds {found(value)}, not variables by name")
+            variables |= {key: kept for key, kept in value.items() if kept is not None}
+            continue
+        value = [value] if isinstance(value, dict) else value
+        if not isinstance(value, list):
+            raise Rejected("wrong_type", f"column '{name}' holds {found(value)}, not a list")
+        if name == "tools":  # some sets hold each of them as a JSON text
+            value = [read_written(tool, name) if isinstance(tool, str) else tool for tool in value]
+        variables[name] = without_empty(value)
+    return variables
