@@ -114,7 +114,7 @@ def test_they_begin_with_an_aim_and_end_with_questions(path):
     assert last.startswith("## Questions")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_data_of_ones_own_are_explored(lab, kernel):
     """Four pairs by hand: the chosen one is longer in three; one comparison is judged in both directions."""
     pairs = [
