@@ -37,6 +37,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _what_a_module_leaves():
+    """Nor what a module's tests leave behind: reports, caches, libraries that they were the first to load."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 _NUMBERS = itertools.count()
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
