@@ -80,6 +80,11 @@ class AdapterConfig:
         """Whether its update is B A in every layer and nothing else trains, so that updates can be mixed exactly."""
         return self.kind == "lora" and not self.modules_to_save and not self.trainable_tokens
 
+    @property
+    def moves_the_start(self) -> bool:
+        """Whether it has an effect from the start."""
+        return self.init_family in (*RESIDUAL_INITS, "loftq")
+
     def _check_numbers(self) -> None:
         for key, kinds in (
             ("r", ("lora", "dora", "vera")),

@@ -123,7 +123,13 @@ def finished_run(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     path = folder / "config.yaml"
     saved = _loaded(path)
     refuse_renamed(flat(saved), f"{folder} was run by an earlier version and cannot be read")
-    node = compose_node([str(override) for override in _loaded(folder / ".hydra" / "overrides.yaml")])
+    try:
+        node = compose_node([str(override) for override in _loaded(folder / ".hydra" / "overrides.yaml")])
+    except UserError as error:
+        raise UserError(
+            f"The settings of {folder} cannot be composed again: {str(error).rstrip('.')}; if its recipe is your own, "
+            f"say where it is with --config-dir."
+        ) from error
     try:
         return to_run_config(OmegaConf.merge(node, saved)), saved  # type: ignore[arg-type]
     except OmegaConfBaseException as error:

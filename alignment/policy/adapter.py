@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ from alignment.policy.float_weights import FloatWeights
 from alignment.policy.load import one_line
 from alignment.policy.residual_start import edit_base
 from alignment.policy.saved_adapter import OR_NEW, read_adapter
+
+log = logging.getLogger(__name__)
 
 
 def attach_adapter(
@@ -72,19 +76,38 @@ def _attached(model: nn.Module, config: AdapterConfig, seed: int, empty: bool = 
                     f"adapter.dropout={config.dropout}: an adapter of a mixture's experts has no dropout: set "
                     f"adapter.dropout=0, or name layers without the experts in adapter.target_modules."
                 ) from error
+            if "Mamba-based" in str(error):
+                raise UserError(
+                    f"adapter.target_modules=[{','.join(config.target_modules)}]: the state-space blocks of a "
+                    f"{model.config.model_type} read the weights of conv1d and out_proj themselves, so an adapter "
+                    f"there would never learn: set adapter.target_modules=auto, or name other layers."
+                ) from error
             raise UserError(f"adapter: {one_line(error)}") from error
+        except AttributeError as error:
+            if config.init != "orthogonal":
+                raise
+            raise UserError(  # peft asks the experts for a weight of their own
+                "adapter.init=orthogonal knows linear layers alone, and adapter.target_modules names experts of a "
+                "mixture: leave these out, or set adapter.init=default."
+            ) from error
 
 
 def _finish(adapted: nn.Module) -> None:
-    """Patch the layers, and let peft's wrappers around embeddings and a tied head say what others ask these for."""
+    """What is left to do once an adapter has its weights."""
+    _show_ends(adapted)
+    patch_layers(adapted)
+
+
+def _show_ends(adapted: nn.Module) -> None:
+    """Let peft's wrappers around embeddings and a tied head say what others ask these for."""
+    from peft.tuners.lora import Embedding
     from peft.utils.other import TrainableTokensWrapper
 
     for module in adapted.modules():
-        if isinstance(module, TrainableTokensWrapper):
-            inner = module.original_module
+        if isinstance(module, TrainableTokensWrapper | Embedding):
+            inner: Any = module.original_module if hasattr(module, "original_module") else module.get_base_layer()
             known = ("num_embeddings", "embedding_dim", "in_features", "out_features", "bias")
             vars(module).update({name: getattr(inner, name) for name in known if hasattr(inner, name)})
-    patch_layers(adapted)
 
 
 def empty_adapter(model: nn.Module, config: AdapterConfig) -> nn.Module:
@@ -95,7 +118,9 @@ def empty_adapter(model: nn.Module, config: AdapterConfig) -> nn.Module:
         config: of the adapter. Which tokens train does not matter here, only how many.
     """
     tokens = list(range(len(config.trainable_tokens)))
-    return _attached(model, replace(config, trainable_tokens=tokens, init="default"), 0, empty=True)
+    adapted = _attached(model, replace(config, trainable_tokens=tokens, init="default"), 0, empty=True)
+    _show_ends(adapted)
+    return adapted
 
 
 def continue_adapter(
@@ -128,7 +153,7 @@ def continue_adapter(
         layers = sorted({_layer(key) for key in weights if plain_name(key) is None})
         raise UserError(
             f"model.name: the policy continues the adapter in {folder}, which has adapted other layers than "
-            f"adapter.target_modules=[{','.join(config.target_modules)}] chooses: set those of the adapter "
+            f"adapter.target_modules, or spectrum where it is set, chooses: set those of the adapter "
             f"({', '.join(layers)}), {OR_NEW}."
         )
     for key in beside:
@@ -198,12 +223,17 @@ def starts_at_base(model: nn.Module) -> bool:
 def check_adapter_gradients(model: nn.Module) -> None:
     """After a backward pass, check that every trainable tensor has a gradient.
 
+    Weights of a whole model that have none, such as those of a tower for pictures, stay as they are.
+
     Raises:
-        UserError: some have none, for example because a fused kernel reads a layer's weight and ignores its adapter.
+        UserError: some of an adapter have none, for example because a fused kernel reads a layer's weight and ignores
+            its adapter.
     """
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if missing:
+    if missing and not has_adapter(model):
+        log.info("%d weights play no part in text and stay as they are (the first: %s).", len(missing), missing[0])
+    elif missing:
         raise UserError(
-            f"{len(missing)} trainable tensors received no gradient (the first: {missing[0]}): take these layers out "
-            f"of adapter.target_modules, because their adapter would never learn."
+            f"{len(missing)} trainable tensors received no gradient (the first: {missing[0]}), so their adapter would "
+            f"never learn: take these layers out of adapter.target_modules, or set adapter.target_modules=auto."
         )

@@ -18,15 +18,36 @@ from alignment.policy.targets import AUTO, auto_targets, linear_targets
 
 
 def with_targets(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """The settings with the names of layers in place of `auto`; without weights, by the model's structure alone."""
-    if config.target_modules != [AUTO]:
+    """The settings with the names of layers in place of `auto`; without weights, by the model's structure alone.
+
+    Beside a tower for pictures, whose layers have the names of the language model's, names become whole ones too: a
+    tower does not run on text.
+    """
+    if config.target_modules == [AUTO]:
+        names = (linear_targets if next(model.parameters()).is_meta else auto_targets)(model)
+    elif config.target_modules != ["all-linear"] and (towers := _outside(model)):
+        names = [whole for name in config.target_modules for whole in _inside(model, name, towers)]
+    else:
         return config
-    names = (linear_targets if next(model.parameters()).is_meta else auto_targets)(model)
     if config.layers_to_transform is not None:  # peft does not look at layers where a name is whole
         layers = enumerate(decoder_layers(model))
         chosen = {id(part) for i, layer in layers if i in config.layers_to_transform for part in layer.modules()}
-        names = [name for name in names if id(model.get_submodule(name)) in chosen]
+        modules = dict(model.named_modules())
+        names = [name for name in names if name not in modules or id(modules[name]) in chosen]
     return replace(config, target_modules=names or [AUTO])
+
+
+def _outside(model: Any) -> set[str]:
+    """Names of the linear layers that are in no part that runs on text."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    inside = {id(module) for part in parts if part is not None for module in part.modules()}
+    return {name for name, module in model.named_modules() if _is_matrix(module) and id(module) not in inside}
+
+
+def _inside(model: nn.Module, name: str, towers: set[str]) -> list[str]:
+    """The whole names of the layers of a name that are in no tower; the name itself where that leaves none."""
+    matched = [full for full, _ in model.named_modules() if full == name or full.endswith(f".{name}")]
+    return [full for full in matched if full not in towers] or [name]
 
 
 def chosen_targets(model: nn.Module, config: AdapterConfig) -> tuple[list[str], list[str] | None]:
@@ -116,10 +137,28 @@ def require_modules(model: nn.Module, config: AdapterConfig) -> None:
                     f"adapter.{key}: {pattern} is the name of no module{did_you_mean(pattern, leaves)}; the model's "
                     f"layers are {', '.join(sorted(leaves))}."
                 )
+    _require_free_embeddings(model, modules, config)
     count = len(decoder_layers(model))
     last = max(config.layers_to_transform or [0])
     if count and last >= count:
         raise UserError(f"adapter.layers_to_transform: the model has layers 0 to {count - 1}, and no layer {last}.")
+
+
+def _require_free_embeddings(model: Any, modules: dict[str, nn.Module], config: AdapterConfig) -> None:
+    """Refuse to train some rows of embeddings that train in another way already; so does a head that shares them."""
+    if not config.trainable_tokens:
+        return
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head is not None and head.weight is embeddings.weight
+    for key in ("modules_to_save", "target_modules"):
+        for name in getattr(config, key):
+            found = [module for full, module in modules.items() if full == name or full.endswith(f".{name}")]
+            if any(module is embeddings or (is_tied and module is head) for module in found):
+                what = "the embeddings" if any(module is embeddings for module in found) else "a head that shares them"
+                raise UserError(
+                    f"adapter.trainable_tokens trains rows of the embeddings, and adapter.{key} has {name}, {what}, "
+                    f"train in another way: leave out one of the two."
+                )
 
 
 def _is_matrix(module: nn.Module) -> bool:

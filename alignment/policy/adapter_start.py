@@ -68,11 +68,23 @@ def start_adapter(model: nn.Module, config: AdapterConfig, seed: int, sources: S
                 f"adapter.init={config.init} knows linear layers alone, and {name} is none: take it out of "
                 f"adapter.target_modules, or set adapter.init=default."
             )
+        if config.init != "eva":
+            _require_readable(name, layer.get_base_layer(), config)
     start = _stored(model, layers, config, seed, sources)
     for name, (a, b) in start.items():
         put(layers[name], a, b)
     if config.init_family in RESIDUAL_INITS:
         edit_base(model, ResidualStart(config.init, start), sources.weights)
+
+
+def _require_readable(name: str, base: Any, config: AdapterConfig) -> None:
+    """Refuse a start from weights that are packed in another way than in 4 bits of bitsandbytes."""
+    weight = getattr(base, "weight", None)
+    if weight is None or not (weight.is_floating_point() or hasattr(weight, "quant_state")):
+        raise UserError(
+            f"adapter.init={config.init} begins with a part of the weight of {name}, which the checkpoint has packed "
+            f"into a {type(base).__name__}: set adapter.init=default, or use the checkpoint that is not quantised."
+        )
 
 
 def _zero_a(layers: Mapping[str, Any], seed: int) -> None:
@@ -151,10 +163,11 @@ def _computed(
         layer = layers[name]
         r, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
         num_out, num_in = layer.out_features, layer.in_features
-        if r > min(num_out, num_in):
+        most = num_in if config.init == "eva" else min(num_out, num_in)
+        if r > most:
             raise UserError(
-                f"adapter.r: adapter.init={config.init} finds at most {min(num_out, num_in)} directions in {name}, "
-                f"not {r}."
+                f"adapter.r: adapter.init={config.init} finds at most {most} directions in {name}, not {r}: lower it, "
+                f"or give this layer a smaller one by adapter.rank_pattern."
             )
         weights = list(_weights(name, layer, config, sources))
         if config.init == "eva":

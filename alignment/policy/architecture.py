@@ -37,6 +37,28 @@ def auto_class(config: Any) -> Any:
     )
 
 
+def unknown_architecture(source: str, revision: str | None) -> str | None:
+    """What to do about a `model_type` that this transformers does not know; None where that is not what is wrong.
+
+    Args:
+        source: folder, file or hub id of a configuration.
+        revision: of a hub id.
+    """
+    import transformers
+
+    try:
+        found, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision)
+    except Exception:  # it cannot be read at all
+        return None
+    kind = found.get("model_type")
+    if not kind or kind in transformers.CONFIG_MAPPING:
+        return None
+    return (
+        f"transformers {transformers.__version__} knows no architecture {kind}: install a version that does, or set "
+        f"model.trust_remote_code=true if the model brings code of its own."
+    )
+
+
 def build_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
     """The model without its weights, on torch's meta device."""
     with torch.device("meta"):

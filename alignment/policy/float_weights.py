@@ -37,20 +37,33 @@ class FloatWeights:
         Raises:
             UserError: the files have no such weight in floating point.
         """
-        plain = layer.partition(".")[2]  # files of a model without a head leave the prefix out
-        key = next((k for k in (f"{layer}.weight", f"{plain}.weight") if k in self._files), None)
-        if key is None:
-            found = [k for k in self._files if k.endswith(f".{plain}.weight")]  # a language model within a larger one
-            key = found[0] if len(found) == 1 else None
-        if key is not None:
+        found: list[Tensor] = []
+        for key in self._candidates(layer):
             with safe_open(self._files[key], "pt") as file:
                 weight: Tensor = file.get_tensor(key)
             if weight.is_floating_point() and weight.element_size() > 1 and tuple(weight.shape) == shape:
-                return weight.to(torch.float32)
+                found.append(weight)
+        if len(found) == 1:
+            return found[0].to(torch.float32)
         raise UserError(
             f"adapter.init needs the float weight of {layer}, and the files of {self._source} have none of this name "
             f"and shape: use a checkpoint in 16 or 32 bits, or adapter.init=default."
         )
+
+    def _candidates(self, layer: str) -> list[str]:
+        """The names that a layer's weight may have in the files.
+
+        Files of a model without a head leave a prefix out, and those of a language model within a larger one have its
+        parts in another order; a tower beside it may have layers of the same names, but not under the same parts.
+        """
+        path = layer.split(".")
+        start = next((i - 1 for i, part in enumerate(path) if part.isdigit()), len(path) - 1)
+        parts, tail = set(path[:start]), ".".join(path[start:])
+        found = [key for key in self._files if f".{key}".endswith(f".{tail}.weight")]
+        near = {key: len(parts & set(key.removesuffix(f"{tail}.weight").split("."))) for key in found}
+        return [key for key in found if key == f"{layer}.weight"] or [
+            key for key in found if near[key] == max(near.values())
+        ]
 
     @cached_property
     def _files(self) -> dict[str, Path]:

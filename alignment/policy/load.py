@@ -17,8 +17,9 @@ from alignment.config.preflight import require_machine
 from alignment.config.schema import Calibration, Device, Dtype, ModelConfig, QuantizationConfig
 from alignment.errors import UserError, did_you_mean, require
 from alignment.files import cache_dir
+from alignment.kernels.base import in_words
 from alignment.kernels.experts import patch_experts
-from alignment.policy.architecture import AUTO_ATTENTION, attentions, auto_class, build_model
+from alignment.policy.architecture import AUTO_ATTENTION, attentions, auto_class, build_model, unknown_architecture
 from alignment.policy.calibration import calibrate
 from alignment.policy.layers import disable_dropout
 from alignment.policy.quantize import (
@@ -30,7 +31,7 @@ from alignment.policy.quantize import (
     unquantised,
 )
 from alignment.policy.residual_start import residual_start, save_with_start
-from alignment.policy.stored import Checkpoint, describe_stored, require_loadable
+from alignment.policy.stored import Checkpoint, describe_stored, require_loadable, require_stored
 from alignment.scoring.logps import check_scoring, enable_scoring
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ def load_tokenizer(config: ModelConfig, source: str) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.name={config.name}: its tokenizer cannot be loaded: {one_line(error)}") from error
+    except Exception as error:
+        raise UserError(f"model.name={config.name}: its tokenizer cannot be loaded: {_why(error)}") from error
     tokenizer.chat_template = _chat_template(tokenizer, config)
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
@@ -180,7 +181,9 @@ def load_model(source: str, config: ModelConfig, **settings: Any) -> Any:
             use_safetensors=True,
             **settings,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
         # transformers looks at the attention before it reads any weight
         known = attentions(shape) if attention is not None else []
         if known and attention not in known:
@@ -190,7 +193,14 @@ def load_model(source: str, config: ModelConfig, **settings: Any) -> Any:
         if isinstance(error, ImportError) and attention in known:
             said = one_line(error).rstrip(".")
             raise UserError(f"model.attention={attention}: {said}; install it, or set model.attention=auto.") from error
-        raise UserError(f"model.name={config.name} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"model.name={config.name} cannot be loaded: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """Why transformers could not read files: in its words where it refuses them, else with what may be the reason."""
+    if isinstance(error, OSError | ValueError | ImportError):
+        return one_line(error)
+    return f"its files may be damaged or incomplete, so fetch them again ({in_words(error)})."
 
 
 def read_shape(source: str, config: ModelConfig) -> Any:
@@ -203,8 +213,9 @@ def read_shape(source: str, config: ModelConfig) -> Any:
 
     try:
         return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.name={config.name} cannot be loaded: {one_line(error)}") from error
+    except Exception as error:
+        unknown = unknown_architecture(source, config.revision)
+        raise UserError(f"model.name={config.name} cannot be loaded: {unknown or _why(error)}") from error
 
 
 def load_base(
@@ -254,6 +265,7 @@ def load_base(
             ignore_mismatched_sizes=True,  # refused below, in a sentence
         )
     _require_all_weights(config, model, found)
+    require_stored(config.name, model, stored)
     if packs:
         assert quantization is not None
         pack_model(model, quantization, compute, device)

@@ -8,7 +8,7 @@ from typing import Any
 from alignment.config.schema import RunConfig
 from alignment.data.conversations.writer import end_of_turn
 from alignment.errors import UserError
-from alignment.policy.load import one_line
+from alignment.policy.load import read_shape
 from alignment.policy.saved_adapter import require_same_form
 from alignment.policy.source import ModelSource
 from alignment.policy.stored import Checkpoint, require_usable
@@ -27,8 +27,6 @@ def check_model(config: RunConfig, source: ModelSource, tokenizer: Any) -> None:
     Raises:
         UserError: what does not fit.
     """
-    from transformers import AutoConfig
-
     model = config.model
     if config.sft is not None and not tokenizer.is_fast:
         raise UserError(
@@ -36,12 +34,7 @@ def check_model(config: RunConfig, source: ModelSource, tokenizer: Any) -> None:
             f"tokens are, which the SFT stage must know: use a model with a fast tokenizer (tokenizer.json), or set "
             f"sft=none."
         )
-    try:
-        whole: Any = AutoConfig.from_pretrained(
-            source.base, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.name={model.name} cannot be loaded: {one_line(error)}") from error
+    whole = read_shape(source.base, model)
     shape = whole.get_text_config()
     require_usable(config, Checkpoint.of(whole))
     if source.adapter is not None:

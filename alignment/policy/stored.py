@@ -119,12 +119,54 @@ def require_loadable(name: str, found: Checkpoint, quantization: QuantizationCon
             f"model.name={name} is quantised already ({found.title}), and reading it needs {packages}: install that, "
             f"or use the model's checkpoint that is not quantised."
         )
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    require(
+        found.method in ("", "bitsandbytes") or found.method in AUTO_QUANTIZATION_CONFIG_MAPPING,
+        f"model.name={name} is quantised already ({found.title}), which this transformers cannot read: use the model's "
+        f"checkpoint that is not quantised, or another format.",
+    )
     if found.method == "bitsandbytes" and (problem := bitsandbytes_problem(torch.cuda.is_available())) is not None:
         raise UserError(f"model.name={name} is quantised already ({found.title}), and this machine lacks {problem}.")
     require(
         not (found.is_packed and quantization is not None and not found.is_nf4),
         f"quantization=nf4: model.name={name} is quantised already ({found.title}): set quantization=none to train an "
         f"adapter on it as it is, or use the model's checkpoint that is not quantised.",
+    )
+
+
+def require_stored(name: str, model: Any, found: Checkpoint) -> None:
+    """Refuse a loaded model whose files are not what its configuration says, or that gradients cannot pass.
+
+    Args:
+        name: of the model, as the settings have it.
+        model: as transformers has loaded it.
+
+    Raises:
+        UserError: plain weights where the configuration says packed ones, or a format that nothing trains on.
+    """
+    if not found.is_packed:
+        return
+    if found.method == "bitsandbytes":
+        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+        plain = [
+            path
+            for path, layer in model.named_modules()
+            if (isinstance(layer, Linear4bit) and getattr(layer.weight, "quant_state", None) is None)
+            or (isinstance(layer, Linear8bitLt) and getattr(layer.weight, "SCB", None) is None)
+        ]
+        require(
+            not plain,
+            f"model.name={name}: its config.json says that it is quantised ({found.title}), and its files have plain "
+            f"weights (the first: {plain[0] if plain else ''}): take quantization_config out of config.json, and set "
+            f"quantization=nf4 to pack them here.",
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    require(
+        quantizer is None or bool(quantizer.is_trainable),
+        f"model.name={name} is quantised already ({found.title}), and transformers lets no gradient through that "
+        f"format: use the model's checkpoint that is not quantised.",
     )
 
 

@@ -29,6 +29,15 @@ def _joined(parts: list[Tensor], is_up: bool, experts: int, gone: int) -> Tensor
     return ranks[:, gone:].reshape(-1, parts[0].shape[-1]).clone()
 
 
+def most_updates(share: float) -> int:
+    """How many updates of the policy a mixed LoRA is made of at most, before the oldest one's share is lost in fp32."""
+    least, left = torch.finfo(torch.float32).eps, share
+    count = 1
+    while share < 1 and (left := left * (1 - share)) >= least:
+        count += 1
+    return count
+
+
 class FrozenPolicy:
     """A frozen copy of the policy as it is now, beside the one that trains; `mix` moves it.
 

@@ -82,6 +82,9 @@ def read_parents(folders: Sequence[Path]) -> list[Parent]:
     """
     if len(folders) < 2:
         raise UserError("A merge needs the folders of at least two runs.")
+    twice = next((f for i, f in enumerate(folders) if f.resolve() in [other.resolve() for other in folders[:i]]), None)
+    if twice is not None:
+        raise UserError(f"{twice} is given twice: name every run once, and give it more weight with weights.")
     parents = [_read_parent(folder) for folder in folders]
     first = parents[0]
     for other in parents[1:]:
@@ -164,6 +167,8 @@ def merge_runs(parents: Sequence[Parent], settings: MergeSettings, out: Path) ->
 
 def _require_free(out: Path) -> None:
     """Refuse a folder with something else in it; what an interrupted merge has left is removed."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out}: that is a file, and the merged policy needs a folder; choose another.")
     if not out.exists() or not any(out.iterdir()):
         return
     if not (out / _BEGUN).is_file() or (out / "summary.json").exists():

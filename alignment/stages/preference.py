@@ -207,6 +207,7 @@ class PreferenceStage:
             keys_per_position=keys_per_position(layout, self._data.train),
             forked=isinstance(layout, ForkedLayout),
             slot=slot,
+            refreshes=len(self._schedule.refreshes),
         )
         if slot is None or not slot.is_joint:
             return plan, plan.tokens_per_batch

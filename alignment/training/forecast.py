@@ -13,14 +13,23 @@ from torch import nn
 from transformers import AutoConfig
 
 from alignment.config.preflight import model_problem
-from alignment.config.schema import ReferenceMode, RunConfig, SFTConfig
+from alignment.config.schema import RunConfig, SFTConfig
 from alignment.errors import UserError
 from alignment.files import cache_dir
+from alignment.policy.architecture import unknown_architecture
 from alignment.policy.load import resolve_dtype
 from alignment.policy.source import model_source
 from alignment.policy.stored import Checkpoint
 from alignment.training.budget import Plan, Room, make_plan, relative_time
-from alignment.training.memory import CONTEXT, USABLE_SHARE, Weights, attention_estimate, plan_policy, sizes_of
+from alignment.training.memory import (
+    CONTEXT,
+    USABLE_SHARE,
+    Weights,
+    attention_estimate,
+    plan_policy,
+    reference_bytes,
+    sizes_of,
+)
 from alignment.training.planning import available_memory
 
 _SPECTRUM = "spectrum chooses among the layers of a loaded model, and here the backward pass goes down to the first"
@@ -73,21 +82,19 @@ def read_config(config: RunConfig, file: Path | None) -> Any:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        if file is not None:
-            if not file.exists():
-                raise UserError(f"--config: {file} does not exist.")
-            return AutoConfig.from_pretrained(str(file), trust_remote_code=config.model.trust_remote_code)
+    what, source, revision = f"--config: {file}", str(file), None
+    if file is None:
+        what, revision = f"model.name={config.model.name}", config.model.revision
         if problem := model_problem(config.model.name):
-            raise UserError(f"model.name={config.model.name}: {problem}; give its config.json with --config FILE.")
+            raise UserError(f"{what}: {problem}; give its config.json with --config FILE.")
         source = model_source(config.model, cache_dir(config.reference.path)).base
-        return AutoConfig.from_pretrained(
-            source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-        )
-    except UserError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        what = f"--config: {file}" if file is not None else f"model.name={config.model.name}"
+    elif not file.exists():
+        raise UserError(f"--config: {file} does not exist.")
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:
+        if unknown := unknown_architecture(source, revision):
+            raise UserError(f"{what}: {unknown}") from error
         advice = "" if file is not None else " (or it is not in the local cache and the hub cannot be reached)"
         raise UserError(
             f"{what} holds no configuration that transformers can read{advice}: give the model's config.json with "
@@ -153,8 +160,15 @@ def _plan_stage(
     if stored.is_packed and not stored.settings.get("load_in_4bit"):
         reason = f"LoRA layers on {stored.title} run peft's own forward, which keeps more than is counted"
     sizes = replace(sizes, estimate=sizes.estimate or reason)
-    copies = not supervised and config.reference.mode is ReferenceMode.live and config.adapter is None
-    context = CONTEXT[machine.device] + (weights.base if copies else 0)
+    context = CONTEXT[machine.device]
+    if not supervised:
+        reference, steps = config.reference, config.trainer.max_steps
+        refreshes: int | None = reference.parts - 1
+        if reference.sync_every is not None:
+            refreshes = None if steps is None else (steps - 1) // reference.sync_every
+        whole = config.adapter is None
+        at_base = config.adapter is not None and not config.adapter.moves_the_start and config.sft is None
+        context += reference_bytes(reference, weights, whole=whole, at_base=at_base, refreshes=refreshes)
     room = Room(machine.device, round(USABLE_SHARE[machine.device] * machine.memory), context)
     trainer = part.trainer
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from alignment.config.schema import AdapterConfig, Calibration, QuantizationConfig
+from alignment.config.schema import AdapterConfig, Calibration, QuantizationConfig, ReferenceConfig, ReferenceMode
 from alignment.kernels.calibrated import is_calibrated
 from alignment.policy.adapter import empty_adapter, has_adapter
 from alignment.policy.adapter_kinds import plain_name
 from alignment.policy.layers import decoder_layers
 from alignment.policy.quantize import stacks, unquantised
 from alignment.policy.stored import Checkpoint, nf4_bytes_per_weight
+from alignment.reference.frozen import most_updates
 from alignment.scoring.head import LOGITS_PER_CHUNK
 from alignment.training.layer_memory import (
     Layer,
@@ -188,6 +189,27 @@ def plan_policy(
     trained = {each: round(share * count) for each, count in trained.items()}
     own = sum(each * count for each, count in trained.items())
     return policy, Weights(base, own + _fixed_bytes(policy), trained, packed)
+
+
+def reference_bytes(
+    reference: ReferenceConfig, weights: Weights, *, whole: bool, at_base: bool, refreshes: int | None
+) -> int:
+    """Bytes of what a live reference keeps beside the policy.
+
+    Args:
+        reference: its settings.
+        weights: of the policy.
+        whole: whether the whole model trains, which is copied then.
+        at_base: whether the policy starts at its base, so that its adapter switched off is the reference.
+        refreshes: how often the reference follows the policy; None: as often as makes a difference.
+    """
+    if reference.mode is not ReferenceMode.live:
+        return 0
+    if whole:
+        return weights.base
+    most = most_updates(reference.sync_mix)
+    copies = (0 if at_base else 1) + (most if refreshes is None else refreshes)
+    return min(copies, most) * sum(each * count for each, count in weights.trained.items())
 
 
 def _base_bytes(model: nn.Module, value: int, quantization: QuantizationConfig | None) -> tuple[int, bool]:

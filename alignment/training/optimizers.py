@@ -202,6 +202,11 @@ def _check_settings(key: str, optim: OptimConfig, kind: OptimizerKind, adapter: 
             f"{key}.name=muon trains A and B at one rate, so adapter.lr_ratio must be 1, not {adapter.lr_ratio:g}: "
             f"choose another optimizer, or another adapter."
         )
+    if optim.name == "muon" and adapter is not None and adapter.kind in ("vera", "oft", "boft"):
+        raise UserError(
+            f"{key}.name=muon trains matrices, and adapter.kind={adapter.kind} has vectors or the angles of rotations: "
+            f"choose another optimizer, or adapter=lora."
+        )
     if not kind.low_rank:
         if optim.target_modules is not None:
             low_rank = [name for name, other in OPTIMIZERS.items() if other.low_rank]

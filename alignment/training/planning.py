@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignment.config.schema import ReferenceMode, RunConfig
+from alignment.config.schema import RunConfig
 from alignment.files import read_sealed, write_sealed
 from alignment.policy.adapter import starts_at_base
 from alignment.policy.layers import decoder_layers
@@ -21,7 +21,14 @@ from alignment.training.budget import Plan, Room, describe_checkpointing, make_p
 from alignment.training.cohort import CohortSlot
 from alignment.training.layer_memory import is_counted
 from alignment.training.layer_probe import measured_layers
-from alignment.training.memory import GIB, USABLE_SHARE, attention_estimate, count_weights, sizes_of
+from alignment.training.memory import (
+    GIB,
+    USABLE_SHARE,
+    attention_estimate,
+    count_weights,
+    reference_bytes,
+    sizes_of,
+)
 from alignment.training.optimizers import optimizer_estimate
 
 log = logging.getLogger(__name__)
@@ -74,6 +81,7 @@ def plan_stage(
     keys_per_position: float = 1.0,
     forked: bool = False,
     slot: CohortSlot | None = None,
+    refreshes: int = 0,
 ) -> Plan:
     """How a stage runs its steps on this machine as it is now; a resumed stage keeps the plan that it began with.
 
@@ -88,6 +96,7 @@ def plan_stage(
         forked: whether prompts run once and hand their states on.
         slot: in the cohort that the stage trains in. Each member has its own gradients and optimizer states, and where
             the members' passes are joint, one pass holds a group of each.
+        refreshes: how often the reference follows the policy.
     """
     # A resumed stage has its plan already
     path = folder / "plan.json"
@@ -126,11 +135,11 @@ def plan_stage(
     sizes = replace(sizes, gradients=members * sizes.gradients, optimizer=members * sizes.optimizer)
     passing = members if slot is not None and slot.is_joint else 1
 
-    # The room for it: a live reference of a whole model, or of an adapter that moves the start, will be a second copy
-    taken = _taken(device)
-    copied = 0
-    if not supervised and config.reference.mode is ReferenceMode.live and not starts_at_base(model):
-        copied = weights.base if adapter is None else sum(each * n for each, n in weights.trained.items())
+    # The room for it, beside what a live reference keeps
+    taken, copied = _taken(device), 0
+    if not supervised:
+        at_base = starts_at_base(model)
+        copied = reference_bytes(config.reference, weights, whole=adapter is None, at_base=at_base, refreshes=refreshes)
     other = max(0, taken - weights.base - weights.adapter) + copied
     room = Room(device.type, taken + round(USABLE_SHARE[device.type] * _free(device)), other)
     plan = make_plan(

@@ -62,7 +62,7 @@ def require_routers(model: Any, coefficient: float, setting: str) -> None:
     known = bool(routers(model)) and bool(getattr(model.config.get_text_config(), "num_experts_per_tok", None))
     require(
         not coefficient or known,
-        f"{setting}={coefficient:g}: {type(model).__name__} has no router that it could balance: set it to 0.",
+        f"{setting}={coefficient:g}: a {model.config.model_type} has no router that it could balance: set it to 0.",
     )
 
 

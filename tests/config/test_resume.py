@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.registry import register
 from alignment.config.renamed import FORMER_DEFAULTS
-from alignment.config.resume import resumed_overrides
+from alignment.config.resume import finished_run, resumed_overrides
 from alignment.errors import UserError
 from tests.conftest import each
 
@@ -62,3 +62,12 @@ def test_another_setting_is_refused_in_one_sentence(typed, said, old_run):
     with pytest.raises(UserError) as caught:
         resumed_overrides([f"resume={old_run}", typed], str(old_run), "quickstart")
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_finished_run_of_a_recipe_that_is_not_here_says_how_to_give_it(old_run, tmp_path):
+    """As for a merge of runs whose recipe is in a folder of its own."""
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / "config.yaml").write_text((old_run / "config.yaml").read_text())
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- recipe=nobodys\n")
+    with pytest.raises(UserError, match=r"cannot be composed again: .*'recipe/nobodys'.*where it is with --config-dir"):
+        finished_run(tmp_path)

@@ -15,9 +15,10 @@ from alignment.errors import UserError
 from alignment.files import CacheKind
 from alignment.policy import adapter_start
 from alignment.policy.adapter import attach_adapter, continue_adapter, load_adapter, starts_at_base
-from alignment.policy.adapter_kinds import is_product_update
+from alignment.policy.adapter_kinds import is_product_update, lora_layers
 from alignment.policy.adapter_names import with_token_ids
 from alignment.policy.adapter_start import StartSources
+from alignment.policy.architecture import build_model
 from alignment.policy.float_weights import FloatWeights
 from alignment.policy.identity import policy_identity
 from alignment.policy.layer_inputs import input_moments
@@ -32,7 +33,8 @@ from alignment.training.memory import count_weights, plan_policy
 from tests.conftest import each, random_groups, tiny_config
 from tests.helpers.adapter_options import OPTIONS, each_case, start_sources
 from tests.helpers.adapters import adapter
-from tests.helpers.policies import NF4, load, scores
+from tests.helpers.mixtures import TARGETS, write_mixture
+from tests.helpers.policies import CPU, NF4, load, scores
 
 GROUPS = random_groups(3, seed=7)
 MOVED = {"pissa", "pissa_niter_2", "olora", "corda", "loftq", "orthogonal"}
@@ -205,6 +207,15 @@ def test_pissa_starts_with_the_largest_directions(bases, sources):
             assert (weight - best).norm() < (weight - update).norm() < 1.02 * (weight - best).norm()
 
 
+def test_eva_has_as_many_directions_as_a_layer_has_inputs(bases, sources):
+    """Other inits stop at the smaller side of a matrix: k_proj has 32 inputs and 16 outputs."""
+    layers = lora_layers(attach_adapter(bases(), adapter(init="eva", r=32, target_modules=["k_proj"]), 0, sources))
+    a = next(iter(layers.values())).lora_A["default"].weight
+    torch.testing.assert_close(a @ a.T, torch.eye(32), rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match=r"finds at most 32 directions in \S+k_proj, not 33: lower it"):
+        attach_adapter(bases(), adapter(init="eva", r=33, target_modules=["k_proj"]), 0, sources)
+
+
 def test_eva_starts_with_the_directions_of_the_inputs(bases, sources):
     """The right singular vectors of what goes into the layer, around its mean; B is zero."""
     model = attach_adapter(bases(), adapter(init="eva"), 0, sources)
@@ -264,6 +275,32 @@ def test_zero_a_is_the_mirror_image(bases):
             assert 0.4 < parameter.abs().max() <= 0.5 and not parameter.grad.any(), name
 
 
+def test_an_adapter_of_the_embeddings_is_laid_out_planned_and_merged(tiny_model_folder):
+    """peft's layer around embeddings hides how many there are, which layout and plan ask."""
+    from alignment.scoring.prompt_sharing import choose_layout
+    from alignment.training.memory import plan_policy, sizes_of
+
+    settings = adapter(target_modules=["embed_tokens", "q_proj"])
+    model = move(attach_adapter(load(tiny_model_folder), settings, 0))
+    vocabulary = model.config.vocab_size
+    assert model.get_input_embeddings().num_embeddings == vocabulary
+    choose_layout(model, CPU)
+    merged = load(tiny_model_folder)
+    with torch.no_grad():
+        _put_weights(merged, _merged_weights(model))
+    torch.testing.assert_close(scores(merged, GROUPS), scores(model, GROUPS), rtol=0, atol=1e-4)
+    planned, weights = plan_policy(build_model(model.config), 4, settings, None)
+    sizes_of(planned, weights, value=4, optimizer="adamw_torch", device="cpu")
+    assert weights.trained == {4: sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def test_an_init_of_linear_layers_is_refused_for_experts(tmp_path):
+    """Where peft fails in its own words: orthogonal matrices of a stack."""
+    write_mixture(tmp_path, "qwen3_moe")
+    with pytest.raises(UserError, match=r"^adapter\.init=orthogonal knows linear layers alone, and"):
+        attach_adapter(load(tmp_path), adapter(init="orthogonal", target_modules=TARGETS["qwen3_moe"]), 0)
+
+
 def test_tokens_train_in_both_ends_of_a_tied_model(tmp_path):
     """The head and the embeddings have the same new rows; SFT's head asks peft's wrapper for a bias."""
     from transformers import AutoModelForCausalLM
@@ -271,6 +308,8 @@ def test_tokens_train_in_both_ends_of_a_tied_model(tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
     base = load(tmp_path / "base")
+    with pytest.raises(UserError, match=r"^adapter\.trainable_tokens .*has lm_head, a head that shares them, train"):
+        attach_adapter(base, adapter(trainable_tokens=[3], modules_to_save=["lm_head"]), 0)
     model = move(attach_adapter(base, adapter(trainable_tokens=[3, 7]), 0))
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     assert head.bias is None and (head.out_features, embeddings.num_embeddings) == (97, 97)
@@ -330,6 +369,14 @@ def test_settings_that_do_not_go_together_are_one_sentence(settings, said):
         ({"init": "pissa", "r": 40}, r"^adapter\.r: adapter\.init=pissa finds at most 32 directions in .*q_proj"),
         ({"init": "eva"}, r"^adapter\.init=eva looks at training data"),
         ({"init": "olora", "target_modules": ["embed_tokens"]}, r"^adapter\.init=olora knows linear layers alone"),
+        (
+            {"trainable_tokens": [3], "modules_to_save": ["embed_tokens"]},
+            r"^adapter\.trainable_tokens .*modules_to_save has embed_tokens, the embeddings, train in another way",
+        ),
+        (
+            {"trainable_tokens": [3], "target_modules": ["embed_tokens", "q_proj"]},
+            r"^adapter\.trainable_tokens .*target_modules has embed_tokens",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_one_sentence(settings, said, bases):
@@ -457,3 +504,15 @@ def test_float_weights_are_found_in_shards_and_larger_models(tmp_path, tiny_mode
         assert torch.equal(weights.weight(layer, tuple(expected.shape)), expected)
     with pytest.raises(UserError, match="have none of this name and shape"):
         weights.weight("model.layers.0.mlp.up_proj", (1, 1))
+
+
+def test_float_weights_are_not_those_of_a_tower(tmp_path):
+    """Files of a model that also sees have other prefixes than the model, and the tower's layers the same names."""
+    from safetensors.torch import save_file
+
+    language, tower = torch.ones(2, 3), torch.zeros(2, 3)
+    tail = "layers.0.self_attn.q_proj.weight"
+    files = {f"language_model.model.{tail}": language, f"vision_tower.vision_model.encoder.{tail}": tower}
+    save_file(files, tmp_path / "model.safetensors")
+    found = FloatWeights(str(tmp_path), None).weight("model.language_model.layers.0.self_attn.q_proj", (2, 3))
+    assert torch.equal(found, language)

@@ -1,9 +1,13 @@
 """`model.attention`: what a model's class has is taken, what it lacks is refused in one sentence."""
 
+import json
+
 import pytest
 
+from alignment.config.compose import load as compose
 from alignment.errors import UserError
 from alignment.policy.architecture import attentions
+from alignment.training.forecast import read_config
 from tests.conftest import each
 from tests.helpers.families import FAMILIES, write_model
 from tests.helpers.policies import load
@@ -49,3 +53,14 @@ def test_what_only_a_library_lacks_is_said(folders, monkeypatch):
         "model.attention=flash_attention_2: the package for FlashAttention2 doesn't seem to be installed; install it, "
         "or set model.attention=auto."
     )
+
+
+def test_an_architecture_that_nobody_knows_is_one_sentence(folders, tmp_path):
+    """A model that is newer than the library, for a run and for a plan."""
+    config = json.loads((folders("qwen3") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen9"}))
+    said = r"transformers \S+ knows no architecture qwen9: install a version that does, or set model\.trust_remote_code"
+    with pytest.raises(UserError, match=rf"^model\.name=\S+ cannot be loaded: {said}"):
+        load(tmp_path)
+    with pytest.raises(UserError, match=rf"^--config: \S+: {said}"):
+        read_config(compose("recipe=quickstart"), tmp_path / "config.json")

@@ -22,7 +22,7 @@ from alignment.policy.merge import export_merged
 from alignment.policy.saved_adapter import require_same_form
 from alignment.policy.stored import Checkpoint, in_shares, require_usable, stored_facts, stored_weights
 from alignment.reference.frozen import FrozenPolicy
-from tests.conftest import random_groups, tiny_config
+from tests.conftest import each, random_groups, tiny_config
 from tests.helpers.mixtures import write_mixture
 from tests.helpers.policies import CPU, NF4, adapter, load, scores, train_adapter
 
@@ -151,6 +151,42 @@ def test_what_contradicts_a_packed_checkpoint_is_one_sentence(folders):
     require_usable(merging, eight)
 
 
+def test_a_start_from_weights_in_8_bits_is_one_sentence(folders):
+    """Their codes are no weights."""
+    for init in ("pissa", "olora"):
+        with pytest.raises(UserError, match=rf"^adapter\.init={init} .*q_proj, which the checkpoint has packed into a"):
+            attach_adapter(load(folders["int8"]), adapter(init=init), 0)
+
+
+@pytest.mark.parametrize("kind", each(["nf4", "int8"], ["nf4"]))
+def test_plain_weights_that_count_as_packed_are_one_sentence(kind, folders, tmp_path):
+    """As when a checkpoint was merged, and its config.json kept."""
+    settings = json.loads((folders[kind] / "config.json").read_text())["quantization_config"]
+    with pytest.raises(UserError, match=r"says that it is quantised \(bitsandbytes .*\), and its files have plain w"):
+        load(quantised(folders["plain"], tmp_path, settings))
+
+
+def test_a_format_that_nobody_knows_is_one_sentence(folders, tmp_path):
+    """transformers takes its weights for plain ones, and passes over it with a warning."""
+    with pytest.raises(UserError, match=r"is quantised already \(modelopt\), which this transformers cannot read"):
+        load(quantised(folders["plain"], tmp_path, {"quant_method": "modelopt", "quant_algo": "NVFP4"}))
+
+
+@pytest.mark.parametrize("damage", ["half a file", "a weight", "a state"])
+def test_damaged_files_are_one_sentence(damage, folders, tmp_path):
+    """Whatever transformers raises."""
+    settings = json.loads((folders["nf4"] / "config.json").read_text())["quantization_config"]
+    path = quantised(folders["nf4"], tmp_path, settings)
+    file = path / "model.safetensors"
+    if damage == "half a file":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        lost = "layers.0.self_attn.q_proj.weight" + (".absmax" if damage == "a state" else "")
+        save_file({k: v for k, v in load_file(file).items() if lost not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"^model\.name=\S+ cannot be loaded: its files may be damaged or incomplete"):
+        load(path)
+
+
 def mxfp4_checkpoint(folder, target):
     """gpt-oss as it is published: blocks of 32 values in 4 bits, with a shared exponent, stored (experts, out, in)."""
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
@@ -264,7 +300,7 @@ def test_an_adapter_of_packed_experts_is_saved_found_again_and_merged(kind, targ
     assert torch.equal(scores(continued, GROUPS), values) and policy_identity(continued)[0] == identity[0]
     trained, found = ({n: p.shape for n, p in m.named_parameters() if p.requires_grad} for m in (model, continued))
     assert trained == found
-    with pytest.raises(UserError, match=r"has adapted other layers than adapter\.target_modules=\[q_proj\] chooses"):
+    with pytest.raises(UserError, match=r"has adapted other layers than .*, or spectrum where it is"):
         continue_adapter(eager(folders[kind], NF4), tmp_path / "adapter", adapter(target_modules=["q_proj"]), 3)
     attention = "model.attention=eager"
     config = compose("recipe=quickstart", "tracking=none", "export.merge=true", "export.dtype=float32", attention)

@@ -5,14 +5,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from alignment.policy.adapter import check_adapter_gradients
+from alignment.policy.adapter import attach_adapter, check_adapter_gradients
+from alignment.policy.adapter_start import StartSources
 from alignment.policy.architecture import auto_class
+from alignment.policy.float_weights import FloatWeights
 from alignment.policy.layers import decoder_layers
 from alignment.scoring.logps import score
 from alignment.scoring.prompt_sharing import choose_layout
 from tests.conftest import each, random_groups
 from tests.helpers.families import SIZES, policy
-from tests.helpers.policies import CPU, NF4, scores, train_adapter
+from tests.helpers.policies import CPU, NF4, adapter, load, scores, train_adapter
 
 GROUPS = random_groups(3, seed=3)
 _POSITIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
@@ -83,3 +85,35 @@ def test_anybody_loads_what_is_saved(folder, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)
     assert scores(model, GROUPS).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", each(["lora", "vera"], ["lora"]))
+def test_names_are_those_of_the_language_model(kind, folder):
+    """The tower's layers have the same names, and do not run on text."""
+    other = {"kind": "vera", "alpha": None} if kind == "vera" else {}
+    settings = adapter(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], **other)
+    model = attach_adapter(load(folder), settings, 0)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".layers.1." in name and "vision" not in name for name in trained)
+    for batch in choose_layout(model, CPU).batches(GROUPS, 10_000):
+        score(model, batch).sums().sum().backward()
+    check_adapter_gradients(model)
+
+
+def test_pissa_on_nf4_finds_the_weights_of_the_language_model(folder):
+    """The files have other prefixes than the model."""
+    sources = StartSources(FloatWeights(str(folder), None))
+    model = attach_adapter(load(folder, NF4), adapter(init="pissa", target_modules=["auto"]), 0, sources)
+    expected = scores(load(folder), GROUPS)
+    torch.testing.assert_close(scores(model, GROUPS), expected, rtol=0, atol=0.2)
+
+
+def test_a_whole_model_trains_what_runs_on_text(folder, caplog):
+    """The tower stays as it is, with one log line."""
+    model = attach_adapter(load(folder), None, 0)
+    for batch in choose_layout(model, CPU).batches(GROUPS, 10_000):
+        score(model, batch).sums().sum().backward()
+    with caplog.at_level("INFO"):
+        check_adapter_gradients(model)
+    has_tower = any("vision" in name or "visual" in name for name, _ in model.named_parameters())
+    assert ("play no part in text and stay as they are" in caplog.text) == has_tower

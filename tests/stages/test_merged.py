@@ -113,6 +113,7 @@ def test_what_cannot_be_merged_is_one_sentence(sweep, merged, tmp_path):
         ([one, str(other), "method=linear"], "were trained from other bases"),
         ([one, str(alone), "method=linear"], "alone cannot be merged, because it ran SFT alone, .*loss but loss=none"),
         ([one, "method=linear"], "at least two runs"),
+        ([one, f"{one}/../0-tiny", "method=linear"], "0-tiny is given twice"),
         ([one, one], "method is missing"),
         ([one, one, "method=linear", "weight=1,1"], r"no setting weight \(did you mean weights\?\)"),
         ([one, one, "method=linear", "weights=1,x"], "weights must be numbers"),
@@ -121,6 +122,9 @@ def test_what_cannot_be_merged_is_one_sentence(sweep, merged, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             merge([*words, f"out={tmp_path / 'new'}", "--config-dir", str(config)])
+    two = [one, str(runs / "1-tiny"), "method=linear"]
+    with pytest.raises(UserError, match="that is a file, and the merged policy needs a folder"):
+        merge([*two, f"out={one}/report.md", "--config-dir", str(config)])
     assert not (tmp_path / "new").exists()
 
     # A run keeps its own values: of a setting that has come since, the default; of a default that has changed, the old

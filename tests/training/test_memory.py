@@ -25,6 +25,7 @@ from alignment.policy.adapter import attach_adapter
 from alignment.policy.layers import checkpoint_layers, decoder_layers
 from alignment.policy.load import load_base
 from alignment.policy.stored import nf4_bytes_per_weight
+from alignment.reference.frozen import FrozenPolicy
 from alignment.scoring.layout import SharedLayout
 from alignment.scoring.logps import enable_scoring, score
 from alignment.scoring.prompt_sharing import choose_layout
@@ -409,14 +410,33 @@ TRAINER = TrainerConfig(
 )  # fmt: skip
 
 
-def stage_plan(model, folder, adapter=LORA, mode=ReferenceMode.cache, slot=None):
+def stage_plan(model, folder, adapter=LORA, mode=ReferenceMode.cache, slot=None, mix=1.0, refreshes=0):
     config = SimpleNamespace(
         trainer=TRAINER,
         optim=SimpleNamespace(name="adamw_torch", master_weights=True),
         adapter=adapter,
-        reference=SimpleNamespace(mode=mode),
+        reference=SimpleNamespace(mode=mode, sync_mix=mix),
     )
-    return planning.plan_stage(model, config, supervised=False, folder=folder, device=CPU, longest=64, slot=slot)
+    return planning.plan_stage(
+        model, config, supervised=False, folder=folder, device=CPU, longest=64, slot=slot, refreshes=refreshes
+    )
+
+
+def test_a_mixed_reference_is_counted_with_the_ranks_that_it_grows_to(tmp_path, monkeypatch):
+    """Each refresh adds the policy's rank, until the oldest share is lost; the count is that of a real one."""
+    model = policy_of(tiny_of("qwen3", 4), torch.float32, "lora")
+    own = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    monkeypatch.setattr(planning, "_taken", lambda device: 0)
+    live, found = ReferenceMode.live, {}
+    for mix, refreshes in ((1.0, 0), (1.0, 5), (0.6, 3), (0.6, 50)):
+        folder = tmp_path / f"{mix}-{refreshes}"
+        found[mix, refreshes] = stage_plan(model, folder, mode=live, mix=mix, refreshes=refreshes).needs.context
+    assert stage_plan(model, tmp_path / "cached", refreshes=5).needs.context == 0
+    assert found == {(1.0, 0): 0, (1.0, 5): own, (0.6, 3): 3 * own, (0.6, 50): 17 * own}
+    reference = FrozenPolicy(model)
+    for _ in range(20):
+        reference.mix(0.6)
+    assert sum(t.nbytes for key, t in reference.state().items() if key != "shares") == 17 * own
 
 
 def test_members_and_a_second_copy_are_counted(tmp_path):

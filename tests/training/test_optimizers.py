@@ -150,6 +150,14 @@ def test_settings_that_do_not_go_together(changes, whole_model, said, monkeypatc
         check_optimizer("optim", replace(quickstart().optim, **changes), None if whole_model else adapter(), "cpu")
 
 
+@pytest.mark.parametrize("kind", ["vera", "oft", "boft"])
+def test_muon_wants_matrices(kind):
+    """The rows of OFT's weight are blocks of angles, whose orthogonal mixture means nothing."""
+    other = {"r": None, "block_size": 4} if kind != "vera" else {}
+    with pytest.raises(UserError, match=rf"^optim\.name=muon trains matrices, and adapter\.kind={kind} has vectors or"):
+        check_optimizer("optim", settings("muon"), adapter(kind=kind, alpha=None, **other), "cpu")
+
+
 def test_settings_without_effect_are_named_once(tmp_path, caplog):
     """An optimizer that does not read beta1 says so in the log; one that does says nothing."""
     for name, count in (("adafactor", 1), ("adamw_torch", 0)):
