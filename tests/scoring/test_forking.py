@@ -71,7 +71,7 @@ def values(model, groups):
     return [found.sequence(i) for i in range(len(found))]
 
 
-@pytest.mark.parametrize("name", each(FORKED, ["lfm2", "mamba2"]))
+@pytest.mark.parametrize("name", each(FORKED, ["mamba2"]))
 def test_a_family_forks_as_its_flat_rows(name):
     """Log-probs and gradients, with prompts padded and not, with layers checkpointed and not."""
     model = policy(name)
@@ -84,10 +84,15 @@ def test_a_family_forks_as_its_flat_rows(name):
         assert_same(scores_and_gradient(model, groups, ALWAYS), expected)
 
 
-@pytest.mark.parametrize("name", each(["mamba2", "falcon_h1"], []))
-def test_a_policy_in_16_bits_forks(name):
-    """It is probed as it trains, in bfloat16."""
-    assert isinstance(choose_layout(policy(name, torch.bfloat16), CPU), ForkedLayout)
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, ForkedLayout) for name in ("mamba2", "falcon_h1", "qwen3_5_text", "lfm2")]
+    + [("mamba", FlatLayout), ("jamba", FlatLayout)],
+)
+def test_a_policy_in_16_bits_shares_no_row(name, layout):
+    """Rounding hides there what a tiny recurrence changes: the states that its layers keep and read do not."""
+    assert isinstance(choose_layout(policy(name, torch.bfloat16), CPU), layout)
 
 
 @pytest.mark.parametrize("name", each(["mamba", "jamba"], ["mamba"]))
@@ -173,14 +178,16 @@ def test_no_state_outlives_its_pass(monkeypatch):
 
 @pytest.mark.parametrize("name", each(["dpo", "kto"], ["dpo"]))
 def test_a_training_step_is_the_same(name, tmp_path):
-    """Loss and gradient of a step of DPO, and of KTO, against log-probs that the same layout stored."""
+    """Loss and gradient of a step of DPO, and of KTO, against log-probs that the same layout stored; checkpointed."""
     groups = random_groups(4, seed=8)
     if name == "kto":
         groups = as_rows(groups)
     results = []
     for layout in (FlatLayout(10_000), ALWAYS):
-        model = policy("mamba2")
-        choose_layout(model, CPU)
+        model = policy("lfm2")
+        if layout is ALWAYS:
+            states.enable_forking(model.get_base_model())
+            checkpoint_layers(model, 1)
         store = ReferenceStore(tmp_path / f"{type(layout).__name__}.sqlite")
         reference = CachedReference(store, model, layout, 10_000, CPU, spot_checks=0)
         reference.prepare(groups_to_reference(loss := make_loss(name), groups, [range(len(groups))], ()))
