@@ -27,6 +27,7 @@ class Rendered:
         marks: the spans of messages' text that the template marks as the assistant's, one for each of its turns; None
             where it marks them otherwise or not at all.
         answer_start: where the answer begins in a text, given the prompt as for a generation and the text.
+        special: the tokenizer's special tokens; None where it has none.
     """
 
     messages: list[Message]
@@ -34,6 +35,7 @@ class Rendered:
     render: Callable[[list[Message], bool], str]
     marks: Callable[[list[Message]], list[Span] | None]
     answer_start: Callable[[str, str], int]
+    special: re.Pattern[str] | None
 
     def require_prompt(self, count: int, prompt: str) -> None:
         """Refuse a conversation whose first messages the template writes differently once an answer follows.
@@ -61,7 +63,10 @@ class Rendered:
         return start, len(self.text)
 
     def turn(self, index: int) -> Span | None:
-        """Where an answer before the last stands, with its end-of-turn token.
+        """Where an answer before the last stands, with its end-of-turn token if that is the one of a last answer.
+
+        Harmony, gpt-oss's template, ends a last answer with <|return|> and an earlier one with <|end|>, with which the
+        policy ends no answer: it is scored without that token.
 
         None where the template writes it, or what is before it, otherwise than at the end of a shorter conversation:
         the policy would not say it like this. A template that marks answers has another chance: the answer must be the
@@ -76,6 +81,12 @@ class Rendered:
         after = self.render(self.messages[: index + 1], False)
         if self.text.startswith(before) and self.text.startswith(after) and len(before) < len(after):
             return len(before), len(after)
+        ends = list(self.special.finditer(after)) if self.special is not None else []
+        if self.special is not None and ends and ends[-1].end() == len(after):
+            stop = ends[-1].start()
+            is_same = self.text.startswith(before) and self.text.startswith(after[:stop]) and len(before) < stop
+            if is_same and self.special.match(self.text, stop) is not None:
+                return len(before), stop
         return self._marked_turn(index, before, after)
 
     def _marked_turn(self, index: int, before: str, after: str) -> Span | None:

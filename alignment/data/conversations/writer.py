@@ -248,6 +248,7 @@ class Writer:
             partial(self.render, variables=row.variables),
             lambda some: marked_spans(self.tokenizer, template, some, **variables),
             answer_start,
+            self._special,
         )
 
     # What is wrong with it

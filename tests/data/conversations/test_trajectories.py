@@ -344,6 +344,57 @@ def test_published_templates_score_what_the_policy_would_say(name, tiny, config)
                 assert found.removesuffix("</s>").rstrip() in ends.rstrip()
 
 
+def test_harmony_scores_earlier_answers_without_the_end_that_only_a_history_has(tiny, config):
+    """gpt-oss ends an answer with <|return|>, in a history with <|end|>, which no policy says; the rest is scored."""
+    tiny.chat_template = published("gptoss")
+    tiny.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(tiny.chat_template)))})
+    talk = [user("x"), assistant("one"), user("u"), assistant("two")]
+    own = "<|channel|>final<|message|>"
+    first, last = f"«{own}one»<|end|><|start|>user<|message|>u<|end|><|start|>assistant", f"«{own}two<|return|>»"
+    (group,) = tokenize_groups([pair(talk, [talk[0], assistant("other")])], tiny, config()).groups
+    assert shown(tiny, group)[1:] == [first + last, f"«{own}other<|return|>»"]
+    data = tokenize_sft([row_of({"messages": talk}, "sft")], tiny, config())
+    assert data.counts["last_turn_only"] == 0
+    assert sft_shown(tiny, data.sequences[0]).endswith(f"<|start|>assistant{first}{last}")
+    thought = [user("x"), assistant("one", thinking="hm"), *talk[2:]]
+    with pytest.raises(UserError, match="writes an answer differently once more turns follow"):
+        tokenize_groups([pair(thought, [talk[0], assistant("other")])], tiny, config())
+
+
+@pytest.mark.parametrize("thought", [{}, {"reasoning_content": "HM"}])
+@pytest.mark.parametrize("name", each(published_names(), ("qwen3", "gptoss")))
+def test_prompts_that_end_with_the_result_of_a_tool(name, thought, tiny, config):
+    """The prompt is the template's own for a generation, token by token; the answer is what follows in the whole."""
+    tiny.chat_template = published(name)
+    tiny.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(tiny.chat_template)))})
+    call = assistant("", tool_calls=[CALL | {"id": "abcdefghi"}], **thought)
+    prompt = [user("ASK"), call, tool("RESULT") | {"name": "add", "tool_call_id": "abcdefghi"}]
+    row = Row(prompt, ([assistant("yes")], [assistant("no")]), source="data.jsonl:1")
+    switches = (
+        [{}, {"enable_thinking": True}, {"enable_thinking": False}] if "enable_thinking" in published(name) else [{}]
+    )
+    for switch in switches:
+        allow = ["unwritten", "special_tokens", "generation_prompt", "double_bos"]
+        settings = config(max_length=9000, max_prompt_length=8000, allow=allow, template_kwargs=switch)
+        if name == "gptoss" and thought:  # the template leaves the thought of a call out once there is an answer
+            with pytest.raises(UserError, match="writes the prompt differently once an answer follows"):
+                tokenize_groups([row], tiny, settings)
+            continue
+        try:
+            (group,) = tokenize_groups([row], tiny, settings).groups
+        except UserError:  # templates that know no tools
+            assert not name.startswith(("qwen", "llama", "glm", "deepseek", "gptoss_training" * (not thought) or "-"))
+            continue
+        writer = Writer(tiny, settings)
+        messages = writer.messages(row)
+        asked, whole = writer.render(messages, True, {}), writer.render([*messages, *writer.answers(row)[0]], False, {})
+        text, answer = (tiny.decode(ids) for ids in (group.prompt, group.completions[0]))
+        assert asked.startswith(text) and whole.startswith(text + answer.removesuffix("</s>").rstrip())
+        if whole.startswith(asked):  # two line breaks where prompt and answer meet are one token of the answer
+            assert asked.removeprefix(text) in ("", "\n")
+        assert ("RESULT" in text) == ("RESULT" in asked) and "yes" in answer and "RESULT" not in answer
+
+
 # SFT
 
 
