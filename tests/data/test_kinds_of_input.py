@@ -74,12 +74,81 @@ def outcome(tmp_path: Path, config: Callable[..., DataConfig]) -> Callable[..., 
     return read
 
 
+@pytest.fixture
+def chat(tiny: Any) -> Any:
+    """The tiny tokenizer with ChatML, beside the one without a template."""
+    tokenizer = copy.copy(tiny)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
 def check(found: tuple[Any, ...] | str, right: tuple[Any, ...] | str) -> None:
     """Compare the texts, or search the sentence, which has one line and ends once."""
     if isinstance(right, tuple):
         assert found == right
     else:
         assert isinstance(found, str) and re.search(right, found) and re.search(r"[^.]\.$", found), found
+
+
+# The inputs that were found
+
+FOUND: dict[str, int | str] = {
+    "pairs.jsonl": 15,
+    "01-preformatted-prompts/formatted.jsonl": "15 of 15 rows hold text that was formatted with a chat template before",
+    "04-csv-with-messages/json.csv": 15,
+    "04-csv-with-messages/repr.csv": 15,
+    "05-content-parts/parts.jsonl": 15,
+    "05-content-parts/numbers.jsonl": "row 1: column 'chosen' holds the number 5, not text or messages",
+    "06-tools-column/pairs.jsonl": 15,
+    "08-reasoning-content/pairs.jsonl": 15,
+    "09-save-to-disk/one_split": 15,
+    "09-save-to-disk/two_splits": 10,
+    "09-save-to-disk/hub_clone": 10,
+    "10-containers/array.jsonl": 15,
+    "10-containers/bom_crlf_u2028.jsonl": 15,
+    "10-containers/pairs.jsonl.gz": 15,
+    "10-containers/pairs.ndjson": 15,
+    "10-containers/pairs.tsv": 15,
+    "10-containers/pretty.jsonl": 15,
+    "10-containers/wrapped.json": 15,
+    "20-all-answers-cut/stories.jsonl": 32,
+    "22-values-on-the-command-line/größe.jsonl": 15,
+    "28-system-ignored/some_system.jsonl": 15,
+    "32-columns-with-other-meaning/steps_text.jsonl": 15,
+    "32-columns-with-other-meaning/weight_kg.jsonl": 15,
+}
+FOUND_SFT: dict[str, int | str] = {
+    "sft.jsonl": 15,
+    "06-tools-column/openai.jsonl": 15,
+    "06-tools-column/sharegpt.jsonl": 15,
+    "08-reasoning-content/sft.jsonl": 15,
+    "30-roles/assistant_first.jsonl": 15,
+    "30-roles/developer.jsonl": 15,
+    "30-roles/empty_earlier_answer.jsonl": 15,
+    "30-roles/late_system.jsonl": 15,
+    "30-roles/two_users.jsonl": 15,
+    "30-roles/ends_with_user.jsonl": "rows 1, 2, 3, 4 and 5: the conversation ends with a turn of user",
+    "30-roles/two_answers.jsonl": "rows 1, 2, 3, 4 and 5: another turn of assistant stands right before the answer",
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", [*FOUND, *FOUND_SFT])
+def test_inputs_that_were_found(name: str, chat: Any, config: Callable[..., DataConfig], shared: Path) -> None:
+    """Each file gives all of its rows, or the sentence that says what is wrong with it."""
+    settings = config(shared / "found" / name, max_length=4000, max_prompt_length=2000)
+    right = (FOUND | FOUND_SFT)[name]
+
+    def count() -> int:
+        if name in FOUND:
+            return len(tokenize_groups(load_rows(settings, stage="preference").train, chat, settings).groups)
+        return len(tokenize_sft(load_rows(settings, stage="sft").train, chat, settings).sequences)
+
+    if isinstance(right, int):
+        assert count() == right
+    else:
+        with pytest.raises(UserError, match=right):
+            count()
 
 
 # Containers
@@ -279,14 +348,6 @@ def test_messages(case: str, outcome: Callable[..., Any]) -> None:
 
 
 # Text that was formatted before
-
-
-@pytest.fixture
-def chat(tiny: Any) -> Any:
-    """The tiny tokenizer with ChatML, beside the one without a template."""
-    tokenizer = copy.copy(tiny)
-    tokenizer.chat_template = CHATML
-    return tokenizer
 
 
 FORMATTED = (
