@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from alignment.errors import UserError
 
@@ -63,7 +64,17 @@ def build_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
     """The model without its weights, on torch's meta device."""
     with torch.device("meta"):
         model: nn.Module = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    show_decoder(model)
     return model
+
+
+def show_decoder(model: Any) -> None:
+    """Let `get_decoder` find the decoder of a class that names a part which it has not, as Llama 4's for text does.
+
+    It would give the whole model, and scoring would keep all logits of a pass.
+    """
+    if model.get_decoder() is model and isinstance(getattr(model, "model", None), PreTrainedModel):
+        model.base_model_prefix = "model"
 
 
 def attentions(config: Any) -> list[str]:

@@ -19,7 +19,14 @@ from alignment.errors import UserError, did_you_mean, require
 from alignment.files import cache_dir
 from alignment.kernels.base import in_words
 from alignment.kernels.experts import patch_experts
-from alignment.policy.architecture import AUTO_ATTENTION, attentions, auto_class, build_model, unknown_architecture
+from alignment.policy.architecture import (
+    AUTO_ATTENTION,
+    attentions,
+    auto_class,
+    build_model,
+    show_decoder,
+    unknown_architecture,
+)
 from alignment.policy.calibration import calibrate
 from alignment.policy.layers import disable_dropout
 from alignment.policy.quantize import (
@@ -282,6 +289,7 @@ def load_base(
         # In eval mode on CPUs with AVX512-BF16 such a layer would repack its weight in place and lose its gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    show_decoder(model)
     patch_experts(model)
     enable_scoring(model)
     check_scoring(model, model.get_input_embeddings().num_embeddings, device)

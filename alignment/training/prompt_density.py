@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alignment.errors import UserError
-from alignment.scoring.logps import autocast
+from alignment.scoring.logps import autocast, keeps_logits
 from alignment.types import Group
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,7 @@ def _embedded(
         yield members, (hidden.float().masked_fill(~real[..., None], 0).sum(1) / lengths[:, None]).cpu()
 
 
-def prompt_embeddings(
-    model: nn.Module, prompts: Sequence[np.ndarray], tokens_per_batch: int, device: torch.device
-) -> Tensor:
+def prompt_embeddings(model: Any, prompts: Sequence[np.ndarray], tokens_per_batch: int, device: torch.device) -> Tensor:
     """(n, H) float32 on the CPU: the mean over a prompt's tokens of the decoder's last hidden states.
 
     Args:
@@ -62,7 +60,15 @@ def prompt_embeddings(
         prompts: n arrays of token ids.
         tokens_per_batch: at most this many positions in a pass, padding included, unless a single prompt has more.
         device: of the model.
+
+    Raises:
+        UserError: the model shows no hidden states.
     """
+    if keeps_logits(model):
+        raise UserError(
+            f"loss.density_weights compares prompts by the hidden states of the model, and "
+            f"{model.config.model_type} gives none: set loss.density_weights=false."
+        )
     parts = list(_embedded(model, prompts, tokens_per_batch, device))
     embeddings = torch.cat([embeddings for _, embeddings in parts])
     return embeddings[torch.tensor([i for members, _ in parts for i in members]).argsort()]

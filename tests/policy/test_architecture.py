@@ -6,7 +6,9 @@ import pytest
 
 from alignment.config.compose import load as compose
 from alignment.errors import UserError
-from alignment.policy.architecture import attentions
+from alignment.policy.architecture import attentions, build_model
+from alignment.policy.layers import decoder_layers
+from alignment.scoring.logps import keeps_logits
 from alignment.training.forecast import read_config
 from tests.conftest import each
 from tests.helpers.families import FAMILIES, write_model
@@ -53,6 +55,15 @@ def test_what_only_a_library_lacks_is_said(folders, monkeypatch):
         "model.attention=flash_attention_2: the package for FlashAttention2 doesn't seem to be installed; install it, "
         "or set model.attention=auto."
     )
+
+
+@pytest.mark.parametrize("model_type", each([f.model_type for f in FAMILIES], ["llama4_text"]))
+def test_every_family_is_scored_by_its_decoder(model_type, folders):
+    """Not by whole logits, and its plan knows its layers."""
+    model = load(folders(model_type), attention="auto")
+    assert not keeps_logits(model)
+    assert model.get_decoder() is not model and build_model(model.config).get_decoder().config is not None
+    assert len(decoder_layers(build_model(model.config))) == len(decoder_layers(model)) > 0
 
 
 def test_an_architecture_that_nobody_knows_is_one_sentence(folders, tmp_path):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from alignment.errors import UserError
 from alignment.policy.adapter import check_adapter_gradients, load_adapter
 from alignment.policy.architecture import auto_class
 from alignment.reference.live import LiveReference
@@ -13,6 +14,7 @@ from alignment.scoring.layout import FlatLayout
 from alignment.scoring.logps import score
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.training.memory import count_weights, sizes_of
+from alignment.training.prompt_density import prompt_embeddings
 from tests.conftest import random_groups
 from tests.helpers.families import policy
 from tests.helpers.odd_model import OddConfig
@@ -73,6 +75,13 @@ def test_a_divergence_of_an_unseen_model(odd_folder, tmp_path):
     assert math.isclose(loss.item(), math.log(2), abs_tol=1e-5)
     [batch] = FlatLayout().batches(groups, 10_000)
     assert score(model, batch).values.requires_grad
+
+
+def test_prompts_of_an_unseen_model_have_no_density(odd_folder):
+    """BCO's weights come from hidden states, which a model that is scored by its logits may not have."""
+    model = policy(odd_folder, quantization=None)
+    with pytest.raises(UserError, match=r"^loss\.density_weights compares .* and odd gives none: set loss\.density_w"):
+        prompt_embeddings(model, [GROUPS[0].prompt], 100, CPU)
 
 
 def test_sft_takes_the_loss_of_the_models_own_logits(odd_folder):
