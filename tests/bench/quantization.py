@@ -371,11 +371,11 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def put_into_docs(text: str, page: Path = DOCS) -> None:
+def put_into_docs(text: str, page: Path = DOCS, markers: tuple[str, str] = MARKERS) -> None:
     """Replace the tables between the markers of the page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
-    after = rest.partition(MARKERS[1])[2]
-    page.write_text(f"{before}{MARKERS[0]}\n\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
+    before, _, rest = page.read_text(encoding="utf-8").partition(markers[0])
+    after = rest.partition(markers[1])[2]
+    page.write_text(f"{before}{markers[0]}\n\n{text}\n{markers[1]}{after}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,9 @@ from alignment.data.layouts.columns import (
 )
 from alignment.data.layouts.prompts import ASKED
 from alignment.data.rows.row import BadRow, Rejected
+from alignment.data.rows.sequences import KEPT_ROWS
+
+log = logging.getLogger(__name__)
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 LISTS = ("completions", "responses", "answers", "candidates", "outputs", "generations", "replies")
@@ -218,6 +222,8 @@ class Gathered(Reading):
                 groups.setdefault(key, []).append((file, row, record))
             else:
                 yield file, row, record
+        if (number := sum(map(len, groups.values()))) > KEPT_ROWS:
+            log.info("  %d rated answers of %d prompts are in memory at once, to be gathered.", number, len(groups))
         for group in groups.values():
             file, row, first = group[0]
             if len(group) == 1:

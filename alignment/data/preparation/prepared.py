@@ -25,7 +25,8 @@ import alignment
 from alignment.config.data import DataConfig
 from alignment.data.layouts.recognition import Stage
 from alignment.data.rows.sequences import KEPT_ROWS
-from alignment.data.sources.loading import local_files
+from alignment.data.sources.loading import origins
+from alignment.data.sources.remote import File
 from alignment.data.tokens.batches import ProcessDied
 from alignment.data.tokens.progress import JOURNAL
 from alignment.errors import UserError
@@ -103,6 +104,8 @@ def prepared(
     if key is None:
         with _unfinished(store / f".{os.getpid()}-{time.time_ns()}", goes_on=False) as folder:
             yield Place(folder, None)
+            if folder.exists():  # there were many rows
+                log.info("  These tokens are for this start alone: %s.", _why_not(config))
         return
     waiting = f"Another run is preparing these data ({key[:12]}); waiting for their tokens ..."
     with file_lock(store / f"{key}.lock", waiting), _unfinished(store / f".{key}", goes_on=True) as folder:
@@ -132,12 +135,15 @@ def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> 
     """Name of the entry; None where the data are few, or come from where their content cannot be told beforehand."""
     if config.limit is not None and config.limit <= KEPT_ROWS:
         return None
-    files = local_files(config)
-    if not files or sum(path.stat().st_size for path in files) < _SMALL:
+    found = origins(config)
+    if not found or sum(one.stat().st_size if isinstance(one, Path) else _SMALL for one in found) < _SMALL:
+        return None
+    stamps = [[str(one), _stamp(one)] for one in found]
+    if any(stamp is None for _, stamp in stamps):
         return None
     writes_date = "strftime_now" in str(tokenizer.chat_template)
     content = [
-        [[str(path), file_digest(path)] for path in files],
+        stamps,
         asdict(config),
         stage,
         _tokenizer_digest(tokenizer),
@@ -146,6 +152,22 @@ def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> 
         _code(),
     ]
     return hashlib.blake2b(to_json(content), digest_size=16).hexdigest()
+
+
+def _why_not(config: DataConfig) -> str:
+    if config.sources:
+        return "mixtures are drawn anew by every start"
+    return (
+        "nothing tells before the reading whether its source has changed; a file here, or data.revision with the "
+        "commit of a hub set, does"
+    )
+
+
+def _stamp(origin: File | str) -> str | None:
+    """What changes with the content; None where nothing does."""
+    if isinstance(origin, str):  # a commit
+        return ""
+    return file_digest(origin) if isinstance(origin, Path) else origin.stamp()
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from alignment.config.data import DataConfig, Duplicates, Ties
-from alignment.config.places import BUNDLED_PREFIX
+from alignment.config.places import BUNDLED_PREFIX, is_on_hub
 from alignment.data.conversations.messages import found
 from alignment.data.layouts.columns import Numbered
 from alignment.data.layouts.comparisons import Verdicts
@@ -23,6 +24,7 @@ from alignment.data.rows.sequences import Picked, RowList
 from alignment.data.sources.decontamination import Contamination
 from alignment.data.sources.folders import files_of
 from alignment.data.sources.opening import Opened, bundled_file, open_records, same_rows
+from alignment.data.sources.remote import File
 from alignment.errors import UserError, as_names
 
 _SHOWN_VALUES = 20
@@ -201,8 +203,10 @@ def overlaps(contents: np.ndarray, prompts: np.ndarray, held_out: np.ndarray) ->
     return notes + ([f"{shared} held-out prompts are training prompts too"] if shared else [])
 
 
-def local_files(config: DataConfig) -> list[Path] | None:
-    """All files that the rows come from, in order; None where some come from elsewhere.
+def origins(config: DataConfig) -> list[File | str] | None:
+    """All files that the rows come from, in order, and the names of sets on the hub at a commit.
+
+    None where some rows come from what may change and does not say so: another set on a hub, a mixture.
 
     Raises:
         UserError: there is no such file, or none of a split.
@@ -214,15 +218,19 @@ def local_files(config: DataConfig) -> list[Path] | None:
         others = config.source if config.eval_source is None else config.eval_source
         split = config.eval_split or config.split
         asked += [(source, split) for source in as_names("data.eval_source", others)]
-    asked += [(name, "test") for name in config.decontaminate]
-    found: list[Path] = []
-    for source, split in asked:
+    known: list[File | str] = []
+    for source, split in [*asked, *((name, "test") for name in config.decontaminate)]:
         files = [] if source.startswith(BUNDLED_PREFIX) else files_of(source, split, config.name)
-        own = [file for file in files if isinstance(file, Path)]
-        if not own or len(own) < len(files):
+        if files:
+            known += files
+        elif is_on_hub(source) and _COMMIT.fullmatch(config.revision or "") and (source, split) in asked:
+            known.append(f"{source}@{config.revision}, {config.name}, {split}")
+        else:
             return None
-        found += own
-    return found
+    return known
+
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def _picked(rows: RowList, indices: np.ndarray) -> Sequence[Row]:

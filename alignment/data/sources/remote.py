@@ -12,6 +12,8 @@ from alignment.config.places import MAGIC, is_data_name
 from alignment.errors import UserError
 
 T = TypeVar("T")
+_TAGS = ("ETag", "etag", "blob_id", "sha256", "md5Hash", "content_md5")
+"""Where file systems keep what changes with the content of a file."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -31,6 +33,15 @@ class RemoteFile:
         import fsspec
 
         return _asked(self.url, lambda: fsspec.open(self.url, mode).open())
+
+    def stamp(self) -> str | None:
+        """What its place says that changes with its content: its size with an ETag or a digest; None without these."""
+        import fsspec
+
+        fs, path = _asked(self.url, lambda: fsspec.core.url_to_fs(self.url))
+        info = _asked(self.url, lambda: fs.info(path))
+        tag = next((str(info[name]) for name in _TAGS if info.get(name)), None)
+        return None if tag is None or tag.startswith("W/") else f"{info.get('size')} {tag}"
 
     def __str__(self) -> str:
         return self.url

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_
 
 import numpy as np
 
+from alignment.files import file_digest
 from alignment.types import Group
 
 T = TypeVar("T")
@@ -234,10 +235,13 @@ class Stored(Sequence[T]):
         self._parts: dict[str, dict[str, np.ndarray]] = {
             name: {"values": np.zeros(0, dtype=np.uint8)} for name in kind.columns
         }
+        self._maps: list[Any] = []
+        self._touched = 0
         for name, dtype in written["dtypes"].items():
-            mapped = _mapped(folder / name)
-            if check and hashlib.blake2b(mapped, digest_size=32).hexdigest() != written["digests"][name]:
+            if check and file_digest(folder / name) != written["digests"][name]:
                 raise ValueError(f"its file {name} has changed")
+            mapped = _mapped(folder / name)
+            self._maps += [mapped] if hasattr(mapped, "madvise") else []
             field, _, part = name.rpartition(".")
             self._parts[field][part] = np.frombuffer(mapped, dtype=dtype)
 
@@ -268,8 +272,17 @@ class Stored(Sequence[T]):
         if start == stop:
             return []
         columns = [column.unpack(self._parts[name], start, stop) for name, column in self._kind.columns.items()]
+        self._let_go(stop - start)
         names = list(self._kind.columns)
         return [self._kind.build(**dict(zip(names, fields, strict=True))) for fields in zip(*columns, strict=True)]
+
+    def _let_go(self, items: int) -> None:
+        """Now and then, leave what was read to the system: its pages would count as this process's for ever."""
+        self._touched += max(_AT_ONCE // 64, items)  # an item by itself brings its neighbours along
+        if self._touched >= _AT_ONCE // 2:
+            self._touched = 0
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _mapped(path: Path) -> mmap.mmap | bytes:

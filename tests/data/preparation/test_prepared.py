@@ -410,13 +410,17 @@ def test_two_that_prepare_the_same_make_it_once(
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_large_mixtures(loss: str, mixture: Any, jsonl: Any, chat: Any, tmp_path: Path, small_limits: None) -> None:
+def test_large_mixtures(
+    loss: str, mixture: Any, jsonl: Any, chat: Any, tmp_path: Path, small_limits: None, caplog: Any
+) -> None:
     """Sources in files, beside small ones in memory, give the mixture that memory gives; nothing of them stays."""
     sources = {
         "large": {"source": jsonl(records(), "large.jsonl"), "eval_size": 9, "weight": 5, "max_bad_rows": 9},
         "small": {"source": jsonl(records(12), "small.jsonl"), "eval_size": 2, "weight": 1},
     }
     config = mixture(sources)
-    there = preferences(config, chat, tmp_path / "cache", loss)
+    with caplog.at_level("INFO"):
+        there = preferences(config, chat, tmp_path / "cache", loss)
+    assert "These tokens are for this start alone: mixtures are drawn anew by every start." in caplog.text
     assert there == preferences(config, chat, None, loss)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]

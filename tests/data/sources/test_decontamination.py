@@ -6,7 +6,7 @@ import pytest
 
 from alignment.data.preparation.prepare import fit_preferences, read_preferences
 from alignment.data.sources.decontamination import words_of
-from alignment.data.sources.loading import load_rows, local_files
+from alignment.data.sources.loading import load_rows, origins
 from alignment.errors import UserError
 from tests.conftest import recommended_loss
 
@@ -147,8 +147,8 @@ def test_a_real_evaluation_set(shared, config, jsonl):
 def test_the_evaluation_sets_belong_to_the_files_of_prepared_data(config, jsonl):
     """Tokens that are kept depend on them; what is bundled is told by no file, so nothing is kept."""
     path, other = jsonl([pair("x")]), jsonl([{"prompt": LONG}], "eval.jsonl")
-    assert local_files(config(path, decontaminate=[str(other)])) == [path, other]
-    assert local_files(config(path, decontaminate=["bundled:quickstart"])) is None
+    assert origins(config(path, decontaminate=[str(other)])) == [path, other]
+    assert origins(config(path, decontaminate=["bundled:quickstart"])) is None
 
 
 def test_bundled_sets_by_name(config):

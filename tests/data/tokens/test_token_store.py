@@ -139,3 +139,24 @@ def test_rows_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.
 def test_the_hints_of_a_group_are_what_the_columns_are_made_of() -> None:
     """A field is carried because it is declared."""
     assert list(GROUPS.columns) == list(get_type_hints(Group)) == [f.name for f in fields(Group)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process's maps")
+def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Pages of the files are left to the system again and again: at no time are many of them this process's."""
+    tokens = np.arange(2000, dtype=np.int32)
+    writer = StoreWriter(tmp_path / "groups", GROUPS)
+    for _ in range(4):
+        writer.add([Group(tokens, (tokens, tokens))] * 500)
+    stored = Stored(tmp_path / "groups", GROUPS, writer.close())
+
+    def mapped() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        starts = [i for i, line in enumerate(lines) if str(tmp_path) in line]
+        return sum(int(next(x for x in lines[i:] if x.startswith("Rss:")).split()[1]) for i in starts)
+
+    most = 0
+    for number, _ in enumerate(stored):
+        most = max(most, mapped() if number % 500 == 0 else 0)
+    whole = sum(path.stat().st_size for path in (tmp_path / "groups").iterdir()) // 1024
+    assert whole > 40_000 and most < whole / 10
