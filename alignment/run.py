@@ -28,11 +28,15 @@ from alignment.config.arguments import check_arguments
 from alignment.config.compose import VERSION_BASE, as_plain, finish_composition, to_run_config
 from alignment.config.preflight import check_machine
 from alignment.config.resume import require_new
+from alignment.config.schema import Device, RunConfig
 from alignment.config.sweep import Sweep
 from alignment.config.typed_text import typed_path
 from alignment.errors import UserError
 from alignment.files import asset_dir, atomic_write_text, disk_problem, redact
 from alignment.kernels.allocator import begin_tensors_on_pages, grow_gpu_segments
+from alignment.ranks.launch import launch, rank_count
+from alignment.ranks.place import LOGS, LOST, take_place
+from alignment.ranks.team import RankLost, Team, join
 from alignment.stages.cohorts import SweepCohort, cohorts
 from alignment.stages.sweep import attempt, member_folders, members_without_result
 
@@ -49,10 +53,12 @@ class Job:
     Attributes:
         config_dir: your configuration folder, if you named one.
         cohorts: by the folder of a member, the cohort in which this process trains it.
+        team: the ranks that share a single run.
     """
 
     config_dir: Path | None
     cohorts: Mapping[Path, SweepCohort]
+    team: Team | None = None
 
     def __call__(self, cfg: DictConfig) -> float | None:
         """Run, or go on.
@@ -86,11 +92,11 @@ class Job:
         try:
             if not is_new and cfg.resume is None:
                 require_new(run_dir)
-            run_chain(cfg, choices, run_dir)
+            run_chain(cfg, choices, run_dir, team=self.team)
         except UserError as error:
             if is_new and not (run_dir / "stages").exists():
                 _remove_traces(run_dir)
-            sys.exit(f"Error: {error}")
+            sys.exit(_last_word(error))
         except KeyboardInterrupt:
             if not path.exists():
                 _remove_traces(run_dir)
@@ -108,7 +114,18 @@ class Job:
         return f"python -m alignment.run {option}{typed_path('resume', run_dir)}"
 
 
-def run_chain(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, slot: CohortSlot | None = None) -> None:
+def _last_word(error: UserError) -> str | int:
+    """What this process ends with: the sentence, or the code that leaves it to our launcher, which knows more."""
+    return LOST if isinstance(error, RankLost) and LOGS in os.environ else f"Error: {error}"
+
+
+def run_chain(
+    cfg: DictConfig,
+    choices: Mapping[str, str],
+    run_dir: Path,
+    slot: CohortSlot | None = None,
+    team: Team | None = None,
+) -> None:
     """Check the configuration and the machine, then go through the stages."""
     path = run_dir / "config.yaml"
     finish_composition(cfg, choices)
@@ -120,7 +137,7 @@ def run_chain(cfg: DictConfig, choices: Mapping[str, str], run_dir: Path, slot: 
     quieten_libraries()
 
     resolved = redact(as_plain(cfg))
-    chain = Chain(config, run_dir, choices["recipe"], resolved, slot)
+    chain = Chain(config, run_dir, choices["recipe"], resolved, slot, team=team)
     if not path.exists():
         atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
     chain.run()
@@ -181,6 +198,16 @@ def _start(job: Job, arguments: list[str]) -> None:
     hydra.main(config_path=str(asset_dir("conf")), config_name="config", version_base=VERSION_BASE)(job)()
 
 
+def _ranks(config: RunConfig | None) -> int:
+    """How many ranks this machine is to start for a run."""
+    if config is None or config.trainer.devices == 1:
+        return 1
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return rank_count(config.trainer.devices, gpus, config.device is not Device.cpu and gpus > 0)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; leaves the process with status 1 and one sentence where you can mend something."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handlers below as they are
@@ -188,16 +215,38 @@ def main(arguments: list[str] | None = None) -> None:
     grow_gpu_segments()
     _stop_like_ctrl_c()
     logging.raiseExceptions = False  # a log on a full disk is no second error, with a traceback for every line
+    try:
+        place = take_place()
+        team = None if place is None else join(place)
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+    if team is not None and team.place.rank:
+        team.follow()
+        return
+    try:
+        _command(list(sys.argv[1:] if arguments is None else arguments), team)
+    finally:
+        if team is not None:
+            team.end()
+
+
+def _command(arguments: list[str], team: Team | None) -> None:
     sweep = None
     try:
-        checked = check_arguments(list(sys.argv[1:] if arguments is None else arguments))
+        checked = check_arguments(arguments)
         if checked.help is not None:
             sys.stdout.write(checked.help)
             return
         sweep = checked.sweep
         if sweep is None:
-            _start(Job(checked.config_dir, {}), checked.for_hydra)
+            if team is not None:
+                require_team(checked.config, team)
+            elif (count := _ranks(checked.config)) > 1:
+                launch(count, "alignment.run", arguments)
+            _start(Job(checked.config_dir, {}, team), checked.for_hydra)
             return
+        if team is not None:
+            raise UserError("A sweep has no work for several ranks: start it without torchrun, or one member alone.")
         together = cohorts(sweep.members)
         by_folder = {member.folder.resolve(): cohort for cohort in together for member in cohort.members}
         gave_up = None
@@ -219,6 +268,19 @@ def main(arguments: list[str] | None = None) -> None:
         if sweep is not None and sweep.folder.exists():
             sys.exit(f"\nInterrupted; continue with: {sweep.command}")
         sys.exit(130)
+
+
+def require_team(config: RunConfig | None, team: Team) -> None:
+    """Refuse a number of ranks that the launcher has not started.
+
+    Raises:
+        UserError: both numbers, and what to do.
+    """
+    if config is not None and config.trainer.devices not in ("auto", 1, team.size):
+        raise UserError(
+            f"trainer.devices={config.trainer.devices}, and the launcher has started {team.size} ranks: leave it out, "
+            f"since the launcher decides."
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from alignment.config.members import is_sweep, sweep_members
 from alignment.config.overrides import refuse_without_effect
 from alignment.config.registry import register
 from alignment.config.resume import FREE, require_new, resumed_overrides
+from alignment.config.schema import RunConfig
 from alignment.config.sweep import Sweep, check_sweep, pin_folder
 from alignment.config.typed_text import as_text, quoted_path
 from alignment.errors import UserError, did_you_mean
@@ -35,12 +36,14 @@ class CommandLine:
         config_dir: your configuration folder, if you named one.
         sweep: the sweep to start, if it is one.
         help: a text to show instead of a run.
+        config: of the run, if it is one.
     """
 
     for_hydra: list[str]
     config_dir: Path | None = None
     sweep: Sweep | None = None
     help: str | None = None
+    config: RunConfig | None = None
 
 
 def check_arguments(arguments: list[str]) -> CommandLine:
@@ -86,13 +89,14 @@ def check_arguments(arguments: list[str]) -> CommandLine:
             raise UserError(f"{key} has no effect: it is for the members of a sweep, which is started with -m.")
     if config.resumes:
         assert config.resume is not None
-        return CommandLine(resumed_overrides(overrides, config.resume, recipe), config_dir)
+        saved = resumed_overrides(overrides, config.resume, recipe)
+        return CommandLine(saved, config_dir, config=to_run_config(compose_node(saved)))
     if config.stopping is not None:
         raise UserError("stopping compares the members of a sweep, which -m starts: for a run alone set stopping=none.")
     if is_sweep(recipe):
         raise UserError(f"Recipe {recipe} is a sweep of {len(sweep_members(overrides))} runs: start it with -m.")
     require_new(run_dir)
-    return CommandLine(overrides, config_dir)
+    return CommandLine(overrides, config_dir, config=config)
 
 
 def _take_config_dir(arguments: list[str]) -> tuple[list[str], Path | None]:

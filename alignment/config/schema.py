@@ -91,6 +91,9 @@ class TrainerConfig:
     "auto". With `joint_passes` true these members share one pass, which is experimental; otherwise, null included, they
     take turns with passes of their own. Neither changes the result.
 
+    `devices` is how many ranks share each step, on as many GPUs of this machine: a number, or "auto" for all of them.
+    It does not change the result beyond the order of sums.
+
     `router_aux_loss_coef` times the load-balancing loss of the routers is added to the loss of a mixture of experts.
     """
 
@@ -107,6 +110,7 @@ class TrainerConfig:
     cohort: Any  # an int or "auto": unions of types break where configurations are merged
     joint_passes: bool | None
     router_aux_loss_coef: float
+    devices: Any  # as cohort
 
     def __post_init__(self) -> None:
         require(0 < self.epochs < math.inf, f"trainer.epochs must be a finite number above 0, not {self.epochs}.")
@@ -116,8 +120,10 @@ class TrainerConfig:
         )
         for key in ("groups_per_step", "log_every", "keep_checkpoints"):
             require(getattr(self, key) >= 1, f"trainer.{key} must be at least 1, not {getattr(self, key)}.")
-        number = isinstance(self.cohort, int) and not isinstance(self.cohort, bool) and self.cohort >= 1
-        require(self.cohort == "auto" or number, f"trainer.cohort must be auto or at least 1, not {self.cohort}.")
+        for key in ("cohort", "devices"):
+            value = getattr(self, key)
+            number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(value == "auto" or number, f"trainer.{key} must be auto or at least 1, not {value}.")
         for key in ("eval_every", "save_every", "router_aux_loss_coef"):
             require(getattr(self, key) >= 0, f"trainer.{key} must be at least 0, not {getattr(self, key)}.")
         for key, least in (("tokens_per_batch", 1), ("checkpoint_every", 0)):

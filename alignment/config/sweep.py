@@ -104,6 +104,11 @@ def _checked_member(overrides: list[str], node: DictConfig, folder: Path, plugin
             f"trainer.cohort={config.trainer.cohort} trains members in one process, and {plugin} starts each one "
             f"by itself: choose one of them."
         )
+    if config.trainer.devices != 1:
+        raise UserError(
+            f"trainer.devices={config.trainer.devices} shares one run among several ranks, and a sweep trains its "
+            f"members one after another or several at once: set it to 1, or start each member without -m."
+        )
     if (run_dir / "config.yaml").exists() and (changed := changes(run_dir, node)):
         raise UserError(f"{folder} holds another sweep: {changed} differs in {run_dir.name}. Choose another folder.")
     return SweepMember(run_dir, node, hydra_config, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from alignment.policy.adapter import has_adapter
+from alignment.ranks.shares import evenly
+from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.scoring.logps import autocast
 
 
@@ -29,7 +32,25 @@ def stop_tokens(tokenizer: Any, end_of_turn: int | None, own: Sequence[int]) -> 
     return sorted({token for token in (tokenizer.eos_token_id, end_of_turn, *own) if token is not None})
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are sampled.
+
+    Attributes:
+        stops: the tokens that end an answer.
+        temperature: 0 for greedy ones.
+        max_new_tokens: after which an answer is cut.
+        batch_size: prompts at once.
+        seed: of what is drawn.
+    """
+
+    stops: Sequence[int]
+    temperature: float
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+
+
 def sample(
     model: nn.Module,
     prompts: Sequence[np.ndarray],
@@ -40,44 +61,72 @@ def sample(
     batch_size: int,
     device: torch.device,
     seed: int,
+    team: Team | None = None,
 ) -> list[np.ndarray]:
     """One answer per tokenised prompt, in order: int32 tokens up to and including the first stop token.
 
     The model computes in the precision in which it is scored, so the policy that answers is the one that was trained.
-    Greedy at temperature 0. Otherwise drawn with `seed`; the global random state is left alone.
+    Greedy at temperature 0; then the ranks of a team share the batches. Otherwise drawn with `seed`; the global random
+    state is left alone.
     """
-    answers: dict[int, np.ndarray] = {}
+    how = Sampling(stops, temperature, max_new_tokens, batch_size, seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if team is None or temperature > 0:  # what a batch draws depends on those before it
+        found = [_sampled(model, [[prompts[i] for i in members] for members in batches], how, device)]
+        shares = [list(range(len(batches)))]
+    else:
+        shares = evenly([sum(len(prompts[i]) + max_new_tokens for i in members) for members in batches], team.size)
+        asked = [([[prompts[i] for i in batches[number]] for number in own], how) for own in shares]
+        found = team.run(
+            sample_share, asked, lambda own: _sampled(model, own[0], own[1], device), trained_parameters(model)
+        )
+    answers: dict[int, np.ndarray] = {}
+    for own, results in zip(shares, found, strict=True):
+        for number, texts in zip(own, results, strict=True):
+            answers.update(zip(batches[number], texts, strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def sample_share(post: Post, asked: tuple[list[list[np.ndarray]], Sampling]) -> list[list[np.ndarray]]:
+    """The answers of a rank that follows to its batches."""
+    return _sampled(post.model, asked[0], asked[1], post.device)
+
+
+@torch.no_grad()
+def _sampled(
+    model: Any, batches: Sequence[Sequence[np.ndarray]], how: Sampling, device: torch.device
+) -> list[list[np.ndarray]]:
+    """The answers to the prompts of each batch."""
+    answers: list[list[np.ndarray]] = []
     sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if how.temperature > 0:
+        sampling = {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0}
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # its default: every GPU it sees
-        torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            members = order[start : start + batch_size]
-            width = max(len(prompts[i]) for i in members)
-            ids = torch.zeros((len(members), width), dtype=torch.int64)
+        torch.manual_seed(how.seed)
+        for prompts in batches:
+            width = max(len(prompt) for prompt in prompts)
+            ids = torch.zeros((len(prompts), width), dtype=torch.int64)
             mask = torch.zeros_like(ids)
-            for row, index in enumerate(members):
-                ids[row, width - len(prompts[index]) :] = torch.from_numpy(prompts[index].astype(np.int64))
-                mask[row, width - len(prompts[index]) :] = 1
+            for row, prompt in enumerate(prompts):
+                ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+                mask[row, width - len(prompt) :] = 1
             with autocast(model, device):
                 output = model.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=list(stops),
-                    pad_token_id=stops[0],  # the padding after an answer's end is cut off below
+                    max_new_tokens=how.max_new_tokens,
+                    eos_token_id=list(how.stops),
+                    pad_token_id=how.stops[0],  # the padding after an answer's end is cut off below
                     **sampling,
                 )
-            for row, index in enumerate(members):
-                new = output[row, width:].to("cpu", torch.int32).numpy()
-                ends = np.flatnonzero(np.isin(new, stops))
-                answers[index] = new[: ends[0] + 1] if len(ends) else new
+            new = [answer[width:].to("cpu", torch.int32).numpy() for answer in output]
+            ends = [np.flatnonzero(np.isin(answer, how.stops)) for answer in new]
+            answers.append([a[: end[0] + 1] if len(end) else a for a, end in zip(new, ends, strict=True)])
     model.train(was_training)
-    return [answers[i] for i in range(len(prompts))]
+    return answers
 
 
 def as_text(tokenizer: Any, answer: Sequence[int], stops: Sequence[int]) -> str:

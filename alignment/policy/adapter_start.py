@@ -45,6 +45,11 @@ class StartSources:
     sequences: Callable[[], Sequence[np.ndarray]] | None = None
 
 
+def reads_data(config: AdapterConfig | None) -> bool:
+    """Whether an adapter's start looks at training data."""
+    return config is not None and config.init_family in DATA_INITS
+
+
 @torch.no_grad()
 def start_adapter(model: nn.Module, config: AdapterConfig, seed: int, sources: StartSources) -> None:
     """Give a fresh LoRA the start that the settings ask for; PiSSA, OLoRA and CorDA edit the base in memory.
@@ -102,7 +107,7 @@ def _stored(
 ) -> Start:
     """The start from the cache, or computed and kept there: a resumed run begins with the same to the last bit."""
     sequences: Sequence[np.ndarray] = ()
-    if config.init_family in DATA_INITS:
+    if reads_data(config):
         sequences = () if sources.sequences is None else sources.sequences()
         if not sequences:
             raise UserError(f"adapter.init={config.init} looks at training data, and there are none here.")

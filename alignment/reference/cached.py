@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 
 from alignment.data.rows.sequences import Picked
 from alignment.errors import NotFinite, require
+from alignment.ranks.shares import in_rounds, share_groups
+from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.base import Reference, agreement_limit
 from alignment.reference.completions import Completions, CompletionValues
+from alignment.reference.given import ENTROPIES, LOGPS
 from alignment.reference.store import ReferenceStore
-from alignment.scoring.layout import BatchLayout, MicroBatch
-from alignment.scoring.logps import in_passes, join_scores, score_tokens
+from alignment.scoring.layout import BatchLayout
+from alignment.scoring.logps import in_passes, score_tokens
 from alignment.types import Group, Quantity, RaggedLogps
 
 log = logging.getLogger(__name__)
@@ -30,8 +34,38 @@ _LOOKED_UP = 4096
 """Completions that are looked up together."""
 _COMPUTED = 16384
 """Completions that are laid out in passes together; of more, those that come first are computed first."""
-_LOGPS, _ENTROPIES = 0, 1
-"""Rows of the values that this module keeps of a completion; the second only where entropies are asked for."""
+_PASSES_PER_ROUND = 8
+"""Of each rank, before rank 0 has the values of all and writes them."""
+
+Scored = tuple[Sequence[int], list[int], Tensor]
+"""Of a pass: its groups, as indices, their scored tokens, and (rows, tokens) on the CPU in the order of the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Completions that a rank is to score for the store, each in a group of its own."""
+
+    groups: Sequence[Group]
+    tokens_per_batch: int
+    quantities: frozenset[Quantity]
+
+    def scored(self, model: nn.Module, layout: BatchLayout, device: torch.device) -> Iterator[Scored]:
+        """Their values, pass by pass."""
+        passes = in_passes(
+            lambda batch: score_tokens(model, batch, self.quantities),
+            self.groups,
+            layout,
+            self.tokens_per_batch,
+            device,
+        )
+        for batch, scores in passes:
+            values = torch.stack([scores.logps, *scores.by_quantity().values()]).to("cpu")
+            yield batch.indices, batch.offsets.diff().tolist(), values
+
+
+def score_missing(post: Post, missing: Missing) -> list[Scored]:
+    """What a rank that follows has scored of the completions that the store lacks."""
+    return list(missing.scored(post.model, post.layout, post.device))
 
 
 def _entropy_identity(identity: str) -> str:
@@ -48,6 +82,7 @@ class CachedReference(Reference):
         tokens_per_batch: tokens of one forward pass.
         spot_checks: number of stored completions that are computed again and compared in each `prepare`.
         with_entropies: compute and store the entropies too, in the same passes.
+        team: the ranks that share what is missing; this one alone reads and writes the store.
 
     Raises:
         UserError: a number is out of range.
@@ -62,6 +97,7 @@ class CachedReference(Reference):
         device: torch.device,
         spot_checks: int,
         with_entropies: bool = False,
+        team: Team | None = None,
     ) -> None:
         require(tokens_per_batch >= 1, f"tokens_per_batch must be at least 1, not {tokens_per_batch}.")
         require(spot_checks >= 0, f"spot_checks must be at least 0, not {spot_checks}.")
@@ -72,6 +108,7 @@ class CachedReference(Reference):
         self._tokens_per_batch = tokens_per_batch
         self._device = device
         self._spot_checks = spot_checks
+        self._team = team
         self._values: CompletionValues | None = None  # rows: log-probs, entropies
         self._register()
         self._summary: dict[str, Any] = {
@@ -142,9 +179,11 @@ class CachedReference(Reference):
         if not len(picks):
             return True
         keys, groups = zip(*(wanted[place] for place in picks.tolist()), strict=True)
-        fresh = join_scores(groups, [(b, RaggedLogps(v[_LOGPS], b.offsets)) for b, v in self._score(groups)])
-        stored = np.concatenate([values.get(key, _LOGPS) for key in keys])
-        difference = np.abs(fresh.values.numpy() - stored)
+        fresh: dict[int, np.ndarray] = {}
+        for indices, lengths, found_now in self._score(groups):
+            fresh.update(zip(indices, (part[LOGPS].numpy() for part in found_now.split(lengths, 1)), strict=True))
+        stored = np.concatenate([values.get(key, LOGPS) for key in keys])
+        difference = np.abs(np.concatenate([fresh[i] for i in range(len(keys))]) - stored)
         self._summary["spot_checks"] += len(keys)
         self._summary["spot_check_max_diff"] = float(difference.max())
         # The mean over all checks: in 16 bits, a single token of a short completion may be off by more.
@@ -159,17 +198,26 @@ class CachedReference(Reference):
             return False
         return True
 
-    def _score(self, groups: Sequence[Group]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """(rows, tokens) of each pass on the CPU, in the order of the rows that are stored."""
-        passes = in_passes(
-            lambda batch: score_tokens(self._model, batch, self._quantities),
-            groups,
-            self._layout,
-            self._tokens_per_batch,
-            self._device,
-        )
-        for batch, scores in passes:
-            yield batch, torch.stack([scores.logps, *scores.by_quantity().values()]).to("cpu")
+    def _missing(self, groups: Sequence[Group]) -> Missing:
+        return Missing(groups, self._tokens_per_batch, self._quantities)
+
+    def _score(self, groups: Sequence[Group]) -> Iterator[Scored]:
+        """The values of each pass, whichever rank runs it."""
+        if self._team is None:
+            yield from self._missing(groups).scored(self._model, self._layout, self._device)
+            return
+        team, weights = self._team, trained_parameters(self._model)
+        for members in in_rounds(groups, team.size * _PASSES_PER_ROUND * self._tokens_per_batch):
+            shares = [[members[i] for i in own] for own in share_groups([groups[i] for i in members], team.size)]
+            found = team.run(
+                score_missing,
+                [self._missing([groups[i] for i in own]) for own in shares],
+                lambda share: list(share.scored(self._model, self._layout, self._device)),
+                weights,
+            )
+            for own, passes in zip(shares, found, strict=True):
+                for indices, lengths, values in passes:
+                    yield [own[i] for i in indices], lengths, values
 
     def _compute(self, missing: Sequence[tuple[bytes, Group]]) -> None:
         if not missing:
@@ -185,7 +233,7 @@ class CachedReference(Reference):
     def _computed(self, keys: Sequence[bytes], groups: Sequence[Group]) -> Iterator[int]:
         """Compute and store completions; how many in each pass."""
         pending: dict[bytes, np.ndarray] = {}
-        for batch, values in self._score(groups):
+        for indices, lengths, values in self._score(groups):
             if not values.isfinite().all():
                 if self.refreshes:
                     raise NotFinite(
@@ -196,12 +244,12 @@ class CachedReference(Reference):
                     "The policy that this stage starts from gives log-probs that are not finite: its weights are "
                     "damaged or overflow in this dtype (model.dtype, quantization.compute_dtype)."
                 )
-            for part, index in zip(values.float().split(batch.offsets.diff().tolist(), 1), batch.indices, strict=True):
+            for part, index in zip(values.float().split(lengths, 1), indices, strict=True):
                 pending[keys[index]] = part.numpy().copy()
             if len(pending) >= _SEQUENCES_PER_WRITE:
                 self._flush(pending)
                 pending = {}
-            yield len(batch.indices)
+            yield len(indices)
         self._flush(pending)
 
     def _flush(self, pending: Mapping[bytes, np.ndarray]) -> None:
@@ -213,16 +261,22 @@ class CachedReference(Reference):
 
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
         """Log-probs of all completions; `prepare` or `refresh` must have seen the groups."""
-        return self._known(groups, _LOGPS)
+        return self._known(groups, LOGPS)
 
     def entropies(self, groups: Sequence[Group]) -> RaggedLogps:
         """The same for entropies; needs `with_entropies`."""
-        return self._known(groups, _ENTROPIES)
+        return self._known(groups, ENTROPIES)
 
     def _known(self, groups: Sequence[Group], row: int) -> RaggedLogps:
         assert self._values is not None, "`prepare` comes first"
         keys = [key for group in groups for key in group.keys()]  # noqa: SIM118
         return RaggedLogps.from_sequences([torch.from_numpy(self._values.get(key, row)) for key in keys])
+
+    def rows(self, groups: Sequence[Group]) -> dict[bytes, np.ndarray]:
+        """(1 or 2, tokens) of all completions of these groups, by key, for a rank that works on them."""
+        assert self._values is not None, "`prepare` comes first"
+        numbers, keys = range(len(self._identities())), [key for group in groups for key in group.keys()]  # noqa: SIM118
+        return {key: np.stack([self._values.get(key, row) for row in numbers]) for key in keys}
 
     def _tensors(self) -> dict[str, Tensor]:
         assert self._values is not None, "a refresh prepares them"

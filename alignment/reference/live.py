@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.errors import require
+from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.base import Reference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.scoring.head import OtherModel
@@ -27,13 +28,20 @@ class LiveReference(Reference):
         model: the policy at the start.
         tokens_per_batch: tokens of one forward pass.
         mix: a refresh makes the reference `mix` times the policy plus 1 - `mix` times what it was.
+        team: the ranks that have a live reference of their own, each of which follows this one.
 
     Raises:
         UserError: a number is out of range.
     """
 
     def __init__(
-        self, model: nn.Module, layout: BatchLayout, tokens_per_batch: int, device: torch.device, mix: float = 1.0
+        self,
+        model: nn.Module,
+        layout: BatchLayout,
+        tokens_per_batch: int,
+        device: torch.device,
+        mix: float = 1.0,
+        team: Team | None = None,
     ) -> None:
         require(tokens_per_batch >= 1, f"tokens_per_batch must be at least 1, not {tokens_per_batch}.")
         require(0 < mix <= 1, f"mix must be in (0, 1], not {mix}.")
@@ -44,6 +52,7 @@ class LiveReference(Reference):
         self._layout = layout
         self._tokens_per_batch = tokens_per_batch
         self._device = device
+        self._team = team
 
     def prepare(self, groups: Sequence[Group]) -> None:
         """Nothing to prepare."""
@@ -51,6 +60,8 @@ class LiveReference(Reference):
     def refresh(self, step: int, groups: Sequence[Group]) -> None:
         """Move towards the policy as it is now."""
         del groups
+        if self._team is not None:
+            self._team.tell(_mix, self._mix, trained_parameters(self._model))
         self.frozen.mix(self._mix)
         with self.frozen.active() as model:
             self._note_refresh(step, model)
@@ -96,6 +107,8 @@ class LiveReference(Reference):
         return self.frozen.state()
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
+        if self._team is not None:
+            self._team.tell(_restore, tensors)
         self.frozen.load_state(tensors)
 
     def summary(self) -> dict[str, Any]:
@@ -105,3 +118,11 @@ class LiveReference(Reference):
     def close(self) -> None:
         """Drop the copy."""
         self.frozen.close()
+
+
+def _mix(post: Post, share: float) -> None:
+    post.passes.objective.reference.frozen.mix(share)
+
+
+def _restore(post: Post, tensors: dict[str, Tensor]) -> None:
+    post.passes.objective.reference.frozen.load_state(tensors)

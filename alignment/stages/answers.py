@@ -87,7 +87,15 @@ class HeldOutAnswers:
                 log.info("The held-out prompts (%s) were answered before (%s).", name, key[:12])
                 return kept["answers"]
             log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
-            sampled = sample(model, self._prompts, self._stops, **settings, device=self._work.device, seed=self._seed)
+            sampled = sample(
+                model,
+                self._prompts,
+                self._stops,
+                **settings,
+                device=self._work.device,
+                seed=self._seed,
+                team=self._work.team,
+            )
             answers = [tokens.tolist() for tokens in sampled]
             described = {"stage": "answers", "model": model.config.name_or_path}
             self._store.put(key, None, {"description": described, "answers": answers})

@@ -33,23 +33,23 @@ from alignment.errors import NotFinite, UserError
 from alignment.evaluation.generate import stop_tokens
 from alignment.files import CacheKind, cache_dir, read_sealed, write_sealed
 from alignment.kernels.allocator import keep_freed_memory
-from alignment.policy.adapter import attach_adapter, continue_adapter, load_adapter
 from alignment.policy.adapter_names import with_token_ids
-from alignment.policy.adapter_start import StartSources
-from alignment.policy.float_weights import FloatWeights
+from alignment.policy.adapter_start import reads_data
 from alignment.policy.identity import policy_identity
-from alignment.policy.load import load_base, load_tokenizer, own_stop_tokens, resolve_device, save_policy
-from alignment.policy.merge import export_merged, merge_adapter
+from alignment.policy.load import load_tokenizer, own_stop_tokens, resolve_device, save_policy
+from alignment.policy.merge import export_merged
 from alignment.policy.model_check import check_model
-from alignment.policy.source import model_source, other_base
-from alignment.policy.spectrum import choose_trained
+from alignment.policy.source import model_source
 from alignment.policy.stored import stored_facts
+from alignment.ranks.team import Team
 from alignment.runs.folder import status
 from alignment.runs.record import RunRecord, git_commit, machine, versions
 from alignment.runs.report import print_summary, write_report
 from alignment.runs.tracking import Tracker, open_tracker
 from alignment.stages.answers import HeldOutAnswers
 from alignment.stages.beginning import begin, first_day
+from alignment.stages.following import load_everywhere
+from alignment.stages.policy import PolicySource, load_policy
 from alignment.stages.preference import PreferenceStage
 from alignment.stages.reuse import reuse_stage, save_stage
 from alignment.stages.sft import SFTStage
@@ -86,6 +86,7 @@ class Chain:
         slot: in the cohort that the run trains in, if it does.
         given: puts the final weights into the policy, in place of training in the preference stage.
         described: what the summary says beside the outcome.
+        team: the ranks that share the run; None for one process.
 
     Raises:
         UserError: a model, data or settings that the run cannot start with.
@@ -100,8 +101,11 @@ class Chain:
         slot: CohortSlot | None = None,
         given: Callable[[nn.Module], None] | None = None,
         described: dict[str, Any] | None = None,
+        team: Team | None = None,
     ) -> None:
         device = resolve_device(config.device)
+        if team is not None:
+            log.info("%d ranks share this run.", team.size)
         if config.sft is not None:
             check_optimizer("sft.optim", config.sft.optim, config.adapter, device.type)
         if config.loss is not None:
@@ -127,6 +131,7 @@ class Chain:
             tokenizer=load_tokenizer(config.model, self.source.tokenizer),
             slot=slot,
             final_policy=run_dir / ("adapter" if config.adapter is not None else "model"),
+            team=team,
         )
         self.config = config = replace(config, adapter=with_token_ids(config.adapter, self.work.tokenizer))
         check_model(config, self.source, self.work.tokenizer)
@@ -239,32 +244,13 @@ class Chain:
         return [s for s in self.stages if read_result(self.work.folder(s.name), s.result_type) is not None]
 
     def _load_trained(self, trained: Path | None) -> nn.Module:
-        config, start = self.config, self.source.adapter
-        is_whole = trained is not None and config.adapter is None
-        source = str(trained) if is_whole else self.source.base
-        log.info("Loading %s on %s ...", config.model.name, self.work.device)
-        load = partial(load_base, config.model, config.quantization, source, self.work.device, self.work.cache)
-        model: Any = load() if self.work.slot is None else self.work.slot.base(load)
-        model.config.name_or_path = self.source.base  # also where its weights come from the run folder
-        sample = partial(sample_sequences, self.conversations, self.preferences)
-        sources = StartSources(FloatWeights(source, config.model.revision), self.work.cache, sample)
-        if config.adapter is not None and trained is not None:
-            return load_adapter(model, trained, sources.weights)
-        seed = config.seed if config.sft is None else config.sft.seed
-        kept = self.run_dir / "spectrum.json"
-        adapter, modules = choose_trained(model, config.adapter, config.spectrum, self.work.cache, kept)
-        if start is None or is_whole:
-            return attach_adapter(model, adapter, seed, sources, modules)
-        if adapter is None:
-            log.info("%s is an adapter: it is added to the weights of %s.", start, source)
-            return attach_adapter(merge_adapter(model, start), None, seed, modules=modules)
-        log.info("%s is an adapter: the policy, and its reference, start at %s with it.", start, source)
-        policy = continue_adapter(model, start, adapter, seed, sources)
-        for difference in other_base(start, policy_identity(policy)[1]):
-            log.warning(
-                "%s was trained on another base (%s): its log-probs are not those of that run.", start, difference
-            )
-        return policy
+        config, work = self.config, self.work
+        sequences = sample_sequences(self.conversations, self.preferences) if reads_data(config.adapter) else ()
+        made = PolicySource(config, self.source, work.cache, self.run_dir / "spectrum.json", trained, sequences)
+        model = load_policy(made, work.device, None if work.slot is None else work.slot.base)
+        if work.team is not None:
+            load_everywhere(work.team, made, model)
+        return model
 
     def _save_policy(self, model: nn.Module, folder: Path) -> None:
         """Save beside the folder and rename, so that a folder of this name always holds a whole policy."""
@@ -379,6 +365,8 @@ class Chain:
             summary["export"] = self._export(model)
         summary["versions"] = versions()
         summary["machine"] = machine() | {"device": str(self.work.device)}
+        if self.work.team is not None:
+            summary["machine"]["ranks"] = self.work.team.size
         summary["git_commit"] = git_commit(Path(__file__).parent)
         summary["seconds"] = self.record.wall_seconds
         summary["files"] = self._files(bool(samples))

@@ -23,6 +23,7 @@ from alignment.losses import title as loss_title
 from alignment.policy.adapter import has_adapter
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import as_found, checkpoint_layers, disable_dropout
+from alignment.ranks.team import Team, trained_parameters
 from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
@@ -31,6 +32,7 @@ from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import BatchLayout, ForkedLayout, keys_per_position
 from alignment.scoring.logps import largest_group
 from alignment.scoring.prompt_sharing import choose_layout
+from alignment.stages.following import PreferenceBegun, begin_preference, followed
 from alignment.stages.stage import PreferenceResult, StageResult, Workspace
 from alignment.training.budget import Plan
 from alignment.training.callbacks import (
@@ -123,7 +125,7 @@ class PreferenceStage:
 
     def run(self, model: nn.Module, log_metrics: LogFunction) -> PreferenceResult:
         """Train the policy, from the newest checkpoint if there is one."""
-        with as_found(model), elastic(model, self._config.adapter):
+        with as_found(model), elastic(model, self._config.adapter), followed(self._work.team, self._config):
             return self._trained(model, log_metrics)
 
     def _trained(self, model: nn.Module, log_metrics: LogFunction) -> PreferenceResult:
@@ -135,6 +137,8 @@ class PreferenceStage:
         slot = self._joined(model)
         plan, tokens_per_batch = self._planned(model, layout, slot)
         checkpoint_layers(model, plan.checkpoint_every)
+        if self._work.team is not None:
+            self._begin_on(self._work.team, model, plan)
 
         # The reference, and the trainer with it
         reference = self._reference(model, layout, plan)
@@ -180,6 +184,19 @@ class PreferenceStage:
 
     # The parts of `run`, in its order
 
+    def _begin_on(self, team: Team, model: nn.Module, plan: Plan) -> None:
+        """Make the other ranks ready for their shares, with a reference that is the policy as it is now."""
+        config, reference = self._config, self._config.reference
+        asked = config.loss.requirements().reference or reference.for_metrics
+        is_live = asked and reference.mode is ReferenceMode.live
+        begun = PreferenceBegun(
+            config.loss,
+            plan.checkpoint_every,
+            (plan.tokens_per_batch, reference.sync_mix) if is_live else None,
+            config.trainer.router_aux_loss_coef,
+        )
+        team.tell(begin_preference, begun, trained_parameters(model))
+
     def _joined(self, model: nn.Module) -> CohortSlot | None:
         """The slot in the cohort; None outside of one, and for a policy that cannot share its passes."""
         slot = self._work.slot
@@ -208,6 +225,7 @@ class PreferenceStage:
             forked=isinstance(layout, ForkedLayout),
             slot=slot,
             refreshes=len(self._schedule.refreshes),
+            team=self._work.team,
         )
         if slot is None or not slot.is_joint:
             return plan, plan.tokens_per_batch
@@ -229,7 +247,8 @@ class PreferenceStage:
             )
         if config.reference.mode is ReferenceMode.live:
             budget = plan.tokens_per_batch  # beside what a step keeps
-            return LiveReference(model, layout, budget, self._device, config.reference.sync_mix)
+            mix = config.reference.sync_mix
+            return LiveReference(model, layout, budget, self._device, mix, self._work.team)
         return CachedReference(
             ReferenceStore(CacheKind.reference.under(self._work.cache)),
             model,
@@ -238,6 +257,7 @@ class PreferenceStage:
             self._device,
             config.reference.spot_checks,
             with_entropies=Quantity.entropy in config.loss.requirements().quantities,
+            team=self._work.team,
         )
 
     def _callbacks(self, reference: Reference | None, log_metrics: LogFunction, slot: CohortSlot | None) -> list[Any]:
@@ -288,6 +308,7 @@ class PreferenceStage:
             sampler=self._schedule.sampler,
             callbacks=callbacks,
             router_aux_loss_coef=config.trainer.router_aux_loss_coef,
+            team=self._work.team,
         )
         if config.adapter is not None:
             trainer.lr_ratio = config.adapter.lr_ratio

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,11 @@ from alignment.config.schema import RunConfig
 from alignment.data.preparation.prepare import SFTData
 from alignment.errors import require
 from alignment.policy.layers import as_found, checkpoint_layers
+from alignment.ranks.shares import evenly
+from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.scoring.logps import keeps_logits
 from alignment.scoring.token_scores import TokenScores
+from alignment.stages.following import followed
 from alignment.stages.stage import StageResult, Workspace
 from alignment.stages.store import stage_key
 from alignment.training.budget import Plan
@@ -31,6 +34,8 @@ from alignment.training.callbacks import (
     training_arguments,
 )
 from alignment.training.elastic import elastic
+from alignment.training.optimizers import as_stepped
+from alignment.training.passes import used_parameters
 from alignment.training.planning import memory_result, plan_stage
 from alignment.training.router import require_routers, routers
 from alignment.training.stage_trainer import StageTrainer
@@ -98,7 +103,7 @@ class SFTStage:
 
     def run(self, model: nn.Module, log_metrics: LogFunction) -> StageResult:
         """Train on the conversations, from the newest checkpoint if there is one."""
-        with as_found(model), elastic(model, self._run_config.adapter):
+        with as_found(model), elastic(model, self._run_config.adapter), followed(self._work.team, self._run_config):
             return self._trained(model, log_metrics)
 
     def _trained(self, model: nn.Module, log_metrics: LogFunction) -> StageResult:
@@ -113,13 +118,20 @@ class SFTStage:
             folder=self._folder,
             device=self._work.device,
             longest=longest,
+            team=self._work.team,
         )
         checkpoint_layers(model, plan.checkpoint_every)
         steps_per_epoch = math.ceil(len(examples) / loop.groups_per_step)
         num_steps = loop.max_steps or math.ceil(loop.epochs * steps_per_epoch)
         checkpoint, done = last_checkpoint(self._folder / "checkpoints")
 
-        trainer = self._trainer(model, plan, longest, num_steps, log_metrics)
+        if self._work.team is not None:
+            data = self._data
+            first = replace(data, train=[data.train[0]], sources=[data.sources[0]], eval=[])
+            self._work.team.tell(
+                begin_sft, SFTBegun(self._run_config, first, replace(self._work, team=None), plan, longest)
+            )
+        trainer = self.trainer(model, plan, longest, num_steps, log_metrics)
         if checkpoint is not None:
             log.info("SFT continues from step %d.", done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -136,10 +148,11 @@ class SFTStage:
             tokens_per_second=num_tokens / seconds,
         )
 
-    def _trainer(self, model: nn.Module, plan: Plan, longest: int, num_steps: int, log_metrics: LogFunction) -> Any:
+    def trainer(self, model: nn.Module, plan: Plan, longest: int, num_steps: int, log_metrics: LogFunction) -> Any:
+        """TRL's trainer of this stage. With a team one item of its loader is a whole step, which the ranks share."""
         from trl import SFTConfig as TRLConfig
 
-        config, device = self._config, self._work.device
+        config, device, team = self._config, self._work.device, self._work.team
         rows, passes = split_step(config.trainer.groups_per_step, longest, plan.tokens_per_batch)
         arguments = training_arguments(
             TRLConfig,
@@ -149,9 +162,9 @@ class SFTStage:
             num_steps=num_steps,
             seed=config.seed,
             device=device,
-            per_device_train_batch_size=rows,
+            per_device_train_batch_size=rows if team is None else config.trainer.groups_per_step,
             per_device_eval_batch_size=rows,
-            gradient_accumulation_steps=passes,
+            gradient_accumulation_steps=passes if team is None else 1,
             gradient_checkpointing=False,  # the plan has chosen the layers that run again
             bf16=device.type == "cuda" and model.dtype is torch.bfloat16,
             max_length=None,
@@ -167,6 +180,7 @@ class SFTStage:
             processing_class=self._work.tokenizer,
             callbacks=stage_callbacks("SFT", log_metrics, config.trainer, bool(self._data.eval)),
         )
+        trainer.team, trainer.rows_per_pass = team, rows
         prepare_trainer(trainer, config.optim)
         if self._run_config.adapter is not None:
             trainer.lr_ratio = self._run_config.adapter.lr_ratio
@@ -219,11 +233,53 @@ def _trainer_class(data: SFTData) -> Any:
         _step = -1
         _passes: list[Any]
 
+        team: Team | None = None
+        rows_per_pass = 1
+
         def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
             if self._step != self.state.global_step:
                 self._step, self._passes = self.state.global_step, []
             self._passes.append(inputs)
-            return super().training_step(model, inputs, num_items_in_batch)
+            if self.team is None:
+                return super().training_step(model, inputs, num_items_in_batch)
+            return self._shared_step(self.team, model, inputs, num_items_in_batch)
+
+        def _shared_step(self, team: Team, model: nn.Module, inputs: Any, count: Any) -> torch.Tensor:
+            """Have every rank add the gradients of its rows, and add them up."""
+            as_stepped(self.optimizer)
+            if count is None:  # the model takes no count, and each pass would divide by its own
+                count = (inputs["labels"] != -100).sum()
+            inputs = {name: tensor.cpu() for name, tensor in inputs.items()}
+            shares = evenly(inputs["attention_mask"].sum(1).tolist(), team.size)
+            seeds = np.random.SeedSequence((self.args.seed, self.state.global_step)).generate_state(team.size)
+            asked = [
+                SFTShare({name: tensor[own] for name, tensor in inputs.items()}, int(count), int(seed))
+                for own, seed in zip(shares, seeds, strict=True)
+            ]
+            trained = trained_parameters(model)
+            done = team.run(add_rows, asked, lambda own: self.add_rows(model, own), trained)
+            team.sum_gradients(trained, [any(used) for used in zip(*(one.used for one in done), strict=True)])
+            for one in done[1:]:
+                for name, values in one.metrics.items():
+                    self._metrics["train"][name] += values
+            return torch.tensor(sum(one.loss for one in done), device=self.args.device)
+
+        def add_rows(self, model: nn.Module, share: SFTShare) -> SFTDone:
+            """Forward and backward of these rows, pass by pass."""
+            known = {name: len(values) for name, values in self._metrics["train"].items()}
+            loss, lengths = 0.0, share.inputs["attention_mask"].sum(1)
+            for rows in lengths.argsort(descending=True, stable=True).split(self.rows_per_pass):
+                if not len(rows):  # an empty share
+                    continue
+                width = int(lengths[rows].max())
+                part = {name: tensor[rows, :width] for name, tensor in share.inputs.items()}
+                loss += super().training_step(model, part, torch.tensor(share.count)).item()
+            metrics = {
+                name: values[known.get(name, 0) :]
+                for name, values in self._metrics["train"].items()
+                if name != "num_tokens"
+            }
+            return SFTDone(loss, metrics, used_parameters(model))
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -257,6 +313,61 @@ def _trainer_class(data: SFTData) -> Any:
             return [s for e, s in zip(data.train, data.sources, strict=True) if e["input_ids"] in seen]
 
     return SupervisedTrainer
+
+
+# On a rank that follows
+
+
+@dataclass(frozen=True, slots=True)
+class SFTBegun:
+    """What a rank needs for its passes of an SFT stage: the trainer's settings, and data that it could begin with."""
+
+    config: RunConfig
+    data: SFTData
+    work: Workspace
+    plan: Plan
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class SFTShare:
+    """A rank's rows of a step.
+
+    Attributes:
+        inputs: (rows, width) each, padded on the right, on the CPU.
+        count: scored tokens of the whole step.
+        seed: of the dropout masks on a rank that follows.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    count: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class SFTDone:
+    """What a share came to: its part of the loss, TRL's metrics of each pass, and which tensors have a gradient."""
+
+    loss: float
+    metrics: dict[str, list[float]]
+    used: list[bool]
+
+
+def begin_sft(post: Post, begun: SFTBegun) -> None:
+    """Be ready for shares of the SFT stage."""
+    checkpoint_layers(post.model, begun.plan.checkpoint_every)
+    stage = SFTStage(begun.config, begun.data, begun.work)
+    post.trainer = stage.trainer(post.model, begun.plan, begun.longest, 1, lambda *_: None)
+    post.trainer.accelerator.prepare_model(post.model, evaluation_mode=True)  # computes in bfloat16 where it should
+
+
+def add_rows(post: Post, share: SFTShare) -> SFTDone:
+    """Add the gradients of a share."""
+    torch.manual_seed(share.seed)
+    post.model.zero_grad(set_to_none=True)
+    done: SFTDone = post.trainer.add_rows(post.model, share)
+    post.trainer._metrics["train"].clear()
+    return done
 
 
 def _final_metrics(history: Sequence[dict[str, float]], has_eval: bool) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from alignment.files import damaged, digests, read_sealed, write_sealed
+from alignment.ranks.team import Team
 from alignment.training.callbacks import LogFunction
 from alignment.training.cohort import CohortSlot
 
@@ -28,6 +29,7 @@ class Workspace:
         tokenizer: of the policy.
         slot: the run's slot in the cohort that it trains in, if it does.
         final_policy: where the policy of the last stage is saved.
+        team: the ranks that share the work; None for one process.
     """
 
     run_dir: Path
@@ -36,6 +38,7 @@ class Workspace:
     tokenizer: Any
     slot: CohortSlot | None
     final_policy: Path
+    team: Team | None = None
 
     def folder(self, stage: str) -> Path:
         """The folder of a stage."""

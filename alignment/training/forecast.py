@@ -20,6 +20,7 @@ from alignment.policy.architecture import unknown_architecture
 from alignment.policy.load import resolve_dtype
 from alignment.policy.source import model_source
 from alignment.policy.stored import Checkpoint
+from alignment.ranks.shares import largest_share
 from alignment.training.budget import Plan, Room, make_plan, relative_time
 from alignment.training.memory import (
     CONTEXT,
@@ -170,14 +171,17 @@ def _plan_stage(
         at_base = config.adapter is not None and not config.adapter.moves_the_start and config.sft is None
         context += reference_bytes(reference, weights, whole=whole, at_base=at_base, refreshes=refreshes)
     room = Room(machine.device, round(USABLE_SHARE[machine.device] * machine.memory), context)
-    trainer = part.trainer
+    trainer, ranks = part.trainer, config.trainer.devices  # of both stages
+    if ranks == "auto":
+        ranks = max(1, torch.cuda.device_count())
+    step_tokens = largest_share(trainer.groups_per_step, ranks) * longest
 
     def plan(every: int | None) -> Plan:
         return make_plan(
             sizes,
             room,
             longest=longest,
-            step_tokens=trainer.groups_per_step * longest,
+            step_tokens=step_tokens,
             tokens_per_batch=trainer.tokens_per_batch,
             checkpoint_every=every,
         )
@@ -188,6 +192,6 @@ def _plan_stage(
     options = {}
     for every in sorted((k for k in shown if k <= count), key=lambda k: (k > 0, -k)):
         option = plan(every)
-        tokens = max(longest, min(option.tokens_per_batch, trainer.groups_per_step * longest))
+        tokens = max(longest, min(option.tokens_per_batch, step_tokens))
         options[every] = (option, relative_time(sizes, every, tokens, machine.device))
     return StagePlan(longest, chosen, options)

@@ -74,15 +74,11 @@ class Means:
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._counts: defaultdict[str, int] = defaultdict(int)
 
-    @classmethod
-    def joined(cls, parts: Sequence[Means]) -> Means:
-        """The means over the examples of all parts."""
-        whole = cls()
-        for part in parts:
-            for name, value in part._sums.items():
-                whole._sums[name] += value
-                whole._counts[name] += part._counts[name]
-        return whole
+    def join(self, others: Means) -> None:
+        """Add the examples of other means to these."""
+        for name, value in others._sums.items():
+            self._sums[name] += value
+            self._counts[name] += others._counts[name]
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add per-example values by name."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from alignment.data.tokens.units import as_rows
 from alignment.losses import Loss, LossInputs, LossOutput, Quantity, StepTotals
+from alignment.ranks.shares import share_groups
+from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.base import Reference
+from alignment.reference.given import GivenReference
 from alignment.reference.live import LiveReference
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.logps import in_passes, score_tokens
@@ -118,18 +121,24 @@ def step_seeds(groups: Sequence[Group], seed: int, step: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Processes:
-    """The processes that share a step: each sees all groups and works on every n-th of them."""
+class ScoresAsked:
+    """Groups that a rank is to score for a step or an evaluation, without gradient.
 
-    accelerator: Any
+    Attributes:
+        groups: of this share.
+        tokens_per_batch: of its passes.
+        prompts: whether the prompts' tokens are scored too.
+        plain: log-probs alone, not the quantities that the loss asks for.
+    """
 
-    def own(self, groups: Sequence[Group]) -> list[int]:
-        """Indices of the groups that this process works on."""
-        return list(range(self.accelerator.process_index, len(groups), self.accelerator.num_processes))
+    groups: Sequence[Group]
+    tokens_per_batch: int
+    prompts: bool
+    plain: bool
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, on each of them."""
-        return values if self.accelerator.num_processes == 1 else self.accelerator.reduce(values, "sum")
+
+Scored = tuple[tuple[int, ...], Tensor]
+"""The groups of a pass, as indices, and the (rows, tokens) of its scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +192,7 @@ class Objective:
     Attributes:
         needs: the loss's requirements.
         passes: runs the passes of training steps, except those that need a second model beside the policy.
+        reference: as given; on a rank that follows, the log-probs that came with its share.
         state: the loss's running state after the last step.
     """
 
@@ -190,19 +200,19 @@ class Objective:
         self,
         loss: Loss,
         model: nn.Module,
-        reference: Reference | None,
+        reference: Reference | GivenReference | None,
         layout: BatchLayout,
         device: torch.device,
-        processes: Processes,
+        team: Team | None = None,
     ) -> None:
         self.loss = loss
         self.needs = loss.requirements()
         self.state = loss.initial_state()
+        self.reference = reference
         self._model = model
-        self._reference = reference
         self._layout = layout
         self._device = device
-        self._processes = processes
+        self._team = team
         self.passes = PassRunner()
         self._quantities = self.needs.quantities - {Quantity.entropy}
 
@@ -213,36 +223,56 @@ class Objective:
     def score(self, model: nn.Module, batch: MicroBatch) -> TokenScores:
         """Scores of one pass, differentiable where gradients are enabled."""
         if Quantity.divergence in self._quantities:
-            assert isinstance(self._reference, LiveReference), "a divergence needs the reference itself"
-            return score_tokens(model, batch, self._quantities, self._reference.other_model(batch))
+            assert isinstance(self.reference, LiveReference), "a divergence needs the reference itself"
+            return score_tokens(model, batch, self._quantities, self.reference.other_model(batch))
         if torch.is_grad_enabled():
             return self.passes.score(model, batch, self._quantities)
         return score_tokens(model, batch, self._quantities)
 
     def collect(self, groups: Sequence[Group], tokens_per_batch: int) -> TokenScores:
-        """Scores of all groups, without gradient; every process works on its own groups and gets all scores."""
-        return self._collect(groups, self.plan(groups), tokens_per_batch, lambda batch: self.score(self._model, batch))
+        """Scores of all groups, without gradient; every rank scores its share of them."""
+        return self._collect(groups, self.plan(groups), tokens_per_batch, plain=False)
 
-    def _collect(
-        self, groups: Sequence[Group], plan: TokenPlan, tokens_per_batch: int, run: Callable[[MicroBatch], TokenScores]
-    ) -> TokenScores:
-        own = self._processes.own(groups)
-        mine = [groups[i] for i in own]
+    def _collect(self, groups: Sequence[Group], plan: TokenPlan, tokens_per_batch: int, plain: bool) -> TokenScores:
         prompts = plan.prompt_offsets is not None
-        whole: TokenScores | None = None
-        for batch, part in in_passes(run, mine, self._layout, tokens_per_batch, self._device, prompts):
+        whole: Tensor | None = None
+        for indices, values in self._all_scored(groups, tokens_per_batch, prompts, plain):
             if whole is None:
-                whole = TokenScores(part.values.new_zeros(len(part.values), plan.num_tokens), part.quantities)
-            columns = plan.columns([own[i] for i in batch.indices])
-            whole.values[:, to_device(columns, part.values.device)] = part.values
-        assert whole is not None, "every process has at least one group"
-        return replace(whole, values=self._processes.sum(whole.values))
+                whole = torch.zeros(len(values), plan.num_tokens, dtype=values.dtype, device=self._device)
+            whole[:, to_device(plan.columns(indices), self._device)] = to_device(values, self._device)
+        assert whole is not None, "there is at least one group"
+        return TokenScores(whole, frozenset() if plain else self._quantities)
+
+    def _all_scored(
+        self, groups: Sequence[Group], tokens_per_batch: int, prompts: bool, plain: bool
+    ) -> Iterator[Scored]:
+        """The scores of all groups, pass by pass, whichever rank runs it."""
+        if self._team is None:
+            yield from self.scored(ScoresAsked(groups, tokens_per_batch, prompts, plain))
+            return
+        shares = share_groups(groups, self._team.size)
+        asked = [ScoresAsked([groups[i] for i in own], tokens_per_batch, prompts, plain) for own in shares]
+        weights = trained_parameters(self._model)
+        found = self._team.run(score_share, asked, lambda own: list(self.scored(own)), weights)
+        for own, passes in zip(shares, found, strict=True):
+            for indices, values in passes:
+                yield tuple(own[i] for i in indices), values
+
+    def scored(self, asked: ScoresAsked) -> Iterator[Scored]:
+        """The scores of this rank's share, pass by pass, on the device."""
+
+        def run(batch: MicroBatch) -> TokenScores:
+            return score_tokens(self._model, batch) if asked.plain else self.score(self._model, batch)
+
+        passes = in_passes(run, asked.groups, self._layout, asked.tokens_per_batch, self._device, asked.prompts)
+        for batch, scores in passes:
+            yield batch.indices, scores.values
 
     def scores_at_reference(self, groups: Sequence[Group]) -> TokenScores | None:
         """What `collect` gives where the policy equals its reference; None where only a pass can tell."""
-        if self._reference is None or self._quantities or self.needs.prompts:
+        if self.reference is None or self._quantities or self.needs.prompts:
             return None
-        return TokenScores.stack(self._reference.logps(groups).values).to(self._device)
+        return TokenScores.stack(self.reference.logps(groups).values).to(self._device)
 
     def inputs(
         self,
@@ -258,12 +288,12 @@ class Objective:
         reference = None
         if Quantity.divergence in scores.quantities:  # the same pass gave the reference's log-probs
             reference = plan.policy(scores.other_logps.detach())
-        elif self._reference is not None:
-            reference = self._reference.logps(groups).to(device)
+        elif self.reference is not None:
+            reference = self.reference.logps(groups).to(device)
         quantities = {quantity: plan.policy(row) for quantity, row in scores.by_quantity().items()}
         if Quantity.entropy in self.needs.quantities:
-            assert self._reference is not None
-            quantities[Quantity.entropy] = self._reference.entropies(groups).to(device)
+            assert self.reference is not None
+            quantities[Quantity.entropy] = self.reference.entropies(groups).to(device)
         return LossInputs(
             policy=plan.policy(scores.logps),
             reference=reference,
@@ -293,18 +323,23 @@ class Objective:
         mismatched = mismatched_groups(self.loss, groups)
         if not mismatched:
             return None
-        assert self._reference is not None
+        assert self.reference is not None
         plan = TokenPlan.of(mismatched)
-        reference = self._reference.logps(mismatched).to(self._device)
+        reference = self.reference.logps(mismatched).to(self._device)
         if tokens_per_batch is None:
             return LossInputs(reference, reference)
-        scores = self._collect(mismatched, plan, tokens_per_batch, lambda batch: score_tokens(self._model, batch))
+        scores = self._collect(mismatched, plan, tokens_per_batch, plain=True)
         return LossInputs(plan.policy(scores.logps), reference)
 
     def step_statistics(self, groups: Sequence[Group], tokens_per_batch: int | None) -> Tensor | None:
         """The loss's sums over the mismatched sequences of a whole step, as `mismatched`."""
         mismatched = self.mismatched(groups, tokens_per_batch)
         return None if mismatched is None else self.loss.step_statistics(mismatched)
+
+
+def score_share(post: Post, asked: ScoresAsked) -> list[Scored]:
+    """What a rank that follows has scored, on the CPU."""
+    return [(indices, values.cpu()) for indices, values in post.passes.objective.scored(asked)]
 
 
 def _labels(groups: Sequence[Group], device: torch.device) -> Tensor:

@@ -17,6 +17,8 @@ from alignment.config.schema import RunConfig
 from alignment.files import read_sealed, write_sealed
 from alignment.policy.adapter import starts_at_base
 from alignment.policy.layers import decoder_layers
+from alignment.ranks.shares import largest_share
+from alignment.ranks.team import Post, Team
 from alignment.training.budget import Plan, Room, describe_checkpointing, make_plan
 from alignment.training.cohort import CohortSlot
 from alignment.training.layer_memory import is_counted
@@ -63,6 +65,16 @@ def _free(device: torch.device) -> int:
     return available_memory()
 
 
+def _rank_memory(device: torch.device, team: Team) -> int:
+    """Bytes that a rank may still take: a GPU is its own, the main memory is that of all ranks on its machine."""
+    return _free(device) if device.type == "cuda" else _free(device) // team.place.local_size
+
+
+def free_memory(post: Post, _: None) -> int:
+    """What a rank that follows may still take."""
+    return _rank_memory(post.device, post.team)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes at the peak: torch's tensors since `plan_stage` on a GPU, the process since its start on a CPU."""
     if device.type == "cuda":
@@ -82,6 +94,7 @@ def plan_stage(
     forked: bool = False,
     slot: CohortSlot | None = None,
     refreshes: int = 0,
+    team: Team | None = None,
 ) -> Plan:
     """How a stage runs its steps on this machine as it is now; a resumed stage keeps the plan that it began with.
 
@@ -97,6 +110,7 @@ def plan_stage(
         slot: in the cohort that the stage trains in. Each member has its own gradients and optimizer states, and where
             the members' passes are joint, one pass holds a group of each.
         refreshes: how often the reference follows the policy.
+        team: the ranks that share the steps; the one with the least memory counts.
     """
     # A resumed stage has its plan already
     path = folder / "plan.json"
@@ -141,12 +155,16 @@ def plan_stage(
         at_base = starts_at_base(model)
         copied = reference_bytes(config.reference, weights, whole=adapter is None, at_base=at_base, refreshes=refreshes)
     other = max(0, taken - weights.base - weights.adapter) + copied
-    room = Room(device.type, taken + round(USABLE_SHARE[device.type] * _free(device)), other)
+    free = _free(device)
+    if team is not None:
+        free = min(team.run(free_memory, [None] * team.size, lambda _: _rank_memory(device, team)))
+    room = Room(device.type, taken + round(USABLE_SHARE[device.type] * free), other)
+    groups = largest_share(trainer.groups_per_step, 1 if team is None else team.size)
     plan = make_plan(
         sizes,
         room,
         longest=passing * longest,
-        step_tokens=trainer.groups_per_step * passing * longest,
+        step_tokens=groups * passing * longest,
         tokens_per_batch=trainer.tokens_per_batch,
         checkpoint_every=trainer.checkpoint_every,
         members=passing,

@@ -7,15 +7,14 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
@@ -24,39 +23,32 @@ from alignment.files import atomic_write_bytes, to_json
 from alignment.losses import Loss, LossInputs, LossOutput
 from alignment.policy.adapter import check_adapter_gradients
 from alignment.policy.layers import checkpoint_layers, decoder_layers
+from alignment.ranks.shares import share_groups
+from alignment.ranks.team import Team, trained_parameters
 from alignment.reference.base import Reference
+from alignment.reference.cached import CachedReference
 from alignment.scoring.layout import BatchLayout
 from alignment.scoring.logps import largest_group, ran_out_of_memory, smaller_budget
 from alignment.training.metrics import Means, Observed, held_out_rows, means_by_dataset, preference_metrics, read
-from alignment.training.objective import Evaluation, Objective, Processes, evaluated, step_seeds, step_totals
+from alignment.training.objective import Evaluation, Objective, evaluated, step_seeds, step_totals
 from alignment.training.optimizers import as_policy, as_stepped
+from alignment.training.passes import Asked, Done, StepPart, StepPasses, StepProgress, add_share, used_parameters
 from alignment.training.router import RouterLoss
 from alignment.training.sampler import StepSampler
 from alignment.training.stage_trainer import StageTrainer
-from alignment.types import Group, pairs_from_rows, to_device
+from alignment.types import Group, pairs_from_rows
 
 log = logging.getLogger(__name__)
 
 _STATE = "preference_state.json"
 
 
-@dataclass(slots=True)
-class _StepProgress:
-    """What a running step has accumulated: its losses, its tokens, what each pass gave, the loss's new state."""
-
-    loss: Tensor
-    num_tokens: int = 0
-    observed: list[Observed] = field(default_factory=list)
-    state: dict[str, float] = field(default_factory=dict)
-    router_loss: Tensor | float = 0.0
-
-
 class PreferenceTrainer(StageTrainer):
     """Trains a policy on groups with a preference loss.
 
-    The dataloader gives every process all groups of one optimizer step. `training_step` shares them among the processes
-    and splits them into micro-batches. The split changes neither the gradient (a mean over the step's items) nor what
-    a loss computes over the whole step, its `step_statistics`.
+    The dataloader gives all groups of one optimizer step. `training_step` shares them among the ranks, if there are
+    several, and splits them into micro-batches. The split changes neither the gradient (a mean over the step's items)
+    nor what a loss computes over the whole step, its `step_statistics`.
 
     A loss that couples the items of a step needs all log-probs at once. Where they do not fit into one pass, a first
     pass without gradient collects them, the loss is derived by each of them, and a second pass applies the derivatives.
@@ -83,6 +75,7 @@ class PreferenceTrainer(StageTrainer):
         sampler: StepSampler,
         callbacks: list[TrainerCallback],
         router_aux_loss_coef: float = 0.0,
+        team: Team | None = None,
     ) -> None:
         self.loss = loss
         self.reference = reference
@@ -98,9 +91,10 @@ class PreferenceTrainer(StageTrainer):
         self._gradients_checked = False
         self._step_groups: Sequence[Group] = ()
         super().__init__(model=model, args=args, train_dataset=groups, callbacks=callbacks)
-        self._processes = Processes(self.accelerator)
-        self.objective = Objective(loss, model, reference, layout, args.device, self._processes)
-        self._router_loss = RouterLoss(model, router_aux_loss_coef, "trainer.router_aux_loss_coef")
+        self._team = team
+        self.objective = Objective(loss, model, reference, layout, args.device, team)
+        router_loss = RouterLoss(model, router_aux_loss_coef, "trainer.router_aux_loss_coef")
+        self.passes = StepPasses(model, self.objective, layout, args.device, router_loss)
 
     def get_train_dataloader(self) -> DataLoader:
         """One item of the loader is one optimizer step."""
@@ -146,73 +140,68 @@ class PreferenceTrainer(StageTrainer):
         self.train_seconds += time.monotonic() - started
         return step.loss
 
-    def _try_step(self, model: nn.Module, groups: Sequence[Group]) -> _StepProgress | None:
+    def _try_step(self, model: nn.Module, groups: Sequence[Group]) -> StepProgress | None:
         """Add the step's gradients. None if a GPU ran out of memory; then only a part of them was added.
 
         The error is dropped here because its traceback keeps the tensors of the pass alive.
         """
-        step = _StepProgress(torch.zeros((), device=self.args.device), state=self.objective.state)
+        step = StepProgress(torch.zeros((), device=self.args.device), state=self.objective.state)
         try:
-            with self.accelerator.no_sync(model):  # the processes may differ in their number of passes
-                self._add_gradients(model, groups, step)
+            whole = self._whole_step(groups, step)
+            if self._team is None:
+                self.passes.add_gradients(whole, self.tokens_per_batch, step)
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
-            if self.accelerator.num_processes > 1:  # starting again here would leave the others waiting
-                raise UserError(
-                    "A GPU ran out of memory: lower trainer.tokens_per_batch, or set trainer.checkpoint_every=1."
-                ) from error
             return None
-        self._sum_gradients(model)
-        step.loss = self._processes.sum(step.loss)
-        return step
+        return step if self._team is None or self._shared(self._team, model, whole, step) else None
 
-    def _add_gradients(self, model: nn.Module, groups: Sequence[Group], step: _StepProgress) -> None:
-        # What holds for the whole step, however it is split
+    def _whole_step(self, groups: Sequence[Group], step: StepProgress) -> StepPart:
+        """What holds for the step, however it is split; a coupled loss is derived first if no pass has all of it."""
         objective = self.objective
-        totals, seeds = step_totals(groups), step_seeds(groups, self.args.seed, self.state.global_step)
-        step_statistics = objective.step_statistics(groups, self.tokens_per_batch)
+        seeds = step_seeds(groups, self.args.seed, self.state.global_step)
+        statistics = objective.step_statistics(groups, self.tokens_per_batch)
+        derivative = None
+        if objective.needs.whole_step:
+            first_two = islice(self.passes.batches(groups, self.tokens_per_batch), 2)
+            if self._team is not None or len(list(first_two)) > 1:
+                derivative = self._derivative(groups, statistics, seeds, step)
+        return StepPart(groups, len(groups), step_totals(groups), seeds, statistics, derivative)
 
-        # This process's groups as micro-batches; a coupled loss is derived first if they are not the whole step
-        own = self._processes.own(groups)
-        batches = list(self.layout.batches([groups[i] for i in own], self.tokens_per_batch, objective.needs.prompts))
-        derivative, plan = None, objective.plan(groups)
-        if objective.needs.whole_step and (len(batches) > 1 or len(own) < len(groups)):
-            derivative = self._derivative(groups, step_statistics, seeds, step)
+    def _shared(self, team: Team, model: nn.Module, whole: StepPart, step: StepProgress) -> bool:
+        """Have every rank add the gradients of its share; whether no GPU ran out of memory."""
+        objective, budget, trained = self.objective, self.tokens_per_batch, trained_parameters(model)
+        layers = decoder_layers(model)
+        checkpoint_all = bool(layers) and all(layer.gradient_checkpointing for layer in layers)
+        asked = []
+        for own in share_groups(whole.groups, team.size):
+            part = whole.of(objective, own)
+            values = self.reference.rows(part.groups) if isinstance(self.reference, CachedReference) else None
+            asked.append(Asked(part, budget, objective.state, values, checkpoint_all))
 
-        # Forward and backward, pass by pass
-        for batch in batches:
-            indices = [own[i] for i in batch.indices]
-            with self._router_loss.collecting():
-                scores = objective.score(model, batch.to(self.args.device))
-            balance = self._router_share(len(indices) / len(groups), step)
-            step.num_tokens += batch.num_tokens
-            step.loss += 0 * scores.values.detach().sum().float()  # nan where a log-prob is not finite
-            if derivative is not None:
-                columns = to_device(plan.columns(indices), derivative.device)
-                self.accelerator.backward((scores.values * derivative[:, columns]).sum() + balance)
-                continue
-            members = [groups[i] for i in indices]
-            inputs = objective.inputs(members, scores, totals=totals, seeds=seeds[indices])
-            part = objective.evaluate(members, inputs, step_statistics)
-            loss = part.share_of(len(groups))
-            self.accelerator.backward(loss + balance)
-            step.loss += loss.detach().float()
-            step.observed.append(Observed.of(part.inputs, part.output))
-            if objective.needs.whole_step:
-                step.state = part.output.state
-        objective.passes.finish()
+        def own_share(share: Asked) -> Done | None:
+            try:
+                self.passes.add_gradients(share.part, budget, step)
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
+                return None
+            return Done(0.0, 0, Means(), 0.0, used_parameters(model))
 
-    def _router_share(self, share: float, step: _StepProgress) -> Tensor | float:
-        """What a pass with this share of the step's groups adds for its routers; the logged loss is without it."""
-        balance = self._router_loss.take()
-        if balance is None:
-            return 0.0
-        step.router_loss += share * balance.detach()
-        return share * self._router_loss.coefficient * balance
+        replies = team.run(add_share, asked, own_share, trained)
+        found = [done for done in replies if done is not None]
+        if len(found) < len(replies):
+            return False
+        team.sum_gradients(trained, [any(used) for used in zip(*(done.used for done in found), strict=True)])
+        for done in found:
+            step.loss += done.loss
+            step.num_tokens += done.num_tokens
+            step.router_loss += done.router_loss
+            self._means.join(done.means)
+        return True
 
     def _derivative(
-        self, groups: Sequence[Group], step_statistics: Tensor | None, seeds: Tensor, step: _StepProgress
+        self, groups: Sequence[Group], step_statistics: Tensor | None, seeds: Tensor, step: StepProgress
     ) -> Tensor:
         """(rows, tokens): the derivative of the step's loss by every score of its groups."""
         objective = self.objective
@@ -224,21 +213,9 @@ class PreferenceTrainer(StageTrainer):
             loss = whole.share_of(len(groups))
         (derivative,) = torch.autograd.grad(loss, scores.values)
         step.state = whole.output.state
-        if self.accelerator.is_main_process:  # every process computes the same; count it once
-            step.loss += loss.detach().float()
-            step.observed.append(Observed.of(whole.inputs, whole.output))
+        step.loss += loss.detach().float()
+        step.observed.append(Observed.of(whole.inputs, whole.output))
         return derivative
-
-    def _sum_gradients(self, model: nn.Module) -> None:
-        """Add up the gradients of all processes; each has those of its own groups."""
-        if self.accelerator.num_processes == 1:
-            return
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        vector_to_parameters(self._processes.sum(parameters_to_vector(gradients)), gradients)
 
     def _save_memory(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """After a step that did not fit: drop its gradients and choose settings that need less memory."""
@@ -278,8 +255,6 @@ class PreferenceTrainer(StageTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a training log the exact means over the steps since the last one."""
         if "loss" in logs:
-            if self.accelerator.num_processes > 1:
-                self._means = Means.joined(gather_object([self._means]))
             logs = {**logs, **self._means.take()}
         super().log(logs, start_time)
 

@@ -410,6 +410,7 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
                 cohort=1,
                 joint_passes=None,
                 router_aux_loss_coef=0.0,
+                devices=1,
             ),
             num_steps=num_steps,
             seed=SEED,

@@ -92,11 +92,14 @@ def _leave_out_pictures() -> None:
     PeftModel.create_or_update_model_card = lambda self, folder: None
 
 
-def _child(arguments: list[str], cwd: Path, cache: Path, patch: Callable[[], None] | None) -> None:
+def child(
+    arguments: list[str], cwd: Path, cache: Path, patch: Callable[[], None] | None, output: Path | None = None
+) -> None:
+    """What a process of the command does; its output goes to files in the folder `output`, or in the cache."""
     import torch
 
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(cache / f"std{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(os.open((output or cache) / f"std{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
@@ -118,7 +121,7 @@ def command(
     `timeout` is the seconds that it may take on a quiet machine.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    process = FORKS.Process(target=_child, args=(list(arguments), cwd, cache, patch))
+    process = FORKS.Process(target=child, args=(list(arguments), cwd, cache, patch))
     process.start()
     process.join(patience(timeout))
     if process.exitcode is None:

@@ -161,7 +161,7 @@ def project(tmp_path_factory, tiny_model_folder) -> Path:
 
 
 def counting_loads():
-    from alignment.stages import chain as stages
+    from alignment.stages import policy as stages
 
     same_code()
     load = stages.load_base

@@ -123,7 +123,7 @@ def test_a_reference_keeps_the_places_of_its_values(
 
     def score(self: CachedReference, groups: Sequence[Group]) -> Iterator[Any]:
         for batch in FlatLayout().batches(groups, 2000):
-            yield batch, -torch.ones(1, int(batch.offsets[-1]))
+            yield batch.indices, batch.offsets.diff().tolist(), -torch.ones(1, int(batch.offsets[-1]))
 
     for name in ("_LOOKED_UP", "_COMPUTED"):
         monkeypatch.setattr(cached_module, name, 64)

@@ -406,7 +406,8 @@ def test_a_plan_survives_the_file(tmp_path):
 
 TRAINER = TrainerConfig(
     epochs=1, max_steps=None, groups_per_step=4, plan=Planning.auto, tokens_per_batch=None, checkpoint_every=None,
-    log_every=1, eval_every=0, save_every=0, keep_checkpoints=1, cohort=1, joint_passes=None, router_aux_loss_coef=0.0,
+    log_every=1, eval_every=0, save_every=0, keep_checkpoints=1, cohort=1, joint_passes=None,
+    router_aux_loss_coef=0, devices=1,
 )  # fmt: skip
 
 

@@ -1,9 +1,7 @@
 """A GPU that runs out of memory: the step starts again with less, and ends as if nothing had happened."""
 
 import logging
-from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,16 +109,6 @@ def test_at_last_every_layer_is_checkpointed_and_then_it_ends(tmp_path, caplog):
     longest = largest_group(FlatLayout(), random_groups(8, seed=3))
     with pytest.raises(UserError, match=rf"a group of {longest} positions, even with every layer .* lower data.max"):
         step_of(tmp_path, 1, failing=(0, 1), every=0)
-
-
-def test_with_several_processes_no_step_is_repeated(tmp_path):
-    model = tiny_policy(trained=True)
-    groups = random_groups(4)
-    trainer = make_trainer(model, groups, make_loss("dpo"), tmp_path, 130)
-    fail_in_passes(model, (0,))
-    trainer.accelerator = SimpleNamespace(num_processes=2, no_sync=lambda model: nullcontext())
-    with pytest.raises(UserError, match=r"lower trainer.tokens_per_batch, or set trainer.checkpoint_every=1"):
-        trainer.training_step(model, {"groups": groups})
 
 
 @pytest.mark.parametrize(("layout", "budget"), [(FlatLayout(), 200), (SharedLayout(), 90)])

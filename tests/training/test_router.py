@@ -80,7 +80,7 @@ def test_a_step_adds_it_and_logs_it_apart(policy, tmp_path):
     groups = random_groups(3)
     trainer = make_trainer(policy, groups, make_loss("simpo"), tmp_path, reference=None)
     plain_loss, plain = step_gradient(trainer, groups)
-    trainer._router_loss = balance = RouterLoss(policy, 0.5, "trainer.router_aux_loss_coef")
+    trainer.passes._router_loss = balance = RouterLoss(policy, 0.5, "trainer.router_aux_loss_coef")
     loss, found = step_gradient(trainer, groups)
     logged = trainer._means.take()
     policy.zero_grad()

@@ -1,10 +1,7 @@
-"""How a step is split changes nothing, for any loss: into micro-batches, over processes, or by an interruption."""
+"""How a step is split changes nothing, for any loss: into micro-batches, or by an interruption."""
 
 import math
-import os
-import socket
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +16,6 @@ from alignment.training.callbacks import Checkpoints, Rhythm, last_checkpoint
 from alignment.training.sampler import StepSampler
 from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import CORE_LOSSES, each, random_groups, recommended_loss, tiny_policy
-from tests.helpers.commands import FORKS
-from tests.helpers.patience import patience
 from tests.helpers.steps import groups_for, make_trainer, moved, step_gradient
 
 CPU = torch.device("cpu")
@@ -126,60 +121,3 @@ def test_resumed_equals_uninterrupted(name, tmp_path):
     assert whole.objective.state != recommended_loss(name).initial_state() or name not in STATEFUL
     for key, value in weights(whole).items():
         torch.testing.assert_close(weights(resumed)[key], value, rtol=1e-12, atol=1e-14)
-
-
-SHARED = ["dpo", "orpo", "kto", "sampo", "aot", "tdpo1", *STATEFUL, "mpo"]
-"""Every kind of loss: plain, of tokens and prompts, mismatched rows, draws, coupled items, a state, distributions."""
-
-
-def train_all(folder: Path, processes: int) -> dict:
-    """Three steps of each kind of loss, and the evaluation after them."""
-    results = {}
-    for name in SHARED:
-        trainer = train(name, folder / name, max_steps=3)
-        assert trainer.accelerator.num_processes == processes
-        metrics = trainer.held_out_metrics(groups_for(trainer.loss, num=5, seed=6))
-        log = [row for row in trainer.state.log_history if "loss" in row]
-        results[name] = (weights(trainer), trainer.objective.state, metrics, log)
-    return results
-
-
-def worker(folder: Path, rendezvous: dict[str, str], rank: int) -> None:
-    """What each of two processes does."""
-    os.environ.update(rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-    torch.set_num_threads(1)
-    results = train_all(folder / str(rank), 2)
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
-
-
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
-@pytest.mark.matrix
-def test_two_processes_are_one(tmp_path):
-    """Weights, state, logged metrics and evaluation after three steps, the last of which has an odd share."""
-    rendezvous = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-        "WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    both = [FORKS.Process(target=worker, args=(tmp_path, rendezvous, rank)) for rank in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(patience(120))
-    assert [process.exitcode for process in both] == [0, 0]
-    two = torch.load(tmp_path / "results.pt", weights_only=False)
-    for name, (expected, state, metrics, log) in train_all(tmp_path / "alone", 1).items():
-        found, found_state, found_metrics, found_log = two[name]
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-10)
-        assert found_state == pytest.approx(state, rel=1e-9, abs=1e-12), name
-        assert found_metrics == pytest.approx(metrics, rel=1e-7, abs=1e-9), name
-        for row, other in zip(log, found_log, strict=True):
-            assert other == pytest.approx(row, rel=1e-5, abs=1e-7), name

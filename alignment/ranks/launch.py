@@ -1,0 +1,89 @@
+"""One command that starts its own ranks on this machine, by torch's elastic launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from alignment.errors import UserError
+from alignment.ranks.place import LOGS, LOST
+
+_SHUTDOWN_SECONDS = 10
+
+
+def rank_count(devices: int | str, gpus: int, wants_gpu: bool) -> int:
+    """How many ranks `trainer.devices` asks for on this machine.
+
+    Args:
+        devices: the setting: a number, or "auto" for one on each GPU, and one on a machine without.
+        gpus: that this machine shows.
+        wants_gpu: whether the run uses them.
+
+    Raises:
+        UserError: more ranks than GPUs.
+    """
+    if devices == "auto":
+        return max(1, gpus) if wants_gpu else 1
+    count = int(devices)
+    if wants_gpu and count > gpus:
+        raise UserError(
+            f"trainer.devices={count}, and this machine shows {gpus} GPU{'s' * (gpus != 1)}: set it to auto, or to at "
+            f"most {gpus}."
+        )
+    return count
+
+
+def launch(count: int, module: str, arguments: Sequence[str]) -> NoReturn:
+    """Run `python -m <module> <arguments>` in so many ranks, and leave this process as they end.
+
+    Rank 0 speaks, and says why it fails; the output of the others goes to files. Raises SystemExit.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable(logging.CRITICAL)  # what the launcher says of each process
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder = Path(tempfile.mkdtemp(prefix="alignment-ranks-"))
+    os.environ[LOGS] = str(folder)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(folder), redirects={rank: Std.NONE if rank == 0 else Std.ALL for rank in range(count)}
+        ),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if rank == 0 and failure.exitcode == LOST:  # it noticed another's end within the same tenth of a second
+            rank, failure = max(error.failures.items())
+        if rank == 0 and failure.exitcode > 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            sys.exit(1)  # it has said why
+        how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
+        sys.exit(
+            f"Error: Rank {rank} {how}; what it said is in {folder}: mend that (SIGKILL is mostly a lack of main "
+            f"memory), and continue with resume=true."
+        )
+    except SignalException:
+        sys.exit(1)  # rank 0 has said how to continue
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(0)

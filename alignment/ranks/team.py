@@ -1,0 +1,311 @@
+"""All ranks of a run as rank 0 sees them, and what the others do: wait for a task, do their share, reply."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from alignment.errors import UserError
+from alignment.ranks.place import Place
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+JOIN_SECONDS = 600
+"""How long ranks wait for each other at the start."""
+_TASK_DAYS = 30
+"""How long they wait for each other later: a rank that waits for rank 0's next task may do so for hours."""
+_LAST_SECONDS = 10
+"""How long a rank stays after rank 0 has ended, unless the launcher ends it."""
+_BUCKET = 2**28
+"""Bytes of tensors that travel at once: a LoRA's are fewer, a whole model is never copied as a whole."""
+
+
+class RankLost(UserError):
+    """Another rank has ended without a word."""
+
+
+@dataclass(slots=True)
+class Post:
+    """What a rank that follows keeps between tasks. Each wing knows what it puts here.
+
+    Attributes:
+        team: all ranks.
+        model: the policy.
+        device: where it is.
+        layout: of passes over groups.
+        passes: runs a preference step's passes.
+        trainer: runs an SFT step's passes.
+        stage: ends what the running stage has begun.
+    """
+
+    team: Team
+    model: Any = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    layout: Any = None
+    passes: Any = None
+    trainer: Any = None
+    stage: ExitStack = field(default_factory=ExitStack)
+
+
+def trained_parameters(model: Any) -> list[Tensor]:
+    """The tensors that train, in an order that is the same on all ranks."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class Team:
+    """The ranks of a run; made by `join`.
+
+    Attributes:
+        place: this process's.
+        size: how many ranks there are.
+    """
+
+    def __init__(self, place: Place, tensors: Any) -> None:
+        self.place = place
+        self.size = place.size
+        self._tensors = tensors  # the group that tensors of a GPU travel in
+        self._in_task = False
+
+    # Rank 0
+
+    def run(
+        self,
+        task: Callable[[Post, Any], R],
+        shares: Sequence[Any],
+        own: Callable[[Any], R],
+        weights: Sequence[Tensor] = (),
+    ) -> list[R]:
+        """Have every rank do its share of a task.
+
+        Args:
+            task: a function of a module, which the other ranks call with their post and their share.
+            shares: for each rank.
+            own: does the share of this rank.
+            weights: if given, the tensors that train; the others take over their values first.
+
+        Returns:
+            What each rank returned, in order.
+
+        Raises:
+            UserError: the sentence of the first rank that has failed, or a rank has ended.
+        """
+        self._in_task = True
+        with _lost_ranks():
+            self._send([(task, share, bool(weights)) for share in shares])
+            self.spread(weights)
+        failure: Exception | None = None
+        results: list[Any] = [None]
+        try:
+            results = [own(shares[0])]
+        except Exception as error:  # the others still do their shares and reply
+            failure = error
+        with _lost_ranks():
+            replies = self._gather(None)
+        self._in_task = False
+        for rank, (theirs, value) in enumerate(replies[1:], 1):
+            if theirs is not None and failure is None:
+                failure = theirs if isinstance(theirs, UserError) else RuntimeError(f"Rank {rank} failed: {theirs}")
+            results.append(value)
+        if failure is not None:
+            raise failure
+        return results
+
+    def tell(self, task: Callable[[Post, Any], Any], share: Any = None, weights: Sequence[Tensor] = ()) -> list[Any]:
+        """Have every other rank do a task of which rank 0 has no share; returns what they returned."""
+        return self.run(task, [share] * self.size, lambda _: None, weights)[1:]
+
+    def sum_gradients(self, parameters: Sequence[Tensor], used: Sequence[bool]) -> None:
+        """Add up the gradients of all ranks on rank 0.
+
+        Args:
+            parameters: all that train.
+            used: which of them have a gradient on some rank; the others keep none.
+        """
+        self.run(_give_gradients, [list(used)] * self.size, lambda _: self.add_up(parameters, used))
+
+    def end(self) -> None:
+        """Let the other ranks end, unless one of them is in the midst of a task: then the launcher ends them."""
+        if not self._in_task:
+            with suppress(RuntimeError):  # they have ended
+                self._send([None] * self.size)
+        _leave()
+
+    # The others
+
+    def follow(self) -> None:
+        """Do what rank 0 asks until it is done. Ends the process where rank 0 has ended."""
+        post = Post(self)
+        while True:
+            try:
+                asked = self._send(None)
+                if asked is None:
+                    _leave()
+                    return
+                task, share, has_weights = asked
+                if has_weights:
+                    self.spread(trained_parameters(post.model))
+                self._gather(_reply(task, post, share))
+            except RuntimeError:
+                time.sleep(_LAST_SECONDS)  # rank 0 has ended: its launcher sees that before this
+                os._exit(1)
+
+    # Collectives
+
+    def _send(self, objects: Sequence[Any] | None) -> Any:
+        """One object to each rank, from rank 0."""
+        import torch.distributed as dist
+
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, None if objects is None else list(objects))
+        return received[0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        """One object of each rank, on rank 0; empty on the others."""
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.size if self.place.rank == 0 else None
+        dist.gather_object(value, found)
+        return found or []
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """Give all ranks the values that these tensors have on rank 0."""
+        import torch.distributed as dist
+
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+            dist.broadcast(flat.view(torch.uint8), 0, group=self._group(flat))
+            if self.place.rank:
+                for tensor, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    tensor.data.copy_(values.view_as(tensor))
+
+    def add_up(self, parameters: Sequence[Tensor], used: Sequence[bool]) -> None:
+        """Every rank's part of `sum_gradients`. What has 16 bits is added in 32."""
+        import torch.distributed as dist
+
+        wanted = [parameter for parameter, is_used in zip(parameters, used, strict=True) if is_used]
+        for bucket in _buckets(wanted):
+            for parameter in bucket:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            flat = torch.cat([parameter.grad.reshape(-1) for parameter in bucket if parameter.grad is not None])
+            flat = flat.float() if flat.dtype.itemsize < 4 else flat
+            dist.reduce(flat, 0, group=self._group(flat))
+            if self.place.rank == 0:
+                for parameter, values in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                    assert parameter.grad is not None
+                    parameter.grad.copy_(values.view_as(parameter))
+
+    def _group(self, tensor: Tensor) -> Any:
+        return self._tensors if tensor.device.type == "cuda" else None
+
+
+def join(place: Place) -> Team:
+    """Meet the other ranks.
+
+    Raises:
+        UserError: not all of them have come.
+    """
+    import torch.distributed as dist
+
+    if place.rank:
+        _be_quiet()
+    wait = timedelta(seconds=JOIN_SECONDS)
+    names = [f"here/{rank}" for rank in range(place.size)]
+    present: list[str] = []
+    try:
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=wait))
+        store.set(names[place.rank], "")
+        present = [names[place.rank]]
+        store.wait(names, wait)
+    except (dist.DistError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"Rank {place.rank} has waited {JOIN_SECONDS} seconds for {place.size} ranks, and not all have come"
+            f"{'' if present else f' ({str(error).splitlines()[0]})'}: see what the others say, and that MASTER_ADDR "
+            f"and MASTER_PORT name a place that all machines reach."
+        ) from error
+    # Objects travel between CPUs; a GPU's tensors in a group of their own.
+    dist.init_process_group(
+        "gloo", store=store, rank=place.rank, world_size=place.size, timeout=timedelta(days=_TASK_DAYS)
+    )
+    return Team(place, dist.new_group(backend="nccl") if torch.cuda.is_available() else None)
+
+
+def _leave() -> None:
+    """Take the process group apart: its threads would abort a process that ends with them."""
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def _be_quiet() -> None:
+    """Rank 0 alone speaks; a signal ends the others at once, also while they wait for it."""
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    os.environ["TQDM_DISABLE"] = "1"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _reply(task: Callable[[Post, Any], Any], post: Post, share: Any) -> tuple[Exception | None, Any]:
+    try:
+        return None, task(post, share)
+    except UserError as error:
+        return error, None
+    except Exception:
+        return RuntimeError(traceback.format_exc()), None
+
+
+def _give_gradients(post: Post, used: list[bool]) -> None:
+    post.team.add_up(trained_parameters(post.model), used)
+
+
+@contextmanager
+def _lost_ranks() -> Iterator[None]:
+    """Say what an error of a collective means."""
+    try:
+        yield
+    except RuntimeError as error:
+        _let_signals_in()  # Ctrl-C ends all ranks at once, and is what happened then
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the launcher ends what is left: say why first
+        raise RankLost(
+            "Another rank has ended in the midst of its work, killed or for want of main memory: see what its "
+            "launcher says, and continue with resume=true."
+        ) from error
+
+
+def _let_signals_in() -> None:
+    """Python looks for signals where a function begins."""
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype and device, up to the size of a bucket; a larger one is a bucket of its own."""
+    alike: defaultdict[Any, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        alike[tensor.dtype, tensor.device].append(tensor)
+    for members in alike.values():
+        bucket: list[Tensor] = []
+        size = 0
+        for tensor in members:
+            if bucket and size + tensor.nbytes > _BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += tensor.nbytes
+        yield bucket

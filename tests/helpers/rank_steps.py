@@ -1,0 +1,106 @@
+"""Preference steps of a tiny policy by one process or by several ranks, with everything that must be the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from alignment.ranks.team import Post, Team, trained_parameters
+from alignment.reference.cached import CachedReference
+from alignment.reference.live import LiveReference
+from alignment.reference.store import ReferenceStore
+from alignment.scoring.layout import FlatLayout
+from alignment.stages.following import PreferenceBegun, begin_preference
+from alignment.training.callbacks import Checkpoints, Rhythm
+from alignment.training.objective import groups_to_reference
+from alignment.training.sampler import StepSampler
+from alignment.training.schedule import FollowPolicy, Schedule
+from alignment.training.trainer import PreferenceTrainer
+from tests.conftest import recommended_loss, tiny_policy
+from tests.helpers.steps import groups_for, moved
+
+CPU = torch.device("cpu")
+
+
+def hold(post: Post, _: Any) -> None:
+    """Hold the base with an adapter that is not trained: the weights of rank 0's arrive with the first task."""
+    post.model = tiny_policy()
+
+
+def run_out(post: Post, model: Any = None) -> None:
+    """Let a GPU's memory run out in the next pass with gradient."""
+    base = (model or post.model).get_base_model()
+    forward = base.forward
+
+    def failing(*arguments: Any, **settings: Any) -> Any:
+        result = forward(*arguments, **settings)
+        if torch.is_grad_enabled():
+            base.forward = forward
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return result
+
+    base.forward = failing
+
+
+def steps(
+    team: Team | None,
+    folder: Path,
+    name: str,
+    *,
+    live: bool,
+    num_steps: int = 2,
+    refreshes: tuple = (),
+    out_of_memory: int | None = None,
+) -> dict:
+    """Train for some steps and evaluate: what came of it; `out_of_memory` is the rank that lacks it."""
+    torch.manual_seed(0)
+    loss, layout = recommended_loss(name), FlatLayout()
+    groups, held_out = groups_for(loss, num=10), groups_for(loss, num=2, seed=6)
+    policy = tiny_policy(trained=True)
+    if team is not None:
+        team.tell(hold)
+        begun = PreferenceBegun(loss, 0, (1000, 1.0) if live else None, 0.0)
+        team.tell(begin_preference, begun, trained_parameters(policy))
+    sampler = StepSampler(len(groups), 5, 3, 2)
+    schedule = Schedule(sampler, sampler.first_steps(num_steps), refreshes)
+    asked = groups_to_reference(loss, groups, schedule.steps, held_out)
+    if live:
+        reference: Any = LiveReference(policy, layout, 1000, CPU, team=team)
+    else:
+        store = ReferenceStore(folder / "store.sqlite")
+        reference = CachedReference(store, policy, layout, 100, CPU, 2, team=team)
+        reference.prepare(asked)
+    callbacks = [Rhythm(None), Checkpoints(5)]
+    if refreshes:
+        callbacks.insert(0, FollowPolicy(reference, schedule, lambda _: asked))
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=num_steps, use_cpu=True, report_to="none", disable_tqdm=True,
+        remove_unused_columns=False, learning_rate=0.1, save_strategy="no", logging_steps=1,
+        lr_scheduler_type="constant", seed=3, optim="sgd", max_grad_norm=0.0,
+    )  # fmt: skip
+    trainer = PreferenceTrainer(
+        model=policy, args=arguments, groups=groups, eval_groups=held_out, loss=loss, reference=reference,
+        layout=layout, tokens_per_batch=60, sampler=sampler, callbacks=callbacks, team=team,
+    )  # fmt: skip
+    if team is not None and out_of_memory is not None:
+        if out_of_memory:
+            team.tell(run_out)
+        else:
+            run_out(None, policy)
+    moved(policy)  # where all rewards are equal, rounding decides who is right
+    trainer.train()
+    found = {
+        "weights": {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad},
+        "state": trainer.objective.state,
+        "held_out": trainer.held_out_metrics(held_out),
+        "log": [{k: v for k, v in row.items() if "runtime" not in k} for row in trainer.state.log_history[:num_steps]],
+        "tokens": trainer.num_tokens,
+        "budget": trainer.tokens_per_batch,
+        "reference": {key: value for key, value in reference.summary().items() if key in ("hits", "misses")},
+        "stored": {} if live else {k: torch.from_numpy(v) for k, v in reference.rows(asked).items()},
+    }
+    reference.close()
+    return found
