@@ -1,9 +1,9 @@
 """Matrix products on plain tensors by the fastest exact routine of this torch. Autograd records nothing.
 
 On CPUs other than Intel's, torch's own float32 products never use AVX-512: 110 GFLOP/s per thread on an AMD EPYC that
-has it, against 250 with oneDNN. On one that has AVX2 at most, torch's own (MKL's) are the faster ones: 90 against 75 (AMD
-EPYC, family 25, model 1). oneDNN comes with torch, but it compiles code for every new shape (about 1 ms) and keeps it
-(about 0.5 MiB, beyond its own limit). So numbers of rows are cut into few different sizes.
+has it, against 250 with oneDNN. On one that has AVX2 at most, torch's own (MKL's) are the faster ones: 90 against 75 on
+an AMD EPYC of family 25, model 1. oneDNN comes with torch, but it compiles code for every new shape (about 1 ms) and
+keeps it (about 0.5 MiB, beyond its own limit). So numbers of rows are cut into few different sizes.
 """
 
 from __future__ import annotations
