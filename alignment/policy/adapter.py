@@ -69,7 +69,7 @@ def _attached(model: nn.Module, config: AdapterConfig, seed: int, empty: bool = 
         settings = peft_config(config, *chosen_targets(model, config))
         torch.manual_seed(seed)  # the same adapter whatever was drawn before, in a resumed run too
         try:
-            return get_peft_model(model, settings, low_cpu_mem_usage=empty)
+            adapted = get_peft_model(model, settings, low_cpu_mem_usage=empty)
         except (ValueError, TypeError, NotImplementedError) as error:
             if "ParamWrapper" in str(error) and "lora_dropout" in str(error):
                 raise UserError(
@@ -90,6 +90,19 @@ def _attached(model: nn.Module, config: AdapterConfig, seed: int, empty: bool = 
                 "adapter.init=orthogonal knows linear layers alone, and adapter.target_modules names experts of a "
                 "mixture: leave these out, or set adapter.init=default."
             ) from error
+    _require_plain_rows(adapted)
+    return adapted
+
+
+def _require_plain_rows(adapted: nn.Module) -> None:
+    """Refuse OFT on a layer whose input has four dimensions: peft takes it for an image."""
+    for name, module in adapted.named_modules():
+        if hasattr(module, "expand_kv") and hasattr(getattr(module, "kv_b_proj", None), "oft_R"):
+            layer = f"{name.rpartition('model.')[2]}.kv_b_proj"
+            raise UserError(
+                f"adapter=oft knows layers of token vectors alone, and {layer} is given heads: leave it out by "
+                f"adapter.exclude_modules=[kv_b_proj], or choose another adapter."
+            )
 
 
 def _finish(adapted: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from alignment.errors import UserError
 from alignment.policy import targets
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.targets import auto_targets, linear_targets, own_name
@@ -135,6 +137,19 @@ def test_no_router_and_no_expert(model_type):
     adapted = attach_adapter(model, adapter(target_modules=["auto"]), 0)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained and not any(part in name for name in trained for part in ("experts.", "router", "mlp.gate."))
+
+
+def test_oft_leaves_out_what_is_given_heads():
+    """With transformers that expand latent keys and values head by head; older ones give rows of token vectors."""
+    rotations = adapter(kind="oft", r=None, alpha=None, block_size=4, target_modules=["auto"])
+    model = model_of("deepseek_v3")
+    if any(hasattr(module, "expand_kv") for module in model.modules()):
+        with pytest.raises(
+            UserError, match=r"^adapter=oft .*layers\.0\.self_attn\.kv_b_proj .*exclude_modules=\[kv_b_proj\]"
+        ):
+            attach_adapter(model_of("deepseek_v3"), rotations, 0)
+        rotations = replace(rotations, exclude_modules=["kv_b_proj"])
+    attach_adapter(model, rotations, 0)(input_ids=torch.arange(6)[None])
 
 
 CORE = ("qwen3_next", "jamba")
