@@ -34,7 +34,7 @@ _SHOWN = 8
 """Rows whose tokens are compared."""
 _WRITTEN = 1000
 """Rows that are drawn together."""
-MARKERS = ("<!-- benchmark: make bench-data -->", "<!-- end of the benchmark -->")
+MARKERS = ("<!-- benchmark: make bench-data -->", "<!-- end of make bench-data -->")
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ def assert_equal_in_ranks(cases: list[tuple[str, dict]], size: int, folder: Path
             torch.testing.assert_close(shared["stored"][key], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(tmp_path):
     """A stored reference with pairs, with mismatched rows (KTO), and with a whole step and a state (beta-DPO)."""
     cases = [(name, {"live": False, "num_steps": 1}) for name in ("dpo", "kto", "beta_dpo")]
