@@ -115,6 +115,7 @@ def gone(path, seconds=5.0):
     return False
 
 
+@pytest.mark.slow
 def test_who_stops_listening_ends_them_all(command, tmp_path):
     sides = [Side("a", (command(NOTE_AND_SLEEP, "pid"),)), Side("b", (command(""),))]
     running = run_sides(sides, 1.0)
@@ -123,6 +124,7 @@ def test_who_stops_listening_ends_them_all(command, tmp_path):
     assert gone(tmp_path / "pid")
 
 
+@pytest.mark.slow
 def test_stopped_processes_end_with_who_stopped_them(tmp_path):
     """The second side runs when the process is killed, the first one is stopped, and would be so for ever."""
     process = outside(f"list(run_sides([side(n, {NOTE_AND_SLEEP!r}) for n in 'ab'], 1.0))", tmp_path)

@@ -52,6 +52,7 @@ def test_a_recipe_shows_both_stages(run, project):
     assert "sft.data.max_length=" in out and "data.max_length=40" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("record", "names"),
     [
@@ -82,6 +83,7 @@ def test_it_ends_with_the_sentence_of_a_run(run, tmp_path):
     assert status == 1 and "Rows left out" in out and err.startswith("Error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -137,6 +137,7 @@ def test_a_ready_machine_is_not_refused(ready):
     check_machine(load("recipe=quickstart", "device=cuda", "quantization=nf4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_run_on_a_gpu_is_refused_for_what_it_lacks(ready, device):
     """All of it in one sentence, and none of it for a run on the CPU."""

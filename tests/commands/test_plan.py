@@ -57,6 +57,7 @@ def qwen3_small():
 # What it says
 
 
+@pytest.mark.slow
 def test_json_and_the_printed_tables_agree(config_file, capsys):
     arguments = ("recipe=dpo_qwen3", "--gpu-memory", "24GiB", "--config", config_file)
     found = json.loads(run(capsys, *arguments, "--json"))
@@ -105,6 +106,7 @@ def test_without_a_gpu_it_plans_for_the_cpu_and_says_so(config_file, capsys, mon
     assert "The recipe asks for a GPU, and this machine has none" in printed
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(qwen3_small, capsys, monkeypatch, config_file):
     monkeypatch.setattr(command, "build_model", lambda _: qwen3_small)
     printed = run(capsys, "recipe=dpo_qwen3", "--gpu-memory", "3GiB", "--length", 8192, "--config", config_file)
@@ -120,6 +122,7 @@ def test_an_unusual_model_is_said_to_be_estimated(tmp_path, capsys):
     assert "The activations are a rough estimate: the layers of GPTNeoXForCausalLM have another form" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

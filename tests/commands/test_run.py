@@ -198,6 +198,7 @@ WRONG_FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "content", "said"), WRONG_FILES, ids=range(len(WRONG_FILES)))
 def test_wrong_files(name, content, said, tmp_path, monkeypatch):
     path = tmp_path / name

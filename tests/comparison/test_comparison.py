@@ -140,6 +140,7 @@ def test_settings_of_any_kind_tell_variants_apart(tmp_path):
     assert [list(variant.settings) for variant in found] == [["adapter.rslora", "adapter.target_modules"]] * 2
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     a, b = make_run(tmp_path / "dpo" / "now"), make_run(tmp_path / "kto" / "now", "kto")
     assert report.main([str(a), str(b)]) == 0

@@ -166,11 +166,13 @@ def test_another_loss_inherits_nothing_from_the_recipes_loss(recipe, loss):
     assert load(f"recipe={recipe}", f"loss={loss}").loss == load_loss(loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [[], ["loss=dpo"], ["loss=simpo"]])
 def test_values_on_the_command_line_win(loss):
     assert load("recipe=dpo_qwen3", *loss, "loss.beta=0.7").loss.beta == 0.7
 
 
+@pytest.mark.slow
 def test_every_member_of_a_sweep_over_recipes_composes():
     members = sweep_members(["recipe=dpo_qwen3,simpo_qwen3", "loss.beta=0.01,0.5", "optim.lr=2e-6,5e-6"])
     assert [member[2] for member in members] == ["optim.lr=2e-06", "optim.lr=5e-06"] * 4
@@ -285,6 +287,7 @@ def test_a_group_takes_the_name_of_an_option_and_nothing_else(group, value):
 # Machines that lack something
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft_qwen3", "dpo_qwen3", "orpo_qwen3"])
 def test_a_dead_network_is_waited_for_once(name, monkeypatch):
     """One question to the hub, whatever the run needs; everything that is missing stands in one sentence."""

@@ -36,6 +36,7 @@ def old_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_defaults_of_its_time(old_run):
     """Attention and adapter are those that it began with, and what did not exist then is off."""
     resumed = to_run_config(compose_node(resumed_overrides([f"resume={old_run}"], str(old_run), "quickstart")))

@@ -45,6 +45,7 @@ def prompts_of(num: int) -> list[np.ndarray]:
     return [group.prompt for group in random_groups(num, seed=7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True], ids=["from the base", "from an adapter"])
 def test_it_is_zero_at_the_start(trained):
     model = tiny_policy(trained=trained)

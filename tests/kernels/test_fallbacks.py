@@ -90,6 +90,7 @@ def unforeseen(*args, **kwargs):
     raise KeyError("of a class that nobody has seen")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "name"),
     [

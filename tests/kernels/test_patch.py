@@ -46,6 +46,7 @@ def test_products_added_to_the_adapters_as_on_a_gpu_give_the_same(kind, nf4, mon
     assert calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
 @pytest.mark.parametrize("nf4", [False, True])
 def test_16_bits_under_autocast_are_as_close_to_the_truth_as_peft_is(kind, nf4):

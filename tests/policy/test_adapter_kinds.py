@@ -395,6 +395,7 @@ def test_what_4_bits_lack_is_said(bases, tmp_path):
         attach_adapter(bases("nf4"), adapter(target_modules=["q_proj"], modules_to_save=["up_proj"]), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [

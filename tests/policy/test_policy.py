@@ -45,6 +45,7 @@ def test_a_machine_without_a_gpu_or_bitsandbytes_is_one_sentence(tiny_model_fold
 # Identity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["full", "nf4"])
 def test_a_fresh_adapter_leaves_no_trace(tiny_model_folder, quantization):
     expected = identity(load(tiny_model_folder, quantization))

@@ -74,6 +74,7 @@ def test_a_checkpoint_in_nf4_stays_as_it_is(asked, folders, caplog):
     assert layer.compute_dtype is layer.weight.quant_state.dtype is torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_packed_checkpoint_trains_saves_and_merges(kind, folders, tmp_path):
     """Its adapter learns, is found again with the same identity, and becomes one plain model with the unpacked base."""

@@ -130,6 +130,7 @@ def test_a_state_space_block_keeps_what_its_kernel_reads():
     assert "dt_proj" not in leaves["jamba"] and {"in_proj", "x_proj", "out_proj"} <= leaves["jamba"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"])
 def test_no_router_and_no_expert(model_type):
     """Attention alone, and what else is a layer under a name of its own: peft adapts experts when told to."""

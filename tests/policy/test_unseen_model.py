@@ -33,6 +33,7 @@ def odd_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["float32", "nf4"])
 def test_an_unseen_model_trains(odd_folder, quantization, tmp_path, caplog):
     """It is scored by its own logits, flat, with its own layers, and goes the whole way."""

@@ -56,6 +56,7 @@ def test_hidden_states_in_32_bits(layout, monkeypatch):
         check_pass(layout, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_log_probs_in_16_bits(monkeypatch):
     head = logps.score_hidden
     monkeypatch.setattr(logps, "score_hidden", lambda *args: head(*args).bfloat16())

@@ -43,6 +43,7 @@ def test_constructors_refuse_numbers_that_make_no_sense(tmp_path):
             make()
 
 
+@pytest.mark.slow
 def test_who_wants_what_another_computes_waits_and_finds_it(tmp_path, monkeypatch):
     """The second asks while the first, who has found nothing stored either, is about to compute."""
     model = tiny_policy()
@@ -94,6 +95,7 @@ def test_cached_equals_live_and_both_the_start(kind, tokens_per_batch, tmp_path)
         torch.testing.assert_close(running.logps(picked).values, books(start, picked), rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["cache", "live"])
 @pytest.mark.parametrize("route", ["in process", "from disk"])
 def test_after_sft_the_reference_is_the_sft_policy_and_not_the_base(mode, route, tmp_path):
@@ -401,6 +403,7 @@ def test_log_probs_that_are_not_finite_stop_the_run(tmp_path):
 # The tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "compute", "expected"),
     [

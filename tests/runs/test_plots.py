@@ -46,6 +46,7 @@ def test_series_are_of_one_stage_split_and_name_and_finite() -> None:
     assert series(rows, "preference", "train", "loss") == ([1, 4], [0.7, 0.5])
 
 
+@pytest.mark.slow
 def test_curves_carry_the_data_and_say_what_they_are(tmp_path: Path, figures: dict[str, Figure]) -> None:
     rows = [row("sft", "train", step, loss=3.0 - step) for step in (1, 2)]
     for step in range(4):

@@ -110,6 +110,7 @@ def test_names_that_wandb_would_refuse_are_refused_before_the_run(values: dict[s
         config(**values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", [{}, {"WANDB_SWEEP_ID": "sweep1"}], ids=["alone", "under an agent"])
 def test_two_members_are_two_runs_whatever_the_environment_sets(
     agent: dict[str, str], tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch

@@ -299,6 +299,7 @@ def test_the_reference_pass_runs_a_prompt_once(tmp_path, monkeypatch):
 # The choice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_these_models_share(name):
     model = tiny_model(name, torch.float32)
@@ -370,6 +371,7 @@ def test_a_state_that_leaks_is_found(strength, caplog):
     torch.testing.assert_close(scores_and_gradient(model, groups, layout, 10_000)[0], alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_wrong_attention_is_found(monkeypatch, caplog):
     """Whatever goes wrong in it, the comparison sees it: siblings seen, the prompt not seen, a wrong scale."""
     right = alignment.kernels.attention.attend

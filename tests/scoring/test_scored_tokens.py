@@ -45,6 +45,7 @@ GROUPS = with_turns(random_groups(6, seed=8))
 LAYOUTS = {"flat": FlatLayout(), "shared": SharedLayout()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tokens_per_batch", [60, 10_000])
 def test_log_probs_are_those_of_the_scored_tokens(layout, tokens_per_batch):

@@ -122,6 +122,7 @@ OTHER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_who_would_answer_the_same_is_not_asked(name, ask):
     expected = ask()

@@ -202,6 +202,7 @@ def test_a_search_has_no_members_beforehand(project):
     assert len(sweep_members(["recipe=tiny", "seed=0,1", "hydra/sweeper=basic"])) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
@@ -217,6 +218,7 @@ def test_what_needs_a_plugin_names_it(setting, said, project, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_cohort_has_one_process(project, tmp_path, monkeypatch):
     needs("hydra_joblib_launcher")
     monkeypatch.chdir(tmp_path)

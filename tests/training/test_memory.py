@@ -58,6 +58,7 @@ def meta(config):
 # Weights, gradients, optimizer
 
 
+@pytest.mark.slow
 def test_qwen3_8b_by_hand():
     """36 layers of hidden 4096, 32 and 8 heads of 128, MLP 12288; embeddings and head of 151936 words apart."""
     config = AutoConfig.for_model(
@@ -81,6 +82,7 @@ def test_qwen3_8b_by_hand():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["auto"], ["all-linear"], ["q_proj", "down_proj"]])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "gpt_neox", "qwen3_moe"])
 def test_planned_weights_are_those_of_the_loaded_policy(kind, targets):

@@ -92,6 +92,7 @@ def gpt_oss_20b():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_qwen3_30b_a3b_by_hand():
     """48 layers of 128 experts of 768, hidden 2048; a LoRA of rank 16 on the attention and on every expert."""
     experts = 48 * 128 * 3 * 768 * 2048
@@ -131,6 +132,7 @@ def test_large_mixtures_fit_one_gpu_of_80_gb(config, least, most, targets):
     assert step_needs(sizes, 1, 4096, EIGHTY.context).total / GIB < most
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_packed_is_planned_as_it_is_stored():
     """4 and 8 bits of bitsandbytes, and GPTQ's groups of 128; unpacked kinds count as plain weights, or as NF4."""
     config = mixture_config("qwen3_moe", mlp_only_layers=[0, 1])

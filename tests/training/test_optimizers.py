@@ -158,6 +158,7 @@ def test_muon_wants_matrices(kind):
         check_optimizer("optim", settings("muon"), adapter(kind=kind, alpha=None, **other), "cpu")
 
 
+@pytest.mark.slow
 def test_settings_without_effect_are_named_once(tmp_path, caplog):
     """An optimizer that does not read beta1 says so in the log; one that does says nothing."""
     for name, count in (("adafactor", 1), ("adamw_torch", 0)):
@@ -297,6 +298,7 @@ def test_a_schedule_free_policy_is_its_average_wherever_it_is_used(dtype, tmp_pa
 # Master weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masters", [True, False])
 def test_a_tiny_rate_moves_a_bf16_policy_by_its_masters(masters, tmp_path):
     """Twelve steps of 1e-5, each a tenth of what bfloat16 can tell apart; without masters each is rounded away."""

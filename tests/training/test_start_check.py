@@ -80,6 +80,7 @@ def mismatched(name, groups):
     return mismatched_groups(make_loss(name), groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_a_reference_that_is_another_policy_stops_the_run(name, tmp_path):
     """The base in place of the SFT policy: the mistake that an adapter switched off makes."""

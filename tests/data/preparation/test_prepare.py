@@ -118,6 +118,7 @@ def test_a_winner_that_says_nothing_is_refused(config, winner, message):
         config(winner=winner)
 
 
+@pytest.mark.slow
 def test_the_winner_is_given_on_the_command_line():
     """A value alone is a list of one; words and numbers are kept as they are."""
     config = load("recipe=quickstart", "data.winner={first: [A, 1], second: 0, tie: both}", "data.ties=both_ways")

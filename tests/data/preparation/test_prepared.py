@@ -132,6 +132,7 @@ def test_many_rows_give_what_few_rows_give(
     assert prepare(settings, chat, tmp_path) == in_memory
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_limits")
 @pytest.mark.parametrize("loss", ["kto", "dpo", "lipo"])
 def test_lists_give_the_units_of_each_loss(
@@ -146,6 +147,7 @@ def test_lists_give_the_units_of_each_loss(
     assert preferences(settings, tiny, tmp_path, loss) == preferences(settings, tiny, None, loss)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_limits")
 def test_every_change_makes_new_tokens(
     chat: Any, config: Callable[..., DataConfig], jsonl: Callable[..., Path], tmp_path: Path
@@ -393,6 +395,7 @@ def test_a_batch_that_was_damaged_meanwhile_is_made_again(
     assert preferences(settings, chat, tmp_path) == preferences(settings, chat, None)
 
 
+@pytest.mark.slow
 def test_two_that_prepare_the_same_make_it_once(
     preparing: tuple[DataConfig, multiprocessing.Process],
     chat: Any,

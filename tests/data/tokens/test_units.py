@@ -92,6 +92,7 @@ def load_lists(tmp_path, tiny_model_folder):
     return run
 
 
+@pytest.mark.slow
 def test_a_loss_of_pairs_gets_the_pairs_of_lists(load_lists, caplog):
     caplog.set_level(logging.INFO)
     data = load_lists("dpo", LISTS[:1])
@@ -122,6 +123,7 @@ def test_a_loss_of_lists_gets_lists_and_pairs_as_they_are(load_lists):
     assert [len(group.completions) for group in data.eval] == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "record", "message"),
     [
