@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class MadeOnDemand(Sequence[T]):
+    """A sequence that makes an item when asked for it, so that it takes a few bytes an item; a slice is a list."""
+
+    @abstractmethod
+    def item(self, place: int) -> T:
+        """The item at a place from 0 on, below the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        places = range(len(self))[index]
+        return self.item(places) if isinstance(places, int) else [self.item(place) for place in places]
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

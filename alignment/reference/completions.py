@@ -12,16 +12,16 @@ import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
-from alignment.types import Group
+from alignment.types import Group, MadeOnDemand
 
 _KEY_BYTES = 32
 
 
-class Completions(Sequence[tuple[bytes, Group]]):
+class Completions(MadeOnDemand[tuple[bytes, Group]]):
     """All completions of some groups, each with its key and as a group of its own; `first` tells the different ones.
 
     Attributes:
@@ -42,14 +42,8 @@ class Completions(Sequence[tuple[bytes, Group]]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[bytes, Group]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[bytes, Group]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[bytes, Group] | list[tuple[bytes, Group]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def item(self, place: int) -> tuple[bytes, Group]:
+        """A completion's key, and its group alone."""
         owner = int(np.searchsorted(self._ends, place, "right"))
         group = self._groups[owner]
         k = place - int(self._ends[owner]) + len(group.completions)

@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import overload
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.logps import in_passes, score_tokens
 from alignment.scoring.token_plan import TokenPlan
 from alignment.scoring.token_scores import TokenScores
-from alignment.types import Group, to_device
+from alignment.types import Group, MadeOnDemand, to_device
 
 
 def mismatched_groups(loss: Loss, groups: Sequence[Group]) -> list[Group]:
@@ -34,7 +33,7 @@ def mismatched_groups(loss: Loss, groups: Sequence[Group]) -> list[Group]:
     return [replace(sequences[j], prompt=sequences[i].prompt) for i, j in loss.mismatched(len(groups))]
 
 
-class _Asked(Sequence[Group]):
+class _Asked(MadeOnDemand[Group]):
     """Groups for which a reference is asked, each made when it is read.
 
     Args:
@@ -53,14 +52,8 @@ class _Asked(Sequence[Group]):
     def __len__(self) -> int:
         return len(self._used) + len(self._others) + len(self._mismatched)
 
-    @overload
-    def __getitem__(self, index: int) -> Group: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Group]: ...
-    def __getitem__(self, index: int | slice) -> Group | list[Group]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def item(self, place: int) -> Group:
+        """See `MadeOnDemand`."""
         if place < len(self._used):
             return self._groups[int(self._used[place])]
         place -= len(self._used)

@@ -26,7 +26,7 @@ from alignment.data.rows.row_facts import RowFacts
 from alignment.data.sources.loading import LoadedData, Sieve, load_rows, overlaps
 from alignment.data.tokens.tokenization import TokenizedData, TokenizedSFT
 from alignment.errors import UserError
-from alignment.types import Group
+from alignment.types import Group, MadeOnDemand
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def _joined(parts: Mapping[str, P], order: np.ndarray) -> P:
     )
 
 
-class Drawn(Sequence[Any]):
+class Drawn(MadeOnDemand[Any]):
     """Items of several sequences in one order; groups know the name of theirs.
 
     Args:
@@ -115,11 +115,10 @@ class Drawn(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        part, place = self._order[index].tolist()
-        item = self._parts[part][place]
+    def item(self, place: int) -> Any:
+        """See `MadeOnDemand`."""
+        part, there = self._order[place].tolist()
+        item = self._parts[part][there]
         return replace(item, dataset=self._names[part]) if isinstance(item, Group) else item
 
 

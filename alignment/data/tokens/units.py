@@ -9,14 +9,13 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import overload
 
 import numpy as np
 
 from alignment.config.data import ListPairs
 from alignment.data.rows.sequences import Picked
 from alignment.data.tokens.token_store import Stored
-from alignment.types import Group, rows_from_pairs
+from alignment.types import Group, MadeOnDemand, rows_from_pairs
 
 
 def spread_prompts(groups: Sequence[Group], count: int) -> list[int]:
@@ -41,7 +40,7 @@ def are_lists(groups: Sequence[Group]) -> bool:
     return bool((sizes(groups) > 2).any())
 
 
-class _Derived(Sequence[Group]):
+class _Derived(MadeOnDemand[Group]):
     """Groups that are made of others when they are asked for.
 
     Args:
@@ -56,14 +55,9 @@ class _Derived(Sequence[Group]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Group: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Group]: ...
-    def __getitem__(self, index: int | slice) -> Group | list[Group]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        group, *numbers = self._indices[index].tolist()
+    def item(self, place: int) -> Group:
+        """See `MadeOnDemand`."""
+        group, *numbers = self._indices[place].tolist()
         return self._make(self._groups[group], *numbers)
 
     def of(self, groups: Sequence[Group]) -> Sequence[Group]:
