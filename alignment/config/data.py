@@ -101,6 +101,7 @@ class SourceConfig:
     eval_split: str | None
     eval_size: int
     columns: dict[str, str]
+    ignore: list[str]
     winner: dict[str, Any]
     where: dict[str, Any]
     system: str | None
@@ -128,7 +129,7 @@ OF_SOURCES = tuple(f.name for f in fields(SourceConfig) if f.name not in ("where
 HANDED_DOWN = ("streaming", "system", "eval_size", "eval_limit", "max_bad_rows", "template_kwargs")
 """Those of them that a source takes from the data unless it says otherwise."""
 
-UNSET: dict[str, Any] = {"split": "train", "columns": {}, "winner": {}, "train_where": {}}
+UNSET: dict[str, Any] = {"split": "train", "columns": {}, "ignore": [], "winner": {}, "train_where": {}}
 """What the settings that are not handed down are without a value; all others are null."""
 
 METRICS = ("rewards", "logps", "lengths", "nats", "nats_per_token", "ranking", "kl", "reference_logps")
@@ -143,8 +144,9 @@ class DataConfig:
     a hub id, or a list of these, which are read one after another. `revision` is that of a hub set, and `streaming`
     reads its rows over the network as they are needed. Held-out rows come from `eval_source` (its split `eval_split`),
     or else `eval_size` rows are set aside from the training rows.
-    `columns` maps our column names to the file's own, e.g. {prompt: question, chosen: best}. `train_where` keeps the
-    training rows whose columns have these values, e.g. {kind: [add, subtract]}; held-out rows all stay.
+    `columns` maps our column names to the file's own, e.g. {prompt: question, chosen: best}. `ignore` names columns of
+    the file that mean something else than they mean here, and are read as if they were not there. `train_where` keeps
+    the training rows whose columns have these values, e.g. {kind: [add, subtract]}; held-out rows all stay.
     `max_bad_rows` null means 0 for local files and no limit for hub sets. `allow` names findings in the text that do
     not stop the run (see `alignment.data.rows.findings`).
 
@@ -166,6 +168,7 @@ class DataConfig:
     eval_split: str | None
     eval_size: int
     columns: dict[str, str]
+    ignore: list[str]
     train_where: dict[str, Any]
     system: str | None
     max_length: int
@@ -220,6 +223,7 @@ class DataConfig:
             "eval_source",
             "eval_split",
             "columns",
+            "ignore",
             "winner",
             "train_where",
         ):
@@ -269,6 +273,10 @@ class DataConfig:
         require(
             0 <= self.min_score_gap < math.inf,
             f"data.min_score_gap must be a finite number, at least 0, not {self.min_score_gap}.",
+        )
+        mapped = sorted(set(self.ignore) & set(self.columns.values()))
+        require(
+            not mapped, f"data.ignore leaves out '{' '.join(mapped[:1])}', which data.columns reads: take one away."
         )
         self._check_winner()
 

@@ -106,6 +106,7 @@ def data_config(source: str) -> DataConfig:
         eval_split=None,
         eval_size=0,
         columns={},
+        ignore=[],
         train_where={},
         system=None,
         max_length=MAX_LENGTH,

@@ -36,7 +36,15 @@ def config():
         defaults = {
             **dict.fromkeys(("name", "eval_source", "eval_split", "system", "max_bad_rows", "limit", "eval_limit")),
             **{"revision": None, "streaming": False},
-            **{"split": "train", "eval_size": 0, "columns": {}, "train_where": {}, "template_kwargs": {}, "allow": []},
+            **{
+                "split": "train",
+                "eval_size": 0,
+                "columns": {},
+                "ignore": [],
+                "train_where": {},
+                "template_kwargs": {},
+                "allow": [],
+            },
             **{
                 "max_length": 512,
                 "max_prompt_length": 256,
@@ -69,6 +77,7 @@ def mixture(config):
                 "split": "train",
                 "eval_size": 0,
                 "columns": {},
+                "ignore": [],
                 "winner": {},
                 "where": {},
                 "template_kwargs": {},

@@ -233,6 +233,35 @@ PROMPTS: dict[str, tuple[dict[str, Any], tuple[Any, ...] | str]] = {
     "history in a cell": ({"history": '[["h", "i"]]'}, ([*TURNS, ("user", "q0")], "yes", "no")),
     "both": ({"system": "Be brief.", "history": [["h", "i"]]}, ([SYSTEM, *TURNS, ("user", "q0")], "yes", "no")),
     "another history": ({"history": "of Rome"}, PAIR),
+    "history of messages": ({"history": [user("h"), said("i")]}, ([*TURNS, ("user", "q0")], "yes", "no")),
+    "history of ShareGPT": (
+        {"history": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "i"}]},
+        ([*TURNS, ("user", "q0")], "yes", "no"),
+    ),
+    "history in columns": (
+        {"history": {"role": ["user", "assistant"], "content": ["h", "i"]}},
+        ([*TURNS, ("user", "q0")], "yes", "no"),
+    ),
+    "history as one text": (
+        {"history": "Human: h\n\nAssistant: i"},
+        ([*TURNS, ("user", "q0")], "yes", "no"),
+    ),
+    "history with a system text": (
+        {"history": [{"role": "system", "content": "Be brief."}, user("h"), said("i")]},
+        ([SYSTEM, *TURNS, ("user", "q0")], "yes", "no"),
+    ),
+    "history with the same system text": (
+        {"system": "Be brief.", "history": [{"role": "system", "content": "Be brief."}, user("h"), said("i")]},
+        ([SYSTEM, *TURNS, ("user", "q0")], "yes", "no"),
+    ),
+    "history with another system text": (
+        {"system": "Be brief.", "history": [{"role": "system", "content": "Be long."}, user("h"), said("i")]},
+        "column 'history' begins with another system text",
+    ),
+    "history of triples": ({"history": [["h", "i", "j"]]}, "column 'history' holds a list that is neither messages"),
+    "history of numbers": ({"history": [1, 2]}, r"data\.ignore=\[history\] leaves the column out"),
+    "history of objects": ({"history": [{"q": "h"}]}, "a message in column 'history' has no role and content"),
+    "no history": ({"history": []}, PAIR),
     "two system texts": (
         {"system": "Be brief.", "prompt": [{"role": "system", "content": "Be long."}, user("q")]},
         "column 'system' and the first message are two system texts",

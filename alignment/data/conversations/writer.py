@@ -31,6 +31,8 @@ OURS = {"conversation", "chat_template", "tokenize", "add_generation_prompt", "c
 MEANINGFUL = {"tools", "documents", "tool_calls", "reasoning_content", "reasoning", "thinking", "name"}
 """Keys whose loss changes what a row says: it is warned of."""
 ROLE_NAME = re.compile(r"\s*#*\s*(assistant|user|human|system|ai|bot|gpt|model)\s*(:|\n)", re.IGNORECASE)
+MISSING = re.compile(r"\s*(nan|none|null|#?n/a|<na>)\s*", re.IGNORECASE)
+"""How tables write that there is nothing, after pandas' `astype(str)` for example."""
 TRIES = 256
 """Rows in which a key may show that the template reads it."""
 
@@ -172,6 +174,7 @@ class Writer:
         That is a whole completion (None), or spans of characters as `Rendered.scored` gives them.
         """
         everything: list[list[Span] | None] = [None] * len(row.completions)
+        self._inspect_missing(row)
         if self.plain(row):
             self._note_unread(row)
             prompt = f"{row.prompt}{row.steps or ''}"
@@ -200,6 +203,7 @@ class Writer:
 
         An answer is scored unless it is empty, or a key of its message says that it is not to be learnt.
         """
+        self._inspect_missing(row)
         if self.plain(row):
             self._note_unread(row)
             text = f"{row.prompt}{row.completions[0]}"
@@ -293,6 +297,12 @@ class Writer:
                     != self.render(messages, generation, row.variables, without=key)
                     for messages, generation in ((prompt, True), ([*prompt, *(answers or [[]])[0]], False))
                 )
+
+    def _inspect_missing(self, row: Row) -> None:
+        for text in (row.prompt, *row.completions):
+            said = text if isinstance(text, str) else text[-1]["content"]
+            if MISSING.fullmatch(said):
+                self.findings.note("missing_texts", row, f"'{said.strip()}'")
 
     def _inspect_text(self, row: Row, message: Message) -> None:
         text = message["content"]

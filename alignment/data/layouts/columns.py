@@ -88,16 +88,19 @@ def pop_answer(record: Record, column: str) -> Any:
     return answer
 
 
+def real(value: Any) -> float | None:
+    """The finite number that a value is or writes, None if it is none; true is 1."""
+    try:
+        found = float(value) if isinstance(value, str | int | float) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
 def whole(value: Any) -> int | None:
     """The whole number that a value is or writes, None if it is none; true is 1."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if isinstance(value, int | float) and math.isfinite(value) and value == int(value):
-        return int(value)
-    return None
+    found = real(value)
+    return int(found) if found is not None and found == int(found) else None
 
 
 def number(value: Any, column: str) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignment.config.data import Strengths, Ties
 from alignment.data.conversations.messages import TURN, WRITTEN_MESSAGES, read_written
-from alignment.data.layouts.columns import Question, Reading, Record, named, number, plain, pop, pop_answer, whole
+from alignment.data.layouts.columns import Question, Reading, Record, named, number, plain, pop, pop_answer, real, whole
 from alignment.data.layouts.ratings import weight_of
 from alignment.data.layouts.verdicts import Answers, Codes, Outcome, Winner, decide, is_verdict, majority, values_of
 from alignment.data.rows.row import Rejected
@@ -179,6 +179,12 @@ def _judge(
             )
     if ratings is not None:
         return _Judge(answers, (), False, None, ratings, f"the higher of {' and '.join(ratings)} won")
+    if (column := _of_fractions(records, usual)) is not None:
+        raise UserError(
+            f"{source}: the column {column} has numbers with fractions, which may mean several things: say which sign "
+            f"stands for {first} and which for {second} with data.winner={{first: [negative], second: [positive], "
+            "tie: [0]}."
+        )
     raise UserError(
         f"{source} has two answers ({first}, {second}), and no column says which of them won: accepted are columns "
         f"such as winner, preference, label, score_a and score_b, or annotator1 and annotator2; data.columns="
@@ -204,11 +210,19 @@ def _verdict_columns(
     votes = tuple(sorted(column for name, column in by_name.items() if VOTES.fullmatch(name)))
     for columns in [*((by_name[name],) for name in VERDICTS if name in by_name), *([votes] if len(votes) > 1 else [])]:
         found = [
-            is_verdict(value, record, answers, winner) for record in records for value in values_of(record, columns)
+            is_verdict(value, columns[0], record, answers, winner)
+            for record in records
+            for value in values_of(record, columns)
         ]
         if 2 * sum(found) >= len(found) > 0:
             return columns
     return ()
+
+
+def _of_fractions(records: Sequence[Record], usual: AbstractSet[str]) -> str | None:
+    """A column of verdicts with numbers that are not whole."""
+    named_so = [column for column in sorted(usual) if plain(column) in VERDICTS]
+    return next((c for c in named_so if any(real(r.get(c)) is not None for r in records)), None)
 
 
 # ---------------------------------------------------------------------------------------------------- conversations

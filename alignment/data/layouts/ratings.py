@@ -99,7 +99,10 @@ def weight_of(value: Any) -> float:
     except (TypeError, ValueError):
         weight = math.nan
     if not 0 <= weight < math.inf:
-        raise Rejected("bad_weight", f"a weight is a finite number, at least 0, not {value!r}")
+        raise Rejected(
+            "bad_weight",
+            f"a weight is a finite number, at least 0, not {value!r}; data.ignore=[weight] leaves the column out",
+        )
     return weight
 
 

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from alignment.data.layouts.columns import Record, plain, whole
+from alignment.data.layouts.columns import Record, plain, real, whole
 from alignment.data.rows.row import Rejected
 from alignment.errors import UserError
 
 Winner = Mapping[str, Sequence[Any]]
-"""`data.winner`: the values that stand for `first`, `second`, `tie` and `both_bad`."""
+"""`data.winner`: the values that stand for `first`, `second`, `tie` and `both_bad`.
+
+`negative` and `positive` stand for all numbers below and above 0.
+"""
 
 SIGNED = ("overallpreference", "preferencestrength")
 """HelpSteer's columns: numbers below 0 are for the first answer, above 0 for the second."""
@@ -25,6 +28,7 @@ _NAME = re.compile(
 _SIDES = {"a": 0, "first": 0, "left": 0, "b": 1, "second": 1, "right": 1}
 _ARROW = re.compile(r"\[*([ab]?)\s*(>>|>|=|<<|<)\s*[ab]?\]*", re.IGNORECASE)
 """Arena-Hard's verdicts, A>>B to B>>A."""
+_SIGNS = {"negative": -1, "positive": 1}
 _TIES = frozenset(
     ("c", "tie", "ties", "tied", "draw", "equal", "same", "both", "neither", "nopreference", "similar", "nodifference")
 )
@@ -71,12 +75,13 @@ def values_of(record: Record, columns: Sequence[str]) -> list[Any]:
     return [vote for cell in cells for vote in (cell if isinstance(cell, list) else [cell]) if vote is not None]
 
 
-def is_verdict(value: Any, record: Record, answers: Answers, winner: Winner) -> bool:
-    """Whether a value may be a verdict, whatever it means."""
+def is_verdict(value: Any, column: str, record: Record, answers: Answers, winner: Winner) -> bool:
+    """Whether a value of a column may be a verdict, whatever it means."""
     if isinstance(value, dict):
         return False
     listed = any(_same(value, one) for values in winner.values() for one in values)
-    return listed or whole(value) is not None or _read(value, record, answers) is not None
+    number = real(value) if plain(column) in SIGNED else whole(value)
+    return listed or number is not None or _read(value, record, answers) is not None
 
 
 def decide(
@@ -91,11 +96,15 @@ def decide(
         UserError: they may mean several things.
     """
     values = [value for record in records for value in values_of(record, columns)]
+    if (
+        not winner
+        and plain(columns[0]) in SIGNED
+        and 2 * sum(real(value) is not None for value in values) >= len(values)
+    ):
+        return Codes({}, None, ": below 0 the first, above 0 the second, 0 a tie")
     counts = Counter(number for value in values if (number := whole(value)) is not None)
     if winner or 2 * counts.total() < len(values):
         return Codes(winner, {})
-    if plain(columns[0]) in SIGNED:
-        return Codes({}, None, ": below 0 the first, above 0 the second, 0 a tie")
     usual = {number for number, count in counts.items() if 20 * count >= counts.total()}
     for seen in (set(counts), usual):  # a few odd values are bad rows
         if (codes := _one_meaning(seen, answers.suffixes)) is not None:
@@ -140,12 +149,12 @@ def majority(record: Record, columns: Sequence[str], answers: Answers, codes: Co
 
 def _outcome(value: Any, record: Record, column: str, answers: Answers, codes: Codes) -> tuple[Outcome, float | None]:
     """What one verdict says, and how strongly, where it says that."""
-    number = whole(value)
+    number = real(value)
     if codes.winner:
-        signed = any((whole(one) or 0) < 0 for values in codes.winner.values() for one in values)
+        signed = any(_is_negative(one) for values in codes.winner.values() for one in values)
         for outcome, values in codes.winner.items():
             if any(_same(value, one) for one in values):
-                return Outcome(outcome), abs(float(number)) if signed and number is not None else None
+                return Outcome(outcome), abs(number) if signed and number is not None else None
         known = ", ".join(str(one) for values in codes.winner.values() for one in values)
         raise Rejected("bad_verdict", f"column '{column}' has {value!r}, and data.winner names {known}")
     if number is None:
@@ -153,9 +162,9 @@ def _outcome(value: Any, record: Record, column: str, answers: Answers, codes: C
         if read is not None:
             return read
     elif codes.numbers is None:
-        return (Outcome.tie, Outcome.second, Outcome.first)[(number > 0) - (number < 0)], abs(float(number))
-    elif number in codes.numbers:
-        return codes.numbers[number], None
+        return (Outcome.tie, Outcome.second, Outcome.first)[(number > 0) - (number < 0)], abs(number)
+    elif (code := whole(value)) is not None and code in codes.numbers:
+        return codes.numbers[code], None
     known = ", ".join(["A", "B", "tie", "both_bad", *map(str, codes.numbers or ())])
     raise Rejected(
         "bad_verdict", f"column '{column}' has {value!r}, and accepted are {known}, and what data.winner names"
@@ -193,5 +202,11 @@ def _read(value: Any, record: Record, answers: Answers) -> tuple[Outcome, float 
 
 
 def _same(value: Any, listed: Any) -> bool:
-    number = whole(value)
-    return number == whole(listed) if number is not None else str(value).strip() == str(listed).strip()
+    number, said = real(value), str(listed).strip()
+    if number is None or said in _SIGNS:
+        return str(value).strip() == said if number is None else number * _SIGNS[said] > 0
+    return number == real(listed)
+
+
+def _is_negative(listed: Any) -> bool:
+    return str(listed).strip() == "negative" or (real(listed) or 0) < 0

@@ -47,6 +47,10 @@ FINDINGS = {
         "have an answer that begins with the name of a role, which the chat template writes already",
         "take it out of the answers",
     ),
+    "missing_texts": Finding(
+        "have a question or an answer that is only nan, None, null or N/A, as tables write that there is nothing",
+        "leave these rows out",
+    ),
     "repeated_prompts": Finding(
         "have an answer that begins with its prompt", "leave the prompt out of the answers", share=0.5
     ),

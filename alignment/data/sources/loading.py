@@ -278,7 +278,7 @@ def _read(
     """
     # One row after another, until the limit
     source = opened.name
-    layout, records = _recognised(opened, config, stage, limit)
+    layout, records = _recognised(opened, config, stage, limit, sieve is not None)
     bad: list[BadRow] = []
     dropped: list[BadRow] = []
     rows, keys, contents = RowList(folder), bytearray(), array("Q")
@@ -348,21 +348,39 @@ def _no_object(item: Numbered) -> BadRow:
 
 
 def _recognised(
-    opened: Opened, config: DataConfig, stage: Stage, limit: int | None
+    opened: Opened, config: DataConfig, stage: Stage, limit: int | None, is_training: bool
 ) -> tuple[Layout | None, Iterator[Numbered]]:
     """The layout of the first records, and all records; None where none is an object."""
     wanted = _RECOGNISED if limit is None else min(_RECOGNISED, max(limit, SAMPLE))
     first = []
     good = []
-    for item in opened.records:
+    columns: set[str] = set()
+    records = _without(opened.records, config.ignore, columns)
+    for item in records:
         first.append(item)
         if isinstance(item[2], dict):
             good.append(item[2])
             if len(good) == wanted:
                 break
+    if is_training and good and (unknown := sorted(set(config.ignore) - columns)):
+        raise UserError(
+            f"data.ignore has '{unknown[0]}', but the columns of {opened.name} are {', '.join(sorted(columns))}."
+        )
     verdicts = Verdicts(config.winner, config.ties if stage == "preference" else Ties.drop, config.strengths)
     layout = recognise(good, config.columns, stage, opened.name, verdicts) if good else None
-    return layout, chain(first, opened.records)
+    return layout, chain(first, records)
+
+
+def _without(records: Iterator[Numbered], ignored: Sequence[str], columns: set[str]) -> Iterator[Numbered]:
+    """The records without some columns; adds the names of all that they had to `columns`."""
+    if not ignored:
+        yield from records
+        return
+    for file, number, record in records:
+        if isinstance(record, dict):
+            columns.update(record)
+            record = {name: value for name, value in record.items() if name not in ignored}
+        yield file, number, record
 
 
 def _hold_out(keys: bytearray, size: int, source: str) -> tuple[np.ndarray, np.ndarray]:

@@ -407,6 +407,32 @@ def test_strengths_become_scores_or_weights():
     assert read(votes, winner=winner)[2][0].scores == (2.0, 0.0)  # the mean of those who agree
 
 
+@pytest.mark.parametrize("written", [float, str])
+@pytest.mark.parametrize("column", ["preference_strength", "overall_preference"])
+def test_strengths_may_have_fractions(column, written):
+    """The sign names the winner and the rest is the strength, also where a table writes them as text."""
+    records = [
+        {"prompt": "p", "response_1": "x", "response_2": "y", column: written(s)} for s in (-1.5, 0.25, -2, 0, 3)
+    ]
+    right = [(X, (1.5, 0.0)), (Y, (0.25, 0.0)), (X, (2.0, 0.0)), (Y, (3.0, 0.0))]
+    rows = read(*records)[2]
+    assert rows[3].reason == "tie"
+    assert [(row.completions, row.scores) for row in rows if isinstance(row, Row)] == right
+    weights = [row.weight for row in read(*records, strengths=Strengths.weights)[2] if isinstance(row, Row)]
+    assert weights == [1.5, 0.25, 2, 3]
+
+
+def test_fractions_in_another_column_are_refused_with_the_setting_that_decides():
+    """A share, a difference or a strength: only you know; `negative` and `positive` stand for all numbers of a sign."""
+    records = [{"prompt": "p", "response_a": "x", "response_b": "y", "preference": p} for p in (0.5, -1.5, 0.0)]
+    with pytest.raises(UserError, match=r"f: the column preference has numbers with fractions, .*\[negative\]"):
+        read(*records)
+    winner = {"first": ["positive"], "second": ["negative"], "tie": [0]}
+    rows = read(*records, winner=winner)[2]
+    assert outcomes(rows) == [X, Y, "tie"]
+    assert [row.scores for row in rows[:2]] == [(0.5, 0.0), (1.5, 0.0)]
+
+
 def test_ratings_of_both_answers_are_the_scores_of_the_pair():
     """Whichever won."""
     assert [row.scores for row in read(*SHP)[2]] == [(9.0, 2.0), (8.0, 3.0)]

@@ -52,6 +52,10 @@ CASES = [
     ("message_lists", CHATML, row('[{"role": "user", "content": "x"}, and so on', "y", "z")),
     ("role_names", CHATML, row("x", "Assistant: y", "z")),
     ("role_names", CHATML, row("x", "y", "assistant\nz")),
+    ("missing_texts", CHATML, row("x", "nan", "z")),
+    ("missing_texts", CHATML, row("x", "y", " #N/A\n")),
+    ("missing_texts", CHATML, row("None", "y", "z")),
+    ("missing_texts", None, Row("x", ("y", "NULL"), source="data.jsonl:1")),
     ("repeated_prompts", CHATML, row("What is it?", "What is it? y", "z")),
     ("unwritten", NO_SYSTEM, row([message("system", "Be brief."), message("user", "x")], "y", "z")),
     ("generation_prompt", NO_GENERATION_PROMPT, row("x", "y", "z")),
@@ -86,6 +90,7 @@ def test_sound_rows_have_no_finding(tiny, config, template):
     tiny.chat_template = template
     several = [message("user", "a"), message("assistant", "b"), message("user", "What now?")]
     rows = [row("x", "y", "z"), row(several, "What", "What now is this"), row("system", "user", "assistant")]
+    rows.append(row([message("user", "a"), message("assistant", "None"), message("user", "nano?")], "None.", "nan 1"))
     assert found(tiny, rows, config) == {}
     assert not tokenize_sft(rows, tiny, config()).findings
 

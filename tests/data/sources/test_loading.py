@@ -258,6 +258,31 @@ def test_training_rows_by_their_columns(where, said, jsonl, config):
         kept(where)
 
 
+@pytest.mark.parametrize(("column", "value"), [("weight", "72 kg"), ("tools", "a hammer"), ("system", 3)])
+def test_a_column_that_means_something_else_can_be_left_out(jsonl, config, column, value):
+    """It is refused with the setting, or without; with `data.ignore` the rows are those of a file without it."""
+    other = [pair(i, **{column: value}) for i in range(2)]
+    with pytest.raises(UserError, match=column):
+        load(config(jsonl(other)))
+    assert [row.completions for row in load(config(jsonl(other), ignore=[column])).train] == [
+        ("c0", "r0"),
+        ("c1", "r1"),
+    ]
+    kept = load(config(jsonl(other), ignore=[column], eval_source=str(jsonl([pair(5)], "held_out.jsonl")))).train
+    assert [row.meta for row in kept] == [{}, {}]
+
+
+def test_a_column_to_leave_out_that_is_not_there_is_refused(jsonl, config):
+    """By the columns of the training rows; one that is mapped cannot be left out either."""
+    path = jsonl([pair(0)])
+    with pytest.raises(
+        UserError, match=r"data\.ignore has 'kilos', but the columns of .* are chosen, prompt, rejected\."
+    ):
+        load(config(path, ignore=["kilos"]))
+    with pytest.raises(UserError, match=r"data\.ignore leaves out 'best', which data\.columns reads"):
+        config(path, ignore=["best"], columns={"chosen": "best"})
+
+
 @pytest.mark.parametrize("size", [6, 1])
 def test_impossible_eval_size(jsonl, config, size):
     with pytest.raises(UserError, match=r"cannot be set aside .* 6 rows of 2 prompts"):
