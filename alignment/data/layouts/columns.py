@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from alignment.data.conversations.messages import found
@@ -132,8 +133,12 @@ class Reading:
     note: str
     recast: Callable[[Record], list[Record]]
 
-    def ready(self, records: Iterable[Numbered]) -> Iterator[Numbered]:
-        """All records recast to those of the layout; those that cannot be are bad rows."""
+    def ready(self, records: Iterable[Numbered], folder: Path | None) -> Iterator[Numbered]:
+        """All records recast to those of the layout; those that cannot be are bad rows.
+
+        Args:
+            folder: for what is too much for memory; None: it stays there.
+        """
         return self.each(records)
 
     def each(self, records: Iterable[Numbered]) -> Iterator[Numbered]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import math
+import pickle
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from alignment.data.conversations.messages import found, list_in, messages_of
 from alignment.data.layouts.columns import (
@@ -27,9 +31,7 @@ from alignment.data.layouts.columns import (
 )
 from alignment.data.layouts.prompts import ASKED
 from alignment.data.rows.row import BadRow, Rejected
-from alignment.data.rows.sequences import KEPT_ROWS
-
-log = logging.getLogger(__name__)
+from alignment.data.rows.sequences import SpilledList
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 LISTS = ("completions", "responses", "answers", "candidates", "outputs", "generations", "replies")
@@ -213,21 +215,25 @@ def _rated(completion: Any) -> tuple[Any, float | None]:
 
 @dataclass(frozen=True, slots=True)
 class Gathered(Reading):
-    """Rated single answers, those to one prompt gathered into a list. A record is recast to a list of one."""
+    """Rated single answers, those to one prompt gathered into a list. A record is recast to a list of one.
 
-    def ready(self, records: Iterable[Numbered]) -> Iterator[Numbered]:
+    Of each answer, 16 bytes that stand for its prompt are in memory; many answers wait in a file.
+    """
+
+    def ready(self, records: Iterable[Numbered], folder: Path | None) -> Iterator[Numbered]:
         """The lists, in the order in which their prompts come first; an answer without another one is left out."""
-        groups: dict[str, list[Numbered]] = {}
+        answers: SpilledList[Numbered] = SpilledList(folder, pickle.dumps, pickle.loads)
+        keys = bytearray()
         for file, row, record in self.each(records):
             if isinstance(record, dict):
                 asks = [record["prompt"], *(record.get(name) for name in ASKED)]
-                key = json.dumps(asks, sort_keys=True, default=str)
-                groups.setdefault(key, []).append((file, row, record))
+                text = json.dumps(asks, sort_keys=True, default=str)
+                keys += hashlib.blake2b(text.encode("ascii"), digest_size=16).digest()
+                answers.append((file, row, record))
             else:
                 yield file, row, record
-        if (number := sum(map(len, groups.values()))) > KEPT_ROWS:
-            log.info("  %d rated answers of %d prompts are in memory at once, to be gathered.", number, len(groups))
-        for group in groups.values():
+        for places in equal_keys(keys):
+            group = [answers[place] for place in places]
             file, row, first = group[0]
             if len(group) == 1:
                 yield file, row, BadRow("single_answer", "its prompt has no second answer", file, row)
@@ -236,6 +242,17 @@ class Gathered(Reading):
             shared = {name: value for name, value in first.items() if all(r.get(name) == value for r in others)}
             joined = {name: [r[name][0] for r in (first, *others)] for name in ("completions", "scores")}
             yield file, row, shared | joined
+
+
+def equal_keys(keys: bytes | bytearray) -> Iterator[list[int]]:
+    """The places of each key, in the order in which the keys come first; each has 16 bytes."""
+    words = np.frombuffer(keys, dtype=[("a", np.uint64), ("b", np.uint64)])
+    _, first, which = np.unique(words, return_index=True, return_inverse=True)
+    order = np.argsort(first[which], kind="stable")
+    sizes = np.bincount(which, minlength=len(first))[np.argsort(first)]
+    ends = np.cumsum(sizes)
+    for start, end in zip(ends - sizes, ends, strict=True):
+        yield order[start:end].tolist()
 
 
 def rated(records: Sequence[Record], usual: AbstractSet[str]) -> Reading | None:

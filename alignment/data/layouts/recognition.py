@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from alignment.data.conversations.messages import (
@@ -277,16 +278,21 @@ def _under_other_names(records: Sequence[Record], verdicts: Verdicts, stage: Sta
     return None
 
 
-def rows_of(records: Iterable[Numbered], layout: Layout, columns: Mapping[str, str]) -> Iterator[Row | BadRow]:
+def rows_of(
+    records: Iterable[Numbered], layout: Layout, columns: Mapping[str, str], folder: Path | None = None
+) -> Iterator[Row | BadRow]:
     """Every record as a checked row, or as a bad row with the first thing that is wrong.
 
     A layout under other names may make several rows of a record, or one of several records.
+
+    Args:
+        folder: for records that have to be gathered and are too many for memory; None: they stay there.
     """
     if layout.reading is None:
         renamed = columns
     else:
         named = ((file, number, rename(r, columns) if isinstance(r, dict) else r) for file, number, r in records)
-        records, renamed = layout.reading.ready(named), {}
+        records, renamed = layout.reading.ready(named, folder), {}
     for file, number, record in records:
         yield record if isinstance(record, BadRow) else to_row(record, layout, renamed, file, number)
 

@@ -13,17 +13,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from itertools import count, islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from alignment.config.data import DataConfig, Exhausted
 from alignment.data.layouts.recognition import Stage
-from alignment.data.preparation.prepared import Place
+from alignment.data.preparation.prepared import SOURCES
 from alignment.data.rows.reasons import UnusableRows
 from alignment.data.rows.row import Row, content_key, fingerprint, prompt_key
 from alignment.data.rows.row_facts import RowFacts
 from alignment.data.sources.loading import LoadedData, Sieve, load_rows, overlaps
+from alignment.data.tokens.token_store import Kind, write_anew
 from alignment.data.tokens.tokenization import TokenizedData, TokenizedSFT
 from alignment.errors import UserError
 from alignment.types import Group, MadeOnDemand
@@ -45,16 +47,18 @@ P = TypeVar("P", TokenizedData, TokenizedSFT)
 
 
 def mixed(
-    config: DataConfig, stage: Stage, tokenize: Callable[..., P], place: Place | None
+    config: DataConfig, stage: Stage, tokenize: Callable[..., P], kind: Kind[Any], folder: Path | None
 ) -> tuple[LoadedData, RowFacts, P, P]:
     """A mixture, read and tokenised: how it was read, its training part as an epoch draws it, its held-out part.
 
     The sources are tokenised one by one, each with its own settings, and drawn from afterwards: rows that cannot be
-    tokenised count for none.
+    tokenised count for none. If one of them is large, the tokens of the mixture go into files, in the order of an
+    epoch.
 
     Args:
         tokenize: a part of a source, given its rows, `config` and perhaps `folder`.
-        place: for the rows and tokens of large sources; None: everything stays in memory.
+        kind: of the items.
+        folder: for the rows and tokens of large sources; None: everything stays in memory.
 
     Raises:
         UserError: a source cannot be read, or has nothing that can be used.
@@ -66,15 +70,18 @@ def mixed(
     for name, own in config.parts.items():
         with _naming(name):
             where = config.sources[name].where
-            folder = None if place is None else place.folder.parent
-            loaded[name] = load_rows(own, stage=stage, folder=folder, where=where, sieve=sieve)
+            rows_folder = None if folder is None else folder.parent
+            loaded[name] = load_rows(own, stage=stage, folder=rows_folder, where=where, sieve=sieve)
             for rows, parts, part in ((loaded[name].train, trains, "train"), (loaded[name].eval, evals, "eval")):
-                into = {} if place is None or isinstance(rows, list) else {"folder": place.folder / name / part}
+                are_few = isinstance(rows, list)
+                into = {} if folder is None or are_few else {"folder": folder / SOURCES / name / part}
                 parts[name] = tokenize(rows, config=own, **into)
     contents = {name: np.array([content_key(row) for row in part.rows], np.uint64) for name, part in trains.items()}
     order = draw(config, contents)
     every = [(number, index) for number, part in enumerate(evals.values()) for index in range(len(part.rows))]
     train, held_out = _joined(trains, order), _joined(evals, np.array(every, dtype=np.int64).reshape(-1, 2))
+    if folder is not None and any(part.written is not None for part in (*trains.values(), *evals.values())):
+        train, held_out = _in_files(train, folder / "train", kind), _in_files(held_out, folder / "eval", kind)
     facts = RowFacts.of(row for part in (*trains.values(), held_out) for row in part.rows)
     kept = {name: (len(trains[name].rows), len(evals[name].rows)) for name in loaded}
     return _described(config, loaded, order, train.rows, held_out.rows, contents, kept), facts, train, held_out
@@ -91,12 +98,23 @@ def _joined(parts: Mapping[str, P], order: np.ndarray) -> P:
 
     return replace(
         first,
-        **{field: drawn(field) for field in ("groups" if isinstance(first, TokenizedData) else "sequences", "rows")},
+        **{field: drawn(field) for field in (_items(first), "rows")},
         drops=[row for part in parts.values() for row in part.drops],
         counts=dict(sum((Counter(part.counts) for part in parts.values()), Counter())),
         findings=[found for part in parts.values() for found in part.findings],
         written=None,
     )
+
+
+def _items(part: P) -> str:
+    return "groups" if isinstance(part, TokenizedData) else "sequences"
+
+
+def _in_files(part: P, folder: Path, kind: Kind[Any]) -> P:
+    """The same items in files of their own, in their order."""
+    found: Any = part
+    items, written = write_anew(folder, kind, getattr(part, _items(part)))
+    return replace(found, **{_items(part): items}, written=written)
 
 
 class Drawn(MadeOnDemand[Any]):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,7 +25,7 @@ from alignment.data.rows.row import BadRow, Row, count_reasons, left_out, requir
 from alignment.data.rows.row_facts import RowFacts
 from alignment.data.rows.sequences import Picked, StoredRows, as_line
 from alignment.data.sources.loading import LoadedData, load_rows
-from alignment.data.tokens.token_store import CONVERSATIONS, GROUPS, TEXTS, Conversation, Kind, Stored, StoreWriter
+from alignment.data.tokens.token_store import CONVERSATIONS, GROUPS, TEXTS, Conversation, Kind, Stored, write_anew
 from alignment.data.tokens.tokenization import TokenizedData, TokenizedSFT, tokenize_groups, tokenize_sft
 from alignment.data.tokens.units import are_lists, as_pairs, as_rows, sizes, with_gap
 from alignment.errors import UserError
@@ -151,8 +150,6 @@ def read_preferences(
     """
     make = partial(tokenize_groups, tokenizer=tokenizer, day=day)
     with prepared(config, "preference", tokenizer, day, cache) as place:
-        if config.sources:
-            return ReadPreferences(*mixed(config, "preference", make, place))
         made = _prepare(config, place, make, _PREFERENCES)
     held_out = made.held_out
     if made.texts is not None:  # of large data, the rows of which are gone
@@ -209,19 +206,14 @@ def _prepare(config: DataConfig, place: Place | None, tokenize: Callable[..., P]
         except (OSError, ValueError, KeyError, TypeError) as error:
             place.drop(error)
 
-    loaded = load_rows(config, stage=use.stage, folder=None if place is None else place.folder.parent)
-    facts = RowFacts.of(chain(loaded.train, loaded.eval))
-    if place is None or (isinstance(loaded.train, list) and isinstance(loaded.eval, list)):
-        return _Made(loaded, facts, tokenize(loaded.train, config=config), tokenize(loaded.eval, config=config))
+    folder = None if place is None else place.folder
+    read = mixed if config.sources else _single
+    loaded, facts, train, held_out = read(config, use.stage, tokenize, use.kind, folder)
+    if place is None or (train.written is None and held_out.written is None):
+        return _Made(loaded, facts, train, held_out)
 
     # Into files, of which the rest of the content says how they were made
-    train, held_out = (tokenize(getattr(loaded, name), config=config, folder=place.folder / name) for name in _PARTS)
-    shutil.rmtree(place.folder / _TEXTS, ignore_errors=True)  # of a process that was killed
-    writer, texts = StoreWriter(place.folder / _TEXTS, TEXTS), use.texts(train, held_out)
-    while batch := list(islice(texts, _AT_ONCE)):
-        writer.add(batch)
-    written = writer.close()
-    kept = Stored(place.folder / _TEXTS, TEXTS, written, check=False)
+    kept, written = write_anew(place.folder / _TEXTS, TEXTS, use.texts(train, held_out))
     loaded = replace(loaded, train=(), eval=())
     train, held_out = replace(train, rows=()), replace(held_out, rows=())
     digest = use.digest(use.items(train), use.items(held_out))
@@ -242,6 +234,19 @@ def _prepare(config: DataConfig, place: Place | None, tokenize: Callable[..., P]
     return _Made(loaded, facts, train, held_out, kept, digest)
 
 
+def _single(
+    config: DataConfig, stage: Stage, tokenize: Callable[..., P], kind: Kind[Any], folder: Path | None
+) -> tuple[LoadedData, RowFacts, P, P]:
+    """One set, read and tokenised; arguments and result as of `mixed`."""
+    loaded = load_rows(config, stage=stage, folder=None if folder is None else folder.parent)
+    facts = RowFacts.of(chain(loaded.train, loaded.eval))
+    are_few = isinstance(loaded.train, list) and isinstance(loaded.eval, list)
+    into = [{} if folder is None or are_few else {"folder": folder / name} for name in _PARTS]
+    rows = (loaded.train, loaded.eval)
+    train, held_out = (tokenize(some, config=config, **there) for some, there in zip(rows, into, strict=True))
+    return loaded, facts, train, held_out
+
+
 def _all_as_dict(items: Sequence[Any]) -> list[dict[str, Any]]:
     return [asdict(item) for item in items]
 
@@ -249,7 +254,6 @@ def _all_as_dict(items: Sequence[Any]) -> list[dict[str, Any]]:
 _PARTS = ("train", "eval")
 _LEFT_OUT = ("bad", "dropped")
 _TEXTS = "texts"
-_AT_ONCE = 1024
 
 
 def _taken(folder: Path, content: dict[str, Any], use: _Use[P]) -> _Made[P]:
@@ -384,7 +388,7 @@ def load_conversations(
     """
     make = partial(tokenize_sft, tokenizer=tokenizer, day=day)
     with prepared(config, "sft", tokenizer, day, cache) as place:
-        made = _Made(*mixed(config, "sft", make, place)) if config.sources else _prepare(config, place, make, _SFT)
+        made = _prepare(config, place, make, _SFT)
     loaded, train, held_out = made.loaded, made.train, made.held_out
     drops = [*loaded.dropped, *train.drops, *held_out.drops]
     info = _data_info("SFT data", loaded, made.facts, train, held_out)

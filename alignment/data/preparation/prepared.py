@@ -34,8 +34,10 @@ from alignment.files import CacheKind, file_digest, file_lock, mark_used, read_s
 
 log = logging.getLogger(__name__)
 
+SOURCES = "sources"
+"""Folder for the tokens of the sources of a mixture, until those of the mixture are whole."""
 _ENTRY = "entry.json"
-_SMALL = 2**18
+_SMALL = 2**19
 """Bytes of source files that hold fewer rows than are worth keeping."""
 _ABANDONED = 86400
 """Seconds after which an unfinished folder is of a process that was killed."""
@@ -83,6 +85,7 @@ class Place:
 
     def _rename(self) -> None:
         assert self._entry is not None
+        shutil.rmtree(self.folder / SOURCES, ignore_errors=True)
         for journal in self.folder.glob(f"*/{JOURNAL}"):
             journal.unlink()
         os.replace(self.folder, self._entry)
@@ -133,7 +136,7 @@ def _unfinished(folder: Path, goes_on: bool) -> Iterator[Path]:
 
 def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> str | None:
     """Name of the entry; None where the data are few, or come from where their content cannot be told beforehand."""
-    if config.limit is not None and config.limit <= KEPT_ROWS:
+    if not config.sources and config.limit is not None and config.limit <= KEPT_ROWS:
         return None
     found = origins(config)
     if not found or sum(one.stat().st_size if isinstance(one, Path) else _SMALL for one in found) < _SMALL:
@@ -155,11 +158,10 @@ def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> 
 
 
 def _why_not(config: DataConfig) -> str:
-    if config.sources:
-        return "mixtures are drawn anew by every start"
+    whose = "a source of the mixture" if config.sources else "its source"
     return (
-        "nothing tells before the reading whether its source has changed; a file here, or data.revision with the "
-        "commit of a hub set, does"
+        f"nothing tells before the reading whether {whose} has changed; a file here, or the commit of a hub set as its "
+        "revision, does"
     )
 
 

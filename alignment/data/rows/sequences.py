@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -25,66 +25,72 @@ _TUPLES = tuple(field.name for field in fields(Row) if str(field.type).startswit
 _AT_ONCE = 1024
 
 
-class RowList(Sequence[Row]):
-    """Rows to which more can be added. Many of them go into a file without a name, which ends with the process.
+class SpilledList(Sequence[T]):
+    """Items to which more can be added. Many of them go into a file without a name, which ends with the process.
 
     Args:
-        folder: for the file; None: all rows stay in memory.
+        folder: for the file; None: all items stay in memory.
+        dump, load: from an item to the bytes that the file has, and back.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None, dump: Callable[[T], bytes], load: Callable[[bytes], T]) -> None:
         self._folder = folder
-        self._rows: list[Row] = []
+        self._dump = dump
+        self._load = load
+        self._items: list[T] = []
         self._file: Any = None
         self._ends = array("q", [0])
 
     @property
     def in_file(self) -> bool:
-        """Whether the rows are in a file."""
+        """Whether the items are in a file."""
         return self._file is not None
 
-    def append(self, row: Row) -> None:
-        """Add a row."""
+    def append(self, item: T) -> None:
+        """Add an item."""
         if self._file is not None:
-            self._write(row)
+            self._write(item)
             return
-        self._rows.append(row)
-        if self._folder is not None and len(self._rows) > KEPT_ROWS:
+        self._items.append(item)
+        if self._folder is not None and len(self._items) > KEPT_ROWS:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=2**20)  # noqa: SIM115
-            for kept in self._rows:
+            for kept in self._items:
                 self._write(kept)
-            self._rows = []
+            self._items = []
 
-    def _write(self, row: Row) -> None:
-        self._ends.append(self._ends[-1] + self._file.write(as_line(row)))
+    def _write(self, item: T) -> None:
+        self._ends.append(self._ends[-1] + self._file.write(self._dump(item)))
 
     def flush(self) -> None:
-        """Let other processes see all rows."""
+        """Let other processes see all items."""
         if self._file is not None:
             self._file.flush()
 
     def __len__(self) -> int:
-        return len(self._ends) - 1 if self._file is not None else len(self._rows)
+        return len(self._ends) - 1 if self._file is not None else len(self._items)
 
     @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
         if self._file is None:
-            return self._rows[index]
+            return self._items[index]
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = range(len(self))[index]
-        return from_line(self._read(place, place + 1))
+        return self._load(self._read(place, place + 1))
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[T]:
         if self._file is None:
-            yield from self._rows
+            yield from self._items
             return
         for start in range(0, len(self), _AT_ONCE):
-            yield from map(from_line, self._read(start, min(start + _AT_ONCE, len(self))).splitlines())
+            stop = min(start + _AT_ONCE, len(self))
+            found, first = self._read(start, stop), self._ends[start]
+            for place in range(start, stop):
+                yield self._load(found[self._ends[place] - first : self._ends[place + 1] - first])
 
     def _read(self, start: int, stop: int) -> bytes:
         """Several processes may read at once: none moves a common place in the file."""
@@ -94,6 +100,13 @@ class RowList(Sequence[Row]):
         while len(found) < last - first:
             found += os.pread(self._file.fileno(), last - first - len(found), first + len(found))
         return found
+
+
+class RowList(SpilledList[Row]):
+    """Rows to which more can be added; in a file, each is a line of JSON."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__(folder, as_line, from_line)
 
 
 def as_line(row: Row) -> bytes:

@@ -23,7 +23,7 @@ from alignment.data.rows.row import BadRow, Row, content_key, count_reasons, fin
 from alignment.data.rows.sequences import Picked, RowList
 from alignment.data.sources.decontamination import Contamination
 from alignment.data.sources.folders import files_of
-from alignment.data.sources.opening import Opened, bundled_file, open_records, same_rows
+from alignment.data.sources.opening import Opened, bundled_file, bundled_files, open_records, same_rows
 from alignment.data.sources.remote import File
 from alignment.errors import UserError, as_names
 
@@ -206,13 +206,14 @@ def overlaps(contents: np.ndarray, prompts: np.ndarray, held_out: np.ndarray) ->
 def origins(config: DataConfig) -> list[File | str] | None:
     """All files that the rows come from, in order, and the names of sets on the hub at a commit.
 
-    None where some rows come from what may change and does not say so: another set on a hub, a mixture.
+    None where some rows come from what may change and does not say so, such as another set on a hub.
 
     Raises:
         UserError: there is no such file, or none of a split.
     """
     if config.sources:
-        return None
+        parts = [origins(part) for part in config.parts.values()]
+        return None if None in parts else list(dict.fromkeys(one for part in parts for one in part or []))
     asked = [(source, config.split) for source in as_names("data.source", config.source)]
     if config.eval_source is not None or config.eval_split is not None:
         others = config.source if config.eval_source is None else config.eval_source
@@ -220,7 +221,8 @@ def origins(config: DataConfig) -> list[File | str] | None:
         asked += [(source, split) for source in as_names("data.eval_source", others)]
     known: list[File | str] = []
     for source, split in [*asked, *((name, "test") for name in config.decontaminate)]:
-        files = [] if source.startswith(BUNDLED_PREFIX) else files_of(source, split, config.name)
+        bundled = source.startswith(BUNDLED_PREFIX)
+        files = bundled_files(source) if bundled else files_of(source, split, config.name)
         if files:
             known += files
         elif is_on_hub(source) and _COMMIT.fullmatch(config.revision or "") and (source, split) in asked:
@@ -284,7 +286,7 @@ def _read(
     rows, keys, contents = RowList(folder), bytearray(), array("Q")
     others = weighted = elsewhere = both_ways = 0
     before = ""
-    for row in rows_of(records, layout, config.columns) if layout is not None else map(_no_object, records):
+    for row in rows_of(records, layout, config.columns, folder) if layout is not None else map(_no_object, records):
         if isinstance(row, BadRow):
             (bad if row.fault else dropped).append(row)
             continue

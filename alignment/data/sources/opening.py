@@ -69,6 +69,11 @@ def bundled_file(source: str, part: str) -> Path:
     return BUNDLED / f"{source.removeprefix(BUNDLED_PREFIX)}_{part}.jsonl"
 
 
+def bundled_files(source: str) -> list[Path]:
+    """The files of all parts of a bundled set."""
+    return sorted(BUNDLED.glob(f"{source.removeprefix(BUNDLED_PREFIX)}_*.jsonl"))
+
+
 def same_rows(source: str, split: str, config: DataConfig) -> bool:
     """Whether a split of a source means the same rows as the split of the training data."""
     if split == config.split or source.startswith(BUNDLED_PREFIX):

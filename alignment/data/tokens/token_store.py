@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints, overload
@@ -283,6 +284,20 @@ class Stored(Sequence[T]):
             self._touched = 0
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def write_anew(folder: Path, kind: Kind[T], items: Iterable[T]) -> tuple[Stored[T], dict[str, Any]]:
+    """Write all items to a folder, whatever a process that was killed has left there.
+
+    Returns:
+        The items, and what describes their files.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    writer, rest = StoreWriter(folder, kind), iter(items)
+    while batch := list(islice(rest, _AT_ONCE)):
+        writer.add(batch)
+    written = writer.close()
+    return Stored(folder, kind, written, check=False), written
 
 
 def _mapped(path: Path) -> mmap.mmap | bytes:

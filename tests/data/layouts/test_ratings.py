@@ -1,10 +1,13 @@
 """Single answers with scores or thumbs, lists of answers with scores or ranks, and prompts under other names."""
 
+from datetime import date
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.data.layouts.recognition import recognise, rows_of
+from alignment.data.rows import sequences
 from alignment.data.rows.row import BadRow, Row
 from alignment.data.sources.loading import load_rows
 from alignment.errors import UserError
@@ -45,6 +48,34 @@ def test_rated_answers_to_one_prompt_become_a_ranked_list():
     assert best.meta == {"split": "a"}  # what all of them share
     [alone] = [row for row in rows if isinstance(row, BadRow)]
     assert (alone.reason, alone.row, alone.fault) == ("single_answer", 4, False)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.booleans()), min_size=3, max_size=25))
+def test_many_rated_answers_are_gathered_in_a_file_as_few_are_in_memory(tmp_path_factory, answers):
+    """By prompt, in the order in which the prompts come first, and of each prompt in the order of the answers."""
+    numbered = [
+        (
+            "f",
+            n,
+            {"prompt": f"p{p}", "completion": f"x{n}", "score": score if sound else "high", "at": date(2026, 1, 1)},
+        )
+        for n, (p, score, sound) in enumerate(answers, 1)
+    ]
+    expected = {}
+    for _, n, record in numbered:
+        if record["score"] != "high":
+            expected.setdefault(record["prompt"], []).append((n, record["score"]))
+    right = [
+        (prompt, [f"x{n}" for n, _ in sorted(own, key=lambda answer: -answer[1])])
+        for prompt, own in expected.items()
+        if len(own) > 1
+    ]
+    layout = recognise([{"prompt": "p", "completion": c, "score": 1} for c in "xy"], {}, "preference", "f")
+    in_memory = list(rows_of(numbered, layout, {}))
+    assert [(row.prompt, [*row.completions]) for row in in_memory if isinstance(row, Row)] == right
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sequences, "KEPT_ROWS", 2)
+        assert list(rows_of(numbered, layout, {}, tmp_path_factory.getbasetemp())) == in_memory
 
 
 def test_answers_under_different_systems_are_not_compared():

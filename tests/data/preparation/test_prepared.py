@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from alignment.data.preparation import prepared
 from alignment.data.preparation.prepare import fit_preferences, load_conversations, read_preferences
 from alignment.data.rows import sequences
 from alignment.data.tokens import batches, progress
+from alignment.data.tokens.token_store import StoreWriter
 from alignment.errors import UserError
 from alignment.files import CacheKind
 from alignment.types import Group
@@ -412,18 +413,78 @@ def test_two_that_prepare_the_same_make_it_once(
     assert "Another run is preparing these data" in caplog.text
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_large_mixtures(
-    loss: str, mixture: Any, jsonl: Any, chat: Any, tmp_path: Path, small_limits: None, caplog: Any
-) -> None:
-    """Sources in files, beside small ones in memory, give the mixture that memory gives; nothing of them stays."""
+@pytest.fixture
+def large_mixture(mixture: Any, jsonl: Any, small_limits: None) -> DataConfig:
+    """A source in files beside one in memory, each with held-out rows."""
     sources = {
         "large": {"source": jsonl(records(), "large.jsonl"), "eval_size": 9, "weight": 5, "max_bad_rows": 9},
         "small": {"source": jsonl(records(12), "small.jsonl"), "eval_size": 2, "weight": 1},
     }
-    config = mixture(sources)
+    return mixture(sources)
+
+
+@pytest.mark.parametrize("prepare", [preferences, pytest.param(conversations, marks=pytest.mark.slow)])
+def test_a_second_start_finds_a_mixture(
+    prepare: Callable[..., Any], large_mixture: DataConfig, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives the mixture that memory gives, and reads no text."""
+    in_memory = prepare(large_mixture, chat, None)
+    assert prepare(large_mixture, chat, tmp_path) == in_memory
+    (entry,) = entries(tmp_path)
+    assert {path.name for path in entry.iterdir()} == {"train", "eval", "texts", "entry.json"}
+    assert not list(entry.parent.glob(".*"))
+    monkeypatch.setattr("alignment.data.preparation.prepare.mixed", unread)
+    assert prepare(large_mixture, chat, tmp_path) == in_memory
+
+
+def test_every_change_of_a_mixture_makes_new_tokens(large_mixture: DataConfig, chat: Any) -> None:
+    """The content of any source, and any share."""
+
+    def key() -> str | None:
+        return prepared._key(large_mixture, "preference", chat, None)
+
+    keys = [key()]
+    small = Path(large_mixture.sources["small"].source)
+    small.write_text(small.read_text().replace("question 1", "question one"))
+    keys.append(key())
+    large_mixture.sources["small"].weight = 2
+    keys.append(key())
+    large_mixture.sources["bundled"] = replace(large_mixture.sources["small"], source="bundled:quickstart")
+    keys.append(key())
+    assert None not in keys and len(set(keys)) == len(keys)
+
+
+def test_a_killed_preparation_of_a_mixture_goes_on(
+    large_mixture: DataConfig, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The sources that were tokenised are not tokenised again, and what was written of the mixture is written anew."""
+    in_memory = preferences(large_mixture, chat, None, "kto")
+    write = StoreWriter.close
+
+    def end(writer: StoreWriter) -> Any:
+        if writer._folder.parent.name.startswith(".") and writer._folder.name == "eval":
+            raise KeyboardInterrupt
+        return write(writer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoreWriter, "close", end)
+        with pytest.raises(KeyboardInterrupt):
+            preferences(large_mixture, chat, tmp_path, "kto")
+    assert not entries(tmp_path)
     with caplog.at_level("INFO"):
-        there = preferences(config, chat, tmp_path / "cache", loss)
-    assert "These tokens are for this start alone: mixtures are drawn anew by every start." in caplog.text
-    assert there == preferences(config, chat, None, loss)
+        assert preferences(large_mixture, chat, tmp_path, "kto") == in_memory
+    done = [record.args for record in caplog.records if "were tokenised before" in record.message]
+    assert done and done[0][0] == done[0][1]
+    assert len(entries(tmp_path)) == 1
+
+
+def test_a_mixture_with_a_source_that_may_change_is_for_one_start(
+    large_mixture: DataConfig, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The log says so, and nothing of it stays."""
+    monkeypatch.setattr(prepared, "origins", lambda config: None)
+    with caplog.at_level("INFO"):
+        there = preferences(large_mixture, chat, tmp_path / "cache")
+    assert "for this start alone: nothing tells before the reading whether a source of the mixture has" in caplog.text
+    assert there == preferences(large_mixture, chat, None)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
