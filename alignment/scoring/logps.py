@@ -230,7 +230,12 @@ def ran_out_of_memory(error: RuntimeError) -> bool:
 
 def largest_group(layout: BatchLayout, groups: Sequence[Group]) -> int:
     """Positions of the largest of the groups in a pass of its own."""
-    return max(batch.positions for group in groups for batch in layout.batches([group], 1))
+    largest = 0
+    for group in groups:
+        # Flat rows are what any layout needs at most, and to lay out every one of a million groups takes a minute.
+        if len(group.completions) * (len(group.prompt) + max(map(len, group.completions))) > largest:
+            largest = max(largest, *(batch.positions for batch in layout.batches([group], 1)))
+    return largest
 
 
 def smaller_budget(layout: BatchLayout, groups: Sequence[Group], tokens_per_batch: int) -> int | None:

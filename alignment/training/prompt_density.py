@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from alignment.errors import UserError
 from alignment.scoring.logps import autocast, keeps_logits
-from alignment.types import Group
+from alignment.types import Group, MadeOnDemand
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +38,17 @@ def _embedded(
 
     Padding follows the prompt, so no token of the prompt sees it, and the mean leaves it out.
     """
-    left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    while left:
-        width = len(prompts[left[0]])
-        members, left = left[: max(1, tokens_per_batch // width)], left[max(1, tokens_per_batch // width) :]
+    sizes = np.array([len(prompt) for prompt in prompts])
+    order = np.argsort(-sizes, kind="stable")
+    start = 0
+    while start < len(order):
+        width = int(sizes[order[start]])
+        members = order[start : start + max(1, tokens_per_batch // width)].tolist()
+        start += len(members)
         ids = np.zeros((len(members), width), dtype=np.int64)
         for row, i in enumerate(members):
-            ids[row, : len(prompts[i])] = prompts[i]
-        lengths = torch.tensor([len(prompts[i]) for i in members], device=device)
+            ids[row, : sizes[i]] = prompts[i]
+        lengths = torch.from_numpy(sizes[members]).to(device)
         with autocast(model, device):
             hidden = model.get_decoder()(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
         real = torch.arange(width, device=device) < lengths[:, None]
@@ -121,44 +124,77 @@ def density_weights(log_odds: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels, 1.0, log_odds.exp().clamp(LEAST_WEIGHT, GREATEST_WEIGHT))
 
 
+class _Prompts(MadeOnDemand[np.ndarray]):
+    """The prompts of some groups, (P,) int32 each."""
+
+    def __init__(self, groups: Sequence[Group], places: Sequence[int] | np.ndarray) -> None:
+        self._groups = groups
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def item(self, place: int) -> np.ndarray:
+        """See `MadeOnDemand`."""
+        return self._groups[int(self._places[place])].prompt
+
+
+class _Weighted(MadeOnDemand[Group]):
+    """Groups whose weights are multiplied by a factor each."""
+
+    def __init__(self, groups: Sequence[Group], factors: np.ndarray) -> None:
+        self._groups = groups
+        self._factors = factors
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def item(self, place: int) -> Group:
+        """See `MadeOnDemand`."""
+        group = self._groups[place]
+        return replace(group, weight=group.weight * float(self._factors[place]))
+
+
 def with_density_weights(
     groups: Sequence[Group], model: nn.Module, tokens_per_batch: int, device: torch.device
-) -> list[Group]:
+) -> Sequence[Group]:
     """The labelled rows, with their weights multiplied by the density weights of their prompts.
 
     The weights come from the policy that the stage starts from, without randomness, so a resumed run finds the same.
-    Hashes of the prompts, not the order of the rows, decide which rows the classifier is fitted on.
+    Hashes of the prompts, not the order of the rows, decide which rows the classifier is fitted on. Of each row, a hash
+    and a few numbers are in memory; the rows stay where they are.
 
     Raises:
         UserError: all rows have the same label, or the policy's hidden states are not finite.
     """
-    labels = torch.tensor([group.labels == (True,) for group in groups])
+    found, hashes = bytearray(), bytearray()
+    for group in groups:
+        found.append(group.labels == (True,))
+        hashes += hashlib.blake2b(group.prompt.tobytes(), digest_size=16).digest()
+    labels = torch.frombuffer(found, dtype=torch.bool)
     if labels.all() or not labels.any():
         raise UserError(
             f"loss.density_weights compares the prompts of desirable and undesirable rows, and all {len(groups)} rows "
             f"of data.source are {'desirable' if labels.all() else 'undesirable'}."
         )
-    prompts = [group.prompt for group in groups]
-    hashes = [hashlib.blake2b(prompt.tobytes(), digest_size=16).digest() for prompt in prompts]
-    fitted = [
-        i
-        for label in (True, False)
-        for i in sorted((labels == label).nonzero().flatten().tolist(), key=hashes.__getitem__)[:PROMPTS_PER_LABEL]
-    ]
-    embeddings = prompt_embeddings(model, [prompts[i] for i in fitted], tokens_per_batch, device)
+    first, second = np.frombuffer(hashes, dtype=">u8").reshape(-1, 2).T
+    by_hash = torch.from_numpy(np.lexsort((second, first)))
+    fitted = torch.cat([by_hash[labels[by_hash] == label][:PROMPTS_PER_LABEL] for label in (True, False)])
+    embeddings = prompt_embeddings(model, _Prompts(groups, fitted.numpy()), tokens_per_batch, device)
     if not embeddings.isfinite().all():
         raise UserError(
             "The policy that this stage starts from has hidden states that are not finite: its weights are damaged or "
             "overflow in this dtype (model.dtype, quantization.compute_dtype)."
         )
     w, b = fit_log_odds(embeddings, labels[fitted])
-    undesirable = (~labels).nonzero().flatten().tolist()
+    undesirable = (~labels).nonzero().flatten()
     log_odds = torch.zeros(len(groups), dtype=torch.float64)
-    for members, part in _embedded(model, [prompts[i] for i in undesirable], tokens_per_batch, device):
-        log_odds[[undesirable[i] for i in members]] = part.double() @ w + b
+    for members, part in _embedded(model, _Prompts(groups, undesirable.numpy()), tokens_per_batch, device):
+        log_odds[undesirable[members]] = part.double() @ w + b
     weights = density_weights(log_odds, labels)
     low, high = weights[~labels].min().item(), weights[~labels].max().item()
     log.info(
         "Weights of %d undesirable rows by the density of their prompts: %.3g to %.3g.", len(undesirable), low, high
     )
-    return [replace(g, weight=g.weight * weight) for g, weight in zip(groups, weights.tolist(), strict=True)]
+    weighted = _Weighted(groups, weights.numpy())
+    return list(weighted) if isinstance(groups, list) else weighted

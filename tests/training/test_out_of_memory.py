@@ -9,7 +9,7 @@ import torch
 
 from alignment.errors import UserError
 from alignment.policy.layers import checkpoint_layers, decoder_layers
-from alignment.scoring.layout import FlatLayout, SharedLayout
+from alignment.scoring.layout import FlatLayout, ForkedLayout, SharedLayout
 from alignment.scoring.logps import join_scores, largest_group, score_groups, smaller_budget
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.types import Group
@@ -132,6 +132,28 @@ def test_a_reference_pass_ends_where_no_group_fits():
     fail_in_passes(model, range(100), graded=False)
     with pytest.raises(UserError, match="too little memory to score one group at a time"):
         list(score_groups(model, random_groups(5), FlatLayout(), 500, CPU))
+
+
+@pytest.mark.parametrize("layout", [FlatLayout(), SharedLayout(), ForkedLayout(pass_cost=0)])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_largest_group_is_found_without_laying_out_all(layout, seed):
+    """It is that of which a pass of its own has the most positions, in every layout and for any number of answers."""
+    generator = np.random.default_rng(seed)
+
+    def tokens(most):
+        return np.ones(int(generator.lognormal(0, 1) * most / 4) + 1, dtype=np.int32)
+
+    groups = [
+        Group(tokens(40), tuple(tokens(20) for _ in range(generator.integers(2, 5))), source=f"f:{i}")
+        for i in range(60)
+    ]
+    right = max(batch.positions for group in groups for batch in layout.batches([group], 1))
+    laid_out = []
+    layout_of = layout.batches
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(layout, "batches", lambda some, budget: laid_out.append(some) or layout_of(some, budget))
+        assert largest_group(layout, groups) == right
+    assert len(laid_out) < len(groups) / 2
 
 
 def test_a_budget_is_halved_down_to_the_largest_group():

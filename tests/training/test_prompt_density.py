@@ -11,7 +11,7 @@ from alignment.data.tokens.units import as_rows
 from alignment.errors import UserError
 from alignment.training import prompt_density as density
 from alignment.training.prompt_density import density_weights, fit_log_odds, prompt_embeddings, with_density_weights
-from alignment.types import Group
+from alignment.types import Group, MadeOnDemand
 from tests.conftest import random_groups, tiny_policy
 
 CPU = torch.device("cpu")
@@ -131,6 +131,15 @@ def test_weights_do_not_depend_on_the_order_of_the_rows_and_come_again(monkeypat
     monkeypatch.setattr(density, "PROMPTS_PER_LABEL", 1000)
     everything = with_density_weights(rows, model, 200, CPU)
     assert [row.weight for row in everything] != pytest.approx([row.weight for row in first], rel=1e-3)
+
+
+def test_rows_in_files_are_weighted_when_they_are_asked_for():
+    """They get the weights that rows in memory get, and no more than a factor of each is held."""
+    model, rows = tiny_policy(), labelled_rows()
+    weighted = with_density_weights(tuple(rows), model, 200, CPU)
+    assert isinstance(weighted, MadeOnDemand)
+    assert [row.weight for row in weighted] == [row.weight for row in with_density_weights(rows, model, 200, CPU)]
+    assert [row.keys() for row in weighted] == [row.keys() for row in rows]
 
 
 def test_rows_of_pairs_have_no_weights(monkeypatch):
