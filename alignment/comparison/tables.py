@@ -308,13 +308,15 @@ def settings_and_data(found: Comparison) -> Table:
 
 
 def member_table(found: Comparison) -> Table:
-    """A row per run: its variant, its status, and its time and memory."""
+    """A row per run: its variant, its status, its time and memory, and what it ends with after SFT alone."""
     labels = _labels(found)
     together = any(_together(member) > 1 for member in found.members)
+    alone = any(_sft_loss(member) is not None for member in found.members)
     header = ["member", "variant", "seed", "status", "steps", "seconds", "tokens/s", "peak memory, MiB"]
+    header += ["held-out SFT loss"] if alone else []
     rows = []
     for member in found.members:
-        stage = submapping(member.run.summary, "stages", "preference")
+        stage = _last_stage(member)
         memory = dig(stage, "memory", "measured")
         rows.append(
             [
@@ -325,10 +327,11 @@ def member_table(found: Comparison) -> Table:
                 format_value(stage.get("steps")),
                 *(_digits(stage[k]) if is_number(stage.get(k)) else DASH for k in ("seconds", "tokens_per_second")),
                 f"{memory / 2**20:,.0f}" if is_number(memory) else DASH,
+                *([format_value(_sft_loss(member))] if alone else []),
                 *([format_value(_together(member))] if together else []),
             ]
         )
-    note = "Time, throughput and memory are those of the preference stage."
+    note = "Time, throughput and memory are those of the preference stage, or of an SFT stage that is alone."
     if together:
         header.append("trained together")
         note += (
@@ -336,6 +339,15 @@ def member_table(found: Comparison) -> Table:
             "include the training of the others, and tokens/s are a member's share."
         )
     return Table("Members", header, rows, note)
+
+
+def _last_stage(member: ComparedRun) -> dict[str, Any]:
+    return submapping(member.run.summary, "stages", "preference" if member.loss else "sft")
+
+
+def _sft_loss(member: ComparedRun) -> float | None:
+    """The loss of the held-out conversations after SFT alone."""
+    return None if member.loss else dig(_last_stage(member), "metrics", "eval/loss")
 
 
 def _labels(found: Comparison) -> dict[str, str]:
@@ -353,7 +365,7 @@ def to_csv(found: Comparison) -> str:
     labels, distance = _labels(found), kl_measure(found.members)
     rows = []
     for member in found.members:
-        stage = submapping(member.run.summary, "stages", "preference")
+        stage = _last_stage(member)
         row: dict[str, Any] = {"member": member.name, "variant": labels.get(member.name), "loss": member.loss}
         row |= {key: member.settings.get(key) for key in found.differing_settings}
         row |= {"seed": member.seed, "status": member.run.summary.get("status")}
@@ -363,6 +375,7 @@ def to_csv(found: Comparison) -> str:
             if measure.share:
                 bounds = interval(measure, Variant(member.loss, {}, [member])) or (None, None)
                 row |= dict(zip((f"{measure.name} low", f"{measure.name} high"), bounds, strict=True))
+        row |= {"held-out SFT loss": _sft_loss(member)}
         row |= {"kl": distance.value(member) if distance else None, "kl is": distance.name if distance else None}
         row |= {key: stage.get(key) for key in ("seconds", "tokens_per_second")}
         row |= {"peak_memory_bytes": dig(stage, "memory", "measured"), "trained_together": _together(member)}

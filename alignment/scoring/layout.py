@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignment.kernels.attention import PromptSpan, SharedRow, parts_of, position_ids
+from alignment.kernels.attention import PromptSpan, SharedRow, longest_sequence, parts_of, position_ids
 from alignment.scoring.states import Fork
 from alignment.types import Group, to_device
 
@@ -53,6 +53,13 @@ class MicroBatch:
     def positions(self) -> int:
         """Positions that the pass runs, padding included."""
         return self.input_ids.numel() + (0 if self.fork is None else self.fork.input_ids.numel())
+
+    @property
+    def longest(self) -> int:
+        """Positions that the last token of the longest row sees, at the most."""
+        if self.shared_row is not None:
+            return longest_sequence(self.shared_row)
+        return self.input_ids.shape[1] + (0 if self.fork is None else self.fork.input_ids.shape[1])
 
     @property
     def keys(self) -> int:

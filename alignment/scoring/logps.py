@@ -230,11 +230,19 @@ def ran_out_of_memory(error: RuntimeError) -> bool:
 
 def largest_group(layout: BatchLayout, groups: Sequence[Group]) -> int:
     """Positions of the largest of the groups in a pass of its own."""
-    largest = 0
+    return largest_pass(layout, groups).positions
+
+
+def largest_pass(layout: BatchLayout, groups: Sequence[Group]) -> MicroBatch:
+    """The largest of the groups in a pass of its own."""
+    largest: MicroBatch | None = None
     for group in groups:
         # Flat rows are what any layout needs at most, and to lay out every one of a million groups takes a minute.
-        if len(group.completions) * (len(group.prompt) + max(map(len, group.completions))) > largest:
-            largest = max(largest, *(batch.positions for batch in layout.batches([group], 1)))
+        flat = len(group.completions) * (len(group.prompt) + max(map(len, group.completions)))
+        if largest is None or flat > largest.positions:
+            passes = [*layout.batches([group], 1), *([] if largest is None else [largest])]
+            largest = max(passes, key=lambda batch: batch.positions)
+    assert largest is not None
     return largest
 
 

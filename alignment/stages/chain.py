@@ -84,7 +84,7 @@ class Chain:
         recipe: its name.
         resolved: the whole configuration as plain values, for the tracker.
         slot: in the cohort that the run trains in, if it does.
-        given: puts the final weights into the policy, in place of training in the preference stage.
+        given: puts the final weights into the policy, in place of training in the last stage.
         described: what the summary says beside the outcome.
         team: the ranks that share the run; None for one process.
 
@@ -145,7 +145,7 @@ class Chain:
         self.answers: HeldOutAnswers | None = None
         if config.sft is not None:
             self.conversations = self._read_conversations()
-            self.sft = SFTStage(config, self.conversations, self.work)
+            self.sft = SFTStage(config, self.conversations, self.work, given if config.loss is None else None)
         if config.loss is not None:
             self.preferences = self._read_preferences()
             assert config.data is not None

@@ -1,7 +1,8 @@
 """The merged policy of several runs, evaluated like the policy of any run and left as one.
 
-It goes the way of a run whose SFT stage is done and whose preference stage is given its final weights instead of
-training them: so it meets the same checks, the same held-out pairs, reference, prompts and judge as its parents.
+It goes the way of a run whose earlier stages are done and whose last stage is given its final weights instead of
+training them: so it meets the same checks and the same held-out data as its parents, and after a preference stage the
+same reference, prompts and judge.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ class Parent:
         return self.folder / ("adapter" if self.config.adapter is not None else "model")
 
     @property
-    def start(self) -> str:
-        """Identity of the policy that its preference stage began with, which is its reference."""
-        return str(dig(self.summary, "stages", "preference", "start", "identity"))
+    def start(self) -> str | None:
+        """Identity of the policy that its preference stage began with, which is its reference; None after SFT alone."""
+        return dig(self.summary, "stages", "preference", "start", "identity") if self.config.loss is not None else None
 
     @property
     def base(self) -> tuple[Any, ...]:
@@ -78,7 +79,7 @@ def read_parents(folders: Sequence[Path]) -> list[Parent]:
     """The runs, checked to be mergeable.
 
     Raises:
-        UserError: fewer than two, one that is not finished or has no preference stage, or another base.
+        UserError: fewer than two, one that is not finished, or another base.
     """
     if len(folders) < 2:
         raise UserError("A merge needs the folders of at least two runs.")
@@ -108,11 +109,6 @@ def _read_parent(folder: Path) -> Parent:
         )
     if summary.get("recipe") == RECIPE:
         raise UserError(f"{folder} cannot be merged, because it is a merge itself: give its parents and the others.")
-    if not dig(summary, "stages", "preference"):
-        raise UserError(
-            f"{folder} cannot be merged, because it ran SFT alone, and a merged policy is measured on its parents' "
-            f"held-out pairs: merge runs that have a preference stage too, with any loss but loss=none."
-        )
     config, resolved = finished_run(folder)
     parent = Parent(folder, config, resolved, summary)
     if not parent.policy.is_dir():
@@ -129,13 +125,18 @@ def _base_in_words(parent: Parent) -> str:
 
 
 def by_data(parents: Sequence[Parent]) -> list[list[Parent]]:
-    """The parents by what they were evaluated on, in their order: held-out pairs, and how prompts were answered."""
+    """The parents by what they were evaluated on, in their order: held-out pairs, and how prompts were answered; after
+    SFT alone the data."""
     groups: dict[bytes, list[Parent]] = {}
     for parent in parents:
-        rows = read_rows(RunFiles(parent.folder), "held_out.jsonl")
-        pairs = sorted(str(row.get("key")) for row in rows if row.get("moment") == "final")
-        asked = to_json([pairs, str(parent.config.evaluation), parent.config.loss.requirements().unit])
-        groups.setdefault(asked, []).append(parent)
+        if parent.config.loss is None:
+            assert parent.config.sft is not None
+            asked = [dig(parent.summary, "data", "sft", "fingerprint"), str(parent.config.sft.data)]
+        else:
+            rows = read_rows(RunFiles(parent.folder), "held_out.jsonl")
+            pairs = sorted(str(row.get("key")) for row in rows if row.get("moment") == "final")
+            asked = [pairs, str(parent.config.evaluation), parent.config.loss.requirements().unit]
+        groups.setdefault(to_json(asked), []).append(parent)
     return list(groups.values())
 
 
@@ -215,7 +216,7 @@ def _evaluate(
     # What tells it from its parents, and from other merges, in a comparison
     told = {"method": settings.method, "density": settings.density, "of": " + ".join(p.folder.name for p in parents)}
     resolved = {**like.resolved, "tracking": None, "stopping": None, RECIPE: told}
-    if others := [p.name for p in parents if p.start != like.start]:
+    if others := [p.name for p in parents if None not in (p.start, like.start) and p.start != like.start]:
         log.warning(
             "%s began their preference stage at another policy than %s: the merged policy is measured against that of "
             "the latter.",
@@ -228,12 +229,12 @@ def _evaluate(
 
 
 def _copy_start(run: Path, folder: Path) -> None:
-    """What the preference stage of a run began with: the day, the data, the SFT stage, its metrics, earlier answers."""
+    """What the last stage of a run began with: the day, the data, the stage before, its metrics, earlier answers."""
     (folder / "stages").mkdir(exist_ok=True)
     for name in ("beginning.json", "answers_start.json", "answers_sft.json"):
         if (run / "stages" / name).is_file():
             shutil.copy(run / "stages" / name, folder / "stages")
-    if (run / "stages" / "sft").is_dir():
+    if (run / "stages" / "sft").is_dir() and (run / "stages" / "preference").is_dir():
         shutil.copytree(run / "stages" / "sft", folder / "stages" / "sft")
         rows = [line for line in (run / "metrics.jsonl").read_bytes().splitlines(True) if b'"stage": "sft"' in line]
         atomic_write_bytes(folder / "metrics.jsonl", b"".join(rows))

@@ -29,8 +29,8 @@ from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
-from alignment.scoring.layout import BatchLayout, ForkedLayout, keys_per_position
-from alignment.scoring.logps import largest_group
+from alignment.scoring.layout import BatchLayout, keys_per_position
+from alignment.scoring.logps import largest_pass
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.stages.following import PreferenceBegun, begin_preference, followed
 from alignment.stages.stage import PreferenceResult, StageResult, Workspace
@@ -213,7 +213,8 @@ class PreferenceStage:
 
     def _planned(self, model: nn.Module, layout: BatchLayout, slot: CohortSlot | None) -> tuple[Plan, int]:
         """The plan of the stage, and how many positions one pass of this run has."""
-        largest = largest_group(layout, self._data.train)
+        widest = largest_pass(layout, self._data.train)
+        largest = widest.positions
         plan = plan_stage(
             model,
             self._config,
@@ -221,8 +222,8 @@ class PreferenceStage:
             folder=self._folder,
             device=self._device,
             longest=largest,
+            widest=widest,
             keys_per_position=keys_per_position(layout, self._data.train),
-            forked=isinstance(layout, ForkedLayout),
             slot=slot,
             refreshes=len(self._schedule.refreshes),
             team=self._work.team,

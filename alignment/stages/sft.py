@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from alignment.errors import require
 from alignment.policy.layers import as_found, checkpoint_layers
 from alignment.ranks.shares import evenly
 from alignment.ranks.team import Post, Team, trained_parameters
+from alignment.scoring.layout import FlatLayout, MicroBatch
 from alignment.scoring.logps import keeps_logits
 from alignment.scoring.token_scores import TokenScores
 from alignment.stages.following import followed
@@ -39,6 +40,7 @@ from alignment.training.passes import used_parameters
 from alignment.training.planning import memory_result, plan_stage
 from alignment.training.router import require_routers, routers
 from alignment.training.stage_trainer import StageTrainer
+from alignment.types import Group
 
 log = logging.getLogger(__name__)
 
@@ -70,24 +72,33 @@ def _dataset(examples: Sequence[dict[str, list[int]]]) -> Dataset:
 
 
 class SFTStage:
-    """The SFT stage of a run, ready to start."""
+    """The SFT stage of a run, ready to start.
+
+    Args:
+        given: puts the final weights into the policy, in place of training.
+    """
 
     name = "sft"
     title = "SFT"
     result_type: type[StageResult] = StageResult
 
-    def __init__(self, config: RunConfig, data: SFTData, work: Workspace) -> None:
+    def __init__(
+        self, config: RunConfig, data: SFTData, work: Workspace, given: Callable[[nn.Module], None] | None = None
+    ) -> None:
         assert config.sft is not None
         self._run_config = config
         self._config = config.sft
         self._data = data
         self._work = work
+        self._given = given
         self._folder = work.folder(self.name)
         self.seed = config.sft.seed
         self.policy = self._folder / "policy"
 
-    def key(self, model: nn.Module) -> str:
-        """Name of the result that this stage would have, for all runs with the very same one."""
+    def key(self, model: nn.Module) -> str | None:
+        """Name of the result that this stage would have, for all runs with the very same one; None if it is given."""
+        if self._given is not None:
+            return None
         adapter = self._run_config.adapter
         settings = {
             "adapter": adapter and asdict(adapter),
@@ -118,6 +129,7 @@ class SFTStage:
             folder=self._folder,
             device=self._work.device,
             longest=longest,
+            widest=_pass_of(examples[int(lengths.argmax())]["input_ids"]),
             team=self._work.team,
         )
         checkpoint_layers(model, plan.checkpoint_every)
@@ -132,9 +144,15 @@ class SFTStage:
                 begin_sft, SFTBegun(self._run_config, first, replace(self._work, team=None), plan, longest)
             )
         trainer = self.trainer(model, plan, longest, num_steps, log_metrics)
-        if checkpoint is not None:
-            log.info("SFT continues from step %d.", done)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self._given is not None:
+            num_steps = 0
+            self._given(trainer.model)
+            if self._data.eval:
+                trainer.evaluate()
+        else:
+            if checkpoint is not None:
+                log.info("SFT continues from step %d.", done)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.require_finite_weights()
 
         num_tokens = round((num_steps - done) * loop.groups_per_step * (int(lengths.sum()) / len(lengths)))
@@ -370,9 +388,16 @@ def add_rows(post: Post, share: SFTShare) -> SFTDone:
     return done
 
 
+def _pass_of(tokens: Sequence[int]) -> MicroBatch:
+    """One conversation in a pass of its own, as long as TRL's."""
+    row = np.array([*tokens, 0], dtype=np.int32)  # the last token of a row is left out
+    [batch] = FlatLayout().batches([Group(row[:1], (row[1:],))], 1)
+    return batch
+
+
 def _final_metrics(history: Sequence[dict[str, float]], has_eval: bool) -> dict[str, float]:
     last = {name: value for row in history for name, value in row.items() if name == "loss" or name.startswith("eval_")}
-    final = {"train/loss": last["loss"]}
+    final = {"train/loss": last["loss"]} if "loss" in last else {}  # none where the final weights were given
     if has_eval:
         names = [name for name in last if name == "eval_loss" or name.endswith("/loss")]
         final |= {f"eval/{name.removeprefix('eval_')}": last[name] for name in names}

@@ -132,10 +132,11 @@ def layer_of(
     """Count the tensors that the backward pass of one decoder layer reads.
 
     The usual layer (attention with separate projections, gated MLP) with a LoRA without dropout, as `kernels` computes
-    it, keeps per position: the input of each norm; queries and keys before their own norms, if they have any; queries,
-    keys, values and the output of attention; gate and up. With dropout each linear layer also keeps its dropped input
-    and the mask, and the MLP its activation. Projections that train, and some adapters, also keep their inputs (see
-    `_form`), and an MLP that does not run fused its activation. Norms that train keep the normalised values too.
+    it, keeps per position: the input of each norm, and the layer's and the MLP's own where their norms come after them;
+    queries and keys before their own norms, if they have any; queries, keys, values and the output of attention; gate
+    and up. With dropout each linear layer also keeps its dropped input and the mask, and the MLP its activation.
+    Projections that train, and some adapters, also keep their inputs (see `_form`), and an MLP that does not run fused
+    its activation. Norms that train keep the normalised values too.
 
     Of a mixture of experts with a LoRA it keeps the input, gate and up of each chosen expert, and the router's
     probabilities; one that trains keeps every expert's input and result too.
@@ -155,7 +156,9 @@ def layer_of(
     widths = {name: (child.in_features, child.out_features) for name, child in children.items()}
     forms = {name: _form(child, value, adapted) for name, child in children.items()}
     reading = {name for name, form in forms.items() if form.reads}
-    normed = sum("norm" in name for name, _ in layer.named_children()) * hidden
+    norms = [name for name, _ in layer.named_children() if "norm" in name]
+    after = 2 if norms and all(name.startswith("post") for name in norms) else 0  # attention and MLP have none before
+    normed = (len(norms) + after) * hidden
     saved = sum(form.values for form in forms.values())
     gathered = wide = 0
 
@@ -164,7 +167,7 @@ def layer_of(
         query, keys = widths["q_proj"][1], widths["k_proj"][1]
         saved += 2 * query + 2 * keys + (hidden if reading & {"q_proj", "k_proj", "v_proj"} else 0)
         gathered = round(2 * keys * (keys_per_position - 1))
-        if {"q_norm", "k_norm"} <= names:
+        if names & {"q_norm", "query_layernorm"}:
             normed += query + keys
     else:
         saved += sum(a + b for name, (a, b) in widths.items() if name not in _MLP)
@@ -178,7 +181,7 @@ def layer_of(
     routed = working = 0
     adapters = [name for name, _ in layer.named_parameters() if ".lora_" in name]
     for module, experts in expert_weights(layer):
-        width = min(experts[-1][1:])
+        width = math.prod(experts[-1][1:]) // hidden
         wide = max(wide, experts_per_token * width)
         frozen = adapted or not any(p.requires_grad for p in module.parameters())
         saved += hidden + experts_per_token * (2 * width if frozen else 5 * width + 2 * hidden)
@@ -187,7 +190,8 @@ def layer_of(
         working = experts_per_token * (rows * hidden + gates * width)
     if not wide:
         saved += sum(a + b for name, (a, b) in widths.items() if name in _MLP)
-        wide = max((max(pair) for pair in widths.values()), default=hidden)
+        joined = {"gate_up_proj": 2}  # gate and up in one
+        wide = max((max(n, m // joined.get(name, 1)) for name, (n, m) in widths.items()), default=hidden)
 
     # In bytes
     size = (saved + gathered + normed) * value + routed

@@ -19,14 +19,13 @@ from alignment.policy.adapter import starts_at_base
 from alignment.policy.layers import decoder_layers
 from alignment.ranks.shares import largest_share
 from alignment.ranks.team import Post, Team
+from alignment.scoring.layout import MicroBatch
 from alignment.training.budget import Plan, Room, describe_checkpointing, make_plan
 from alignment.training.cohort import CohortSlot
-from alignment.training.layer_memory import is_counted
-from alignment.training.layer_probe import measured_layers
+from alignment.training.layer_probe import is_usual, measured_layers
 from alignment.training.memory import (
     GIB,
     USABLE_SHARE,
-    attention_estimate,
     count_weights,
     reference_bytes,
     sizes_of,
@@ -90,8 +89,8 @@ def plan_stage(
     folder: Path,
     device: torch.device,
     longest: int,
+    widest: MicroBatch | None = None,
     keys_per_position: float = 1.0,
-    forked: bool = False,
     slot: CohortSlot | None = None,
     refreshes: int = 0,
     team: Team | None = None,
@@ -105,8 +104,8 @@ def plan_stage(
         folder: of the stage; plan.json is written there, or read if it exists.
         device: where the policy is.
         longest: positions of the largest group of the data, or of the longest conversation.
+        widest: a pass of it, in which layers of an unusual form are measured; None leaves them estimated.
         keys_per_position: that a GPU's attention keeps, as `layout.keys_per_position` counts them.
-        forked: whether prompts run once and hand their states on.
         slot: in the cohort that the stage trains in. Each member has its own gradients and optimizer states, and where
             the members' passes are joint, one pass holds a group of each.
         refreshes: how often the reference follows the policy.
@@ -139,12 +138,11 @@ def plan_stage(
         keys_per_position=keys_per_position,
     )
     modules = decoder_layers(model)
-    if (
-        not all(map(is_counted, modules))
-        and (layers := measured_layers(model, sizes.layers, modules, forked)) is not None
-    ):
-        estimate = attention_estimate(policy.config.get_text_config()._attn_implementation)
-        sizes = replace(sizes, layers=layers, estimate=estimate)
+    layers = None
+    if widest is not None and modules and (sizes.estimate or not is_usual(policy, modules, widest)):
+        layers = measured_layers(model, sizes.layers, modules, widest.to(device))
+    if layers is not None:
+        sizes = replace(sizes, layers=layers, estimate="")
     members = 1 if slot is None else slot.width
     sizes = replace(sizes, gradients=members * sizes.gradients, optimizer=members * sizes.optimizer)
     passing = members if slot is not None and slot.is_joint else 1

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from alignment.scoring.layout import MicroBatch
 from alignment.scoring.logps import score
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.types import Group
@@ -19,9 +20,8 @@ def _peak(run) -> int:
     return max(np.cumsum([event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]))
 
 
-def step_peak(model, make_optimizer, passes: int = 2, prompt: int = 8) -> tuple[int, int]:
-    """(bytes at the peak of two steps beside the weights, positions of a pass): of a pair in each, with 128 tokens an
-    answer.
+def step_peak(model, make_optimizer, passes: int = 2, prompt: int = 8) -> tuple[int, MicroBatch]:
+    """(bytes at the peak of two steps beside the weights, a pass): of a pair in each, with 128 tokens an answer.
 
     Args:
         make_optimizer: of the parameters that train.
@@ -40,4 +40,4 @@ def step_peak(model, make_optimizer, passes: int = 2, prompt: int = 8) -> tuple[
             optimizer.zero_grad()
 
     model.train()
-    return _peak(train), batch.positions
+    return _peak(train), batch

@@ -98,20 +98,17 @@ def test_what_cannot_be_merged_is_one_sentence(sweep, merged, tmp_path):
     """Words, folders and runs that do not fit."""
     config, runs, _ = sweep
     older = yaml.safe_load((runs / "0-tiny" / "config.yaml").read_text())
-    unfinished, other, alone = tmp_path / "unfinished", tmp_path / "other", tmp_path / "alone"
-    for copy in (unfinished, other, alone):
+    unfinished, other = tmp_path / "unfinished", tmp_path / "other"
+    for copy in (unfinished, other):
         shutil.copytree(runs / "1-tiny", copy)
     (unfinished / "summary.json").unlink()
     summary = json.loads((other / "summary.json").read_text())
     summary["model"]["base"] = "0" * 64
     (other / "summary.json").write_text(json.dumps(summary))
-    del summary["stages"]["preference"]
-    (alone / "summary.json").write_text(json.dumps(summary))
     one = str(runs / "0-tiny")
     for words, said in (
         ([one, str(unfinished), "method=linear"], "unfinished cannot be merged, because it is not finished"),
         ([one, str(other), "method=linear"], "were trained from other bases"),
-        ([one, str(alone), "method=linear"], "alone cannot be merged, because it ran SFT alone, .*loss but loss=none"),
         ([one, "method=linear"], "at least two runs"),
         ([one, f"{one}/../0-tiny", "method=linear"], "0-tiny is given twice"),
         ([one, one], "method is missing"),
@@ -135,6 +132,37 @@ def test_what_cannot_be_merged_is_one_sentence(sweep, merged, tmp_path):
     found = read_parents([Path(one), other])[1]
     assert found.config.evaluation.batch_size == 7 and found.config.optim.master_weights
     assert found.config.loss.name == "dpo"
+
+
+@pytest.mark.matrix
+def test_experts_of_sft_alone_are_merged(tmp_path, tiny_model_folder, monkeypatch):
+    """They have no pairs, so their merge is measured by the held-out conversations, and laid beside them by these."""
+    config = write_project(tmp_path / "project", tiny_model_folder)
+    words = ["-m", "recipe=tiny", "loss=none", "sft.seed=0,1", "sft.trainer.epochs=1", "hydra.sweep.dir=runs"]
+    ended = command("--config-dir", str(config), *words, cwd=tmp_path, cache=tmp_path / "cache")
+    assert ended.code == 0, ended.err
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    folders = [tmp_path / "runs" / f"{seed}-tiny" for seed in range(2)]
+
+    def merged(weights):
+        out = tmp_path / weights
+        merge([*map(str, folders), "method=linear", f"weights={weights}", f"out={out}", "--config-dir", str(config)])
+        return out
+
+    def stage(folder):
+        return json.loads((folder / "summary.json").read_text())["stages"]
+
+    losses = [stage(folder)["sft"]["metrics"]["eval/loss"] for folder in folders]
+    assert losses[0] != losses[1]
+    first, mean = stage(merged("1,0")), stage(merged("1,1"))
+    assert first.keys() == {"sft"} and first["sft"]["steps"] == 0
+    assert first["sft"]["metrics"] == {"eval/loss": pytest.approx(losses[0], abs=1e-5)}
+    assert mean["sft"]["metrics"]["eval/loss"] not in losses
+    assert {
+        w.shape[0] for n, w in load_file(tmp_path / "1,1/adapter/adapter_model.safetensors").items() if "A" in n
+    } == {8}
+    rows = [line for line in (tmp_path / "1,1/comparison.md").read_text().splitlines() if "| finished |" in line]
+    assert [f"{loss:.4g}" in row for loss, row in zip(losses, rows, strict=False)] == [True, True] and len(rows) == 3
 
 
 @pytest.mark.matrix

@@ -1,4 +1,4 @@
-"""The peak of training steps against the plan, for every kind of policy, and what its layers keep in 16 bits."""
+"""The peak of training steps against the plan, for every kind and family of policies; what layers keep in 16 bits."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from alignment.config.compose import load as compose
 from alignment.config.schema import Calibration
 from alignment.policy.adapter import attach_adapter
-from alignment.policy.layers import decoder_layers
+from alignment.policy.architecture import show_decoder
+from alignment.policy.layers import decoder_layers, disable_dropout
 from alignment.scoring.logps import enable_scoring
 from alignment.training.budget import step_needs
 from alignment.training.elastic import elastic
-from alignment.training.layer_memory import is_counted
-from alignment.training.layer_probe import measured_layers
+from alignment.training.layer_probe import is_usual, measured_layers
 from alignment.training.master_weights import MasterWeights
 from alignment.training.memory import attention_estimate, count_weights, plan_policy, sizes_of
 from alignment.training.optimizers import muon
@@ -37,6 +37,7 @@ CHOSEN = [f"model.layers.{i}.{name}" for i in (1, 2, 3) for name in ("self_attn.
 def random_model(config, dtype=torch.float32):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype).requires_grad_(False)
+    show_decoder(model)
     enable_scoring(model)
     return model
 
@@ -62,8 +63,12 @@ def stored_in_8_bits(folder):
 def family(name):
     """Twice as many layers as the families' table has: of each kind some."""
     found = next(f for f in FAMILIES if f.model_type == name)
-    types = {key: 2 * value for key, value in found.settings.items() if key in ("layer_types", "layers_block_type")}
-    return random_model(replace(found, settings={"num_hidden_layers": 4} | found.settings | types).config())
+    own = {"num_hidden_layers": 4} | found.settings
+    types = {key: own[key] for key in ("layer_types", "layers_block_type", "no_rope_layers") if key in own}
+    twice = {key: value * 2 for key, value in types.items() if len(value) < own["num_hidden_layers"]}
+    model = random_model(replace(found, settings=own | twice).config())
+    disable_dropout(model)
+    return model
 
 
 def mixture(kind, folder, *targets):
@@ -76,7 +81,6 @@ def option(name, base):
 
 
 KINDS = ("lora", "dora", "vera", "oft", "boft")
-STATES = ("mamba", "mamba2", "falcon_h1", "nemotron_h", "jamba", "bamba", "granitemoehybrid", "qwen3_next", "lfm2")
 POLICIES = {
     **{name: lambda _, name=name: option(name, dense()) for name in (*KINDS, "patterns", "pissa")},
     "dora on NF4": lambda folder: option("dora", packed(tiny_config(**WIDE), folder)),
@@ -97,9 +101,15 @@ POLICIES = {
     "experts": lambda folder: mixture("qwen3_moe", folder, "gate_proj", "up_proj", "down_proj"),
     "attention beside experts": lambda folder: mixture("qwen3_moe", folder, "q_proj", "v_proj"),
     "experts of mixtral": lambda folder: mixture("mixtral", folder, "all-linear"),
-    **{name: lambda _, name=name: attach_adapter(family(name), adapter(target_modules=["auto"]), 0) for name in STATES},
+    **{
+        f.model_type: lambda _, name=f.model_type: attach_adapter(family(name), adapter(target_modules=["auto"]), 0)
+        for f in FAMILIES
+    },
 }
-CORE = ("dora", "boft", "tokens of tied ends", "spectrum", "one pass of a whole model", "experts", "mamba2")
+CORE = (
+    "dora", "boft", "tokens of tied ends", "spectrum", "one pass of a whole model", "experts", "mamba2", "mistral",
+    "deepseek_v3",
+)  # fmt: skip
 
 
 def with_masters(parameters):
@@ -118,18 +128,16 @@ def optimizer_of(name, model):
     return "muon", lambda _: muon(model, optim, ())
 
 
-def as_planned(name, model, optimizer, forked=False):
-    """The sizes of a loaded policy, as a stage plans with them."""
+def as_planned(name, model, optimizer, batch):
+    """The sizes of a loaded policy, as a stage plans with them for this pass."""
     sizes = sizes_of(
         model, count_weights(model), value=model.dtype.itemsize, optimizer=optimizer, device="cpu",
         dropout=name == "dropout",
     )  # fmt: skip
     modules = decoder_layers(model)
-    if all(map(is_counted, modules)):
-        assert not sizes.estimate
+    if not sizes.estimate and is_usual(model, modules, batch):
         return sizes
-    assert "have another form than the usual one" in sizes.estimate
-    return replace(sizes, layers=measured_layers(model, sizes.layers, modules, forked))
+    return replace(sizes, layers=measured_layers(model, sizes.layers, modules, batch))
 
 
 @pytest.mark.slow
@@ -140,8 +148,8 @@ def test_the_peak_of_a_step_is_planned(name, tmp_path):
     optimizer, make = optimizer_of(name, model)
     passes = 1 if name.startswith("one pass") else 2
     with elastic(model, adapter(iec=True)) if name == "iec" else nullcontext():
-        peak, positions = step_peak(model, make, passes)
-    needs = step_needs(as_planned(name, model, optimizer), 0, positions, 0, alone=passes == 1)
+        peak, batch = step_peak(model, make, passes)
+    needs = step_needs(as_planned(name, model, optimizer, batch), 0, batch.positions, 0, alone=passes == 1)
     assert needs.total - needs.weights - needs.adapter == pytest.approx(peak, rel=0.15)
 
 
@@ -150,9 +158,9 @@ def test_the_peak_of_a_step_is_planned(name, tmp_path):
 def test_the_peak_of_a_step_of_forks_is_planned(name):
     """Twice as many tokens in the prompt as in an answer, so that the prompt runs once; again to 15 per cent."""
     model = POLICIES[name](None)
-    peak, positions = step_peak(model, torch.optim.AdamW, passes=1, prompt=256)
-    assert positions == 256 + 2 * 127
-    needs = step_needs(as_planned(name, model, "adamw_torch", forked=True), 0, positions, 0)
+    peak, batch = step_peak(model, torch.optim.AdamW, passes=1, prompt=256)
+    assert batch.positions == 256 + 2 * 127
+    needs = step_needs(as_planned(name, model, "adamw_torch", batch), 0, batch.positions, 0)
     assert needs.total - needs.weights - needs.adapter == pytest.approx(peak, rel=0.15)
 
 
