@@ -90,7 +90,7 @@ def _ours(model: str, rows: Path, cache: Path) -> Callable[[], Iterator[list[lis
     from transformers import AutoTokenizer
 
     from alignment.data.preparation.prepare import read_preferences
-    from tests.bench.one_run import data_config
+    from tests.bench.preparation import data_config
 
     config = replace(data_config(str(rows)), max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH // 2)
     tokenizer = AutoTokenizer.from_pretrained(model)

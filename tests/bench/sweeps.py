@@ -65,7 +65,7 @@ class Sweep:
 
     Args:
         case: pairs of a step, and whether the base model is quantised.
-        prepared: what `one_run.prepare` returned for this case.
+        prepared: what `preparation.prepare` returned for this case.
         betas: of the members.
         lr: learning rate.
         tokens_per_batch: positions of one of our forward passes, those of all members of a cohort together; None for

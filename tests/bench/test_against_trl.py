@@ -18,7 +18,7 @@ from alignment.scoring import head as scoring_head
 from alignment.scoring.layout import FlatLayout, SharedLayout
 from alignment.training.sampler import StepSampler
 from alignment.types import Group
-from tests.bench import against_trl, one_run, parts
+from tests.bench import against_trl, one_run, parts, preparation
 from tests.bench.floor import Shape
 from tests.bench.job import PAIRS_OF_RUNS, SEED, Case, Job, PeakRate, Preparation
 from tests.bench.profiling import kind_of, profile_step
@@ -34,7 +34,7 @@ def job(tiny_model_folder, tmp_path):
     """The same four pairs of random tokens in two steps, at a learning rate that moves the loss at once."""
     source = str(tiny_model_folder)
     lora = adapter(r=4, alpha=8)
-    model = load_base(one_run.model_config(source), None, source, resolve_device(Device.auto))
+    model = load_base(preparation.model_config(source), None, source, resolve_device(Device.auto))
     attach_adapter(model, lora, seed=0).save_pretrained(str(tmp_path / "adapter"))
     pairs = [[ids.tolist() for ids in (group.prompt, *group.completions)] for group in random_groups(4)] * 2
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
@@ -165,18 +165,18 @@ def test_pairs_cut_from_running_text():
     """By hand: a chosen answer goes on where its prompt ends, and no token is used twice."""
     ids = np.arange(100, dtype=np.int32)
     groups = [Group(ids[0:4], (ids[4:7], ids[50:53])), Group(ids[7:9], (ids[9:12], ids[53:56]))]
-    pairs = [[part.tolist() for part in pair] for pair in one_run.cut_pairs(groups, 4, 2, 2)]
+    pairs = [[part.tolist() for part in pair] for pair in preparation.cut_pairs(groups, 4, 2, 2)]
     assert pairs == [[[0, 1, 2, 3], [4, 5], [50, 51]], [[6, 7, 8, 9], [10, 11], [52, 53]]]
     with pytest.raises(ValueError, match="too few for 3 pairs"):
-        one_run.cut_pairs(groups, 4, 2, 3)
+        preparation.cut_pairs(groups, 4, 2, 3)
 
 
 def test_rows_stand_where_the_shuffle_of_a_run_puts_them_right():
     rows = [Row(f"{i}?", (f"{i}!", "no")) for i in range(9)]
-    placed = one_run.before_shuffle(rows, 4)
+    placed = preparation.before_shuffle(rows, 4)
     assert placed != rows and len(set(map(id, placed))) == 9
     assert [placed[i] for step in StepSampler(9, 4, SEED).steps(0) for i in step] == rows
-    assert one_run.before_shuffle([], 4) == []
+    assert preparation.before_shuffle([], 4) == []
 
 
 def test_absent_real_data_become_one_bundled_case(tmp_path):
@@ -198,22 +198,22 @@ def test_absent_real_data_become_one_bundled_case(tmp_path):
 
 def test_bundled_text_is_enough_for_long_prompts(tiny_model_folder):
     """The tiny tokenizer makes a token of every byte: a real one makes a quarter of them."""
-    tokenizer = load_tokenizer(one_run.model_config(str(tiny_model_folder)), str(tiny_model_folder))
+    tokenizer = load_tokenizer(preparation.model_config(str(tiny_model_folder)), str(tiny_model_folder))
     case = Case(name="prompts", source="bundled:quickstart", steps=4, pairs_per_step=2, cut=(4 * 768, 4 * 128))
-    pairs, _ = one_run.draw_pairs(case, tokenizer)
+    pairs, _ = preparation.draw_pairs(case, tokenizer)
     assert [[len(part) for part in pair] for pair in pairs] == [[3072, 512, 512]] * 10
     assert len({pair[0].tobytes() for pair in pairs}) == 10
 
 
 def test_random_qwen3_has_the_size_of_its_name(tiny_model_folder, tmp_path, monkeypatch):
     """Made narrow and shallow; its weights are counted by hand."""
-    monkeypatch.setitem(one_run.QWEN3_SIZES, "0.6B", (64, 96, 2, 8, True))
-    tokenizer = load_tokenizer(one_run.model_config(str(tiny_model_folder)), str(tiny_model_folder))
+    monkeypatch.setitem(preparation.QWEN3_SIZES, "0.6B", (64, 96, 2, 8, True))
+    tokenizer = load_tokenizer(preparation.model_config(str(tiny_model_folder)), str(tiny_model_folder))
     device = resolve_device(Device.auto)
-    source = one_run.random_qwen3("0.6B", tokenizer, tmp_path, device)
-    base = load_base(one_run.model_config(source), None, source, device)
+    source = preparation.random_qwen3("0.6B", tokenizer, tmp_path, device)
+    base = load_base(preparation.model_config(source), None, source, device)
     lora = adapter(r=2, alpha=4)
-    shape = one_run.model_shape(base, lambda: attach_adapter(base, lora, seed=0))
+    shape = preparation.model_shape(base, lambda: attach_adapter(base, lora, seed=0))
     # Queries, keys and values 64 -> 8 * 128, output back to 64, three products with 96.
     widths = [*[(64, 1024)] * 3, (1024, 64), (64, 96), (64, 96), (96, 64)]
     assert shape == Shape(

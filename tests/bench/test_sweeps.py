@@ -11,7 +11,7 @@ import pytest
 from alignment.config.compose import compose_node, to_run_config
 from alignment.config.members import sweep_members
 from alignment.config.registry import register
-from tests.bench import against_trl, one_run, sweeps, tables, trl_side
+from tests.bench import against_trl, sweeps, tables, trl_side
 from tests.bench.job import Case, Preparation
 from tests.bench.slices import Spent
 from tests.bench.sweeps import (
@@ -150,7 +150,7 @@ def sweep(tiny_model_folder, tmp_path):
     """Two members, two steps, at a learning rate that moves the loss at once."""
     case = Case(name="sweep", source=against_trl.BUNDLED, steps=2, pairs_per_step=4, warm_up=0)
     preparation = Preparation(folder=str(tmp_path), model=str(tiny_model_folder), random_qwen3=None, cases=(case,))
-    return sweeps.Sweep(case, one_run.prepare(preparation), (0.1, 0.5), 3e-2, None, tmp_path)
+    return sweeps.Sweep(case, preparation.prepare(preparation), (0.1, 0.5), 3e-2, None, tmp_path)
 
 
 @pytest.mark.matrix

@@ -47,7 +47,7 @@ from alignment.training.sampler import StepSampler
 from alignment.training.start_check import check_start
 from alignment.training.trainer import PreferenceTrainer
 from alignment.types import Group
-from tests.bench import one_run
+from tests.bench import preparation
 from tests.gpu.lines import note, out_folder
 from tests.gpu.speed import ADAPTER, STEPS, folder_of, job_of
 
@@ -67,7 +67,7 @@ def policy(size: str, *, patched: bool = True) -> Any:
     adapters.patch_layers = patch_layers if patched else lambda model: None
     try:
         quantization = QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none)
-        base = load_base(one_run.model_config(job.model), quantization, job.model, DEVICE)
+        base = load_base(preparation.model_config(job.model), quantization, job.model, DEVICE)
         model: Any = adapters.load_adapter(base, Path(job.adapter))
     finally:
         adapters.patch_layers = real

@@ -21,7 +21,7 @@ from alignment.config.schema import Calibration, Device, Dtype, QuantizationConf
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.load import load_base, load_tokenizer, resolve_device
 from alignment.policy.tiny_model import write_tiny_model
-from tests.bench import one_run
+from tests.bench import one_run, preparation
 from tests.bench.job import QWEN3_SIZES, Job
 from tests.gpu.check import work_folder
 from tests.gpu.lines import is_dry, note, out_folder
@@ -64,12 +64,12 @@ def prepare(size: str) -> None:
     """Write the model, the adapter and the pairs."""
     out, folder, device = out_folder(), folder_of(size), resolve_device(Device.auto)
     write_tiny_model(folder / "tokenizer")
-    tokenizer = load_tokenizer(one_run.model_config(str(folder / "tokenizer")), str(folder / "tokenizer"))
+    tokenizer = load_tokenizer(preparation.model_config(str(folder / "tokenizer")), str(folder / "tokenizer"))
     started = time.monotonic()
-    source = one_run.random_qwen3(size, tokenizer, folder, device)
+    source = preparation.random_qwen3(size, tokenizer, folder, device)
     made = time.monotonic() - started
     quantization = QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none)
-    base = load_base(one_run.model_config(source), quantization, source, device)
+    base = load_base(preparation.model_config(source), quantization, source, device)
     attached: Any = attach_adapter(base, ADAPTER, 0)
     attached.save_pretrained(str(folder / "adapter"))
     (folder / "pairs.json").write_text(json.dumps(pairs_of(size)))

@@ -6,11 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 
-from alignment.config.adapters import AdapterConfig
-from alignment.config.compose import load as compose
 from alignment.errors import UserError
 from alignment.files import CacheKind
 from alignment.policy import adapter_start
@@ -326,31 +323,7 @@ def test_tokens_train_in_both_ends_of_a_tied_model(tmp_path):
     torch.testing.assert_close(scores(merged, GROUPS), expected, rtol=0, atol=1e-4)
 
 
-# What goes together
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"kind": "lora_fa"}, r"^adapter\.kind must be one of lora, .*did you mean lora\?"),
-        ({"kind": "qalora"}, r"^adapter\.kind=qa_lora is not there: .*GPTQ"),
-        ({"init": "pisa"}, r"^adapter\.init must be one of .*did you mean pissa\?"),
-        ({"init": "pissa_niter_0"}, r"^adapter\.init must be one of"),
-        ({"kind": "dora", "init": "pissa"}, r"^adapter\.init=pissa takes a part of the base away"),
-        ({"kind": "vera", "alpha": None, "init": "eva"}, r"^adapter\.init=eva is for lora and dora"),
-        ({"kind": "vera", "alpha": None, "rslora": True}, r"^adapter\.rslora means nothing to adapter\.kind=vera"),
-        ({"kind": "vera"}, r"^adapter\.alpha=8 means nothing to adapter\.kind=vera: set adapter\.alpha=null"),
-        ({"kind": "oft", "r": None, "alpha": None}, r"^adapter\.block_size must be a number for adapter\.kind=oft"),
-        ({"r": None}, r"^adapter\.r must be a number for adapter\.kind=lora"),
-        ({"init": "orthogonal", "rank_pattern": {"q_proj": 3}}, r"^adapter\.init=orthogonal needs even ranks, not 3"),
-        ({"lr_ratio": 0.0}, r"^adapter\.lr_ratio must be a finite number above 0"),
-        ({"layers_to_transform": []}, r"^adapter\.layers_to_transform must be null or numbers of layers"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_one_sentence(settings, said):
-    """Before anything is loaded."""
-    with pytest.raises(UserError, match=said):
-        adapter(**settings)
+# What fits the model, and where it may go
 
 
 @pytest.mark.parametrize(
@@ -393,36 +366,6 @@ def test_what_4_bits_lack_is_said(bases, tmp_path):
         attach_adapter(bases("nf4"), adapter(init="loftq"), 0, StartSources(FloatWeights(str(tmp_path), None)))
     with pytest.raises(UserError, match=r"^adapter\.modules_to_save: \S+up_proj is in 4 bits"):
         attach_adapter(bases("nf4"), adapter(target_modules=["q_proj"], modules_to_save=["up_proj"]), 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("adapter=loftq",), r"^adapter\.init=loftq makes up for what 4 bits lose"),
-        (("adapter=dora", "reference=tr_dpo"), r"^reference\.sync_mix below 1 mixes the updates of a plain LoRA"),
-        (("reference=tr_dpo", "adapter.modules_to_save=[lm_head]"), r"^reference\.sync_mix below 1 mixes"),
-    ],
-)
-def test_what_no_run_can_do_is_refused_before_it(words, said):
-    """As the command composes it."""
-    with pytest.raises(UserError, match=said):
-        compose("recipe=quickstart", *words)
-
-
-def test_every_option_of_the_command_is_one_of_ours():
-    """`adapter=<name>` for each file, in one sweep."""
-    from alignment.files import asset_dir
-
-    files = {path.stem: path for path in (asset_dir("conf") / "adapter").glob("*.yaml") if path.stem != "none"}
-    usual = yaml.safe_load(files["lora"].read_text())
-    for name, path in files.items():
-        settings = usual | yaml.safe_load(path.read_text())
-        settings.pop("defaults")
-        config = AdapterConfig(**settings)
-        assert name in (config.kind, config.init) or config.kind == "lora", name
-    assert {"dora", "vera", "oft", "boft", "pissa", "olora", "eva", "corda", "loftq", "zero_a"} <= files.keys()
-    assert compose("recipe=quickstart", "adapter=oft", "adapter.block_size=16").adapter.r is None
 
 
 @pytest.mark.parametrize("option", ["dora", "vera", "oft", "whole head", "tokens"])
@@ -484,36 +427,3 @@ def test_a_cohort_waits_for_an_adapter_that_edits_the_base(tiny_model_folder, so
     cohort.attach(0, plain)
     with pytest.raises(ValueError, match="it has a base of its own"):
         cohort.attach(1, edited)
-
-
-def test_float_weights_are_found_in_shards_and_larger_models(tmp_path, tiny_model_folder):
-    """By their names in the index, also behind a prefix; in 8 bits they are none."""
-    import json
-
-    from safetensors.torch import load_file, save_file
-
-    whole = load_file(tiny_model_folder / "model.safetensors")
-    names = sorted(whole)
-    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, part in shards.items():
-        save_file({f"model.language_model.{n.removeprefix('model.')}": whole[n] for n in part}, tmp_path / file)
-    index = {f"model.language_model.{n.removeprefix('model.')}": file for file, part in shards.items() for n in part}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    weights = FloatWeights(str(tmp_path), None)
-    for layer in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"):
-        expected = whole[f"{layer}.weight"]
-        assert torch.equal(weights.weight(layer, tuple(expected.shape)), expected)
-    with pytest.raises(UserError, match="have none of this name and shape"):
-        weights.weight("model.layers.0.mlp.up_proj", (1, 1))
-
-
-def test_float_weights_are_not_those_of_a_tower(tmp_path):
-    """Files of a model that also sees have other prefixes than the model, and the tower's layers the same names."""
-    from safetensors.torch import save_file
-
-    language, tower = torch.ones(2, 3), torch.zeros(2, 3)
-    tail = "layers.0.self_attn.q_proj.weight"
-    files = {f"language_model.model.{tail}": language, f"vision_tower.vision_model.encoder.{tail}": tower}
-    save_file(files, tmp_path / "model.safetensors")
-    found = FloatWeights(str(tmp_path), None).weight("model.language_model.layers.0.self_attn.q_proj", (2, 3))
-    assert torch.equal(found, language)

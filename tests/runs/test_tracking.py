@@ -5,8 +5,6 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,11 @@ from alignment.config.schema import TrackingConfig
 from alignment.errors import UserError
 from alignment.runs import tracking
 from alignment.runs.record import RunRecord
-from alignment.runs.sweep_tracking import SweepSummary, send_summary
 from alignment.runs.tracking import Tracker, metric_row, open_tracker, sweep_name
+from tests.helpers.tracked import nobody_logged_in, tracking_config
 from tests.helpers.wandb_files import history, of_kind, read_wandb
 
-
-def config(**values: Any) -> TrackingConfig:
-    defaults = {"project": "p", "entity": None, "mode": "auto", "group": None, "name": None, "tags": []}
-    return TrackingConfig(**(defaults | values))
+__all__ = ["nobody_logged_in"]
 
 
 def start(settings: TrackingConfig | None, run_dir: Path) -> Tracker:
@@ -36,35 +31,13 @@ def start(settings: TrackingConfig | None, run_dir: Path) -> Tracker:
     )
 
 
-@pytest.fixture
-def nobody_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    import wandb
-
-    for name in (
-        "WANDB_MODE",
-        "WANDB_API_KEY",
-        "WANDB_IDENTITY_TOKEN_FILE",
-        "WANDB_RUN_ID",
-        "WANDB_RESUME",
-        "WANDB_SWEEP_ID",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracking, "_out_of_reach", [])
-    wandb.teardown()
-    yield monkeypatch
-    wandb.teardown()
-
-
 @pytest.mark.slow
 def test_members_of_a_sweep_are_one_group(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
     sweep = tmp_path / "betas"
     for name in ("0-tiny", "1-tiny"):
         (sweep / name).mkdir(parents=True)
         (sweep / "multirun.yaml").touch()
-        start(config(), sweep / name).finish()
+        start(tracking_config(), sweep / name).finish()
     for name in ("0-tiny", "1-tiny"):
         [folder] = sweep.glob(f"{name}/wandb/offline-run-*")
         (run,) = (record.run for record in read_wandb(folder) if record.HasField("run"))
@@ -89,7 +62,7 @@ def test_any_folder_name_is_a_name_for_wandb(text: str, tmp_path: Path, nobody_l
     run_dir = tmp_path / text.replace("/", "-").encode()[:200].decode("utf-8", "ignore") / "0"
     (run_dir / ".hydra").mkdir(parents=True)
     (run_dir / ".hydra" / "hydra.yaml").write_text("mode: MULTIRUN\n")
-    with start(config(name=text[:128], tags=[text[:64]]), run_dir) as tracker:
+    with start(tracking_config(name=text[:128], tags=[text[:64]]), run_dir) as tracker:
         tracker.log("sft", 1, "train", {text: 1.5})
     [run] = of_kind(read_wandb(*run_dir.glob("wandb/offline-run-*")), "run")
     assert (run.display_name, list(run.tags)) == (text[:128], [text[:64]])
@@ -107,7 +80,7 @@ def test_any_folder_name_is_a_name_for_wandb(text: str, tmp_path: Path, nobody_l
 )
 def test_names_that_wandb_would_refuse_are_refused_before_the_run(values: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        config(**values)
+        tracking_config(**values)
 
 
 @pytest.mark.slow
@@ -124,7 +97,7 @@ def test_two_members_are_two_runs_whatever_the_environment_sets(
     for name in ("0-tiny", "1-tiny"):
         (sweep / name).mkdir(parents=True)
         (sweep / "multirun.yaml").touch()
-        with start(config(), sweep / name) as tracker:
+        with start(tracking_config(), sweep / name) as tracker:
             trackers.append(tracker.run_id)
     assert len({*trackers, "fixed"}) == 3
     for name, run_id in zip(("0-tiny", "1-tiny"), trackers, strict=True):
@@ -139,10 +112,10 @@ def test_variables_that_wandb_refuses_are_named(
 ) -> None:
     """They end no training unless W&B is required."""
     nobody_logged_in.setenv("WANDB_INIT_TIMEOUT", "soon")
-    assert start(config(), tmp_path / "a").run_id is None
+    assert start(tracking_config(), tmp_path / "a").run_id is None
     assert "WANDB_*" in caplog.text and "training goes on" in caplog.text
     with pytest.raises(UserError, match=r"WANDB_\*.*tracking=none"):
-        start(config(mode="online"), tmp_path / "b")
+        start(tracking_config(mode="online"), tmp_path / "b")
 
 
 def test_a_member_is_known_by_what_other_sweepers_leave_too(
@@ -158,7 +131,7 @@ def test_a_member_is_known_by_what_other_sweepers_leave_too(
 def test_a_run_of_wandbs_own_agent_counts_for_its_sweep(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
     for name, value in (("SWEEP_ID", "sweep1"), ("RUN_ID", "run1"), ("PROJECT", "of-the-sweep")):
         nobody_logged_in.setenv(f"WANDB_{name}", value)
-    with start(config(), tmp_path / "r") as tracker:
+    with start(tracking_config(), tmp_path / "r") as tracker:
         assert tracker.run_id == "run1"
     [run] = of_kind(read_wandb(*tmp_path.glob("r/wandb/offline-run-*")), "run")
     assert (run.sweep_id, run.run_id, run.project) == ("sweep1", "run1", "of-the-sweep")
@@ -169,11 +142,11 @@ def test_offline_run_holds_everything_and_continues_under_its_id(
 ) -> None:
     run_dir = tmp_path / "outputs" / "quickstart" / "today"
     with caplog.at_level(logging.INFO, "alignment"):
-        with start(config(tags=["baseline"]), run_dir) as tracker:
+        with start(tracking_config(tags=["baseline"]), run_dir) as tracker:
             tracker.log("sft", 3, "train", {"loss": 1.5})
             tracker.log("preference", 0, "eval", {"rewards/accuracies": 0.0, "rewards/margins": math.nan})
         (line,) = (record.getMessage() for record in caplog.records if record.name == "alignment.runs.tracking")
-        continued = start(config(tags=["baseline"]), run_dir)
+        continued = start(tracking_config(tags=["baseline"]), run_dir)
         continued.log("preference", 1, "train", {"loss": 0.69})
         continued.summary({"status": "finished", "api_key": "s3cret", "stages": {"sft": {"path": Path("a/b")}}})
         continued.__exit__(ValueError, ValueError(), None)
@@ -221,14 +194,14 @@ def test_an_unreachable_server_leaves_an_offline_run(
     tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UserError, match="you are not logged in; run 'wandb login'"):
-        start(config(mode="online"), tmp_path)
+        start(tracking_config(mode="online"), tmp_path)
     nobody_logged_in.setenv("WANDB_API_KEY", "short")
     with pytest.raises(UserError, match="the login is not valid"):
-        start(config(mode="online"), tmp_path)
+        start(tracking_config(mode="online"), tmp_path)
     nobody_logged_in.setenv("WANDB_API_KEY", "a" * 40)
     nobody_logged_in.setattr(tracking, "_INIT_SECONDS", 1.0)
     (tmp_path / "wandb_run_id").write_text("given-id")
-    with start(config(mode="online"), tmp_path) as tracker:
+    with start(tracking_config(mode="online"), tmp_path) as tracker:
         tracker.log("sft", 1, "train", {"loss": 1.0})
     assert tracker.run_id == "given-id"
     assert "cannot be reached" in caplog.text
@@ -237,7 +210,7 @@ def test_an_unreachable_server_leaves_an_offline_run(
     assert [row["sft/train/loss"] for row in history(read_wandb(folder))] == [1.0]
 
     nobody_logged_in.setattr(tracking, "login_problem", lambda: pytest.fail("it was known to be out of reach"))
-    start(config(), tmp_path / "next").finish()
+    start(tracking_config(), tmp_path / "next").finish()
 
 
 @pytest.mark.parametrize(
@@ -283,15 +256,15 @@ def test_wandb_mode_goes_before_the_setting(
     monkeypatch: pytest.MonkeyPatch, variable: str, setting: str, mode: str
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", variable)
-    assert tracking._mode(config(mode=setting)) == mode
+    assert tracking._mode(tracking_config(mode=setting)) == mode
 
 
 def test_wandb_mode_disabled_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert start(config(mode="online"), tmp_path).run_id is None
+    assert start(tracking_config(mode="online"), tmp_path).run_id is None
     monkeypatch.setenv("WANDB_MODE", "sideways")
     with pytest.raises(UserError, match=r"WANDB_MODE must be one of online, .*not 'sideways'"):
-        start(config(), tmp_path)
+        start(tracking_config(), tmp_path)
 
 
 class BrokenRun:
@@ -326,7 +299,7 @@ def test_a_run_goes_on_where_wandb_cannot_even_start(
         raise OSError("the disk is full")
 
     nobody_logged_in.setattr("wandb.init", fail)
-    assert start(config(), tmp_path).run_id is None
+    assert start(tracking_config(), tmp_path).run_id is None
     assert [record.getMessage() for record in caplog.records if record.name == "alignment.runs.tracking"] == [
         "W&B failed and gets nothing of this run; training goes on: the disk is full"
     ]
@@ -375,17 +348,17 @@ def test_what_wandb_has_of_a_run_is_where_its_rows_go_on(tmp_path: Path, monkeyp
         record.log("sft", step, "train", {"loss": 1.0})
     run.starting_step = 2
     monkeypatch.setattr(tracking, "start_run", lambda *_, **__: run)
-    start(config(), tmp_path)
+    start(tracking_config(), tmp_path)
     assert [row["sft/step"] for row in run.rows] == [3]
 
 
 def test_offline_a_continued_part_holds_the_whole_history(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
     record = RunRecord(tmp_path)
-    with start(config(), tmp_path) as tracker:
+    with start(tracking_config(), tmp_path) as tracker:
         for step in (1, 2):
             record.log("sft", step, "train", {"loss": 1.0 / step})
             tracker.log("sft", step, "train", {"loss": 1.0 / step})
-    with start(config(), tmp_path) as tracker:
+    with start(tracking_config(), tmp_path) as tracker:
         for step in (2, 3):
             tracker.log("sft", step, "train", {"loss": 1.0 / step})
     first, second = sorted(tmp_path.glob("wandb/offline-run-*"))
@@ -394,69 +367,3 @@ def test_offline_a_continued_part_holds_the_whole_history(tmp_path: Path, nobody
     [run] = of_kind(records, "run")
     assert not run.resume, "it takes the place of what was sent before"
     assert list(first.glob("*.wandb.synced")) and not list(second.glob("*.wandb.synced"))
-
-
-# The summary of a sweep
-
-
-def a_summary(folder: Path, best: float = 0.75) -> SweepSummary:
-    import plotly.graph_objects as go
-
-    folder.mkdir(exist_ok=True)
-    (folder / "comparison.csv").write_text(f"best,{best}\n")
-    return SweepSummary(
-        facts={"model": "tiny", "api_key": "s3cret"},
-        notes="- DPO is first",
-        values={"best": {"variant": "DPO", "value": best}},
-        header=["variant", "beta", "rank"],
-        rows=[["DPO", 0.1, 1.0], ["IPO", None, 2.0], ["KTO", "auto", 3.0]],
-        figures={"curve": go.Figure().add_scatter(x=[1, 2], y=[3.0, 4.0])},
-        files=[folder / "comparison.csv"],
-    )
-
-
-def test_the_summary_of_a_sweep_is_one_run_however_often_it_ends(
-    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    nobody_logged_in.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
-    sweep = tmp_path / "betas"
-    ids = set()
-    for best in (0.75, 0.5):
-        send_summary(asdict(config(name="mine", tags=["lab"])), sweep, a_summary(sweep, best))
-        ids.add((sweep / "wandb_run_id").read_text())
-    assert len(ids) == 1
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("alignment")]
-    assert len(said) == 2 and all("keeps this run offline" in line for line in said)
-    for folder, best in zip(sorted(sweep.glob("wandb/offline-run-*")), (0.75, 0.5), strict=True):
-        records = read_wandb(folder)
-        [run] = of_kind(records, "run")
-        assert {f"{run.run_id}\n"} == ids
-        assert (run.project, run.run_group, run.job_type, run.display_name) == ("p", "betas", "sweep summary", "betas")
-        assert (run.notes, list(run.tags)) == ("- DPO is first", ["lab"])
-        facts = {item.key: json.loads(item.value_json) for item in run.config.update}
-        assert (facts["model"], facts["api_key"]) == ("tiny", "***")
-        [row] = history(records)
-        table = json.loads((folder / "files" / row["comparison/variants/path"]).read_text())
-        assert table["columns"] == ["variant", "beta", "rank"]
-        assert table["data"] == [["DPO", 0.1, 1], ["IPO", None, 2], ["KTO", "auto", 3]]
-        figure = json.loads((folder / "files" / row["comparison/curve/path"]).read_text())
-        assert figure["data"][0]["y"] == [3.0, 4.0]
-        kept = {artifact.type: artifact for artifact in of_kind(records, "artifact")}["comparison"]
-        [entry] = kept.manifest.contents
-        assert entry.path == "comparison.csv"
-        assert Path(entry.local_path).read_text() == f"best,{best}\n"
-        values = {item.key: item.value_json for summary in of_kind(records, "summary") for item in summary.update}
-        assert json.loads(values["best"]) == {"variant": "DPO", "value": best}
-        assert [end.exit_code for end in of_kind(records, "exit")] == [0]
-
-
-def test_no_summary_where_nothing_is_tracked_or_something_is_wrong(
-    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    summary = a_summary(tmp_path)
-    send_summary({"project": "p", "from": "another version"}, tmp_path, summary)
-    assert "no summary of the sweep" in caplog.text
-    nobody_logged_in.setenv("WANDB_MODE", "disabled")
-    send_summary(asdict(config(mode="online")), tmp_path, summary)
-    assert len(caplog.messages) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["comparison.csv"]

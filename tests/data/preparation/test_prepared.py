@@ -8,28 +8,22 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
 from alignment.config.data import DataConfig
-from alignment.data.conversations import writer
 from alignment.data.preparation import prepared
-from alignment.data.preparation.prepare import fit_preferences, load_conversations, read_preferences
-from alignment.data.rows import sequences
 from alignment.data.tokens import batches, progress
-from alignment.data.tokens.token_store import StoreWriter
 from alignment.errors import UserError
 from alignment.files import CacheKind
-from alignment.types import Group
-from tests.conftest import each, recommended_loss
-from tests.helpers.chat_templates import CHATML
+from tests.conftest import each
+from tests.helpers.prepared import chat, conversations, entries, preferences, records, small_limits, unread
 
-TOOLS = "{% for t in tools or [] %}{{ t.name }}{% endfor %}"
+__all__ = ["chat", "small_limits"]
+
 CASES: dict[str, dict[str, Any]] = {
     "pairs": {"eval_size": 9},
     "a limit": {"eval_size": 9, "limit": 50, "eval_limit": 4},
@@ -37,78 +31,6 @@ CASES: dict[str, dict[str, Any]] = {
     "variables of the template": {"template_kwargs": {"unread": 1}},
     "cut": {"max_length": 30, "max_prompt_length": 12},
 }
-
-
-def records(count: int = 120) -> list[dict[str, Any]]:
-    """Pairs of messages; every few of them have something else that is worth a word, or are bad."""
-    made = []
-    for i in range(count):
-        record: dict[str, Any] = {
-            "prompt": [{"role": "user", "content": f"{'long ' * (i % 7)}question {i // 2}"}],
-            "chosen": [{"role": "assistant", "content": f"yes {i}"}],
-            "rejected": [{"role": "assistant", "content": f"no {'x' * (i % 5)}"}],
-            "kind": "abc"[i % 3],
-            "weight": 1 + i % 4,
-        }
-        if i > 60:
-            record |= {"score_chosen": 2 + i % 3, "score_rejected": 1.25}
-        if i % 40 == 39:
-            record["tools"] = [{"name": "search"}]
-        if i % 9 == 8:
-            record["prompt"][0]["name"] = "somebody"
-        if i == 77:
-            record["chosen"][0]["content"] = "yes <|im_end|>"
-        if i % 33 == 32:
-            record["rejected"] = record["chosen"]
-        made.append(record)
-    return made
-
-
-@pytest.fixture
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few rows count as many, and three processes share them."""
-    monkeypatch.setattr(batches, "ROWS_PER_BATCH", 8)
-    monkeypatch.setattr(sequences, "KEPT_ROWS", 20)
-    monkeypatch.setattr(prepared, "KEPT_ROWS", 20)
-    monkeypatch.setattr(prepared, "_SMALL", 0)
-    monkeypatch.setattr(writer, "TRIES", 6)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
-
-
-@pytest.fixture
-def chat(tiny: Any) -> Any:
-    """The tiny tokenizer with a template that writes tools."""
-    tiny.chat_template = TOOLS + CHATML
-    return tiny
-
-
-def plain(value: Any) -> Any:
-    """A value to compare, arrays with their types."""
-    if isinstance(value, Group):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, np.ndarray):
-        return (value.dtype.str, value.tolist())
-    return tuple(plain(item) for item in value) if isinstance(value, tuple) else value
-
-
-def preferences(config: DataConfig, tokenizer: Any, cache: Path | None, loss: str = "dpo") -> tuple[Any, ...]:
-    """All that a run gets of its preference data."""
-    data, bad = fit_preferences(read_preferences(config, tokenizer, cache=cache), config, recommended_loss(loss))
-    return [plain(g) for g in data.train], [plain(g) for g in data.eval], list(data.eval_rows), data.info, bad
-
-
-def conversations(config: DataConfig, tokenizer: Any, cache: Path | None) -> tuple[Any, ...]:
-    """All that a run gets of its SFT data."""
-    data, bad = load_conversations(config, tokenizer, cache=cache)
-    return list(data.train), list(data.eval), list(data.sources), data.info, bad
-
-
-def entries(cache: Path) -> list[Path]:
-    return [path for path in CacheKind.tokens.under(cache).glob("[!.]*") if path.is_dir()]
-
-
-def unread(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("the rows were read again")
 
 
 @pytest.mark.slow
@@ -411,80 +333,3 @@ def test_two_that_prepare_the_same_make_it_once(
     with caplog.at_level("INFO"):
         assert preferences(settings, chat, tmp_path) == in_memory
     assert "Another run is preparing these data" in caplog.text
-
-
-@pytest.fixture
-def large_mixture(mixture: Any, jsonl: Any, small_limits: None) -> DataConfig:
-    """A source in files beside one in memory, each with held-out rows."""
-    sources = {
-        "large": {"source": jsonl(records(), "large.jsonl"), "eval_size": 9, "weight": 5, "max_bad_rows": 9},
-        "small": {"source": jsonl(records(12), "small.jsonl"), "eval_size": 2, "weight": 1},
-    }
-    return mixture(sources)
-
-
-@pytest.mark.parametrize("prepare", [preferences, pytest.param(conversations, marks=pytest.mark.slow)])
-def test_a_second_start_finds_a_mixture(
-    prepare: Callable[..., Any], large_mixture: DataConfig, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It gives the mixture that memory gives, and reads no text."""
-    in_memory = prepare(large_mixture, chat, None)
-    assert prepare(large_mixture, chat, tmp_path) == in_memory
-    (entry,) = entries(tmp_path)
-    assert {path.name for path in entry.iterdir()} == {"train", "eval", "texts", "entry.json"}
-    assert not list(entry.parent.glob(".*"))
-    monkeypatch.setattr("alignment.data.preparation.prepare.mixed", unread)
-    assert prepare(large_mixture, chat, tmp_path) == in_memory
-
-
-def test_every_change_of_a_mixture_makes_new_tokens(large_mixture: DataConfig, chat: Any) -> None:
-    """The content of any source, and any share."""
-
-    def key() -> str | None:
-        return prepared._key(large_mixture, "preference", chat, None)
-
-    keys = [key()]
-    small = Path(large_mixture.sources["small"].source)
-    small.write_text(small.read_text().replace("question 1", "question one"))
-    keys.append(key())
-    large_mixture.sources["small"].weight = 2
-    keys.append(key())
-    large_mixture.sources["bundled"] = replace(large_mixture.sources["small"], source="bundled:quickstart")
-    keys.append(key())
-    assert None not in keys and len(set(keys)) == len(keys)
-
-
-def test_a_killed_preparation_of_a_mixture_goes_on(
-    large_mixture: DataConfig, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    """The sources that were tokenised are not tokenised again, and what was written of the mixture is written anew."""
-    in_memory = preferences(large_mixture, chat, None, "kto")
-    write = StoreWriter.close
-
-    def end(writer: StoreWriter) -> Any:
-        if writer._folder.parent.name.startswith(".") and writer._folder.name == "eval":
-            raise KeyboardInterrupt
-        return write(writer)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(StoreWriter, "close", end)
-        with pytest.raises(KeyboardInterrupt):
-            preferences(large_mixture, chat, tmp_path, "kto")
-    assert not entries(tmp_path)
-    with caplog.at_level("INFO"):
-        assert preferences(large_mixture, chat, tmp_path, "kto") == in_memory
-    done = [record.args for record in caplog.records if "were tokenised before" in record.message]
-    assert done and done[0][0] == done[0][1]
-    assert len(entries(tmp_path)) == 1
-
-
-def test_a_mixture_with_a_source_that_may_change_is_for_one_start(
-    large_mixture: DataConfig, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    """The log says so, and nothing of it stays."""
-    monkeypatch.setattr(prepared, "origins", lambda config: None)
-    with caplog.at_level("INFO"):
-        there = preferences(large_mixture, chat, tmp_path / "cache")
-    assert "for this start alone: nothing tells before the reading whether a source of the mixture has" in caplog.text
-    assert there == preferences(large_mixture, chat, None)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
