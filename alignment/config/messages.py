@@ -63,6 +63,8 @@ def _shortened(text: str) -> str:
     lines = [line.strip() for line in text.splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(("object_type=", "reference_type=")))
     message = re.sub(r"\.? full_key:", ", at key", message).rstrip(".")
+    listed = re.fullmatch(r"Cannot merge DictConfig with ListConfig, at key (.+)", message)
+    message = f"{listed[1]} takes values by name, such as {{name: value}}, not a list" if listed else message
     if options:
         # A name with an @ is a recipe's own settings of a loss, which only the recipe chooses.
         names = [name for name in options.split()[1:] if "@" not in name]

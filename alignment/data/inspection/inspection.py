@@ -106,7 +106,7 @@ def inspect(
 
     if not config.sources:
         return [one(config)]
-    refusal = None
+    refused = None
     with _listening() as said:
         try:
             if loss is None:
@@ -114,11 +114,15 @@ def inspect(
             else:
                 fit_preferences(read_preferences(config, tokenizer), config, loss)
         except UserError as error:
-            refusal = str(error)
+            refused = error
     parts = [replace(part, train_where=config.sources[name].where) for name, part in config.parts.items()]
-    first, *others = map(one, parts)
+    try:
+        first, *others = map(one, parts)
+    except UserError as error:
+        raise refused or error from None  # a run's own sentence names the source
     # What is said of all of them together stands at the first.
-    return [replace(first, overview=[*said, *first.overview], refusal=refusal or first.refusal), *others]
+    refusal = first.refusal if refused is None else str(refused)
+    return [replace(first, overview=[*said, *first.overview], refusal=refusal), *others]
 
 
 def _inspect_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, loss: Loss, views: int) -> Inspection:

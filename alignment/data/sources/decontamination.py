@@ -62,7 +62,7 @@ class Contamination:
         for number, name in enumerate(self._names):
             columns: set[str] = set()
             prompts = 0
-            for _, _, record in open_records([name], "test", "eval", own).records:
+            for record in _records(name, own):
                 if not isinstance(record, dict):
                     continue
                 columns |= record.keys()
@@ -93,6 +93,14 @@ class Contamination:
                         message = f"its {part} has the words '{' '.join(run)}' of {self._names[number]}"
                         return BadRow.of(row, "contaminated", message)
         return None
+
+
+def _records(name: str, config: DataConfig) -> Iterator[Any]:
+    """The records of an evaluation set; what is wrong with it names the setting."""
+    try:
+        yield from (record for _, _, record in open_records([name], "test", "eval", config).records)
+    except UserError as error:
+        raise UserError(f"data.decontaminate: {error}") from error
 
 
 def _runs(words: list[str], least: int = 1) -> Iterator[tuple[str, ...]]:

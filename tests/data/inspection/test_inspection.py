@@ -296,3 +296,10 @@ def test_each_source_of_a_mixture_is_inspected_by_itself(chat, jsonl, mixture, b
     assert [inspected.rows for inspected in found] == [3, 1 if bad else 2]
     assert found[0].lengths["chosen"] == [3] * 3 and found[1].views[0].source.endswith("b.jsonl:1")
     assert (found[0].refusal is not None and "two" in found[0].refusal) == bad
+
+
+def test_a_source_of_a_mixture_that_cannot_be_read_is_named(chat, jsonl, mixture):
+    """As a run names it."""
+    sources = {"one": {"source": jsonl([pair("x", "yy", "z")])}, "two": {"source": jsonl([], "empty.jsonl")}}
+    with pytest.raises(UserError, match=r"^data\.sources\.two: .*empty\.jsonl has no usable row\.$"):
+        inspection.inspect(mixture(sources), chat, recommended_loss("dpo"), views=1)

@@ -297,6 +297,10 @@ def test_a_source_takes_the_settings_of_the_data_unless_it_has_its_own():
         ("data.sources.mth.weight=2", r"data\.sources\.mth\.source is missing \(did you mean math\?\)"),
         ("data.sources.math.wigt=2", r"no setting data\.sources\.math\.wigt \(did you mean .*math\.weight"),
         ("sft.data.sources={a: {source: x, weight: much}}", r"'much'.* at key sft\.data\.sources\.a\.weight"),
+        (
+            "sft.data.sources=[a, b]",
+            r"^sft\.data\.sources takes values by name, such as \{name: value\}, not a list\.$",
+        ),
     ],
 )
 def test_misspelt_sources_and_settings(given, said):
@@ -318,6 +322,7 @@ def test_misspelt_sources_and_settings(given, said):
         ("a/b", {}, {}, r"the name 'a/b' of a source may have letters, digits, _ and - only"),
         ("a", {}, {"source": "x.jsonl"}, r"data\.source has no effect with data\.sources: set data\.source=null"),
         ("a", {}, {"eval_split": "test"}, r"data\.eval_split has no effect .*: set data\.eval_split=null"),
+        ("a", {}, {"ignore": ["weight"]}, r"data\.ignore has no effect .*: set data\.ignore=\[\]"),
         ("a", {}, {"split": "test"}, r"data\.split has no effect .*: set data\.split=train"),
         ("a", {}, {"seed": -1}, r"data\.seed must be in \[0, 4294967296\), not -1"),
         ("a", {}, {"decontaminate_answers": True}, r"has no effect without data\.decontaminate"),

@@ -7,6 +7,7 @@ import pytest
 from alignment.data.preparation.prepare import fit_preferences, read_preferences
 from alignment.data.sources.decontamination import words_of
 from alignment.data.sources.loading import load_rows, origins
+from alignment.data.sources.opening import BUNDLED
 from alignment.errors import UserError
 from tests.conftest import recommended_loss
 
@@ -120,7 +121,7 @@ def test_held_out_rows_of_their_own_source_stay(config, jsonl):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nowhere.jsonl", "There is no file or folder 'nowhere.jsonl'"),
+        ("nowhere.jsonl", r"data\.decontaminate: There is no file or folder 'nowhere.jsonl'"),
         ("{answers}", r"data\.decontaminate: .* has no prompts: its columns are answer, and prompts are looked for in"),
         ("{empty}", r"has no prompts: its columns are none"),
     ],
@@ -145,10 +146,12 @@ def test_a_real_evaluation_set(shared, config, jsonl):
 
 
 def test_the_evaluation_sets_belong_to_the_files_of_prepared_data(config, jsonl):
-    """Tokens that are kept depend on them; what is bundled is told by no file, so nothing is kept."""
+    """Tokens that are kept depend on them, and of a bundled set on all of its files."""
     path, other = jsonl([pair("x")]), jsonl([{"prompt": LONG}], "eval.jsonl")
     assert origins(config(path, decontaminate=[str(other)])) == [path, other]
-    assert origins(config(path, decontaminate=["bundled:quickstart"])) is None
+    bundled = sorted(BUNDLED.glob("quickstart_*.jsonl"))
+    assert len(bundled) == 3
+    assert origins(config(path, decontaminate=["bundled:quickstart"])) == [path, *bundled]
 
 
 def test_bundled_sets_by_name(config):
