@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from alignment.config import schema
 from alignment.config.data import HANDED_DOWN, UNSET, SourceConfig
-from alignment.config.messages import sentence
+from alignment.config.messages import sentence, unknown_key
 from alignment.config.overrides import (
     WITH_NONE,
     parse_overrides,
@@ -144,6 +144,7 @@ def to_run_config(cfg: DictConfig) -> schema.RunConfig:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise UserError(f"No value is given for: {', '.join(missing)}.")
+        refuse_unknown(cfg)
         schema.check_seed("seed", cfg.seed)  # first, since the SFT stage has the same unless it is given another
         _check_sft(cfg)
         _check_mixture(cfg)
@@ -152,6 +153,22 @@ def to_run_config(cfg: DictConfig) -> schema.RunConfig:
         raise
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(sentence(error)) from error
+
+
+def refuse_unknown(node: DictConfig, prefix: str = "") -> None:
+    """Refuse keys that no section has, which `+key=value` adds and nothing would read.
+
+    Raises:
+        UserError: the first such key, and what is accepted there.
+    """
+    section = OmegaConf.get_type(node)
+    known = {field.name for field in fields(section)} if is_dataclass(section) else None
+    for key in map(str, node):
+        if known is not None and key not in known:
+            raise UserError(f"{unknown_key(f'{prefix}{key}', section)}.")
+        inner = node._get_node(key)
+        if isinstance(inner, DictConfig) and not (inner._is_none() or inner._is_interpolation()):
+            refuse_unknown(inner, f"{prefix}{key}.")
 
 
 def _check_sft(cfg: DictConfig) -> None:

@@ -25,7 +25,7 @@ def sentence(error: Exception) -> str:
     while isinstance(_deeper(cause), HydraException | OmegaConfBaseException | UserError):
         cause = _deeper(cause)  # type: ignore[assignment]
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
-        message = _unknown_key(str(cause.full_key or cause.key), cause.object_type)
+        message = unknown_key(str(cause.full_key or cause.key), cause.object_type)
     else:
         message = _shortened(str(cause))
     if place and place[1] != "config":
@@ -33,7 +33,7 @@ def sentence(error: Exception) -> str:
     return message + "."
 
 
-def _unknown_key(key: str, section: Any) -> str:
+def unknown_key(key: str, section: Any) -> str:
     """The key is none of the section, a dataclass."""
     prefix, dot, name = key.rpartition(".")
     accepted = [field.name for field in fields(section)]
@@ -62,9 +62,7 @@ def _shortened(text: str) -> str:
     text, _, options = text.partition("Available options in ")
     lines = [line.strip() for line in text.splitlines()]
     message = " ".join(line for line in lines if line and not line.startswith(("object_type=", "reference_type=")))
-    message = re.sub(r"\.? full_key:", ", at key", message).rstrip(".")
-    listed = re.fullmatch(r"Cannot merge DictConfig with ListConfig, at key (.+)", message)
-    message = f"{listed[1]} takes values by name, such as {{name: value}}, not a list" if listed else message
+    message = _in_plain_words(re.sub(r"\.? full_key:", ", at key", message).rstrip("."))
     if options:
         # A name with an @ is a recipe's own settings of a loss, which only the recipe chooses.
         names = [name for name in options.split()[1:] if "@" not in name]
@@ -74,6 +72,46 @@ def _shortened(text: str) -> str:
         message += f"{did_you_mean(wanted[2], names) if wanted else ''}; available are {', '.join(names)}"
     if re.search(r"'hydra/(launcher|sweeper)/", message):
         message += "; others come with the extras sweep-joblib, sweep-slurm and sweep-optuna of this package"
+    return message
+
+
+_PLAIN = (
+    (r"Value '(.*)' of type '\w+' could not be converted to Float, at key (\S+)", r"\2 takes a number, not '\1'"),
+    (
+        r"Value '(.*)' of type '\w+' could not be converted to Integer, at key (\S+)",
+        r"\2 takes a whole number, not '\1'",
+    ),
+    (r"Value '(.*)' is not a valid bool.*, at key (\S+)", r"\2 takes true or false, not '\1'"),
+    (r"Invalid value '(.*)', expected one of \[(.*)\], at key (\S+)", r"\3 must be one of \2, not '\1'"),
+    (
+        r"Invalid value assigned: \w+ is not a ListConfig, list or tuple, at key (\S+)",
+        r"\1 takes a list, such as [a,b]",
+    ),
+    (r"Cannot assign \w+ to Dict\[.*\], at key (\S+)", r"\1 takes values by name, such as {name: value}, not a text"),
+    (
+        r"Cannot merge DictConfig with ListConfig, at key (.+)",
+        r"\1 takes values by name, such as {name: value}, not a list",
+    ),
+    (r"field '(\S+)' is not Optional, at key \S+", r"\1 must have a value, and null is none"),
+    (r"Interpolation key '(.*)' not found, at key (\S+)", r"\2: ${\1} names no other setting; in a text type \\${\1}"),
+    (r"\S+ \(DictConfig\) does not support deletion, at key (\S+)", r"\1 cannot be taken out: give it another value"),
+    (
+        r"Sweep parameters '(.*)' requires --multirun",
+        r"\1 stands for several values, one for each member of a sweep: start it with -m, or put a text in quotes",
+    ),
+    (
+        r"Ambiguous value for argument '([^=]*)=(.*)' 1\..*",
+        r"\1=\2 may be several values: a decimal number has a point, a list stands in brackets (\1=[\2]), and -m "
+        r"starts one run for each value",
+    ),
+)
+"""Sentences of OmegaConf and Hydra that are about a value, and ours."""
+
+
+def _in_plain_words(message: str) -> str:
+    for theirs, ours in _PLAIN:
+        if (found := re.fullmatch(theirs, message, re.DOTALL)) is not None:
+            return found.expand(ours)
     return message
 
 

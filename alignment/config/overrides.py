@@ -44,9 +44,11 @@ def refuse_groups_without_option(parsed: Sequence[Override]) -> None:
     for override in parsed:
         key = override.key_or_group
         value = override.value()
-        if key in groups and not isinstance(value, str | list | Sweep):
+        if key in groups and not isinstance(value, str | Sweep):
             off = f", or {key}=none to leave it out" if key in WITH_NONE else ""
-            raise UserError(f"{override.input_line}: {key} takes the name of an option{off}; --help lists them.")
+            raise UserError(
+                f"{override.input_line}: {key} takes the name of an option, one alone{off}; --help lists them."
+            )
 
 
 def refuse_settings_of_none(parsed: Sequence[Override], choices: Mapping[str, Any]) -> None:

@@ -56,7 +56,8 @@ def as_text(settings: Sequence[str], *, sweeps: bool) -> list[str]:
     """Settings in which text is quoted wherever Hydra's grammar would not read it as it is typed.
 
     That is text that looks like a number or a truth value, and text with signs of the grammar, such as `~/x.jsonl`,
-    `it's`, `a=b`, `run#1` or `größe`. A text of a single run may have commas.
+    `it's`, `a=b`, `run#1` or `größe`. A text of a single run may have commas. One text becomes a list where the setting
+    takes a list of texts.
 
     Args:
         settings: from the command line, each `key=value`.
@@ -76,6 +77,10 @@ def _as_text(setting: str, sweeps: bool) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise UserError(f"{key} holds bytes that are not UTF-8: {value!a}.") from None
+    if (
+        _kind(key.lstrip("+")) == list[str] and value and not re.search(r"^\[|,|^null$|\$\{", value)
+    ):  # one word of a list
+        return f"{key}=[{value if _is_quoted(_read(setting)) else quoted(value)}]"
     of_text = is_text(key.lstrip("+")) and not (value.startswith("[") and _kind(key.lstrip("+")) is not str)
     read = _read(setting)
     if sweeps and of_text and not key.startswith("hydra.") and "," in value and not _is_quoted(read):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,7 @@ from alignment.config.gpu import computes_in_bfloat16
 from alignment.config.preflight import require_machine
 from alignment.config.schema import Calibration, Device, Dtype, ModelConfig, QuantizationConfig
 from alignment.errors import UserError, did_you_mean, require
-from alignment.files import cache_dir
+from alignment.files import atomic_write_text, cache_dir
 from alignment.kernels.base import in_words
 from alignment.kernels.experts import patch_experts
 from alignment.policy.architecture import (
@@ -92,6 +94,11 @@ def load_tokenizer(config: ModelConfig, source: str) -> Any:
         )
     except Exception as error:
         raise UserError(f"model.name={config.name}: its tokenizer cannot be loaded: {_why(error)}") from error
+    if not tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}:
+        raise UserError(
+            f"model.name={config.name}: no tokenizer is there, only special tokens: put the tokenizer's files "
+            f"(tokenizer.json or the vocabulary) beside the model."
+        )
     tokenizer.chat_template = _chat_template(tokenizer, config)
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
@@ -115,6 +122,17 @@ def own_stop_tokens(config: ModelConfig, source: str) -> list[int]:
     except (OSError, ValueError):  # no such file, or one that is not to be read
         return []
     return list(own) if isinstance(own, list) else [own] if own is not None else []
+
+
+def end_with(folder: Path, stops: Sequence[int]) -> None:
+    """Put the tokens that end an answer into the generation settings of a saved model; an adapter has none.
+
+    Those of a base model know no end of turn, so that whoever generates with the trained one would get no end.
+    """
+    path = folder / "generation_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_bytes()) | {"eos_token_id": list(stops)}
+        atomic_write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _chat_template(tokenizer: Any, config: ModelConfig) -> str | None:

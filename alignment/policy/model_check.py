@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
+
+import torch
+from torch import nn
 
 from alignment.config.schema import RunConfig
 from alignment.data.conversations.writer import end_of_turn
@@ -14,6 +18,8 @@ from alignment.policy.source import ModelSource
 from alignment.policy.stored import Checkpoint, require_usable
 
 log = logging.getLogger(__name__)
+
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_model(config: RunConfig, source: ModelSource, tokenizer: Any) -> None:
@@ -42,6 +48,20 @@ def check_model(config: RunConfig, source: ModelSource, tokenizer: Any) -> None:
     _settle_ends(config, tokenizer)
     _check_vocabulary(model.name, tokenizer, getattr(shape, "vocab_size", None))
     _check_positions(config, shape)
+
+
+def damaged_weight(model: nn.Module) -> str | None:
+    """Name of the first weight that holds a number that is not finite; None where all are.
+
+    It may be one that a few prompts do not reach, such as the embedding of a rare token. A bias may rule tokens out
+    with minus infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in _PLAIN and parameter.numel():
+            low, high = (bound.item() for bound in torch.aminmax(parameter.detach()))
+            if not high < math.inf or (parameter.ndim > 1 and low == -math.inf):  # of NaN no comparison holds
+                return name
+    return None
 
 
 def _settle_ends(config: RunConfig, tokenizer: Any) -> None:

@@ -36,9 +36,9 @@ from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter_names import with_token_ids
 from alignment.policy.adapter_start import reads_data
 from alignment.policy.identity import policy_identity
-from alignment.policy.load import load_tokenizer, own_stop_tokens, resolve_device, save_policy
+from alignment.policy.load import end_with, load_tokenizer, own_stop_tokens, resolve_device, save_policy
 from alignment.policy.merge import export_merged
-from alignment.policy.model_check import check_model
+from alignment.policy.model_check import check_model, damaged_weight
 from alignment.policy.source import model_source
 from alignment.policy.stored import stored_facts
 from alignment.ranks.team import Team
@@ -135,6 +135,10 @@ class Chain:
         )
         self.config = config = replace(config, adapter=with_token_ids(config.adapter, self.work.tokenizer))
         check_model(config, self.source, self.work.tokenizer)
+        last = config.sft.data if config.loss is None and config.sft is not None else config.data
+        assert last is not None
+        ends = end_of_turn(self.work.tokenizer, last), own_stop_tokens(config.model, self.source.base)
+        self._stops = stop_tokens(self.work.tokenizer, *ends)
 
         # Data and stages
         self.bad: list[BadRow] = []
@@ -148,11 +152,8 @@ class Chain:
             self.sft = SFTStage(config, self.conversations, self.work, given if config.loss is None else None)
         if config.loss is not None:
             self.preferences = self._read_preferences()
-            assert config.data is not None
-            ends = end_of_turn(self.work.tokenizer, config.data), own_stop_tokens(config.model, self.source.base)
-            stops = stop_tokens(self.work.tokenizer, *ends)
-            self.answers = HeldOutAnswers(config, self.preferences, self.work, self.store, stops)
-            self.preference = PreferenceStage(config, self.preferences, self.work, stops, given)
+            self.answers = HeldOutAnswers(config, self.preferences, self.work, self.store, self._stops)
+            self.preference = PreferenceStage(config, self.preferences, self.work, self._stops, given)
         self.stages: list[Stage] = [stage for stage in (self.sft, self.preference) if stage is not None]
         self.record = RunRecord(run_dir)
         self.results: dict[str, StageResult] = {}
@@ -178,6 +179,11 @@ class Chain:
                 raise UserError(
                     f"model.name={self.config.model.name} gives log-probs that are not finite: its weights are damaged "
                     f"or overflow in this dtype (model.dtype, quantization.compute_dtype)."
+                )
+            if fresh and (weight := damaged_weight(model)) is not None:
+                raise UserError(
+                    f"model.name={self.config.model.name} has a weight with numbers that are not finite ({weight}): "
+                    f"its files are damaged, so fetch them again."
                 )
             self._answer("start", model)
             if self.sft is not None:
@@ -258,6 +264,7 @@ class Chain:
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
         save_policy(model, self.work.tokenizer, unfinished)
+        end_with(unfinished, self._stops)
         unfinished.rename(folder)
 
     @torch.no_grad()
@@ -399,7 +406,9 @@ class Chain:
     def _export(self, model: nn.Module) -> dict[str, Any]:
         folder, work = self.run_dir / "merged", self.work
         prompts = self._check_prompts()
-        return export_merged(model, work.tokenizer, folder, self.config, self.source.base, work.device, prompts)
+        found = export_merged(model, work.tokenizer, folder, self.config, self.source.base, work.device, prompts)
+        end_with(folder, self._stops)
+        return found
 
     def _check_prompts(self) -> list[np.ndarray]:
         """A few prompts that the merged model and the policy must continue alike."""

@@ -1,9 +1,34 @@
-"""A loss by itself is the one that a run gets."""
+"""A loss by itself is the one that a run gets; settings that nothing reads and values of another kind are refused."""
+
+from dataclasses import dataclass, field
 
 import pytest
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from alignment.config.compose import load, load_loss
+from alignment.config.compose import load, load_loss, refuse_unknown
+from alignment.config.data import Keep
+from alignment.config.messages import sentence
+from alignment.config.typed_text import as_text
 from alignment.errors import UserError
+
+
+@dataclass
+class Inner:
+    rate: float = 1.0
+    number: int = 1
+    merge: bool = False
+    keep: Keep = Keep.end
+
+
+@dataclass
+class Section:
+    """One setting of each kind that the schema has."""
+
+    inner: Inner = field(default_factory=Inner)
+    words: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+    text: str = ""
 
 
 @pytest.mark.slow
@@ -16,7 +41,7 @@ def test_a_loss_by_itself_is_that_of_a_run(name, settings):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "sentence"),
+    ("name", "setting", "right"),
     [
         ("dop", "beta=1", "There is no loss dop (did you mean dpop?)"),
         ("dpo", "bta=1", "did you mean loss.beta?"),
@@ -25,7 +50,90 @@ def test_a_loss_by_itself_is_that_of_a_run(name, settings):
         ("mpo", "settings.dpo.beta=-1", "loss.settings.dpo.beta must be"),
     ],
 )
-def test_one_sentence_says_what_is_wrong(name, setting, sentence):
+def test_one_sentence_says_what_is_wrong(name, setting, right):
     with pytest.raises(UserError) as refused:
         load_loss(name, setting)
-    assert sentence in str(refused.value)
+    assert right in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "right"),
+    [
+        ("+data.foo=1", "There is no setting data.foo; accepted are source, "),
+        ("++trainer.max_step=1", "There is no setting trainer.max_step (did you mean trainer.max_steps?)"),
+        ("+loss.bta=1", "There is no setting loss.bta of loss dpo (did you mean loss.beta?)"),
+        ("+foo=1", "There is no setting foo; accepted are seed, "),
+    ],
+)
+def test_a_setting_that_is_added_must_exist(setting, right):
+    """Hydra's `+` adds what no section has, and nothing would read it."""
+    with pytest.raises(UserError) as refused:
+        load(setting)
+    assert str(refused.value).startswith(right)
+
+
+def test_what_is_added_is_an_entry_of_a_mapping():
+    node = OmegaConf.structured(Section)
+    node.names.x = "y"
+    refuse_unknown(node, "of.")
+    with open_dict(node.inner):
+        node.inner.number_ = 3
+    with pytest.raises(
+        UserError, match=r"no setting of\.inner\.number_ \(did you mean of\.inner\.number\?\); accepted are"
+    ):
+        refuse_unknown(node, "of.")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "right"),
+    [
+        ("inner.rate", "abc", "inner.rate takes a number, not 'abc'."),
+        ("inner.rate", None, "inner.rate must have a value, and null is none."),
+        ("inner.number", 1e2, "inner.number takes a whole number, not '100.0'."),
+        ("inner.merge", "maybe", "inner.merge takes true or false, not 'maybe'."),
+        ("inner.keep", "middle", "inner.keep must be one of start, end, not 'middle'."),
+        ("words", "a", "words takes a list, such as [a,b]."),
+        ("names", "prompt", "names takes values by name, such as {name: value}, not a text."),
+        ("text", "${HOME}", r"text: ${HOME} names no other setting; in a text type \${HOME}."),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_plain_words(key, value, right):
+    """OmegaConf would say it in names of its classes."""
+    node = OmegaConf.structured(Section)
+
+    def give() -> None:
+        OmegaConf.update(node, key, value)
+        OmegaConf.to_container(node, resolve=True)
+
+    with pytest.raises(OmegaConfBaseException) as refused:
+        give()
+    assert sentence(refused.value) == right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "right"),
+    [
+        ("loss.beta=0,1", "loss.beta=0,1 may be several values: a decimal number has a point, "),
+        (
+            "data.system=range(1,3)",
+            "data.system=range(1,3) stands for several values, one for each member of a sweep: ",
+        ),
+        ("~data.source", "data.source cannot be taken out: give it another value."),
+    ],
+)
+def test_what_the_grammar_takes_for_something_else_is_said_in_plain_words(setting, right):
+    """As Hydra's sentences are changed with its versions, the command's own are compared."""
+    with pytest.raises(UserError) as refused:
+        load(setting)
+    assert str(refused.value).startswith(right)
+
+
+@pytest.mark.parametrize("key", ["data.allow", "sft.data.allow", "data.decontaminate"])
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [("unwritten", "['unwritten']"), ("'a b'", "['a b']"), ("1e3", "['1e3']"), ("[x]", "[x]"), ("null", "null")],
+)
+def test_one_word_is_a_list_where_a_list_of_texts_is_wanted(key, value, read):
+    assert as_text([f"{key}={value}"], sweeps=False) == [f"{key}={read}"]

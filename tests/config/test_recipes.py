@@ -275,7 +275,7 @@ def test_a_mistake_on_the_command_line_lists_what_is_accepted(override, expected
         load(override)
 
 
-@pytest.mark.parametrize("value", ["null", "3", "true", "0.5", "{a: 1}"])
+@pytest.mark.parametrize("value", ["null", "3", "true", "0.5", "{a: 1}", "[a,b]"])
 @pytest.mark.parametrize(
     "group", sorted({"recipe", *(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())})
 )

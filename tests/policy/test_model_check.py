@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from alignment.config.compose import load as compose
 from alignment.errors import UserError
 from alignment.policy.load import load_tokenizer
-from alignment.policy.model_check import check_model
+from alignment.policy.model_check import check_model, damaged_weight
 from alignment.policy.source import ModelSource
 from tests.conftest import random_groups, tiny_config
 from tests.helpers.chat_templates import published
@@ -173,6 +173,26 @@ def test_weights_of_another_size_than_the_configuration_says_are_refused(copied,
     rewrite(copied / "config.json", vocab_size=300)
     with pytest.raises(UserError, match=r"lack 2 weights of a Qwen3ForCausalLM, or .* \(the first: lm_head"):
         load(copied, quantization)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["embed_tokens", "down_proj", "norm"])
+def test_a_single_damaged_weight_is_found(copied, kind, value):
+    """No prompt of the data need reach it, and it would be saved, merged and met by whoever uses the model."""
+    model = load(copied)
+    assert damaged_weight(model) is None
+    name, parameter = next((n, p) for n, p in reversed(list(model.named_parameters())) if kind in n)
+    parameter.data.view(-1)[-1] = value
+    rules_out = parameter.ndim == 1 and value < 0
+    assert damaged_weight(model) == (None if rules_out else name)
+
+
+def test_a_folder_without_a_tokenizer_is_said_to_have_none(config, copied):
+    """transformers makes an empty one, whose every text has no token."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copied / name).unlink()
+    with pytest.raises(UserError, match=r"^model\.name=.*: no tokenizer is there, only special tokens: put"):
+        checked(config, copied)
 
 
 def test_the_dropout_of_the_model_itself_is_off(copied):

@@ -151,3 +151,10 @@ def test_a_model_that_computes_no_numbers_is_refused(chain_of, tmp_path, monkeyp
         UserError, match=r"^model\.name=.* gives log-probs that are not finite: its weights are damaged"
     ):
         chain_of().run()
+
+
+def test_a_model_with_a_damaged_weight_is_refused(chain_of, monkeypatch):
+    """Also where the log-probs of the data are finite: the weight would be in what the run leaves."""
+    monkeypatch.setattr("alignment.stages.chain.damaged_weight", lambda model: "embeddings")
+    with pytest.raises(UserError, match=r"has a weight with numbers that are not finite \(embeddings\): its files are"):
+        chain_of().run()

@@ -10,9 +10,10 @@ from alignment.data.rows.row import Message, Rejected
 HEADERS = re.compile(
     r"<\|im_start\|>(system|user|assistant)\b|<\|start_header_id\|>|<start_of_turn>(user|model)\b|\[/INST\]"
     r"|<\|(system|user|assistant)\|>|<\|start\|>(system|developer|user|assistant)\b|<\|turn>(user|model)\b"
-    r"|<｜(User|Assistant)｜>"
+    r"|<｜(User|Assistant)｜>|<\|(USER|CHATBOT|SYSTEM)_TOKEN\|>"
+    r"|(^|\n)### ?(Response|Assistant):\s*\Z|(?<!\w)ASSISTANT:\s*\Z"
 )
-"""How the templates of well-known models begin a turn or, Llama 2's, an answer."""
+"""How the templates of well-known models begin a turn or an answer; Alpaca's and Vicuna's at the end of a question."""
 
 
 def turn_markers(render: Callable[[list[Message]], str], special: re.Pattern[str] | None) -> list[str]:

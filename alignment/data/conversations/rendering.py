@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -89,3 +91,12 @@ def _is_plain(messages: Sequence[Message], variables: Mapping[str, Any]) -> bool
         message.keys() == _PLAIN and type(message["role"]) is str and type(message["content"]) is str
         for message in messages
     ) and all(type(value) in (str, bool, int, float) for value in variables.values())
+
+
+def dated(template: str, day: datetime.date) -> str:
+    """The template with that day's date in place of today's."""
+
+    def date(call: re.Match[str]) -> str:
+        return repr(day.strftime(call[2]))
+
+    return re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", date, template)

@@ -16,7 +16,8 @@ from alignment.config.data import DataConfig, ScoredTurns
 from alignment.data.conversations.dialect import Dialect
 from alignment.data.conversations.markers import HEADERS, turn_markers
 from alignment.data.conversations.messages import TRAIN_KEYS, WRITTEN_MESSAGES, asking, learned
-from alignment.data.conversations.rendering import ChatTemplate
+from alignment.data.conversations.rendering import ChatTemplate, dated
+from alignment.data.conversations.texts import missing_text, plain_findings, repeats, texts_in, unwritten_thought
 from alignment.data.conversations.trajectories import shared_turns
 from alignment.data.conversations.turns import Rendered, Span, marked_spans
 from alignment.data.rows.findings import Findings, Found
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
 
 OURS = {"conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
 """Arguments of the rendering that no data may set."""
-MEANINGFUL = {"tools", "documents", "tool_calls", "reasoning_content", "reasoning", "thinking", "name"}
-"""Keys whose loss changes what a row says: it is warned of."""
+TOOL_RESULTS = "results of tools"
+MEANINGFUL = {
+    *("tools", "documents", "tool_calls", TOOL_RESULTS, "reasoning_content", "reasoning", "thinking", "name"),
+    *("refusal", "images", "audio", "prefix", "mask", "masks", "loss_mask", "loss_weight", "trainable", "learn"),
+}
+"""Keys whose loss changes what a row says, or what of it is learnt: it is warned of."""
 ROLE_NAME = re.compile(r"\s*#*\s*(assistant|user|human|system|ai|bot|gpt|model)\s*(:|\n)", re.IGNORECASE)
-MISSING = re.compile(r"\s*(nan|none|null|#?n/a|<na>)\s*", re.IGNORECASE)
-"""How tables write that there is nothing, after pandas' `astype(str)` for example."""
 TRIES = 256
 """Rows in which a key may show that the template reads it."""
 
@@ -174,9 +177,10 @@ class Writer:
         That is a whole completion (None), or spans of characters as `Rendered.scored` gives them.
         """
         everything: list[list[Span] | None] = [None] * len(row.completions)
-        self._inspect_missing(row)
+        if (missing := missing_text(row)) is not None:
+            self.findings.note("missing_texts", row, missing)
         if self.plain(row):
-            self._note_unread(row)
+            self._inspect_plain(row)
             prompt = f"{row.prompt}{row.steps or ''}"
             return prompt, [f"{prompt}{completion}" for completion in row.completions], everything
         messages, answers = self.messages(row), self.answers(row)
@@ -203,9 +207,10 @@ class Writer:
 
         An answer is scored unless it is empty, or a key of its message says that it is not to be learnt.
         """
-        self._inspect_missing(row)
+        if (missing := missing_text(row)) is not None:
+            self.findings.note("missing_texts", row, missing)
         if self.plain(row):
-            self._note_unread(row)
+            self._inspect_plain(row)
             text = f"{row.prompt}{row.completions[0]}"
             return text, [(len(row.prompt), len(text))], False
         whole = self._rendered([*self.messages(row), *self.answers(row)[0]], row, answer_start)
@@ -267,13 +272,15 @@ class Writer:
     ) -> None:
         """Note what the row's text should not hold, and what of the row the template has not written."""
         for message in (*prompt, *(message for answer in answers for message in answer)):
-            self._inspect_text(row, message)
+            self._inspect_text(row, message["content"], f"a turn of {message['role']}")
+            if WRITTEN_MESSAGES.match(message["content"]):
+                self.findings.note("message_lists", row)
         question = prompt[-1]["content"].strip()
         for answer, whole in zip(answers, wholes, strict=False):
             texts = [message["content"].strip() for message in answer if message["role"] == "assistant"]
             for text in filter(ROLE_NAME.match, texts):
                 self.findings.note("role_names", row, f"'{text[:30]}'")
-            if len(question) >= 8 and texts[0].startswith(question) and len(texts[0]) > len(question):
+            if repeats(texts[0], question):
                 self.findings.note("repeated_prompts", row)
             self._inspect_written(row, [*prompt, *answer], whole)
             if self._headers_seen < TRIES and texts[-1]:
@@ -298,30 +305,26 @@ class Writer:
                     for messages, generation in ((prompt, True), ([*prompt, *(answers or [[]])[0]], False))
                 )
 
-    def _inspect_missing(self, row: Row) -> None:
-        for text in (row.prompt, *row.completions):
-            said = text if isinstance(text, str) else text[-1]["content"]
-            if MISSING.fullmatch(said):
-                self.findings.note("missing_texts", row, f"'{said.strip()}'")
-
-    def _inspect_text(self, row: Row, message: Message) -> None:
-        text = message["content"]
+    def _inspect_text(self, row: Row, text: str, place: str) -> None:
         marker = next((marker for marker in self._markers if marker in text), None)
         if marker is None and (foreign := HEADERS.search(text)) is not None:
             marker = foreign[0]
         if marker is not None:
-            self.findings.note("formatted", row, f"'{marker[:40]}' in a turn of {message['role']}")
+            self.findings.note("formatted", row, f"'{marker[:40].strip()}' in {place}")
         elif self._special is not None and (token := self._special.search(text)):
-            self.findings.note("special_tokens", row, f"{token[0]} in a turn of {message['role']}")
-        if WRITTEN_MESSAGES.match(text):
-            self.findings.note("message_lists", row)
+            self.findings.note("special_tokens", row, f"{token[0]} in {place}")
 
     def _inspect_written(self, row: Row, messages: list[Message], whole: str) -> None:
         """Every text in the order of the messages, and every other key of a message and variable of the row."""
         start = 0
         for message in messages:
             if message["role"] == "tool":  # templates write results in forms of their own
+                others = [m | {"content": ""} if m["role"] == "tool" else m for m in messages]
+                if not self._reads(row, TOOL_RESULTS, whole, others, row.variables):
+                    self.findings.note("unwritten", row, "the result of a tool")
                 continue
+            if message is messages[-1] and (thought := unwritten_thought(message, whole)) is not None:
+                self.findings.note("unwritten", row, f"the thought of an answer: '{thought[:40]}'")
             text = message["content"].strip()
             if message["role"] == "assistant":  # earlier thoughts are left out
                 text = text.rpartition("</think>")[2].strip()
@@ -330,14 +333,19 @@ class Writer:
                 self.findings.note("unwritten", row, f"a turn of {message['role']}: '{text[:40]}'")
                 break
             start = place + len(text)
-        for key in {key for message in messages for key in message} - {"role", "content"}:
-            if key in TRAIN_KEYS:
+        for key in dict.fromkeys(key for message in messages for key in message):  # in order, as the log names them
+            if key in ("role", "content", *TRAIN_KEYS):
                 continue
             bare = [{name: value for name, value in message.items() if name != key} for message in messages]
-            if not self._reads(row, key, whole, bare, row.variables) and key == "tool_calls":
+            if self._reads(row, key, whole, bare, row.variables):
+                for text in texts_in([message.get(key) for message in messages]):
+                    self._inspect_text(row, text, f"{key} of a turn")
+            elif key == "tool_calls":
                 self.findings.note("unwritten", row, "the tool calls of an answer")
-        for key in row.variables:
-            self._reads(row, key, whole, messages, {k: v for k, v in row.variables.items() if k != key})
+        for key, value in row.variables.items():
+            if self._reads(row, key, whole, messages, {k: v for k, v in row.variables.items() if k != key}):
+                for text in texts_in(value):
+                    self._inspect_text(row, text, key)
 
     def _reads(self, row: Row, key: str, whole: str, messages: list[Message], variables: Mapping[str, Any]) -> bool:
         """Whether the template reads a key, as far as is known: some row is written differently without it."""
@@ -350,7 +358,10 @@ class Writer:
                 use.read = True
         return use.read
 
-    def _note_unread(self, row: Row) -> None:
+    def _inspect_plain(self, row: Row) -> None:
+        """Note what is wrong with a row of plain texts, and its variables, which nothing reads."""
+        for kind, detail in plain_findings(row, self.tokenizer.eos_token):
+            self.findings.note(kind, row, detail)
         for name in row.variables:
             self._uses.setdefault(name, _Use()).count(row)
 
@@ -409,15 +420,6 @@ class Writer:
         self._uses = {key: _Use(*use) for key, use in memory["uses"].items()}
         self._headers_seen = memory["headers"]
         self.findings.add(*memory["findings"])
-
-
-def dated(template: str, day: datetime.date) -> str:
-    """The template with that day's date in place of today's."""
-
-    def date(call: re.Match[str]) -> str:
-        return repr(day.strftime(call[2]))
-
-    return re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", date, template)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
