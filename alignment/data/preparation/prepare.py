@@ -149,8 +149,8 @@ def read_preferences(
         UserError: the data cannot be used.
     """
     make = partial(tokenize_groups, tokenizer=tokenizer, day=day)
-    with prepared(config, "preference", tokenizer, day, cache) as place:
-        made = _prepare(config, place, make, _PREFERENCES)
+    with prepared(config, "preference", tokenizer, day, cache) as (pinned, place):
+        made = _prepare(pinned, place, make, _PREFERENCES)
     held_out = made.held_out
     if made.texts is not None:  # of large data, the rows of which are gone
         held_out = replace(held_out, rows=StoredRows(made.texts))
@@ -387,8 +387,8 @@ def load_conversations(
         UserError: the data cannot be used, or nothing is left to train on.
     """
     make = partial(tokenize_sft, tokenizer=tokenizer, day=day)
-    with prepared(config, "sft", tokenizer, day, cache) as place:
-        made = _prepare(config, place, make, _SFT)
+    with prepared(config, "sft", tokenizer, day, cache) as (pinned, place):
+        made = _prepare(pinned, place, make, _SFT)
     loaded, train, held_out = made.loaded, made.train, made.held_out
     drops = [*loaded.dropped, *train.drops, *held_out.drops]
     info = _data_info("SFT data", loaded, made.facts, train, held_out)

@@ -25,6 +25,7 @@ import alignment
 from alignment.config.data import DataConfig
 from alignment.data.layouts.recognition import Stage
 from alignment.data.rows.sequences import KEPT_ROWS
+from alignment.data.sources.hub import at_commits
 from alignment.data.sources.loading import origins
 from alignment.data.sources.remote import File
 from alignment.data.tokens.batches import ProcessDied
@@ -94,25 +95,26 @@ class Place:
 @contextmanager
 def prepared(
     config: DataConfig, stage: Stage, tokenizer: Any, day: date | None, cache: Path | None
-) -> Iterator[Place | None]:
-    """The place for the data of a run; another process that prepares the same waits, and then finds them.
+) -> Iterator[tuple[DataConfig, Place | None]]:
+    """The settings by which to read, and the place for the data; another process that prepares the same waits for them.
 
-    None without a cache: everything stays in memory.
+    No place without a cache: everything stays in memory.
     """
     if cache is None:
-        yield None
+        yield config, None
         return
+    config = at_commits(config)
     store = CacheKind.tokens.under(cache)
     key = _key(config, stage, tokenizer, day)
     if key is None:
         with _unfinished(store / f".{os.getpid()}-{time.time_ns()}", goes_on=False) as folder:
-            yield Place(folder, None)
+            yield config, Place(folder, None)
             if folder.exists():  # there were many rows
                 log.info("  These tokens are for this start alone: %s.", _why_not(config))
         return
     waiting = f"Another run is preparing these data ({key[:12]}); waiting for their tokens ..."
     with file_lock(store / f"{key}.lock", waiting), _unfinished(store / f".{key}", goes_on=True) as folder:
-        yield Place(folder, store / key)
+        yield config, Place(folder, store / key)
 
 
 @contextmanager
@@ -160,8 +162,8 @@ def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> 
 def _why_not(config: DataConfig) -> str:
     whose = "a source of the mixture" if config.sources else "its source"
     return (
-        f"nothing tells before the reading whether {whose} has changed; a file here, or the commit of a hub set as its "
-        "revision, does"
+        f"nothing tells before the reading whether {whose} has changed; a file here, a set on a hub that answers, or "
+        "its commit as data.revision does"
     )
 
 

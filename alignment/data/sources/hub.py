@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 from alignment.config.data import DataConfig
-from alignment.config.places import MODELSCOPE_PREFIX
-from alignment.errors import UserError
+from alignment.config.places import MODELSCOPE_PREFIX, is_on_hub
+from alignment.errors import UserError, as_names
+
+COMMIT = re.compile("[0-9a-f]{40}")
+_WAITED = 10
+"""Seconds for the hub's answer."""
+
+
+def at_commits(config: DataConfig) -> DataConfig:
+    """The settings with the commit that the branch or tag of each hub set is at now.
+
+    They stay as they are where the hub does not answer, and where one revision is that of several sets.
+    """
+    if config.sources:
+        pinned = {name: at_commits(part).revision for name, part in config.parts.items()}
+        return replace(config, sources={n: replace(s, revision=pinned[n]) for n, s in config.sources.items()})
+    others = [] if config.eval_source is None else as_names("data.eval_source", config.eval_source)
+    on_hub = {name for name in [*as_names("data.source", config.source), *others] if is_on_hub(name)}
+    if len(on_hub) != 1 or COMMIT.fullmatch(config.revision or ""):
+        return config
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(on_hub.pop(), revision=config.revision, timeout=_WAITED).sha
+    except Exception:  # of several libraries: offline, no such set; the reading says what is wrong
+        return config
+    return replace(config, revision=commit or config.revision)
 
 
 def read_hub(source: str, split: str, config: DataConfig) -> Iterator[dict[str, Any]]:

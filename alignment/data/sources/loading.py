@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from alignment.data.rows.row import BadRow, Row, content_key, count_reasons, fin
 from alignment.data.rows.sequences import Picked, RowList
 from alignment.data.sources.decontamination import Contamination
 from alignment.data.sources.folders import files_of
+from alignment.data.sources.hub import COMMIT
 from alignment.data.sources.opening import Opened, bundled_file, bundled_files, open_records, same_rows
 from alignment.data.sources.remote import File
 from alignment.errors import UserError, as_names
@@ -225,14 +225,11 @@ def origins(config: DataConfig) -> list[File | str] | None:
         files = bundled_files(source) if bundled else files_of(source, split, config.name)
         if files:
             known += files
-        elif is_on_hub(source) and _COMMIT.fullmatch(config.revision or "") and (source, split) in asked:
+        elif is_on_hub(source) and COMMIT.fullmatch(config.revision or "") and (source, split) in asked:
             known.append(f"{source}@{config.revision}, {config.name}, {split}")
         else:
             return None
     return known
-
-
-_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def _picked(rows: RowList, indices: np.ndarray) -> Sequence[Row]:
