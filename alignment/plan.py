@@ -33,7 +33,7 @@ _PARTS = {
     "optimizer": "optimizer states",
     "activations": "activations",
     "head": "logits of a chunk",
-    "buffers": "de-quantised weights",
+    "buffers": "de-quantised and gathered weights",
     "context": "libraries and driver",
 }
 
@@ -124,6 +124,9 @@ def _print(config: RunConfig, machine: Machine, stages: dict[str, StagePlan]) ->
     )
     if config.device is Device.cuda and machine.device == "cpu":
         say("The recipe asks for a GPU, and this machine has none: --gpu-memory 24GiB plans for a GPU of that size.")
+    ranks = max(stage.ranks for stage in stages.values())
+    if ranks > 1:
+        say(f"{ranks} of them share one base: each holds a part of its layers (trainer.shard=node).")
     say("")
     console.print(_needs_table(stages))
     for name, stage in stages.items():
@@ -147,6 +150,7 @@ def as_json(config: RunConfig, machine: Machine, stages: dict[str, StagePlan]) -
             "stages": {
                 name: {
                     "longest": stage.longest,
+                    "ranks": stage.ranks,
                     **plain(stage.chosen),
                     "options": [{**plain(plan), "time": time} for plan, time in stage.options.values()],
                 }
@@ -165,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a recipe and its settings, as for a run")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="plan for a GPU of this size, e.g. 24GiB")
+    parser.add_argument("--devices", type=int, metavar="N", help="that many of them on a machine: trainer.devices=N")
     parser.add_argument("--length", type=int, metavar="N", help="tokens of the longest prompt with its answer")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the model's config.json, without the hub")
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="your own recipes, as for a run")
@@ -189,6 +194,8 @@ def run(arguments: Sequence[str] | None) -> None:
     if options.gpu_memory is not None:
         memory = parse_memory(options.gpu_memory)
         machine = Machine(f"a GPU of {options.gpu_memory}", "cuda", memory)
+    if options.devices is not None:
+        options.overrides.append(f"trainer.devices={options.devices}")
     config = load(*options.overrides, config_dir=options.config_dir)
     if options.config is not None:
         options.config = options.config.expanduser()

@@ -76,7 +76,7 @@ def refuse_without_effect(overrides: Sequence[str], config: schema.RunConfig) ->
 
 def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
     section, _, name = key.rpartition(".") if "." in key else (key, "", "")
-    if key == "trainer.devices":
+    if key in ("trainer.devices", "trainer.shard"):
         return None  # of the whole run
     if config.loss is None:
         if section in ("data", "optim", "trainer", "reference"):
@@ -92,8 +92,8 @@ def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
     stage = config.sft if section.startswith("sft.") else config
     if name == "epochs" and section.endswith("trainer") and stage is not None and stage.trainer.max_steps is not None:
         return f"{section}.max_steps={stage.trainer.max_steps} decides; set it to null to train for epochs"
-    if key == "sft.trainer.devices":
-        return "the SFT stage has the ranks of the run: set trainer.devices"
+    if key in ("sft.trainer.devices", "sft.trainer.shard"):
+        return f"the SFT stage has the ranks of the run: set {key.removeprefix('sft.')}"
     if key in ("sft.trainer.cohort", "sft.trainer.joint_passes"):
         return "the SFT stage is done once for all members of a sweep that have the same"
     if key == "evaluation.kl_prompts" and config.loss is None:

@@ -22,8 +22,8 @@ from alignment.files import damaged, redact
 FREE = ("trainer.cohort", "trainer.joint_passes")
 """Settings of a sweep that do not touch its results, so they may change when it goes on."""
 
-DEVICES = "trainer.devices"
-"""The setting of a run that may change when it goes on, as it does not touch the result either."""
+SHARING = ("trainer.devices", "trainer.shard")
+"""Those of a run that may change when it goes on, as they do not touch the result either."""
 
 
 def require_new(run_dir: Path) -> None:
@@ -47,7 +47,7 @@ def changes(folder: Path, node: DictConfig) -> str:
         node.resume = None
     before, now = (flat(c) for c in (_loaded(folder / "config.yaml"), redact(as_plain(node))))
     refuse_renamed(before, f"{folder} was begun by an earlier version and cannot go on")
-    for key in ("resume", DEVICES, *FREE):
+    for key in ("resume", *SHARING, *FREE):
         before[key] = now.get(key)
     if new := [key for key in now.keys() - before.keys() if _is_new(key, before, node)]:
         begun = flat(as_plain(compose_node(_begun(folder))))
@@ -106,9 +106,9 @@ def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str
     except UserError as error:
         raise UserError(f"{path} holds settings that are refused: {error}") from None
     saved += _former_defaults(folder, node)
-    devices = [o for o in extra if o.startswith(f"{DEVICES}=")]
-    saved = [o for o in saved if not devices or not o.startswith(f"{DEVICES}=")] + devices
-    extra = [o for o in extra if o not in devices]
+    sharing = {o.partition("=")[0]: o for o in extra if o.partition("=")[0] in SHARING}
+    saved = [*(o for o in saved if o.partition("=")[0] not in sharing), *sharing.values()]
+    extra = [o for o in extra if o not in sharing.values()]
     changed = changes(folder, compose_node([*saved, *extra]))
     if changed:
         why = "" if extra else f": {path} is damaged, or the configuration behind it has changed"

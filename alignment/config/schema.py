@@ -44,6 +44,14 @@ class Planning(Enum):
     off = "off"
 
 
+class Shard(Enum):
+    """`node`: the ranks of a machine share one base; `off`: each has its own; `auto`: as the plan for GPUs says."""
+
+    auto = "auto"
+    off = "off"
+    node = "node"
+
+
 class ReferenceMode(Enum):
     """`cache`: log-probs from the shared store; `live`: a frozen copy of the starting policy, run beside it."""
 
@@ -94,6 +102,9 @@ class TrainerConfig:
     `devices` is how many ranks share each step, on as many GPUs of this machine: a number, or "auto" for all of them.
     It does not change the result beyond the order of sums.
 
+    `shard` says whether the ranks of a machine share one frozen base, of which each holds a part: "off", "node", or
+    "auto" where GPUs plan a run for which a whole one is too large.
+
     `router_aux_loss_coef` times the load-balancing loss of the routers is added to the loss of a mixture of experts.
     """
 
@@ -111,6 +122,7 @@ class TrainerConfig:
     joint_passes: bool | None
     router_aux_loss_coef: float
     devices: Any  # as cohort
+    shard: Shard
 
     def __post_init__(self) -> None:
         require(0 < self.epochs < math.inf, f"trainer.epochs must be a finite number above 0, not {self.epochs}.")

@@ -14,7 +14,7 @@ from alignment.config.compose import compose_node, to_run_config
 from alignment.config.members import is_sweep, single_values, sweep_members
 from alignment.config.overrides import refuse_without_effect
 from alignment.config.resume import changes
-from alignment.config.schema import RunConfig
+from alignment.config.schema import RunConfig, Shard
 from alignment.config.typed_text import quoted_path, typed_path
 from alignment.errors import UserError
 from alignment.files import atomic_write_text
@@ -108,6 +108,11 @@ def _checked_member(overrides: list[str], node: DictConfig, folder: Path, plugin
         raise UserError(
             f"trainer.devices={config.trainer.devices} shares one run among several ranks, and a sweep trains its "
             f"members one after another or several at once: set it to 1, or start each member without -m."
+        )
+    if config.trainer.shard is Shard.node:
+        raise UserError(
+            "trainer.shard=node shares a base among the ranks of one run, and a sweep trains each member in one "
+            "process: leave it out, or start each member without -m."
         )
     if (run_dir / "config.yaml").exists() and (changed := changes(run_dir, node)):
         raise UserError(f"{folder} holds another sweep: {changed} differs in {run_dir.name}. Choose another folder.")

@@ -75,11 +75,19 @@ def _in_words(quantization: Any) -> str:
 
 
 _last_read: tuple[Any, str] | None = None
+_FIXED = "_base_digest"
+
+
+def fix_base_digest(model: nn.Module) -> None:
+    """Keep the digest of a frozen base on the model, for a time when its weights are not all here to be read."""
+    setattr(model, _FIXED, policy_identity(model)[1]["base"])
 
 
 def _base_digest(model: nn.Module, config: dict[str, Any], quantization: Any) -> str:
     """Digest of the base. Reading a frozen one takes seconds: it is read again only after its tensors were written."""
     global _last_read
+    if (fixed := vars(model).get(_FIXED)) is not None:
+        return fixed
     tensors = list(_base_tensors(model))
     described = _canonical(_without_volatile(config)) + _canonical(quantization)
     # Optimizers with their own kernels bypass torch's count of writes, so trainable tensors are always read.

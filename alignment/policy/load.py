@@ -249,6 +249,7 @@ def load_base(
     source: str,
     device: torch.device,
     cache: Path | None = None,
+    place: torch.device | None = None,
 ) -> nn.Module:
     """Load the base model, quantised if asked or stored so, with every weight frozen, ready to score completions.
 
@@ -257,13 +258,15 @@ def load_base(
 
     Args:
         source: `base` of what `model_source` gives, or the folder of a whole trained model.
+        device: where the model will compute, which decides its dtypes.
         cache: folder for what is calibrated; None: the user's cache.
+        place: where it is loaded; None: there.
 
     Raises:
         UserError: a library is needed and missing, the model cannot be loaded, its files lack weights, or it is
             quantised already in another way than the settings ask for.
     """
-    dtype = resolve_dtype(config.dtype, device)
+    dtype, place = resolve_dtype(config.dtype, device), place or device
     if device.type == "cuda" and config.dtype is Dtype.auto and dtype is torch.float32:
         log.info("This GPU is older than Ampere and does not compute in bfloat16: the model is in float32.")
     if quantization is not None:
@@ -285,7 +288,7 @@ def load_base(
     with packing_experts(quantization.double) if quantization is not None else nullcontext():
         model, found = load(
             **load_arguments(stored, quantization, compute, plain),
-            device_map={"": "cpu" if packs else device},
+            device_map={"": "cpu" if packs else place},
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, in a sentence
         )
@@ -293,7 +296,7 @@ def load_base(
     require_stored(config.name, model, stored)
     if packs:
         assert quantization is not None
-        pack_model(model, quantization, compute, device)
+        pack_model(model, quantization, compute, place)
     elif stored.is_packed:
         settle_compute(model, compute)
     if calibration is not Calibration.none:
@@ -310,7 +313,7 @@ def load_base(
     show_decoder(model)
     patch_experts(model)
     enable_scoring(model)
-    check_scoring(model, model.get_input_embeddings().num_embeddings, device)
+    check_scoring(model, model.get_input_embeddings().num_embeddings, place)
     return model
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -13,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from alignment.errors import UserError
-from alignment.ranks.place import Place
+from alignment.errors import UserError, require
+from alignment.ranks.lockstep import Lockstep
+from alignment.ranks.place import LOGS, Place
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ _TASK_DAYS = 30
 """How long they wait for each other later: a rank that waits for rank 0's next task may do so for hours."""
 _LAST_SECONDS = 10
 """How long a rank stays after rank 0 has ended, unless the launcher ends it."""
+_WHY = "why"
+"""In the store of the process group: why a rank has ended in the midst of a task."""
 _BUCKET = 2**28
 """Bytes of tensors that travel at once: a LoRA's are fewer, a whole model is never copied as a whole."""
 
@@ -73,13 +78,17 @@ class Team:
     Attributes:
         place: this process's.
         size: how many ranks there are.
+        lockstep: of the ranks of this machine where they share a base; None where each has its own.
     """
 
-    def __init__(self, place: Place, tensors: Any) -> None:
+    def __init__(self, place: Place, store: Any, tensors: Any) -> None:
         self.place = place
         self.size = place.size
+        self.lockstep: Lockstep | None = None
+        self._store = store
         self._tensors = tensors  # the group that tensors of a GPU travel in
         self._in_task = False
+        self._has_joined = False
 
     # Rank 0
 
@@ -104,6 +113,7 @@ class Team:
         Raises:
             UserError: the sentence of the first rank that has failed, or a rank has ended.
         """
+        self._let_go()
         self._in_task = True
         with _lost_ranks():
             self._send([(task, share, bool(weights)) for share in shares])
@@ -112,7 +122,11 @@ class Team:
         results: list[Any] = [None]
         try:
             results = [own(shares[0])]
+            if self.lockstep is not None:
+                self.lockstep.finish()
         except Exception as error:  # the others still do their shares and reply
+            if self.lockstep is not None:  # unless they wait for the rest of a pass
+                raise (self.why_lost(error) if isinstance(error, RuntimeError) else error) from error.__cause__
             failure = error
         with _lost_ranks():
             replies = self._gather(None)
@@ -138,8 +152,25 @@ class Team:
         """
         self.run(_give_gradients, [list(used)] * self.size, lambda _: self.add_up(parameters, used))
 
+    def ask_to_join(self) -> None:
+        """Before a pass of rank 0 that is no part of a task: have the others join in until the next task."""
+        if self.place.rank == 0 and not self._in_task:
+            self._in_task = self._has_joined = True
+            with _lost_ranks():
+                self._send([(_join_in, None, False)] * self.size)
+
+    def _let_go(self) -> None:
+        if self._has_joined and self.lockstep is not None:
+            self.lockstep.finish()
+            with _lost_ranks():
+                self._gather(None)
+            self._in_task = self._has_joined = False
+
     def end(self) -> None:
         """Let the other ranks end, unless one of them is in the midst of a task: then the launcher ends them."""
+        if self.lockstep is not None and not self.lockstep.in_pass:
+            with suppress(UserError):
+                self._let_go()
         if not self._in_task:
             with suppress(RuntimeError):  # they have ended
                 self._send([None] * self.size)
@@ -159,12 +190,56 @@ class Team:
                 task, share, has_weights = asked
                 if has_weights:
                     self.spread(trained_parameters(post.model))
-                self._gather(_reply(task, post, share))
-            except RuntimeError:
+                reply = _reply(task, post, share)
+                if self.lockstep is not None:
+                    if reply[0] is None:
+                        self.lockstep.finish()
+                    else:
+                        self._say_why(reply[0])
+                self._gather(reply)
+            except (RuntimeError, RankLost):
                 time.sleep(_LAST_SECONDS)  # rank 0 has ended: its launcher sees that before this
                 os._exit(1)
 
+    def _say_why(self, error: Exception) -> NoReturn:
+        """End here, in the midst of a task of ranks that share a base: they may wait for the rest of a pass."""
+        if not isinstance(error, RankLost):
+            self._store.set(_WHY, pickle.dumps(error))
+            if LOGS in os.environ:
+                sys.stderr.write(f"Error: {error}\n")
+        _leave()
+        raise RuntimeError("The others see that this rank is gone.")
+
+    def why_lost(self, error: RuntimeError) -> Exception:
+        """What an error of a collective means: what a rank has said before it ended, or that one has; else itself."""
+        if not is_of_collective(error):
+            return error
+        if self.place.rank == 0 and self._store.check([_WHY]):
+            said = pickle.loads(self._store.get(_WHY))
+            return said if isinstance(said, UserError) else RuntimeError(f"Another rank failed: {said}")
+        return _rank_lost()
+
     # Collectives
+
+    def machine_groups(self, device: torch.device) -> tuple[Any, Any]:
+        """This machine's ranks as a group for tensors of the device and one for numbers; every rank must call this.
+
+        Raises:
+            UserError: machines have different numbers of ranks.
+        """
+        import torch.distributed as dist
+
+        count = self.place.local_size
+        require(
+            self.size % count == 0 and self.place.rank % count == self.place.local_rank,
+            f"trainer.shard=node needs the same number of ranks on all machines, numbered machine by machine, and rank "
+            f"{self.place.rank} of {self.size} is number {self.place.local_rank} of {count}: start as many on each.",
+        )
+        spoken, _ = dist.new_subgroups(count, backend="gloo", timeout=timedelta(days=_TASK_DAYS))
+        if device.type == "cpu":
+            return spoken, spoken
+        gathered, _ = dist.new_subgroups(count, backend="nccl")
+        return gathered, spoken
 
     def _send(self, objects: Sequence[Any] | None) -> Any:
         """One object to each rank, from rank 0."""
@@ -242,7 +317,7 @@ def join(place: Place) -> Team:
     dist.init_process_group(
         "gloo", store=store, rank=place.rank, world_size=place.size, timeout=timedelta(days=_TASK_DAYS)
     )
-    return Team(place, dist.new_group(backend="nccl") if torch.cuda.is_available() else None)
+    return Team(place, store, dist.new_group(backend="nccl") if torch.cuda.is_available() else None)
 
 
 def _leave() -> None:
@@ -271,6 +346,17 @@ def _reply(task: Callable[[Post, Any], Any], post: Post, share: Any) -> tuple[Ex
         return RuntimeError(traceback.format_exc()), None
 
 
+def _join_in(post: Post, _: None) -> None:
+    """Nothing beside the passes that rank 0 runs."""
+
+
+def is_of_collective(error: RuntimeError) -> bool:
+    """Whether an error says that another rank is gone."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def _give_gradients(post: Post, used: list[bool]) -> None:
     post.team.add_up(trained_parameters(post.model), used)
 
@@ -281,13 +367,17 @@ def _lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        _let_signals_in()  # Ctrl-C ends all ranks at once, and is what happened then
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # the launcher ends what is left: say why first
-        raise RankLost(
-            "Another rank has ended in the midst of its work, killed or for want of main memory: see what its "
-            "launcher says, and continue with resume=true."
-        ) from error
+        raise _rank_lost() from error
+
+
+def _rank_lost() -> RankLost:
+    _let_signals_in()  # Ctrl-C ends all ranks at once, and is what happened then
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the launcher ends what is left: say why first
+    return RankLost(
+        "Another rank has ended in the midst of its work, killed or for want of main memory: see what its launcher "
+        "says, and continue with resume=true."
+    )
 
 
 def _let_signals_in() -> None:

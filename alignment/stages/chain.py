@@ -53,6 +53,7 @@ from alignment.stages.policy import PolicySource, load_policy
 from alignment.stages.preference import PreferenceStage
 from alignment.stages.reuse import reuse_stage, save_stage
 from alignment.stages.sft import SFTStage
+from alignment.stages.sharing import shares_base
 from alignment.stages.stage import (
     PreferenceResult,
     Stage,
@@ -155,6 +156,7 @@ class Chain:
             self.answers = HeldOutAnswers(config, self.preferences, self.work, self.store, self._stops)
             self.preference = PreferenceStage(config, self.preferences, self.work, self._stops, given)
         self.stages: list[Stage] = [stage for stage in (self.sft, self.preference) if stage is not None]
+        self._shared = shares_base(config, team, device, self.conversations, self.preferences)
         self.record = RunRecord(run_dir)
         self.results: dict[str, StageResult] = {}
 
@@ -252,7 +254,9 @@ class Chain:
     def _load_trained(self, trained: Path | None) -> nn.Module:
         config, work = self.config, self.work
         sequences = sample_sequences(self.conversations, self.preferences) if reads_data(config.adapter) else ()
-        made = PolicySource(config, self.source, work.cache, self.run_dir / "spectrum.json", trained, sequences)
+        made = PolicySource(
+            config, self.source, work.cache, self.run_dir / "spectrum.json", trained, sequences, self._shared
+        )
         model = load_policy(made, work.device, None if work.slot is None else work.slot.base)
         if work.team is not None:
             load_everywhere(work.team, made, model)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from alignment.config.schema import AdapterConfig, RunConfig
@@ -15,9 +16,11 @@ from alignment.losses import Loss
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import as_found, checkpoint_layers, disable_dropout
 from alignment.policy.load import resolve_device
-from alignment.ranks.team import Post, Team
+from alignment.policy.sharding import shard_base
+from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.given import GivenReference
 from alignment.reference.live import LiveReference
+from alignment.scoring.layout import BatchLayout
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.stages.policy import PolicySource, load_policy
 from alignment.stages.quiet import quieten_libraries
@@ -40,6 +43,13 @@ def load_everywhere(team: Team, source: PolicySource, model: nn.Module) -> None:
                 f"Rank {rank} has loaded another model than rank 0 from {source.source.base}: give all machines the "
                 f"same files and the same versions of torch, transformers and bitsandbytes."
             )
+    if source.shared:
+        device = resolve_device(source.config.device)
+        team.run(_share, [None] * team.size, lambda _: shard_base(model, team, device))
+
+
+def _share(post: Post, _: None) -> None:
+    shard_base(post.model, post.team, post.device)
 
 
 def _load(post: Post, source: PolicySource) -> str:
@@ -91,11 +101,23 @@ class PreferenceBegun:
     router_aux_loss_coef: float
 
 
+def choose_together(team: Team | None, model: nn.Module, device: torch.device) -> BatchLayout:
+    """The layout of passes: every rank chooses at the same time, since the passes that decide may break off."""
+    if team is None:
+        return choose_layout(model, device)
+    layouts = team.run(_choose, [None] * team.size, lambda _: choose_layout(model, device), trained_parameters(model))
+    return layouts[0]
+
+
+def _choose(post: Post, _: None) -> BatchLayout:
+    disable_dropout(post.model)
+    layout = post.layout = choose_layout(post.model, post.device)
+    return layout
+
+
 def begin_preference(post: Post, begun: PreferenceBegun) -> None:
     """Be ready for shares of the preference stage; its policy is the one that the stage starts from."""
     model, device = post.model, post.device
-    disable_dropout(model)
-    post.layout = choose_layout(model, device)
     checkpoint_layers(model, begun.checkpoint_every)
     reference: LiveReference | GivenReference = GivenReference()
     if begun.live is not None:

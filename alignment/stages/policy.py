@@ -36,6 +36,7 @@ class PolicySource:
         spectrum: file of the matrices that Spectrum has chosen for the run.
         trained: folder of the policy that a finished stage has left; None for a fresh one.
         sequences: tokens of training data, for inits that look at them.
+        shared: whether the ranks of a machine will share its base, which is too large for a GPU: it stays on the CPU.
     """
 
     config: RunConfig
@@ -44,6 +45,7 @@ class PolicySource:
     spectrum: Path
     trained: Path | None
     sequences: Sequence[np.ndarray] = ()
+    shared: bool = False
 
 
 def load_policy(
@@ -62,7 +64,8 @@ def load_policy(
     log.info("Loading %s on %s ...", config.model.name, device)
 
     def load() -> nn.Module:
-        return load_base(config.model, config.quantization, source, device, made.cache)
+        place = torch.device("cpu") if made.shared else device
+        return load_base(config.model, config.quantization, source, device, made.cache, place)
 
     model: Any = load() if base is None else base(load)
     model.config.name_or_path = made.source.base  # also where its weights come from the run folder

@@ -31,8 +31,7 @@ from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import BatchLayout, keys_per_position
 from alignment.scoring.logps import largest_pass
-from alignment.scoring.prompt_sharing import choose_layout
-from alignment.stages.following import PreferenceBegun, begin_preference, followed
+from alignment.stages.following import PreferenceBegun, begin_preference, choose_together, followed
 from alignment.stages.stage import PreferenceResult, StageResult, Workspace
 from alignment.training.budget import Plan
 from alignment.training.callbacks import (
@@ -133,7 +132,7 @@ class PreferenceStage:
 
         # How the passes run
         disable_dropout(model)
-        layout = choose_layout(model, self._device)
+        layout = choose_together(self._work.team, model, self._device)
         slot = self._joined(model)
         plan, tokens_per_batch = self._planned(model, layout, slot)
         checkpoint_layers(model, plan.checkpoint_every)

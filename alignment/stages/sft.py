@@ -18,6 +18,7 @@ from alignment.config.schema import RunConfig
 from alignment.data.preparation.prepare import SFTData
 from alignment.errors import require
 from alignment.policy.layers import as_found, checkpoint_layers
+from alignment.policy.sharding import in_turn, is_sharded
 from alignment.ranks.shares import evenly
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.scoring.layout import FlatLayout, MicroBatch
@@ -199,6 +200,8 @@ class SFTStage:
             callbacks=stage_callbacks("SFT", log_metrics, config.trainer, bool(self._data.eval)),
         )
         trainer.team, trainer.rows_per_pass = team, rows
+        if is_sharded(model):
+            trainer.accelerator.backward = in_turn(model, trainer.accelerator.backward)
         prepare_trainer(trainer, config.optim)
         if self._run_config.adapter is not None:
             trainer.lr_ratio = self._run_config.adapter.lr_ratio

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,8 +15,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from alignment.config.preflight import model_problem
-from alignment.config.schema import RunConfig, SFTConfig
-from alignment.errors import UserError
+from alignment.config.schema import RunConfig, SFTConfig, Shard
+from alignment.errors import UserError, require
 from alignment.files import cache_dir
 from alignment.policy.architecture import unknown_architecture
 from alignment.policy.load import resolve_dtype
@@ -32,6 +34,7 @@ from alignment.training.memory import (
     sizes_of,
 )
 from alignment.training.planning import available_memory
+from alignment.training.shared_memory import shared_weights
 
 _SPECTRUM = "spectrum chooses among the layers of a loaded model, and here the backward pass goes down to the first"
 _SHOWN_EVERY = (0, 8, 4, 3, 2, 1)
@@ -62,11 +65,13 @@ class StagePlan:
         chosen: the plan.
         options: by `checkpoint_every`, the plan with this value, and its time per position (1: an endless pass without
             checkpointing).
+        ranks: that share the base; 1 where each has its own.
     """
 
     longest: int
     chosen: Plan
     options: dict[int, tuple[Plan, float]]
+    ranks: int
 
 
 def this_machine() -> Machine:
@@ -103,29 +108,84 @@ def read_config(config: RunConfig, file: Path | None) -> Any:
         ) from error
 
 
-def plan_stages(config: RunConfig, model: nn.Module, machine: Machine, length: int | None) -> dict[str, StagePlan]:
-    """The plan of every stage of a run.
+def plan_stages(
+    config: RunConfig,
+    model: nn.Module,
+    machine: Machine,
+    length: int | None,
+    longest: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, StagePlan]:
+    """The plan of every stage of a run; where `trainer.shard` says so, or leaves it to the plan, for a shared base.
 
     Args:
         config: of the run.
         model: on the meta device, from `build_model`.
         machine: the plan is for this one.
         length: tokens of the longest prompt with its answer; None takes `data.max_length`.
+        longest: positions of the largest group of each stage, where the data are known.
+
+    Raises:
+        UserError: `trainer.shard=node` with one rank, or for a whole model.
     """
+    ranks = config.trainer.devices
+    if ranks == "auto":
+        ranks = max(1, torch.cuda.device_count())
+    if config.trainer.shard is Shard.node:
+        require_ranks(config, ranks)
+        return _stages(config, model, machine, length, longest, ranks, ranks)
+    plans = _stages(config, model, machine, length, longest, ranks, 1)
+    can = config.trainer.shard is Shard.auto and machine.device == "cuda" and ranks > 1 and config.adapter is not None
+    if can and not all(plan.chosen.fits for plan in plans.values()):
+        return _stages(config, model, machine, length, longest, ranks, ranks)
+    return plans
+
+
+def require_ranks(config: RunConfig, ranks: int) -> None:
+    """Refuse a shared base where there is nobody to share it with, or where it trains.
+
+    Args:
+        ranks: of a machine.
+
+    Raises:
+        UserError: what to set.
+    """
+    require(
+        ranks > 1,
+        "trainer.shard=node shares the base among the ranks of a machine, and there is one: set trainer.devices to "
+        "the number of its GPUs, or trainer.shard=auto.",
+    )
+    require(
+        config.adapter is not None,
+        "trainer.shard=node shares a frozen base, and adapter=none trains all of it: choose an adapter, or set "
+        "trainer.shard=off.",
+    )
+
+
+def _stages(
+    config: RunConfig,
+    model: nn.Module,
+    machine: Machine,
+    length: int | None,
+    known: Mapping[str, int],
+    ranks: int,
+    sharing: int,
+) -> dict[str, StagePlan]:
+    """The plans for so many ranks of which `sharing` share a base."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would report what it lacks on a CPU
     from alignment.training.optimizers import check_optimizer
 
     stages: dict[str, StagePlan] = {}
     if config.sft is not None:
         check_optimizer("sft.optim", config.sft.optim, config.adapter, machine.device)
-        stages["sft"] = _plan_stage(config, config.sft, model, machine, length or config.sft.data.max_length, True)
+        longest = known.get("sft", length or config.sft.data.max_length)
+        stages["sft"] = _plan_stage(config, config.sft, model, machine, longest, True, ranks, sharing)
     if config.loss is not None:
         assert config.data is not None
         check_optimizer("optim", config.optim, config.adapter, machine.device)
         # All answers may be as long as a row may be, beside a short prompt; lists are mostly of four.
         answers = {"row": 1, "pair": 2, "list": 4}[config.loss.requirements().unit]
-        longest = (length or config.data.max_length) * answers
-        stages["preference"] = _plan_stage(config, config, model, machine, longest, False)
+        longest = known.get("preference", (length or config.data.max_length) * answers)
+        stages["preference"] = _plan_stage(config, config, model, machine, longest, False, ranks, sharing)
     return stages
 
 
@@ -142,10 +202,19 @@ def _policy(model: nn.Module, value: int, config: RunConfig) -> tuple[nn.Module,
 
 
 def _plan_stage(
-    config: RunConfig, part: RunConfig | SFTConfig, model: nn.Module, machine: Machine, longest: int, supervised: bool
+    config: RunConfig,
+    part: RunConfig | SFTConfig,
+    model: nn.Module,
+    machine: Machine,
+    longest: int,
+    supervised: bool,
+    ranks: int,
+    sharing: int,
 ) -> StagePlan:
     value = resolve_dtype(config.model.dtype, torch.device(machine.device)).itemsize
     policy, weights = _policy(model, value, config)
+    if sharing > 1:
+        weights = shared_weights(weights, model, value, sharing)
     sizes = sizes_of(
         policy,
         weights,
@@ -171,9 +240,7 @@ def _plan_stage(
         at_base = config.adapter is not None and not config.adapter.moves_the_start and config.sft is None
         context += reference_bytes(reference, weights, whole=whole, at_base=at_base, refreshes=refreshes)
     room = Room(machine.device, round(USABLE_SHARE[machine.device] * machine.memory), context)
-    trainer, ranks = part.trainer, config.trainer.devices  # of both stages
-    if ranks == "auto":
-        ranks = max(1, torch.cuda.device_count())
+    trainer = part.trainer
     step_tokens = largest_share(trainer.groups_per_step, ranks) * longest
 
     def plan(every: int | None) -> Plan:
@@ -194,4 +261,4 @@ def _plan_stage(
         option = plan(every)
         tokens = max(longest, min(option.tokens_per_batch, step_tokens))
         options[every] = (option, relative_time(sizes, every, tokens, machine.device))
-    return StagePlan(longest, chosen, options)
+    return StagePlan(longest, chosen, options, sharing)

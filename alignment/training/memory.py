@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from alignment.config.schema import AdapterConfig, Calibration, QuantizationConfig, ReferenceConfig, ReferenceMode
 from alignment.kernels.calibrated import is_calibrated
@@ -19,6 +19,7 @@ from alignment.policy.adapter import empty_adapter, has_adapter
 from alignment.policy.adapter_kinds import plain_name
 from alignment.policy.layers import decoder_layers
 from alignment.policy.quantize import stacks, unquantised
+from alignment.policy.sharding import is_part
 from alignment.policy.stored import Checkpoint, nf4_bytes_per_weight
 from alignment.reference.frozen import most_updates
 from alignment.scoring.head import LOGITS_PER_CHUNK
@@ -74,7 +75,8 @@ class Sizes:
         buffers: bytes of the largest weight while it is dequantised or has its adapter added.
         estimate: why the activations are a rough guess; empty if every tensor is counted.
         fixed_share: weights of the layers for each weight that computes a position; 1 but for mixtures of experts.
-        update: bytes that exist beside weights and states while the weights are updated, when no activation does.
+        update: bytes that exist beside weights and states while the weights are updated or the embeddings arrive from
+            other ranks, when no activation does.
     """
 
     weights: int
@@ -101,12 +103,16 @@ class Weights:
         adapter: its adapter, with what that holds beside weights that train.
         trained: number of weights that train, by the bytes of each.
         quantised: whether linear layers are packed.
+        gathered, arriving: where ranks share the base, of layers that are whole for a moment, and of embeddings that
+            are before a pass has any activations.
     """
 
     base: int
     adapter: int
     trained: dict[int, int]
     quantised: bool
+    gathered: int = 0
+    arriving: int = 0
 
     @property
     def count(self) -> int:
@@ -120,7 +126,7 @@ def count_weights(model: nn.Module) -> Weights:
     trained: dict[int, int] = {}
     quantised = False
     for name, parameter in model.named_parameters():
-        size = parameter.numel() * parameter.element_size() + _scales(getattr(parameter, "quant_state", None))
+        size = _here(parameter).nbytes + _scales(getattr(parameter, "quant_state", None))
         if plain_name(name) is None:
             adapter += size
         else:
@@ -133,6 +139,11 @@ def count_weights(model: nn.Module) -> Weights:
         if is_calibrated(module):
             base += sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     return Weights(base, adapter + _fixed_bytes(model), trained, quantised)
+
+
+def _here(parameter: Any) -> Tensor:
+    """What this rank holds of a parameter."""
+    return parameter.to_local() if is_part(parameter) else parameter
 
 
 def _fixed_bytes(model: nn.Module) -> int:
@@ -330,11 +341,11 @@ def sizes_of(
         ends=_END_TENSORS * hidden * value,
         head=head,
         head_limit=head_limit,
-        buffers=max(unpacked * value, passing),
+        buffers=max(unpacked * value, passing) + weights.gathered,
         launched=launched_tokens(matrices) if device == "cuda" else 0,
         estimate=estimate,
         fixed_share=fixed_share(matrices),
-        update=update,
+        update=max(update, weights.arriving),
     )
 
 

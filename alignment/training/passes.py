@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from alignment.losses import StepTotals
 from alignment.policy.layers import checkpoint_layers
+from alignment.policy.sharding import backward_turn, can_try_again
 from alignment.ranks.team import Post, trained_parameters
 from alignment.reference.given import GivenReference
 from alignment.scoring.layout import BatchLayout, MicroBatch
-from alignment.scoring.logps import ran_out_of_memory
 from alignment.training.metrics import Means, Observed, preference_metrics, read
 from alignment.training.objective import Objective
 from alignment.training.router import RouterLoss
@@ -100,13 +100,15 @@ class StepPasses:
             if part.derivative is not None:
                 columns = to_device(plan.columns(indices), part.derivative.device)
                 chosen = part.derivative[:, columns].to(scores.values.device)
-                ((scores.values * chosen).sum() + balance).backward()
+                with backward_turn(self.model):
+                    ((scores.values * chosen).sum() + balance).backward()
                 continue
             members = [part.groups[i] for i in indices]
             inputs = objective.inputs(members, scores, totals=part.totals, seeds=part.seeds[indices])
             found = objective.evaluate(members, inputs, statistics)
             loss = found.share_of(part.num_groups)
-            (loss + balance).backward()
+            with backward_turn(self.model):
+                (loss + balance).backward()
             step.loss += loss.detach().float()
             step.observed.append(Observed.of(found.inputs, found.output))
             if objective.needs.whole_step:
@@ -168,7 +170,7 @@ def add_share(post: Post, asked: Asked) -> Done | None:
     try:
         passes.add_gradients(asked.part, asked.tokens_per_batch, step)
     except RuntimeError as error:
-        if not ran_out_of_memory(error):
+        if not can_try_again(error, post.model):
             raise
         return None
     means = Means()

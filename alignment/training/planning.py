@@ -17,6 +17,7 @@ from alignment.config.schema import RunConfig
 from alignment.files import read_sealed, write_sealed
 from alignment.policy.adapter import starts_at_base
 from alignment.policy.layers import decoder_layers
+from alignment.policy.sharding import is_sharded
 from alignment.ranks.shares import largest_share
 from alignment.ranks.team import Post, Team
 from alignment.scoring.layout import MicroBatch
@@ -26,11 +27,11 @@ from alignment.training.layer_probe import is_usual, measured_layers
 from alignment.training.memory import (
     GIB,
     USABLE_SHARE,
-    count_weights,
     reference_bytes,
     sizes_of,
 )
 from alignment.training.optimizers import optimizer_estimate
+from alignment.training.shared_memory import weights_here
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def plan_stage(
     stage = config.sft if supervised else config
     assert stage is not None
     trainer, adapter = stage.trainer, config.adapter
-    weights = count_weights(model)
+    weights = weights_here(model)
     policy: Any = model
     sizes = sizes_of(
         model,
@@ -139,7 +140,8 @@ def plan_stage(
     )
     modules = decoder_layers(model)
     layers = None
-    if widest is not None and modules and (sizes.estimate or not is_usual(policy, modules, widest)):
+    readable = bool(modules) and not is_sharded(model)  # whose weights come and go
+    if widest is not None and readable and (sizes.estimate or not is_usual(policy, modules, widest)):
         layers = measured_layers(model, sizes.layers, modules, widest.to(device))
     if layers is not None:
         sizes = replace(sizes, layers=layers, estimate="")

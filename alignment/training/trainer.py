@@ -23,12 +23,13 @@ from alignment.files import atomic_write_bytes, to_json
 from alignment.losses import Loss, LossInputs, LossOutput
 from alignment.policy.adapter import check_adapter_gradients
 from alignment.policy.layers import checkpoint_layers, decoder_layers
+from alignment.policy.sharding import can_try_again
 from alignment.ranks.shares import share_groups
 from alignment.ranks.team import Team, trained_parameters
 from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.scoring.layout import BatchLayout
-from alignment.scoring.logps import largest_group, ran_out_of_memory, smaller_budget
+from alignment.scoring.logps import largest_group, smaller_budget
 from alignment.training.metrics import Means, Observed, held_out_rows, means_by_dataset, preference_metrics, read
 from alignment.training.objective import Evaluation, Objective, evaluated, step_seeds, step_totals
 from alignment.training.optimizers import as_policy, as_stepped
@@ -151,7 +152,7 @@ class PreferenceTrainer(StageTrainer):
             if self._team is None:
                 self.passes.add_gradients(whole, self.tokens_per_batch, step)
         except RuntimeError as error:
-            if not ran_out_of_memory(error):
+            if not can_try_again(error, model):
                 raise
             return None
         return step if self._team is None or self._shared(self._team, model, whole, step) else None
@@ -183,7 +184,7 @@ class PreferenceTrainer(StageTrainer):
             try:
                 self.passes.add_gradients(share.part, budget, step)
             except RuntimeError as error:
-                if not ran_out_of_memory(error):
+                if not can_try_again(error, model):
                     raise
                 return None
             return Done(0.0, 0, Means(), 0.0, used_parameters(model))

@@ -29,6 +29,7 @@ from alignment.config.schema import (
     OptimConfig,
     Planning,
     QuantizationConfig,
+    Shard,
     TrainerConfig,
 )
 from alignment.kernels.allocator import keep_freed_memory
@@ -214,6 +215,7 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
                 joint_passes=None,
                 router_aux_loss_coef=0.0,
                 devices=1,
+                shard=Shard.off,
             ),
             num_steps=num_steps,
             seed=SEED,

@@ -160,6 +160,53 @@ def test_sizes(text, expected):
     assert parse_memory(text) == expected
 
 
+# A base that GPUs share
+
+
+def llama_70b():
+    return build_model(
+        AutoConfig.for_model(
+            "llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+            num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_base_of_70_billion_weights_is_shared_where_a_gpu_is_too_small():
+    """QLoRA fits into 80 GB whole; 24 GB hold an eighth of it, and no half; LoRA on 16 bits needs all of 8 x 80."""
+    model, found = llama_70b(), {}
+    for quantization, devices, memory in (
+        ("nf4", 2, 24),
+        ("nf4", 8, 24),
+        ("nf4", 2, 80),
+        ("nf4", 8, 80),
+        ("none", 8, 80),
+    ):
+        recipe = ("recipe=dpo_qwen3", f"quantization={quantization}", "sft=none", f"trainer.devices={devices}")
+        plans = plan_stages(load(*recipe), model, Machine("", "cuda", memory * 10**9), 512)
+        stage = plans["preference"]
+        weights = stage.chosen.needs.weights / 10**9
+        found[quantization, devices, memory] = stage.ranks, stage.chosen.fits, pytest.approx(weights, abs=0.5)
+    assert found == {
+        ("nf4", 2, 24): (2, False, 21.4),
+        ("nf4", 8, 24): (8, True, 7.7),
+        ("nf4", 2, 80): (1, True, 39.5),
+        ("nf4", 8, 80): (1, True, 39.5),
+        ("none", 8, 80): (8, True, 19.5),
+    }
+
+
+@pytest.mark.slow
+def test_the_command_plans_for_so_many_devices(config_file, capsys):
+    arguments = ("recipe=dpo_qwen3", "--gpu-memory", "24GiB", "--devices", 4, "--config", config_file)
+    assert json.loads(run(capsys, *arguments, "--json"))["stages"]["preference"]["ranks"] == 1
+    found = json.loads(run(capsys, *arguments, "--json", "trainer.shard=node"))["stages"]["preference"]
+    assert found["ranks"] == 4
+    assert "4 of them share one base: each holds a part of its layers" in run(capsys, *arguments, "trainer.shard=node")
+    assert "there is one: set trainer.devices" in refused(*arguments, "trainer.shard=node", "--devices", 1)
+
+
 # The recipes and the table
 
 

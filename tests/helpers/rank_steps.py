@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from alignment.policy.layers import checkpoint_layers
+from alignment.policy.sharding import shard_base
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.cached import CachedReference
 from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import FlatLayout
-from alignment.stages.following import PreferenceBegun, begin_preference
+from alignment.stages.following import PreferenceBegun, begin_preference, choose_together
 from alignment.training.callbacks import Checkpoints, Rhythm
 from alignment.training.objective import groups_to_reference
 from alignment.training.sampler import StepSampler
 from alignment.training.schedule import FollowPolicy, Schedule
 from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import recommended_loss, tiny_policy
+from tests.helpers.policies import train_adapter
 from tests.helpers.steps import groups_for, moved
 
 CPU = torch.device("cpu")
 
 
-def hold(post: Post, _: Any) -> None:
+Make = Callable[[], Any]
+
+
+def hold(post: Post, make: Make) -> None:
     """Hold the base with an adapter that is not trained: the weights of rank 0's arrive with the first task."""
-    post.model = tiny_policy()
+    post.model = make()
+
+
+def share(post: Post, _: Any) -> None:
+    """Hold a part of the base."""
+    shard_base(post.model, post.team, CPU)
 
 
 def run_out(post: Post, model: Any = None) -> None:
@@ -54,15 +66,29 @@ def steps(
     num_steps: int = 2,
     refreshes: tuple = (),
     out_of_memory: int | None = None,
+    make: Make = tiny_policy,
+    sharded: bool = False,
+    checkpoint_every: int = 0,
 ) -> dict:
-    """Train for some steps and evaluate: what came of it; `out_of_memory` is the rank that lacks it."""
+    """Train for some steps and evaluate: what came of it.
+
+    Args:
+        out_of_memory: the rank that lacks it.
+        make: the policy, whose adapter then gets an effect.
+        sharded: whether each rank holds a part of the base.
+    """
     torch.manual_seed(0)
     loss, layout = recommended_loss(name), FlatLayout()
     groups, held_out = groups_for(loss, num=10), groups_for(loss, num=2, seed=6)
-    policy = tiny_policy(trained=True)
+    policy = train_adapter(make())
+    checkpoint_layers(policy, checkpoint_every)
     if team is not None:
-        team.tell(hold)
-        begun = PreferenceBegun(loss, 0, (1000, 1.0) if live else None, 0.0)
+        team.tell(hold, make)
+        if sharded:
+            team.run(share, [None] * team.size, lambda _: shard_base(policy, team, CPU))
+    chosen = choose_together(team, policy, CPU)
+    if team is not None:
+        begun = PreferenceBegun(loss, checkpoint_every, (1000, 1.0) if live else None, 0.0)
         team.tell(begin_preference, begun, trained_parameters(policy))
     sampler = StepSampler(len(groups), 5, 3, 2)
     schedule = Schedule(sampler, sampler.first_steps(num_steps), refreshes)
@@ -99,6 +125,8 @@ def steps(
         "log": [{k: v for k, v in row.items() if "runtime" not in k} for row in trainer.state.log_history[:num_steps]],
         "tokens": trainer.num_tokens,
         "budget": trainer.tokens_per_batch,
+        "layout": type(chosen),
+        "identity": reference.summary()["identity"],
         "reference": {key: value for key, value in reference.summary().items() if key in ("hits", "misses")},
         "stored": {} if live else {k: torch.from_numpy(v) for k, v in reference.rows(asked).items()},
     }

@@ -3,11 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from alignment.config.arguments import check_arguments
 from alignment.config.compose import load
 from alignment.errors import UserError
+from alignment.ranks.place import Place
 from alignment.run import require_team
+from alignment.stages.sharing import shares_base
 
 SMALL = ("recipe=quickstart",)
 
@@ -18,6 +21,8 @@ SMALL = ("recipe=quickstart",)
         (["trainer.devices=0"], "trainer.devices must be auto or at least 1, not 0"),
         (["trainer.devices=all"], "trainer.devices must be auto or at least 1, not all"),
         (["sft.trainer.devices=2"], "the SFT stage has the ranks of the run: set trainer.devices"),
+        (["sft.trainer.shard=node"], "the SFT stage has the ranks of the run: set trainer.shard"),
+        (["-m", "trainer.shard=node", "loss.beta=0.1,0.2"], "a sweep trains each member in one process"),
         (["-m", "trainer.devices=2", "loss.beta=0.1,0.2"], "a sweep trains its members one after another"),
     ],
 )
@@ -32,6 +37,29 @@ def test_the_launcher_decides_how_many_ranks_there_are():
         require_team(load(*SMALL, f"trainer.devices={value}"), SimpleNamespace(size=4))
     with pytest.raises(UserError, match=r"trainer.devices=2, and the launcher has started 4 ranks: leave it out"):
         require_team(load(*SMALL, "trainer.devices=2"), SimpleNamespace(size=4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "said"),
+    [
+        ([], 1, "trainer.shard=node shares the base among the ranks of a machine, and there is one"),
+        (["adapter=none"], 2, "trainer.shard=node shares a frozen base, and adapter=none trains all of it"),
+        (["export.merge=true"], 2, "export.merge=true needs the whole base in one place"),
+    ],
+)
+def test_a_base_that_cannot_be_shared_is_refused_before_it_is_loaded(arguments, ranks, said):
+    team = SimpleNamespace(place=Place(0, ranks, 0, ranks)) if ranks > 1 else None
+    config = load(*SMALL, "trainer.shard=node", *arguments)
+    with pytest.raises(UserError, match=said):
+        shares_base(config, team, torch.device("cpu"), None, None)
+
+
+def test_a_base_is_whole_on_cpus_and_where_that_is_set():
+    team = SimpleNamespace(place=Place(0, 2, 0, 2))
+    for value, device in (("auto", "cpu"), ("off", "cuda")):
+        config = load(*SMALL, f"trainer.shard={value}")
+        assert not shares_base(config, team, torch.device(device), None, None)
+    assert shares_base(load(*SMALL, "trainer.shard=node"), team, torch.device("cpu"), None, None)
 
 
 def test_a_run_without_preference_stage_has_ranks_too():

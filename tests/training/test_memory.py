@@ -17,6 +17,7 @@ from alignment.config.schema import (
     Planning,
     QuantizationConfig,
     ReferenceMode,
+    Shard,
     TrainerConfig,
 )
 from alignment.errors import UserError
@@ -285,7 +286,7 @@ def test_a_model_that_cannot_be_checkpointed():
 TRAINER = TrainerConfig(
     epochs=1, max_steps=None, groups_per_step=4, plan=Planning.auto, tokens_per_batch=None, checkpoint_every=None,
     log_every=1, eval_every=0, save_every=0, keep_checkpoints=1, cohort=1, joint_passes=None,
-    router_aux_loss_coef=0, devices=1,
+    router_aux_loss_coef=0, devices=1, shard=Shard.off,
 )  # fmt: skip
 
 
