@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,12 +186,25 @@ def status(summary: dict[str, Any]) -> str | None:
     return f"{stopped_at(summary)}: at step {rung} number {place} of {of_members} members by {metric} ({value})"
 
 
+ZERO_MARGIN = 1e-4
+"""Margins below this are rounding."""
+
+
+def is_rounding(row: Mapping[str, Any], name: str) -> bool:
+    """Whether this is an accuracy of a policy that is its own reference yet: the signs of its rewards are rounding.
+
+    Only a strictly higher reward counts as right, so it would be 0 or anything, and no curve begins there.
+    """
+    margin = row.get(f"{name.removesuffix('accuracies')}margins")
+    return name.endswith("/accuracies") and row.get("step") == 0 and is_number(margin) and abs(margin) < ZERO_MARGIN
+
+
 def series(metrics: Sequence[dict[str, Any]], stage: str, split: str, name: str) -> tuple[list[int], list[float]]:
-    """Steps and finite values of one metric, in the order of the rows."""
+    """Steps and finite values of one metric, in the order of the rows, without accuracies that are rounding."""
     points = [
         (row["step"], row[name])
         for row in metrics
-        if row["stage"] == stage and row["split"] == split and is_number(row.get(name))
+        if row["stage"] == stage and row["split"] == split and is_number(row.get(name)) and not is_rounding(row, name)
     ]
     return [step for step, _ in points], [value for _, value in points]
 

@@ -15,10 +15,12 @@ from alignment.losses import title as loss_title
 from alignment.runs.cautions import cautions
 from alignment.runs.folder import (
     MODEL_TITLES,
+    ZERO_MARGIN,
     RunFiles,
     as_count,
     dig,
     eval_pairs,
+    is_rounding,
     loss_name,
     read_run,
     status,
@@ -58,9 +60,6 @@ _ABOUT_EVALUATION = (
     "means the same for every loss, and ranking accuracy looks at the policy alone. The KL is estimated from answers "
     "that the policy sampled."
 )
-
-_ZERO = 1e-4
-"""Margins below this are rounding."""
 
 Rows = list[list[str]]
 """Rows of a table; the first cell of each is its label."""
@@ -106,8 +105,8 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
 
     def of_pairs(name: str) -> list[Any]:
         values = {before: first.get(name)} | {"final": final.get(f"eval/{name}")}
-        if name == "rewards/accuracies" and abs(first.get("rewards/margins", 1.0)) < _ZERO:
-            values[before] = None  # the policy is its own reference: the signs of its rewards are rounding
+        if is_rounding(first, name):
+            values[before] = None
         return [values.get(model) for model in models]
 
     def accuracy(label: str, name: str) -> Rows:
@@ -116,7 +115,9 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         return [[label, *map(percent, values)], [_INTERVAL, *map(_range_of_shares, bounds)]]
 
     def margin(name: str) -> list[str]:
-        return ["0" if is_number(value) and abs(value) < _ZERO else format_value(value) for value in of_pairs(name)]
+        return [
+            "0" if is_number(value) and abs(value) < ZERO_MARGIN else format_value(value) for value in of_pairs(name)
+        ]
 
     # The table
     kl, error = (dig(evaluation, "kl/sampled", key) for key in ("mean", "se"))

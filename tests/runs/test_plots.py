@@ -46,6 +46,18 @@ def test_series_are_of_one_stage_split_and_name_and_finite() -> None:
     assert series(rows, "preference", "train", "loss") == ([1, 4], [0.7, 0.5])
 
 
+def test_no_accuracy_is_shown_of_a_policy_that_is_its_own_reference() -> None:
+    """A tie does not count as right, so it would begin at 0; a policy with another reference has an accuracy."""
+    rows = [
+        row("preference", "eval", 0, rewards__accuracies=0.0, rewards__margins=3e-6, ranking__accuracies=0.25),
+        row("preference", "eval", 0, rewards__accuracies=0.5, rewards__margins=-0.2),
+        row("preference", "eval", 4, rewards__accuracies=0.0, rewards__margins=0.0),
+    ]
+    assert series(rows, "preference", "eval", "rewards/accuracies") == ([0, 4], [0.5, 0.0])
+    assert series(rows, "preference", "eval", "ranking/accuracies") == ([0], [0.25])
+    assert series(rows, "preference", "eval", "rewards/margins")[1] == [3e-6, -0.2, 0.0]
+
+
 @pytest.mark.slow
 def test_curves_carry_the_data_and_say_what_they_are(tmp_path: Path, figures: dict[str, Figure]) -> None:
     rows = [row("sft", "train", step, loss=3.0 - step) for step in (1, 2)]
