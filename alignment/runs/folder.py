@@ -195,7 +195,7 @@ def is_rounding(row: Mapping[str, Any], name: str) -> bool:
 
     Only a strictly higher reward counts as right, so it would be 0 or anything, and no curve begins there.
     """
-    margin = row.get(f"{name.removesuffix('accuracies')}margins")
+    margin: Any = row.get(f"{name.removesuffix('accuracies')}margins")
     return name.endswith("/accuracies") and row.get("step") == 0 and is_number(margin) and abs(margin) < ZERO_MARGIN
 
 

@@ -220,6 +220,7 @@ def _plan_stage(
         weights,
         value=value,
         optimizer=part.optim.name,
+        projected=part.optim.target_modules,
         master_weights=part.optim.master_weights,
         device=machine.device,
         dropout=supervised and config.adapter is not None and config.adapter.dropout > 0,

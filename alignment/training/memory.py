@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ from alignment.training.layer_memory import (
     passing_bytes,
 )
 from alignment.training.master_weights import BYTES as MASTER_BYTES
-from alignment.training.optimizers import optimizer_bytes
+from alignment.training.optimizers import optimizer_bytes, projected_bytes, projected_matrices
 
 GIB = 2**30
 USEFUL_TOKENS = {"cpu": (1024, 1024), "cuda": (8192, 16384)}
@@ -262,6 +263,7 @@ def sizes_of(
     dropout: bool = False,
     supervised: bool = False,
     keys_per_position: float = 1.0,
+    projected: Sequence[str] | None = None,
 ) -> Sizes:
     """The sizes of a policy that decide the memory of its step.
 
@@ -275,6 +277,7 @@ def sizes_of(
         dropout: whether the adapter drops inputs in this stage.
         supervised: True for the SFT stage, whose head is TRL's.
         keys_per_position: of the passes, as `layout.keys_per_position` counts them. Only a GPU keeps gathered keys.
+        projected: `optim.target_modules`.
     """
     causal: Any = model
     config = causal.config.get_text_config()
@@ -326,10 +329,16 @@ def sizes_of(
     states = 0.0
     masters = update = 0
     hidden_share = _hidden_share(causal) if not adapted and _trains(embeddings) else 1.0
+    low_rank = projected_matrices(model, optimizer, projected)
+    usual = max(weights.trained, key=lambda each: weights.trained[each], default=0)  # the dtype of the matrices
     for each, count in weights.trained.items():
         has_masters = each < MASTER_BYTES and master_weights
         stepped = MASTER_BYTES if has_masters else each
-        states += count * optimizer_bytes(optimizer, stepped, hidden_share)
+        whole = count
+        if each == usual:
+            states += sum(projected_bytes(optimizer, matrix.shape, stepped) for matrix in low_rank)
+            whole -= sum(matrix.numel() for matrix in low_rank)
+        states += whole * optimizer_bytes(optimizer, stepped, hidden_share)
         masters += count * MASTER_BYTES * has_masters
         update += count * (MASTER_BYTES - each) * has_masters
     return Sizes(

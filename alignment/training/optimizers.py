@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames
 
 from alignment.config.schema import AdapterConfig, OptimConfig
@@ -52,7 +53,7 @@ class OptimizerKind:
         module: the package that it needs, by the name that Python imports it by; empty: none.
         package: the same, by the name that pip installs it by.
         unused: settings of `optim` that it does not read.
-        low_rank: whether it projects the gradients of `optim.target_modules`; it then keeps less than `states` says.
+        low_rank: whether it projects the gradients of `optim.target_modules`: see `projected_bytes`.
         resumes: whether a checkpoint of it can be read back.
         on_gpu: whether it runs on a CUDA GPU alone.
         refused: why it cannot train here; empty: it can.
@@ -121,7 +122,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "schedule_free_sgd": OptimizerKind(1, module="schedulefree", package="schedulefree", unused=_BETAS),
     "galore_adamw": _low_rank("galore", _BETAS + _DECAY),
     "galore_adamw_8bit": replace(_low_rank("galore", _BETAS + _DECAY, _8_BITS), on_gpu=True),
-    "galore_adafactor": _low_rank("galore", _BETAS + _DECAY),
+    "galore_adafactor": replace(_low_rank("galore", _BETAS + _DECAY), states=0),
     "apollo_adamw": _low_rank("apollo", _DECAY),
     "galore_adamw_layerwise": _LAYERWISE,
     "galore_adamw_8bit_layerwise": _LAYERWISE,
@@ -253,13 +254,38 @@ def optimizer_bytes(name: str, bytes_per_weight: int, hidden: float = 1.0) -> fl
     return states * (bytes_per_weight if kind.value is None else kind.value)
 
 
+_RANK = 128
+"""Of the projections of GaLore and APOLLO, as transformers has it."""
+
+
+def projected_bytes(name: str, shape: Sequence[int], bytes_per_weight: int) -> float:
+    """Bytes of the projection of a matrix whose gradients are projected, and of the states of what it gives.
+
+    GaLore takes singular directions, of which there are no more than the matrix has; APOLLO's are random.
+    """
+    kind = OPTIMIZERS[name]
+    small, large = sorted(shape)
+    rank = _RANK if name.startswith("apollo") else min(_RANK, small)
+    return kind.states * rank * large * (kind.value or bytes_per_weight) + rank * small * bytes_per_weight
+
+
+def projected_matrices(model: nn.Module, name: str, targets: Sequence[str] | None) -> list[nn.Parameter]:
+    """The matrices whose gradients the optimizer projects, as transformers finds them; none for most optimizers.
+
+    Args:
+        targets: `optim.target_modules`.
+    """
+    if targets is None or not OPTIMIZERS.get(name, _UNKNOWN).low_rank:
+        return []
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    chosen = (n for n in layers if [*targets] == ["all-linear"] or check_target_module_exists([*targets], n))
+    return [trained[f"{layer}.weight"] for layer in chosen if f"{layer}.weight" in trained]
+
+
 def optimizer_estimate(name: str) -> str:
     """Why the bytes of the optimizer's states are an estimate; empty if they are counted."""
-    if name not in OPTIMIZERS:
-        return f"{name} is not known here, and is taken for an AdamW with two states"
-    if OPTIMIZERS[name].low_rank:
-        return f"{name} keeps less than the two whole states that are counted, the smaller its rank the less"
-    return ""
+    return "" if name in OPTIMIZERS else f"{name} is not known here, and is taken for an AdamW with two states"
 
 
 # Making one

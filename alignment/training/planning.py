@@ -132,6 +132,7 @@ def plan_stage(
         weights,
         value=policy.dtype.itemsize,
         optimizer=stage.optim.name,
+        projected=stage.optim.target_modules,
         master_weights=stage.optim.master_weights,
         device=device.type,
         dropout=supervised and adapter is not None and adapter.dropout > 0,

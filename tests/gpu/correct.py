@@ -286,7 +286,7 @@ def memory(
             checkpoint_every=every, log_every=1, eval_every=0, save_every=0, keep_checkpoints=1, cohort=1,
             joint_passes=None, router_aux_loss_coef=0.0, devices=1, shard=Shard.off,
         ),
-        optim=SimpleNamespace(name="adamw_torch", master_weights=True), adapter=ADAPTER,
+        optim=SimpleNamespace(name="adamw_torch", master_weights=True, target_modules=None), adapter=ADAPTER,
         reference=SimpleNamespace(mode=ReferenceMode.cache),
     )  # fmt: skip
     model.zero_grad(set_to_none=True)

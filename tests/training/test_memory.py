@@ -293,7 +293,7 @@ TRAINER = TrainerConfig(
 def stage_plan(model, folder, adapter=LORA, mode=ReferenceMode.cache, slot=None, mix=1.0, refreshes=0):
     config = SimpleNamespace(
         trainer=TRAINER,
-        optim=SimpleNamespace(name="adamw_torch", master_weights=True),
+        optim=SimpleNamespace(name="adamw_torch", master_weights=True, target_modules=None),
         adapter=adapter,
         reference=SimpleNamespace(mode=mode, sync_mix=mix),
     )

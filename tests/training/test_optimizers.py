@@ -15,13 +15,22 @@ from alignment.errors import UserError
 from alignment.policy.adapter import attach_adapter
 from alignment.scoring.layout import FlatLayout
 from alignment.training import stage_trainer
+from alignment.training.budget import step_needs
 from alignment.training.callbacks import Checkpoints, prepare_trainer, training_arguments
 from alignment.training.memory import count_weights, sizes_of
-from alignment.training.optimizers import OPTIMIZERS, check_optimizer, muon, optimizer_estimate, resumes
+from alignment.training.optimizers import (
+    OPTIMIZERS,
+    check_optimizer,
+    muon,
+    optimizer_estimate,
+    projected_bytes,
+    resumes,
+)
 from alignment.training.sampler import StepSampler
 from alignment.training.schedule import FollowPolicy
 from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import each, random_groups, recommended_loss, tiny_policy
+from tests.helpers.peak import step_peak
 from tests.helpers.policies import adapter
 
 CPU = torch.device("cpu")
@@ -126,7 +135,42 @@ def test_every_name_of_transformers_is_known():
     assert set(NAMES) <= OPTIMIZERS.keys()
     assert optimizer_estimate("adamw_torch") == ""
     assert "is not known here" in optimizer_estimate("adamw_of_tomorrow")
-    assert "the smaller its rank" in optimizer_estimate("galore_adamw")
+    assert optimizer_estimate("galore_adamw") == ""
+
+
+def test_projected_gradients_are_counted_by_their_rank():
+    """128, or a matrix's smaller side where singular directions are taken; what is not projected keeps two states."""
+    assert projected_bytes("galore_adamw", (300, 200), 4) == 4 * (2 * 128 * 300 + 128 * 200)
+    assert projected_bytes("galore_adamw", (50, 300), 4) == 4 * (2 * 50 * 300 + 50 * 50)
+    assert projected_bytes("apollo_adamw", (50, 300), 4) == 4 * (2 * 128 * 300 + 128 * 50)
+    assert projected_bytes("galore_adafactor", (300, 200), 4) == 4 * 128 * 200
+    model = whole()
+    weights = count_weights(model)
+    count, chosen = weights.count, [p for name, p in model.named_parameters() if "q_proj" in name]
+    settings = {"value": 4, "optimizer": "galore_adamw", "device": "cpu"}
+    assert sizes_of(model, weights, **settings).optimizer == 8 * count
+    found = sizes_of(model, weights, projected=["q_proj"], **settings).optimizer
+    own = sum(projected_bytes("galore_adamw", p.shape, 4) for p in chosen)
+    assert len(chosen) == 2 and found == 8 * (count - sum(p.numel() for p in chosen)) + own
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "apollo_adamw"])
+def test_a_step_with_projected_gradients_is_planned(name, tmp_path):
+    """As the packages keep them, where they are installed."""
+    pytest.importorskip(OPTIMIZERS[name].module)
+    model = whole()
+
+    def make(parameters):
+        trainer = trainer_of(model, settings(name), tmp_path)
+        return trainer.create_optimizer()
+
+    peak, batch = step_peak(model, make)
+    sizes = sizes_of(
+        model, count_weights(model), value=4, optimizer=name, device="cpu", projected=settings(name).target_modules
+    )
+    needs = step_needs(sizes, 0, batch.positions, 0)
+    assert needs.total - needs.weights == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize(
