@@ -27,6 +27,7 @@ from alignment.data.layouts.recognition import Stage
 from alignment.data.rows.sequences import KEPT_ROWS
 from alignment.data.sources.hub import at_commits
 from alignment.data.sources.loading import origins
+from alignment.data.sources.opening import BUNDLED
 from alignment.data.sources.remote import File
 from alignment.data.tokens.batches import ProcessDied
 from alignment.data.tokens.progress import JOURNAL
@@ -38,8 +39,8 @@ log = logging.getLogger(__name__)
 SOURCES = "sources"
 """Folder for the tokens of the sources of a mixture, until those of the mixture are whole."""
 _ENTRY = "entry.json"
-_SMALL = 2**19
-"""Bytes of source files that hold fewer rows than are worth keeping."""
+_SMALL = 2**18
+"""Bytes of source files that hold fewer rows than are worth keeping; what is bundled is small."""
 _ABANDONED = 86400
 """Seconds after which an unfinished folder is of a process that was killed."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
@@ -141,7 +142,8 @@ def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> 
     if not config.sources and config.limit is not None and config.limit <= KEPT_ROWS:
         return None
     found = origins(config)
-    if not found or sum(one.stat().st_size if isinstance(one, Path) else _SMALL for one in found) < _SMALL:
+    own = [one for one in found or [] if not isinstance(one, Path) or one.parent != BUNDLED]
+    if not found or sum(one.stat().st_size if isinstance(one, Path) else _SMALL for one in own) < _SMALL:
         return None
     stamps = [[str(one), _stamp(one)] for one in found]
     if any(stamp is None for _, stamp in stamps):
