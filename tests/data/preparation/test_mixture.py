@@ -296,7 +296,7 @@ def test_a_source_takes_the_settings_of_the_data_unless_it_has_its_own():
     [
         ("data.sources.mth.weight=2", r"data\.sources\.mth\.source is missing \(did you mean math\?\)"),
         ("data.sources.math.wigt=2", r"no setting data\.sources\.math\.wigt \(did you mean .*math\.weight"),
-        ("sft.data.sources={a: {source: x, weight: much}}", r"sft\.data\.sources\.a\.weight takes a number, not 'much'"),
+        ("sft.data.sources={a: {source: x, weight: much}}", r"sft\.data\.sources\.a\.weight takes a number"),
         (
             "sft.data.sources=[a, b]",
             r"^sft\.data\.sources takes values by name, such as \{name: value\}, not a list\.$",
