@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,6 +17,9 @@ from alignment.files import asset_dir
 
 WITH_NONE = ("quantization", "adapter", "sft", "loss", "stopping", "tracking")
 """Groups whose option `none` sets the whole group to null."""
+
+UNSET_OF_FILES = {"split": "train", "eval_split": None, "name": None, "revision": None, "streaming": False}
+"""Settings that mean something for folders, addresses and sets of a hub only, and their values without a meaning."""
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -78,6 +82,11 @@ def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
     section, _, name = key.rpartition(".") if "." in key else (key, "", "")
     if key in ("trainer.devices", "trainer.shard"):
         return None  # of the whole run
+    data = config.sft.data if section == "sft.data" and config.sft is not None else config.data
+    if section in ("data", "sft.data") and data is not None and name in UNSET_OF_FILES:
+        files = [Path(source) for source in data.named if Path(source).expanduser().is_file()]
+        if files and len(files) == len(data.named) and getattr(data, name) != UNSET_OF_FILES[name]:
+            return f"{files[0]} is a file, and only folders and data sets have a {name}"
     if config.loss is None:
         if section in ("data", "optim", "trainer", "reference"):
             sft = f"; the SFT stage has sft.{key}" if section != "reference" else ""

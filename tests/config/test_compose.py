@@ -1,6 +1,7 @@
 """A loss by itself is the one that a run gets; settings that nothing reads and values of another kind are refused."""
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass, field, replace
 
 import pytest
 from omegaconf import OmegaConf, open_dict
@@ -9,8 +10,14 @@ from omegaconf.errors import OmegaConfBaseException
 from alignment.config.compose import load, load_loss, refuse_unknown
 from alignment.config.data import Keep
 from alignment.config.messages import sentence
+from alignment.config.overrides import refuse_without_effect
 from alignment.config.typed_text import as_text
 from alignment.errors import UserError
+
+
+@functools.cache
+def quickstart():
+    return load("recipe=quickstart", "sft=none")
 
 
 @dataclass
@@ -128,6 +135,31 @@ def test_what_the_grammar_takes_for_something_else_is_said_in_plain_words(settin
     with pytest.raises(UserError) as refused:
         load(setting)
     assert str(refused.value).startswith(right)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_refused"),
+    [
+        ("split", "trian", True),
+        ("name", "default", True),
+        ("revision", "main", True),
+        ("split", "train", False),
+        ("limit", 3, False),
+    ],
+)
+def test_a_file_has_no_splits(key, value, is_refused, tmp_path):
+    """Nor a configuration, nor a revision: what you type for it would be read by nothing. A recipe's may stay."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    data = replace(quickstart().data, source=str(tmp_path / "rows.jsonl"), eval_source=None, **{key: value})
+    config = replace(quickstart(), data=data)
+    if is_refused:
+        with pytest.raises(UserError, match=rf"^data\.{key} has no effect: .*rows\.jsonl is a file, and only folders"):
+            refuse_without_effect([f"data.{key}={value}"], config)
+        folder = replace(config, data=replace(data, source=str(tmp_path)))
+        refuse_without_effect([f"data.{key}={value}"], folder)
+    else:
+        refuse_without_effect([f"data.{key}={value}"], config)
+    refuse_without_effect([], config)
 
 
 @pytest.mark.parametrize("key", ["data.allow", "sft.data.allow", "data.decontaminate"])
