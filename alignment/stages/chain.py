@@ -254,9 +254,8 @@ class Chain:
     def _load_trained(self, trained: Path | None) -> nn.Module:
         config, work = self.config, self.work
         sequences = sample_sequences(self.conversations, self.preferences) if reads_data(config.adapter) else ()
-        made = PolicySource(
-            config, self.source, work.cache, self.run_dir / "spectrum.json", trained, sequences, self._shared
-        )
+        chosen = self.run_dir / "spectrum.json"
+        made = PolicySource(config, self.source, work.cache, chosen, trained, sequences, self._shared)
         model = load_policy(made, work.device, None if work.slot is None else work.slot.base)
         if work.team is not None:
             load_everywhere(work.team, made, model)
@@ -400,8 +399,7 @@ class Chain:
             "seed": self.config.seed,
             "stages": {name: result.summary() for name, result in self.results.items()},
         }
-        preference = self._preference_result
-        if preference is not None:
+        if (preference := self._preference_result) is not None:
             outcome["reference"] = preference.reference
             if preference.cohort is not None:
                 outcome["cohort"] = preference.cohort
