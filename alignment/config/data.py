@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
+from alignment.config.places import has_password
 from alignment.errors import UserError, as_names, require
 
 ONE_OR_MORE = "one text, or a list of texts"
@@ -279,6 +280,11 @@ class DataConfig:
             not mapped, f"data.ignore leaves out '{' '.join(mapped[:1])}', which data.columns reads: take one away."
         )
         self._check_winner()
+        require(
+            not any(map(has_password, self.named)),
+            "data.source: an address has a password in it, which would stand in the files of the run: leave it out, "
+            "and give it to fsspec in the environment or in its configuration.",
+        )
 
     def _check_winner(self) -> None:
         self.winner = {key: value if isinstance(value, list) else [value] for key, value in self.winner.items()}

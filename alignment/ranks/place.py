@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from alignment.errors import UserError, require
@@ -42,7 +42,7 @@ def take_place(environment: MutableMapping[str, str] | None = None) -> Place | N
         UserError: a launcher has set only a part of what is needed.
     """
     known = os.environ if environment is None else environment
-    names = next((names for names in (_TORCHRUN, _SRUN) if int(known.get(names[1], "1")) > 1), None)
+    names = next((names for names in (_TORCHRUN, _SRUN) if _whole(known, names[1]) > 1), None)
     if names is None:
         for name in (*_TORCHRUN, *_OTHERS):  # one process under torchrun
             known.pop(name, None)
@@ -53,7 +53,7 @@ def take_place(environment: MutableMapping[str, str] | None = None) -> Place | N
             f"{names[1]}={known[names[1]]} says that this run has several ranks, and {' and '.join(missing)} is not "
             f"set: start it with torchrun, or with srun and both MASTER_ADDR and MASTER_PORT in the environment."
         )
-    rank, size, local_rank = (int(known[name]) for name in names[:3])
+    rank, size, local_rank = (_whole(known, name) for name in names[:3])
     local_size = int(known.get(names[3], str(size)).partition("(")[0].partition(",")[0])  # Slurm writes 4(x2)
     require(0 <= rank < size, f"{names[0]}={rank} must be below {names[1]}={size}.")
     for name in (*_TORCHRUN, *_OTHERS):
@@ -68,3 +68,13 @@ def take_place(environment: MutableMapping[str, str] | None = None) -> Place | N
         )
         known[_GPUS] = visible[local_rank]
     return Place(rank, size, local_rank, local_size)
+
+
+def _whole(known: Mapping[str, str], name: str) -> int:
+    """The number that a launcher has set, 1 where it has set none."""
+    value = known.get(name, "1")
+    require(
+        value.isdecimal(),
+        f"{name} in the environment must be a whole number, not '{value}': set it right, or unset it.",
+    )
+    return int(value)

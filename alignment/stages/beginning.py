@@ -99,7 +99,7 @@ def _changed(before: Beginning, now: Beginning) -> str | None:
             return f"the tokenizer, and with it the tokens of the {stages}, has changed"
         return f"the tokens of the {stages}, though not their rows, have changed"
     if None not in (before.base, now.base) and before.base != now.base:
-        return "the base's weights have changed"
+        return "the base's weights, or its configuration, have changed"
     if None not in (before.adapter, now.adapter) and before.adapter != now.adapter:
         return "the adapter that training starts from has changed"
     return None

@@ -140,7 +140,7 @@ def test_what_the_grammar_takes_for_something_else_is_said_in_plain_words(settin
 @pytest.mark.parametrize(
     ("key", "value", "is_refused"),
     [
-        ("split", "trian", True),
+        ("split", "other", True),
         ("name", "default", True),
         ("revision", "main", True),
         ("split", "train", False),

@@ -47,7 +47,12 @@ def test_a_process_alone_has_no_place(environment):
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"MASTER_PORT": None}, "MASTER_PORT is not set"), ({"RANK": "8"}, "RANK=8 must be below WORLD_SIZE=8")],
+    [
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
+        ({"RANK": "8"}, "RANK=8 must be below WORLD_SIZE=8"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE in the environment must be a whole number, not 'many'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK in the environment must be a whole number, not '-1'"),
+    ],
 )
 def test_half_an_environment_is_refused(changed, said):
     known = {name: value for name, value in (TORCHRUN | changed).items() if value is not None}

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from alignment.config.compose import load
+from alignment.config.places import has_password
+from alignment.errors import UserError
 from tests.helpers.commands import command, write_project
 
 pytestmark = pytest.mark.slow
@@ -47,3 +50,17 @@ def test_no_file_of_a_run_holds_a_secret_of_the_environment(tiny_model_folder, t
     assert leaks(tmp_path) == []
     (tmp_path / "planted").write_text(SECRETS["HF_TOKEN"])
     assert leaks(tmp_path) == ["HF_TOKEN in planted"], "the search finds what is there"
+
+
+@pytest.mark.parametrize("key", ["data.source", "data.eval_source", "sft.data.source", "data.decontaminate"])
+def test_an_address_with_a_password_is_refused_without_saying_it(key):
+    """It would stand in the settings that a run keeps, to be continued with."""
+    with pytest.raises(UserError, match=rf"{key.rpartition('.')[0]}\.source: an address has a password") as refused:
+        load(f"{key}=['https://me:PlantedPassword@data.example/rows.jsonl']")
+    assert "Planted" not in str(refused.value)
+
+
+def test_only_a_password_is_one():
+    assert has_password("s3://key:secret@bucket/x") and has_password("https://:token@host/x.jsonl")
+    for address in ("hf://datasets/a/b@main/x.parquet", "https://me@host/x", "https://host:80/a:b@c.jsonl", "a:b@c"):
+        assert not has_password(address)

@@ -81,7 +81,7 @@ def other_weights(model):
             {"rows": [*(pair(n) for n in (1, 2, 3, 4, 5)), pair(9)]},
             "the rows of the sft data and the preference data have",
         ),
-        ({"folder": "other"}, "the base's weights have"),
+        ({"folder": "other"}, "the base's weights, or its configuration, have"),
     ],
 )
 def test_what_decides_the_results_may_not_change(changed, said, start, tmp_path):
