@@ -29,6 +29,7 @@ by 0.066 and 0.03 in bfloat16, by 0.063 and 0.35 packed in NF4. Wrong layouts di
 wrong token, positions that go on from one completion to the next, completions that see each other, a causal mask that
 is aligned at the start. docs/gpu.md has the table.
 """
+_BESIDE = "its completions see each other beside its attention"
 _NO_LIMIT = 10_000
 """Positions of a pass that holds the whole comparison."""
 _SHORT_WINDOW = 6
@@ -58,7 +59,10 @@ def choose_layout(model: nn.Module, device: torch.device) -> BatchLayout:
         if shared is None:
             return SharedLayout()
         disable_shared_prompts(base)
-        forked = _why_not(model, base, ForkedLayout(_NO_LIMIT, least_gain=0), groups, expected, device)
+        if shared == _BESIDE:  # a state that no cache holds, so that a fork would drop it
+            forked: str | None = "what hands it on is outside of the cache"
+        else:
+            forked = _why_not(model, base, ForkedLayout(_NO_LIMIT, least_gain=0), groups, expected, device)
     finally:
         model.train(was_training)
     if forked is None:
@@ -92,12 +96,40 @@ def _why_not(
                 reason = _difference(model, layout, groups, values, base.dtype, device)
             if reason is not None:
                 return reason
+        if isinstance(layout, SharedLayout) and _reaches(model, base, layout, groups, device):
+            return _BESIDE
     except Exception as error:  # whatever an architecture does with an attention or a cache that it does not know
         if device.type == "cuda" and not isinstance(error, NotImplementedError):
             # A GPU's launch error hides here just as well, and costs a third of the speed.
             log.warning("Sharing prompts failed on the GPU with %s.", type(error).__name__, exc_info=error)
         return f"its architecture cannot do it ({in_words(error)})"
     return None
+
+
+def _reaches(model: nn.Module, base: Any, layout: BatchLayout, groups: Sequence[Group], device: torch.device) -> bool:
+    """Whether the log-probs of other completions have a gradient at the first completion of a prompt in their row.
+
+    A layer of unknown form may hand on a state that rounding hides in the log-probs. The gradient is exactly 0 where
+    nothing is handed on, in every precision.
+    """
+    (batch,) = layout.batches(groups, _NO_LIMIT)
+    assert batch.shared_row is not None
+    inputs: list[Tensor] = []
+    handle = base.get_input_embeddings().register_forward_hook(
+        lambda *called: inputs.append(called[-1].requires_grad_() if called[-1].is_leaf else called[-1])
+    )
+    try:
+        scores = join_scores(groups, [(batch, score(model, batch.to(device)))]).values
+    finally:
+        handle.remove()
+    others = ~_first(groups).to(scores.device)
+    (gradient,) = torch.autograd.grad(scores[others].sum(), inputs[:1])
+    return any(bool(gradient[0, slice(*span.completion_ranges()[0])].any()) for span in batch.shared_row)
+
+
+def _first(groups: Sequence[Group]) -> Tensor:
+    """(tokens,) bool, those of the first completion of every group."""
+    return torch.cat([torch.full((len(c),), k == 0) for g in groups for k, c in enumerate(g.completions)])
 
 
 def _lost_state(base: Any, layout: BatchLayout, groups: Sequence[Group], device: torch.device) -> str | None:
@@ -183,8 +215,7 @@ def _leak(
     changed = [Group(g.prompt, (g.completions[0][::-1].copy(), *g.completions[1:])) for g in groups]
     (batch,) = layout.batches(changed, _NO_LIMIT)
     found = join_scores(changed, [(batch, score(model, batch.to(device)).to("cpu"))]).values
-    first = torch.cat([torch.full((len(c),), k == 0) for g in groups for k, c in enumerate(g.completions)])
-    return (found - values)[~first].abs().mean().item()
+    return (found - values)[~_first(groups)].abs().mean().item()
 
 
 def _has_window(owner: Any) -> bool:

@@ -351,10 +351,8 @@ def test_whatever_sharing_raises_no_row_is_shared(part, layout, monkeypatch, cap
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("strength", [0.1, 0.003])
-def test_a_state_that_leaks_is_found(strength, caplog):
-    """A layer that hands a fading state from token to token: in a shared row it goes from answer to answer."""
-    model = tiny_policy(torch.float32, trained=True)
+def leaking(model, strength):
+    """With a layer that hands a fading state from token to token, by no cache of transformers."""
 
     def leak(module, inputs, output):
         kept = [torch.zeros_like(output[:, 0])]
@@ -363,6 +361,24 @@ def test_a_state_that_leaks_is_found(strength, caplog):
         return output + strength * torch.stack(kept[:-1], 1)
 
     model.get_decoder().layers[0].mlp.register_forward_hook(leak)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("dtype", "strength"), [(torch.bfloat16, 0.02), (torch.bfloat16, 1e-3), (torch.float32, 1e-6)], ids=str
+)
+def test_a_state_that_rounding_hides_is_found(dtype, strength, caplog):
+    """Too small to be told from rounding in the log-probs; the gradient from answer to answer shows it."""
+    with caplog.at_level(logging.INFO, logger="alignment.scoring.prompt_sharing"):
+        assert isinstance(choose_layout(tiny_policy(dtype, trained=True), CPU), SharedLayout)
+        assert isinstance(choose_layout(leaking(tiny_policy(dtype, trained=True), strength), CPU), FlatLayout)
+    assert "its completions see each other beside its attention" in caplog.text
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.003])
+def test_a_state_that_leaks_is_found(strength, caplog):
+    """A layer that hands a fading state from token to token: in a shared row it goes from answer to answer."""
+    model = leaking(tiny_policy(torch.float32, trained=True), strength)
     with caplog.at_level(logging.INFO, logger="alignment.scoring.prompt_sharing"):
         layout = choose_layout(model, CPU)
     assert isinstance(layout, FlatLayout) and "log-probs differ by" in caplog.text
