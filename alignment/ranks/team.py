@@ -115,7 +115,7 @@ class Team:
         """
         self._let_go()
         self._in_task = True
-        with _lost_ranks():
+        with self._lost_ranks():
             self._send([(task, share, bool(weights)) for share in shares])
             self.spread(weights)
         failure: Exception | None = None
@@ -128,7 +128,7 @@ class Team:
             if self.lockstep is not None:  # unless they wait for the rest of a pass
                 raise (self.why_lost(error) if isinstance(error, RuntimeError) else error) from error.__cause__
             failure = error
-        with _lost_ranks():
+        with self._lost_ranks():
             replies = self._gather(None)
         self._in_task = False
         for rank, (theirs, value) in enumerate(replies[1:], 1):
@@ -156,13 +156,13 @@ class Team:
         """Before a pass of rank 0 that is no part of a task: have the others join in until the next task."""
         if self.place.rank == 0 and not self._in_task:
             self._in_task = self._has_joined = True
-            with _lost_ranks():
+            with self._lost_ranks():
                 self._send([(_join_in, None, False)] * self.size)
 
     def _let_go(self) -> None:
         if self._has_joined and self.lockstep is not None:
             self.lockstep.finish()
-            with _lost_ranks():
+            with self._lost_ranks():
                 self._gather(None)
             self._in_task = self._has_joined = False
 
@@ -211,13 +211,23 @@ class Team:
         raise RuntimeError("The others see that this rank is gone.")
 
     def why_lost(self, error: RuntimeError) -> Exception:
-        """What an error of a collective means: what a rank has said before it ended, or that one has; else itself."""
-        if not is_of_collective(error):
-            return error
+        """What an error means: where it is a collective's, why another rank is gone; else itself."""
+        return self._lost() if _is_of_collective(error) else error
+
+    def _lost(self) -> Exception:
+        """What a rank has said before it ended, or that one has ended without a word."""
         if self.place.rank == 0 and self._store.check([_WHY]):
             said = pickle.loads(self._store.get(_WHY))
             return said if isinstance(said, UserError) else RuntimeError(f"Another rank failed: {said}")
         return _rank_lost()
+
+    @contextmanager
+    def _lost_ranks(self) -> Iterator[None]:
+        """Say what an error of a collective means."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._lost() from error
 
     # Collectives
 
@@ -350,7 +360,7 @@ def _join_in(post: Post, _: None) -> None:
     """Nothing beside the passes that rank 0 runs."""
 
 
-def is_of_collective(error: RuntimeError) -> bool:
+def _is_of_collective(error: RuntimeError) -> bool:
     """Whether an error says that another rank is gone."""
     import torch.distributed as dist
 
@@ -359,15 +369,6 @@ def is_of_collective(error: RuntimeError) -> bool:
 
 def _give_gradients(post: Post, used: list[bool]) -> None:
     post.team.add_up(trained_parameters(post.model), used)
-
-
-@contextmanager
-def _lost_ranks() -> Iterator[None]:
-    """Say what an error of a collective means."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise _rank_lost() from error
 
 
 def _rank_lost() -> RankLost:

@@ -10,7 +10,9 @@ from alignment.config.compose import load
 from alignment.errors import UserError
 from alignment.ranks.place import Place
 from alignment.run import require_team
+from alignment.stages import sharing
 from alignment.stages.sharing import shares_base
+from tests.conftest import tiny_config
 
 SMALL = ("recipe=quickstart",)
 
@@ -52,6 +54,20 @@ def test_a_base_that_cannot_be_shared_is_refused_before_it_is_loaded(arguments, 
     config = load(*SMALL, "trainer.shard=node", *arguments)
     with pytest.raises(UserError, match=said):
         shares_base(config, team, torch.device("cpu"), None, None)
+
+
+@pytest.mark.parametrize(("memory", "shared"), [(24 * 2**30, False), (2**28, True)])
+def test_a_base_is_shared_where_the_plan_finds_a_gpu_too_small(memory, shared, monkeypatch, caplog):
+    """By the GPU that has the least memory of all ranks; one line says which and why."""
+    monkeypatch.setattr(sharing, "read_config", lambda *_: tiny_config())
+    team = SimpleNamespace(place=Place(0, 2, 0, 2), size=2, run=lambda *_: [2**40, memory])
+    caplog.set_level("INFO", "alignment.stages.sharing")
+    assert sharing.shares_base(load(*SMALL), team, torch.device("cuda"), None, None) == shared
+    [line] = caplog.messages
+    said = (
+        "share one base (trainer.shard=auto: a run with a whole one does not fit into" if shared else "holds the whole"
+    )
+    assert said in line
 
 
 def test_a_base_is_whole_on_cpus_and_where_that_is_set():

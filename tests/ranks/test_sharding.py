@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from peft.tuners import lora
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
+from alignment.config.schema import Dtype
 from alignment.errors import UserError
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.layers import decoder_layers
@@ -39,13 +41,15 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {"checkpoint_every": 1},
     "live": {"live": True, "num_steps": 3, "refreshes": (1, 2)},
     "nf4": {"quantization": NF4},
+    "bf16": {"quantization": replace(NF4, compute_dtype=Dtype.bfloat16), "dtype": Dtype.bfloat16},
     "tied": {"tied": True},
     "kto": {},
 }
+WHOLE = ("fp32", "bf16")
 OWN = {kind: kind.forward for kind in (lora.Linear, lora.Linear4bit, Qwen3MLP)}
 
 
-def policy(folder: Path, tied: bool, quantization: Any) -> Any:
+def policy(folder: Path, tied: bool = False, quantization: Any = None, dtype: Dtype = Dtype.float32) -> Any:
     """A policy as a run loads it, whose layers run by our kernels or not at all."""
 
     def refuse(*_: Any) -> None:
@@ -53,22 +57,23 @@ def policy(folder: Path, tied: bool, quantization: Any) -> Any:
 
     for kind, forward in OWN.items():
         kind.forward = forward
-    model = attach_adapter(load(folder / ("tied" if tied else "plain"), quantization), adapter(), 3)
+    model = attach_adapter(load(folder / ("tied" if tied else "plain"), quantization, dtype), adapter(), 3)
     for kind in OWN:
         kind.forward = refuse
     return model
 
 
-def train_all(team: Any, folder: Path, models: Path, names: list[str]) -> None:
-    """Train every case, and keep what came of it; with a team each rank holds a part of the base."""
+def train_all(team: Any, folder: Path, models: Path) -> None:
+    """Train every case, and keep what came of it; in a team some with whole bases, and all with parts of one."""
     results = {}
-    for name in names:
-        settings = {"tied": False, "quantization": None, "live": False} | CASES[name]
-        make = partial(policy, models, settings.pop("tied"), settings.pop("quantization"))
-        part = folder / name
-        part.mkdir(parents=True)
-        loss = name if name == "kto" else "dpo"
-        results[name] = steps(team, part, loss, make=make, sharded=team is not None, **settings)
+    for sharded, names in ((False, WHOLE), (True, CASES)) if team is not None else ((False, CASES),):
+        for name in names:
+            settings = {"live": False} | CASES[name]
+            made = {key: settings.pop(key) for key in ("tied", "quantization", "dtype") if key in settings}
+            part = folder / f"{name}-{sharded}"
+            part.mkdir(parents=True)
+            loss, make = name if name == "kto" else "dpo", partial(policy, models, **made)
+            results[name, sharded] = steps(team, part, loss, make=make, sharded=sharded, **settings)
     torch.save(results, folder / "results.pt")
 
 
@@ -94,18 +99,25 @@ def models(tmp_path_factory):
 
 @pytest.mark.slow
 def test_ranks_that_share_a_base_are_one(models, tmp_path):
-    """Steps, a stored or live reference, an evaluation: plain and packed weights, tied and untied heads."""
-    names = list(CASES)
-    train_all(None, tmp_path / "alone", models, names)
-    code = in_ranks(2, tmp_path / "output", train_all, tmp_path / "ranks", models, names)
+    """Steps, a stored or live reference, an evaluation: plain and packed weights, tied and untied heads.
+
+    Where each rank has a whole base the passes are the very same; one process adds up in another order.
+    """
+    train_all(None, tmp_path / "alone", models)
+    code = in_ranks(2, tmp_path / "output", train_all, tmp_path / "ranks", models)
     assert code == [0, 0], (tmp_path / "output" / "stderr0").read_text()
     found, expected = (torch.load(tmp_path / name / "results.pt", weights_only=False) for name in ("ranks", "alone"))
-    for name in names:
-        shared, alone = found[name], expected[name]
+    for name in WHOLE:
+        for key, value in found[name, False]["weights"].items():
+            assert found[name, True]["weights"][key].equal(value), (name, key)
+    for name in CASES:
+        shared, alone = found[name, True], expected[name, False]
+        assert (shared["identity"], shared["layout"]) == (alone["identity"], SharedLayout), name
+        if name == "bf16":
+            continue
         for key, value in alone["weights"].items():
             torch.testing.assert_close(shared["weights"][key], value, rtol=0, atol=2e-6, msg=f"{name} {key}")
         assert shared["held_out"] == pytest.approx(alone["held_out"], rel=1e-4, abs=1e-5), name
-        assert (shared["identity"], shared["layout"]) == (alone["identity"], SharedLayout), name
         assert shared["stored"].keys() == alone["stored"].keys()
         for key, value in alone["stored"].items():
             torch.testing.assert_close(shared["stored"][key], value, rtol=1e-5, atol=1e-5)
@@ -151,7 +163,7 @@ def test_a_run_goes_on_with_a_shared_base_and_back(project, tmp_path):
 
 def hold_a_part(team: Any, models: Path, quantization: Any = None) -> Any:
     """Rank 0's policy after all ranks have taken a part of its base, ready for shares of a step."""
-    make = partial(policy, models, False, quantization)
+    make = partial(policy, models, quantization=quantization)
     model = make()
     team.tell(hold, make)
     team.run(share, [None] * team.size, lambda _: shard_base(model, team, CPU))
