@@ -51,6 +51,7 @@ def test_rated_answers_to_one_prompt_become_a_ranked_list():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.booleans()), min_size=3, max_size=25))
+@settings(max_examples=40, deadline=None)
 def test_many_rated_answers_are_gathered_in_a_file_as_few_are_in_memory(tmp_path_factory, answers):
     """By prompt, in the order in which the prompts come first, and of each prompt in the order of the answers."""
     numbered = [

@@ -82,6 +82,7 @@ def test_a_killed_preparation_of_a_mixture_goes_on(
     assert len(entries(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_mixture_with_a_source_that_may_change_is_for_one_start(
     large_mixture: DataConfig, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
