@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.hydra import Hydra
@@ -34,7 +34,8 @@ from alignment.config.typed_text import typed_path
 from alignment.errors import UserError
 from alignment.files import asset_dir, atomic_write_text, disk_problem, redact
 from alignment.kernels.allocator import begin_tensors_on_pages, grow_gpu_segments
-from alignment.ranks.launch import launch, rank_count
+from alignment.ranks.jobs import share_job
+from alignment.ranks.launch import idle_gpus, launch, rank_count
 from alignment.ranks.place import LOGS, LOST, take_place
 from alignment.ranks.team import RankLost, Team, join
 from alignment.stages.cohorts import SweepCohort, cohorts
@@ -53,12 +54,21 @@ class Job:
     Attributes:
         config_dir: your configuration folder, if you named one.
         cohorts: by the folder of a member, the cohort in which this process trains it.
-        team: the ranks that share a single run.
+        team: the ranks that share the run.
     """
 
     config_dir: Path | None
     cohorts: Mapping[Path, SweepCohort]
     team: Team | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ranks stay where they are: a job that is sent elsewhere finds its own."""
+        return {**self.__dict__, "team": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In the process of a launcher's job, before it does anything."""
+        self.__dict__.update(state)
+        share_job()
 
     def __call__(self, cfg: DictConfig) -> float | None:
         """Run, or go on.
@@ -75,7 +85,7 @@ class Job:
         _stop_like_ctrl_c()
         cohort = self.cohorts.get(run_dir.resolve())
         if cohort is None:
-            attempt(run_dir, lambda: run_chain(cfg, choices, run_dir))
+            attempt(run_dir, lambda: run_chain(cfg, choices, run_dir, team=self.team))
         elif cohort.has_run:
             log.info("%s has trained together with others.", run_dir.name)
         else:
@@ -92,6 +102,8 @@ class Job:
         try:
             if not is_new and cfg.resume is None:
                 require_new(run_dir)
+            if self.team is None and (hint := idle_gpus(_gpus(cfg.device))):
+                log.info(hint)
             run_chain(cfg, choices, run_dir, team=self.team)
         except UserError as error:
             if is_new and not (run_dir / "stages").exists():
@@ -202,10 +214,15 @@ def _ranks(config: RunConfig | None) -> int:
     """How many ranks this machine is to start for a run."""
     if config is None or config.trainer.devices == 1:
         return 1
+    gpus = _gpus(config.device)
+    return rank_count(config.trainer.devices, gpus, gpus > 0)
+
+
+def _gpus(device: Device) -> int:
+    """How many GPUs this machine shows to a run on that device."""
     import torch
 
-    gpus = torch.cuda.device_count()
-    return rank_count(config.trainer.devices, gpus, config.device is not Device.cpu and gpus > 0)
+    return 0 if device is Device.cpu else torch.cuda.device_count()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from alignment.config.overrides import refuse_without_effect
 from alignment.config.registry import register
 from alignment.config.resume import FREE, require_new, resumed_overrides
 from alignment.config.schema import RunConfig
-from alignment.config.sweep import Sweep, check_sweep, pin_folder
+from alignment.config.sweep import Sweep, check_sweep, pinned
 from alignment.config.typed_text import as_text, quoted_path
 from alignment.errors import UserError, did_you_mean
 
@@ -67,7 +67,7 @@ def check_arguments(arguments: list[str]) -> CommandLine:
         if set(options) - set(_MULTIRUN):
             raise UserError("--cfg shows the configuration of one run: leave -m out and give each setting one value.")
         sweep = check_sweep(overrides, arguments)
-        return CommandLine([*options, *pin_folder(overrides, sweep)], config_dir, sweep)
+        return CommandLine([*options, *pinned(overrides, sweep)], config_dir, sweep)
     node = compose_node(overrides, with_hydra=True)
     if options:
         return passed_on
@@ -75,6 +75,8 @@ def check_arguments(arguments: list[str]) -> CommandLine:
     # A single run
     if node.hydra.mode is RunMode.MULTIRUN:
         raise UserError("hydra.mode=MULTIRUN would start a sweep unchecked: leave it out and start the sweep with -m.")
+    if (launcher := node.hydra.runtime.choices["hydra/launcher"]) != "basic":
+        raise UserError(f"hydra/launcher={launcher} starts the jobs of a sweep: add -m, which takes a single run too.")
     HydraConfig.instance().set_config(node)
     run_dir, recipe = Path(node.hydra.run.dir), node.hydra.runtime.choices["recipe"]
     if run_dir != run_dir.expanduser():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +56,14 @@ class Sweep:
         members: empty where the sweeper chooses them as it goes.
         plugin: the setting that chose a launcher or sweeper other than Hydra's own loop; None without one.
         command: continues the sweep.
+        tasks: of each job on a machine, where `trainer.devices` asks for several; None leaves it to the launcher.
     """
 
     folder: Path
     members: list[SweepMember]
     plugin: str | None
     command: str
+    tasks: int | None = None
 
 
 def check_sweep(overrides: list[str], typed: list[str]) -> Sweep:
@@ -85,7 +87,8 @@ def check_sweep(overrides: list[str], typed: list[str]) -> Sweep:
     found = [_checked_member(member, node, folder, plugin) for member, node in zip(tried, nodes, strict=True)]
     words = [word for word in typed if not word.startswith(_SWEEP_DIR)]
     command = f"{shlex.join(['python', '-m', 'alignment.run', *words])} {typed_path('hydra.sweep.dir', folder)}"
-    return Sweep(folder, found if members else [], plugin, command)
+    tasks = _tasks([member.config for member in found], found[0].hydra.launcher)
+    return Sweep(folder, found if members else [], plugin, command, tasks)
 
 
 def _checked_member(overrides: list[str], node: DictConfig, folder: Path, plugin: str | None) -> SweepMember:
@@ -104,19 +107,43 @@ def _checked_member(overrides: list[str], node: DictConfig, folder: Path, plugin
             f"trainer.cohort={config.trainer.cohort} trains members in one process, and {plugin} starts each one "
             f"by itself: choose one of them."
         )
-    if config.trainer.devices != 1:
-        raise UserError(
-            f"trainer.devices={config.trainer.devices} shares one run among several ranks, and a sweep trains its "
-            f"members one after another or several at once: set it to 1, or start each member without -m."
-        )
-    if config.trainer.shard is Shard.node:
-        raise UserError(
-            "trainer.shard=node shares a base among the ranks of one run, and a sweep trains each member in one "
-            "process: leave it out, or start each member without -m."
-        )
     if (run_dir / "config.yaml").exists() and (changed := changes(run_dir, node)):
         raise UserError(f"{folder} holds another sweep: {changed} differs in {run_dir.name}. Choose another folder.")
     return SweepMember(run_dir, node, hydra_config, config)
+
+
+def _tasks(configs: Sequence[RunConfig], launcher: DictConfig) -> int | None:
+    """How many tasks a job is to have on its machine for the ranks of `trainer.devices`; None: as the launcher says.
+
+    Raises:
+        UserError: a launcher whose members are one process each, or that is set to another number.
+    """
+    first, *others = dict.fromkeys(config.trainer.devices for config in configs)
+    if others:
+        raise UserError(
+            f"trainer.devices={first} and trainer.devices={others[0]} in one sweep: its jobs are all of one size, so "
+            f"start a sweep for each."
+        )
+    tasks = launcher.get("nodes", 1) * launcher.get("tasks_per_node", 1)
+    if first == 1 == tasks and any(config.trainer.shard is Shard.node for config in configs):
+        raise UserError(
+            "trainer.shard=node shares a base among the ranks of one run, and a sweep trains each member in one "
+            "process: leave it out, start each member without -m, or give each a job of several tasks with "
+            "hydra/launcher=submitit_slurm."
+        )
+    if first == 1:
+        return None
+    if "tasks_per_node" not in launcher:
+        raise UserError(
+            f"trainer.devices={first} shares one run among several ranks, and this sweep trains each member in one "
+            f"process: set it to 1, start each member without -m, or give each a job with "
+            f"hydra/launcher=submitit_slurm."
+        )
+    if first not in ("auto", tasks) and tasks > 1:
+        raise UserError(
+            f"trainer.devices={first}, and hydra.launcher starts {tasks} tasks for each member: leave one of them out."
+        )
+    return first if tasks == 1 and first != "auto" else None
 
 
 def _check_search(hydra_config: DictConfig, folder: Path) -> None:
@@ -139,12 +166,14 @@ def _check_search(hydra_config: DictConfig, folder: Path) -> None:
         raise UserError(f"{folder} holds a sweep already, and a search cannot be continued: choose another folder.")
 
 
-def pin_folder(overrides: list[str], sweep: Sweep) -> list[str]:
-    """Overrides that pin the folder of the sweep, so that every later composition sees the same one."""
+def pinned(overrides: list[str], sweep: Sweep) -> list[str]:
+    """Overrides that pin the folder of the sweep, so that every later composition sees the same one, and its tasks."""
     # The members of a search have no names: their folders would lie deeper where a recipe's name has a slash.
     subdir = [] if sweep.members else ["hydra.sweep.subdir=${hydra:job.num}-run"]
+    tasks = [] if sweep.tasks is None else [f"hydra.launcher.tasks_per_node={sweep.tasks}"]
     return [
         *(o for o in overrides if not o.startswith(_SWEEP_DIR)),
         f"{_SWEEP_DIR}{quoted_path(sweep.folder)}",
         *subdir,
+        *tasks,
     ]

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from alignment.errors import UserError
 from alignment.ranks.place import LOGS, LOST
@@ -40,6 +40,11 @@ def rank_count(devices: int | str, gpus: int, wants_gpu: bool) -> int:
     return count
 
 
+def idle_gpus(gpus: int) -> str | None:
+    """What to say to a run that has one rank on a machine with so many GPUs."""
+    return f"This run uses one of {gpus} GPUs: trainer.devices=auto uses all of them." if gpus > 1 else None
+
+
 def launch(count: int, module: str, arguments: Sequence[str]) -> NoReturn:
     """Run `python -m <module> <arguments>` in so many ranks, and leave this process as they end.
 
@@ -64,7 +69,7 @@ def launch(count: int, module: str, arguments: Sequence[str]) -> NoReturn:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
-        shutdown_timeout=_SHUTDOWN_SECONDS,
+        **_known(LaunchConfig, shutdown_timeout=_SHUTDOWN_SECONDS),
         logs_specs=DefaultLogsSpecs(
             log_dir=str(folder), redirects={rank: Std.NONE if rank == 0 else Std.ALL for rank in range(count)}
         ),
@@ -87,3 +92,8 @@ def launch(count: int, module: str, arguments: Sequence[str]) -> NoReturn:
         sys.exit(1)  # rank 0 has said how to continue
     shutil.rmtree(folder, ignore_errors=True)
     sys.exit(0)
+
+
+def _known(kind: Any, **settings: Any) -> dict[str, Any]:
+    """Those of the settings that this version of torch has."""
+    return {name: value for name, value in settings.items() if name in kind.__dataclass_fields__}

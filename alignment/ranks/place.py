@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -15,8 +16,11 @@ LOST = 75
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+_SUBMITIT = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS")
 _OTHERS = ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE")
 _GPUS = "CUDA_VISIBLE_DEVICES"
+_PORTS = range(15000, 30000)
+"""Below those that systems give to whoever asks for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,15 @@ def take_place(environment: MutableMapping[str, str] | None = None) -> Place | N
         UserError: a launcher has set only a part of what is needed.
     """
     known = os.environ if environment is None else environment
-    names = next((names for names in (_TORCHRUN, _SRUN) if _whole(known, names[1]) > 1), None)
+    names = next((names for names in (_TORCHRUN, _SRUN, _SUBMITIT) if _whole(known, names[1]) > 1), None)
     if names is None:
         for name in (*_TORCHRUN, *_OTHERS):  # one process under torchrun
             known.pop(name, None)
         return None
+    if names is _SRUN:
+        _meet_at(known, _first_host(known.get("SLURM_STEP_NODELIST", "")), "SLURM_JOB_ID", "SLURM_STEP_ID")
+    elif names is _SUBMITIT:
+        _meet_at(known, "127.0.0.1", "SUBMITIT_LOCAL_JOB_ID")
     missing = [name for name in (names[0], names[2], "MASTER_ADDR", "MASTER_PORT") if name not in known]
     if missing:
         raise UserError(
@@ -78,3 +86,16 @@ def _whole(known: Mapping[str, str], name: str) -> int:
         f"{name} in the environment must be a whole number, not '{value}': set it right, or unset it.",
     )
     return int(value)
+
+
+def _meet_at(known: MutableMapping[str, str], host: str, *numbers: str) -> None:
+    """Say where ranks meet, unless you have: at a port that other jobs on the machine hardly choose."""
+    if host and all(known.get(name, "").isdigit() for name in numbers):
+        known.setdefault("MASTER_ADDR", host)
+        job, *step = (int(known[name]) for name in numbers)
+        known.setdefault("MASTER_PORT", str(_PORTS[(job + 101 * sum(step)) % len(_PORTS)]))
+
+
+def _first_host(hosts: str) -> str:
+    """The first machine of Slurm's list, as in `gpu[03-05,9],cpu1`."""
+    return re.sub(r"\[(\w+)[^]]*]", r"\1", hosts).partition(",")[0]

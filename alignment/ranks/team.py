@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from alignment.errors import UserError, require
+from alignment.ranks.lifeline import Lifeline
 from alignment.ranks.lockstep import Lockstep
 from alignment.ranks.place import LOGS, Place
 
@@ -31,9 +32,12 @@ R = TypeVar("R")
 JOIN_SECONDS = 600
 """How long ranks wait for each other at the start."""
 _TASK_DAYS = 30
-"""How long they wait for each other later: a rank that waits for rank 0's next task may do so for hours."""
+"""How long they wait for each other later: a rank that waits for rank 0's next task may do so for hours.
+
+Where the other has ended, the lifeline notices.
+"""
 _LAST_SECONDS = 10
-"""How long a rank stays after rank 0 has ended, unless the launcher ends it."""
+"""How long a rank stays at most after a collective has failed: the lifeline or the launcher ends it sooner."""
 _WHY = "why"
 """In the store of the process group: why a rank has ended in the midst of a task."""
 _BUCKET = 2**28
@@ -81,12 +85,13 @@ class Team:
         lockstep: of the ranks of this machine where they share a base; None where each has its own.
     """
 
-    def __init__(self, place: Place, store: Any, tensors: Any) -> None:
+    def __init__(self, place: Place, store: Any, tensors: Any, lifeline: Lifeline) -> None:
         self.place = place
         self.size = place.size
         self.lockstep: Lockstep | None = None
         self._store = store
         self._tensors = tensors  # the group that tensors of a GPU travel in
+        self._lifeline = lifeline
         self._in_task = False
         self._has_joined = False
 
@@ -128,6 +133,10 @@ class Team:
             if self.lockstep is not None:  # unless they wait for the rest of a pass
                 raise (self.why_lost(error) if isinstance(error, RuntimeError) else error) from error.__cause__
             failure = error
+        except KeyboardInterrupt as error:
+            if self._lifeline.lost is None:
+                raise
+            raise self._rank_lost() from error  # the launcher stops this rank because another has died
         with self._lost_ranks():
             replies = self._gather(None)
         self._in_task = False
@@ -174,7 +183,7 @@ class Team:
         if not self._in_task:
             with suppress(RuntimeError):  # they have ended
                 self._send([None] * self.size)
-        _leave()
+        self._leave()
 
     # The others
 
@@ -185,7 +194,7 @@ class Team:
             try:
                 asked = self._send(None)
                 if asked is None:
-                    _leave()
+                    self._leave()
                     return
                 task, share, has_weights = asked
                 if has_weights:
@@ -207,7 +216,7 @@ class Team:
             self._store.set(_WHY, pickle.dumps(error))
             if LOGS in os.environ:
                 sys.stderr.write(f"Error: {error}\n")
-        _leave()
+        _end_group()
         raise RuntimeError("The others see that this rank is gone.")
 
     def why_lost(self, error: RuntimeError) -> Exception:
@@ -219,7 +228,19 @@ class Team:
         if self.place.rank == 0 and self._store.check([_WHY]):
             said = pickle.loads(self._store.get(_WHY))
             return said if isinstance(said, UserError) else RuntimeError(f"Another rank failed: {said}")
-        return _rank_lost()
+        return self._rank_lost()
+
+    # The end
+
+    def _leave(self) -> None:
+        self._lifeline.close()
+        _end_group()
+
+    def _rank_lost(self) -> RankLost:
+        _let_signals_in()  # Ctrl-C ends all ranks at once, and is what happened then
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the launcher ends what is left: say why first
+        return RankLost(self._lifeline.sentence())
 
     @contextmanager
     def _lost_ranks(self) -> Iterator[None]:
@@ -327,10 +348,11 @@ def join(place: Place) -> Team:
     dist.init_process_group(
         "gloo", store=store, rank=place.rank, world_size=place.size, timeout=timedelta(days=_TASK_DAYS)
     )
-    return Team(place, store, dist.new_group(backend="nccl") if torch.cuda.is_available() else None)
+    tensors = dist.new_group(backend="nccl") if torch.cuda.is_available() else None
+    return Team(place, store, tensors, Lifeline(store, place, wait))
 
 
-def _leave() -> None:
+def _end_group() -> None:
     """Take the process group apart: its threads would abort a process that ends with them."""
     import torch.distributed as dist
 
@@ -339,12 +361,12 @@ def _leave() -> None:
 
 
 def _be_quiet() -> None:
-    """Rank 0 alone speaks; a signal ends the others at once, also while they wait for it."""
+    """Rank 0 alone speaks, and decides what a signal means, which launchers send to all: the others end with rank 0."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     os.environ["TQDM_DISABLE"] = "1"
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _reply(task: Callable[[Post, Any], Any], post: Post, share: Any) -> tuple[Exception | None, Any]:
@@ -369,16 +391,6 @@ def _is_of_collective(error: RuntimeError) -> bool:
 
 def _give_gradients(post: Post, used: list[bool]) -> None:
     post.team.add_up(trained_parameters(post.model), used)
-
-
-def _rank_lost() -> RankLost:
-    _let_signals_in()  # Ctrl-C ends all ranks at once, and is what happened then
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the launcher ends what is left: say why first
-    return RankLost(
-        "Another rank has ended in the midst of its work, killed or for want of main memory: see what its launcher "
-        "says, and continue with resume=true."
-    )
 
 
 def _let_signals_in() -> None:

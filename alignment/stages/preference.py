@@ -265,7 +265,7 @@ class PreferenceStage:
         config, data = self._config, self._data
         name = loss_title(config.loss.name)
         title = name if slot is None else f"{self._work.run_dir.name} {name}"
-        callbacks = stage_callbacks(title, log_metrics, config.trainer, bool(data.eval))
+        callbacks = stage_callbacks(title, log_metrics, config.trainer, bool(data.eval), alone=self._work.slot is None)
         if self._stopping is not None:
             callbacks.insert(0, self._stopping)  # before those that ask what is done at the last step
         if reference is not None:

@@ -138,13 +138,14 @@ class SFTStage:
         num_steps = loop.max_steps or math.ceil(loop.epochs * steps_per_epoch)
         checkpoint, done = last_checkpoint(self._folder / "checkpoints")
 
+        # before those of the other ranks, which would make the folder of the checkpoints
+        trainer = self.trainer(model, plan, longest, num_steps, log_metrics)
         if self._work.team is not None:
             data = self._data
             first = replace(data, train=[data.train[0]], sources=[data.sources[0]], eval=[])
             self._work.team.tell(
                 begin_sft, SFTBegun(self._run_config, first, replace(self._work, team=None), plan, longest)
             )
-        trainer = self.trainer(model, plan, longest, num_steps, log_metrics)
         if self._given is not None:
             num_steps = 0
             self._given(trainer.model)
@@ -197,7 +198,9 @@ class SFTStage:
             train_dataset=_dataset(self._data.train),
             eval_dataset=_dataset(self._data.eval) if self._data.eval else None,
             processing_class=self._work.tokenizer,
-            callbacks=stage_callbacks("SFT", log_metrics, config.trainer, bool(self._data.eval)),
+            callbacks=stage_callbacks(
+                "SFT", log_metrics, config.trainer, bool(self._data.eval), alone=self._work.slot is None
+            ),
         )
         trainer.team, trainer.rows_per_pass = team, rows
         if is_sharded(model):

@@ -20,6 +20,7 @@ from alignment.errors import UserError
 from alignment.files import digests, read_sealed, write_sealed
 from alignment.training.elastic import ElasticSteps
 from alignment.training.optimizers import resumes, trainer_settings
+from alignment.training.stop_signal import CheckpointAtStop
 
 log = logging.getLogger(__name__)
 
@@ -174,14 +175,22 @@ class Checkpoints(TrainerCallback):
                 shutil.rmtree(path)
 
 
-def stage_callbacks(title: str, log_metrics: LogFunction, trainer: TrainerConfig, evaluate: bool) -> list[Any]:
-    """The callbacks of a stage; `evaluate` says whether anything is held out."""
+def stage_callbacks(
+    title: str, log_metrics: LogFunction, trainer: TrainerConfig, evaluate: bool, alone: bool = True
+) -> list[Any]:
+    """The callbacks of a stage.
+
+    Args:
+        evaluate: whether anything is held out.
+        alone: whether this process trains nothing else meanwhile.
+    """
     return [
         ElasticSteps(),
         RecordCallback(log_metrics),
         Rhythm(trainer.eval_every if evaluate else None),
         Checkpoints(trainer.keep_checkpoints),
         ProgressBar(title),
+        *([CheckpointAtStop()] if alone else []),
     ]
 
 

@@ -19,6 +19,7 @@ from alignment.errors import NotFinite
 from alignment.training.callbacks import ProgressBar, complete_checkpoints
 from alignment.training.master_weights import MasterWeights
 from alignment.training.optimizers import as_policy, make_optimizer, scale_rate_of_b
+from alignment.training.stop_signal import CheckpointAtStop
 
 _SHOWN_ROWS = 5
 
@@ -107,7 +108,7 @@ class StageTrainer(Trainer):
             return result
         finally:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ProgressBar):
+                if isinstance(callback, ProgressBar | CheckpointAtStop):
                     callback.close()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

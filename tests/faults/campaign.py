@@ -178,13 +178,14 @@ class Campaign:
         number = rng.randint(1, self._counts[moment])
         return self._command(place, *arguments, patch=Disturbed(place, moment, number, fault))
 
-    def _go_on(self, place: Path, moment: str, said: str = "") -> str:
+    def _go_on(self, place: Path, moment: str, said: str = "", logged: bool = True) -> str:
         """Go on with what was disturbed, the fault being over; returns the sentence if it ends in one.
 
         A run that a sentence refuses to continue must work in another folder, on the same cache.
 
         Args:
             said: how to go on, if the disturbed command has said it.
+            logged: see `assert_same`.
         """
         arguments, run = self._arguments(moment), "run"
         folder = place / "run" / "one"
@@ -199,7 +200,7 @@ class Campaign:
                 printed = self.work / "said" / place.name / "report"
                 ended = command("one", cwd=place / run, cache=printed, patch=report_instead)
                 require(ended.code == 0, words(ended))
-                self._compare(place, moment, run)
+                self._compare(place, moment, run, logged)
                 return ""
             arguments = ("resume=one",)
         said = ""
@@ -208,21 +209,21 @@ class Campaign:
             said, run = said_in(ended), "anew"
             ended = self._command(place, *self._arguments(moment), run=run)
             require(ended.code == 0, f"{said}\nand then, in another folder: {words(ended)}")
-        self._compare(place, moment, run)
+        self._compare(place, moment, run, logged)
         return said
 
-    def _compare(self, place: Path, moment: str, run: str) -> None:
+    def _compare(self, place: Path, moment: str, run: str, logged: bool = True) -> None:
         whole = self.whole(self._arguments(moment))
         for name in ("many/0-tiny", "many/1-tiny") if moment == "sweep" else ("one",):
-            assert_same(place / run / name, whole / name)
+            assert_same(place / run / name, whole / name, logged)
         if moment == "sweep":
             require((place / run / "many" / "comparison.html").exists(), "no comparison")
 
-    def _judged(self, ended: Ended, place: Path, moment: str) -> Verdict:
+    def _judged(self, ended: Ended, place: Path, moment: str, logged: bool = True) -> Verdict:
         """The verdict on a command that was not to be killed, and on going on after it."""
         said = "" if ended.code == 0 else said_in(ended)
         nothing_half_written(place)
-        again = self._go_on(place, moment, said)
+        again = self._go_on(place, moment, said, logged)
         return Verdict("sentence" if said or again else "equal", said or again)
 
     # Processes and disks
@@ -242,7 +243,7 @@ class Campaign:
         if ended.code == 130:  # before there was anything to continue
             require("Traceback" not in ended.err, words(ended))
             ended = Ended(0, ended.out, ended.err)
-        return self._judged(ended, place, moment)
+        return self._judged(ended, place, moment, logged=False)
 
     def clock(self, place: Path, rng: random.Random, moment: str) -> Verdict:
         """The clock jumps; the run must not care."""

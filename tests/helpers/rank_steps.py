@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from alignment.policy.layers import checkpoint_layers
@@ -22,8 +23,9 @@ from alignment.training.objective import groups_to_reference
 from alignment.training.sampler import StepSampler
 from alignment.training.schedule import FollowPolicy, Schedule
 from alignment.training.trainer import PreferenceTrainer
+from alignment.types import Group
 from tests.conftest import recommended_loss, tiny_policy
-from tests.helpers.policies import train_adapter
+from tests.helpers.policies import NF4, load, train_adapter
 from tests.helpers.steps import groups_for, moved
 
 CPU = torch.device("cpu")
@@ -32,9 +34,24 @@ CPU = torch.device("cpu")
 Make = Callable[[], Any]
 
 
+def whole_policy() -> Any:
+    """A policy of which every weight trains."""
+    return tiny_policy(r=None).requires_grad_(True)
+
+
+def packed_policy(folder: Path) -> Any:
+    """A LoRA on the folder's model in NF4; computes in fp32."""
+    model = load(folder, NF4)
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+
+
 def hold(post: Post, make: Make) -> None:
-    """Hold the base with an adapter that is not trained: the weights of rank 0's arrive with the first task."""
+    """Hold a policy with other weights that train: those of rank 0 arrive with the first task."""
     post.model = make()
+    with torch.no_grad():
+        for parameter in trained_parameters(post.model):
+            parameter.add_(1)
 
 
 def share(post: Post, _: Any) -> None:
@@ -69,17 +86,21 @@ def steps(
     make: Make = tiny_policy,
     sharded: bool = False,
     checkpoint_every: int = 0,
+    groups: Sequence[Group] | None = None,
+    per_step: int = 5,
 ) -> dict:
     """Train for some steps and evaluate: what came of it.
 
     Args:
-        out_of_memory: the rank that lacks it.
+        out_of_memory: the rank that lacks it in the first pass.
         make: the policy, whose adapter then gets an effect.
         sharded: whether each rank holds a part of the base.
+        groups: to train on, in place of ten short ones.
     """
     torch.manual_seed(0)
     loss, layout = recommended_loss(name), FlatLayout()
-    groups, held_out = groups_for(loss, num=10), groups_for(loss, num=2, seed=6)
+    groups = groups_for(loss, num=10) if groups is None else groups
+    held_out = groups_for(loss, num=2, seed=6)
     policy = train_adapter(make())
     checkpoint_layers(policy, checkpoint_every)
     if team is not None:
@@ -90,7 +111,7 @@ def steps(
     if team is not None:
         begun = PreferenceBegun(loss, checkpoint_every, (1000, 1.0) if live else None, 0.0)
         team.tell(begin_preference, begun, trained_parameters(policy))
-    sampler = StepSampler(len(groups), 5, 3, 2)
+    sampler = StepSampler(len(groups), per_step, 3, 2)
     schedule = Schedule(sampler, sampler.first_steps(num_steps), refreshes)
     asked = groups_to_reference(loss, groups, schedule.steps, held_out)
     if live:

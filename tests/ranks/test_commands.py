@@ -2,13 +2,19 @@
 
 import os
 import signal
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from alignment.ranks.team import RankLost
+from tests.conftest import each
+from tests.helpers.patience import patience
 from tests.helpers.ranks import command_in_ranks
+from tests.helpers.ranks import in_ranks as team_in_ranks
 from tests.helpers.runs import TINY, assert_whole, at_row, metric_rows, only_run, run, summary, weights
 from tests.helpers.tiny_runs import project
 
@@ -42,19 +48,56 @@ def assert_equal(folder: Path, expected: Path) -> None:
     assert_whole(folder)
 
 
+def write_nothing() -> None:
+    """End this process at once if it writes, renames or removes anything."""
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+    def watch(event: str, arguments: tuple) -> None:
+        opened = event == "open" and arguments[2] is not None and arguments[2] & writing and arguments[0] != os.devnull
+        made = event == "os.mkdir" and not os.path.isdir(arguments[0])
+        if opened or made or event in ("os.rename", "os.remove", "os.rmdir", "sqlite3.connect"):
+            os.write(2, f"{event} {arguments}\n".encode())
+            os._exit(WROTE)
+
+    sys.addaudithook(watch)
+
+
+WROTE = 77
+
+
+def write_too(post, folder: Path) -> None:
+    """A task in which a rank that follows writes."""
+    write_nothing()
+    (folder / "mine.txt").write_text("me too")
+
+
+def tell_to_write(team, folder: Path) -> None:
+    try:
+        team.tell(write_too, folder)
+    except RankLost:
+        (folder / "lost").touch()
+
+
+@pytest.mark.slow
+def test_a_second_writer_is_seen(tmp_path):
+    """What shows below that rank 0 alone writes turns red where another does."""
+    assert team_in_ranks(2, tmp_path / "output", tell_to_write, tmp_path) == [0, WROTE]
+    assert (tmp_path / "lost").exists() and not (tmp_path / "mine.txt").exists()
+
+
 def killed_at(stage: str, step: int) -> None:
     at_row(stage, step, signal.SIGKILL)
 
 
 @pytest.mark.slow
 def test_two_ranks_do_the_run_of_one_and_either_goes_on_with_the_other(project, tmp_path):
-    """SFT, reference, preference stage, evaluation: one folder; killed in the last stage, then resumed."""
+    """SFT, reference, preference stage, evaluation: one folder that rank 0 alone writes; killed, then resumed."""
     alone = tmp_path / "alone"
     assert run(project, alone, *PLAIN).code == 0
     expected = only_run(alone)
 
     # Both stages in two ranks
-    both = in_ranks(project, tmp_path / "both", 2, *PLAIN)
+    both = in_ranks(project, tmp_path / "both", 2, *PLAIN, patches={1: write_nothing})
     assert [ended.code for ended in both] == [0, 0], both[0].err + both[1].err
     assert (both[1].out, both[1].err) == ("", "")
     found = only_run(tmp_path / "both")
@@ -76,35 +119,57 @@ def test_two_ranks_do_the_run_of_one_and_either_goes_on_with_the_other(project, 
     assert_equal(only_run(other), expected)
 
 
-def refuse_in_pass() -> None:
-    """Fail in the preference stage of a rank, with a sentence."""
+def fault(where: str, how: str, mark: Path) -> None:
+    """Have a rank refuse, stumble or be killed at its share of a stage's work."""
     from alignment.errors import UserError
+    from alignment.evaluation import generate
+    from alignment.reference import cached
+    from alignment.stages import sft
     from alignment.training.passes import StepPasses
 
-    def failing(self, *arguments) -> None:
-        raise UserError("This rank has lost its courage: give it some.")
+    def failing(*arguments, **settings) -> None:
+        mark.write_text(str(time.time()))
+        if how == "refused":
+            raise UserError("This rank has lost its courage: give it some.")
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    StepPasses.add_gradients = failing
+    if where == "sft":
+        sft._scored_loss = failing
+        sft._fits_head = lambda model: False
+    elif where == "reference":
+        cached.Missing.scored = failing
+    elif where == "preference":
+        StepPasses.add_gradients = failing
+    else:
+        generate._sampled = failing
 
 
-def die_in_pass() -> None:
-    """Be killed in the preference stage of a rank."""
-    from alignment.training.passes import StepPasses
+REFUSED = "Error: This rank has lost its courage: give it some."
+GONE = "Error: Rank 1 has ended in the midst of its work"
+FAULTS = [
+    ("sft", 1, "killed"), ("sft", 0, "refused"), ("reference", 1, "killed"), ("reference", 0, "killed"),
+    ("preference", 1, "refused"), ("preference", 1, "killed"), ("evaluation", 0, "refused"),
+    ("evaluation", 1, "killed"),
+]  # fmt: skip
+CORE = [("preference", 1, "refused"), ("preference", 1, "killed")]
 
-    StepPasses.add_gradients = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
-
+@pytest.mark.parametrize(("where", "rank", "how"), each(FAULTS, CORE))
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("patch", "code", "said"),
-    [
-        (refuse_in_pass, 0, "Error: This rank has lost its courage: give it some."),
-        (die_in_pass, -signal.SIGKILL, "Error: Another rank has ended in the midst of its work"),
-    ],
-)
-def test_a_rank_that_fails_ends_all_with_one_sentence(patch, code, said, project, tmp_path):
-    ended = in_ranks(project, tmp_path / "run", 2, *PLAIN, "sft=none", patches={1: patch})
-    assert [one.code for one in ended] == [1, code]
+def test_a_rank_that_fails_ends_all_with_one_sentence(where, rank, how, project, tmp_path):
+    """In each stage, on either rank: within 15 seconds of a quiet machine, and rank 0 says why, unless it is killed."""
+    mark = tmp_path / "mark"
+    skipped = () if where == "sft" else ("sft=none",)
+    few = () if where == "evaluation" else ("evaluation.prompts=0",)
+    short = ("trainer.max_steps=1", "trainer.eval_every=0")
+    ended = in_ranks(
+        project, tmp_path / "run", 2, *PLAIN, *skipped, *few, *short, patches={rank: partial(fault, where, how, mark)}
+    )
+    assert time.time() - float(mark.read_text()) < patience(15)
+    killed = -signal.SIGKILL
+    expected = {"refused": [1, 0], "killed": [1, killed] if rank else [killed, 1]}[how]
+    assert [one.code for one in ended] == expected, ended[0].err
     last = [line for line in ended[0].err.splitlines() if line.startswith("Error")]
-    assert len(last) == 1 and last[0].startswith(said)
+    said = [REFUSED] if how == "refused" else [GONE] * rank  # a rank 0 that is killed says nothing: its launcher does
+    assert [line[: len(sentence)] for line, sentence in zip(last, said, strict=True)] == said
     assert "Traceback" not in ended[0].err + ended[1].err + ended[0].out

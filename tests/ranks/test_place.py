@@ -29,6 +29,30 @@ def test_a_rank_knows_its_place_and_hides_it(environment):
     assert known["CUDA_VISIBLE_DEVICES"] == "5" and known["MASTER_PORT"] == "29500"
 
 
+@pytest.mark.parametrize(
+    ("environment", "address", "place"),
+    [
+        ({"SLURM_STEP_NODELIST": "gpu[03-05,9],cpu1", "SLURM_JOB_ID": "15001", "SLURM_STEP_ID": "0"},
+         ("gpu03", "15001"), Place(5, 8, 1, 4)),
+        ({"SLURM_STEP_NODELIST": "a-1,a-2", "SLURM_JOB_ID": "2", "SLURM_STEP_ID": "3", "MASTER_PORT": "29500"},
+         ("a-1", "29500"), Place(5, 8, 1, 4)),
+    ],
+)  # fmt: skip
+def test_slurm_says_where_ranks_meet(environment, address, place):
+    """On the first machine of the step, at a port of the job's number, unless you have said where."""
+    known = {**{name: value for name, value in SRUN.items() if name not in ADDRESS}, **environment}
+    assert take_place(known) == place
+    assert (known["MASTER_ADDR"], known["MASTER_PORT"]) == address
+
+
+def test_the_tasks_of_submitit_on_this_machine_meet_here():
+    """submitit_local, with which jobs are tried without a cluster."""
+    known = {f"SUBMITIT_LOCAL_{name}": "1" for name in ("GLOBALID", "LOCALID")}
+    known |= {"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_JOB_ID": "7"}
+    assert take_place(known) == Place(1, 2, 1, 2)
+    assert (known["MASTER_ADDR"], known["MASTER_PORT"]) == ("127.0.0.1", "15007")
+
+
 @pytest.mark.parametrize(("given", "visible"), [({}, "1"), ({"CUDA_VISIBLE_DEVICES": "3"}, "3")])
 def test_each_rank_sees_one_gpu(given, visible):
     """That of its local rank; a cluster may have hidden the others already."""

@@ -8,6 +8,7 @@ import torch
 from alignment.config.arguments import check_arguments
 from alignment.config.compose import load
 from alignment.errors import UserError
+from alignment.ranks.launch import idle_gpus
 from alignment.ranks.place import Place
 from alignment.run import require_team
 from alignment.stages import sharing
@@ -15,6 +16,15 @@ from alignment.stages.sharing import shares_base
 from tests.conftest import tiny_config
 
 SMALL = ("recipe=quickstart",)
+JOBS = ["hydra/launcher=submitit_slurm"]
+
+
+def needs_submitit(arguments: list[str]) -> None:
+    if JOBS[0] in arguments:
+        pytest.importorskip(
+            "hydra_plugins.hydra_submitit_launcher",
+            reason="PLUGIN ABSENT: hydra_submitit_launcher is not installed: this did not run",
+        )
 
 
 @pytest.mark.parametrize(
@@ -25,10 +35,15 @@ SMALL = ("recipe=quickstart",)
         (["sft.trainer.devices=2"], "the SFT stage has the ranks of the run: set trainer.devices"),
         (["sft.trainer.shard=node"], "the SFT stage has the ranks of the run: set trainer.shard"),
         (["-m", "trainer.shard=node", "loss.beta=0.1,0.2"], "a sweep trains each member in one process"),
-        (["-m", "trainer.devices=2", "loss.beta=0.1,0.2"], "a sweep trains its members one after another"),
+        (["-m", "trainer.devices=2", "loss.beta=0.1,0.2"], "give each a job with hydra/launcher=submitit_slurm"),
+        (["-m", "trainer.devices=2", *JOBS, "hydra.launcher.tasks_per_node=4"], "starts 4 tasks for each member"),
+        (["-m", "trainer.devices=1,2", *JOBS], "trainer.devices=1 and trainer.devices=2 in one sweep"),
+        (JOBS, "hydra/launcher=submitit_slurm starts the jobs of a sweep: add -m"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, said):
+    """One sentence says which key, and what to do."""
+    needs_submitit(arguments)
     with pytest.raises(UserError, match=said):
         check_arguments([*SMALL, *arguments])
 
@@ -80,3 +95,22 @@ def test_a_base_is_whole_on_cpus_and_where_that_is_set():
 
 def test_a_run_without_preference_stage_has_ranks_too():
     assert load("recipe=sft_qwen3", "trainer.devices=2").trainer.devices == 2
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "tasks"),
+    [("2", 1, "hydra.launcher.tasks_per_node=2"), ("auto", 1, None), ("16", 2, None), ("1", 2, None)],
+)
+def test_the_jobs_of_a_sweep_have_a_task_for_each_rank(devices, nodes, tasks):
+    """The number asks for tasks, unless the launcher is told of them already."""
+    needs_submitit(JOBS)
+    given = [] if nodes == 1 else ["hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=8"]
+    found = check_arguments([*SMALL, "-m", f"trainer.devices={devices}", *JOBS, *given]).for_hydra
+    asked = [argument for argument in found if argument.startswith("hydra.launcher.tasks_per_node")]
+    assert asked == ([tasks] if tasks else given[1:])
+
+
+@pytest.mark.parametrize(("gpus", "is_said"), [(0, False), (1, False), (8, True)])
+def test_idle_gpus_are_named(gpus, is_said):
+    """A run on one of several GPUs learns how to use all."""
+    assert (idle_gpus(gpus) is not None) == is_said

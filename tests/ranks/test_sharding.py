@@ -267,7 +267,7 @@ def break_off(team: Any, models: Path, rank: int, how: Callable) -> None:
     [
         (0, run_out, [1, 1], "A GPU has run out of memory, and ranks that share a base cannot"),
         (1, run_out, [1, 1], "A GPU has run out of memory, and ranks that share a base cannot"),
-        (1, be_killed, [1, -signal.SIGKILL], "Another rank has ended in the midst of its work"),
+        (1, be_killed, [1, -signal.SIGKILL], "Rank 1 has ended in the midst of its work"),
     ],
 )
 def test_a_pass_that_breaks_off_ends_all_ranks_with_one_sentence(rank, how, codes, sentence, models, tmp_path):

@@ -93,7 +93,7 @@ def test_ranks_share_weights_gradients_and_failures(tmp_path):
     assert "KeyError: 'this'" in said["stumble"]
     assert said["own"] == "mine cannot be had: ask for another."
     assert said["still"] == 1
-    assert "Another rank has ended" in said["lost"] and "resume=true" in said["lost"]
+    assert "Rank 1 has ended" in said["lost"] and "resume=true" in said["lost"]
     assert [(tmp_path / f"std{name}1").read_text() for name in ("out", "err")] == ["", ""]
 
 

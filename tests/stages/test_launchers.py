@@ -23,32 +23,8 @@ from alignment.files import file_lock
 from alignment.run import end_sweep
 from alignment.runs.record import RunRecord
 from tests.helpers.commands import command, write_project
+from tests.helpers.hazard import finding_modules_in, hazardous_project
 from tests.helpers.patience import patience
-
-LOSS = '''\
-"""A loss whose run is killed, as by a system without memory, or told to stop."""
-
-import os
-import signal
-from dataclasses import dataclass
-from typing import ClassVar
-
-from alignment.losses.dpo import DPO
-
-
-@dataclass(kw_only=True)
-class Hazard(DPO):
-    name: ClassVar[str] = "hazard"
-
-    fault: str = "none"
-
-    def __call__(self, *arguments):
-        if self.fault == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.fault == "stopped":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return DPO.__call__(self, *arguments)
-'''
 
 
 @pytest.fixture(scope="module")
@@ -96,21 +72,6 @@ def test_joblib_shares_what_members_have_in_common(project, tmp_path):
     assert sorted(summary(folder)["reference"]["misses"] for folder in folders) == [0, 28]
     assert [summary(folder)["stages"]["preference"]["steps"] for folder in folders] == [4, 4]
     assert (tmp_path / "sweep" / "comparison.html").exists()
-
-
-def finding_modules_in(folder: Path) -> None:
-    """As `python -m` does for the folder that it is started in, here also for the jobs."""
-    sys.path.insert(0, str(folder))
-    os.environ.update({"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}", "OMP_NUM_THREADS": "1"})
-
-
-def hazardous_project(folder: Path, model: Path) -> Path:
-    """The tiny project with the loss `hazard`, whose module is in the folder itself."""
-    project = write_project(folder / "project", model)
-    (project / "loss").mkdir()
-    (project / "loss" / "hazard.yaml").write_text("_target_: hazard.Hazard\nbeta: 0.1\nlabel_smoothing: 0\n")
-    (folder / "hazard.py").write_text(LOSS)
-    return project
 
 
 @pytest.mark.matrix

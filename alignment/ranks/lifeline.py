@@ -1,0 +1,134 @@
+"""A line between rank 0 and each other rank, by which each notices at once that the other has ended."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import threading
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from alignment.ranks.place import LOGS, LOST, Place
+
+_GOODBYE = b"."
+"""What rank 0 says as it ends in order; a rank that dies says nothing."""
+_FOLLOWER_SECONDS = 2
+"""How long a rank stays after rank 0 has died, so that a launcher notices rank 0 first."""
+_LEADER_SECONDS = 5
+"""How long rank 0 has to notice by itself that another rank has died: a collective fails, except one that hangs."""
+_IDLE, _BETWEEN, _PROBES = 60, 20, 6
+"""Seconds of silence, seconds between probes, and probes, after which a machine that says nothing counts as gone."""
+
+
+class Lifeline:
+    """Connections that are open as long as their processes live, each watched by a thread.
+
+    A collective waits for as long as a rank may have nothing to do, which is hours. It fails where a process ends, but
+    not where a whole machine does, and a rank that computes is in none. These connections tell at once of a process,
+    and within three minutes of a machine.
+
+    Attributes:
+        lost: the first rank that has died; None while all live.
+    """
+
+    lost: int | None = None
+
+    def __init__(self, store: Any, place: Place, wait: timedelta) -> None:
+        self._noticed = threading.Event()
+        self._place = place
+        self._lines: dict[int, socket.socket] = {}
+        self._closing = threading.Event()
+        self._meet(store, wait)
+        self._wake, self._woken = os.pipe()
+        for line in self._lines.values():
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in (("TCP_KEEPIDLE", _IDLE), ("TCP_KEEPINTVL", _BETWEEN), ("TCP_KEEPCNT", _PROBES)):
+                if hasattr(socket, name):
+                    line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        os.register_at_fork(after_in_child=self._forget)  # a copy of a line would outlive the process
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="lifeline")
+        self._thread.start()
+
+    def close(self) -> None:
+        """End in order: the others are told, and nobody counts as lost."""
+        self._closing.set()
+        if self._place.rank == 0:
+            for line in self._lines.values():
+                with suppress(OSError):
+                    line.sendall(_GOODBYE)
+        os.write(self._woken, b".")
+        self._thread.join()
+        self._forget()
+        os.close(self._wake)
+        os.close(self._woken)
+
+    def _meet(self, store: Any, wait: timedelta) -> None:
+        place = self._place
+        if place.rank:
+            host, port = store.get("lifeline").decode().rsplit(" ", 1)
+            line = socket.create_connection((host, int(port)), timeout=wait.total_seconds())
+            line.settimeout(None)
+            line.sendall(place.rank.to_bytes(4, "big"))
+            self._lines[0] = line
+            return
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        with socket.create_server(("", 0), family=family, backlog=place.size, dualstack_ipv6=both) as server:
+            server.settimeout(wait.total_seconds())
+            # the other ranks have reached this machine by that address
+            store.set("lifeline", f"{os.environ['MASTER_ADDR']} {server.getsockname()[1]}")
+            while len(self._lines) < place.size - 1:
+                line, _ = server.accept()
+                line.settimeout(wait.total_seconds())
+                rank = int.from_bytes(line.recv(4, socket.MSG_WAITALL), "big")
+                line.settimeout(None)
+                if 0 < rank < place.size:  # whatever else calls at a port of a cluster's machine
+                    self._lines[rank] = line
+                else:
+                    line.close()
+
+    def _watch(self) -> None:
+        by_number = {line.fileno(): rank for rank, line in self._lines.items()}
+        watched = select.poll()
+        for number in (self._wake, *by_number):
+            watched.register(number, select.POLLIN)
+        [(number, _), *_] = watched.poll()
+        if self._closing.is_set():
+            return
+        rank, said = by_number[number], b""
+        with suppress(OSError):
+            said = self._lines[rank].recv(1)
+        if said != _GOODBYE:
+            self.lost = rank
+            self._noticed.set()
+        self._end()
+
+    def _end(self) -> None:
+        """End this process, unless it ends by itself."""
+        if self._place.rank:
+            if not self._closing.wait(_FOLLOWER_SECONDS):
+                os._exit(0 if self.lost is None else 1)  # rank 0 has ended in order: it has said why
+            return
+        if self._closing.wait(_LEADER_SECONDS):
+            return
+        if LOGS not in os.environ:
+            sys.stderr.write(f"\nError: {self.sentence()}\n")
+            sys.stderr.flush()
+        os._exit(LOST if LOGS in os.environ else 1)
+
+    def sentence(self) -> str:
+        """What is to be said of the rank that has died, by whoever then ends this process."""
+        self._noticed.wait(1)  # a collective may have failed before the line was heard
+        self._closing.set()
+        which = "Another rank" if self.lost is None else f"Rank {self.lost}"
+        return (
+            f"{which} has ended in the midst of its work, killed or for want of main memory: see what its launcher "
+            f"says, and continue with resume=true."
+        )
+
+    def _forget(self) -> None:
+        for line in self._lines.values():
+            line.close()

@@ -1,0 +1,81 @@
+"""Sixty-four ranks played by one process: the numbers of one, even shares, few collectives; planted faults are seen."""
+
+import pytest
+import torch
+
+from alignment.training import passes, trainer
+from tests.helpers.played_ranks import PlayedTeam
+from tests.helpers.rank_steps import steps
+
+CASE = {"live": False, "num_steps": 2}
+
+
+def close(found: dict, expected: dict) -> bool:
+    """Whether the weights after the steps are the same up to the order of sums."""
+    return all(torch.allclose(found["weights"][k], v, rtol=1e-6, atol=1e-8) for k, v in expected["weights"].items())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    """What one process does."""
+    return steps(None, tmp_path_factory.mktemp("alone"), "dpo", **CASE)
+
+
+@pytest.mark.parametrize("size", [2, 64])
+def test_ranks_that_are_played_are_one_process(size, alone, tmp_path):
+    """Far more ranks than groups of a step too: most shares are empty."""
+    assert close(steps(PlayedTeam(size), tmp_path, "dpo", **CASE), alone)
+
+
+def lose_a_group(monkeypatch) -> None:
+    """The last group of the last rank that has one is nobody's."""
+    share = trainer.share_groups
+
+    def losing(groups, count):
+        shares = share(groups, count)
+        next(own for own in reversed(shares) if own).pop()
+        return shares
+
+    monkeypatch.setattr(trainer, "share_groups", losing)
+
+
+def sum_twice(monkeypatch) -> None:
+    """Every gradient is added up twice."""
+    add_up = PlayedTeam.add_up
+
+    def twice(self, *arguments):
+        add_up(self, *arguments)
+        add_up(self, *arguments)
+
+    monkeypatch.setattr(PlayedTeam, "add_up", twice)
+
+
+def order_by_rank(monkeypatch) -> None:
+    """The order of the data is that of a rank's own seed."""
+    from tests.helpers import rank_steps
+
+    sampler = rank_steps.StepSampler
+    monkeypatch.setattr(rank_steps, "StepSampler", lambda num, per, seed, epochs: sampler(num, per, seed + 1, epochs))
+
+
+def keep_old_weights(monkeypatch) -> None:
+    """The others go on with the weights of the step before."""
+    monkeypatch.setattr(PlayedTeam, "spread", lambda self, tensors: None)
+
+
+def weigh_by_share(monkeypatch) -> None:
+    """Each rank takes the mean over its own groups."""
+    of = passes.StepPart.of
+
+    def own_mean(self, objective, indices):
+        part = of(self, objective, indices)
+        return passes.replace(part, num_groups=max(1, len(indices)))
+
+    monkeypatch.setattr(passes.StepPart, "of", own_mean)
+
+
+@pytest.mark.parametrize("plant", [lose_a_group, sum_twice, order_by_rank, keep_old_weights, weigh_by_share])
+def test_a_planted_fault_is_seen(plant, alone, monkeypatch, tmp_path):
+    """What compares ranks with one process turns red for each of these."""
+    plant(monkeypatch)
+    assert not close(steps(PlayedTeam(2), tmp_path, "dpo", **CASE), alone)
