@@ -11,9 +11,14 @@ HEADERS = re.compile(
     r"<\|im_start\|>(system|user|assistant)\b|<\|start_header_id\|>|<start_of_turn>(user|model)\b|\[/INST\]"
     r"|<\|(system|user|assistant)\|>|<\|start\|>(system|developer|user|assistant)\b|<\|turn>(user|model)\b"
     r"|<｜(User|Assistant)｜>|<\|(USER|CHATBOT|SYSTEM)_TOKEN\|>"
-    r"|(^|\n)### ?(Response|Assistant):\s*\Z|(?<!\w)ASSISTANT:\s*\Z"
+    r"|(^|\n)### ?(Response|Assistant):\s*\Z|(?<!\w)ASSISTANT:\s*\Z|\n\nHuman:[\s\S]*\n\nAssistant:"
 )
 """How the templates of well-known models begin a turn or an answer; Alpaca's and Vicuna's at the end of a question."""
+ENDS = re.compile(
+    r"(<\|(im_end|eot_id|eom_id|endoftext|end|return|end_of_text|END_OF_TURN_TOKEN)\|>|<end_of_turn>|<turn\|>|<eos>"
+    r"|</s>|<｜end▁of▁sentence｜>)\s*\Z|\A\s*(\[INST\]|<\|begin_of_text\|>|<bos>|<｜begin▁of▁sentence｜>)"
+)
+"""How they end a text, and how they begin one. To another model's tokenizer these are letters."""
 
 
 def turn_markers(render: Callable[[list[Message]], str], special: re.Pattern[str] | None) -> list[str]:

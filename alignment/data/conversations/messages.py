@@ -92,6 +92,7 @@ def _message(item: Any, column: str) -> Message:
     more = {key: kept for key, kept in more.items() if kept not in (None, "", [], {})}
     if role not in item or (content not in item and not {"tool_calls", "function_call"} & more.keys()):
         raise Rejected("missing_field", f"a message in column '{column}' has no role and content")
+    more |= _beside_parts(item.get(content), column)
     known = ROLES.get(str(item[role]).lower())
     if known is None:
         raise Rejected(
@@ -111,6 +112,18 @@ def _message(item: Any, column: str) -> Message:
     if "tool_calls" in more:
         return read
     return _called(read, read["content"] if is_call else older, column)
+
+
+def _beside_parts(content: Any, column: str) -> dict[str, Any]:
+    """What the parts of a content have beside their text, to be read by the template or named."""
+    parts = [p for p in content if isinstance(p, dict) and "text" in p] if isinstance(content, list) else []
+    found = {key: value for part in parts for key, value in part.items() if key not in ("type", "text")}
+    for key in TRAIN_KEYS:
+        if found.get(key, 1) != 1:
+            raise Rejected(
+                "bad_weight", f"a part of a message in column '{column}' has {key}, and only whole messages can have it"
+            )
+    return {f"content.{key}": value for key, value in found.items() if value not in (None, "", [], {})}
 
 
 def _content(value: Any, column: str, empty_is_fine: bool, objects: bool) -> str:

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 
 from alignment.config.data import DataConfig, ScoredTurns
 from alignment.data.conversations.dialect import Dialect
-from alignment.data.conversations.markers import HEADERS, turn_markers
+from alignment.data.conversations.markers import ENDS, HEADERS, turn_markers
 from alignment.data.conversations.messages import TRAIN_KEYS, WRITTEN_MESSAGES, asking, learned
 from alignment.data.conversations.rendering import ChatTemplate, dated
 from alignment.data.conversations.texts import missing_text, plain_findings, repeats, texts_in, unwritten_thought
@@ -35,7 +35,7 @@ MEANINGFUL = {
     *("refusal", "images", "audio", "prefix", "mask", "masks", "loss_mask", "loss_weight", "trainable", "learn"),
 }
 """Keys whose loss changes what a row says, or what of it is learnt: it is warned of."""
-ROLE_NAME = re.compile(r"\s*#*\s*(assistant|user|human|system|ai|bot|gpt|model)\s*(:|\n)", re.IGNORECASE)
+ROLE_NAME = re.compile(r"[\s#*]*(assistant|user|human|system|ai|bot|gpt|model)\s*(:|\n)", re.IGNORECASE)
 TRIES = 256
 """Rows in which a key may show that the template reads it."""
 
@@ -313,6 +313,8 @@ class Writer:
             self.findings.note("formatted", row, f"'{marker[:40].strip()}' in {place}")
         elif self._special is not None and (token := self._special.search(text)):
             self.findings.note("special_tokens", row, f"{token[0]} in {place}")
+        elif (end := ENDS.search(text)) is not None:
+            self.findings.note("formatted", row, f"'{end[0].strip()}' in {place}")
 
     def _inspect_written(self, row: Row, messages: list[Message], whole: str) -> None:
         """Every text in the order of the messages, and every other key of a message and variable of the row."""

@@ -7,13 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alignment.data.conversations.markers import HEADERS
+from alignment.data.conversations.messages import messages_of
 from alignment.data.conversations.texts import plain_findings, texts_in
-from alignment.data.rows.row import Row
+from alignment.data.rows.row import Rejected, Row
 from alignment.data.tokens.tokenization import tokenize_groups
 from alignment.errors import UserError
 from tests.helpers.chat_templates import CHATML
 
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 WRITES_ALL = "{{ tools | tojson if tools }}{{ mood if mood }}" + CHATML.replace(
     "{{ m.content }}",
     "{{ m.reasoning_content if m.reasoning_content }}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}",
@@ -123,8 +124,34 @@ def test_plain_texts_are_looked_at_too(prompt, answer, kinds):
         ("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Add.", True),
         ("The headings are ### Response: and ### Instruction:, in this order.", False),
         ("My ASSISTANT: she adds.", False),
+        ("Sure.\n\nHuman: And now?\n\nAssistant: Now too.", True),
+        ("It says\n\nHuman: hello", False),
     ],
 )
 def test_formats_of_other_models_are_known(text, is_formatted):
     """Words alone say nothing where a question does not end with them."""
     assert (HEADERS.search(text) is not None) == is_formatted
+
+
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<eos>", "<｜end▁of▁sentence｜>"])
+def test_ends_of_other_models_are_known(tiny, config, end):
+    """They would be learnt letter by letter. Inside a text, and where they are tokens, they are something else."""
+    assert f"'{end}' in a turn of assistant" in told(tiny, CHATML, [row(user("x"), answers=(f"y{end}\n", "z"))], config)
+    assert told(tiny, CHATML, [row(user("x"), answers=(f"It ends with {end}, see?", "z"))], config) == set()
+    assert "hold special tokens" in told(tiny, CHATML, [row(user("x"), answers=("y<|im_end|>", "z"))], config)
+
+
+@pytest.mark.parametrize("answer", ["**Assistant:** y", "### Assistant: y", "AI: y", "assistant\ny"])
+def test_the_name_of_a_role_is_known_in_any_dress(tiny, config, answer):
+    assert "begins with the name of a role" in told(tiny, CHATML, [row(user("x"), answers=(answer, "z"))], config)
+
+
+def test_what_parts_have_beside_their_text_is_named_or_refused():
+    """A part that is not to be learnt cannot be left out of its message."""
+    part = {"type": "text", "text": "y"}
+    [message] = messages_of([said([part | {"cache_control": {"type": "x"}, "id": None}])], "messages")
+    assert message == said("y", **{"content.cache_control": {"type": "x"}})
+    with pytest.raises(Rejected, match="a part of a message in column 'messages' has weight, and only whole messages"):
+        messages_of([said([part | {"weight": 0}])], "messages")
+    [message] = messages_of([said([part | {"weight": 1}])], "messages")
+    assert message["content"] == "y"
