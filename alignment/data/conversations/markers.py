@@ -11,14 +11,34 @@ HEADERS = re.compile(
     r"<\|im_start\|>(system|user|assistant)\b|<\|start_header_id\|>|<start_of_turn>(user|model)\b|\[/INST\]"
     r"|<\|(system|user|assistant)\|>|<\|start\|>(system|developer|user|assistant)\b|<\|turn>(user|model)\b"
     r"|<｜(User|Assistant)｜>|<\|(USER|CHATBOT|SYSTEM)_TOKEN\|>"
-    r"|(^|\n)### ?(Response|Assistant):\s*\Z|(?<!\w)ASSISTANT:\s*\Z|\n\nHuman:[\s\S]*\n\nAssistant:"
 )
-"""How the templates of well-known models begin a turn or an answer; Alpaca's and Vicuna's at the end of a question."""
-ENDS = re.compile(
+"""How the templates of well-known models begin a turn or, Llama 2's, an answer."""
+_ASKS = re.compile(r"(\A|\n)### ?(Response|Assistant):\s*\Z|(?<!\w)ASSISTANT:\s*\Z")
+"""How a question of Alpaca's or Vicuna's format ends."""
+_ENDS = re.compile(
     r"(<\|(im_end|eot_id|eom_id|endoftext|end|return|end_of_text|END_OF_TURN_TOKEN)\|>|<end_of_turn>|<turn\|>|<eos>"
-    r"|</s>|<｜end▁of▁sentence｜>)\s*\Z|\A\s*(\[INST\]|<\|begin_of_text\|>|<bos>|<｜begin▁of▁sentence｜>)"
+    r"|</s>|<｜end▁of▁sentence｜>)\s*\Z"
 )
-"""How they end a text, and how they begin one. To another model's tokenizer these are letters."""
+_BEGINS = re.compile(r"\s*(\[INST\]|<\|begin_of_text\|>|<bos>|<｜begin▁of▁sentence｜>)")
+_EDGE = 48
+"""Characters at an end of a text in which a sign of a format may stand."""
+
+
+def other_format(text: str) -> str | None:
+    """The sign that a text was formatted for turns of a model: the beginning of one, or turns in the text itself."""
+    if (header := HEADERS.search(text)) is not None:
+        return header[0]
+    turn = text.find("\n\nHuman:")
+    if turn >= 0 and text.find("\n\nAssistant:", turn) >= 0:
+        return "Human:"
+    asks = _ASKS.search(text[-_EDGE:])
+    return None if asks is None else asks[0]
+
+
+def other_edge(text: str) -> str | None:
+    """The sign at an end of a text that another model's format put there. To this tokenizer it is letters."""
+    found = _ENDS.search(text[-_EDGE:]) or _BEGINS.match(text[:_EDGE])
+    return None if found is None else found[0]
 
 
 def turn_markers(render: Callable[[list[Message]], str], special: re.Pattern[str] | None) -> list[str]:

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 
 from alignment.config.data import DataConfig, ScoredTurns
 from alignment.data.conversations.dialect import Dialect
-from alignment.data.conversations.markers import ENDS, HEADERS, turn_markers
+from alignment.data.conversations.markers import other_edge, other_format, turn_markers
 from alignment.data.conversations.messages import TRAIN_KEYS, WRITTEN_MESSAGES, asking, learned
 from alignment.data.conversations.rendering import ChatTemplate, dated
 from alignment.data.conversations.texts import missing_text, plain_findings, repeats, texts_in, unwritten_thought
@@ -306,15 +306,11 @@ class Writer:
                 )
 
     def _inspect_text(self, row: Row, text: str, place: str) -> None:
-        marker = next((marker for marker in self._markers if marker in text), None)
-        if marker is None and (foreign := HEADERS.search(text)) is not None:
-            marker = foreign[0]
-        if marker is not None:
-            self.findings.note("formatted", row, f"'{marker[:40].strip()}' in {place}")
-        elif self._special is not None and (token := self._special.search(text)):
+        marker = next((marker for marker in self._markers if marker in text), None) or other_format(text)
+        if marker is None and self._special is not None and (token := self._special.search(text)):
             self.findings.note("special_tokens", row, f"{token[0]} in {place}")
-        elif (end := ENDS.search(text)) is not None:
-            self.findings.note("formatted", row, f"'{end[0].strip()}' in {place}")
+        elif (marker := marker or other_edge(text)) is not None:
+            self.findings.note("formatted", row, f"'{marker.strip()[:40]}' in {place}")
 
     def _inspect_written(self, row: Row, messages: list[Message], whole: str) -> None:
         """Every text in the order of the messages, and every other key of a message and variable of the row."""

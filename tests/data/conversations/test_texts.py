@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignment.data.conversations.markers import HEADERS
+from alignment.data.conversations.markers import other_format
 from alignment.data.conversations.messages import messages_of
 from alignment.data.conversations.texts import plain_findings, texts_in
 from alignment.data.rows.row import Rejected, Row
@@ -130,7 +130,7 @@ def test_plain_texts_are_looked_at_too(prompt, answer, kinds):
 )
 def test_formats_of_other_models_are_known(text, is_formatted):
     """Words alone say nothing where a question does not end with them."""
-    assert (HEADERS.search(text) is not None) == is_formatted
+    assert (other_format(text) is not None) == is_formatted
 
 
 @pytest.mark.parametrize("end", ["<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<eos>", "<｜end▁of▁sentence｜>"])
