@@ -55,9 +55,10 @@ def as_names(key: str, value: Any) -> list[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The text " (did you mean ...?)" with the known word that is most similar; empty if none is."""
-    found = get_close_matches(word, list(known), 1)
-    return f" (did you mean {found[0]}?)" if found else ""
+    """The text " (did you mean ...?)" with the known word that is most similar, in any case; empty if none is."""
+    plain = {name.lower(): name for name in known}
+    found = get_close_matches(word.lower(), plain, 1)
+    return f" (did you mean {plain[found[0]]}?)" if found else ""
 
 
 class CommandParser(argparse.ArgumentParser):

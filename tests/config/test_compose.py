@@ -12,7 +12,7 @@ from alignment.config.data import Keep
 from alignment.config.messages import sentence
 from alignment.config.overrides import refuse_without_effect
 from alignment.config.typed_text import as_text
-from alignment.errors import UserError
+from alignment.errors import UserError, did_you_mean
 
 
 @functools.cache
@@ -169,3 +169,9 @@ def test_a_file_has_no_splits(key, value, is_refused, tmp_path):
 )
 def test_one_word_is_a_list_where_a_list_of_texts_is_wanted(key, value, read):
     assert as_text([f"{key}={value}"], sweeps=False) == [f"{key}={read}"]
+
+
+def test_the_word_that_was_meant_may_be_in_another_case():
+    assert did_you_mean("Q_proj", ["v_proj", "k_proj", "q_proj"]) == " (did you mean q_proj?)"
+    assert did_you_mean("DPO", ["ipo", "dpo"]) == " (did you mean dpo?)"
+    assert did_you_mean("x", ["dpo"]) == ""

@@ -157,9 +157,9 @@ def test_which_settings_take_text():
 def test_what_is_typed_is_what_the_run_gets():
     """Text with every sign of the grammar passes through Hydra, as a value of the configuration."""
     odd = '1e3 = it\'s "größe", #5 [x] {y} (z) 50% ~ \\ ;'
-    config = load(f"data.system={odd}", "data.split=0012", "model.revision=1e3", "data.source=~/x.jsonl")
+    config = load(f"data.system={odd}", "data.split=0012", "model.revision=1e3", "data.source=~/nobody_has_this.jsonl")
     assert (config.data.system, config.data.split, config.model.revision) == (odd, "0012", "1e3")
-    assert config.data.source == "~/x.jsonl"
+    assert config.data.source == "~/nobody_has_this.jsonl"
 
 
 ODD_FOLDER = "größe=1, 'a' [b] {c} 50% #2 ${d}"
