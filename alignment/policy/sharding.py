@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,13 +33,32 @@ _IDLE_TOKENS = 2
 """Of an idle pass: a single one would be a step of generation, which recurrent layers take without gradient."""
 
 
-def shard_base(model: nn.Module, team: Team, device: torch.device) -> None:
-    """Keep a part of the base's layers here, and the rest on the other ranks of this machine, which do the same.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A policy of whose base this rank holds a part, which `join_parts` makes usable.
+
+    Attributes:
+        model: the policy.
+        units: what is gathered at a time.
+        packed: for each unit its modules with weights in 4 bits, their names, and what unpacks them.
+        group: of the machine's ranks, for numbers.
+        device: where the part is.
+    """
+
+    model: nn.Module
+    units: Sequence[nn.Module]
+    packed: Sequence[list[tuple[nn.Module, str, Any]]]
+    group: Any
+    device: torch.device
+
+
+def take_part(model: nn.Module, groups: tuple[Any, Any], device: torch.device) -> Part:
+    """Keep a part of the base's layers, and give up the rest; nothing travels.
 
     Args:
         model: whole, with its adapter, on the CPU or where it will be.
-        team: of the run; every rank must call this.
-        device: where the parts will be.
+        groups: from `Team.machine_groups`.
+        device: where the part will be.
 
     Raises:
         UserError: the model is none that can be shared.
@@ -48,15 +68,11 @@ def shard_base(model: nn.Module, team: Team, device: torch.device) -> None:
 
     require_shardable(model)
     fix_base_digest(model)  # while the weights are whole
-    causal: Any = model.get_base_model()
-    decoder = causal.get_decoder()
+    gathered, spoken = groups
     units = shared_units(model)
-    gathered, spoken = team.machine_groups(device)
     whole = {p for name, p in model.named_parameters() if p.requires_grad or plain_name(name) is None}
     whole |= {p for p in model.parameters() if p.ndim == 0 or not p.is_contiguous()}
     packed = [list(_packed(unit)) for unit in units]
-
-    # The parts
     mesh = DeviceMesh.from_group(gathered, device.type)
     for unit in units:
         fully_shard(unit, mesh=mesh, ignored_params=whole)
@@ -67,24 +83,33 @@ def shard_base(model: nn.Module, team: Team, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
-    fully_shard(decoder, mesh=mesh, ignored_params=whole)
+    fully_shard(_decoder(model), mesh=mesh, ignored_params=whole)
     first: Any = units[0]
     first.set_modules_to_backward_prefetch([first])  # in place of the embeddings, which a backward pass needs no more
+    return Part(model, units, packed, spoken, device)
 
+
+def join_parts(part: Part, team: Team) -> None:
+    """Run passes in step with the other ranks from now on; every rank of the run must call this."""
     # bitsandbytes keeps what unpacks a weight on its parameter, and FSDP has one for the part and one for the whole
-    for unit, states in zip(units, packed, strict=True):
+    for unit, states in zip(part.units, part.packed, strict=True):
         for put in (unit.unshard, unit.reshard):
             put()
             for module, name, state in states:
                 module._parameters[name].quant_state = state
 
     # One pass after another, on all ranks
-    idle = functools.partial(_idle_pass, causal, decoder, device)
+    model, decoder = part.model, _decoder(part.model)
+    idle = functools.partial(_idle_pass, model, decoder, part.device)
     trained = functools.partial(trained_parameters, model)
-    lockstep = Lockstep(spoken, idle, trained, device, team.ask_to_join, team.why_lost)
+    lockstep = Lockstep(part.group, idle, trained, part.device, team.ask_to_join, team.why_lost)
     decoder.forward = _in_step(decoder, lockstep)
     setattr(model, _LOCKSTEP, lockstep)
     team.lockstep = lockstep
+
+
+def _decoder(model: Any) -> Any:
+    return model.get_base_model().get_decoder()
 
 
 def require_shardable(model: nn.Module) -> None:
@@ -160,9 +185,9 @@ def _packed(unit: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
                 yield module, name, state
 
 
-def _idle_pass(causal: nn.Module, decoder: nn.Module, device: torch.device) -> Tensor:
+def _idle_pass(model: nn.Module, decoder: nn.Module, device: torch.device) -> Tensor:
     tokens = torch.zeros(1, _IDLE_TOKENS, dtype=torch.int64, device=device)
-    with autocast(causal, device):
+    with autocast(model, device):
         hidden: Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
     return hidden
 

@@ -57,6 +57,8 @@ class Post:
         model: the policy.
         device: where it is.
         layout: of passes over groups.
+        machine: the groups of its ranks.
+        part: of a base that these share.
         passes: runs a preference step's passes.
         trainer: runs an SFT step's passes.
         stage: ends what the running stage has begun.
@@ -66,6 +68,8 @@ class Post:
     model: Any = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     layout: Any = None
+    machine: Any = None
+    part: Any = None
     passes: Any = None
     trainer: Any = None
     stage: ExitStack = field(default_factory=ExitStack)
@@ -136,7 +140,7 @@ class Team:
         except KeyboardInterrupt as error:
             if self._lifeline.lost is None:
                 raise
-            raise self._rank_lost() from error  # the launcher stops this rank because another has died
+            raise self._lost() from error  # the launcher stops this rank because another has died
         with self._lost_ranks():
             replies = self._gather(None)
         self._in_task = False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from alignment.losses import Loss
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import as_found, checkpoint_layers, disable_dropout
 from alignment.policy.load import resolve_device
-from alignment.policy.sharding import shard_base
+from alignment.policy.sharding import join_parts, take_part
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.given import GivenReference
 from alignment.reference.live import LiveReference
@@ -25,34 +27,58 @@ from alignment.scoring.prompt_sharing import choose_layout
 from alignment.stages.policy import PolicySource, load_policy
 from alignment.stages.quiet import quieten_libraries
 from alignment.training.elastic import elastic
+from alignment.training.memory import count_weights
 from alignment.training.objective import Objective
 from alignment.training.passes import StepPasses
+from alignment.training.planning import available_memory
 from alignment.training.router import RouterLoss
+
+log = logging.getLogger(__name__)
 
 
 def load_everywhere(team: Team, source: PolicySource, model: nn.Module) -> None:
     """Have the other ranks load the policy that this one has loaded.
 
+    Of a shared base each keeps its part before the next ranks load theirs, as far as main memory asks for that.
+
     Raises:
         UserError: theirs is another.
     """
-    own = policy_identity(model)[1]["base"]
-    for rank, found in enumerate(team.tell(_load, source), 1):
-        if found != own:
-            raise UserError(
-                f"Rank {rank} has loaded another model than rank 0 from {source.source.base}: give all machines the "
-                f"same files and the same versions of torch, transformers and bitsandbytes."
-            )
+    own, at_once, part = policy_identity(model)[1]["base"], team.size, None
     if source.shared:
-        device = resolve_device(source.config.device)
-        team.run(_share, [None] * team.size, lambda _: shard_base(model, team, device))
+        device, size = resolve_device(source.config.device), count_weights(model).base
+        groups: Any = team.run(_meet, [source] * team.size, lambda _: team.machine_groups(device))[0]
+        part = take_part(model, groups, device)
+        at_once = max(1, available_memory() // size)
+    turns = load_turns(team.size, team.place.local_size, at_once)
+    if len(turns) > 1:
+        log.info("Main memory has room for %d whole bases, so the other ranks load theirs in turn.", at_once)
+    for turn in turns:
+        sources = [source if rank in turn else None for rank in range(team.size)]
+        for rank, found in enumerate(team.run(_load, sources, lambda _: None)):
+            if rank in turn and found != own:
+                raise UserError(
+                    f"Rank {rank} has loaded another model than rank 0 from {source.source.base}: give all machines "
+                    f"the same files and the same versions of torch, transformers and bitsandbytes."
+                )
+    if part is not None:
+        team.run(_join, [None] * team.size, lambda _: join_parts(part, team))
 
 
-def _share(post: Post, _: None) -> None:
-    shard_base(post.model, post.team, post.device)
+def load_turns(size: int, local_size: int, at_once: int) -> list[list[int]]:
+    """The ranks but the first in the order in which they load, so many of each machine at a time."""
+    turns = [[r for r in range(1, size) if r % local_size // at_once == turn] for turn in range(local_size)]
+    return [turn for turn in turns if turn]
 
 
-def _load(post: Post, source: PolicySource) -> str:
+def _meet(post: Post, source: PolicySource) -> None:
+    post.device = resolve_device(source.config.device)
+    post.machine = post.team.machine_groups(post.device)
+
+
+def _load(post: Post, source: PolicySource | None) -> str | None:
+    if source is None:
+        return None
     quieten_libraries()
     post.device = resolve_device(source.config.device)
     if post.device.type == "cpu":
@@ -60,7 +86,13 @@ def _load(post: Post, source: PolicySource) -> str:
     post.model = None  # the one before makes room first
     post.model = load_policy(source, post.device)
     found: str = policy_identity(post.model)[1]["base"]
+    if source.shared:
+        post.part = take_part(post.model, post.machine, post.device)
     return found
+
+
+def _join(post: Post, _: None) -> None:
+    join_parts(post.part, post.team)
 
 
 @contextmanager

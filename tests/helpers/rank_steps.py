@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from alignment.policy.layers import checkpoint_layers
-from alignment.policy.sharding import shard_base
+from alignment.policy.sharding import join_parts, take_part
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.cached import CachedReference
 from alignment.reference.live import LiveReference
@@ -56,7 +56,12 @@ def hold(post: Post, make: Make) -> None:
 
 def share(post: Post, _: Any) -> None:
     """Hold a part of the base."""
-    shard_base(post.model, post.team, CPU)
+    share_base(post.model, post.team)
+
+
+def share_base(model: Any, team: Team) -> None:
+    """What every rank does with its policy."""
+    join_parts(take_part(model, team.machine_groups(CPU), CPU), team)
 
 
 def run_out(post: Post, model: Any = None) -> None:
@@ -83,7 +88,7 @@ def steps(
     num_steps: int = 2,
     refreshes: tuple = (),
     out_of_memory: int | None = None,
-    make: Make = tiny_policy,
+    make: Make | None = None,
     sharded: bool = False,
     checkpoint_every: int = 0,
     groups: Sequence[Group] | None = None,
@@ -93,7 +98,7 @@ def steps(
 
     Args:
         out_of_memory: the rank that lacks it in the first pass.
-        make: the policy, whose adapter then gets an effect.
+        make: the policy, whose adapter then gets an effect; None: a tiny one.
         sharded: whether each rank holds a part of the base.
         groups: to train on, in place of ten short ones.
     """
@@ -101,12 +106,12 @@ def steps(
     loss, layout = recommended_loss(name), FlatLayout()
     groups = groups_for(loss, num=10) if groups is None else groups
     held_out = groups_for(loss, num=2, seed=6)
-    policy = train_adapter(make())
+    policy = tiny_policy(trained=True) if make is None else train_adapter(make())
     checkpoint_layers(policy, checkpoint_every)
     if team is not None:
-        team.tell(hold, make)
+        team.tell(hold, make or tiny_policy)
         if sharded:
-            team.run(share, [None] * team.size, lambda _: shard_base(policy, team, CPU))
+            team.run(share, [None] * team.size, lambda _: share_base(policy, team))
     chosen = choose_together(team, policy, CPU)
     if team is not None:
         begun = PreferenceBegun(loss, checkpoint_every, (1000, 1.0) if live else None, 0.0)

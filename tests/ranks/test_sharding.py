@@ -23,13 +23,14 @@ from alignment.config.schema import Dtype
 from alignment.errors import UserError
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.layers import decoder_layers
-from alignment.policy.sharding import backward_turn, is_part, shard_base, shared_units
+from alignment.policy.sharding import backward_turn, is_part, shared_units
 from alignment.policy.tiny_model import write_tiny_model
 from alignment.ranks import team as team_module
 from alignment.ranks.team import trained_parameters
 from alignment.scoring.layout import SharedLayout
-from tests.helpers.policies import CPU, NF4, adapter, load
-from tests.helpers.rank_steps import hold, share, steps
+from alignment.stages.following import load_turns
+from tests.helpers.policies import NF4, adapter, load
+from tests.helpers.rank_steps import hold, share, share_base, steps
 from tests.helpers.ranks import command_in_ranks, in_ranks
 from tests.helpers.runs import TINY, at_row, only_run, run, summary, weights
 from tests.helpers.tiny_runs import project
@@ -128,6 +129,15 @@ def adapter_settings(folder: Path) -> dict:
     return found | {"target_modules": sorted(found["target_modules"])}
 
 
+def test_ranks_load_in_turn_as_main_memory_asks_for():
+    """Every rank but the first once, and so many of a machine at a time."""
+    for size, local_size, at_once in ((2, 2, 1), (8, 8, 3), (8, 8, 100), (16, 8, 2), (4, 1, 1)):
+        turns = load_turns(size, local_size, at_once)
+        assert sorted(rank for turn in turns for rank in turn) == list(range(1, size))
+        assert all(len([r for r in turn if r // local_size == 0]) <= at_once for turn in turns)
+    assert load_turns(8, 8, 3) == [[1, 2], [3, 4, 5], [6, 7]]
+
+
 def killed() -> None:
     at_row("preference", 6, signal.SIGKILL)
 
@@ -166,7 +176,7 @@ def hold_a_part(team: Any, models: Path, quantization: Any = None) -> Any:
     make = partial(policy, models, quantization=quantization)
     model = make()
     team.tell(hold, make)
-    team.run(share, [None] * team.size, lambda _: shard_base(model, team, CPU))
+    team.run(share, [None] * team.size, lambda _: share_base(model, team))
     return model
 
 
