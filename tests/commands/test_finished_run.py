@@ -10,6 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import each
+from tests.helpers.tiny_runs import project, tiny
+
+__all__ = ["project", "tiny"]
 
 
 def read_summary(run_dir: Path) -> dict:
