@@ -198,7 +198,7 @@ def load_model(source: str, config: ModelConfig, **settings: Any) -> Any:
     shape = read_shape(source, config)
     kind = auto_class(shape)
     try:
-        return kind.from_pretrained(
+        found = kind.from_pretrained(
             source,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -219,6 +219,9 @@ def load_model(source: str, config: ModelConfig, **settings: Any) -> Any:
             said = one_line(error).rstrip(".")
             raise UserError(f"model.attention={attention}: {said}; install it, or set model.attention=auto.") from error
         raise UserError(f"model.name={config.name} cannot be loaded: {_why(error)}") from error
+    if Checkpoint.of(shape).is_dequantised:  # how its files were read: saving would pack plain weights again
+        vars(found[0] if isinstance(found, tuple) else found).pop("_weight_conversions", None)
+    return found
 
 
 def _why(error: Exception) -> str:

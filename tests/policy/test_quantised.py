@@ -244,6 +244,8 @@ def test_fp8_is_unpacked(folders, tmp_path):
     model = load(tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
     torch.testing.assert_close(model.get_parameter(name).data, 2 * made[name].float())
+    model.save_pretrained(tmp_path / "plain")
+    assert torch.equal(load(tmp_path / "plain").get_parameter(name), model.get_parameter(name))
     assert stored_weights(load(tmp_path, NF4))["NF4"] > 0
 
 
