@@ -220,7 +220,8 @@ def load_model(source: str, config: ModelConfig, **settings: Any) -> Any:
             raise UserError(f"model.attention={attention}: {said}; install it, or set model.attention=auto.") from error
         raise UserError(f"model.name={config.name} cannot be loaded: {_why(error)}") from error
     if Checkpoint.of(shape).is_dequantised:  # how its files were read: saving would pack plain weights again
-        vars(found[0] if isinstance(found, tuple) else found).pop("_weight_conversions", None)
+        model: Any = found[0] if isinstance(found, tuple) else found
+        model._weight_conversions = None
     return found
 
 

@@ -220,6 +220,11 @@ def test_mxfp4_is_unpacked_and_packed_again_if_asked(folders, tmp_path, caplog):
     expected = (values * (scales.float() - 127).exp2()[..., None]).flatten(-2).transpose(1, 2)
     torch.testing.assert_close(plain.model.layers[0].mlp.experts.down_proj.data, expected)
 
+    plain.save_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(
+        eager(tmp_path / "plain").model.layers[0].mlp.experts.down_proj.data, expected.to(plain.dtype)
+    )
+
     four = eager(folder, NF4)
     assert stored_weights(four)["NF4"] > 0.5 * sum(stored_weights(four).values())
     before, after = scores(plain, GROUPS), scores(four, GROUPS)
