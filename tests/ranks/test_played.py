@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from alignment.training import passes, trainer
+from tests.helpers import rank_steps
 from tests.helpers.played_ranks import PlayedTeam
 from tests.helpers.rank_steps import steps
 
@@ -25,6 +27,26 @@ def alone(tmp_path_factory) -> dict:
 def test_ranks_that_are_played_are_one_process(size, alone, tmp_path):
     """Far more ranks than groups of a step too: most shares are empty."""
     assert close(steps(PlayedTeam(size), tmp_path, "dpo", **CASE), alone)
+
+
+def all_in_float64(monkeypatch) -> None:
+    """Norms too, which compute in float32 otherwise, and steps of AdamW, which magnifies rounding."""
+
+    def forward(norm, x):
+        return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
+
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", forward)
+    kind = rank_steps.TrainingArguments
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-2}
+    monkeypatch.setattr(rank_steps, "TrainingArguments", lambda **given: kind(**{**given, **settings}))
+
+
+def test_only_rounding_tells_ranks_from_one_process(monkeypatch, tmp_path):
+    """Where all computes in float64, the weights after AdamW's steps are the same to 13 digits."""
+    all_in_float64(monkeypatch)
+    alone, shared = (steps(team, tmp_path, "dpo", **CASE) for team in (None, PlayedTeam(2)))
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(shared["weights"][name], value, rtol=0, atol=1e-13)
 
 
 def lose_a_group(monkeypatch) -> None:
@@ -52,8 +74,6 @@ def sum_twice(monkeypatch) -> None:
 
 def order_by_rank(monkeypatch) -> None:
     """The order of the data is that of a rank's own seed."""
-    from tests.helpers import rank_steps
-
     sampler = rank_steps.StepSampler
     monkeypatch.setattr(rank_steps, "StepSampler", lambda num, per, seed, epochs: sampler(num, per, seed + 1, epochs))
 
