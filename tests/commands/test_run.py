@@ -91,7 +91,7 @@ WRONG = [
     ([""], ["''", "key=value"]),
     (["loss.beta=[1"], ["loss.beta=[1 cannot be read"]),
     (["loss.beta=???"], ["loss.beta"]),
-    (["loss.beta=0.1,0.2"], ["loss.beta", "--multirun"]),
+    (["loss.beta=0.1,0.2"], ["loss.beta", "-m starts one run for each value"]),
     # Options of the command
     (["--multi-run"], ["--multi-run", "did you mean --multirun?"]),
     (["--confg-dir", "x"], ["did you mean --config-dir?"]),
