@@ -5,6 +5,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from alignment.training import passes, trainer
+from tests.conftest import each
 from tests.helpers import rank_steps
 from tests.helpers.played_ranks import PlayedTeam
 from tests.helpers.rank_steps import steps
@@ -23,7 +24,7 @@ def alone(tmp_path_factory) -> dict:
     return steps(None, tmp_path_factory.mktemp("alone"), "dpo", **CASE)
 
 
-@pytest.mark.parametrize("size", [2, 64])
+@pytest.mark.parametrize("size", [2, pytest.param(64, marks=pytest.mark.slow)])
 def test_ranks_that_are_played_are_one_process(size, alone, tmp_path):
     """Far more ranks than groups of a step too: most shares are empty."""
     assert close(steps(PlayedTeam(size), tmp_path, "dpo", **CASE), alone)
@@ -41,6 +42,7 @@ def all_in_float64(monkeypatch) -> None:
     monkeypatch.setattr(rank_steps, "TrainingArguments", lambda **given: kind(**{**given, **settings}))
 
 
+@pytest.mark.slow
 def test_only_rounding_tells_ranks_from_one_process(monkeypatch, tmp_path):
     """Where all computes in float64, the weights after AdamW's steps are the same to 13 digits."""
     all_in_float64(monkeypatch)
@@ -94,7 +96,10 @@ def weigh_by_share(monkeypatch) -> None:
     monkeypatch.setattr(passes.StepPart, "of", own_mean)
 
 
-@pytest.mark.parametrize("plant", [lose_a_group, sum_twice, order_by_rank, keep_old_weights, weigh_by_share])
+PLANTS = [lose_a_group, sum_twice, order_by_rank, keep_old_weights, weigh_by_share]
+
+
+@pytest.mark.parametrize("plant", each(PLANTS, PLANTS[:1]))
 def test_a_planted_fault_is_seen(plant, alone, monkeypatch, tmp_path):
     """What compares ranks with one process turns red for each of these."""
     plant(monkeypatch)

@@ -67,6 +67,7 @@ def test_the_step_that_was_running_is_kept_and_the_run_ends_as_if_never_stopped(
     assert all(value.equal(weights(again)[name]) for name, value in weights(whole).items())
 
 
+@pytest.mark.slow
 def test_two_wishes_are_both_obeyed_and_the_same_twice_at_once(tmp_path):
     """A cluster that warns with one signal may send the other too; who asks twice does not wait for the step."""
     asked = []
@@ -81,6 +82,7 @@ def test_two_wishes_are_both_obeyed_and_the_same_twice_at_once(tmp_path):
     assert not complete_checkpoints(tmp_path / "twice")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"save_every": 0}, {"num_steps": 2}])
 def test_a_stage_without_a_checkpoint_to_write_stops_too(settings, tmp_path):
     """One that keeps none stops in its step, and one in its last step after it."""
