@@ -33,14 +33,15 @@ def train_all(team, folder: Path, cases: list[tuple[str, dict]]) -> None:
 def assert_equal_in_ranks(cases: list[tuple[str, dict]], size: int, folder: Path) -> None:
     """Sums have another order in several ranks, and the norms of the tiny policy compute in fp32. SGD moves by them.
 
-    A policy that computes all in fp32 is equal to fewer digits.
+    That leaves some 1e-8 of a weight, and 1e-13 where the norms compute in float64 too (test_played.py). A policy that
+    computes all in fp32 is equal to fewer digits.
     """
     assert in_ranks(size, folder / "output", train_all, folder / "ranks", cases) == [0] * size
     train_all(None, folder / "alone", cases)
     found, expected = (torch.load(folder / name / "results.pt", weights_only=False) for name in ("ranks", "alone"))
     for (name, settings), shared, alone in zip(cases, found, expected, strict=True):
         few = 100 if settings.get("few_digits") else 1
-        limits = {"rtol": few * 1e-6, "atol": few * 1e-8}
+        limits = {"rtol": few * 1e-6, "atol": few * 1e-7}
         for key, value in alone["weights"].items():
             torch.testing.assert_close(shared["weights"][key], value, **limits, msg=f"{name} {key}")
         assert shared["state"] == pytest.approx(alone["state"], rel=1e-6, abs=1e-9), name
