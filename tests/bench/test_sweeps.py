@@ -149,8 +149,8 @@ def test_the_pages_show_the_newest_sweep_beside_the_rows(whole, tmp_path):
 def sweep(tiny_model_folder, tmp_path):
     """Two members, two steps, at a learning rate that moves the loss at once."""
     case = Case(name="sweep", source=against_trl.BUNDLED, steps=2, pairs_per_step=4, warm_up=0)
-    preparation = Preparation(folder=str(tmp_path), model=str(tiny_model_folder), random_qwen3=None, cases=(case,))
-    return sweeps.Sweep(case, preparation.prepare(preparation), (0.1, 0.5), 3e-2, None, tmp_path)
+    wanted = Preparation(folder=str(tmp_path), model=str(tiny_model_folder), random_qwen3=None, cases=(case,))
+    return sweeps.Sweep(case, preparation.prepare(wanted), (0.1, 0.5), 3e-2, None, tmp_path)
 
 
 @pytest.mark.matrix
