@@ -11,7 +11,7 @@ import pytest
 from alignment.config.compose import compose_node, to_run_config
 from alignment.config.members import sweep_members
 from alignment.config.registry import register
-from tests.bench import against_trl, sweeps, tables, trl_side
+from tests.bench import against_trl, preparation, sweeps, tables, trl_side
 from tests.bench.job import Case, Preparation
 from tests.bench.slices import Spent
 from tests.bench.sweeps import (
