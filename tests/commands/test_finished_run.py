@@ -52,7 +52,7 @@ def logits_of(model, run_dir: Path) -> torch.Tensor:
 SHORT = ("sft=none", "trainer.max_steps=2", "evaluation.prompts=0", "trainer.eval_every=0")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_sweep_over_losses_and_values_computes_the_reference_once(tiny, tmp_path, tiny_model_folder):
     """Pairs ask for one reference, which the first run computes for the others, its rows with others to KTO."""
     ended = tiny("-m", "loss=dpo,kto", "loss.beta=0.1,0.2", *SHORT)

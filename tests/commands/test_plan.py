@@ -172,7 +172,7 @@ def llama_70b():
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_base_of_70_billion_weights_is_shared_where_a_gpu_is_too_small():
     """QLoRA fits into 80 GB whole; 24 GB hold an eighth of it, and no half; LoRA on 16 bits needs all of 8 x 80."""
     model, found = llama_70b(), {}

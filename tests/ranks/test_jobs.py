@@ -9,7 +9,7 @@ from tests.helpers.commands import command
 from tests.helpers.hazard import finding_modules_in, hazardous_project
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_preempted_job_of_two_tasks_goes_on_where_it_was(tiny_model_folder, tmp_path):
     """submitit starts two tasks for one run, warns both in the third pass, and starts them again."""
     pytest.importorskip(

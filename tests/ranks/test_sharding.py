@@ -142,7 +142,7 @@ def killed() -> None:
     at_row("preference", 6, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_run_goes_on_with_a_shared_base_and_back(project, tmp_path):
     """SFT, reference, preference stage, answers, KL: killed in the last stage, then resumed the other way."""
     plain, in_parts = (*TINY, "adapter.dropout=0", "evaluation.kl_prompts=2"), "trainer.shard=node"
