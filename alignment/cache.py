@@ -20,7 +20,8 @@ from rich.text import Text
 
 from alignment.errors import CommandParser, UserError
 from alignment.files import CacheKind, cache_dir
-from alignment.reference.store import IdentityInfo, ReferenceStore, damaged_files
+from alignment.reference.keyed_store import IdentityInfo, damaged_files
+from alignment.reference.store import ReferenceStore
 from alignment.stages.store import StageStore
 
 _WIDE = 1000
@@ -113,8 +114,8 @@ def _list(store: ReferenceStore) -> None:
         for info in infos:
             table.add_row(
                 info.identity[:12],
-                f"{info.sequences:,}",
-                f"{info.tokens:,}",
+                f"{info.entries:,}",
+                f"{info.value_bytes // 4:,}",
                 _mb(info.bytes),
                 _date(info.last_used),
                 Text(_policy(info)),
@@ -251,7 +252,7 @@ def _prune(store: ReferenceStore, stages: StageStore, files: Sequence[_Entry], a
             freed += file.stat().st_size
             file.unlink()
     for info in pruned.identities:
-        _say(f"Removed {info.identity[:12]} ({info.description.get('model', '-')}): {info.sequences:,} sequences.")
+        _say(f"Removed {info.identity[:12]} ({info.description.get('model', '-')}): {info.entries:,} sequences.")
     _say(f"{len(pruned.identities)} policies removed, {_mb(max(0, freed))} MB freed, {_mb(store.size())} MB left.")
     return 0
 

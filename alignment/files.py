@@ -198,6 +198,10 @@ class CacheKind(Enum):
     models = ("models", "a model of an installed package, converted once")
     calibration = ("calibration", "the constants of calibrated NF4 (quantization=icq), searched once per model")
     spectrum = ("spectrum", "signal to noise of a model's matrices (spectrum=...), measured once per model")
+    judgements = (
+        "judgements",
+        "the replies of a judge, asked once per prompt and answers; asking again may cost money",
+    )
     adapter_starts = ("adapter_starts", "the start of an adapter (PiSSA, OLoRA, EVA, CorDA, LoftQ), computed once")
 
     def __init__(self, place: str, holds: str) -> None:

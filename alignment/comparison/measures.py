@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from alignment.comparison.members import ComparedRun, Variant, rows_by_key
-from alignment.evaluation.judge import Verdict, compare
+from alignment.evaluation.judges.base import Judgement, compare
 from alignment.runs.folder import as_count, dig, eval_pairs, first_and_last, submapping
 from alignment.runs.text import is_number
 
@@ -91,29 +91,36 @@ def _tied(member: ComparedRun) -> float:
     return (_won(member, "ties") or 0.0) / max(1, _num_answers(member))
 
 
-def verdict(sample: Mapping[str, Any], model: str) -> Verdict | None:
+def verdict(sample: Mapping[str, Any], model: str) -> Judgement | None:
     """The judge's verdict on a model's answer; None if nobody judged it."""
     kept = submapping(sample, "verdicts", model)
-    return Verdict(**kept | {"reasons": tuple(kept["reasons"])}) if kept else None
+    return Judgement.from_json(kept) if kept else None
 
 
-def verdicts(member: ComparedRun, model: str = "final") -> dict[str, Verdict]:
+def verdicts(member: ComparedRun, model: str = "final") -> dict[str, Judgement]:
     """The verdicts on a model's answers, by prompt."""
     samples = rows_by_key(member.run.samples, "prompt").items()
     return {prompt: found for prompt, sample in samples if (found := verdict(sample, model)) is not None}
 
 
-def wins(a: Mapping[str, Verdict], b: Mapping[str, Verdict]) -> dict[str, float]:
+def wins(a: Mapping[str, Judgement], b: Mapping[str, Judgement]) -> dict[str, float]:
     """By prompt: 1 if a's answer is better, 0.5 for a tie, 0 if b's answer is better."""
     return {prompt: 0.5 + compare(a[prompt], b[prompt]) / 2 for prompt in a if prompt in b}
 
 
 def _wins(member: ComparedRun) -> dict[str, float]:
-    return wins(verdicts(member), verdicts(member, start_model(member)))
+    before = start_model(member)
+    compared = {
+        prompt: 0.5 + preference["outcome"] / 2
+        for prompt, sample in rows_by_key(member.run.samples, "prompt").items()
+        if (preference := submapping(sample, "preferences", before))
+    }
+    return compared or wins(verdicts(member), verdicts(member, before))
 
 
 def _correct(member: ComparedRun) -> dict[str, float]:
-    return {prompt: float(found.correct) for prompt, found in verdicts(member).items()}
+    found = verdicts(member).items()
+    return {prompt: float(verdict.correct) for prompt, verdict in found if verdict.correct is not None}
 
 
 def chosen_drift(member: ComparedRun) -> float | None:

@@ -92,11 +92,17 @@ def _register_shipped() -> None:
 def _schema(of: type) -> DictConfig:
     """A dataclass as a schema. Mappings in it take new keys without the plus that Hydra would ask for."""
     node = OmegaConf.structured(of)
+    _open_mappings(node)
+    return node
+
+
+def _open_mappings(node: DictConfig) -> None:
     for key in node:
         field = node._get_node(key)
         if isinstance(field, DictConfig) and not is_dataclass(field._metadata.ref_type):
             OmegaConf.set_struct(field, False)
-    return node
+        elif isinstance(field, DictConfig) and not (field._is_none() or field._is_missing()):
+            _open_mappings(field)
 
 
 def _store_schema(node: DictConfig, path: Path) -> None:

@@ -59,8 +59,10 @@ def changes(folder: Path, node: DictConfig) -> str:
 def _is_new(key: str, before: Mapping[str, Any], node: DictConfig) -> bool:
     """Whether a setting that a run lacks is one of a section that it has, and no entry of a mapping of the user's."""
     section = key.rpartition(".")[0]
-    has_section = any(known.startswith(f"{section}.") for known in before)
-    return bool(section) and has_section and is_dataclass(OmegaConf.get_type(OmegaConf.select(node, section)))
+    if not section or not is_dataclass(OmegaConf.get_type(OmegaConf.select(node, section))):
+        return False
+    # A section may be new itself, in one that the run has
+    return any(known.startswith(f"{section}.") for known in before) or _is_new(section, before, node)
 
 
 def _begun(folder: Path) -> list[str]:

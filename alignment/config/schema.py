@@ -14,6 +14,8 @@ from typing import Any
 
 from alignment.config.adapters import AdapterConfig as AdapterConfig
 from alignment.config.data import DataConfig as DataConfig
+from alignment.config.judging import Judge as Judge
+from alignment.config.judging import LLMJudgeConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.quantization import Calibration as Calibration
 from alignment.config.quantization import Dtype as Dtype
@@ -57,13 +59,6 @@ class ReferenceMode(Enum):
 
     cache = "cache"
     live = "live"
-
-
-class Judge(Enum):
-    """How sampled answers are scored: by rules against the accepted answers in the data, or not at all."""
-
-    none = "none"
-    rules = "rules"
 
 
 @dataclass(kw_only=True)
@@ -215,6 +210,9 @@ class EvaluationConfig:
     """Sampled answers to held-out prompts, before and after training; 0 prompts switch sampling off.
 
     After the preference stage `kl_prompts` prompts are answered at temperature 1, for the KL to the start of the stage.
+    `judge` judges the sampled answers. `reward_model` is a hub id or a folder, for the judge of that name.
+    `human_labels` is a file of pairs that people have judged: the judge judges them too, and its card says how far it
+    agrees.
     """
 
     prompts: int
@@ -223,8 +221,22 @@ class EvaluationConfig:
     temperature: float
     batch_size: int
     judge: Judge
+    reward_model: str | None
+    human_labels: str | None
+    llm: LLMJudgeConfig
 
     def __post_init__(self) -> None:
+        if self.judge is Judge.llm:
+            self.llm.check()
+        require(
+            self.judge is not Judge.reward_model or bool(self.reward_model),
+            "evaluation.judge=reward_model needs evaluation.reward_model, a hub id or the folder of a reward model.",
+        )
+        require(
+            self.human_labels is None or self.judge not in (Judge.none, Judge.rules, Judge.ifeval, Judge.math),
+            f"evaluation.human_labels is for judges of any answer (llm, reward_model): evaluation.judge="
+            f"{self.judge.name} has nothing to say of these pairs.",
+        )
         for key in ("prompts", "kl_prompts"):
             require(getattr(self, key) >= 0, f"evaluation.{key} must be at least 0, not {getattr(self, key)}.")
         require(self.temperature >= 0, f"evaluation.temperature must be at least 0, not {self.temperature}.")

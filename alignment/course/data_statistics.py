@@ -15,7 +15,8 @@ from alignment.data.inspection.words import answers, prompts, words
 from alignment.data.inspection.words import overlaps as overlaps  # one of these statistics
 from alignment.data.rows.row import Row
 from alignment.errors import UserError
-from alignment.evaluation.judge import compare, judge
+from alignment.evaluation.judges.base import compare
+from alignment.evaluation.judges.rules import accepted_answers, judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class Agreement:
     """How often another judge agrees with the labels.
 
     Attributes:
-        judge: `scores` of the data, `rules` of `alignment.evaluation.judge`, `repeats` of the same comparison elsewhere
-            in the data, or `longer`, which prefers the longer answer.
+        judge: `scores` of the data, `rules` of `alignment.evaluation.judges.rules`, `repeats` of the same comparison
+            elsewhere in the data, or `longer`, which prefers the longer answer.
         n: number of comparisons that the judge decides.
         ties: number of comparisons that it leaves open.
         share: share of the n comparisons in which it agrees; NaN if n is 0.
@@ -108,8 +109,7 @@ def _sign(value: float) -> int:
 
 
 def _by_rules(row: Row) -> int:
-    answer = row.meta["answer"]
-    accepted = [str(a) for a in answer] if isinstance(answer, list) else [str(answer)]
+    accepted = accepted_answers(row.meta)
     [(chosen, rejected)] = answers([row])
     return compare(judge(chosen, accepted), judge(rejected, accepted))
 

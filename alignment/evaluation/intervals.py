@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import sqrt
 
-_Z = 1.959964  # the 97.5% quantile of the normal distribution
+Z = 1.959964
+"""The 97.5% quantile of the normal distribution."""
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -12,9 +13,9 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
     Wilson's (1927, JASA 22, 209-212): all true shares that a score test does not reject.
     """
-    z2 = _Z * _Z
+    z2 = Z * Z
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = _Z / (1 + z2 / count) * sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    half = Z / (1 + z2 / count) * sqrt(share * (1 - share) / count + z2 / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -35,7 +36,7 @@ def tango_interval(rate: float, tied: float, count: int) -> tuple[float, float]:
     def is_rejected(true: float) -> bool:
         linear = tied + won * (1 - true) + lost * true
         ties = linear - sqrt(max(linear**2 - 4 * tied * true * (1 - true), 0.0))  # the most likely share
-        return count * (rate - true) ** 2 > _Z**2 * (true * (1 - true) - ties / 4)
+        return count * (rate - true) ** 2 > Z**2 * (true * (1 - true) - ties / 4)
 
     def bound(outer: float) -> float:
         inner = rate

@@ -3,137 +3,34 @@
 A policy is named by its identity (a digest of base weights, quantisation and active adapters), a sequence by the
 content hash of its prompt and completion tokens. Losses, hyper-parameters, seeds and run names are not part of the key,
 so all runs that ask the same policy about the same tokens share one computation.
-
-The store is one SQLite file in WAL mode, which several processes of one machine may use at once. Every entry has a
-checksum over identity, key and log-probs. If the file or an entry is damaged, the file is set aside under another name
-and a fresh one is begun: a damaged value is never returned, only computed again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-import re
-import sqlite3
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
-from alignment.errors import UserError
-from alignment.files import CacheKind, file_lock
-
-_log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-
-_VERSION = 1
-_SCHEMA = (
-    "CREATE TABLE identities (number INTEGER PRIMARY KEY, identity TEXT NOT NULL UNIQUE, description TEXT NOT NULL,"
-    " created REAL NOT NULL, last_used REAL NOT NULL)",
-    "CREATE TABLE logps (row INTEGER PRIMARY KEY, identity INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL,"
-    " checksum BLOB NOT NULL, UNIQUE (identity, key))",
-)
-_KEYS_PER_SELECT = 10_000  # SQLite allows 32766 variables in one statement
-_BUSY_SECONDS = 60
-_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+from alignment.files import CacheKind
+from alignment.reference.keyed_store import KeyedStore
 
 
-def damaged_files(path: Path) -> list[Path]:
-    """Files that were set aside from `path`, with their -wal and -shm, oldest first."""
-    return sorted(path.parent.glob(f"{path.name}.damaged-*"))
-
-
-@dataclass(frozen=True, slots=True)
-class IdentityInfo:
-    """One policy in the store. `bytes` counts keys, values and checksums; times are seconds since 1970."""
-
-    identity: str
-    description: dict[str, Any]
-    sequences: int
-    tokens: int
-    bytes: int
-    created: float
-    last_used: float
-
-
-@dataclass(frozen=True, slots=True)
-class Pruned:
-    """What `ReferenceStore.prune` removed. `freed` is bytes on disk; it is less while another process is reading."""
-
-    identities: list[IdentityInfo]
-    freed: int
-
-
-class _DamageError(Exception):
-    """The file is broken. It never leaves this module."""
-
-
-class ReferenceStore:
+class ReferenceStore(KeyedStore):
     """Per-token reference log-probs in the SQLite file `path`, which is created if it does not exist.
 
-    Several processes of one machine may use one file at once. An instance belongs to the process and thread that
-    opened it: SQLite connections do not survive a fork, so a forked child opens its own.
-
-    Attributes:
-        damaged: each file that this instance set aside -> what was wrong with it.
-
-    Raises:
-        UserError: `path` is a folder, cannot be read or written, or is another program's database.
+    `alignment.cache list` shows `model`, `quantization`, `adapter` and `dtype` of what is registered.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path).absolute()
-        self.damaged: dict[Path, str] = {}
-        self._descriptions: dict[str, str] = {}
-        self._pid = os.getpid()
-        if self.path.is_dir():
-            raise UserError(
-                f"The reference store {self.path} is a folder; name a file in it, e.g. {CacheKind.reference.place}."
-            )
-        with self._file_lock():
-            self._open()
-
-    def register(self, identity: str, description: Mapping[str, Any]) -> None:
-        """Mark an identity as used now and say what it is, in JSON values.
-
-        `alignment.cache list` shows `model`, `quantization`, `adapter` and `dtype`.
-        """
-        self._descriptions[_checked(identity)] = json.dumps(dict(description), sort_keys=True)
-
-        def write(connection: sqlite3.Connection) -> None:
-            with _transaction(connection):
-                self._mark_used(connection, identity)
-
-        self._run(write)
+    table: ClassVar[str] = "logps"
+    title: ClassVar[str] = "reference store"
+    example: ClassVar[str] = CacheKind.reference.place
+    elsewhere: ClassVar[str] = "reference.path or ALIGNMENT_CACHE"
 
     def get(self, identity: str, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """The stored log-probs, (tokens,) float32, of those keys that the store has."""
-        wanted = list(dict.fromkeys(keys))
-        _checked(identity)
-
-        def read(connection: sqlite3.Connection) -> dict[bytes, np.ndarray]:
-            found = {}
-            for start in range(0, len(wanted), _KEYS_PER_SELECT):
-                batch = wanted[start : start + _KEYS_PER_SELECT]
-                rows = connection.execute(
-                    "SELECT key, value, checksum FROM logps WHERE identity ="
-                    " (SELECT number FROM identities WHERE identity = ?)"
-                    f" AND key IN ({','.join('?' * len(batch))})",
-                    (identity, *batch),
-                )
-                for key, value, checksum in rows:
-                    _check_entry(identity, key, value, checksum)
-                    found[key] = np.frombuffer(value, dtype="<f4").astype(np.float32)
-            return found
-
-        return self._run(read)
+        found = self.get_bytes(identity, keys)
+        return {key: np.frombuffer(value, dtype="<f4").astype(np.float32) for key, value in found.items()}
 
     def put(self, identity: str, items: Mapping[bytes, np.ndarray]) -> None:
         """Store log-probs, (tokens,) float32 each: all or none.
@@ -141,305 +38,14 @@ class ReferenceStore:
         Raises:
             ValueError: a value is empty or not finite.
         """
-        _checked(identity)
-        rows = []
         for key, logps in items.items():
             if logps.dtype != np.float32 or logps.ndim != 1 or not len(logps) or not np.isfinite(logps).all():
                 raise ValueError(
                     f"Log-probs of sequence {key.hex()[:12]} must be a finite float32 vector with at least one token, "
                     f"not {logps.dtype} of shape {logps.shape} with {np.count_nonzero(~np.isfinite(logps))} not finite."
                 )
-            value = logps.astype("<f4").tobytes()
-            rows.append((key, value, _checksum(identity, key, value)))
+        self.put_bytes(identity, {key: logps.astype("<f4").tobytes() for key, logps in items.items()})
 
-        def write(connection: sqlite3.Connection) -> None:
-            with _transaction(connection):
-                number = self._mark_used(connection, identity)
-                connection.executemany(
-                    "INSERT OR REPLACE INTO logps (identity, key, value, checksum) VALUES (?, ?, ?, ?)",
-                    ((number, *row) for row in rows),
-                )
-
-        self._run(write)
-
-    def forget(self, identity: str) -> int:
-        """Remove an identity with all its log-probs; returns the number of sequences removed."""
-
-        def write(connection: sqlite3.Connection) -> int:
-            with _transaction(connection):
-                removed = connection.execute(
-                    "DELETE FROM logps WHERE identity = (SELECT number FROM identities WHERE identity = ?)", (identity,)
-                ).rowcount
-                connection.execute("DELETE FROM identities WHERE identity = ?", (identity,))
-            return removed
-
-        return self._run(write)
-
-    def locked(self, identity: str) -> AbstractContextManager[None]:
-        """Hold an identity's lock, so that a process that lacks the same values waits for them instead of computing."""
-        waiting = f"Another run is computing this reference ({identity[:12]}); waiting for it ..."
-        return self._lock(f".{identity[:16]}.lock", waiting)
-
-    def identities(self) -> list[IdentityInfo]:
-        """Every identity in the store, most recently used first."""
-
-        def read(connection: sqlite3.Connection) -> list[IdentityInfo]:
-            rows = connection.execute(
-                "SELECT i.identity, i.description, COALESCE(s.sequences, 0), COALESCE(s.tokens, 0),"
-                " COALESCE(s.bytes, 0), i.created, i.last_used"
-                " FROM identities i LEFT JOIN (SELECT identity, COUNT(*) sequences, SUM(length(value)) / 4 tokens,"
-                " SUM(length(key) + length(value) + length(checksum)) bytes FROM logps GROUP BY identity) s"
-                " ON s.identity = i.number ORDER BY i.last_used DESC"
-            )
-            return [
-                IdentityInfo(identity, json.loads(description), *numbers) for identity, description, *numbers in rows
-            ]
-
-        return self._run(read)
-
-    def verify(self) -> int:
-        """Check the structure of the file and the checksum of every entry; returns the number of sound sequences.
-
-        If something is damaged, the file is set aside, `damaged` says so, and the fresh one has no sequences.
-        """
-
-        def check(connection: sqlite3.Connection) -> int:
-            [(first,)] = connection.execute("PRAGMA integrity_check(1)").fetchall()
-            if first != "ok":
-                raise _DamageError(" ".join(first.split()))
-            sound = 0
-            for row in connection.execute(
-                "SELECT i.identity, s.key, s.value, s.checksum"
-                " FROM logps s LEFT JOIN identities i ON i.number = s.identity"
-            ):
-                _check_entry(*row)
-                sound += 1
-            return sound
-
-        return self._run(check)
-
-    def prune(
-        self, *, older_than_days: float | None = None, identity: str | None = None, max_bytes: int | None = None
-    ) -> Pruned:
-        """Remove identities that meet any criterion, and shrink the file.
-
-        Args:
-            older_than_days: not used for so many days; 0 removes everything.
-            identity: exactly this one.
-            max_bytes: the least recently used ones, until the rest is no larger than this.
-        """
-        infos = sorted(self.identities(), key=lambda info: info.last_used)
-        before, left, now = self.size(), sum(info.bytes for info in infos), time.time()
-        removed = []
-        for info in infos:
-            # A clock that was set back must not make an entry immortal.
-            days = max(0.0, now - info.last_used) / 86400
-            if (
-                info.identity == identity
-                or (older_than_days is not None and days >= older_than_days)
-                or (max_bytes is not None and left > max_bytes)
-            ):
-                left -= info.bytes
-                removed.append(info)
-        for info in removed:
-            self.forget(info.identity)
-
-        def shrink(connection: sqlite3.Connection) -> None:
-            # As a script: execute() would stop after the first page.
-            connection.executescript("PRAGMA incremental_vacuum")
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-        self._run(shrink)
-        return Pruned(removed, before - self.size())
-
-    def size(self) -> int:
-        """Bytes on disk, including the write-ahead log."""
-        return _size(self.path) + _size(_beside(self.path, "-wal"))
-
-    def close(self) -> None:
-        """Close the file; the last process to do so folds the write-ahead log into it."""
-        self._connection.close()
-
-    def __enter__(self) -> ReferenceStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _run(self, operation: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Do it; if the file turns out to be damaged, do it again on a fresh one."""
-        if os.getpid() != self._pid:
-            raise RuntimeError("A ReferenceStore does not survive a fork: open another one in the child process.")
-        damage = None
-        if _inode(self.path) == self._inode:
-            try:
-                with self._errors():
-                    return operation(self._connection)
-            except _DamageError as error:
-                damage = str(error)
-        self._connection.close()
-        with self._file_lock():
-            # Another process may have met the same damage first: its fresh file stays.
-            if damage is not None and _inode(self.path) == self._inode:
-                self._set_aside(damage)
-            self._open()
-        try:
-            with self._errors():
-                return operation(self._connection)
-        except _DamageError as error:
-            raise self._unusable(error) from error
-
-    def _open(self) -> None:
-        """Connect, under the lock, and set a damaged file aside first."""
-        try:
-            self._connection = self._connect()
-        except _DamageError as error:
-            self._set_aside(str(error))
-            self._connection = self._connect()
-        self._inode = _inode(self.path)
-
-    def _connect(self) -> sqlite3.Connection:
-        # The file is only ever touched through SQLite, never with open(): closing any descriptor of it would drop the
-        # POSIX locks that other connections of this process hold.
-        with self._errors():
-            connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
-            try:
-                connection.execute("PRAGMA cell_size_check = ON")
-                connection.execute("PRAGMA secure_delete = OFF")
-                connection.execute("PRAGMA synchronous = NORMAL")
-                schema = tuple(sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL"))
-                version = connection.execute("PRAGMA user_version").fetchone()[0]
-                if not schema and not version:
-                    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-                    connection.execute("PRAGMA journal_mode = WAL")
-                    with _transaction(connection):
-                        for statement in _SCHEMA:
-                            connection.execute(statement)
-                        connection.execute(f"PRAGMA user_version = {_VERSION}")
-                elif (schema, version) != (_SCHEMA, _VERSION):
-                    raise UserError(
-                        f"{self.path} is an SQLite database of another program or of another version of this one; "
-                        "move it away, or choose another folder with reference.path or ALIGNMENT_CACHE."
-                    )
-            except BaseException:
-                connection.close()
-                raise
-        return connection
-
-    def _set_aside(self, reason: str) -> None:
-        target = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
-        try:
-            # The database first: SQLite discards a log without its database, and replays a log beside a fresh one.
-            self.path.rename(target)
-            for suffix in ("-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    _beside(self.path, suffix).rename(_beside(target, suffix))
-        except OSError as error:
-            raise self._unusable(error) from error
-        self.damaged[target] = reason
-        _log.warning(
-            "The reference store %s was damaged (%s). It is kept as %s; its values are computed again when needed.",
-            *(self.path, reason, target.name),
-        )
-
-    def _mark_used(self, connection: sqlite3.Connection, identity: str) -> int:
-        """Mark the identity as used now and add it if it is absent, as on a fresh file; returns its number."""
-        now = time.time()
-        connection.execute(
-            "INSERT INTO identities (identity, description, created, last_used) VALUES (?, ?, ?, ?)"
-            " ON CONFLICT (identity) DO UPDATE SET last_used = excluded.last_used,"
-            " description = COALESCE(NULLIF(excluded.description, '{}'), description)",
-            (identity, self._descriptions.get(identity, "{}"), now, now),
-        )
-        return connection.execute("SELECT number FROM identities WHERE identity = ?", (identity,)).fetchone()[0]
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Tell damage (`_DamageError`) from what the user can mend (`UserError`); bugs pass as they are."""
-        try:
-            yield
-        except (UserError, sqlite3.ProgrammingError):
-            raise
-        except sqlite3.DatabaseError as error:
-            # Python's own errors, such as text that is not UTF-8, have no code.
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
-            if code & 0xFF in _DAMAGE or code == sqlite3.SQLITE_IOERR_SHORT_READ:
-                raise _DamageError(str(error)) from error
-            raise self._unusable(error) from error
-        except ValueError as error:  # a description that is not JSON, a message of SQLite that quotes damaged bytes
-            raise _DamageError("it holds unreadable text") from error
-
-    def _file_lock(self) -> AbstractContextManager[None]:
-        """One process at a time creates, opens or replaces the file."""
-        return self._lock(".lock", f"Another run is opening the reference store {self.path}; waiting for it ...")
-
-    @contextmanager
-    def _lock(self, suffix: str, waiting: str) -> Iterator[None]:
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(file_lock(_beside(self.path, suffix), waiting))
-            except OSError as error:
-                raise self._unusable(error) from error
-            yield
-
-    def _unusable(self, error: Exception) -> UserError:
-        return UserError(
-            f"The reference store {self.path} cannot be used ({error}); free the disk, mend the rights, or choose "
-            "another folder with reference.path or ALIGNMENT_CACHE."
-        )
-
-
-def _checked(identity: str) -> str:
-    """Refuse a name or a path: it would match other weights of the same name."""
-    if not re.fullmatch("[0-9a-f]{64}", identity):
-        raise ValueError(f"A policy identity is 64 lower-case hexadecimal digits, not {identity!r}.")
-    return identity
-
-
-def _checksum(identity: str, key: bytes, value: bytes) -> bytes:
-    digest = hashlib.blake2b(identity.encode(), digest_size=16)
-    digest.update(len(key).to_bytes(8, "little"))
-    digest.update(key)
-    digest.update(value)
-    return digest.digest()
-
-
-def _check_entry(identity: object, key: object, value: object, checksum: object) -> None:
-    """Damage can change the types of columns as well as their content."""
-    if not (
-        isinstance(identity, str)
-        and isinstance(key, bytes)
-        and isinstance(value, bytes)
-        and len(value) > 0
-        and len(value) % 4 == 0
-        and checksum == _checksum(identity, key, value)
-    ):
-        raise _DamageError("an entry does not match its checksum")
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Take the write lock at once: a reader that turns into a writer can fail without waiting."""
-    connection.execute("BEGIN IMMEDIATE")
-    with connection:
-        yield
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
-
-
-def _size(path: Path) -> int:
-    """Bytes; another process may remove a log at any time."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
+    def is_value(self, value: bytes) -> bool:
+        """Whether bytes can be log-probs."""
+        return len(value) > 0 and len(value) % 4 == 0

@@ -18,7 +18,7 @@ from zlib import crc32
 
 import alignment
 from alignment.errors import UserError
-from alignment.evaluation.judge import Verdict
+from alignment.evaluation.judges.base import Judgement
 from alignment.files import (
     atomic_write_bytes,
     atomic_write_text,
@@ -203,9 +203,15 @@ class RunRecord:
                 if sample.get(key) is not None:
                     parts.append(f"**{title}:** {escape_markdown(str(sample[key]))}\n")
                 if found := sample.get("verdicts", {}).get(key):
-                    parts.append(f"**Judged:** {escape_markdown(str(Verdict(**found)))}\n")
+                    parts.append(f"**Judged:** {escape_markdown(str(Judgement.from_json(found)))}\n")
+                if found := sample.get("preferences", {}).get(key):
+                    said = "; ".join([_OUTCOMES[found["outcome"]], *found["reasons"]])
+                    parts.append(f"**Judged:** {escape_markdown(said)}\n")
         atomic_write_text(paths[1], "\n".join(parts))
         return paths
+
+
+_OUTCOMES = {1: "the final answer is better", 0: "a tie with the final answer", -1: "better than the final answer"}
 
 
 def versions() -> dict[str, str | None]:

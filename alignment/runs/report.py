@@ -27,6 +27,7 @@ from alignment.runs.folder import (
     submapping,
     write_page,
 )
+from alignment.runs.judge_table import ABOUT_JUDGE, judge_rows
 from alignment.runs.plots import write_plots
 from alignment.runs.record import STAGES
 from alignment.runs.text import (
@@ -322,6 +323,8 @@ def write_report(run_dir: Path) -> Path:
     if rows:
         parts += ["## Held-out evaluation", markdown_table([escape_markdown(cell) for cell in header], rows)]
         parts.append(_ABOUT_EVALUATION)
+    if card := submapping(run.summary, "evaluation", "judge"):
+        parts += ["## The judge", markdown_table(["", ""], judge_rows(card)), ABOUT_JUDGE]
     header, rows = _stage_table(run.summary)
     if rows:
         parts += ["## Stages", markdown_table([escape_markdown(cell) for cell in header], rows)]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
-from alignment.config.schema import Judge, RunConfig
-from alignment.data.conversations.trajectories import readable
+from alignment.config.schema import RunConfig
 from alignment.data.preparation.prepare import PreferenceData
 from alignment.data.tokens.units import spread_prompts
-from alignment.errors import UserError
 from alignment.evaluation.generate import as_text, presets, presets_in_words, sample
-from alignment.evaluation.judge import Verdict, compare, judge, win_rate
 from alignment.files import read_sealed, write_sealed
 from alignment.runs.record import RunRecord
+from alignment.stages.judging import AnswersJudge
 from alignment.stages.stage import Workspace
 from alignment.stages.store import StageStore, answers_key
 
@@ -33,7 +30,7 @@ class HeldOutAnswers:
         stops: the tokens that end an answer.
 
     Raises:
-        UserError: the judge is asked for and a row has no accepted answers.
+        UserError: the judge lacks something, or cannot judge a row.
     """
 
     def __init__(
@@ -42,13 +39,7 @@ class HeldOutAnswers:
         groups, rows = data.eval, data.eval_rows
         picked = spread_prompts(groups, config.evaluation.prompts)
         self.rows = [rows[i] for i in picked]
-        if config.evaluation.judge is Judge.rules:
-            for row in self.rows:
-                if "answer" not in row.meta:
-                    raise UserError(
-                        f"evaluation.judge=rules needs a column `answer` with the accepted answers, and {row.source} "
-                        f"has none; add it or set evaluation.judge=none."
-                    )
+        self._judge = AnswersJudge(config.evaluation, self.rows, work.cache, work.device)
         self._prompts = [groups[i].prompt for i in picked]
         self._config = config.evaluation
         self._seed = config.seed
@@ -102,45 +93,5 @@ class HeldOutAnswers:
         return answers
 
     def judged(self, record: RunRecord) -> dict[str, Any]:
-        """Write the samples; lengths of the answers and, with the judge, scores and win rates of the last policy."""
-        if not self._prompts:
-            return {}
-        verdicts: dict[str, list[Verdict]] = {}
-        if self._config.judge is Judge.rules:
-            accepted = [_accepted(row.meta["answer"]) for row in self.rows]
-            verdicts = {
-                name: [judge(text, right) for text, right in zip(texts, accepted, strict=True)]
-                for name, texts in self.answers.items()
-            }
-        record.write_samples([self._sample(i, verdicts) for i in range(len(self.rows))])
-        result: dict[str, Any] = {"prompts": len(self.rows), "answers": {}}
-        for name, texts in self.answers.items():
-            entry: dict[str, Any] = {"n": len(texts), "words": sum(len(text.split()) for text in texts) / len(texts)}
-            if verdicts:
-                entry["judge_score"] = sum(v.score for v in verdicts[name]) / len(texts)
-                entry["correct"] = sum(v.correct for v in verdicts[name]) / len(texts)
-                entry["direct"] = sum(v.direct for v in verdicts[name]) / len(texts)
-            result["answers"][name] = entry
-        if verdicts:
-            result["win_rate"] = {
-                f"final_vs_{other}": asdict(win_rate(zip(verdicts["final"], verdicts[other], strict=True)))
-                for other in verdicts
-                if other != "final"
-            }
-        return result
-
-    def _sample(self, index: int, verdicts: dict[str, list[Verdict]]) -> dict[str, Any]:
-        row = self.rows[index]
-        sample: dict[str, Any] = {"prompt": readable(row.prompt)}
-        sample |= {name: texts[index] for name, texts in self.answers.items()}
-        if "kind" in row.meta:
-            sample["kind"] = row.meta["kind"]
-        if verdicts:
-            sample["verdicts"] = {name: asdict(v[index]) for name, v in verdicts.items()}
-            order = compare(verdicts["final"][index], verdicts["start"][index])
-            sample["winner"] = {1: "final", 0: "tie", -1: "start"}[order]
-        return sample
-
-
-def _accepted(value: Any) -> list[str]:
-    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        """Write the samples; lengths of the answers and, with a judge, scores and win rates of the last policy."""
+        return self._judge(self.answers, record) if self._prompts else {}

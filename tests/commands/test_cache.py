@@ -16,7 +16,8 @@ import pytest
 import alignment
 from alignment.cache import main
 from alignment.files import CacheKind
-from alignment.reference.store import ReferenceStore, damaged_files
+from alignment.reference.keyed_store import damaged_files
+from alignment.reference.store import ReferenceStore
 from alignment.stages.store import StageStore
 
 OLD, NEW = "ab" + "1" * 62, "ab" + "2" * 62

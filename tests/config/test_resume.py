@@ -15,7 +15,10 @@ from tests.conftest import each
 
 TYPED = ["recipe=quickstart", "optim.lr=3.0e-5", "+data.template_kwargs={thinking: false}"]
 OLD = [f"{key}={value}" for key, value in FORMER_DEFAULTS.items()]
-NEW_SINCE = ("adapter.iec", "trainer.router_aux_loss_coef", "sft.trainer.router_aux_loss_coef", "spectrum")
+NEW_SINCE = (
+    *("adapter.iec", "trainer.router_aux_loss_coef", "sft.trainer.router_aux_loss_coef", "spectrum"),
+    *("evaluation.llm", "evaluation.reward_model", "evaluation.human_labels"),
+)
 
 
 @pytest.fixture(scope="module")

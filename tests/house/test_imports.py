@@ -18,7 +18,7 @@ ONLY_IN = {
     "trl": {"stages.sft", "policy.load"},
     "matplotlib": {"runs.plots", "runs.style", "course.figures"},
     "plotly": {"comparison.charts", "comparison.tracked"},
-    "sqlite3": {"reference.store", "cache"},
+    "sqlite3": {"reference.keyed_store"},
     "greenlet": {"training.cohort"},
     "bitsandbytes": {"policy", "kernels.calibrated", "kernels.eight_bit", "kernels.nf4", "config.gpu"},
 }

@@ -14,7 +14,8 @@ import pytest
 
 from alignment.errors import UserError
 from alignment.files import CacheKind, cache_dir
-from alignment.reference.store import ReferenceStore, damaged_files
+from alignment.reference.keyed_store import damaged_files
+from alignment.reference.store import ReferenceStore
 from tests.helpers.patience import patience
 from tests.helpers.stores import (
     A,
@@ -85,7 +86,7 @@ def test_the_same_again_is_fine_and_the_latest_value_wins(path: Path) -> None:
         store.put(A, {key: logps})
         store.put(A, {key: logps * 2})
         np.testing.assert_array_equal(store.get(A, [key])[key], logps * 2)
-        assert store.identities()[0].sequences == 1
+        assert store.identities()[0].entries == 1
 
 
 @pytest.mark.parametrize(
@@ -121,11 +122,11 @@ def test_statistics_are_counted(path: Path) -> None:
         store.put(A, {b"1" * 32: np.zeros(3, np.float32), b"2" * 32: np.zeros(4, np.float32)})
         store.put(B, {b"1" * 32: np.zeros(5, np.float32)})
         newest, oldest = store.identities()
-    assert (oldest.identity, oldest.sequences, oldest.tokens) == (A, 2, 7)
+    assert (oldest.identity, oldest.entries, oldest.value_bytes) == (A, 2, 4 * 7)
     assert oldest.bytes == 7 * 4 + 2 * (32 + 16)
     assert oldest.description == {"model": "tiny", "dtype": "float32"}
     assert before <= oldest.created <= oldest.last_used <= newest.last_used <= time.time()
-    assert (newest.identity, newest.sequences, newest.tokens, newest.description) == (B, 1, 5, {})
+    assert (newest.identity, newest.entries, newest.value_bytes, newest.description) == (B, 1, 4 * 5, {})
 
 
 def test_get_of_many_keys_is_a_few_statements(path: Path) -> None:
@@ -216,8 +217,8 @@ def test_a_killed_writer_leaves_whole_transactions(path: Path) -> None:
         expected = sequences(range(acknowledged + size))
         with ReferenceStore(path) as store:
             found = store.get(A, list(expected))
-            assert store.identities()[0].sequences % size == 0, "a transaction is stored whole or not at all"
-            assert store.verify() == store.identities()[0].sequences
+            assert store.identities()[0].entries % size == 0, "a transaction is stored whole or not at all"
+            assert store.verify() == store.identities()[0].entries
             store.forget(A)
         assert len(found) >= acknowledged, "what put() returned from survives the process"
         assert_only_right(found, expected)
@@ -247,7 +248,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(path: Path) -> None:
         store._connection.execute(f"PRAGMA max_page_count = {path.stat().st_size // 4096 + 5}")
         with pytest.raises(UserError, match=r"database or disk is full.*free the disk"):
             store.put(A, sequences(range(1000, 5000)))
-        assert store.identities()[0].sequences == 50
+        assert store.identities()[0].entries == 50
         assert_only_right(store.get(A, list(items)), items)
         assert store.damaged == {}
 
@@ -277,7 +278,7 @@ def test_another_database_is_left_alone(path: Path, statement: str) -> None:
 
 
 def test_a_busy_store_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignment.reference.store._BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("alignment.reference.keyed_store._BUSY_SECONDS", 0.05)
     key, logps = sequence(0)
     with ReferenceStore(path) as store:
         other = sqlite3.connect(path, isolation_level=None)

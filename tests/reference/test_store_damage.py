@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from alignment.files import CacheKind
-from alignment.reference.store import ReferenceStore, damaged_files
+from alignment.reference.keyed_store import damaged_files
+from alignment.reference.store import ReferenceStore
 from tests.helpers.stores import (
     A,
     B,

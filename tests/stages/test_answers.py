@@ -21,10 +21,12 @@ from alignment.stages.answers import HeldOutAnswers
 from alignment.stages.stage import Workspace
 from alignment.stages.store import StageStore
 from tests.conftest import random_groups, tiny_policy
+from tests.helpers.judges import llm_settings
 
 GROUPS = random_groups(5, seed=3)
 CONFIG = EvaluationConfig(
-    prompts=3, kl_prompts=0, max_new_tokens=4, temperature=0.0, batch_size=2, judge=Judge.none
+    prompts=3, kl_prompts=0, max_new_tokens=4, temperature=0.0, batch_size=2, judge=Judge.none, reward_model=None,
+    human_labels=None, llm=llm_settings(),
 )  # fmt: skip
 
 

@@ -18,51 +18,18 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any, ClassVar
 
 from alignment.errors import UserError
-from alignment.evaluation.intervals import tango_interval
+from alignment.evaluation.judges.base import Item, Judge, Judgement
 
 CORRECT_SHARE = 0.7
 DIRECT_WORDS = 8
 LONG_WORDS = 24
 READ_WORDS = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the judge thinks of one answer.
-
-    Attributes:
-        score: in [0, 1], rounded to 4 decimals.
-        correct: an accepted answer is asserted.
-        direct: at most `DIRECT_WORDS` words, without hedge, chatter or repetition; whether right or wrong.
-        words: number of words.
-        reasons: what was found, for people who read samples.
-    """
-
-    score: float
-    correct: bool
-    direct: bool
-    words: int
-    reasons: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return ", ".join(["right" if self.correct else "wrong", f"score {self.score:.4g}", *self.reasons])
-
-
-@dataclass(frozen=True, slots=True)
-class WinRate:
-    """Wins of the first over the second of each pair; `rate` counts a tie as one half, [`low`, `high`] is 95%."""
-
-    wins: int
-    ties: int
-    losses: int
-    rate: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,13 +208,13 @@ def _repeats(words: Sequence[str]) -> bool:
     )
 
 
-def judge(answer: str, accepted: Sequence[str]) -> Verdict:
+def judge(answer: str, accepted: Sequence[str]) -> Judgement:
     """Score any string, however odd, against the accepted answers; see the module for the rule."""
     read = _read(answer)
     texts = [word.text for word in read if word.text != "="]
     words = len(texts)
     if not words:
-        return Verdict(0.0, False, False, 0, ("empty",))
+        return Judgement(0.0, False, False, 0, ("empty",))
     correct, why = _substance(read, accepted)
     reasons = [why]
     said = " ".join(texts)
@@ -260,19 +227,33 @@ def judge(answer: str, accepted: Sequence[str]) -> Verdict:
     if words > DIRECT_WORDS:
         reasons.append(f"long: {words} words")
     score = CORRECT_SHARE + (1 - CORRECT_SHARE) * directness if correct else 0.0
-    return Verdict(round(score, 4), correct, directness == 1.0, words, tuple(reasons))
+    return Judgement(round(score, 4), correct, directness == 1.0, words, tuple(reasons))
 
 
-def compare(a: Verdict, b: Verdict) -> int:
-    """1 if `a` scores higher, -1 if `b` does, 0 for a tie; compare(a, b) == -compare(b, a)."""
-    return (a.score > b.score) - (a.score < b.score)
+class RuleJudge(Judge):
+    """The rules, with the accepted answers of each prompt's column `answer`."""
+
+    kind: ClassVar[str] = "rules"
+
+    def description(self) -> dict[str, Any]:
+        """The rules have no settings."""
+        return {"version": 1}
+
+    def require(self, items: Sequence[Item]) -> None:
+        """Refuse prompts without accepted answers."""
+        for item in items:
+            if "answer" not in item.meta:
+                raise UserError(
+                    f"evaluation.judge=rules needs a column `answer` with the accepted answers, and {item.source} "
+                    f"has none; add it or set evaluation.judge=none."
+                )
+
+    def score(self, items: Sequence[Item]) -> list[Judgement]:
+        """The rule's score of each answer."""
+        return [judge(item.answers[0], accepted_answers(item.meta)) for item in items]
 
 
-def win_rate(pairs: Iterable[tuple[Verdict, Verdict]]) -> WinRate:
-    """How often the first verdict of a pair beats the second."""
-    outcomes = [compare(a, b) for a, b in pairs]
-    if not outcomes:
-        raise UserError("A win rate needs at least one pair of answers; evaluation.prompts must be at least 1.")
-    n, wins, ties = len(outcomes), outcomes.count(1), outcomes.count(0)
-    rate = (wins + ties / 2) / n
-    return WinRate(wins, ties, n - wins - ties, rate, *tango_interval(rate, ties / n, n))
+def accepted_answers(meta: Mapping[str, Any]) -> list[str]:
+    """The accepted answers in a row's column `answer`: one, or a list."""
+    value = meta["answer"]
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)]

@@ -6,7 +6,8 @@ import pytest
 
 from alignment.errors import UserError
 from alignment.evaluation.intervals import tango_interval
-from alignment.evaluation.judge import WinRate, compare, judge, win_rate
+from alignment.evaluation.judges.base import WinRate, compare, win_rate
+from alignment.evaluation.judges.rules import judge
 
 PARIS, TWELVE = ["Paris"], ["12"]
 
@@ -174,7 +175,7 @@ def test_compare_orders_and_is_symmetrical():
 
 def test_win_rate_by_hand():
     good, bad = judge("Paris.", PARIS), judge("Rome.", PARIS)
-    result = win_rate([(good, bad)] * 6 + [(good, good)] * 2 + [(bad, good)] * 2)
+    result = win_rate(compare(a, b) for a, b in [(good, bad)] * 6 + [(good, good)] * 2 + [(bad, good)] * 2)
     assert (result.wins, result.ties, result.losses, result.rate) == (6, 2, 2, 0.7)
     assert (result.low, result.high) == tango_interval(0.7, 0.2, 10)
 
@@ -182,15 +183,14 @@ def test_win_rate_by_hand():
 def test_win_rate_of_the_swapped_pairs_is_the_complement():
     good, bad = judge("Paris.", PARIS), judge("Rome.", PARIS)
     pairs = [(good, bad)] * 5 + [(bad, bad)] * 3 + [(bad, good)]
-    ours, theirs = win_rate(pairs), win_rate([(b, a) for a, b in pairs])
+    ours, theirs = win_rate(compare(a, b) for a, b in pairs), win_rate(compare(b, a) for a, b in pairs)
     assert (theirs.wins, theirs.losses) == (ours.losses, ours.wins)
     for a, b in ((theirs.rate, ours.rate), (theirs.low, ours.high), (theirs.high, ours.low)):
         assert math.isclose(a, 1 - b)
 
 
 def test_win_rate_at_the_edges():
-    good, bad = judge("Paris.", PARIS), judge("Rome.", PARIS)
-    assert win_rate([(good, bad)] * 4).high == pytest.approx(1.0)
-    assert win_rate([(good, good)]) == WinRate(0, 1, 0, 0.5, *(pytest.approx(x, abs=1e-4) for x in (0.1033, 0.8967)))
+    assert win_rate([1] * 4).high == pytest.approx(1.0)
+    assert win_rate([0]) == WinRate(0, 1, 0, 0.5, *(pytest.approx(x, abs=1e-4) for x in (0.1033, 0.8967)))
     with pytest.raises(UserError, match="at least one pair"):
         win_rate([])

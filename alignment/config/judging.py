@@ -1,0 +1,103 @@
+"""The settings of judges."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from alignment.config.places import has_password
+from alignment.errors import UserError, not_negative, positive, require
+
+
+class Judge(Enum):
+    """Who judges sampled answers.
+
+    `rules`: against the accepted answers in the data. `ifeval`: by the instructions in the data. `math`: against the
+    solution in the data. `reward_model`: a model with one score. `llm`: a chat model behind an address. `none`: nobody.
+    """
+
+    none = "none"
+    rules = "rules"
+    ifeval = "ifeval"
+    math = "math"
+    reward_model = "reward_model"
+    llm = "llm"
+
+
+class Verdicts(Enum):
+    """What a chat model is asked for.
+
+    `mt_bench`: which of two answers is better, or neither, after a few words. `alpaca_eval`: the same in one token,
+    whose probability counts. `arena`: the same in five grades. `rubric`: a grade from 1 to 10 for one answer.
+    """
+
+    mt_bench = "mt_bench"
+    alpaca_eval = "alpaca_eval"
+    arena = "arena"
+    rubric = "rubric"
+
+
+@dataclass(kw_only=True)
+class LLMJudgeConfig:
+    """A chat model that judges, behind an OpenAI-compatible address such as http://localhost:8000/v1.
+
+    `auth_env` names the environment variable that holds the key of the address; the key itself is written nowhere. Null
+    sends none. `rubric` replaces the built-in one. `body` is merged into every request; a null in it removes a setting.
+    A call that fails for now (429, 5xx, a time-out, a reply that is no reply) is repeated `retries` times, with pauses
+    that double from one second. `budget_calls` and `budget_tokens` bound what one run asks for; judgements that are
+    stored cost nothing. Prices are for a million tokens.
+    """
+
+    address: str | None
+    model: str | None
+    auth_env: str | None
+    verdicts: Verdicts
+    rubric: str | None
+    temperature: float
+    max_tokens: int
+    body: dict[str, Any]
+    timeout: float
+    retries: int
+    concurrency: int
+    budget_calls: int | None
+    budget_tokens: int | None
+    price_in: float | None
+    price_out: float | None
+
+    def __post_init__(self) -> None:
+        if self.address is not None and not re.match(r"https?://[^/\s]", self.address):
+            raise UserError(f"evaluation.llm.address must begin with http:// or https://, not '{self.address}'.")
+        require(
+            self.address is None or not has_password(self.address),
+            "evaluation.llm.address has a password in it: put it into an environment variable, and name that with "
+            "evaluation.llm.auth_env.",
+        )
+        require(  # a key that was typed here by mistake is not said again
+            self.auth_env is None or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.auth_env) is not None,
+            "evaluation.llm.auth_env must be the name of an environment variable, such as OPENAI_API_KEY, and never "
+            "the key itself.",
+        )
+        not_negative("evaluation.llm.temperature", self.temperature)
+        positive("evaluation.llm.timeout", self.timeout)
+        for key, least in (("max_tokens", 1), ("retries", 0), ("concurrency", 1)):
+            require(
+                getattr(self, key) >= least,
+                f"evaluation.llm.{key} must be at least {least}, not {getattr(self, key)}.",
+            )
+        for key in ("budget_calls", "budget_tokens", "price_in", "price_out"):
+            value = getattr(self, key)
+            require(value is None or value >= 0, f"evaluation.llm.{key} must be null or at least 0, not {value}.")
+
+    def check(self) -> None:
+        """Refuse a judge that has no address or no model.
+
+        Raises:
+            UserError: which of them is missing.
+        """
+        for key, example in (("address", "http://localhost:8000/v1"), ("model", "Qwen/Qwen3-32B")):
+            require(
+                bool(getattr(self, key)),
+                f"evaluation.judge=llm needs evaluation.llm.{key}, such as {example}.",
+            )

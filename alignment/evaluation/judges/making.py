@@ -1,0 +1,41 @@
+"""The judge that a configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from alignment.config import judging
+from alignment.config.schema import EvaluationConfig
+from alignment.evaluation.judges.base import Judge
+from alignment.evaluation.judges.ifeval import InstructionJudge
+from alignment.evaluation.judges.llm import LLMJudge
+from alignment.evaluation.judges.math_answers import MathJudge
+from alignment.evaluation.judges.reward_model import RewardModelJudge
+from alignment.evaluation.judges.rules import RuleJudge
+
+
+def make_judge(config: EvaluationConfig, cache: Path, device: torch.device) -> Judge | None:
+    """The judge of the evaluation; None if there is none.
+
+    Args:
+        cache: the folder in which judgements are kept.
+        device: of a reward model.
+
+    Raises:
+        UserError: what the judge needs of this machine is missing: a package, a key, a model.
+    """
+    match config.judge:
+        case judging.Judge.none:
+            return None
+        case judging.Judge.rules:
+            return RuleJudge()
+        case judging.Judge.ifeval:
+            return InstructionJudge()
+        case judging.Judge.llm:
+            return LLMJudge(config.llm, cache)
+        case judging.Judge.math:
+            return MathJudge()
+        case judging.Judge.reward_model:
+            return RewardModelJudge(config.reward_model or "", cache, device)
