@@ -62,6 +62,21 @@ class Strengths(Enum):
     weights = "weights"
 
 
+class TemplateText(str):
+    """The text of a chat template that settings name, once it is read; `name` is what they call it."""
+
+    name: str
+
+    def __new__(cls, text: str, name: str) -> TemplateText:
+        """The text under its name."""
+        own = super().__new__(cls, text)
+        own.name = name
+        return own
+
+    def __reduce__(self) -> tuple[type[TemplateText], tuple[str, str]]:  # for copies, and other processes
+        return TemplateText, (str(self), self.name)
+
+
 OUTCOMES = ("first", "second", "tie", "both_bad")
 """What `DataConfig.winner` gives values for."""
 
@@ -109,6 +124,7 @@ class SourceConfig:
     max_bad_rows: int | None
     limit: int | None
     eval_limit: int | None
+    chat_template: str | None
     template_kwargs: dict[str, Any]
     weight: float | None
     count: int | None
@@ -127,7 +143,7 @@ class SourceConfig:
 OF_SOURCES = tuple(f.name for f in fields(SourceConfig) if f.name not in ("where", "weight", "count"))
 """Settings of the data that each source of a mixture has of its own."""
 
-HANDED_DOWN = ("streaming", "system", "eval_size", "eval_limit", "max_bad_rows", "template_kwargs")
+HANDED_DOWN = ("streaming", "system", "eval_size", "eval_limit", "max_bad_rows", "chat_template", "template_kwargs")
 """Those of them that a source takes from the data unless it says otherwise."""
 
 UNSET: dict[str, Any] = {"split": "train", "columns": {}, "ignore": [], "winner": {}, "train_where": {}}
@@ -149,7 +165,8 @@ class DataConfig:
     the file that mean something else than they mean here, and are read as if they were not there. `train_where` keeps
     the training rows whose columns have these values, e.g. {kind: [add, subtract]}; held-out rows all stay.
     `max_bad_rows` null means 0 for local files and no limit for hub sets. `allow` names findings in the text that do
-    not stop the run (see `alignment.data.rows.findings`).
+    not stop the run (see `alignment.data.rows.findings`). `chat_template` writes the rows in place of the model's, and
+    has the same kinds of names; once it is read, a `TemplateText` is here instead.
 
     `winner` lists the values that a verdict on two answers has, e.g. {first: [0], second: [1], tie: [2]}; {} where they
     speak for themselves. Pairs whose scores differ by less than `min_score_gap` are left out.
@@ -179,6 +196,7 @@ class DataConfig:
     allow: list[str]
     limit: int | None
     eval_limit: int | None
+    chat_template: str | None
     template_kwargs: dict[str, Any]
     list_pairs: ListPairs
     score: ScoredTurns

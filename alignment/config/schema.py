@@ -394,6 +394,13 @@ class RunConfig:
             )
 
     @property
+    def last_data(self) -> DataConfig:
+        """The data of the last stage."""
+        data = self.sft.data if self.loss is None and self.sft is not None else self.data
+        assert data is not None
+        return data
+
+    @property
     def resumes(self) -> bool:
         """Whether an interrupted run is asked for."""
         return self.resume is not None and self.resume.lower() not in ("null", "false")

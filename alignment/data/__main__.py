@@ -22,6 +22,7 @@ from alignment.data.rows.reasons import UnusableRows
 from alignment.data.sources.loading import load_rows
 from alignment.errors import CommandParser, UserError
 from alignment.files import atomic_write_text, cache_dir
+from alignment.policy.chat_templates import with_templates
 from alignment.policy.load import load_tokenizer
 from alignment.policy.source import tokenizer_source
 
@@ -70,6 +71,7 @@ def _compose(given: Sequence[str], config_dir: Path | None) -> RunConfig:
 
 def _inspect(config: RunConfig, rows: int) -> list[Inspection]:
     tokenizer = load_tokenizer(config.model, tokenizer_source(config.model, cache_dir(config.reference.path)))
+    config = with_templates(config, tokenizer, {})
     found: list[Inspection] = []
     if config.sft is not None:
         found += inspect(config.sft.data, tokenizer, None, views=rows)

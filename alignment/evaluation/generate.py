@@ -19,17 +19,17 @@ from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.scoring.logps import autocast
 
 
-def stop_tokens(tokenizer: Any, end_of_turn: int | None, own: Sequence[int]) -> list[int]:
-    """The tokens that end an answer: the tokenizer's EOS, the template's end of turn, and the model's own.
+def stop_tokens(tokenizer: Any, ends: Sequence[int], own: Sequence[int]) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS, the templates' ends of turn, and the model's own.
 
     A base model's EOS often differs from the end-of-turn token of its chat template. Nothing is learnt from the data,
     whose answers may be cut.
 
     Args:
-        end_of_turn: of the chat template, if it has one.
+        ends: the ends of turn of the chat templates that write the data.
         own: the EOS tokens of the model's generation settings.
     """
-    return sorted({token for token in (tokenizer.eos_token_id, end_of_turn, *own) if token is not None})
+    return sorted({token for token in (tokenizer.eos_token_id, *ends, *own) if token is not None})
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from alignment.policy.architecture import (
     unknown_architecture,
 )
 from alignment.policy.calibration import calibrate
+from alignment.policy.chat_templates import settle_template
 from alignment.policy.layers import disable_dropout
 from alignment.policy.quantize import (
     NEVER_QUANTIZED,
@@ -44,9 +44,6 @@ from alignment.policy.stored import Checkpoint, describe_stored, require_loadabl
 from alignment.scoring.logps import check_scoring, enable_scoring
 
 log = logging.getLogger(__name__)
-
-TRAINING = "training"
-"""The name of the template that TRL trains with, where the model's own writes earlier answers differently."""
 
 
 def one_line(error: Exception) -> str:
@@ -77,11 +74,12 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype.value)
 
 
-def load_tokenizer(config: ModelConfig, source: str) -> Any:
+def load_tokenizer(config: ModelConfig, source: str, kept: Mapping[str, str] | None = None) -> Any:
     """The tokenizer, with the template and the end token that `model.chat_template` and `model.eos_token` ask for.
 
     Args:
         source: `tokenizer` of what `model_source` gives.
+        kept: the templates that a run began with, which goes on where a file is gone.
 
     Raises:
         UserError: it cannot be loaded, or has no such template or token.
@@ -99,7 +97,7 @@ def load_tokenizer(config: ModelConfig, source: str) -> Any:
             f"model.name={config.name}: no tokenizer is there, only special tokens: put the tokenizer's files "
             f"(tokenizer.json or the vocabulary) beside the model."
         )
-    tokenizer.chat_template = _chat_template(tokenizer, config)
+    settle_template(tokenizer, config, kept or {})
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
             added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
@@ -133,54 +131,6 @@ def end_with(folder: Path, stops: Sequence[int]) -> None:
     if path.is_file():
         settings = json.loads(path.read_bytes()) | {"eos_token_id": list(stops)}
         atomic_write_text(path, json.dumps(settings, indent=2) + "\n")
-
-
-def _chat_template(tokenizer: Any, config: ModelConfig) -> str | None:
-    """The template that is asked for: a file's, or one of the tokenizer's own by its name; else its default one."""
-    own, asked = tokenizer.chat_template, config.chat_template
-    named: dict[str, str] = own if isinstance(own, dict) else {}
-    if asked == TRAINING and asked not in named and not Path(asked).is_file():
-        tokenizer.chat_template = _chat_template(tokenizer, replace(config, chat_template=None))
-        return _training_template(tokenizer)
-    if asked is None:
-        if not named:
-            return own
-        if "default" not in named:
-            raise UserError(
-                f"model.name={config.name}: the tokenizer has several chat templates and none is called default: set "
-                f"model.chat_template to one of {', '.join(named)}."
-            )
-        others = ", ".join(name for name in named if name != "default")
-        if others:
-            log.info(
-                "The tokenizer's chat template `default` is used; model.chat_template may name another: %s.", others
-            )
-        return named["default"]
-    if asked in named:
-        return named[asked]
-    path = Path(asked).expanduser()
-    if not path.is_file():
-        names = f", nor a template of the tokenizer, which has {', '.join(named)}" if named else ""
-        raise UserError(f"model.chat_template: the file {path} does not exist{did_you_mean(asked, named)}{names}.")
-    return path.read_text(encoding="utf-8")
-
-
-def _training_template(tokenizer: Any) -> str:
-    """TRL's variant of the tokenizer's template, or the template itself if it needs none."""
-    problem = "TRL knows no training variant of this model's template"
-    if tokenizer.chat_template is not None:
-        try:
-            from trl.chat_template_utils import get_training_chat_template
-
-            return get_training_chat_template(tokenizer) or str(tokenizer.chat_template)
-        except (ImportError, ValueError):
-            pass
-    else:
-        problem = "the tokenizer has no template that TRL could know"
-    raise UserError(
-        f"model.chat_template={TRAINING}: {problem}: give a Jinja file that writes every answer as it writes the last "
-        f"one, or leave the template and set data.score=last."
-    )
 
 
 def load_model(source: str, config: ModelConfig, **settings: Any) -> Any:

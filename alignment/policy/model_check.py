@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alignment.config.schema import RunConfig
-from alignment.data.conversations.writer import end_of_turn
+from alignment.data.conversations.ends import ends_of_turn
 from alignment.errors import UserError
 from alignment.policy.load import read_shape
 from alignment.policy.saved_adapter import require_same_form
@@ -69,13 +69,13 @@ def _settle_ends(config: RunConfig, tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
         data = config.data if config.sft is None else config.sft.data
         assert data is not None
-        end = end_of_turn(tokenizer, data)
-        if end is None:
+        ends = ends_of_turn(tokenizer, data)
+        if not ends:
             raise UserError(
                 f"model.name={config.model.name}: the tokenizer has no EOS token, and no chat template that ends an "
                 f"answer with a special token: set model.eos_token to the token that ends one."
             )
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
         log.info("The tokenizer has no EOS token: answers end with %s, as the template says.", tokenizer.eos_token)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -5,15 +5,17 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from alignment.config.schema import RunConfig
 from alignment.errors import UserError
 from alignment.files import damaged, read_sealed, to_json, write_sealed
 from alignment.policy.adapter import has_adapter
+from alignment.policy.chat_templates import MODEL, templates_of
 from alignment.policy.identity import policy_identity, trained_digest
 
 
@@ -23,12 +25,13 @@ class Beginning:
 
     Attributes:
         day: which a chat template that writes the date goes on writing.
-        template: digest of the chat template, to say what changed where the tokens did.
+        template: digest of the tokenizer's chat template, to say what changed where the tokens did.
         tokenizer: the same for the vocabulary.
         rows: fingerprint of each stage's data, to say the same.
         tokens: digest of each stage's data as they train.
         base: digest of the base's weights; None where the policy that was loaded has no base in it.
         adapter: digest of the adapter that training started from; None without one, and once a stage is done.
+        templates: the text of each chat template by its place in the settings, for a run whose files are gone.
     """
 
     day: str
@@ -38,6 +41,7 @@ class Beginning:
     tokens: dict[str, str]
     base: str | None
     adapter: str | None
+    templates: dict[str, str] = field(default_factory=dict)
 
 
 def first_day(path: Path) -> datetime.date:
@@ -49,9 +53,19 @@ def first_day(path: Path) -> datetime.date:
     return datetime.date.today() if not path.exists() else datetime.date.fromisoformat(_read(path).day)
 
 
+def first_templates(path: Path) -> dict[str, str]:
+    """The chat templates that the run of this record began with; empty if there is none.
+
+    Raises:
+        UserError: as `first_day`.
+    """
+    return _read(path).templates if path.exists() else {}
+
+
 def begin(
     path: Path,
     day: datetime.date,
+    config: RunConfig,
     tokenizer: Any,
     infos: Mapping[str, Mapping[str, Any]],
     model: nn.Module,
@@ -60,6 +74,7 @@ def begin(
     """Write what the run begins with to `path`; a resumed run, which finds the file, must have the same.
 
     Args:
+        config: with the texts of its templates.
         infos: of each stage's data.
         model: the policy as it was loaded.
         fresh: whether no stage is done, so that the policy is the one that the run starts from.
@@ -75,6 +90,7 @@ def begin(
         tokens={name: info["tokens_digest"] for name, info in infos.items()},
         base=policy_identity(model)[1]["base"] if fresh or has_adapter(model) else None,
         adapter=trained_digest(model) if fresh and has_adapter(model) else None,
+        templates=templates_of(config, tokenizer),
     )
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +109,10 @@ def _changed(before: Beginning, now: Beginning) -> str | None:
         stages = " and the ".join(names)
         if any(before.rows.get(name) != now.rows[name] for name in now.rows):
             return f"the rows of the {stages} have changed"
+        known = before.templates.keys() & now.templates.keys() - {MODEL}
+        others = sorted(place for place in known if before.templates[place] != now.templates[place])
+        if others:
+            return f"the chat template of {' and '.join(others)}, and with it the tokens of the {stages}, has changed"
         if before.template != now.template:
             return f"the chat template, and with it the tokens of the {stages}, has changed"
         if before.tokenizer != now.tokenizer:
@@ -107,7 +127,7 @@ def _changed(before: Beginning, now: Beginning) -> str | None:
 
 def _read(path: Path) -> Beginning:
     found = read_sealed(path)
-    if not isinstance(found, dict) or found.keys() != {field.name for field in fields(Beginning)}:
+    if not isinstance(found, dict) or {"templates", *found} != {own.name for own in fields(Beginning)}:
         raise damaged(path)
     return Beginning(**found)
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import set_seed
 
 from alignment.config.schema import RunConfig
-from alignment.data.conversations.writer import end_of_turn
+from alignment.data.conversations.ends import ends_of_turn
 from alignment.data.preparation.prepare import (
     PreferenceData,
     SFTData,
@@ -35,6 +35,7 @@ from alignment.files import CacheKind, cache_dir, read_sealed, write_sealed
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter_names import with_token_ids
 from alignment.policy.adapter_start import reads_data
+from alignment.policy.chat_templates import with_templates
 from alignment.policy.identity import policy_identity
 from alignment.policy.load import end_with, load_tokenizer, own_stop_tokens, resolve_device, save_policy
 from alignment.policy.merge import export_merged
@@ -47,7 +48,7 @@ from alignment.runs.record import RunRecord, git_commit, machine, versions
 from alignment.runs.report import print_summary, write_report
 from alignment.runs.tracking import Tracker, open_tracker
 from alignment.stages.answers import HeldOutAnswers
-from alignment.stages.beginning import begin, first_day
+from alignment.stages.beginning import begin, first_day, first_templates
 from alignment.stages.following import load_everywhere
 from alignment.stages.policy import PolicySource, load_policy
 from alignment.stages.preference import PreferenceStage
@@ -114,7 +115,7 @@ class Chain:
         _require_no_stop(run_dir)
         self.run_dir = run_dir
         self._beginning = run_dir / "stages" / "beginning.json"
-        self._day = first_day(self._beginning)
+        self._day, kept = first_day(self._beginning), first_templates(self._beginning)
         self.recipe = recipe
         self.resolved = resolved
         self.described = described or {}
@@ -129,16 +130,15 @@ class Chain:
             run_dir=run_dir,
             cache=cache,
             device=device,
-            tokenizer=load_tokenizer(config.model, self.source.tokenizer),
+            tokenizer=load_tokenizer(config.model, self.source.tokenizer, kept),
             slot=slot,
             final_policy=run_dir / ("adapter" if config.adapter is not None else "model"),
             team=team,
         )
+        config = with_templates(config, self.work.tokenizer, kept)
         self.config = config = replace(config, adapter=with_token_ids(config.adapter, self.work.tokenizer))
         check_model(config, self.source, self.work.tokenizer)
-        last = config.sft.data if config.loss is None and config.sft is not None else config.data
-        assert last is not None
-        ends = end_of_turn(self.work.tokenizer, last), own_stop_tokens(config.model, self.source.base)
+        ends = ends_of_turn(self.work.tokenizer, config.last_data), own_stop_tokens(config.model, self.source.base)
         self._stops = stop_tokens(self.work.tokenizer, *ends)
 
         # Data and stages
@@ -176,7 +176,7 @@ class Chain:
         ) as tracker:
             model = self._load_policy()
             fresh = not self._finished()
-            begin(self._beginning, self._day, self.work.tokenizer, self._data(), model, fresh)
+            begin(self._beginning, self._day, self.config, self.work.tokenizer, self._data(), model, fresh)
             if fresh and not self._is_finite(model):
                 raise UserError(
                     f"model.name={self.config.model.name} gives log-probs that are not finite: its weights are damaged "

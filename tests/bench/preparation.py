@@ -80,6 +80,7 @@ def data_config(source: str) -> DataConfig:
         allow=[],
         limit=None,
         eval_limit=None,
+        chat_template=None,
         template_kwargs={},
         list_pairs=ListPairs.best_vs_worst,
         score=ScoredTurns.all,

@@ -35,6 +35,7 @@ def config():
     def make(source="data.jsonl", **fields):
         defaults = {
             **dict.fromkeys(("name", "eval_source", "eval_split", "system", "max_bad_rows", "limit", "eval_limit")),
+            "chat_template": None,
             **{"revision": None, "streaming": False},
             **{
                 "split": "train",
@@ -71,7 +72,7 @@ def mixture(config):
     def make(sources, **fields):
         plain = {
             **dict.fromkeys(("name", "revision", "eval_source", "eval_split", "system", "max_bad_rows", "limit")),
-            **dict.fromkeys(("eval_limit", "weight", "count")),
+            **dict.fromkeys(("eval_limit", "chat_template", "weight", "count")),
             **{
                 "streaming": False,
                 "split": "train",

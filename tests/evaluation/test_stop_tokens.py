@@ -10,11 +10,11 @@ from alignment.policy.load import end_with, own_stop_tokens
 
 
 @pytest.mark.parametrize(
-    ("eos", "end_of_turn", "own", "expected"),
-    [(1, 2, [3, 1], [1, 2, 3]), (1, None, [], [1]), (None, 2, [], [2]), (None, None, [4], [4])],
+    ("eos", "ends", "own", "expected"),
+    [(1, [2, 5], [3, 1], [1, 2, 3, 5]), (1, [], [], [1]), (None, [2], [], [2]), (None, [], [4], [4])],
 )
-def test_all_of_them_once(eos, end_of_turn, own, expected):
-    assert stop_tokens(SimpleNamespace(eos_token_id=eos), end_of_turn, own) == expected
+def test_all_of_them_once(eos, ends, own, expected):
+    assert stop_tokens(SimpleNamespace(eos_token_id=eos), ends, own) == expected
 
 
 @pytest.mark.parametrize(

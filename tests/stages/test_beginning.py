@@ -12,8 +12,10 @@ from alignment.data.preparation.prepare import fit_preferences, load_conversatio
 from alignment.errors import UserError
 from alignment.files import read_sealed
 from alignment.policy.adapter import attach_adapter
+from alignment.policy.chat_templates import with_templates
 from alignment.policy.load import load_base, load_tokenizer
-from alignment.stages.beginning import begin, first_day
+from alignment.stages.beginning import begin, first_day, first_templates
+from tests.helpers.chat_templates import LLAMA3
 from tests.helpers.commands import pair, write_lines
 
 pytestmark = pytest.mark.slow
@@ -28,8 +30,12 @@ def start(tmp_path, tiny_model_folder):
     shutil.copytree(tiny_model_folder, tmp_path / "model")
     pairs = [pair(number) for number in range(1, 7)]
 
-    def begun(rows=pairs, name="pairs.jsonl", template=None, folder="model", seed=0, fresh=True):
+    def begun(rows=pairs, name="pairs.jsonl", template=None, folder="model", seed=0, fresh=True, own=None):
         write_lines(tmp_path / name, rows)
+        mixed = ()
+        if own is not None:
+            source = f"{{source: '{tmp_path / name}', eval_size: 2, chat_template: '{tmp_path / own}'}}"
+            mixed = ("data.source=null", f"data.sources={{plain: '{tmp_path / name}', own: {source}}}")
         config = load(
             *(
                 "recipe=quickstart",
@@ -41,19 +47,21 @@ def start(tmp_path, tiny_model_folder):
             *(f"data.source={tmp_path / name}", "data.eval_source=null", "data.system=null", "data.limit=null"),
             *(f"sft.data.source={tmp_path / name}", "sft.data.eval_source=null", "sft.data.eval_size=2"),
             *("sft.data.system=null", "sft.data.limit=null", "data.eval_limit=null", "sft.data.eval_limit=null"),
+            *mixed,
         )
         tokenizer = load_tokenizer(config.model, str(tmp_path / folder))
         if template is not None:
             tokenizer.chat_template = template(tokenizer.chat_template)
         record = tmp_path / "run" / "stages" / "beginning.json"
         day = first_day(record) if record.exists() else DAY
+        config = with_templates(config, tokenizer, first_templates(record))
         read = read_preferences(config.data, tokenizer, day=day)
         infos = {
             "sft": load_conversations(config.sft.data, tokenizer, day=day)[0].info,
             "preference": fit_preferences(read, config.data, config.loss)[0].info,
         }
         model = attach_adapter(load_base(config.model, None, str(tmp_path / folder), CPU), config.adapter, seed)
-        begin(record, day, tokenizer, infos, model, fresh)
+        begin(record, day, config, tokenizer, infos, model, fresh)
         return read_sealed(record)
 
     begun.pairs = pairs
@@ -127,6 +135,26 @@ def test_the_day_on_which_a_run_began_stays(start, tmp_path):
     assert first_day(record) == datetime.date.today()
     assert start()["day"] == "2026-03-01"
     assert first_day(record) == DAY
+
+
+def test_the_template_of_a_source_is_kept_and_may_not_become_another(start, tmp_path):
+    """The run goes on with its copy where the file is gone; another text is refused with the name of the source."""
+    path = tmp_path / "own.jinja"
+    path.write_text(LLAMA3)
+    begun = start(own=path.name)
+    assert begun["templates"].keys() == {"model", "data.sources.own"}
+    assert begun["templates"]["data.sources.own"] == LLAMA3
+    path.unlink()
+    assert start(own=path.name) == begun
+    path.write_text("{# a remark #}" + LLAMA3)
+    assert start(own=path.name) == begun
+    path.write_text(LLAMA3.replace("\n\n", "\n"))
+    with pytest.raises(UserError) as caught:
+        start(own=path.name)
+    assert str(caught.value).startswith(
+        "A resumed run keeps its data and its policy, but the chat template of data.sources.own, and with it the "
+        "tokens of the preference data, has changed since"
+    )
 
 
 def test_a_record_of_another_version_is_refused(tmp_path):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from tests.helpers.chat_templates import LLAMA3
 from tests.helpers.commands import pair, write_lines, write_project
 from tests.helpers.runs import assert_whole, at_row, metric_rows, only_run, run, summary
 
@@ -27,7 +28,9 @@ def test_a_run_on_mixtures(project, tmp_path):
     data = project.parent / "data"
     write_lines(data / "other.jsonl", [pair(number) for number in range(40, 52)])
     sums = {"source": f"{data}/pairs.jsonl", "eval_source": f"{data}/held_out.jsonl", "weight": 2}
-    other = {"source": f"{data}/other.jsonl", "eval_size": 3, "weight": 1}
+    template = tmp_path / "llama.jinja"
+    template.write_text(LLAMA3.removeprefix("<s>"))
+    other = {"source": f"{data}/other.jsonl", "eval_size": 3, "weight": 1, "chat_template": str(template)}
     talk = {"source": f"{data}/sft.jsonl", "eval_size": 2, "count": 4}
     mixed = (
         *("data.source=null", "data.eval_source=null", "sft.data.source=null"),
@@ -37,6 +40,7 @@ def test_a_run_on_mixtures(project, tmp_path):
     killed = run(project, tmp_path, "recipe=tiny", *mixed, patch=partial(at_row, "preference", 6))
     assert killed.code == -9, killed.err
     folder = only_run(tmp_path)
+    template.unlink()  # the run has its copy
 
     ended = run(project, tmp_path, "recipe=tiny", "resume=true")
     assert ended.code == 0, ended.err

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from alignment.config.data import DataConfig, ScoredTurns
+from alignment.config.data import DataConfig, ScoredTurns, TemplateText
 from alignment.data.conversations.dialect import Dialect
 from alignment.data.conversations.markers import other_edge, other_format, turn_markers
 from alignment.data.conversations.messages import TRAIN_KEYS, WRITTEN_MESSAGES, asking, learned
@@ -77,6 +77,9 @@ class Writer:
         supervised: for SFT, which reads the keys of messages that say what to learn.
         day: the date that a template is told; None: today.
 
+    Attributes:
+        template: that of the settings, or else the tokenizer's; None: rows are written as plain text.
+
     Raises:
         UserError: settings that the tokenizer cannot follow.
     """
@@ -86,8 +89,7 @@ class Writer:
     supervised: bool = False
     day: datetime.date | None = None
     findings: Findings = field(init=False)
-    chat: bool = field(init=False)
-    _template: str | None = field(init=False, default=None)
+    template: str | None = field(init=False, default=None)
     _renderer: ChatTemplate = field(init=False)
     _uses: dict[str, _Use] = field(init=False, default_factory=dict)
     _markers: list[str] = field(init=False, default_factory=list)
@@ -102,21 +104,25 @@ class Writer:
         if taken:
             raise UserError(f"data.template_kwargs cannot set {', '.join(taken)}, only variables of the chat template.")
         self.findings = Findings("sft.data.allow" if self.supervised else "data.allow", config.allow)
-        self.chat = tokenizer.chat_template is not None
-        if config.system is not None and not self.chat:
+        own = config.chat_template
+        assert own is None or isinstance(own, TemplateText), "the settings name a template that nobody has read"
+        text = tokenizer.chat_template if own is None else own
+        if config.system is not None and text is None:
             raise UserError("data.system needs a tokenizer with a chat template: set model.chat_template.")
-        if self.chat:
-            if self.day is not None:
-                self._template = dated(str(tokenizer.chat_template), self.day)
-            self._renderer = ChatTemplate(tokenizer, self._template)
+        if text is not None:
+            self.template = str(text) if self.day is None else dated(str(text), self.day)
+            self._renderer = ChatTemplate(tokenizer, self.template)
             special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
             special |= set(tokenizer.all_special_tokens)
             longest_first = sorted(special, key=len, reverse=True)
             self._special = re.compile("|".join(map(re.escape, longest_first))) if special else None
             self._markers = turn_markers(lambda messages: self.render(messages, False, {}), self._special)
-            self._dialect = Dialect.of(
-                self._template or str(tokenizer.chat_template), lambda messages: self.render(messages, False, {})
-            )
+            self._dialect = Dialect.of(self.template, lambda messages: self.render(messages, False, {}))
+
+    @property
+    def chat(self) -> bool:
+        """Whether rows are written by a chat template, not as plain text."""
+        return self.template is not None
 
     # Text
 
@@ -249,7 +255,7 @@ class Writer:
         ]
 
     def _rendered(self, messages: list[Message], row: Row, answer_start: Callable[[str, str], int]) -> Rendered:
-        template = self._template or str(self.tokenizer.chat_template)
+        template = self.template or ""
         variables = self.config.template_kwargs | row.variables
         return Rendered(
             messages,
@@ -418,26 +424,6 @@ class Writer:
         self._uses = {key: _Use(*use) for key, use in memory["uses"].items()}
         self._headers_seen = memory["headers"]
         self.findings.add(*memory["findings"])
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids of the tokens that are no text."""
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int | None:
-    """The special token with which the chat template ends an answer; None where it has none."""
-    mark = "Aa0aA"
-    turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    if tokenizer.chat_template is None:
-        return None
-    try:
-        tail = Writer(tokenizer, config).render(turns, False, {}).rpartition(mark)[2]
-    except Rejected:  # a template that wants more than a question
-        return None
-    special = special_ids(tokenizer)
-    ids = tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
-    return next((token for token in ids if token in special), None)
 
 
 def _is_empty(message: Message) -> bool:

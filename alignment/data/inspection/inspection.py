@@ -63,6 +63,7 @@ class Inspection:
 
     Attributes:
         stage: `preference` or `sft`.
+        source: its name in a mixture.
         overview: what a run's log says of the data, without what the other parts say.
         refusal: why a run would stop; None where it would train.
         lengths: tokens before any cut, by name: of each prompt, and of the scored part of the answers.
@@ -84,6 +85,7 @@ class Inspection:
     mistakes: list[str]
     traits: list[Trait]
     views: list[TokenView]
+    source: str = ""
 
 
 def inspect(
@@ -117,7 +119,7 @@ def inspect(
             refused = error
     parts = [replace(part, train_where=config.sources[name].where) for name, part in config.parts.items()]
     try:
-        first, *others = map(one, parts)
+        first, *others = (replace(one(part), source=name) for name, part in zip(config.parts, parts, strict=True))
     except UserError as error:
         raise refused or error from None  # a run's own sentence names the source
     # What is said of all of them together stands at the first.

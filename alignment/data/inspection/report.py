@@ -86,7 +86,8 @@ def _overlap(overlaps: Sequence[float]) -> str:
 
 def heading(found: Inspection) -> str:
     """The title of one data set."""
-    return f"{STAGES[found.stage]}: {plain(found.config.title)}"
+    source = f", source {found.source}" if found.source else ""
+    return f"{STAGES[found.stage]}{source}: {plain(found.config.title)}"
 
 
 # Texts

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignment.config.data import DataConfig
+from alignment.config.data import DataConfig, TemplateText
 from alignment.data.conversations.dialect import Dialect
-from alignment.data.conversations.writer import Writer, end_of_turn
+from alignment.data.conversations.ends import end_of_turn
+from alignment.data.conversations.writer import Writer
 from alignment.data.rows.row import Message, Rejected
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Trait:
 
 
 def template_verdict(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Trait]:
-    """The traits of the tokenizer's template, or of plain text where it has none."""
+    """The traits of the template that writes the data, or of plain text where there is none."""
     writer = Writer(tokenizer, config)
 
     def render(*messages: Message, generation: bool = False, **variables: Any) -> str | None:
@@ -51,7 +52,10 @@ def template_verdict(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> 
             _bos_of_plain_text(tokenizer),
             Trait("EOS", f"{tokenizer.eos_token} is added to each answer", tokenizer.eos_token is None),
         ]
+    own = config.chat_template
+    named = [Trait("template", f"{own.name}, in place of the model's")] if isinstance(own, TemplateText) else []
     return [
+        *named,
         _bos(tokenizer, render),
         _eos(tokenizer, config),
         _generation_prompt(render),
@@ -169,8 +173,7 @@ def _tools(writer: Writer) -> Trait:
         offered = "Ff4fF" in writer.render([_USER], False, {"tools": [tool]})
     except Rejected:
         offered = False
-    template = str(writer.tokenizer.chat_template)
-    calls = Dialect.of(template, lambda messages: writer.render(messages, False, {})).calls
+    calls = Dialect.of(writer.template or "", lambda messages: writer.render(messages, False, {})).calls
     return Trait("tools", f"{'offered' if offered else 'not written'}; calls are {'' if calls else 'not '}written")
 
 

@@ -18,7 +18,7 @@ Numbered = tuple[str, int, Any]
 
 PROMPTS = (
     *("prompt", "instruction", "question", "query", "userinput", "context", "messages", "conversations"),
-    *("conversation", "history", "input"),
+    *("conversation", "history", "input", "trajectory"),
 )
 ANSWERS = ("completion", "response", "answer", "output", "reply", "generation", "modeloutput")
 
@@ -55,6 +55,9 @@ class Question:
         prompt = pop(record, self.column)
         if isinstance(prompt, dict) and isinstance(prompt.get("full_text"), str):  # WebGPT
             prompt = prompt["full_text"]
+        elif isinstance(prompt, dict) and "messages" in prompt:  # OpenAI, with its tools
+            record.update((key, value) for key, value in prompt.items() if key != "messages" and key not in record)
+            prompt = prompt["messages"]
         more = None if self.more is None else record.pop(self.more, None)
         if more is None or more == "" or not isinstance(prompt, str):
             return prompt

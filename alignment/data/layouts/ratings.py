@@ -35,7 +35,7 @@ from alignment.data.rows.sequences import SpilledList
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 LISTS = ("completions", "responses", "answers", "candidates", "outputs", "generations", "replies")
-SCORES = ("score", "rating", "overallscore", "reward", "rewardscore", "qualityscore", "helpfulness")
+SCORES = ("score", "rating", "overallscore", "reward", "rewardscore", "qualityscore", "helpfulness", "pmscore")
 SCORE_LISTS = ("scores", "ratings", "rewards", "overallscores")
 RANKS = ("ranks", "rank")
 THUMBS = ("thumbsup", "thumbs", "thumb", "feedback", "liked", "reaction", "label", "rating", "vote")

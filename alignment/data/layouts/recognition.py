@@ -22,6 +22,7 @@ from alignment.data.conversations.messages import (
 from alignment.data.conversations.trajectories import require_answer, shared_turns, split_conversations
 from alignment.data.layouts.columns import Numbered, Reading, Record, cased
 from alignment.data.layouts.comparisons import Verdicts, compared
+from alignment.data.layouts.named_pairs import named_pairs
 from alignment.data.layouts.prompts import VARIABLES, framed, variables_of
 from alignment.data.layouts.ratings import (
     asked,
@@ -265,7 +266,7 @@ def _under_other_names(records: Sequence[Record], verdicts: Verdicts, stage: Sta
     if not usual >= {"chosen", "rejected"}:
         ranked = [lambda: rated(records, usual)] if stage == "preference" else []
         compares = [lambda: compared(records, usual, verdicts, source), lambda: listed(records, usual)]
-        readings = [*compares, lambda: thumbs(records, usual), *ranked, *readings]
+        readings = [*compares, lambda: named_pairs(records, usual), lambda: thumbs(records, usual), *ranked, *readings]
     for read in [*readings, lambda: cased(usual, OUR_COLUMNS)]:
         if (reading := read()) is None:
             continue

@@ -31,16 +31,26 @@ from alignment.errors import UserError
 from alignment.types import Group, MadeOnDemand
 
 
+def _place(source: str, stage: Stage) -> str:
+    """The source's place in the settings."""
+    return f"{'sft.' if stage == 'sft' else ''}data.sources.{source}"
+
+
+def _of_own(text: str, config: DataConfig, place: str) -> str:
+    """A message that names the setting by which the rows of the source are written."""
+    return text if config.chat_template is None else text.replace("model.chat_template", f"{place}.chat_template")
+
+
 @contextmanager
-def _naming(source: str) -> Iterator[None]:
+def _naming(config: DataConfig, place: str) -> Iterator[None]:
     """Say in messages which source of the mixture they are about."""
     try:
         yield
     except UnusableRows as error:
-        error.args = (f"data.sources.{source}: {error}",)
+        error.args = (f"{place}: {_of_own(str(error), config, place)}",)
         raise
     except UserError as error:
-        raise UserError(f"data.sources.{source}: {error}") from error
+        raise UserError(f"{place}: {_of_own(str(error), config, place)}") from error
 
 
 P = TypeVar("P", TokenizedData, TokenizedSFT)
@@ -68,14 +78,17 @@ def mixed(
     trains: dict[str, Any] = {}
     evals: dict[str, Any] = {}
     for name, own in config.parts.items():
-        with _naming(name):
+        place = _place(name, stage)
+        with _naming(own, place):
             where = config.sources[name].where
             rows_folder = None if folder is None else folder.parent
             loaded[name] = load_rows(own, stage=stage, folder=rows_folder, where=where, sieve=sieve)
             for rows, parts, part in ((loaded[name].train, trains, "train"), (loaded[name].eval, evals, "eval")):
                 are_few = isinstance(rows, list)
                 into = {} if folder is None or are_few else {"folder": folder / SOURCES / name / part}
-                parts[name] = tokenize(rows, config=own, **into)
+                made = tokenize(rows, config=own, **into)
+                drops = [replace(row, message=_of_own(row.message, own, place)) for row in made.drops]
+                parts[name] = replace(made, drops=drops)
     contents = {name: np.array([content_key(row) for row in part.rows], np.uint64) for name, part in trains.items()}
     order = draw(config, contents)
     every = [(number, index) for number, part in enumerate(evals.values()) for index in range(len(part.rows))]

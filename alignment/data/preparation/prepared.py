@@ -148,7 +148,8 @@ def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> 
     stamps = [[str(one), _stamp(one)] for one in found]
     if any(stamp is None for _, stamp in stamps):
         return None
-    writes_date = "strftime_now" in str(tokenizer.chat_template)
+    templates = [tokenizer.chat_template, *(part.chat_template for part in config.parts.values() or [config])]
+    writes_date = any("strftime_now" in str(template) for template in templates)
     content = [
         stamps,
         asdict(config),

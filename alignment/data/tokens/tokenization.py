@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from alignment.config.data import DataConfig, Keep
+from alignment.data.conversations.ends import special_ids
 from alignment.data.conversations.turns import Span
-from alignment.data.conversations.writer import Writer, special_ids
+from alignment.data.conversations.writer import Writer
 from alignment.data.rows.findings import Found
 from alignment.data.rows.row import BadRow, Rejected, Row
 from alignment.data.rows.sequences import Picked

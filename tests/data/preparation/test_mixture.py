@@ -280,11 +280,18 @@ def test_conversations_mix_too(files, mixture, qwen):
 
 def test_a_source_takes_the_settings_of_the_data_unless_it_has_its_own():
     """Those that say how rows are written and how many are held out; never which rows they are."""
-    given = "{a: a.jsonl, b: {source: [x, y], system: null, where: {k: [v]}}}"
-    settings = ("data.source=null", "data.eval_size=7", "data.system=Brief.", f"data.sources={given}")
+    given = "{a: a.jsonl, b: {source: [x, y], system: null, chat_template: own.jinja, where: {k: [v]}}}"
+    settings = (
+        "data.chat_template=training",
+        "data.source=null",
+        "data.eval_size=7",
+        "data.system=Brief.",
+        f"data.sources={given}",
+    )
     data = load("recipe=quickstart", *settings, "data.sources.b.weight=3").data
     a, b = data.parts.values()
     assert (a.source, a.system, a.eval_size, a.split) == ("a.jsonl", "Brief.", 7, "train")
+    assert (a.chat_template, b.chat_template) == ("training", "own.jinja")
     assert (b.source, b.system, b.sources, b.max_length) == (["x", "y"], None, {}, data.max_length)
     assert data.named == ["a.jsonl", "x", "y"]
     assert (data.sources["b"].where, data.sources["b"].weight) == ({"k": ["v"]}, 3)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignment.data.conversations.writer import end_of_turn
+from alignment.data.conversations.ends import end_of_turn
 from alignment.data.rows.row import Row
 from alignment.data.tokens.tokenization import tokenize_groups, tokenize_sft
 from alignment.errors import UserError
