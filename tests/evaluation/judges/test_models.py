@@ -139,3 +139,29 @@ def test_a_model_of_more_scores_is_refused(saved, tmp_path):
     folder, _ = saved(3)
     with pytest.raises(UserError, match="has 3 scores"):
         RewardModelJudge(str(folder), tmp_path, CPU).score([Item("p", ("a",))])
+
+
+@pytest.mark.slow
+def test_an_adapter_with_its_head_scores_as_it_was_trained(saved, tmp_path):
+    """As a reward model that was trained here is saved; its base counts for its identity, too."""
+    from peft import LoraConfig, get_peft_model
+
+    base, model = saved(1)
+    settings = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], modules_to_save=["score"])
+    adapted = get_peft_model(model, settings).eval()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                weight.normal_()
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    for file in base.glob("tok*"):
+        (tmp_path / "adapter" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "adapter" / "chat_template.jinja").write_bytes((base / "chat_template.jinja").read_bytes())
+    judge = RewardModelJudge(str(tmp_path / "adapter"), tmp_path, CPU)
+    [found] = judge.score([Item("Which?", ("this one",))])
+    _, tokenizer = judge._loaded
+    with torch.no_grad():
+        ids = torch.tensor([tokens(tokenizer, Item("Which?", ("this one",)))])
+        assert found.score == pytest.approx(adapted(input_ids=ids).logits[0, 0].item())
+    assert any(name.startswith("base/") for name in judge.description()["files"])
