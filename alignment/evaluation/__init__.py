@@ -1,5 +1,5 @@
 """The policy's own answers and what they are worth.
 
-`generate` samples answers, `judges` judge them, `kl` measures the KL to the start of the stage, `intervals` has the
+`sampling` draws answers, `judges` judge them, `kl` measures the KL to the start of the stage, `intervals` has the
 confidence intervals of shares and win rates, and `endpoint` calls servers of models.
 """

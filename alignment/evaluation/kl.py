@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from alignment.config.schema import EvaluationConfig
-from alignment.evaluation.generate import sample, without_presets
+from alignment.evaluation.sampling.answer import Finish, Sampling
+from alignment.evaluation.sampling.draw import Engine, draw
 from alignment.reference.frozen import FrozenPolicy
 from alignment.scoring.layout import BatchLayout
 from alignment.scoring.logps import join_scores, score_groups
@@ -26,7 +26,8 @@ def sampled_kl(
     start: FrozenPolicy,
     prompts: Sequence[np.ndarray],
     stops: Sequence[int],
-    config: EvaluationConfig,
+    engine: Engine,
+    max_new_tokens: int,
     layout: BatchLayout,
     tokens_per_batch: int,
     device: torch.device,
@@ -43,18 +44,9 @@ def sampled_kl(
         were cut. The standard errors are None for a single answer.
     """
     log.info("Sampling %d answers for the KL to the start of this stage ...", len(prompts))
-    with without_presets(model):
-        answers = sample(
-            model,
-            prompts,
-            stops,
-            temperature=1.0,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            device=device,
-            seed=seed,
-        )
-    groups = [Group(prompt, (tokens,)) for prompt, tokens in zip(prompts, answers, strict=True)]
+    how = Sampling(stops=tuple(stops), max_new_tokens=max_new_tokens, seed=seed)
+    answers = [answer for (answer,) in draw(engine, prompts, 1, how)]
+    groups = [Group(prompt, (answer.tokens,)) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def logps(scored: nn.Module) -> RaggedLogps:
         return join_scores(groups, list(score_groups(scored, groups, layout, tokens_per_batch, device)))
@@ -73,7 +65,7 @@ def sampled_kl(
         "per_token": per_token.item(),
         "per_token_se": _standard_error(residuals),
         "tokens": int(policy.lengths.sum()),
-        "ended": float(np.mean([tokens[-1] in stops for tokens in answers])),
+        "ended": float(np.mean([answer.finish is Finish.stop for answer in answers])),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,10 @@ from torch import nn
 from alignment.config.schema import RunConfig
 from alignment.data.preparation.prepare import PreferenceData
 from alignment.data.tokens.units import spread_prompts
-from alignment.evaluation.generate import as_text, presets, presets_in_words, sample
+from alignment.evaluation.sampling.answer import Sampling, as_text
+from alignment.evaluation.sampling.draw import draw
+from alignment.evaluation.sampling.local import LocalEngine
+from alignment.evaluation.sampling.presets import presets, presets_in_words
 from alignment.files import read_sealed, write_sealed
 from alignment.runs.record import RunRecord
 from alignment.stages.judging import AnswersJudge
@@ -64,30 +68,22 @@ class HeldOutAnswers:
 
     def _answered(self, name: str, model: Any) -> list[list[int]]:
         """The tokens of every answer; read from the store if this policy has answered these prompts before."""
-        settings: dict[str, Any] = {
-            "temperature": self._config.temperature,
-            "max_new_tokens": self._config.max_new_tokens,
-            "batch_size": self._config.batch_size,
-        }
-        drawn = {"seed": self._seed} if self._config.temperature > 0 else {}
-        others = {"stops": self._stops, "presets": presets(model), **drawn}
-        key = answers_key(model, self._prompts, settings | others)
+        how = Sampling(
+            stops=tuple(self._stops),
+            max_new_tokens=self._config.max_new_tokens,
+            temperature=self._config.temperature,
+            seed=self._seed if self._config.temperature > 0 else 0,
+            presets=True,
+        )
+        key = answers_key(model, self._prompts, asdict(how) | {"presets": presets(model)})
         with self._store.locked(key):
             kept = self._store.take(key)
             if kept is not None:
                 log.info("The held-out prompts (%s) were answered before (%s).", name, key[:12])
                 return kept["answers"]
             log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
-            sampled = sample(
-                model,
-                self._prompts,
-                self._stops,
-                **settings,
-                device=self._work.device,
-                seed=self._seed,
-                team=self._work.team,
-            )
-            answers = [tokens.tolist() for tokens in sampled]
+            engine = LocalEngine(model, self._work.device, self._config.batch_size, self._work.team)
+            answers = [answer.tokens.tolist() for (answer,) in draw(engine, self._prompts, 1, how)]
             described = {"stage": "answers", "model": model.config.name_or_path}
             self._store.put(key, None, {"description": described, "answers": answers})
         return answers

@@ -30,7 +30,7 @@ from alignment.data.preparation.prepare import (
 from alignment.data.rows.reasons import UnusableRows
 from alignment.data.rows.row import BadRow, write_rejected
 from alignment.errors import NotFinite, UserError
-from alignment.evaluation.generate import stop_tokens
+from alignment.evaluation.sampling.answer import stop_tokens
 from alignment.files import CacheKind, cache_dir, read_sealed, write_sealed
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.policy.adapter_names import with_token_ids

@@ -17,6 +17,7 @@ from alignment.config.schema import ReferenceMode, RunConfig
 from alignment.data.preparation.prepare import PreferenceData
 from alignment.data.tokens.units import spread_prompts
 from alignment.evaluation.kl import sampled_kl
+from alignment.evaluation.sampling.local import LocalEngine
 from alignment.files import CacheKind, atomic_write_bytes, read_sealed, to_json_lines, write_sealed
 from alignment.losses import Quantity
 from alignment.losses import title as loss_title
@@ -364,7 +365,8 @@ class PreferenceStage:
             start,
             [held_out[i].prompt for i in spread_prompts(held_out, config.evaluation.kl_prompts)],
             self._stops,
-            config.evaluation,
+            LocalEngine(model, self._device, config.evaluation.batch_size, self._work.team),
+            config.evaluation.max_new_tokens,
             layout,
             plan.reference_tokens,
             self._device,

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
 
-from alignment.config.compose import as_plain, compose_node, load, to_run_config
+from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.registry import register
-from alignment.config.schema import EvaluationConfig
 from alignment.data.tokens.units import spread_prompts
-from alignment.evaluation.generate import sample, without_presets
 from alignment.evaluation.kl import sampled_kl
+from alignment.evaluation.sampling.answer import Sampling
+from alignment.evaluation.sampling.draw import draw
+from alignment.evaluation.sampling.local import LocalEngine
 from alignment.reference.frozen import FrozenPolicy
 from alignment.scoring.layout import FlatLayout
 from alignment.stages.chain import Chain
@@ -29,16 +29,9 @@ CPU = torch.device("cpu")
 STOPS = [3, 5]
 
 
-def evaluation(**settings: int) -> EvaluationConfig:
-    config = load("recipe=quickstart").evaluation
-    for key, value in settings.items():
-        setattr(config, key, value)
-    return config
-
-
-def estimate(model, start, prompts, stops=STOPS, seed=0, **settings):
-    config = evaluation(**settings)
-    return sampled_kl(model, start, prompts, stops, config, FlatLayout(), 200, CPU, seed)
+def estimate(model, start, prompts, max_new_tokens, at_once=4):
+    engine = LocalEngine(model, CPU, at_once)
+    return sampled_kl(model, start, prompts, STOPS, engine, max_new_tokens, FlatLayout(), 200, CPU, 0)
 
 
 def prompts_of(num: int) -> list[np.ndarray]:
@@ -49,7 +42,7 @@ def prompts_of(num: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("trained", [False, True], ids=["from the base", "from an adapter"])
 def test_it_is_zero_at_the_start(trained):
     model = tiny_policy(trained=trained)
-    found = estimate(model, FrozenPolicy(model), prompts_of(9), max_new_tokens=6, batch_size=4)
+    found = estimate(model, FrozenPolicy(model), prompts_of(9), max_new_tokens=6)
     assert found["n"] == 9
     for name in ("mean", "se", "per_token", "per_token_se"):
         assert abs(found[name]) < 1e-12, name
@@ -64,9 +57,10 @@ def test_by_hand(trained):
     moved(model)
     model.train()
     prompts = prompts_of(9)
-    found = estimate(model, frozen, prompts, max_new_tokens=30, batch_size=4)
+    found = estimate(model, frozen, prompts, max_new_tokens=30)
     assert model.training
-    answers = sample(model, prompts, STOPS, temperature=1.0, max_new_tokens=30, batch_size=4, device=CPU, seed=0)
+    how = Sampling(stops=tuple(STOPS), max_new_tokens=30)
+    answers = [answer.tokens for (answer,) in draw(LocalEngine(model, CPU, 9), prompts, 1, how)]
     with torch.no_grad():
         ratios = [
             (sequence_logp(model, prompt, tokens) - sequence_logp(start, prompt, tokens)).sum().item()
@@ -98,34 +92,17 @@ def test_unbiased():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.6)
-    four = prompts_of(4)
-    exact, variance = 0.0, 0.0
-    for prompt in four:
-        ids = torch.from_numpy(prompt.astype(np.int64))[None]
-        with torch.no_grad():
-            policy, reference = (m(input_ids=ids).logits[0, -1].log_softmax(-1) for m in (model, start))
-        exact += (policy.exp() * (policy - reference)).sum().item() / 4
-        variance += (policy.exp() * (policy - reference).square()).sum().item() / 4
-    variance -= exact**2
-    found = estimate(model, frozen, four * 1000, max_new_tokens=1, batch_size=1000)
+    prompts = [np.array([one, other], np.int32) for one in range(60) for other in range(50)]
+    ids = torch.from_numpy(np.stack(prompts).astype(np.int64))
+    with torch.no_grad():
+        policy, reference = (m(input_ids=ids).logits[:, -1].log_softmax(-1) for m in (model, start))
+    exact = (policy.exp() * (policy - reference)).sum(-1).mean().item()
+    variance = (policy.exp() * (policy - reference).square()).sum(-1).mean().item() - exact**2
+    found = estimate(model, frozen, prompts, max_new_tokens=1, at_once=1000)
     assert exact > 0.05
-    assert math.isclose(found["se"], math.sqrt(variance / 4000), rel_tol=0.1)
+    assert math.isclose(found["se"], math.sqrt(variance / 3000), rel_tol=0.1)
     assert abs(found["mean"] - exact) < 3 * found["se"] < exact
     assert found["mean"] == found["per_token"]  # every answer has one token
-
-
-def test_presets_of_the_model_do_not_touch_the_samples():
-    model, preset = tiny_policy(), tiny_policy()
-    inner = preset.get_base_model()
-    inner.generation_config = GenerationConfig(repetition_penalty=5.0, min_p=0.9, top_k=2, temperature=0.1)
-    options = {"temperature": 1.0, "max_new_tokens": 20, "batch_size": 9, "device": CPU, "seed": 0}
-    expected = sample(model, prompts_of(9), STOPS, **options)
-    touched = sample(preset, prompts_of(9), STOPS, **options)
-    with without_presets(preset):
-        found = sample(preset, prompts_of(9), STOPS, **options)
-    assert [tokens.tolist() for tokens in touched] != [tokens.tolist() for tokens in expected]
-    assert [tokens.tolist() for tokens in found] == [tokens.tolist() for tokens in expected]
-    assert preset.generation_config.repetition_penalty == 5.0
 
 
 def test_one_answer_has_no_standard_error():

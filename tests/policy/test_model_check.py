@@ -204,7 +204,7 @@ def test_the_dropout_of_the_model_itself_is_off(copied):
 
 def test_the_models_generation_settings_are_said_once(copied):
     """Those that act on sampled answers, and those that ours replace."""
-    from alignment.evaluation.generate import presets_in_words
+    from alignment.evaluation.sampling.presets import presets_in_words
 
     assert presets_in_words(load(copied), 0.0) is None
     rewrite(copied / "generation_config.json", repetition_penalty=1.3, temperature=0.7, do_sample=True)

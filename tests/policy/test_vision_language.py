@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from alignment.policy.adapter import attach_adapter, check_adapter_gradients
 from alignment.policy.adapter_start import StartSources
@@ -13,54 +13,16 @@ from alignment.policy.layers import decoder_layers
 from alignment.scoring.logps import score
 from alignment.scoring.prompt_sharing import choose_layout
 from tests.conftest import each, random_groups
-from tests.helpers.families import SIZES, policy
+from tests.helpers.families import policy
 from tests.helpers.policies import CPU, NF4, adapter, load, scores, train_adapter
+from tests.helpers.seeing_models import KINDS, write_seeing_model
 
 GROUPS = random_groups(3, seed=3)
-_POSITIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-_SEEING = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-}
-KINDS = {
-    "gemma3": {
-        "text_config": SIZES | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
-        "vision_config": _SEEING | {"patch_size": 8},
-        "mm_tokens_per_image": 4,
-    },
-    "qwen3_vl": {
-        "text_config": SIZES | {"rope_parameters": _POSITIONS},
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
-    },
-    "mistral3": {
-        "text_config": SIZES | {"model_type": "mistral", "sliding_window": None},
-        "vision_config": _SEEING | {"model_type": "pixtral", "patch_size": 8},
-    },
-    "llama4": {
-        "text_config": SIZES | {"num_local_experts": 2, "intermediate_size_mlp": 64, "moe_layers": [1]},
-        "vision_config": _SEEING
-        | {"patch_size": 8, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
-    },
-}
 
 
 @pytest.fixture(params=each(sorted(KINDS), ["gemma3"]))
 def folder(request, tmp_path):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **KINDS[request.param])
-    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return write_seeing_model(request.param, tmp_path / "model")
 
 
 def test_the_language_model_trains_on_text(folder, tmp_path):

@@ -139,6 +139,8 @@ def _libraries() -> Iterator[tuple[Any, str, Any]]:
     yield torch, "autocast", _Autocast
     yield torch, "is_autocast_enabled", lambda *a: enabled(here(*a))
     yield torch, "get_autocast_dtype", lambda *a: autocast_dtype(here(*a))
+    generator = torch.Generator
+    yield torch, "Generator", lambda device="cpu": generator(here(torch.device(device).type))
     yield torch.cuda.random, "get_rng_state", lambda *a: torch.get_rng_state()
     yield torch.cuda.random, "set_rng_state", lambda *a: None
     yield torch, "set_autocast_enabled", lambda kind, value: set_autocast(here(kind), value)

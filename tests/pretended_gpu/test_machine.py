@@ -6,7 +6,9 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from alignment.config.compose import load
-from alignment.evaluation.generate import sample
+from alignment.evaluation.sampling.answer import Sampling
+from alignment.evaluation.sampling.draw import draw
+from alignment.evaluation.sampling.local import LocalEngine
 from alignment.training.callbacks import training_arguments
 from tests.conftest import random_groups, tiny_policy
 from tests.pretended_gpu.device import GPU, module_to_gpu
@@ -27,13 +29,13 @@ def test_one_process_uses_one_of_two_gpus(kind, tmp_path):
         assert arguments.train_batch_size == arguments.per_device_train_batch_size
 
 
-def test_no_other_gpu_is_touched_for_random_numbers(monkeypatch):
-    """Each would cost half a GiB of its memory for a context."""
+def test_no_gpu_is_asked_for_its_random_state(monkeypatch):
+    """Answers are drawn with numbers of their own: the state of another GPU would cost half a GiB of its memory."""
     asked = []
     with pretended_gpu(count=2):
         model = module_to_gpu(tiny_policy(torch.float32))
         monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or torch.get_rng_state())
         prompts = [group.prompt for group in random_groups(2)]
-        answers = sample(model, prompts, [96], temperature=1.0, max_new_tokens=3, batch_size=2, device=GPU, seed=0)
-    assert len(answers) == 2
-    assert asked == [GPU]
+        answers = draw(LocalEngine(model, GPU, at_once=2), prompts, 2, Sampling(stops=(96,), max_new_tokens=3))
+    assert [len(each) for each in answers] == [2, 2]
+    assert asked == []

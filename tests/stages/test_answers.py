@@ -14,7 +14,7 @@ import torch
 
 from alignment.config.schema import EvaluationConfig, Judge
 from alignment.data.preparation.prepare import PreferenceData
-from alignment.evaluation.generate import sample
+from alignment.evaluation.sampling.draw import draw
 from alignment.stages import answers as evaluation
 from alignment.stages import store as stage_store
 from alignment.stages.answers import HeldOutAnswers
@@ -72,9 +72,9 @@ def ask(tmp_path, monkeypatch) -> Asker:
 
     def counted(*arguments, **settings):
         asker.asked += 1
-        return sample(*arguments, **settings)
+        return draw(*arguments, **settings)
 
-    monkeypatch.setattr(evaluation, "sample", counted)
+    monkeypatch.setattr(evaluation, "draw", counted)
     return asker
 
 
@@ -105,6 +105,7 @@ SAME = {
     "no adapter": lambda: {"model": tiny_policy(r=None)},
     "another seed of greedy answers": lambda: {"seed": 1},
     "what has no part in it": lambda: {"kl_prompts": 9},
+    "batch_size": lambda: {"batch_size": 1},
     "tokens that are given anyway": lambda: {"model": with_end_tokens()},
 }
 OTHER = {
@@ -118,7 +119,6 @@ OTHER = {
     "order": lambda: {"groups": ORDERED_ANEW},
     "stops": lambda: {"stops": (7, 96)},
     "max_new_tokens": lambda: {"max_new_tokens": 5},
-    "batch_size": lambda: {"batch_size": 1},
     "temperature": lambda: {"temperature": 1.0},
     "seed of drawn answers": lambda: {"temperature": 1.0, "seed": 1},
 }
@@ -173,7 +173,7 @@ def test_damaged_answers_are_asked_for_again(damage, ask, caplog):
 
 
 def test_two_at_once_ask_once(ask, monkeypatch, caplog):
-    counted, found = evaluation.sample, []
+    counted, found = evaluation.draw, []
 
     def slow(*arguments, **settings):
         second.start()
@@ -181,7 +181,7 @@ def test_two_at_once_ask_once(ask, monkeypatch, caplog):
             second.join(0.01)
         return counted(*arguments, **settings)
 
-    monkeypatch.setattr(evaluation, "sample", slow)
+    monkeypatch.setattr(evaluation, "draw", slow)
     second = threading.Thread(target=lambda: found.append(ask(seed=1)))
     with caplog.at_level(logging.INFO):
         expected = ask()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alignment.evaluation.generate import stop_tokens
+from alignment.evaluation.sampling.answer import stop_tokens
 from alignment.policy.load import end_with, own_stop_tokens
 
 
