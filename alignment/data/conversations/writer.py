@@ -358,6 +358,9 @@ class Writer:
         if not use.read and use.rows <= TRIES:
             try:
                 use.read = self.render(messages, False, variables) != whole
+                if not use.read and len(variables) < len(row.variables):  # some say only how a generation begins
+                    before = messages[:-1] or messages
+                    use.read = self.render(before, True, variables) != self.render(before, True, row.variables)
             except Rejected:  # it cannot do without
                 use.read = True
         return use.read

@@ -16,6 +16,7 @@ from alignment.data.inspection.template_verdict import Trait, template_verdict
 from alignment.data.inspection.token_view import TokenView, kept_tokens, view_conversation, view_group
 from alignment.data.inspection.words import overlaps
 from alignment.data.layouts.recognition import Stage
+from alignment.data.preparation.mixture import of_source, place_of
 from alignment.data.preparation.prepare import fit_preferences, load_conversations, read_preferences
 from alignment.data.rows.findings import FINDINGS
 from alignment.data.rows.reasons import WORDS
@@ -119,12 +120,22 @@ def inspect(
             refused = error
     parts = [replace(part, train_where=config.sources[name].where) for name, part in config.parts.items()]
     try:
-        first, *others = (replace(one(part), source=name) for name, part in zip(config.parts, parts, strict=True))
+        first, *others = (_of_source(one(part), name) for name, part in zip(config.parts, parts, strict=True))
     except UserError as error:
         raise refused or error from None  # a run's own sentence names the source
     # What is said of all of them together stands at the first.
     refusal = first.refusal if refused is None else str(refused)
     return [replace(first, overview=[*said, *first.overview], refusal=refusal), *others]
+
+
+def _of_source(found: Inspection, name: str) -> Inspection:
+    """The inspection of a source of a mixture, with its name."""
+
+    def said(text: str) -> str:
+        return of_source(text, found.config, place_of(name, found.stage))
+
+    refusal = None if found.refusal is None else said(found.refusal)
+    return replace(found, source=name, refusal=refusal, mistakes=[said(sentence) for sentence in found.mistakes])
 
 
 def _inspect_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, loss: Loss, views: int) -> Inspection:

@@ -83,7 +83,7 @@ def list_scores(record: Record) -> tuple[float, ...] | None:
     if values is None and record.get("ranks") is not None:
         values = from_ranks(record["ranks"])
     if values is None:
-        values = [c.get("overall_score") if is_rated(c) else None for c in completions]
+        values = [c.get("overall_score") if is_rated(c) else with_rating(c)[1] for c in completions]
     if not isinstance(values, list) or len(values) != len(completions):
         raise Rejected("bad_score", f"column 'scores' does not hold {len(completions)} numbers")
     return scores_of(values)
@@ -173,7 +173,7 @@ def listed(records: Sequence[Record], usual: AbstractSet[str]) -> Reading | None
         completions = list_in(pop(record, answers), answers)
         if not isinstance(completions, list):
             raise Rejected("wrong_type", f"column '{answers}' holds {found(completions)}, not a list")
-        rated = [_rated(completion) for completion in completions]
+        rated = [with_rating(completion) for completion in completions]
         if scores is not None:
             values = list_in(pop(record, scores), scores)
         else:
@@ -201,16 +201,23 @@ def _holds_ratings(records: Sequence[Record], column: str) -> bool:
     )
 
 
-def _rated(completion: Any) -> tuple[Any, float | None]:
-    """The text of a list's item and its score, where it is an object with both."""
-    if not isinstance(completion, dict) or "role" in completion:
+def with_rating(completion: Any) -> tuple[Any, float | None]:
+    """The text, or the message, of a list's item, and its score where it is an object that has one.
+
+    Raises:
+        Rejected: it has no text, or its score is no number.
+    """
+    if not isinstance(completion, dict):
         return completion, None
     text, score, rank = (named(names, completion) for names in ((*ANSWERS, "text", "content"), SCORES, RANKS))
-    if text is None:
+    answer = completion.get(text) if text is not None else None
+    if completion.keys() & {"role", "from"}:
+        answer = {key: value for key, value in completion.items() if key not in (score, rank)}
+    elif text is None:
         raise Rejected("missing_field", f"an answer has no text: its keys are {', '.join(map(str, completion))}")
     if score is not None:
-        return completion[text], number(completion[score], score)
-    return completion[text], None if rank is None else -number(completion[rank], rank)
+        return answer, number(completion[score], score)
+    return answer, None if rank is None else -number(completion[rank], rank)
 
 
 @dataclass(frozen=True, slots=True)

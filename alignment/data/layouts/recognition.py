@@ -34,6 +34,7 @@ from alignment.data.layouts.ratings import (
     thumb,
     thumbs,
     weight_of,
+    with_rating,
 )
 from alignment.data.rows.row import BadRow, Message, Rejected, Row, Text
 from alignment.errors import UserError
@@ -131,7 +132,7 @@ def _list(prompt: str) -> Callable[[Record], tuple[Text, list[Text]]]:
         completions = list_in(record["completions"], "completions")
         if not isinstance(completions, list):
             raise Rejected("wrong_type", f"column 'completions' holds {found(completions)}, not a list")
-        answers = [c["response"] if is_rated(c) else c for c in completions]
+        answers = [c["response"] if is_rated(c) else with_rating(c)[0] for c in completions]
         return text_of(record[prompt], prompt), [text_of(answer, "completions") for answer in answers]
 
     return convert

@@ -31,13 +31,13 @@ from alignment.errors import UserError
 from alignment.types import Group, MadeOnDemand
 
 
-def _place(source: str, stage: Stage) -> str:
-    """The source's place in the settings."""
+def place_of(source: str, stage: Stage) -> str:
+    """The place of a source of a mixture in the settings."""
     return f"{'sft.' if stage == 'sft' else ''}data.sources.{source}"
 
 
-def _of_own(text: str, config: DataConfig, place: str) -> str:
-    """A message that names the setting by which the rows of the source are written."""
+def of_source(text: str, config: DataConfig, place: str) -> str:
+    """A message on a source, with the setting of the template that writes its rows; `config` is of the source."""
     return text if config.chat_template is None else text.replace("model.chat_template", f"{place}.chat_template")
 
 
@@ -47,10 +47,10 @@ def _naming(config: DataConfig, place: str) -> Iterator[None]:
     try:
         yield
     except UnusableRows as error:
-        error.args = (f"{place}: {_of_own(str(error), config, place)}",)
+        error.args = (f"{place}: {of_source(str(error), config, place)}",)
         raise
     except UserError as error:
-        raise UserError(f"{place}: {_of_own(str(error), config, place)}") from error
+        raise UserError(f"{place}: {of_source(str(error), config, place)}") from error
 
 
 P = TypeVar("P", TokenizedData, TokenizedSFT)
@@ -78,7 +78,7 @@ def mixed(
     trains: dict[str, Any] = {}
     evals: dict[str, Any] = {}
     for name, own in config.parts.items():
-        place = _place(name, stage)
+        place = place_of(name, stage)
         with _naming(own, place):
             where = config.sources[name].where
             rows_folder = None if folder is None else folder.parent
@@ -87,7 +87,7 @@ def mixed(
                 are_few = isinstance(rows, list)
                 into = {} if folder is None or are_few else {"folder": folder / SOURCES / name / part}
                 made = tokenize(rows, config=own, **into)
-                drops = [replace(row, message=_of_own(row.message, own, place)) for row in made.drops]
+                drops = [replace(row, message=of_source(row.message, own, place)) for row in made.drops]
                 parts[name] = replace(made, drops=drops)
     contents = {name: np.array([content_key(row) for row in part.rows], np.uint64) for name, part in trains.items()}
     order = draw(config, contents)

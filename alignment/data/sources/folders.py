@@ -108,8 +108,10 @@ def chosen(tree: Tree, folder: str, split: str, name: str | None) -> list[File]:
     of_split = [file for file, stem in zip(files, stems, strict=True) if part.fullmatch(stem)]
     if not of_split and any(word in re.split(r"[-_.]", stem) for stem in stems for word in SPLIT_WORDS):
         names_found = ", ".join(file.name for file in files)
+        named = dict.fromkeys(re.sub(r"(-\d+)+(-of-\d+)?$", "", stem) for stem in stems)
         raise UserError(
-            f"Folder {folder} has files named after splits ({names_found}) but none for the split '{split}'."
+            f"Folder {folder} has files named after splits ({names_found}) but none for the split '{split}': set the "
+            f"split to one of {', '.join(named)}."
         )
     return of_split or files
 

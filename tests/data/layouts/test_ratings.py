@@ -187,6 +187,11 @@ def test_chosen_and_rejected_say_more_than_what_stands_beside_them(more):
             {"instruction": "p", "responses": [{"response": "x", "score": 1}, {"response": "y", "score": 5}]},
             *(("y", "x"), (5.0, 1.0)),
         ),
+        (
+            {"prompt": "p", "completions": [{"text": "x", "rank": 2}, {"text": "y", "rank": 1}]},
+            ("y", "x"),
+            (-1.0, -2.0),
+        ),
     ],
 )
 def test_lists_with_scores_or_ranks(record, completions, scores):
@@ -195,6 +200,17 @@ def test_lists_with_scores_or_ranks(record, completions, scores):
     [row] = rows_of([("f", 1, record)], layout, {})
     assert (row.prompt, row.completions, row.scores) == ("p", completions, scores)
     assert "ranks" not in row.meta
+
+
+@pytest.mark.parametrize("column", ["completions", "replies"])
+@pytest.mark.parametrize("speaker", [("role", "assistant", "content"), ("from", "gpt", "value")])
+def test_a_score_inside_a_message_ranks_it(column, speaker):
+    """It is no key of the message that a chat template would read, and the order of the file says nothing."""
+    role, name, content = speaker
+    said = [{role: name, content: text, "score": score} for text, score in (("x", 1), ("y", 5))]
+    record = {"prompt": "p", column: said}
+    [row] = rows_of([("f", 1, record)], recognise([record], {}, "preference", "f"), {})
+    assert (row.completions, row.scores) == (([assistant("y")], [assistant("x")]), (5.0, 1.0))
 
 
 @pytest.mark.parametrize("ranks", [[1], 1, ["first", 2], [1, None]])

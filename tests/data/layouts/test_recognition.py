@@ -303,7 +303,7 @@ def rated(*scores):
     [
         ({"completions": "abc"}, "wrong_type"),
         ({"completions": ["a", 3]}, "wrong_type"),
-        ({"completions": ["a", {"text": "b"}]}, "missing_field"),
+        ({"completions": ["a", {"body": "b"}]}, "missing_field"),
         ({"completions": []}, "too_few_answers"),
         ({"completions": ["a"]}, "too_few_answers"),
         ({"completions": ["a", "a", "a"]}, "identical_answers"),

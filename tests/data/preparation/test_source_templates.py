@@ -179,6 +179,15 @@ def test_the_sft_stage_names_its_own_setting(files: Any, mixture: Any, chat: Any
         load_conversations(mixture(sources), chat)
 
 
+def test_the_inspection_of_a_source_says_its_own_setting_too(files: Any, mixture: Any, chat: Any) -> None:
+    """Beside the sentence of the run, in the part of the source."""
+    sources = {"a": {"source": files["chatml"]}, "b": {"source": files["llama"], "chat_template": own(NO_PROMPT)}}
+    first, second = inspect(mixture(sources), chat, recommended_loss("dpo"), views=0)
+    said = "set data.sources.b.chat_template to one with a generation prompt"
+    assert first.refusal is not None and first.refusal.startswith("data.sources.b: ") and said in first.refusal
+    assert second.refusal is not None and second.refusal.startswith("6 of 6 rows") and said in second.refusal
+
+
 def test_rows_of_messages_and_a_tokenizer_without_a_template(files: Any, mixture: Any, tiny: Any) -> None:
     """A source with a template is written by it; one without is refused as ever."""
     sources = {"a": {"source": files["llama"], "chat_template": own(OTHER_END), "system": "Be brief."}}

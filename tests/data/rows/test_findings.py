@@ -155,6 +155,14 @@ def test_a_variable_of_the_settings_that_the_template_does_not_read_is_named(tin
     }
 
 
+def test_a_variable_of_a_row_may_say_only_how_a_generation_begins(tiny, config):
+    """It decides what of the answer is the prompt's, so it is read; a misspelt one is named."""
+    tiny.chat_template = QWEN3
+    switched, misspelt = (row("x", "y", "z", variables={name: False}) for name in ("enable_thinking", "enable_thinkng"))
+    assert found(tiny, [switched], config) == {}
+    assert found(tiny, [misspelt], config) == {"unread: enable_thinkng": 1}
+
+
 def test_a_kind_that_does_not_exist_is_refused(tiny, config):
     assert "no kind 'special_token' (did you mean special_tokens?)" in refusal(
         tiny, [row("x", "y", "z")], config, allow=["special_token"]

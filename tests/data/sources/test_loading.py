@@ -180,7 +180,7 @@ def test_folder_with_splits(jsonl, tmp_path, config):
         jsonl([pair(i)], f"{stem}.jsonl")
     data = load(config(tmp_path, split="train_prefs", eval_split="test_prefs"))
     assert (prompts(data.train), prompts(data.eval)) == (["p2", "p1"], ["p0"])
-    with pytest.raises(UserError, match="none for the split 'train'"):
+    with pytest.raises(UserError, match="none for the split 'train': set the split to one of "):
         load(config(tmp_path))
 
 
