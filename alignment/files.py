@@ -133,6 +133,30 @@ def file_lock(path: Path, waiting: str) -> Iterator[None]:
         lock.release()
 
 
+_MOUNTS = Path("/proc/self/mounts")
+_NETWORK = frozenset(
+    (
+        *("nfs", "nfs4", "lustre", "gpfs", "cifs", "smb2", "smb3", "smbfs", "beegfs", "beegfs_nodev", "ceph"),
+        *("afs", "glusterfs", "wekafs", "panfs", "pvfs2", "orangefs", "sshfs", "juicefs", "gcsfuse", "s3fs", "rclone"),
+    )
+)
+"""File systems that several machines share, as the table of mounts names them, some of them after `fuse.`"""
+
+
+def network_file_system(path: Path) -> str | None:
+    """The kind of the network file system that a path is on; None where it is on this machine, or that is not known."""
+    try:
+        rows = [line.split(" ") for line in _MOUNTS.read_text().splitlines()]
+    except OSError:
+        return None
+    path, kind, longest = path.resolve(), "", -1
+    for _, place, own, *_ in rows:
+        mounted = Path(re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), place))  # a space is \040 there
+        if path.is_relative_to(mounted) and len(mounted.parts) >= longest:  # of the same place the last one counts
+            kind, longest = own.removeprefix("fuse."), len(mounted.parts)
+    return kind if kind in _NETWORK else None
+
+
 def to_json(value: Any, indent: int | None = None) -> bytes:
     """Strict JSON as UTF-8. Infinities and NaN become strings like "-Infinity"; paths and enums become text."""
     text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)

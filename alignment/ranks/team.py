@@ -248,9 +248,10 @@ class Team:
 
     @contextmanager
     def _lost_ranks(self) -> Iterator[None]:
-        """Say what an error of a collective means."""
+        """Around collectives of rank 0: say what an error of theirs means."""
         try:
-            yield
+            with self._lifeline.waiting():
+                yield
         except RuntimeError as error:
             raise self._lost() from error
 
@@ -314,7 +315,8 @@ class Team:
                     parameter.grad = torch.zeros_like(parameter)
             flat = torch.cat([parameter.grad.reshape(-1) for parameter in bucket if parameter.grad is not None])
             flat = flat.float() if flat.dtype.itemsize < 4 else flat
-            dist.reduce(flat, 0, group=self._group(flat))
+            with self._lifeline.waiting():
+                dist.reduce(flat, 0, group=self._group(flat))
             if self.place.rank == 0:
                 for parameter, values in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                     assert parameter.grad is not None

@@ -1,8 +1,9 @@
 """Values on disk, each under the identity of who computed it and a key of what was asked.
 
-A store is one SQLite file in WAL mode, which several processes of one machine may use at once. Every entry has a
-checksum over identity, key and value. If the file or an entry is damaged, the file is set aside under another name and
-a fresh one is begun: a damaged value is never returned, only computed again.
+A store is one SQLite file, which several processes may use at once: in WAL mode those of one machine, and on a network
+file system, where machines do not share the memory that WAL needs, without it. Every entry has a checksum over
+identity, key and value. If the file or an entry is damaged, the file is set aside under another name and a fresh one is
+begun: a damaged value is never returned, only computed again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from alignment.errors import UserError
-from alignment.files import file_lock
+from alignment.files import file_lock, network_file_system
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -79,7 +80,7 @@ class _DamageError(Exception):
 class KeyedStore:
     """Values in the SQLite file `path`, which is created if it does not exist. A kind of store says what they are.
 
-    Several processes of one machine may use one file at once. An instance belongs to the process and thread that
+    Several processes may use one file at once. An instance belongs to the process and thread that
     opened it: SQLite connections do not survive a fork, so a forked child opens its own.
 
     Attributes:
@@ -103,6 +104,7 @@ class KeyedStore:
         self.damaged: dict[Path, str] = {}
         self._descriptions: dict[str, str] = {}
         self._pid = os.getpid()
+        self._network = network_file_system(self.path.parent)
         if self.path.is_dir():
             raise UserError(f"The {self.title} {self.path} is a folder; name a file in it, e.g. {self.example}.")
         with self._file_lock():
@@ -304,13 +306,15 @@ class KeyedStore:
             try:
                 connection.execute("PRAGMA cell_size_check = ON")
                 connection.execute("PRAGMA secure_delete = OFF")
-                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.execute(f"PRAGMA synchronous = {'FULL' if self._network else 'NORMAL'}")
+                if self._network:  # a file that was begun elsewhere too
+                    connection.execute("PRAGMA journal_mode = DELETE")
                 wanted = tuple(statement.format(table=self.table) for statement in _SCHEMA)
                 schema = tuple(sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL"))
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
                 if not schema and not version:
                     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-                    connection.execute("PRAGMA journal_mode = WAL")
+                    connection.execute(f"PRAGMA journal_mode = {'DELETE' if self._network else 'WAL'}")
                     with _transaction(connection):
                         for statement in wanted:
                             connection.execute(statement)

@@ -16,6 +16,8 @@ def say(post: Post, how: str) -> str:
     print(f"rank {post.team.place.rank} is here", flush=True)
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "hangs":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if how == "refused":
         raise UserError("There is too little of it: get more.")
     return "well"
@@ -32,6 +34,7 @@ def main() -> None:
         team.follow()
         return
     try:
+        print("asking", flush=True)
         print(*team.tell(say, how), flush=True)
         if how == "waits":
             time.sleep(60)

@@ -78,10 +78,18 @@ def _command_rank(variables: dict[str, str], folder: Path, arguments: list[str],
 
 
 def command_in_ranks(
-    size: int, *arguments: str, cwd: Path, patches: dict[int, Callable] | None = None, timeout: float = 120
+    size: int,
+    *arguments: str,
+    cwd: Path,
+    patches: dict[int, Callable] | None = None,
+    timeout: float = 120,
+    said: Path | None = None,
 ) -> list[Ended]:
-    """Run the command in `cwd` as torchrun would, with a cache in there; `patches` run first on ranks."""
-    folder, port = cwd / "output" / free_port(), free_port()
+    """Run the command in `cwd` as torchrun would, with a cache in there; `patches` run first on ranks.
+
+    What it prints goes to the folder `said`, or to one in `cwd`.
+    """
+    folder, port = (said or cwd / "output") / free_port(), free_port()
     (cwd / "cache").mkdir(parents=True, exist_ok=True)
     codes = ended(
         [

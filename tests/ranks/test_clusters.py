@@ -69,6 +69,44 @@ def test_the_file_for_kubernetes_starts_the_command_once_on_each_machine():
     assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_task_for_skypilot_starts_the_command_once_on_each_machine(begun, tmp_path):
+    """The variables that SkyPilot sets on each machine name all that torchrun asks for; what has begun goes on."""
+    task = yaml.safe_load(block("skypilot"))
+    assert task["envs"]["ALIGNMENT_CACHE"].startswith(f"{next(iter(task['volumes']))}/")
+    if begun:
+        (tmp_path / "dpo").mkdir()
+        (tmp_path / "dpo" / "config.yaml").touch()
+    stand_in(tmp_path, "torchrun", "")
+    subprocess.run(
+        ["bash", "-c", task["run"].replace("/outputs", str(tmp_path))],
+        env={
+            "PATH": f"{tmp_path}:/bin:/usr/bin", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+            "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        },
+        check=True,
+    )  # fmt: skip
+    run = f"{tmp_path}/dpo"
+    settings = f"resume={run}" if begun else f"recipe=dpo_qwen3 hydra.run.dir={run}"
+    assert (tmp_path / "called").read_text() == (
+        "torchrun --nnodes=2 --nproc-per-node=8 --node-rank=1 --master-addr=10.0.0.1 --master-port=29500 "
+        f"-m alignment.run {settings}\n"
+    )
+
+
+@pytest.mark.slow
+def test_skypilot_takes_the_task(tmp_path):
+    """Its own reader of tasks, with the schema of every key."""
+    sky = pytest.importorskip("sky", reason="PLUGIN ABSENT: skypilot is not installed: this did not run")
+    path = tmp_path / "alignment.yaml"
+    text = block("skypilot").replace("workdir: .", f"workdir: {tmp_path}")
+    path.write_text(text)
+    assert sky.Task.from_yaml(str(path)).num_nodes == 2
+    path.write_text(text.replace("num_nodes", "nodes"))
+    with pytest.raises(ValueError, match="nodes"):
+        sky.Task.from_yaml(str(path))
+
+
 @pytest.mark.slow
 def test_kubernetes_takes_the_jobs_of_the_file():
     """Its published schema of a Job; the JobSet around it is a definition of its own."""

@@ -46,9 +46,23 @@ def test_the_command_ends_as_its_ranks_do(how, code, said):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_ends_all_ranks_with_the_sentence_of_the_first(number):
     process = launched("waits")
-    assert process.stdout.readline() == "well\n"
+    assert [process.stdout.readline() for _ in range(2)] == ["asking\n", "well\n"]
     time.sleep(0.2)
     process.send_signal(number)
     _, err = process.communicate(timeout=patience(60))
     assert process.returncode == 1
     assert [line for line in err.splitlines() if line] == ["Interrupted; continue with: this"]
+
+
+@pytest.mark.slow
+def test_a_stop_ends_all_although_a_rank_hangs():
+    """Rank 0 waits for it in a collective, where Python obeys no signal."""
+    process = launched("hangs")
+    assert process.stdout.readline() == "asking\n"
+    time.sleep(0.5)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=patience(60))
+    assert time.monotonic() - started < patience(15) and process.returncode == 1
+    [line] = [line for line in err.splitlines() if line]
+    assert line == "Error: Told to stop, and another rank has not answered for 8 seconds: continue with resume=true."

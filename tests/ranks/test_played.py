@@ -30,6 +30,30 @@ def test_ranks_that_are_played_are_one_process(size, alone, tmp_path):
     assert close(steps(PlayedTeam(size), tmp_path, "dpo", **CASE), alone)
 
 
+OTHERS = {
+    "pairs against mismatched ones": ("kto", {}),
+    "sorted pairs": ("aot", {}),
+    "pairs whose loss is derived as a whole": ("beta_dpo", {}),
+    "lists": ("plackett_luce", {}),
+    "a stored reference that follows": ("dpo", {"num_steps": 3, "refreshes": (1, 2)}),
+    "a live reference that follows": ("dpo", {"num_steps": 3, "refreshes": (1, 2), "live": True}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_two_and_four_ranks_are_one_process(case, tmp_path):
+    """Whatever a loss or a reference computes over a whole step; test_steps.py has every loss in processes."""
+    name, settings = OTHERS[case]
+    single = steps(None, tmp_path, name, **CASE | settings)
+    for size in (2, 4):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        found = steps(PlayedTeam(size), folder, name, **CASE | settings)
+        assert close(found, single), size
+        assert found["held_out"] == pytest.approx(single["held_out"], rel=1e-5, abs=1e-7), size
+
+
 def all_in_float64(monkeypatch) -> None:
     """Norms too, which compute in float32 otherwise, and steps of AdamW, which magnifies rounding."""
 
