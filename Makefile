@@ -10,6 +10,10 @@ VENV := .venv
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
+# Bytecode is kept: without it each worker of the tests rewrites every assertion again, and each process of theirs
+# compiles the package.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install run test test-matrix test-fast check lint format types docs bench bench-quantization bench-data faults gpu-bundle profile notebooks wheel clean

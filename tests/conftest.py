@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from alignment.types import Group
+from tests.helpers.composition import compose_options_once
 
+compose_options_once()
 torch.set_num_threads(2)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.composition import compose_options_once
 from tests.helpers.patience import patience
 
 # A run that starts from scratch imports torch, transformers, trl and peft for many seconds; one forked from a server
@@ -106,6 +107,8 @@ def child(
     os.environ["ALIGNMENT_CACHE"] = str(cache)
     torch.set_num_threads(1)
     _leave_out_pictures()
+    if "RANK" not in os.environ:  # ranks compose as they do for you, and end as this does
+        compose_options_once()
     if patch is not None:
         patch()
     from alignment.run import main

@@ -147,6 +147,14 @@ def one_by_one(project, tmp_path_factory) -> Path:
     return folder / "sweep"
 
 
+@pytest.fixture(scope="module")
+def first_two(project, tmp_path_factory) -> Path:
+    """The first two of them, where no other is asked for."""
+    folder = tmp_path_factory.mktemp("first_two")
+    sweep_in(folder, project, NAMES[:2])
+    return folder / "sweep"
+
+
 def assert_close(run: Path, other: Path) -> None:
     """The same steps on the same data; weights and metrics equal but for rounding; the same files."""
     for row, wanted in zip(metric_rows(run), metric_rows(other), strict=True):
@@ -276,11 +284,11 @@ def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_pa
         assert_close(tmp_path / "sweep" / f"{number}-tiny", one_by_one / f"{number}-tiny")
 
 
-def test_members_take_turns(project, one_by_one, tmp_path):
+def test_members_take_turns(project, first_two, tmp_path):
     ended = sweep_in(tmp_path, project, NAMES[:2], "trainer.cohort=2")
     assert ended.out.count("The members of the cohort take turns") == 1
     for number in range(2):
-        member, alone = (folder / f"{number}-tiny" for folder in (tmp_path / "sweep", one_by_one))
+        member, alone = (folder / f"{number}-tiny" for folder in (tmp_path / "sweep", first_two))
         assert_close(member, alone)
         weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (member, alone)]
         assert all((value == weights[1][name]).all() for name, value in weights[0].items())
