@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from alignment.errors import UserError
 from alignment.evaluation.intervals import tango_interval
 from alignment.runs.record import RunRecord
 from alignment.stages.judging import AnswersJudge
+from tests.helpers.commands import command, write_project
 from tests.helpers.judges import KEY, llm_settings, said, serving, shown
 
 CPU = torch.device("cpu")
@@ -135,3 +137,34 @@ def test_settings_without_what_they_need_are_refused(change, words):
     """When they are composed."""
     with pytest.raises(UserError, match=words):
         replace(CONFIG, **change)
+
+
+def plant_key() -> None:
+    os.environ["OPENAI_API_KEY"] = KEY
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_judged_once(tiny_model_folder, tmp_path):
+    """Its report has the judge's card; the same run again asks for no verdict; the key is in no file of either."""
+    project = write_project(tmp_path / "project", tiny_model_folder)
+    cases = []
+    with serving(lambda body: said(f"So it is.\n[[{'A' if shown(body)[1] > shown(body)[2] else 'B'}]]")) as server:
+        for number in (1, 2):
+            ended = command(
+                *("--config-dir", str(project), "recipe=tiny", "sft=none", "trainer.max_steps=3", "optim.lr=0.1"),
+                *("evaluation.prompts=4", "evaluation.kl_prompts=0", "evaluation.judge=llm", "evaluation.llm.model=j"),
+                *(f"evaluation.llm.address={server.address}", f"hydra.run.dir=run_{number}"),
+                cwd=tmp_path,
+                cache=tmp_path / "cache",
+                patch=plant_key,
+            )
+            assert ended.code == 0, ended.err
+            evaluation = json.loads((tmp_path / f"run_{number}" / "summary.json").read_text())["evaluation"]
+            cases.append((evaluation["win_rate"], evaluation["judge"], len(server.bodies)))
+    (first, card, asked), (second, again, still) = cases
+    assert first == second and asked == still == card["usage"]["calls"] > 0 == again["usage"]["calls"]
+    assert again["usage"]["stored"] == asked and card["consistent"] == 1.0
+    report = (tmp_path / "run_1" / "report.md").read_text()
+    assert "## The judge" in report and f"{asked} calls, 0 replies from the store" in report
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]

@@ -43,6 +43,7 @@ def stub(tmp_path, monkeypatch):
     monkeypatch.setattr(math_answers, "_PATIENCE", 0.5)
 
 
+@pytest.mark.slow
 def test_an_answer_that_hangs_kills_or_breaks_stops_no_other(stub):
     """It has no score, and the next is judged as if nothing had been."""
     cases = items(("1", "1"), ("hang", "1"), ("2", ["1", 2]), ("die", "1"), ("break", "1"), ("3", "words"), ("4", "5"))
