@@ -87,6 +87,10 @@ def serving(answer: Callable[[dict[str, Any]], Any]) -> Iterator[Server]:
             except OSError:
                 pass  # whoever asked has gone
 
+        def do_GET(self) -> None:
+            server.headers.append(dict(self.headers))
+            self.send_error(404)
+
         def log_message(self, *_: Any) -> None:
             pass
 

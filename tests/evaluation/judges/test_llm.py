@@ -229,13 +229,24 @@ def test_a_request_that_is_not_taken_costs_one_call(tmp_path):
         assert llm(server, tmp_path).compare(PAIRS)[1].unreadable == 2 and len(server.bodies) == 8
 
 
-@pytest.mark.parametrize("answer", [500, 400, 401, (302, {"Location": "http://127.0.0.1:9/v1"}, b"")])
+@pytest.mark.parametrize("answer", [500, 400, 401])
 def test_a_server_that_gives_nothing_ends_in_one_sentence(answer, tmp_path):
-    """Down for good, a wrong key, an address that leads elsewhere: no verdict is made up, and the key goes nowhere."""
+    """Down for good, a request that it never takes, a wrong key: no verdict is made up, and the key is not said."""
     echo = (401, {}, f"Incorrect API key provided: {KEY}".encode()) if answer == 401 else answer
     with serving(lambda body: echo) as server, pytest.raises(UserError, match="gives no verdicts") as refused:
         llm(server, tmp_path, retries=1).compare(PAIRS)
     assert KEY not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_server_that_sends_elsewhere_is_not_followed(tmp_path):
+    """The key would go with the call."""
+    with (
+        serving(honest) as other,
+        serving(lambda body: (302, {"Location": f"{other.address}/x"}, b"")) as server,
+        pytest.raises(UserError, match="gives no verdicts"),
+    ):
+        llm(server, tmp_path).compare(PAIRS[:1])
+    assert other.headers == []
 
 
 def test_pauses_double_and_heed_the_server(tmp_path, monkeypatch):
