@@ -9,14 +9,29 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+_PASSWORD = re.compile(r"(://[^/@\s:]*:)[^/@\s]+(?=@)")
+
+
+def has_password(text: str) -> bool:
+    """Whether an address in the text has a password in it, as in https://user:password@host."""
+    return _PASSWORD.search(text) is not None
+
+
+def without_passwords(text: str) -> str:
+    """The text with *** in place of passwords in addresses."""
+    return _PASSWORD.sub(r"\1***", text) if "://" in text else text
+
 
 class UserError(ValueError):
     """A problem that the user can fix: a wrong key, a broken file, a missing package.
 
     The message is one full sentence that names the place (file, row, key) and what is accepted. The command line
     prints it without a traceback and exits with status 1. Any other exception that reaches the command line is a bug
-    and keeps its traceback.
+    and keeps its traceback. Passwords in addresses are masked.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(without_passwords(str(message)))
 
 
 class NotFinite(UserError):

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alignment.errors import UserError
+from alignment.errors import UserError, without_passwords
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,8 @@ def _plain(value: Any) -> Any:
 
 
 def redact(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with '***' for every value under a key like api_key, hf_token or password, at any depth.
+    """A copy with '***' for every value under a key like api_key, hf_token or password, at any depth, and for passwords
+    in addresses, wherever they stand in a text.
 
     Keys are split into words at case changes and at all characters but letters and digits, so `tokens_per_batch` holds
     no secret word. Null stays null: it shows that nothing was set.
@@ -200,7 +201,7 @@ def _redacted(key: str, value: Any) -> Any:
         return redact(value)
     if isinstance(value, (list, tuple)):
         return [_redacted("", item) for item in value]
-    return value
+    return without_passwords(value) if isinstance(value, str) else value
 
 
 def cache_dir(path: str | None) -> Path:

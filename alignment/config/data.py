@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
-from alignment.config.places import has_password
-from alignment.errors import UserError, as_names, require
+from alignment.errors import UserError, as_names, has_password, require
 
 ONE_OR_MORE = "one text, or a list of texts"
 """The kind of a setting whose type says no more than Any: configurations cannot be merged with unions of types."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from alignment.config.places import has_password
-from alignment.errors import UserError, not_negative, positive, require
+from alignment.errors import UserError, has_password, not_negative, positive, require
 
 
 class Judge(Enum):
@@ -88,7 +88,8 @@ class LLMJudgeConfig:
             )
         for key in ("budget_calls", "budget_tokens", "price_in", "price_out"):
             value = getattr(self, key)
-            require(value is None or value >= 0, f"evaluation.llm.{key} must be null or at least 0, not {value}.")
+            fits = value is None or 0 <= value < math.inf
+            require(fits, f"evaluation.llm.{key} must be null or at least 0, not {value}.")
 
     def check(self) -> None:
         """Refuse a judge that has no address or no model.

@@ -88,6 +88,9 @@ def sweep_members(overrides: Sequence[str]) -> list[list[str]]:
     searched = any(o.key_or_group == "hydra/sweeper" and o.value() != "basic" for o in parsed)
     if searched or any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed):
         return []
+    # The last value of a setting counts: several values before it would only repeat members.
+    last = {override.key_or_group: override for override in parsed}
+    parsed = [o for o in parsed if not o.is_sweep_override() or last[o.key_or_group] is o]
     members: list[list[str]] = []
     for member in _combinations(parsed):
         chosen = [str(o.value()) for o in parse_overrides(member) if o.key_or_group == "recipe"]

@@ -22,8 +22,8 @@ def sentence(error: Exception) -> str:
     """An exception of Hydra, OmegaConf or YAML as one sentence that names the file, if a file is at fault."""
     place = re.match(r"In '([^']+)': ", str(error))
     cause: BaseException = error
-    while isinstance(_deeper(cause), HydraException | OmegaConfBaseException | UserError):
-        cause = _deeper(cause)  # type: ignore[assignment]
+    while isinstance(deeper := _deeper(cause), HydraException | OmegaConfBaseException | UserError):
+        cause = deeper
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
         message = unknown_key(str(cause.full_key or cause.key), cause.object_type)
     else:
@@ -82,6 +82,7 @@ _PLAIN = (
         r"\2 takes a whole number, not '\1'",
     ),
     (r"Value '(.*)' is not a valid bool.*, at key (\S+)", r"\2 takes true or false, not '\1'"),
+    (r"Value '(.*)' of type '\w+' is no text, at key (\S+)", r"\2 takes a text: put '\1' in quotes if it is one"),
     (r"Invalid value '(.*)', expected one of \[(.*)\], at key (\S+)", r"\3 must be one of \2, not '\1'"),
     (
         r"Invalid value assigned: \w+ is not a ListConfig, list or tuple, at key (\S+)",
@@ -116,6 +117,8 @@ def _in_plain_words(message: str) -> str:
 
 
 def _deeper(error: BaseException) -> BaseException | None:
+    if getattr(error, "_initialized", False) and not isinstance(error.__cause__, UserError):
+        return None  # OmegaConf's whole message; where a debugger or OC_CAUSE asks, it has a cause that says less
     return error.__cause__ or (error.__context__ if isinstance(error, HydraException) else None)
 
 

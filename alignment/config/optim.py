@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.errors import as_names, require
+from alignment.errors import as_names, not_negative, require
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,7 @@ class OptimConfig:
         if self.target_modules is not None:
             self.target_modules = as_names("optim.target_modules", self.target_modules)
         require(0 < self.lr < math.inf, f"optim.lr must be a finite number above 0, not {self.lr}.")
-        require(self.weight_decay >= 0, f"optim.weight_decay must be at least 0, not {self.weight_decay}.")
+        not_negative("optim.weight_decay", self.weight_decay)
         require(0 <= self.warmup_ratio < 1, f"optim.warmup_ratio must be in [0, 1), not {self.warmup_ratio}.")
         require(self.max_grad_norm >= 0, f"optim.max_grad_norm must be at least 0, not {self.max_grad_norm}.")
         for key in ("beta1", "beta2"):

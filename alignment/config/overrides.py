@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from antlr4 import CommonTokenStream, InputStream
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Sweep
 from hydra.errors import HydraException
+from hydra.grammar.gen.OverrideLexer import OverrideLexer
+from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from alignment.config import schema
 from alignment.config.renamed import refuse_renamed
@@ -37,9 +40,26 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
             raise UserError(f"'{text}' is no setting of the form key=value.") from error
         if not override.key_or_group:
             raise UserError(f"'{text}' is no setting of the form key=value: it has no key.")
+        if (twice := _key_twice(text)) is not None:
+            raise UserError(f"{text}: the key '{twice}' stands twice in one mapping: leave one of them out.")
         parsed.append(override)
     refuse_renamed(override.key_or_group for override in parsed)
     return parsed
+
+
+def _key_twice(text: str) -> str | None:
+    """A key that a mapping in a setting has twice, of which Hydra keeps the last value; None without one."""
+    if "{" not in text:
+        return None
+    pending: list[Any] = [OverrideParser(CommonTokenStream(OverrideLexer(InputStream(text)))).override()]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, OverrideParser.DictContainerContext):
+            keys = [entry.dictKey().getText().strip() for entry in part.dictKeyValuePair()]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                return str(twice[0])
+        pending += getattr(part, "children", None) or ()
+    return None
 
 
 def refuse_groups_without_option(parsed: Sequence[Override]) -> None:

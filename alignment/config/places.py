@@ -22,8 +22,6 @@ PACKED_ENDINGS = (".gz", ".zst", ".xz", ".bz2")
 
 ACCEPTED_FILES = f"{', '.join(DATA_ENDINGS)}, and text files packed as {', '.join(PACKED_ENDINGS)}"
 
-_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -45,11 +43,6 @@ def is_data_name(name: str) -> bool:
 def is_remote(source: str) -> bool:
     """Whether a source is an address of a file system: s3://, gs://, https://, hf:// and so on."""
     return "://" in source
-
-
-def has_password(source: str) -> bool:
-    """Whether an address has a password in it, which would be written wherever the address is named."""
-    return _PASSWORD.search(source) is not None
 
 
 def is_on_hub(source: str) -> bool:

@@ -18,6 +18,7 @@ from alignment.config import schema
 from alignment.config.members import split_arguments, store_sweep
 from alignment.config.messages import sentence
 from alignment.config.renamed import flat, refuse_renamed
+from alignment.config.strict_values import refuse_other_numbers, take_values_as_written
 from alignment.errors import UserError
 from alignment.files import asset_dir
 from alignment.losses import LOSSES, Loss
@@ -74,6 +75,7 @@ def register(config_dir: Path | None = None) -> None:
 @functools.cache
 def _register_shipped() -> None:
     """Schemas and recipes of the package, once: they are the same for every composition of a process."""
+    take_values_as_written()
     # Hydra's grid sweeper knows nothing of a recipe's `sweep:` block. We patch it, since Hydra refuses a sweeper of our
     # own outside of the namespace hydra_plugins, which would be a second top-level package.
     grid: Any = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"]
@@ -140,6 +142,7 @@ def _store_schema(node: DictConfig, path: Path) -> None:
 def _read(path: Path) -> DictConfig:
     try:
         node = OmegaConf.load(path)
+        refuse_other_numbers(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable YAML: {sentence(error)}") from error
     if not isinstance(node, DictConfig):

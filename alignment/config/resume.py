@@ -139,9 +139,20 @@ def finished_run(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
             f"say where it is with --config-dir."
         ) from error
     try:
-        return to_run_config(OmegaConf.merge(node, saved)), saved  # type: ignore[arg-type]
+        merged = OmegaConf.merge(node, saved)
+        _unmask(merged, node, saved)
+        return to_run_config(merged), saved  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise UserError(f"{path} holds settings that this version does not take: {sentence(error)}") from error
+
+
+def _unmask(merged: Any, node: DictConfig, saved: Mapping[str, Any]) -> None:
+    """Put back what the file of a run hides of its settings, from what its overrides say."""
+    typed = as_plain(node)
+    hidden, before = flat(redact(typed)), flat(saved)
+    for key, value in flat(typed).items():
+        if hidden[key] != value and before.get(key) == hidden[key]:
+            OmegaConf.update(merged, key, value)
 
 
 def _loaded(path: Path) -> Any:

@@ -20,7 +20,7 @@ from alignment.config.optim import OptimConfig
 from alignment.config.quantization import Calibration as Calibration
 from alignment.config.quantization import Dtype as Dtype
 from alignment.config.quantization import QuantizationConfig as QuantizationConfig
-from alignment.errors import as_names, require
+from alignment.errors import as_names, not_negative, require
 
 WHEEL_PREFIX = "wheel:"
 """A model name with this prefix names an installed Python package that contains the model."""
@@ -131,8 +131,9 @@ class TrainerConfig:
             value = getattr(self, key)
             number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             require(value == "auto" or number, f"trainer.{key} must be auto or at least 1, not {value}.")
-        for key in ("eval_every", "save_every", "router_aux_loss_coef"):
+        for key in ("eval_every", "save_every"):
             require(getattr(self, key) >= 0, f"trainer.{key} must be at least 0, not {getattr(self, key)}.")
+        not_negative("trainer.router_aux_loss_coef", self.router_aux_loss_coef)
         for key, least in (("tokens_per_batch", 1), ("checkpoint_every", 0)):
             value = getattr(self, key)
             require(value is None or value >= least, f"trainer.{key} must be null or at least {least}, not {value}.")
@@ -239,7 +240,7 @@ class EvaluationConfig:
         )
         for key in ("prompts", "kl_prompts"):
             require(getattr(self, key) >= 0, f"evaluation.{key} must be at least 0, not {getattr(self, key)}.")
-        require(self.temperature >= 0, f"evaluation.temperature must be at least 0, not {self.temperature}.")
+        not_negative("evaluation.temperature", self.temperature)
         for key in ("max_new_tokens", "batch_size"):
             require(getattr(self, key) >= 1, f"evaluation.{key} must be at least 1, not {getattr(self, key)}.")
 

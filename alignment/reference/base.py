@@ -102,6 +102,10 @@ class Reference(ABC):
     def refresh(self, step: int, groups: Sequence[Group]) -> None:
         """Follow the policy after `step` steps. `groups` are all that will be asked for before the next refresh."""
 
+    def is_policy(self, step: int) -> bool:
+        """Whether the policy after `step` steps is what the reference became last."""
+        return step == (self.refreshes[-1]["step"] if self.refreshes else 0)
+
     @abstractmethod
     def logps(self, groups: Sequence[Group]) -> RaggedLogps:
         """Log-probs of all completions, in order: on the CPU if they were stored, else on the device."""

@@ -57,6 +57,10 @@ class LiveReference(Reference):
     def prepare(self, groups: Sequence[Group]) -> None:
         """Nothing to prepare."""
 
+    def is_policy(self, step: int) -> bool:
+        """Also: what was mixed with an earlier policy is none."""
+        return super().is_policy(step) and (self._mix == 1 or not self.refreshes)
+
     def refresh(self, step: int, groups: Sequence[Group]) -> None:
         """Move towards the policy as it is now."""
         del groups

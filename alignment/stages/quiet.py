@@ -8,9 +8,20 @@ import warnings
 
 import transformers
 
+from alignment.errors import without_passwords
+
+
+class _Record(logging.LogRecord):
+    """A line of the log; libraries put the addresses of mirrors and proxies into theirs."""
+
+    def getMessage(self) -> str:
+        """The line without the passwords in its addresses."""
+        return without_passwords(super().getMessage())
+
 
 def quieten_libraries() -> None:
-    """Only errors of the libraries of models are printed from here on."""
+    """Only errors of the libraries of models are printed from here on, and no line of the log holds a password."""
+    logging.setLogRecordFactory(_Record)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +74,11 @@ class Means:
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._counts: defaultdict[str, int] = defaultdict(int)
 
-    def join(self, others: Means) -> None:
-        """Add the examples of other means to these."""
+    def join(self, others: Means, without: Collection[str] = ()) -> None:
+        """Add the examples of other means to these, but for those of some names."""
         for name, value in others._sums.items():
+            if name in without:
+                continue
             self._sums[name] += value
             self._counts[name] += others._counts[name]
 
@@ -132,6 +134,14 @@ def preference_metrics(inputs: LossInputs, output: LossOutput) -> dict[str, Tens
         metrics["rewards/concordance"] = right[better_pairs(inputs.sizes, inputs.scores)].float()
     metrics.update(output.parts)
     return metrics
+
+
+@torch.no_grad()
+def undecided_metrics(inputs: LossInputs, output: LossOutput) -> frozenset[str]:
+    """The metrics that ask which of two answers is better where these inputs, free of rounding, say that none is."""
+    found = preference_metrics(inputs, output)
+    kinds = [kind for kind in _RANKED if f"{kind}/margins" in found and not found[f"{kind}/margins"].any()]
+    return frozenset(f"{kind}/{question}" for kind in kinds for question in ("accuracies", "ties", "concordance"))
 
 
 @torch.no_grad()

@@ -316,6 +316,8 @@ def make_optimizer(
     kind = OPTIMIZERS.get(optim.name, _UNKNOWN)
     if kind.unused:
         log.info("%s.name=%s does not read %s.", key, optim.name, " and ".join(f"{key}.{name}" for name in kind.unused))
+    if kind.low_rank:
+        _require_layers(key, model, optim.target_modules or [])
     if not kind.resumes:
         log.info("With %s.name=%s no checkpoints are written: its states cannot be read back.", key, optim.name)
     try:
@@ -323,6 +325,18 @@ def make_optimizer(
     except (ValueError, ImportError, TypeError) as error:
         said = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{key}.name={optim.name} cannot be used with this model: {said}.") from error
+
+
+def _require_layers(key: str, model: nn.Module, targets: Sequence[str]) -> None:
+    """Refuse a name of no linear layer, which transformers passes over because others match."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if target != "all-linear" and not any(check_target_module_exists([target], layer) for layer in layers):
+            leaves = sorted({layer.rpartition(".")[2] for layer in layers})
+            raise UserError(
+                f"{key}.target_modules: the model has no linear layer {target}{did_you_mean(target, leaves)}; its "
+                f"layers are {', '.join(leaves)}."
+            )
 
 
 def scale_rate_of_b(model: nn.Module, optimizer: torch.optim.Optimizer, ratio: float) -> None:

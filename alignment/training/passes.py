@@ -56,13 +56,15 @@ class StepPart:
 
 @dataclass(slots=True)
 class StepProgress:
-    """What a running step has accumulated: its losses, its tokens, what each pass gave, the loss's new state."""
+    """What a running step has accumulated: its losses, its tokens, what each pass gave, the loss's new state, and the
+    means of other ranks' passes."""
 
     loss: Tensor
     num_tokens: int = 0
     observed: list[Observed] = field(default_factory=list)
     state: dict[str, float] = field(default_factory=dict)
     router_loss: Tensor | float = 0.0
+    means: Means = field(default_factory=Means)
 
 
 class StepPasses:

@@ -11,6 +11,7 @@ import torch
 from alignment.errors import UserError
 from alignment.losses import LossInputs, Quantity
 from alignment.reference.base import agreement_limit
+from alignment.training.metrics import undecided_metrics
 from alignment.training.objective import weighted
 from alignment.training.trainer import PreferenceTrainer
 from alignment.types import Group, RaggedLogps
@@ -67,7 +68,9 @@ def check_start(trainer: PreferenceTrainer, groups: Sequence[Group]) -> dict[str
     step_statistics = objective.step_statistics(groups, tokens_per_batch=None)
     if step_statistics is not None:
         step_statistics = step_statistics.double()
-    computed = objective.evaluate(groups, exact, step_statistics).mean()
+    started = objective.evaluate(groups, exact, step_statistics)
+    trainer.undecided = undecided_metrics(started.inputs, started.output)
+    computed = started.mean()
     rounding = math.inf if loss.discontinuous_at_reference else 10 * tolerance
     for value, allowed in ((computed, 1e-6), (found.mean(), rounding)):
         if not abs(value - expected) <= allowed * max(1.0, abs(expected)):

@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -61,6 +61,8 @@ class PreferenceTrainer(StageTrainer):
     objective: Objective
     held_out: list[dict[str, Any]]
     """The metrics of each held-out group in the last evaluation."""
+    undecided: Collection[str] = ()
+    """Metrics that count the signs of rounding while the policy is its own reference; `check_start` finds them."""
 
     def __init__(
         self,
@@ -130,9 +132,11 @@ class PreferenceTrainer(StageTrainer):
         while (step := self._try_step(model, groups)) is None:
             self._save_memory(model, groups)
         for inputs_and_output in read(step.observed):  # at the step's end: each look makes the host wait for a GPU
-            self._means.add(preference_metrics(*inputs_and_output))
+            step.means.add(preference_metrics(*inputs_and_output))
         if isinstance(step.router_loss, Tensor):
-            self._means.add({"router_loss": step.router_loss[None]})
+            step.means.add({"router_loss": step.router_loss[None]})
+        is_own_reference = self.reference is not None and self.reference.is_policy(self.state.global_step)
+        self._means.join(step.means, without=self.undecided if is_own_reference else ())
         self.objective.state = step.state
         self.num_tokens += step.num_tokens
         if not self._gradients_checked:
@@ -198,7 +202,7 @@ class PreferenceTrainer(StageTrainer):
             step.loss += done.loss
             step.num_tokens += done.num_tokens
             step.router_loss += done.router_loss
-            self._means.join(done.means)
+            step.means.join(done.means)
         return True
 
     def _derivative(

@@ -105,8 +105,10 @@ def test_what_is_added_is_an_entry_of_a_mapping():
         ("text", "${HOME}", r"text: ${HOME} names no other setting; in a text type \${HOME}."),
     ],
 )
-def test_a_value_of_another_kind_is_refused_in_plain_words(key, value, right):
-    """OmegaConf would say it in names of its classes."""
+@pytest.mark.parametrize("causes", ["0", "1"])
+def test_a_value_of_another_kind_is_refused_in_plain_words(key, value, right, causes, monkeypatch):
+    """OmegaConf would say it in names of its classes; with causes, as a debugger asks for them, it is said too."""
+    monkeypatch.setenv("OC_CAUSE", causes)
     node = OmegaConf.structured(Section)
 
     def give() -> None:

@@ -164,3 +164,29 @@ def test_a_start_from_stored_values_of_other_batches_passes_in_16_bit(tmp_path):
         assert check_start(trainer, groups[:size])["loss"] == pytest.approx(math.log(2), abs=0.05)
         assert reference.summary()["misses"] == 0
         reference.close()
+
+
+def means_of_step(trainer, done):
+    """The names that a training step logs which begins after `done` steps."""
+    trainer.state.global_step = done
+    trainer.training_step(trainer.model, {"groups": list(trainer.groups)})
+    return trainer._means.take()
+
+
+QUESTIONS = {"nats/accuracies", "nats_per_token/accuracies", "rewards/accuracies", "rewards/ties"}
+
+
+@pytest.mark.parametrize(("name", "undecided"), [("dpo", QUESTIONS), ("simpo", {q for q in QUESTIONS if "nats" in q})])
+def test_a_step_whose_policy_is_its_reference_does_not_count_signs_of_rounding(name, undecided, tmp_path):
+    """The first step of a stage and the first after a refresh, and only what compares with the reference."""
+    trainer = make_trainer(tiny_policy(torch.float32), PAIRS, make_loss(name), tmp_path)
+    usual = means_of_step(trainer, 0).keys()
+    assert usual >= QUESTIONS | {"rewards/margins"}
+    check_start(trainer, PAIRS)
+    assert usual - means_of_step(trainer, 0).keys() == undecided
+    assert means_of_step(trainer, 1).keys() == usual  # a run that goes on behind a checkpoint, too
+    trainer.reference.refresh(5, [])
+    assert usual - means_of_step(trainer, 5).keys() == undecided
+    assert means_of_step(trainer, 0).keys() == means_of_step(trainer, 6).keys() == usual
+    trainer.reference._mix = 0.5
+    assert means_of_step(trainer, 5).keys() == usual, "a mixture of two policies is neither"

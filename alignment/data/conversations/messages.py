@@ -11,6 +11,7 @@ from typing import Any
 
 from alignment.data.conversations.tool_calls import read_calls, with_objects
 from alignment.data.rows.row import Message, Rejected, Text
+from alignment.data.rows.twins import KeyTwice, parse, without_twins
 
 ROLES = {
     "system": "system",
@@ -63,8 +64,9 @@ def found(value: Any) -> str:
 def messages_of(value: Any, column: str) -> list[Message]:
     """Messages {role, content, ...}, from one message or a list of them, also where they are written as text.
 
-    Accepted are the keys role and content, and ShareGPT's from and value. All other keys stay, because a chat template
-    may read them, but for empty ones.
+    Accepted are the keys role and content, and ShareGPT's from and value. All other keys stay with all that they hold,
+    because a chat template may read them. A key of a message itself that holds nothing is taken for absent, as
+    transformers does with null.
     """
     if isinstance(value, str):
         value = read_written(value, column)
@@ -88,8 +90,7 @@ def _message(item: Any, column: str) -> Message:
         raise Rejected("wrong_type", f"a message in column '{column}' is {found(item)}, not an object")
     role = "role" if "role" in item else "from"
     content = "value" if "value" in item and "content" not in item else "content"
-    more = {key: without_empty(item[key]) for key in item if key not in (role, content)}
-    more = {key: kept for key, kept in more.items() if kept not in (None, "", [], {})}
+    more = {key: value for key, value in item.items() if key not in (role, content) and value not in (None, "", [], {})}
     if role not in item or (content not in item and not {"tool_calls", "function_call"} & more.keys()):
         raise Rejected("missing_field", f"a message in column '{column}' has no role and content")
     more |= _beside_parts(item.get(content), column)
@@ -170,13 +171,6 @@ def _called(message: Message, calls: Any, column: str) -> Message:
     return message
 
 
-def without_empty(value: Any) -> Any:
-    """Without the keys that hold nothing: Arrow gives every object the keys of all others."""
-    if isinstance(value, dict):
-        return {key: without_empty(kept) for key, kept in value.items() if kept is not None}
-    return [without_empty(kept) for kept in value] if isinstance(value, list) else value
-
-
 def learned(message: Message) -> bool:
     """Whether SFT learns this message, by its own keys."""
     return all(message.get(key, 1) for key in TRAIN_KEYS)
@@ -198,9 +192,11 @@ def read_written(text: str, column: str) -> Any:
     inside = re.fullmatch(r"array\((.*?)(,\s*dtype=\w+)?\)", text, re.DOTALL)
     text = inside[1] if inside else text
     for candidate in (text, re.sub(r"\}\s*\n?\s*\{", "}, {", text)):  # arrays of numpy are printed without commas
-        for parse in (json.loads, _literal):
+        for read in (parse, _literal):
             try:
-                return parse(candidate)
+                return read(candidate)
+            except KeyTwice as error:
+                raise Rejected("wrong_type", f"column '{column}' holds an object in which {error}") from None
             except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
                 continue
     raise Rejected("wrong_type", f"column '{column}' holds text that is neither JSON nor a Python literal")
@@ -208,12 +204,17 @@ def read_written(text: str, column: str) -> Any:
 
 def _literal(text: str) -> Any:
     """The value of a Python literal. Texts side by side, as numpy prints a list, would become one text."""
+    tree = ast.parse(text, mode="eval")
     if _STRINGS.search(text):
         strings = sum(token.type == tokenize.STRING for token in tokenize.generate_tokens(io.StringIO(text).readline))
-        constants = (node.value for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Constant))
+        constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
         if strings != sum(isinstance(value, str) for value in constants):
             raise ValueError("texts without commas between them")
-    return ast.literal_eval(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            keys: list[Any] = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            without_twins([(key, None) for key in keys])
+    return ast.literal_eval(tree)
 
 
 def list_in(value: Any, column: str) -> Any:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from alignment.data.rows.row import Rejected
+from alignment.data.rows.twins import KeyTwice, parse
 
 _THOUGHT = re.compile(r"\s*(<think>.*?</think>)?\s*(.*)", re.DOTALL)
 
@@ -19,10 +20,11 @@ def with_objects(calls: list[dict[str, Any]], column: str) -> list[dict[str, Any
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             try:
                 arguments = function["arguments"]
-                function = function | {"arguments": json.loads(arguments) if arguments.strip() else {}}
-            except ValueError:
+                function = function | {"arguments": parse(arguments) if arguments.strip() else {}}
+            except ValueError as error:
+                why = f": {error}" if isinstance(error, KeyTwice) else ""
                 raise Rejected(
-                    "bad_tool_call", f"the arguments of a tool call in column '{column}' are text that is no JSON"
+                    "bad_tool_call", f"the arguments of a tool call in column '{column}' are text that is no JSON{why}"
                 ) from None
         read.append(call | {"function": function} if "function" in call else function)
     return read
@@ -37,7 +39,7 @@ def read_calls(written: Any) -> tuple[str, list[dict[str, Any]]] | None:
     if isinstance(written, str):
         [(thought, text)] = [match.groups(default="") for match in _THOUGHT.finditer(written)][:1]
         try:
-            written = json.loads(text)
+            written = parse(text)
         except ValueError:
             return None
     calls = [written] if isinstance(written, dict) else written
@@ -50,7 +52,7 @@ def read_calls(written: Any) -> tuple[str, list[dict[str, Any]]] | None:
         arguments = call.get("arguments", call.get("parameters", {}))
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = parse(arguments)
             except ValueError:
                 return None
         read.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})

@@ -115,7 +115,7 @@ def number(value: Any, column: str) -> float:
     """
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise Rejected("bad_score", f"column '{column}' has {value!r}, which is no finite number")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alignment.data.conversations.messages import asking, found, list_in, messages_of, read_written, without_empty
+from alignment.data.conversations.messages import asking, found, list_in, messages_of, read_written
 from alignment.data.layouts.columns import Record
 from alignment.data.rows.row import Message, Rejected
 
@@ -80,12 +80,12 @@ def variables_of(record: Record) -> dict[str, Any]:
         if name == "chat_template_kwargs":
             if not isinstance(value, dict):
                 raise Rejected("wrong_type", f"column '{name}' holds {found(value)}, not variables by name; {left_out}")
-            variables |= {key: kept for key, kept in value.items() if kept is not None}
+            variables |= value
             continue
         value = [value] if isinstance(value, dict) else value
         if not isinstance(value, list):
             raise Rejected("wrong_type", f"column '{name}' holds {found(value)}, not a list; {left_out}")
         if name == "tools":  # some sets hold each of them as a JSON text
             value = [read_written(tool, name) if isinstance(tool, str) else tool for tool in value]
-        variables[name] = without_empty(value)
+        variables[name] = value
     return variables

@@ -70,7 +70,7 @@ def scores_of(values: list[Any]) -> tuple[float, ...] | None:
         return None
     try:
         scores = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Rejected("bad_score", f"the scores {values} are not {len(values)} numbers") from None
     if not all(math.isfinite(score) for score in scores):
         raise Rejected("bad_score", f"the scores {values} are not finite")
@@ -98,7 +98,7 @@ def weight_of(value: Any) -> float:
     """The weight of a row, 1 if there is none."""
     try:
         weight = 1.0 if value in (None, "") else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 0 <= weight < math.inf:
         raise Rejected(
@@ -288,7 +288,7 @@ def _are_numbers(records: Sequence[Record], column: str) -> bool:
     def reads(value: Any) -> bool:
         try:
             float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False
         return not isinstance(value, bool)
 

@@ -18,8 +18,11 @@ from typing import Any
 from alignment.config.places import ACCEPTED_FILES, ending_of
 from alignment.data.layouts.recognition import OUR_COLUMNS
 from alignment.data.rows.row import BadRow
-from alignment.data.sources.json_stream import JSONStream, without_twins
+from alignment.data.rows.twins import parse
+from alignment.data.sources.folders import SPLIT_WORDS
+from alignment.data.sources.json_stream import JSONStream
 from alignment.data.sources.remote import File
+from alignment.data.sources.tables import rows_of_table
 from alignment.errors import UserError
 
 Numbered = Iterator[tuple[int, Any]]
@@ -36,6 +39,9 @@ _PACKED = {b"\x1f\x8b": ".gz", b"(\xb5/\xfd": ".zst", b"\xfd7zXZ": ".xz", b"BZh"
 
 _WRAPPERS = ("data", "rows", "train", "examples", "instances", "records", "items", "samples")
 """Keys under which an object holds its rows, whatever it holds besides."""
+
+_NESTED_ROWS = re.compile(r'\{\s*"([^"\\]*)"\s*:\s*\{\s*"([^"\\]*)"\s*:\s*\[\s*\{')
+"""The beginning of an object of lists of rows inside another object."""
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -108,6 +114,8 @@ def _read_json(path: File) -> Numbered:
         return _read_lines(path)
     if text.startswith("["):
         return _read_array(path)
+    if not first and not is_whole and (nested := _NESTED_ROWS.match(text)) is not None:
+        raise _several(path, [f"{nested[1]}.{nested[2]}", f"{nested[1]}.…"])
     if not first and not is_whole and _begins_with_rows(text):
         return _read_array(path, wrapped=True)
 
@@ -120,7 +128,7 @@ def _read_json(path: File) -> Numbered:
     if not is_whole:
         return _read_lines(path)
     try:
-        document = json.loads(head.removeprefix(_BOM).decode(), object_pairs_hook=without_twins)
+        document = parse(head.removeprefix(_BOM).decode())
     except (ValueError, RecursionError) as error:
         if text.split("\n", 1)[0].strip() == "{":
             raise UserError(f"{path} is not {_fault(error)}.") from None
@@ -180,14 +188,15 @@ def _unwrapped(document: Any, path: File) -> list[Any] | None:
     """The rows of one object: those of the array under its only key, or itself, which is a row."""
     if not isinstance(document, dict):
         return None
+    if nested := _nested_rows(document):
+        if len(nested) == len(document) == 1 and len(*document.values()) == 1:
+            return next(iter(nested.values()))
+        raise _several(path, list(nested))
     lists = [key for key, value in document.items() if key not in OUR_COLUMNS and _are_rows(value)]
     if len(document) == 1 and lists:
         return document[lists[0]]
     if len(document) > 1 and len(lists) == len(document):
-        raise UserError(
-            f"{path} holds several lists of rows in one object ({', '.join(lists)}): write each to a file of its own, "
-            f"named after its split, like {lists[0]}.json."
-        )
+        raise _several(path, lists)
     wrapped = [key for key in lists if key in _WRAPPERS and document[key]]
     if wrapped and not any(key in OUR_COLUMNS for key in document):
         raise _more_than(path, wrapped[0])
@@ -197,6 +206,27 @@ def _unwrapped(document: Any, path: File) -> list[Any] | None:
             f"(pandas: to_json(orient='records', lines=True))."
         )
     return [document]
+
+
+def _nested_rows(document: dict[str, Any]) -> dict[str, list[Any]]:
+    """Lists of rows inside an object of the object, as {"data": {"train": [...], "test": [...]}} has them."""
+    return {
+        f"{outer}.{key}": rows
+        for outer, inner in document.items()
+        if outer not in OUR_COLUMNS and isinstance(inner, dict)
+        for key, rows in inner.items()
+        if key in (*SPLIT_WORDS, *_WRAPPERS) and rows and _are_rows(rows)
+    }
+
+
+def _several(path: File, lists: list[str]) -> UserError:
+    first = next((name for name in lists if name.rpartition(".")[2] == "train"), lists[0])
+    name = first.rpartition(".")[2]
+    return UserError(
+        f"{path} holds lists of rows inside one object ({', '.join(lists)}): write each to a file of its own, named "
+        f"after its split (jq -c '.{first}[]' {path.name} > {name}.jsonl does so), and set data.source={name}.jsonl "
+        f"and data.eval_source to the held-out rows."
+    )
 
 
 def _more_than(path: File, key: str) -> UserError:
@@ -230,7 +260,7 @@ def _read_lines(path: File) -> Numbered:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    yield number, json.loads(text, object_pairs_hook=without_twins)
+                    yield number, parse(text)
             except UnicodeDecodeError as error:
                 yield number, BadRow("not_utf8", f"the line is not {_fault(error)}", str(path), number)
             except (ValueError, RecursionError) as error:
@@ -317,7 +347,7 @@ def _read_batches(path: File, kind: str, batches: Callable[[], Iterator[Any]]) -
     number = 0
     try:
         for batch in batches():
-            for record in batch.to_pylist():
+            for record in rows_of_table(batch.to_pylist(), batch.schema):
                 number += 1
                 yield number, record
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:

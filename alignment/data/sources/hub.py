@@ -10,6 +10,7 @@ from typing import Any
 
 from alignment.config.data import DataConfig
 from alignment.config.places import MODELSCOPE_PREFIX, is_on_hub
+from alignment.data.sources.tables import rows_of_table
 from alignment.errors import UserError, as_names
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -50,7 +51,7 @@ def read_hub(source: str, split: str, config: DataConfig) -> Iterator[dict[str, 
     if config.streaming:
         more["streaming"] = True
     try:
-        yield from datasets.load_dataset(source, config.name, split=split, **more)
+        yield from _written(datasets.load_dataset(source, config.name, split=split, **more))
     except Exception as error:  # of several libraries: network, cache, name, split, file
         cause = " ".join(str(error).split())[:200].rstrip(".")
         of_revision = f", revision {config.revision}" if config.revision else ""
@@ -77,10 +78,17 @@ def read_modelscope(source: str, split: str, config: DataConfig) -> Iterator[dic
     asked = {"subset_name": config.name, "split": split, "version": config.revision}
     more = {key: value for key, value in asked.items() if value is not None}
     try:
-        yield from load(source.removeprefix(MODELSCOPE_PREFIX), use_streaming=config.streaming, **more)
+        rows = load(source.removeprefix(MODELSCOPE_PREFIX), use_streaming=config.streaming, **more)
+        yield from _written(rows)
     except Exception as error:  # of several libraries: network, name, split, file
         cause = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
             f"ModelScope data set '{source}' (name {config.name}, split {split}) could not be loaded "
             f"({type(error).__name__}: {cause}): check its name and the network, or give a local copy to data.source."
         ) from error
+
+
+def _written(rows: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a set as they were written; a set that is streamed may not know its columns."""
+    features = getattr(rows, "features", None)
+    return rows_of_table(rows, getattr(features, "arrow_schema", None))

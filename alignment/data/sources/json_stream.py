@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from alignment.data.rows.twins import without_twins
+
 PIECE = 1 << 20
 """Bytes that are read at once, unless one value is longer."""
 
@@ -16,19 +18,6 @@ _NEAR_END = 16
 \\ud83d\\ude00."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-
-
-def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of which no key stands twice: Python would keep the last one without a word.
-
-    Raises:
-        ValueError: a key does.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key '{next(name for name in found if names.count(name) > 1)}' stands twice")
-    return found
 
 
 class JSONStream:

@@ -50,7 +50,7 @@ class MathJudge(Judge):
     def require(self, items: Sequence[Item]) -> None:
         """Refuse prompts without a solution."""
         for item in items:
-            if "answer" not in item.meta:
+            if not accepted_answers(item.meta):
                 raise UserError(
                     f"evaluation.judge=math needs a column `answer` with the solution, and {item.source} has none; add "
                     f"it or set evaluation.judge=none."

@@ -242,7 +242,7 @@ class RuleJudge(Judge):
     def require(self, items: Sequence[Item]) -> None:
         """Refuse prompts without accepted answers."""
         for item in items:
-            if "answer" not in item.meta:
+            if not accepted_answers(item.meta):
                 raise UserError(
                     f"evaluation.judge=rules needs a column `answer` with the accepted answers, and {item.source} "
                     f"has none; add it or set evaluation.judge=none."
@@ -254,6 +254,7 @@ class RuleJudge(Judge):
 
 
 def accepted_answers(meta: Mapping[str, Any]) -> list[str]:
-    """The accepted answers in a row's column `answer`: one, or a list."""
-    value = meta["answer"]
-    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    """The accepted answers in a row's column `answer`: one, or a list. Nulls and empty texts are none."""
+    value = meta.get("answer")
+    found = value if isinstance(value, list) else [value]
+    return [str(one) for one in found if one is not None and str(one).strip()]

@@ -37,9 +37,9 @@ SILENT = {"role": "assistant", "content": ""}
             },
             [{"role": "assistant", "content": "", "tool_calls": [CALL]}],
         ),
-        (  # Arrow gives every call the arguments of all others
-            {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1, "y": None}}}]},
-            [{"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        (  # a null inside a value is meant; a key of the message itself that holds nothing is not there
+            SILENT | {"tool_calls": [{"function": {"name": "add", "arguments": {"x": None}}}], "name": None},
+            [SILENT | {"tool_calls": [{"function": {"name": "add", "arguments": {"x": None}}}]}],
         ),
         ({"role": "assistant", "tool_calls": json.dumps([CALL])}, [SILENT | {"tool_calls": [CALL]}]),
         # functions in older forms: ShareGPT's turns, OpenAI's key; with what they were as text
@@ -94,6 +94,15 @@ def test_a_message_means_this(value, expected):
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]},
             "the arguments of a tool call in column 'c' are text that is no JSON",
         ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}]},
+            "text that is no JSON: the key 'x' stands twice",
+        ),
+        (
+            '[{"role": "user", "content": "p", "content": "q"}]',
+            "holds an object in which the key 'content' stands twice",
+        ),
+        ("[{'role': 'user', 'content': 'p', 'role': 'user'}]", "holds an object in which the key 'role' stands twice"),
         ({"role": "assistant", "function_call": "add(1)"}, "a call in column 'c' has no name and arguments"),
         (USER | {"weight": 60}, "a message's weight is 1 or 0 (learn it or not), and column 'c' has 60"),
     ],

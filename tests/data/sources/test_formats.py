@@ -44,6 +44,7 @@ FILES = {
     "pretty.json": b"\n\n" + json.dumps(ROWS, indent=2).encode("utf-8"),
     "wrapped.json": json.dumps({"data": ROWS}).encode(),
     "wrapped.jsonl": json.dumps({"rows": ROWS}, indent=4).encode(),
+    "wrapped_twice.json": json.dumps({"data": {"train": ROWS}}).encode(),
     "crlf.jsonl": b"\r\n" + LINES.replace(b"\n", b"\r\n"),
     **{f"rows.jsonl{ending}": pack(LINES) for ending, pack in PACKERS.items()},
     "ROWS.TSV.GZ": gzip.compress(TSV.encode()),
@@ -88,7 +89,26 @@ REFUSED = [
     ("a.csv", TSV.replace("\t", ";").encode(), ["one column", "semicolons"]),
     ("a.tsv", TSV.replace("\t", ",").encode(), ["one column", "commas"]),
     ("a.csv", b"prompt,chosen,chosen\np,a,b\n", ["several columns 'chosen'"]),
-    ("a.json", json.dumps({"train": ROWS, "test": ROWS}).encode(), ["several lists", "train, test", "train.json"]),
+    (
+        "a.json",
+        json.dumps({"test": ROWS, "train": ROWS}).encode(),
+        ["inside one object (test, train)", "jq -c '.train[]' a.json > train.jsonl", "data.source=train.jsonl"],
+    ),
+    (
+        "a.json",
+        json.dumps({"data": {"train": ROWS, "validation": ROWS}}).encode(),
+        ["(data.train, data.validation)", "'.data.train[]' a.json > train.jsonl", "data.eval_source"],
+    ),
+    (
+        "a.json",
+        json.dumps({"version": "1", "data": {"train": ROWS, "info": "none"}}, indent=1).encode(),
+        ["(data.train)", "'.data.train[]' a.json"],
+    ),
+    (
+        "a.json",
+        json.dumps({"data": {"train": ROWS * 40_000, "test": ROWS}}).encode(),
+        ["(data.train, data.…)", "'.data.train[]' a.json"],
+    ),
     (
         "a.json",
         b'[{"prompt": "p", "chosen": "c",\n "rejected": "r", "chosen": "d"}]',
