@@ -223,6 +223,7 @@ class CacheKind(Enum):
     models = ("models", "a model of an installed package, converted once")
     calibration = ("calibration", "the constants of calibrated NF4 (quantization=icq), searched once per model")
     spectrum = ("spectrum", "signal to noise of a model's matrices (spectrum=...), measured once per model")
+    answers = ("answers", "answers that a policy has drawn, by prompt, settings and seed")
     judgements = (
         "judgements",
         "the replies of a judge, asked once per prompt and answers; asking again may cost money",

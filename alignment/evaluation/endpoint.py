@@ -86,13 +86,20 @@ class Endpoint:
     def _key(self) -> str:
         return os.environ.get(self.auth_env or "", "").strip()
 
-    def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        read: Callable[[Any], T],
+        parse: Callable[[bytes], Any] = json.loads,
+    ) -> T:
         """Send a request and read its reply.
 
         Args:
             path: behind the address, such as chat/completions.
             read: makes the result of the reply's JSON; what it raises of KeyError, IndexError, TypeError and
                 ValueError says that the reply is malformed.
+            parse: makes the JSON of the reply's bytes; a few calls are answered by plain text.
 
         Raises:
             NoReply: no attempt had a reply that can be used, or the server does not take this request.
@@ -103,7 +110,7 @@ class Endpoint:
             trouble, wait = "", None
             try:
                 with self._opener.open(request, timeout=self.timeout) as response:
-                    return read(json.loads(response.read()))
+                    return read(parse(response.read()))
             except urllib.error.HTTPError as error:
                 trouble, wait = str(error.code), error.headers.get("Retry-After")
                 said = self._without_key(error)

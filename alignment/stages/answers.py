@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -15,12 +14,12 @@ from alignment.data.tokens.units import spread_prompts
 from alignment.evaluation.sampling.answer import Sampling, as_text
 from alignment.evaluation.sampling.draw import draw
 from alignment.evaluation.sampling.local import LocalEngine
-from alignment.evaluation.sampling.presets import presets, presets_in_words
+from alignment.evaluation.sampling.presets import presets_in_words
+from alignment.evaluation.sampling.store import AnswerStore
 from alignment.files import read_sealed, write_sealed
 from alignment.runs.record import RunRecord
 from alignment.stages.judging import AnswersJudge
 from alignment.stages.stage import Workspace
-from alignment.stages.store import StageStore, answers_key
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +29,13 @@ class HeldOutAnswers:
 
     Args:
         data: the prompts are spread over all held-out groups.
-        store: keeps the answers for all runs, so that no policy is asked the same prompts twice.
         stops: the tokens that end an answer.
 
     Raises:
         UserError: the judge lacks something, or cannot judge a row.
     """
 
-    def __init__(
-        self, config: RunConfig, data: PreferenceData, work: Workspace, store: StageStore, stops: Sequence[int]
-    ) -> None:
+    def __init__(self, config: RunConfig, data: PreferenceData, work: Workspace, stops: Sequence[int]) -> None:
         groups, rows = data.eval, data.eval_rows
         picked = spread_prompts(groups, config.evaluation.prompts)
         self.rows = [rows[i] for i in picked]
@@ -48,7 +44,6 @@ class HeldOutAnswers:
         self._config = config.evaluation
         self._seed = config.seed
         self._work = work
-        self._store = store
         self._stops = list(stops)
         self.answers: dict[str, list[str]] = {}
 
@@ -72,20 +67,16 @@ class HeldOutAnswers:
             stops=tuple(self._stops),
             max_new_tokens=self._config.max_new_tokens,
             temperature=self._config.temperature,
-            seed=self._seed if self._config.temperature > 0 else 0,
+            seed=self._seed,
             presets=True,
         )
-        key = answers_key(model, self._prompts, asdict(how) | {"presets": presets(model)})
-        with self._store.locked(key):
-            kept = self._store.take(key)
-            if kept is not None:
-                log.info("The held-out prompts (%s) were answered before (%s).", name, key[:12])
-                return kept["answers"]
-            log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
-            engine = LocalEngine(model, self._work.device, self._config.batch_size, self._work.team)
-            answers = [answer.tokens.tolist() for (answer,) in draw(engine, self._prompts, 1, how)]
-            described = {"stage": "answers", "model": model.config.name_or_path}
-            self._store.put(key, None, {"description": described, "answers": answers})
+        engine = LocalEngine(model, self._work.device, self._config.batch_size, self._work.team)
+        log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
+        with AnswerStore(self._work.cache, engine) as store:
+            answers = [answer.tokens.tolist() for (answer,) in draw(store, self._prompts, 1, how)]
+            log.info(
+                "%d answers of %d tokens were drawn, %d were there before.", store.drawn, store.tokens, store.found
+            )
         return answers
 
     def judged(self, record: RunRecord) -> dict[str, Any]:

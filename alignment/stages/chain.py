@@ -153,7 +153,7 @@ class Chain:
             self.sft = SFTStage(config, self.conversations, self.work, given if config.loss is None else None)
         if config.loss is not None:
             self.preferences = self._read_preferences()
-            self.answers = HeldOutAnswers(config, self.preferences, self.work, self.store, self._stops)
+            self.answers = HeldOutAnswers(config, self.preferences, self.work, self._stops)
             self.preference = PreferenceStage(config, self.preferences, self.work, self._stops, given)
         self.stages: list[Stage] = [stage for stage in (self.sft, self.preference) if stage is not None]
         self._shared = shares_base(config, team, device, self.conversations, self.preferences)

@@ -1,9 +1,9 @@
 """Results of finished stages: a run that would repeat a stage takes over the stored result.
 
 A result is a folder `<cache>/stages/<key>` with the policy and `entry.json`. That file holds everything else that the
-stage leaves, and a digest of every file. Answers of a policy are a result too, without a policy. The key is a hash of
-the policy at the start of the stage, its tokens, its settings, the device, the versions of the libraries and the code
-of this package: whatever could change the result changes the key.
+stage leaves, and a digest of every file. The key is a hash of the policy at the start of the stage, its tokens, its
+settings, the device, the versions of the libraries and the code of this package: whatever could change the result
+changes the key.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 import alignment
 from alignment.files import digests, file_lock, read_sealed, to_json, write_sealed
@@ -66,11 +64,6 @@ def stage_key(model: nn.Module, tokens: str, settings: Mapping[str, Any]) -> str
         digest.update(trained_digest(model).encode())
     digest.update(tokens.encode())
     return digest.hexdigest()
-
-
-def answers_key(model: nn.Module, prompts: Sequence[np.ndarray], settings: Mapping[str, Any]) -> str:
-    """Name of the answers of a policy to tokenised prompts; `settings` is everything else that decides them."""
-    return _begun_key(model, {"prompts": [prompt.tolist() for prompt in prompts], **settings}).hexdigest()
 
 
 def _begun_key(model: Any, settings: Mapping[str, Any]) -> Any:

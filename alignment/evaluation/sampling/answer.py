@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -52,6 +52,12 @@ class Sampling:
         not_negative("temperature", self.temperature)
         within("top_p", self.top_p, "(0, 1]")
         within("min_p", self.min_p, "[0, 1]")
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides an answer, beside its prompt and index: greedy ones know neither seed nor filters."""
+        found = asdict(self) | {"stops": sorted(self.stops)}
+        idle = ("seed", "top_k", "top_p", "min_p") if self.temperature == 0 else ()
+        return {key: value for key, value in found.items() if key not in idle}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

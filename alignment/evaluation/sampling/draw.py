@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,12 @@ from alignment.evaluation.sampling.answer import Answer, Sampling, Wanted
 
 class Engine(Protocol):
     """What draws answers."""
+
+    def identity(self) -> tuple[str, dict[str, Any]]:
+        """64 hex digits of the policy and of what draws, and a description for people."""
+
+    def decisive(self, how: Sampling) -> dict[str, Any]:
+        """What of the settings, and of the model's own, decides an answer; JSON values."""
 
     def draw(self, wanted: Sequence[Wanted], how: Sampling) -> list[list[Answer]]:
         """The answers that are wanted of each prompt, in order; no prompt comes twice."""

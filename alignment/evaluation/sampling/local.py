@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,8 +16,10 @@ from alignment.errors import UserError
 from alignment.evaluation.sampling.answer import Answer, Sampling, Wanted
 from alignment.evaluation.sampling.choice import Drawn, answer_seed, greedy
 from alignment.evaluation.sampling.loop import Way, draw_batch
-from alignment.evaluation.sampling.presets import acting, inner, without_presets
+from alignment.evaluation.sampling.presets import acting, inner, presets, without_presets
 from alignment.evaluation.sampling.ways import way_of
+from alignment.files import to_json
+from alignment.policy.identity import policy_identity
 from alignment.ranks.shares import evenly
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.scoring.head import LOGITS_PER_CHUNK
@@ -56,6 +59,16 @@ class LocalEngine:
     device: torch.device
     at_once: int
     team: Team | None = None
+
+    def identity(self) -> tuple[str, dict[str, Any]]:
+        """64 hex digits of the policy and of this engine, and a description for people."""
+        policy, description = policy_identity(self.model)
+        identity = hashlib.blake2b(to_json(["transformers", policy]), digest_size=32).hexdigest()
+        return identity, {**description, "engine": "transformers"}
+
+    def decisive(self, how: Sampling) -> dict[str, Any]:
+        """What of the settings, and of the model's own where these act, decides an answer."""
+        return how.decisive() | {"presets": presets(self.model) if how.presets else None}
 
     def draw(self, wanted: Sequence[Wanted], how: Sampling) -> list[list[Answer]]:
         """The answers that are wanted of each prompt, in order.
