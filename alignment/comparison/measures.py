@@ -170,6 +170,11 @@ RANKING_PER_TOKEN = _of_pairs(
     "ranking/accuracies_per_token",
 )
 MARGIN = Measure("margin, nats", "margin over the reference, nats", evaluated("nats/margins"))
+CALIBRATION = Measure(
+    "calibration error",
+    "mean difference of a reward model's accuracy and its confidence, over bins of held-out pairs",
+    evaluated("rewards/calibration_error"),
+)
 DRIFT = Measure("drift of chosen, nats", "change of the chosen completions' log-prob, nats", chosen_drift)
 WORDS = Measure("answer length, words", "mean length of answers, words", _answers("words"))
 

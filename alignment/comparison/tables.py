@@ -11,6 +11,7 @@ import pandas as pd
 from alignment.comparison.head_to_head import Duel, duels, entrants
 from alignment.comparison.measures import (
     ACCURACY,
+    CALIBRATION,
     CORRECT,
     CRITERIA,
     DRIFT,
@@ -92,7 +93,7 @@ def _seeds(variant: Variant) -> str:
 def held_out_pairs(found: Comparison) -> Table | None:
     """A row per variant: its log-probs of the held-out pairs. None if nothing of them is known."""
     shares = [m for m in (ACCURACY, OWN_ACCURACY, RANKING, RANKING_PER_TOKEN) if _is_known(m, found)]
-    others = [m for m in (MARGIN, DRIFT) if _is_known(m, found)]
+    others = [m for m in (MARGIN, DRIFT, CALIBRATION) if _is_known(m, found)]
     if not shares and not others:
         return None
     rows = [
@@ -361,7 +362,7 @@ def _together(member: ComparedRun) -> int:
 
 def to_csv(found: Comparison) -> str:
     """A row per run with plain numbers, for spreadsheets and scripts."""
-    measures = (*CRITERIA, RANKING_PER_TOKEN, MARGIN, DRIFT, WORDS)
+    measures = (*CRITERIA, RANKING_PER_TOKEN, MARGIN, DRIFT, CALIBRATION, WORDS)
     labels, distance = _labels(found), kl_measure(found.members)
     rows = []
     for member in found.members:

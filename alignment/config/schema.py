@@ -380,6 +380,8 @@ class RunConfig:
             not self.reference.follows or (self.loss is not None and self.loss.requirements().reference),
             "reference.sync_every and reference.parts need a loss with a reference, which could follow the policy.",
         )
+        if self.loss is not None and self.loss.requirements().rewards:
+            self._check_reward_model()
         if self.loss is not None:
             metric = self.stopping.metric if self.stopping is not None else ""
             require(
@@ -393,6 +395,21 @@ class RunConfig:
                 f"trainer.groups_per_step must be at least {least} for loss {self.loss.name}, "
                 f"not {self.trainer.groups_per_step}.",
             )
+
+    def _check_reward_model(self) -> None:
+        for key in ("prompts", "kl_prompts"):
+            number = getattr(self.evaluation, key)
+            require(
+                number == 0,
+                f"evaluation.{key}={number} asks for answers, and loss {self.loss.name} trains a reward model, which "
+                f"writes none: set evaluation.{key}=0.",
+            )
+        metric = "rewards/accuracies" if self.stopping is None else self.stopping.metric
+        require(
+            metric == "rewards/accuracies",
+            f"stopping.metric={metric} is of log-probs, and loss {self.loss.name} trains a reward model, which has "
+            f"none: set stopping.metric=rewards/accuracies.",
+        )
 
     @property
     def last_data(self) -> DataConfig:

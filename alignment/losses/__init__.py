@@ -59,6 +59,7 @@ from alignment.losses.all_pairs import AllPairs as AllPairs
 from alignment.losses.infonca import InfoNCA as InfoNCA
 from alignment.losses.infonca import NCAList as NCAList
 from alignment.losses.lipo import LiPO as LiPO
+from alignment.losses.bradley_terry import BradleyTerry as BradleyTerry
 # isort: on
 
 LOSSES: dict[str, type[Loss]] = {

@@ -110,7 +110,7 @@ def rows() -> list[tuple[str, ...]]:
             continue
         loss = recommended(name)
         needs = loss.requirements()
-        reads = ["tokens"] if name in TOKEN_LEVEL else []
+        reads = ["tokens"] if name in TOKEN_LEVEL else ["rewards of a head"] if needs.rewards else []
         reads += ["scores"] if needs.scores else []
         reads += ["prompts"] if needs.prompts else []
         reads += [f"distributions ({', '.join(sorted(q.name for q in needs.quantities))})"] if needs.quantities else []
@@ -201,6 +201,7 @@ def page() -> str:
         "- **reads**: what it needs beyond the summed or mean log-probs of the answers. With *the whole step*, the loss"
         " of an item depends on the other items of the optimizer step. Splitting a step into micro-batches never"
         " changes the result.",
+        "- `bradley_terry` reads no log-probs at all: it trains a [reward model](../../docs/reward_models.md).",
         "- **state**: numbers that it carries from step to step. Checkpoints keep them.",
         "- **defaults**: the settings that you get. Each section below gives the source of every value.",
         "- **\\***: something could not be checked against the paper. The list after the table says what.",

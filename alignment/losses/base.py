@@ -56,6 +56,8 @@ class LossInputs:
         totals: counts over the whole step; None if these inputs are the whole step.
         seeds: (items,) int64, new for every step and derived from the item's content. All randomness comes from them,
             so the order of the items and their split into parts change no draw. None outside training.
+        lengths: (S,) int64, scored tokens of each completion, for a loss that reads rewards: `policy` then holds one
+            number for each completion, the reward that the model's head gives it. None where it holds log-probs.
 
     Raises:
         ValueError: parts that do not fit together.
@@ -71,6 +73,7 @@ class LossInputs:
     state: Mapping[str, float] = field(default_factory=dict)
     totals: StepTotals | None = None
     seeds: Tensor | None = None
+    lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         # Shapes only: looking at values would make the training pass wait for its device.
@@ -86,7 +89,7 @@ class LossInputs:
         sequences, items = len(self.policy), self._items()
         if self.sizes is not None and self.sizes.device.type == "cpu" and (total := int(self.sizes.sum())) != sequences:
             raise ValueError(f"LossInputs.sizes must add up to the policy's {sequences} sequences, not {total}.")
-        lengths = {"labels": sequences, "scores": sequences, "prompts": items, "seeds": items}
+        lengths = {"labels": sequences, "scores": sequences, "prompts": items, "seeds": items, "lengths": sequences}
         for name, length in lengths.items():
             part = getattr(self, name)
             if part is not None and len(part) != length:
@@ -157,6 +160,8 @@ class Requirements:
         quantities: the quantities that it reads.
         density_weights: whether to weight rows by the density of their prompts before training (BCO).
         orders_ties: whether it ranks answers with equal scores, in the order of the file.
+        rewards: whether `LossInputs.policy` holds a reward of each completion in place of log-probs: a head on the
+            model gives it, and what trains is a reward model.
     """
 
     unit: str
@@ -168,6 +173,7 @@ class Requirements:
     quantities: frozenset[Quantity]
     density_weights: bool = False
     orders_ties: bool = False
+    rewards: bool = False
 
 
 @dataclass(kw_only=True)
@@ -191,6 +197,7 @@ class Loss(ABC):
     min_items: ClassVar[int] = 1
     whole_step: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
+    reads_rewards: ClassVar[bool] = False
     orders_ties: ClassVar[bool] = False
     discontinuous_at_reference: ClassVar[bool] = False
     """Whether rounding can make the loss jump where the policy equals the reference: the loss depends on the order of
@@ -218,6 +225,7 @@ class Loss(ABC):
             prompts=False,
             quantities=self.quantities,
             orders_ties=self.orders_ties,
+            rewards=self.reads_rewards,
         )
 
     @abstractmethod

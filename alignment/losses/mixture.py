@@ -75,6 +75,12 @@ class Mixture(Loss):
                 not part.requirements().density_weights,
                 f"loss.settings.{name}.density_weights must be false in a mixture: it would weight all the losses.",
             )
+        rewarding = [name for name, part in self._parts().items() if part.requirements().rewards]
+        require(
+            not rewarding,
+            f"loss.weights cannot name {', '.join(rewarding)}: it trains a reward model, which has no log-probs that "
+            f"others could read; choose it alone, with loss={', '.join(rewarding)}.",
+        )
         asking = [name for name, part in self._parts().items() if part.mismatched(2 * part.requirements().min_items)]
         require(
             len(asking) <= 1,

@@ -44,6 +44,7 @@ from alignment.losses import (
     APOZeroUnpaired,
     BCOPair,
     BestVsRest,
+    BradleyTerry,
     CalDPO,
     CPOSimPO,
     DiscoPOP,
@@ -350,6 +351,20 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(PlackettLuce(beta=0.1), 0.6302581947, remark="of two answers it is DPO"),
     Check(BestVsRest(beta=0.1), 0.6302581947, remark="of two answers it is DPO"),
+    Check(
+        BradleyTerry(centring=0.01, margin=0.0),
+        0.6413897343,
+        "Reward, center_rewards_coefficient 0.01",
+        0.6413897343,
+        "the sums of the log-probs stand for the rewards",
+    ),
+    Check(
+        BradleyTerry(centring=0.01, margin=1.0),
+        0.8757616875,
+        "Reward, center_rewards_coefficient 0.01, margin 1.5",
+        0.8757616875,
+        "the gap of the scores is the margin",
+    ),
     Check(
         Mixture(
             weights={"dpo": 0.8, "bco": 0.2, "nll": 1.0},

@@ -198,6 +198,7 @@ def load_adapter(model: nn.Module, folder: Path, weights: FloatWeights | None = 
     from peft.utils.save_and_load import set_peft_model_state_dict
 
     saved = read_adapter(folder)
+    saved.settings.task_type = "CAUSAL_LM"  # also of a reward model, whose file is for classification models
     if isinstance(model, PeftModel):
         if saved.weights is not None:
             set_peft_model_state_dict(model, saved.weights)
@@ -207,7 +208,7 @@ def load_adapter(model: nn.Module, folder: Path, weights: FloatWeights | None = 
     adapted: nn.Module
     with stand_ins(model):
         if saved.residual is None:
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=saved.settings)
         else:
             saved.settings.inference_mode = False
             adapted = get_peft_model(model, saved.settings)

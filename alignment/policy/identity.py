@@ -15,6 +15,7 @@ from alignment.kernels.calibrated import is_calibrated
 from alignment.kernels.eight_bit import row_scales
 from alignment.policy.adapter_kinds import plain_name, updates
 from alignment.policy.digest import hash_tensor
+from alignment.scoring.head import REWARD_HEAD
 
 # These do not change a log-prob, and trainers write some of them (special tokens, a router's loss) into the
 # configuration.
@@ -73,6 +74,9 @@ def _in_words(quantization: Any) -> str:
     method = quantization.get("quant_method", "quantised")
     return "int8" if quantization.get("load_in_8bit") else str(getattr(method, "value", method))
 
+
+_PLACE_OF_HEAD = f"{REWARD_HEAD}.original_module."
+"""In the names of what the head of a reward model's adapter is put in place of, which no base has."""
 
 _last_read: tuple[Any, str] | None = None
 _FIXED = "_base_digest"
@@ -136,7 +140,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     tensor: Tensor
     for name, tensor in model.named_parameters():
         plain = plain_name(name)
-        if plain is None or id(tensor) in seen:
+        if plain is None or id(tensor) in seen or _PLACE_OF_HEAD in name:
             continue
         seen.add(id(tensor))
         yield plain, tensor

@@ -22,6 +22,7 @@ from alignment.policy.adapter_kinds import merged_weight
 from alignment.policy.load import load_base, load_model, one_line, read_shape, resolve_dtype
 from alignment.policy.quantize import is_packed_by_bitsandbytes, load_arguments, plain_weight, without_packing
 from alignment.policy.requantise import Sequences, drift_of_steps, next_logps
+from alignment.policy.reward_model import is_reward_model, put_reward_head, rewards_of_texts, save_trained
 from alignment.policy.saved_adapter import read_adapter, require_known_form
 from alignment.policy.stored import Checkpoint
 
@@ -132,7 +133,7 @@ def export_merged(
     """Write base plus adapter as one model, with tokenizer and template, and compare what was written with the policy.
 
     A quantised base is de-quantised: the adapter is added to the weights that it was trained on, NF4 rounding included.
-    Rounding to `export.dtype` is the only change.
+    Rounding to `export.dtype` is the only change. Of a reward model the rewards are compared.
 
     Args:
         folder: where to write; it appears whole and checked, or not at all.
@@ -141,7 +142,8 @@ def export_merged(
 
     Returns:
         {"dtype", "max_logp_difference" in nats over the next-token distributions, "generation_agrees"}; with a
-        quantised base also "drift", what merging and quantising again change (see `drift_of_steps`).
+        quantised base also "drift", what merging and quantising again change (see `drift_of_steps`). Of a reward model
+        {"dtype", "max_reward_difference"}.
 
     Raises:
         UserError: the written model is not the policy.
@@ -151,12 +153,16 @@ def export_merged(
     for stale in (partial, folder):
         shutil.rmtree(stale, ignore_errors=True)
     merged = _load_plain(source, config, dtype, device)
+    rewards = is_reward_model(model)
+    if rewards:
+        put_reward_head(merged)
     _put_weights(merged, _merged_weights(model))
-    merged.save_pretrained(str(partial), safe_serialization=True)
-    tokenizer.save_pretrained(str(partial))
+    save_trained(merged, tokenizer, partial)
 
     # What the files hold, not what was meant to be written
     del merged
+    if rewards:
+        return _checked_rewards(model, partial, folder, prompts, dtype, device)
     merged = _load_plain(str(partial), config, dtype, device, own=False)
     found = _compare(model, merged, prompts, device)
     precise = {dtype, model.dtype} <= {torch.float32, torch.float64}
@@ -194,6 +200,33 @@ def export_merged(
             *steps.values(),
         )
     return described
+
+
+def _checked_rewards(
+    model: Any, partial: Path, folder: Path, texts: Sequence[np.ndarray], dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Compare the rewards of what was written with the policy's, and give it its name; see `export_merged`."""
+    from transformers import AutoModelForSequenceClassification
+
+    kind: Any = AutoModelForSequenceClassification
+    merged = kind.from_pretrained(str(partial), dtype=dtype, use_safetensors=True).to(device).eval()
+    was_training = model.training
+    ours = rewards_of_texts(model.eval(), texts, device)
+    model.train(was_training)
+    ids = [torch.from_numpy(text.astype(np.int64))[None].to(device) for text in texts]
+    theirs = torch.cat([merged(input_ids=tokens).logits[:, 0].double() for tokens in ids])
+    difference = (ours - theirs).abs().max().item()
+    limit = _LIMIT_32_BITS if {dtype, model.dtype} <= {torch.float32, torch.float64} else _LIMIT_16_BITS
+    if not difference <= limit * max(1.0, ours.abs().max().item()):
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"export.merge: the merged reward model is not the trained one, because its rewards differ by up to "
+            f"{difference:.2g}, so it was removed; the trained adapter is whole."
+        )
+    partial.rename(folder)
+    written = str(dtype).removeprefix("torch.")
+    log.info("Merged reward model in %s: weights in %s; rewards differ by at most %.2g.", folder, written, difference)
+    return {"dtype": written, "max_reward_difference": difference}
 
 
 @dataclass(frozen=True, slots=True)

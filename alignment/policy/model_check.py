@@ -13,6 +13,7 @@ from alignment.config.schema import RunConfig
 from alignment.data.conversations.ends import ends_of_turn
 from alignment.errors import UserError
 from alignment.policy.load import read_shape
+from alignment.policy.reward_model import require_classifier
 from alignment.policy.saved_adapter import require_same_form
 from alignment.policy.source import ModelSource
 from alignment.policy.stored import Checkpoint, require_usable
@@ -43,6 +44,8 @@ def check_model(config: RunConfig, source: ModelSource, tokenizer: Any) -> None:
     whole = read_shape(source.base, model)
     shape = whole.get_text_config()
     require_usable(config, Checkpoint.of(whole))
+    if config.loss is not None and config.loss.requirements().rewards:
+        require_classifier(whole, model, config.loss.name)
     if source.adapter is not None:
         require_same_form(source.adapter, config.adapter)
     _settle_ends(config, tokenizer)

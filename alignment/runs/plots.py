@@ -112,7 +112,8 @@ def _finish(axes: Axes, title: str, axis: str, stage: str, level: float | None) 
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=9, frameon=False)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
@@ -132,11 +133,11 @@ def write_plots(metrics: Sequence[dict[str, Any]], out: Path) -> list[Path]:
                 _finish(axes, "SFT loss", "loss (nats per completion token)", stage, None)
             else:
                 _finish(axes, "Preference loss", "loss (mean over pairs or rows)", stage, None)
-        written.append(_save(figure, out / "loss.png"))
+        written.append(save(figure, out / "loss.png"))
     for plot in _PREFERENCE_PLOTS:
         figure = Figure(figsize=(6, 3.8), layout="constrained")
         axes = figure.subplots()
         if _draw(axes, metrics, "preference", plot.metrics):
             _finish(axes, plot.title, plot.axis, "preference", plot.level)
-            written.append(_save(figure, out / plot.file))
+            written.append(save(figure, out / plot.file))
     return written

@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.text import Text
 
 from alignment.data.rows.reasons import in_words
+from alignment.evaluation.calibration import Bin
 from alignment.evaluation.intervals import wilson_interval
 from alignment.losses import title as loss_title
+from alignment.runs.calibration import HEADER, bins_of, calibration_rows, write_reliability
 from alignment.runs.cautions import cautions
 from alignment.runs.folder import (
     MODEL_TITLES,
@@ -60,6 +62,12 @@ _ABOUT_EVALUATION = (
     "the held-out pairs: reward accuracy and reward margin use the loss's own reward, the margin vs the reference "
     "means the same for every loss, and ranking accuracy looks at the policy alone. The KL is estimated from answers "
     "that the policy sampled."
+)
+
+_ABOUT_CALIBRATION = (
+    "Held-out pairs in bins of equal size. The model's choice is the answer with the higher reward; its probability "
+    "is that of the Bradley-Terry model for the difference of the rewards. The calibration error is the mean "
+    "difference of the two columns, some of which is chance."
 )
 
 Rows = list[list[str]]
@@ -136,6 +144,8 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         ["number of answers", *answers("n", format_value)],
         *accuracy("reward accuracy", "rewards/accuracies"),
         ["reward margin, own units", *margin("rewards/margins")],
+        ["mean reward", *map(format_value, of_pairs("rewards/mean"))],
+        ["calibration error", *map(percent, of_pairs("rewards/calibration_error"))],
         ["margin vs reference, nats", *margin("nats/margins")],
         *accuracy("ranking accuracy", "ranking/accuracies"),
         ["KL to start, nats/answer", *(format_value(kl if model == "final" else None) for model in models)],
@@ -298,9 +308,10 @@ def _sample_table(samples: Sequence[dict[str, Any]]) -> str:
     return markdown_table(list(columns.values()), [[clip(sample.get(key)) for key in columns] for sample in picked])
 
 
-def _plots(run: RunFiles) -> list[Path]:
+def _plots(run: RunFiles, bins: Sequence[Bin]) -> list[Path]:
     try:
-        return write_plots(run.metrics, run.folder / "plots")
+        plots = write_plots(run.metrics, run.folder / "plots")
+        return [*plots, write_reliability(bins, run.folder / "plots")] if bins else plots
     except OSError as error:
         run.problems.append(f"plots cannot be written: {error.strerror}.")
         return []
@@ -325,6 +336,9 @@ def write_report(run_dir: Path) -> Path:
         parts.append(_ABOUT_EVALUATION)
     if card := submapping(run.summary, "evaluation", "judge"):
         parts += ["## The judge", markdown_table(["", ""], judge_rows(card)), ABOUT_JUDGE]
+    bins = bins_of(run)
+    if bins:
+        parts += ["## Calibration", markdown_table(HEADER, calibration_rows(bins)), _ABOUT_CALIBRATION]
     header, rows = _stage_table(run.summary)
     if rows:
         parts += ["## Stages", markdown_table([escape_markdown(cell) for cell in header], rows)]
@@ -352,7 +366,7 @@ def write_report(run_dir: Path) -> Path:
     if reference := submapping(run.summary, "reference"):
         parts.append(f"Reference log-probs: {escape_markdown(_reference_line(reference))}.")
     parts += ["## What ran", markdown_table(["", ""], _settings_and_data(run))]
-    if plots := _plots(run):
+    if plots := _plots(run, bins):
         links = [f"![{path.stem.replace('_', ' ')}](plots/{path.name})" for path in plots]
         parts += ["## Plots", "\n\n".join(links)]
     if run.samples:

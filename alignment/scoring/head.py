@@ -63,6 +63,22 @@ class LogitTransform:
         return 1 - (transformed / self.cap) ** 2 if self.cap is not None else self.scale
 
 
+REWARD_HEAD = "score"
+"""The name under which transformers' classification models have their head, and a reward model has its own."""
+
+
+def reward_head(model: nn.Module) -> nn.Module | None:
+    """The head that gives rewards; None for a model that is no reward model."""
+    return model._modules.get(REWARD_HEAD)
+
+
+def rewards_of(head: Any, hidden: Tensor) -> Tensor:
+    """(1, tokens) rewards of (tokens, H) hidden states, in the head's dtype whatever autocast says; differentiable."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        rewards: Tensor = head(hidden.to(head.weight.dtype))
+    return rewards.T
+
+
 @dataclass(frozen=True, slots=True)
 class OtherModel:
     """The other model's pass over the same positions, for a KL.

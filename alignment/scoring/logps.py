@@ -19,7 +19,7 @@ from alignment.errors import UserError
 from alignment.kernels.attention import SharedRow
 from alignment.kernels.base import in_words
 from alignment.kernels.gather import select_rows
-from alignment.scoring.head import LogitTransform, OtherModel, score_hidden
+from alignment.scoring.head import LogitTransform, OtherModel, reward_head, rewards_of, score_hidden
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.states import Fork, run_forked
 from alignment.scoring.token_plan import TokenPlan
@@ -43,6 +43,8 @@ def enable_scoring(model: nn.Module) -> None:
 
     Where `check_scoring` has found that the model's logits are something else than its head makes of its hidden states,
     the logits take the place of the hidden states, and a head that hands them through that of the head.
+
+    A reward model scores otherwise: at each position it returns the reward that its head gives, whatever the target.
     """
     causal: Any = model
     transform = LogitTransform.of(causal.config.get_text_config())
@@ -84,8 +86,12 @@ def enable_scoring(model: nn.Module) -> None:
             else:
                 hidden = run_forked(run, self.get_decoder(), kwargs["input_ids"], kwargs["position_ids"], fork)
             hidden = select_rows(hidden, score_positions)
+            if hidden_only:
+                return hidden
+            if (scorer := reward_head(self)) is not None:
+                return rewards_of(scorer, hidden)
             form = LogitTransform() if whole else transform
-            return hidden if hidden_only else score_hidden(head, hidden, targets, form, quantities, other)
+            return score_hidden(head, hidden, targets, form, quantities, other)
 
     model.forward = types.MethodType(forward, model)
 

@@ -28,9 +28,9 @@ class TokenPlan:
     first_sequences: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[Group], prompts: bool = False) -> TokenPlan:
-        """The plan of these groups."""
-        offsets = _offsets(n for g in groups for n in g.scored_lengths)
+    def of(cls, groups: Sequence[Group], prompts: bool = False, ends: bool = False) -> TokenPlan:
+        """The plan of these groups; with `ends`, of one number for each completion."""
+        offsets = _offsets(1 if ends else n for g in groups for n in g.scored_lengths)
         return cls(
             offsets,
             _offsets(len(g.prompt) - 1 for g in groups) + offsets[-1] if prompts else None,

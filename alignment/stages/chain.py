@@ -37,9 +37,10 @@ from alignment.policy.adapter_names import with_token_ids
 from alignment.policy.adapter_start import reads_data
 from alignment.policy.chat_templates import with_templates
 from alignment.policy.identity import policy_identity
-from alignment.policy.load import end_with, load_tokenizer, own_stop_tokens, resolve_device, save_policy
+from alignment.policy.load import end_with, load_tokenizer, own_stop_tokens, resolve_device
 from alignment.policy.merge import export_merged
 from alignment.policy.model_check import check_model, damaged_weight
+from alignment.policy.reward_model import save_trained
 from alignment.policy.source import model_source
 from alignment.policy.stored import stored_facts
 from alignment.ranks.team import Team
@@ -266,7 +267,7 @@ class Chain:
         unfinished = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
-        save_policy(model, self.work.tokenizer, unfinished)
+        save_trained(model, self.work.tokenizer, unfinished)
         end_with(unfinished, self._stops)
         unfinished.rename(folder)
 

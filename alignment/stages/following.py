@@ -18,10 +18,12 @@ from alignment.losses import Loss
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import as_found, checkpoint_layers, disable_dropout
 from alignment.policy.load import resolve_device
+from alignment.policy.reward_model import attach_reward_head
 from alignment.policy.sharding import join_parts, take_part
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.given import GivenReference
 from alignment.reference.live import LiveReference
+from alignment.scoring.ends import EndsLayout
 from alignment.scoring.layout import BatchLayout
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.stages.policy import PolicySource, load_policy
@@ -145,6 +147,22 @@ def _choose(post: Post, _: None) -> BatchLayout:
     disable_dropout(post.model)
     layout = post.layout = choose_layout(post.model, post.device)
     return layout
+
+
+def give_reward_head(
+    team: Team | None, model: nn.Module, layout: BatchLayout, seed: int, turn_end: tuple[int, ...]
+) -> EndsLayout:
+    """Make the policy of every rank a reward model; the layout of its passes."""
+    attach_reward_head(model, seed)
+    if team is not None:
+        team.tell(_give_reward_head, (seed, turn_end))
+    return EndsLayout(layout, turn_end)
+
+
+def _give_reward_head(post: Post, asked: tuple[int, tuple[int, ...]]) -> None:
+    seed, turn_end = asked
+    attach_reward_head(post.model, seed)
+    post.layout = EndsLayout(post.layout, turn_end)
 
 
 def begin_preference(post: Post, begun: PreferenceBegun) -> None:

@@ -19,6 +19,7 @@ from alignment.policy.float_weights import FloatWeights
 from alignment.policy.identity import policy_identity
 from alignment.policy.load import load_base
 from alignment.policy.merge import merge_adapter
+from alignment.policy.reward_model import holds_reward_model, load_reward_weights, put_reward_head
 from alignment.policy.source import ModelSource, other_base
 from alignment.policy.spectrum import choose_trained
 
@@ -60,7 +61,8 @@ def load_policy(
     """
     config, start = made.config, made.source.adapter
     is_whole = made.trained is not None and config.adapter is None
-    source = str(made.trained) if is_whole else made.source.base
+    rewards = made.trained is not None and holds_reward_model(made.trained)
+    source = str(made.trained) if is_whole and not rewards else made.source.base
     log.info("Loading %s on %s ...", config.model.name, device)
 
     def load() -> nn.Module:
@@ -69,13 +71,18 @@ def load_policy(
 
     model: Any = load() if base is None else base(load)
     model.config.name_or_path = made.source.base  # also where its weights come from the run folder
+    if rewards:
+        put_reward_head(model)
     sources = StartSources(FloatWeights(source, config.model.revision), made.cache, lambda: made.sequences)
     if config.adapter is not None and made.trained is not None:
         return load_adapter(model, made.trained, sources.weights)
     seed = config.seed if config.sft is None else config.sft.seed
     adapter, modules = choose_trained(model, config.adapter, config.spectrum, made.cache, made.spectrum)
     if start is None or is_whole:
-        return attach_adapter(model, adapter, seed, sources, modules)
+        policy = attach_adapter(model, adapter, seed, sources, modules)
+        if rewards and made.trained is not None:
+            load_reward_weights(policy, made.trained)
+        return policy
     if adapter is None:
         log.info("%s is an adapter: it is added to the weights of %s.", start, source)
         return attach_adapter(merge_adapter(model, start), None, seed, modules=modules)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from alignment.config.schema import ReferenceMode, RunConfig
+from alignment.data.conversations.ends import turn_end
 from alignment.data.preparation.prepare import PreferenceData
 from alignment.data.tokens.units import spread_prompts
 from alignment.evaluation.kl import sampled_kl
@@ -32,7 +33,13 @@ from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import BatchLayout, keys_per_position
 from alignment.scoring.logps import largest_pass
-from alignment.stages.following import PreferenceBegun, begin_preference, choose_together, followed
+from alignment.stages.following import (
+    PreferenceBegun,
+    begin_preference,
+    choose_together,
+    followed,
+    give_reward_head,
+)
 from alignment.stages.stage import PreferenceResult, StageResult, Workspace
 from alignment.training.budget import Plan
 from alignment.training.callbacks import (
@@ -134,6 +141,10 @@ class PreferenceStage:
         # How the passes run
         disable_dropout(model)
         layout = choose_together(self._work.team, model, self._device)
+        if self._config.loss.requirements().rewards:
+            assert self._config.data is not None
+            ends = turn_end(self._work.tokenizer, self._config.data)
+            layout = give_reward_head(self._work.team, model, layout, self._config.seed, ends)
         slot = self._joined(model)
         plan, tokens_per_batch = self._planned(model, layout, slot)
         checkpoint_layers(model, plan.checkpoint_every)
@@ -239,8 +250,9 @@ class PreferenceStage:
 
     def _reference(self, model: nn.Module, layout: BatchLayout, plan: Plan) -> Reference | None:
         config = self._config
-        if not config.loss.requirements().reference:
-            if not config.reference.for_metrics:
+        needs = config.loss.requirements()
+        if not needs.reference:
+            if needs.rewards or not config.reference.for_metrics:
                 return None
             log.info(
                 "%s needs no reference. One is read for the metrics alone; reference.for_metrics=false leaves it out.",

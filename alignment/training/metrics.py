@@ -33,6 +33,7 @@ class Observed:
             "labels": inputs.labels,
             "sizes": inputs.sizes,
             "scores": inputs.scores,
+            "lengths": inputs.lengths,
             "losses": output.losses.detach(),
             "rewards": output.rewards.detach(),
         }
@@ -53,6 +54,7 @@ def read(passes: Sequence[Observed]) -> Iterator[tuple[LossInputs, LossOutput]]:
                 found.get("labels"),
                 sizes=found.get("sizes"),
                 scores=found.get("scores"),
+                lengths=found.get("lengths"),
             ),
             LossOutput(found["losses"], found["rewards"], {name: next(copied) for name in seen.parts}),
         )
@@ -121,11 +123,15 @@ def preference_metrics(inputs: LossInputs, output: LossOutput) -> dict[str, Tens
 
     In a ranked list the best completion counts as chosen and the worst as rejected.
 
+    A reward model has no log-probs: of it there are `rewards/*`, with `rewards/mean` over all completions, and lengths.
+
     Returns:
         name -> detached values, one per pair, row, completion, or two completions of a list.
     """
     per_sequence = _per_sequence(inputs, output)
     metrics = _by_row(inputs, per_sequence) if inputs.labels is not None else _by_pair(inputs, per_sequence)
+    if inputs.lengths is not None:
+        metrics["rewards/mean"] = output.rewards
     if "nats" in per_sequence:
         metrics["kl/offline"] = per_sequence["nats"]
     if inputs.sizes is not None:
@@ -201,6 +207,8 @@ def _key(group: Group) -> str:
 
 def _per_sequence(inputs: LossInputs, output: LossOutput) -> dict[str, Tensor]:
     """kind -> (S,) values."""
+    if inputs.lengths is not None:
+        return {"rewards": output.rewards, "lengths": inputs.lengths}
     policy = inputs.policy.detach()
     values = {"rewards": output.rewards, "logps": policy.sums(), "lengths": policy.lengths}
     if inputs.reference is not None:
@@ -228,6 +236,8 @@ def _by_pair(inputs: LossInputs, per_sequence: dict[str, Tensor]) -> dict[str, T
         if kind in _RANKED:
             metrics[f"{kind}/accuracies"] = (chosen > rejected).float()
     metrics["rewards/ties"] = (metrics["rewards/chosen"] == metrics["rewards/rejected"]).float()
+    if inputs.lengths is not None:
+        return metrics
     means = inputs.policy.detach().means()
     metrics["ranking/accuracies"] = (metrics["logps/chosen"] > metrics["logps/rejected"]).float()
     metrics["ranking/accuracies_per_token"] = (means[best] > means[worst]).float()

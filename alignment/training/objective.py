@@ -211,7 +211,7 @@ class Objective:
 
     def plan(self, groups: Sequence[Group]) -> TokenPlan:
         """Where the scored tokens of these groups stand."""
-        return TokenPlan.of(groups, self.needs.prompts)
+        return TokenPlan.of(groups, self.needs.prompts, ends=self.needs.rewards)
 
     def score(self, model: nn.Module, batch: MicroBatch) -> TokenScores:
         """Scores of one pass, differentiable where gradients are enabled."""
@@ -298,6 +298,7 @@ class Objective:
             state=self.state,
             totals=totals,
             seeds=None if seeds is None else to_device(seeds, device),
+            lengths=_lengths(groups, device) if self.needs.rewards else None,
         )
 
     def evaluate(self, groups: Sequence[Group], inputs: LossInputs, step_statistics: Tensor | None) -> Evaluation:
@@ -341,6 +342,10 @@ def _labels(groups: Sequence[Group], device: torch.device) -> Tensor:
 
 def _sizes(groups: Sequence[Group], device: torch.device) -> Tensor:
     return to_device(torch.tensor([len(group.completions) for group in groups]), device)
+
+
+def _lengths(groups: Sequence[Group], device: torch.device) -> Tensor:
+    return to_device(torch.tensor([length for group in groups for length in group.scored_lengths]), device)
 
 
 def _scores(groups: Sequence[Group], device: torch.device) -> Tensor | None:

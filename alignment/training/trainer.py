@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from alignment.errors import UserError
+from alignment.evaluation.calibration import calibration_error
 from alignment.files import atomic_write_bytes, to_json
 from alignment.losses import Loss, LossInputs, LossOutput
 from alignment.policy.adapter import check_adapter_gradients
@@ -310,6 +311,9 @@ class PreferenceTrainer(StageTrainer):
             inputs, output = _paired(inputs, output)
         means.add(preference_metrics(inputs, output))
         rows = held_out_rows(groups, inputs, output)
+        if objective.needs.rewards:
+            margins = [row["rewards/margins"] for row in rows]
+            means.add({"rewards/calibration_error": torch.tensor([calibration_error(margins)], dtype=torch.float64)})
         return means.take() | means_by_dataset(rows, found.losses), rows
 
     def save_state(self, folder: Path) -> None:

@@ -35,6 +35,7 @@ from alignment.losses import (
     BCOPair,
     BestVsRest,
     BetaDPO,
+    BradleyTerry,
     CalDPO,
     CPOSimPO,
     DiscoPOP,
@@ -134,6 +135,8 @@ EXAMPLES = {
     "infonca": InfoNCA(beta=0.1, alpha=0.3),
     "nca_list": NCAList(beta=0.1, alpha=0.3),
     "lipo": LiPO(beta=0.1, scale=2.0),
+    "bradley_terry": BradleyTerry(centring=0.0, margin=0.0),
+    "bradley_terry_margin": BradleyTerry(centring=0.0, margin=0.5),
     "mixture": Mixture(
         weights={"dpo": 0.8, "kto": 0.3, "nll": 1.0},
         settings={

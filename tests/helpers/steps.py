@@ -7,7 +7,9 @@ import torch
 from transformers import TrainingArguments
 
 from alignment.data.tokens.units import as_rows
+from alignment.policy.reward_model import attach_reward_head, is_reward_model
 from alignment.reference.live import LiveReference
+from alignment.scoring.ends import EndsLayout
 from alignment.scoring.layout import FlatLayout
 from alignment.training.sampler import StepSampler
 from alignment.training.trainer import PreferenceTrainer
@@ -29,6 +31,11 @@ def make_loss(name: str):
 
 def make_trainer(model, groups, loss, tmp_path, tokens_per_batch=10_000, reference="live", eval_groups=(), layout=None):
     layout = layout or FlatLayout()
+    if loss.requirements().rewards:
+        reference = None
+        layout = EndsLayout(layout)
+        if not is_reward_model(model):
+            attach_reward_head(model, seed=0)
     if reference == "live":
         reference = LiveReference(model, layout, tokens_per_batch, torch.device("cpu"))
     arguments = TrainingArguments(

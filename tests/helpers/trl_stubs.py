@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
@@ -199,3 +199,12 @@ def assert_same_loss_and_gradient(ours, theirs, leaf, rel=1e-12):
     (their_gradient,) = torch.autograd.grad(theirs, leaf, retain_graph=True)
     assert our_gradient.abs().max() > 1e-3
     torch.testing.assert_close(their_gradient, our_gradient, rtol=rel, atol=rel)
+
+
+def trl_reward(rewards, margins=None, **settings):
+    """Of (2 * pairs,) rewards: chosen, rejected, chosen, rejected, ..."""
+    trainer = bare(RewardTrainer, RewardConfig, model=SimpleNamespace(training=True), **settings)
+    logits = torch.cat([rewards[0::2], rewards[1::2]])[:, None]
+    batch = {"attention_mask": torch.ones(len(logits), 1)} | ({} if margins is None else {"margin": margins})
+    loss = trainer.compute_loss(lambda **_: SimpleNamespace(logits=logits), batch)
+    return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}

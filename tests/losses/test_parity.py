@@ -13,7 +13,16 @@ import torch
 from alignment.losses import DPO, KTO, LossInputs
 from alignment.losses.parity import ABSENT, CHECKS, GOLD, POLICY, step_of_the_pair
 from alignment.types import RaggedLogps
-from tests.helpers.trl_stubs import PreparedLogits, side_by_side, trl_cpo, trl_dpo, trl_kto, trl_orpo, trl_tpo
+from tests.helpers.trl_stubs import (
+    PreparedLogits,
+    side_by_side,
+    trl_cpo,
+    trl_dpo,
+    trl_kto,
+    trl_orpo,
+    trl_reward,
+    trl_tpo,
+)
 
 STEP = step_of_the_pair(DPO(beta=0.1, label_smoothing=0.0))
 
@@ -68,6 +77,10 @@ def kto(loss_type="kto"):
     return trl_kto(rows, LossInputs(rows.reference, rows.reference), [0, 1], loss_type, **values)[0]
 
 
+def reward(margins=None):
+    return trl_reward(STEP.policy.sums(), margins, center_rewards_coefficient=0.01)[0]
+
+
 RUNS = {
     "DPO sigmoid": lambda: dpo("sigmoid"),
     "DPO sigmoid, label_smoothing 0.1": lambda: dpo("sigmoid", label_smoothing=0.1),
@@ -108,6 +121,8 @@ RUNS = {
     "ORPO": lambda: trl_orpo(*paired(), 0.1)[0],
     "TPO sigmoid, beta 0.01, tpo_alpha 1": lambda: tpo(beta=0.01),
     "TPO tpo-l, beta 2, tpo_l_gamma 1, tpo_alpha 1": lambda: tpo(loss_type="tpo-l", beta=2.0, tpo_l_gamma=1.0),
+    "Reward, center_rewards_coefficient 0.01": reward,
+    "Reward, center_rewards_coefficient 0.01, margin 1.5": partial(reward, torch.tensor([1.5], dtype=torch.float64)),
     "KTO": kto,
     "KTO apo_zero_unpaired": lambda: kto("apo_zero_unpaired"),
 }

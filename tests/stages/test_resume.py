@@ -109,7 +109,7 @@ def in_final_policy():
     """When the weights of the final policy are written by half."""
     from alignment.stages import chain as stages
 
-    save = stages.save_policy
+    save = stages.save_trained
 
     def patched(model, tokenizer, folder):
         save(model, tokenizer, folder)
@@ -118,7 +118,7 @@ def in_final_policy():
             weights.write_bytes(weights.read_bytes()[:1000])
             die()
 
-    stages.save_policy = patched
+    stages.save_trained = patched
 
 
 def before_answers(name):

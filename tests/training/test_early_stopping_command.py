@@ -155,7 +155,7 @@ def killed_in_the_second(when: str):
     from alignment.stages import chain as stages
 
     same_code()
-    log, save = RunRecord.log, stages.save_policy
+    log, save = RunRecord.log, stages.save_trained
 
     def saved(model, tokenizer, folder):
         if "1-tiny" in str(folder):
@@ -170,7 +170,7 @@ def killed_in_the_second(when: str):
     if when == "at the rung":
         RunRecord.log = logged
     else:
-        stages.save_policy = saved
+        stages.save_trained = saved
 
 
 @pytest.mark.matrix

@@ -25,14 +25,19 @@ def ends_of_turn(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int | None:
     """The same of one set of data; None where its template ends answers with none, and where there is no template."""
+    return next(iter(turn_end(tokenizer, config)), None)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> tuple[int, ...]:
+    """All that the chat template writes after an answer, from its first special token on; empty where it has none."""
     mark = "Aa0aA"
     turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     if tokenizer.chat_template is None and config.chat_template is None:
-        return None
+        return ()
     try:
         tail = Writer(tokenizer, config).render(turns, False, {}).rpartition(mark)[2]
     except Rejected:  # a template that wants more than a question
-        return None
+        return ()
     special = special_ids(tokenizer)
     ids = tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
-    return next((token for token in ids if token in special), None)
+    return next((tuple(ids[place:]) for place, token in enumerate(ids) if token in special), ())
