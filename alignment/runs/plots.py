@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from alignment.evaluation.calibration import Bin
+from alignment.evaluation.intervals import wilson_interval
 from alignment.files import atomic_write_bytes
 from alignment.runs.folder import series
 from alignment.runs.record import STAGES
@@ -112,8 +114,7 @@ def _finish(axes: Axes, title: str, axis: str, stage: str, level: float | None) 
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=9, frameon=False)
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG."""
+def _save(figure: Figure, path: Path) -> Path:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
@@ -133,11 +134,33 @@ def write_plots(metrics: Sequence[dict[str, Any]], out: Path) -> list[Path]:
                 _finish(axes, "SFT loss", "loss (nats per completion token)", stage, None)
             else:
                 _finish(axes, "Preference loss", "loss (mean over pairs or rows)", stage, None)
-        written.append(save(figure, out / "loss.png"))
+        written.append(_save(figure, out / "loss.png"))
     for plot in _PREFERENCE_PLOTS:
         figure = Figure(figsize=(6, 3.8), layout="constrained")
         axes = figure.subplots()
         if _draw(axes, metrics, "preference", plot.metrics):
             _finish(axes, plot.title, plot.axis, "preference", plot.level)
-            written.append(save(figure, out / plot.file))
+            written.append(_save(figure, out / plot.file))
     return written
+
+
+def write_reliability(bins: Sequence[Bin], out: Path) -> Path:
+    """Draw accuracy over confidence into the folder `out`, with intervals and the diagonal; returns the PNG file."""
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes: Any = figure.subplots()
+    style_axes(axes, "Reliability on held-out pairs", "probability that it gives its choice", "share where it is right")
+    axes.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=1, linestyle="--")
+    around = [wilson_interval(part.accuracy, part.pairs) for part in bins]
+    axes.errorbar(
+        [part.confidence for part in bins],
+        [part.accuracy for part in bins],
+        yerr=[
+            [max(0.0, part.accuracy - low) for part, (low, _) in zip(bins, around, strict=True)],
+            [max(0.0, high - part.accuracy) for part, (_, high) in zip(bins, around, strict=True)],
+        ],
+        fmt="o",
+        color=COLOURS[0],
+        markeredgecolor="white",
+        capsize=3,
+    )
+    return _save(figure, out / "reliability.png")

@@ -13,7 +13,7 @@ from alignment.data.rows.reasons import in_words
 from alignment.evaluation.calibration import Bin
 from alignment.evaluation.intervals import wilson_interval
 from alignment.losses import title as loss_title
-from alignment.runs.calibration import HEADER, bins_of, calibration_rows, write_reliability
+from alignment.runs.calibration import HEADER, bins_of, calibration_rows
 from alignment.runs.cautions import cautions
 from alignment.runs.folder import (
     MODEL_TITLES,
@@ -30,7 +30,7 @@ from alignment.runs.folder import (
     write_page,
 )
 from alignment.runs.judge_table import ABOUT_JUDGE, judge_rows
-from alignment.runs.plots import write_plots
+from alignment.runs.plots import write_plots, write_reliability
 from alignment.runs.record import STAGES
 from alignment.runs.text import (
     DASH,

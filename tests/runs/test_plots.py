@@ -24,13 +24,13 @@ def row(stage: str, split: str, step: int, **metrics: float) -> dict[str, Any]:
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """The figures by file name, as they are saved."""
     found: dict[str, Figure] = {}
-    save = plots.save
+    save = plots._save
 
     def keep(figure: Figure, path: Path) -> Path:
         found[path.name] = figure
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "save", keep)
+    monkeypatch.setattr(plots, "_save", keep)
     return found
 
 
