@@ -293,9 +293,10 @@ class Writer:
                 self._headers_seen += 1
                 before = [*prompt, *answer[:-1]]
                 asked = for_generation if len(answer) == 1 else self.render(before, True, row.variables)
-                header = whole[len(asked) : max(whole.rfind(texts[-1]), 0)].strip()
-                starts_alike = whole.startswith(asked) and answer[-1].keys() == {"role", "content"}
-                if starts_alike and header and asked == self.render(before, False, row.variables):
+                bare = {key: answer[-1][key] for key in ("role", "content")}  # a thought would stand before the text
+                alone = whole if answer[-1] == bare else self.render([*before, bare], False, row.variables)
+                header = alone[len(asked) : max(alone.rfind(texts[-1]), 0)].strip()
+                if header and alone.startswith(asked) and asked == self.render(before, False, row.variables):
                     self.findings.note("generation_prompt", row, f"'{header[:40]}'")
             if any(_is_empty(message) for message in answer if message["role"] == "assistant"):
                 self.findings.note("empty_turns", row)

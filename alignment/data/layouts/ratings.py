@@ -202,11 +202,14 @@ def _holds_ratings(records: Sequence[Record], column: str) -> bool:
 
 
 def with_rating(completion: Any) -> tuple[Any, float | None]:
-    """The text, or the message, of a list's item, and its score where it is an object that has one.
+    """The text, or the messages, of a list's item, and its score where it, or its last message, has one.
 
     Raises:
         Rejected: it has no text, or its score is no number.
     """
+    if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
+        last, rating = with_rating(completion[-1])
+        return [*completion[:-1], last], rating
     if not isinstance(completion, dict):
         return completion, None
     text, score, rank = (named(names, completion) for names in ((*ANSWERS, "text", "content"), SCORES, RANKS))

@@ -209,8 +209,10 @@ def test_a_score_inside_a_message_ranks_it(column, speaker):
     role, name, content = speaker
     said = [{role: name, content: text, "score": score} for text, score in (("x", 1), ("y", 5))]
     record = {"prompt": "p", column: said}
-    [row] = rows_of([("f", 1, record)], recognise([record], {}, "preference", "f"), {})
-    assert (row.completions, row.scores) == (([assistant("y")], [assistant("x")]), (5.0, 1.0))
+    layout = recognise([record], {}, "preference", "f")
+    for written in (record, record | {column: [[one] for one in said]}):
+        [row] = rows_of([("f", 1, written)], layout, {})
+        assert (row.completions, row.scores) == (([assistant("y")], [assistant("x")]), (5.0, 1.0))
 
 
 @pytest.mark.parametrize("ranks", [[1], 1, ["first", 2], [1, None]])

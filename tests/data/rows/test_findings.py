@@ -155,6 +155,15 @@ def test_a_variable_of_the_settings_that_the_template_does_not_read_is_named(tin
     }
 
 
+def test_a_header_that_would_be_scored_is_found_before_answers_with_thoughts_too(tiny, config):
+    """The thought is no header: a template that needs none is fine with it."""
+    thoughts = [message("assistant", text, reasoning_content="hm") for text in ("y", "z")]
+    tiny.chat_template = THINKS.partition("{% if add")[0]
+    assert "1 of 1 rows get a header before their answer" in refusal(tiny, [row("x", *thoughts)], config)
+    tiny.chat_template = "{% for m in messages %}{{ m.reasoning_content }}{{ m.content }}</s>{% endfor %}"
+    assert found(tiny, [row("x", *thoughts)], config) == {}
+
+
 def test_a_variable_of_a_row_may_say_only_how_a_generation_begins(tiny, config):
     """It decides what of the answer is the prompt's, so it is read; a misspelt one is named."""
     tiny.chat_template = QWEN3
