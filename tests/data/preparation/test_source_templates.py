@@ -226,11 +226,19 @@ def test_templates_are_read_by_the_names_that_settings_give_them(tmp_path: Path,
         r"tokenizer, which has default, tool_use\.$",
     ):
         with_templates(config, chat, {})
+
     # Where no row has the template that is saved with the policy, the log says so
     assert "saved with the policy" not in caplog.text
     sources = {name: config.data.sources[name] for name in ("b",)}
     with_templates(replace(config, data=replace(config.data, sources=sources)), chat, {})
     assert "No row of the last stage is written by the model's chat template, which is saved with" in caplog.text
+
+    # The model's own goes the same way
+    gone = replace(config.model, chat_template="gone.jinja")
+    settle_template(chat, gone, {"model": LLAMA3})
+    assert chat.chat_template == LLAMA3
+    with pytest.raises(UserError, match=r"^model\.chat_template: the file gone\.jinja does not exist\.$"):
+        settle_template(chat, gone, {})
 
 
 def test_tokens_are_kept_by_the_text_of_each_template(files: Any, mixture: Any, chat: Any, small_limits: None) -> None:
