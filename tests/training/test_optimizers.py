@@ -21,6 +21,7 @@ from alignment.training.memory import count_weights, sizes_of
 from alignment.training.optimizers import (
     OPTIMIZERS,
     check_optimizer,
+    make_optimizer,
     muon,
     optimizer_estimate,
     projected_bytes,
@@ -382,3 +383,15 @@ def test_the_plan_counts_masters_and_states(name, tmp_path):
     assert sizes.update == 2 * sum(p.numel() for p in model.parameters())
     plain = sizes_of(model, count_weights(model), value=2, optimizer=name, device="cpu", master_weights=False)
     assert plain.optimizer < sizes.optimizer and plain.update == 0
+
+
+@pytest.mark.slow
+def test_every_name_of_layers_whose_gradients_are_projected_exists():
+    """transformers projects those that match, and says nothing of the others."""
+    optim = replace(settings("galore_adamw"), target_modules=["q_proj", "v_porj"])
+    with pytest.raises(
+        UserError, match=r"^optim\.target_modules: the model has no linear layer v_porj \(did you mean v_"
+    ):
+        make_optimizer("optim", optim, whole(), [], lambda: None)
+    good = replace(optim, target_modules=["q_proj", "layers.1.self_attn.v_proj"])
+    assert make_optimizer("optim", good, whole(), [], lambda: "made") == "made"

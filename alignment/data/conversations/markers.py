@@ -13,8 +13,8 @@ HEADERS = re.compile(
     r"|<｜(User|Assistant)｜>|<\|(USER|CHATBOT|SYSTEM)_TOKEN\|>"
 )
 """How the templates of well-known models begin a turn or, Llama 2's, an answer."""
-_ASKS = re.compile(r"(\A|\n)### ?(Response|Assistant):\s*\Z|(?<!\w)ASSISTANT:\s*\Z")
-"""How a question of Alpaca's or Vicuna's format ends."""
+_ASKS = re.compile(r"(\A|\n)### ?(Response|Assistant):\s*\Z|(?<!\w)ASSISTANT:\s*\Z|\n(Assistant|AI|Bot):\s*\Z")
+"""How a question of Alpaca's or Vicuna's format ends, or one that asks for the next line of a dialogue."""
 _ENDS = re.compile(
     r"(<\|(im_end|eot_id|eom_id|endoftext|end|return|end_of_text|END_OF_TURN_TOKEN)\|>|<end_of_turn>|<turn\|>|<eos>"
     r"|</s>|<｜end▁of▁sentence｜>)\s*\Z"

@@ -92,6 +92,9 @@ def _inverted(rows: Sequence[Row], pairs: Sequence[Row]) -> list[Mistake]:
     bad = [answer_text(row.completions[0]) for row in labelled if row.labels == (False,)]
     names = ("desirable", "undesirable")
     found = []
+    if len(labelled) >= ENOUGH and not (good and bad):
+        text = f"rows are labelled {names[not good]}: losses of labels learn from the difference of both kinds"
+        found.append(Mistake(len(labelled), len(labelled), text))
     if not labelled:
         good, bad = ([answer_text(pair.completions[k]) for pair in pairs] for k in (0, -1))
         names = ("chosen", "rejected")

@@ -121,6 +121,10 @@ def test_plain_texts_are_looked_at_too(prompt, answer, kinds):
     [
         ("### Instruction:\nAdd.\n\n### Response:", True),
         ("USER: Add. ASSISTANT:", True),
+        ("User: Add.\nAssistant:", True),
+        ("Add 2 and 3.\nAI: \n", True),
+        ("Assistant:", False),
+        ("Who is an AI:", False),
         ("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Add.", True),
         ("The headings are ### Response: and ### Instruction:, in this order.", False),
         ("My ASSISTANT: she adds.", False),

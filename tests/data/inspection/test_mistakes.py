@@ -79,6 +79,16 @@ def test_few_pairs_say_nothing_about_the_labels():
     assert sentences([pair(n, rejected=TEN) for n in range(ENOUGH - 1)]) == []
 
 
+@pytest.mark.parametrize(("label", "name"), [(True, "desirable"), (False, "undesirable")])
+def test_labels_of_one_kind_alone_are_told(label, name):
+    """Nobody thinks of it where the other half of a set was lost on the way."""
+    rows = [labelled(number, "It is fine.", label) for number in range(ENOUGH)]
+    [mistake] = likely_mistakes(rows)
+    assert mistake.sentence.startswith(f"{ENOUGH} of {ENOUGH} rows are labelled {name}: losses of labels learn from")
+    assert likely_mistakes([*rows, labelled(99, "It is so.", not label)]) == []
+    assert likely_mistakes(rows[:-1]) == []
+
+
 def test_chosen_answers_that_are_next_to_nothing_are_told():
     """Three of 20 chosen answers have one word beside 20, one the other way round."""
     long = f"{TEN} {TEN}"

@@ -7,7 +7,7 @@ import pytest
 from alignment.errors import UserError
 from alignment.evaluation.intervals import tango_interval
 from alignment.evaluation.judges.base import WinRate, compare, win_rate
-from alignment.evaluation.judges.rules import judge
+from alignment.evaluation.judges.rules import accepted_answers, judge
 
 PARIS, TWELVE = ["Paris"], ["12"]
 
@@ -194,3 +194,12 @@ def test_win_rate_at_the_edges():
     assert win_rate([0]) == WinRate(0, 1, 0, 0.5, *(pytest.approx(x, abs=1e-4) for x in (0.1033, 0.8967)))
     with pytest.raises(UserError, match="at least one pair"):
         win_rate([])
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"),
+    [("4", ["4"]), (4, ["4"]), (["4", None, "four", " "], ["4", "four"]), (None, []), ("", []), ([], []), (0, ["0"])],
+)
+def test_a_null_and_an_empty_text_are_no_accepted_answers(answer, accepted):
+    """They would be compared as the words None and nothing."""
+    assert accepted_answers({"answer": answer}) == accepted and accepted_answers({}) == []
