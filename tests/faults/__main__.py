@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.faults.campaign import FILES, FINISHED, MOMENTS, WAYS, Campaign
+from tests.faults.moments import PHASES
+from tests.faults.ranked import RANKED, RankedCampaign
 
 OUTCOMES = ("equal", "sentence", "wrong")
 _INSIDE = "ALIGNMENT_FAULTS_INSIDE"
@@ -46,7 +48,8 @@ def enter_namespace() -> bool:
 
 def cases(kinds: list[str], rng: random.Random) -> Iterator[tuple[str, str]]:
     """Every kind at every moment in a random order, then all again in another order."""
-    every = [(kind, moment) for kind in kinds for moment in (WAYS if kind in (*FILES, FINISHED) else MOMENTS)]
+    own = dict.fromkeys((*FILES, FINISHED), WAYS) | dict.fromkeys(RANKED, PHASES)
+    every = [(kind, moment) for kind in kinds for moment in own.get(kind, MOMENTS)]
     while True:
         yield from rng.sample(every, len(every))
 
@@ -76,12 +79,14 @@ def main() -> int:
     started, can_mount = time.monotonic(), enter_namespace()
     console = Console(highlight=False, soft_wrap=True)
     work = Path(tempfile.mkdtemp(prefix="faults-")).resolve()
-    campaign = Campaign(work, can_mount)
-    known = sorted([*campaign.kinds, *FILES], key=lambda kind: kind in (*FILES, FINISHED))
+    campaign, ranked = Campaign(work, can_mount), RankedCampaign(work / "ranks", can_mount)
+    known = sorted([*campaign.kinds, *ranked.kinds, *FILES], key=lambda kind: kind in (*FILES, FINISHED))
     kinds = options.kinds.split(",") if options.kinds else known
     if unknown := set(kinds) - set(known):
         parser.error(f"no kind is called {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     campaign.begin()
+    if not set(kinds).isdisjoint(RANKED):
+        ranked.begin()
     if not can_mount:
         console.print("Nothing can be mounted here, so the full disk and the read-only cache are left out.")
 
@@ -96,7 +101,7 @@ def main() -> int:
                 number, (kind, moment) = next(upcoming, (None, ("", "")))
             if number is None:
                 return
-            verdict = campaign.case(kind, moment, f"{options.seed} {number}")
+            verdict = (ranked if kind in RANKED else campaign).case(kind, moment, f"{options.seed} {number}")
             counts[kind, moment, verdict.outcome] += 1
             if verdict.outcome == "wrong" or options.verbose:
                 console.print(f"[{number}] {kind}, {moment}: {verdict.outcome}. {verdict.said}", markup=False)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,37 @@ class Signalled:
         timer = threading.Timer(self.delay, os.kill, (os.getpid(), self.signal))
         timer.daemon = True
         timer.start()
+
+
+@dataclass(frozen=True)
+class Noted:
+    """To be called in a process before the command starts: it writes down its number."""
+
+    path: Path
+
+    def __call__(self) -> None:
+        """Write it."""
+        os.environ["ALIGNMENT_CACHE"] = str(self.path.parent / "cache")
+        same_code()
+        self.path.write_text(str(os.getpid()))
+
+
+@dataclass(frozen=True)
+class KilledOther:
+    """SIGKILL for the process that has written its number into a file, `delay` seconds after the moment."""
+
+    path: Path
+    delay: float
+
+    def __call__(self) -> None:
+        """Send it from another thread, unless that process has ended."""
+        timer = threading.Timer(self.delay, self._kill)
+        timer.daemon = True
+        timer.start()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(int(self.path.read_text()), signal.SIGKILL)
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,10 @@ def test_the_task_for_skypilot_starts_the_command_once_on_each_machine(begun, tm
 
 
 @pytest.mark.slow
-def test_skypilot_takes_the_task(tmp_path):
+def test_skypilot_takes_the_task(tmp_path, monkeypatch):
     """Its own reader of tasks, with the schema of every key."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # it keeps files there, and tells how it is used
+    monkeypatch.setenv("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
     sky = pytest.importorskip("sky", reason="PLUGIN ABSENT: skypilot is not installed: this did not run")
     path = tmp_path / "alignment.yaml"
     text = block("skypilot").replace("workdir: .", f"workdir: {tmp_path}")
