@@ -126,7 +126,10 @@ def _print(config: RunConfig, machine: Machine, stages: dict[str, StagePlan]) ->
         say("The recipe asks for a GPU, and this machine has none: --gpu-memory 24GiB plans for a GPU of that size.")
     ranks = max(stage.ranks for stage in stages.values())
     if ranks > 1:
-        say(f"{ranks} of them share one base: each holds a part of its layers (trainer.shard=node).")
+        what = "base: each holds a part of its layers"
+        if config.adapter is None:
+            what = "model: each trains a part of every weight"
+        say(f"{ranks} of them share one {what} (trainer.shard=node).")
     say("")
     console.print(_needs_table(stages))
     for name, stage in stages.items():

@@ -97,8 +97,8 @@ class TrainerConfig:
     `devices` is how many ranks share each step, on as many GPUs of this machine: a number, or "auto" for all of them.
     It does not change the result beyond the order of sums.
 
-    `shard` says whether the ranks of a machine share one frozen base, of which each holds a part: "off", "node", or
-    "auto" where GPUs plan a run for which a whole one is too large.
+    `shard` says whether the ranks of a machine share one base, of which each holds a part: "off", "node", or "auto"
+    where GPUs plan a run for which a whole one is too large. Without an adapter each trains a part of every weight.
 
     `router_aux_loss_coef` times the load-balancing loss of the routers is added to the loss of a mixture of experts.
     """

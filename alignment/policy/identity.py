@@ -15,6 +15,7 @@ from alignment.kernels.calibrated import is_calibrated
 from alignment.kernels.eight_bit import row_scales
 from alignment.policy.adapter_kinds import plain_name, updates
 from alignment.policy.digest import hash_tensor
+from alignment.policy.weight_parts import whole
 from alignment.scoring.head import REWARD_HEAD
 
 # These do not change a log-prob, and trainers write some of them (special tokens, a router's loss) into the
@@ -96,13 +97,13 @@ def _base_digest(model: nn.Module, config: dict[str, Any], quantization: Any) ->
     described = _canonical(_without_volatile(config)) + _canonical(quantization)
     # Optimizers with their own kernels bypass torch's count of writes, so trainable tensors are always read.
     is_frozen = not any(tensor.requires_grad for _, tensor in tensors)
-    state = described, [(name, WeakIdRef(t), t.data_ptr(), t._version) for name, t in tensors]
+    state = described, [(name, WeakIdRef(t), t.data_ptr(), t._version) for name, t in tensors if is_frozen]
     if is_frozen and _last_read is not None and _last_read[0] == state:
         return _last_read[1]
     digest = hashlib.blake2b(described, digest_size=32)
     for name, tensor in tensors:
         digest.update(name.encode())
-        hash_tensor(digest, tensor)
+        hash_tensor(digest, whole(model, tensor))
         quantized = getattr(tensor, "quant_state", None)
         if quantized is not None:
             for key, value in sorted(quantized.as_dict().items()):

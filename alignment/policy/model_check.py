@@ -17,6 +17,7 @@ from alignment.policy.reward_model import require_classifier
 from alignment.policy.saved_adapter import require_same_form
 from alignment.policy.source import ModelSource
 from alignment.policy.stored import Checkpoint, require_usable
+from alignment.policy.weight_parts import whole
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def damaged_weight(model: nn.Module) -> str | None:
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype in _PLAIN and parameter.numel():
-            low, high = (bound.item() for bound in torch.aminmax(parameter.detach()))
+            low, high = (bound.item() for bound in torch.aminmax(whole(model, parameter).detach()))
             if not high < math.inf or (parameter.ndim > 1 and low == -math.inf):  # of NaN no comparison holds
                 return name
     return None

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from alignment.errors import UserError, require
-from alignment.policy.adapter import has_adapter
 from alignment.policy.adapter_kinds import plain_name
 from alignment.policy.identity import fix_base_digest
 from alignment.policy.layers import decoder_layers
@@ -28,8 +27,8 @@ from alignment.scoring.logps import autocast, ran_out_of_memory
 
 log = logging.getLogger(__name__)
 
-_LOCKSTEP = "_lockstep"
-_IDLE_TOKENS = 2
+LOCKSTEP = "_lockstep"
+IDLE_TOKENS = 2
 """Of an idle pass: a single one would be a step of generation, which recurrent layers take without gradient."""
 
 
@@ -103,8 +102,8 @@ def join_parts(part: Part, team: Team) -> None:
     idle = functools.partial(_idle_pass, model, decoder, part.device)
     trained = functools.partial(trained_parameters, model)
     lockstep = Lockstep(part.group, idle, trained, part.device, team.ask_to_join, team.why_lost)
-    decoder.forward = _in_step(decoder, lockstep)
-    setattr(model, _LOCKSTEP, lockstep)
+    decoder.forward = in_step(decoder.forward, decoder, lockstep)
+    setattr(model, LOCKSTEP, lockstep)
     team.lockstep = lockstep
 
 
@@ -113,13 +112,12 @@ def _decoder(model: Any) -> Any:
 
 
 def require_shardable(model: nn.Module) -> None:
-    """Refuse a loaded policy of which ranks cannot hold parts.
+    """Refuse a loaded policy with an adapter of whose base ranks cannot hold parts.
 
     Raises:
         UserError: what it has, and what to do.
     """
     advice = "set trainer.shard=off"
-    require(has_adapter(model), f"trainer.shard=node shares a frozen base, and here all of it trains: {advice}.")
     name = type(model.get_base_model()).__name__
     require(bool(decoder_layers(model)), f"trainer.shard=node: the layers of {name} are not known: {advice}.")
     odd = (p.dtype for p in model.parameters() if not p.is_floating_point() and not hasattr(p, "quant_state"))
@@ -139,7 +137,7 @@ def is_part(tensor: Tensor) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ranks hold parts of the model's base."""
-    return _LOCKSTEP in vars(model)
+    return LOCKSTEP in vars(model)
 
 
 @contextmanager
@@ -149,7 +147,7 @@ def backward_turn(model: nn.Module) -> Iterator[None]:
     Raises:
         UserError: memory has run out in the midst of it, or another rank has ended.
     """
-    lockstep: Lockstep | None = vars(model).get(_LOCKSTEP)
+    lockstep: Lockstep | None = vars(model).get(LOCKSTEP)
     if lockstep is None:
         yield
         return
@@ -186,28 +184,28 @@ def _packed(unit: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _idle_pass(model: nn.Module, decoder: nn.Module, device: torch.device) -> Tensor:
-    tokens = torch.zeros(1, _IDLE_TOKENS, dtype=torch.int64, device=device)
+    tokens = torch.zeros(1, IDLE_TOKENS, dtype=torch.int64, device=device)
     with autocast(model, device):
         hidden: Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
     return hidden
 
 
-def _in_step(decoder: Any, lockstep: Lockstep) -> Any:
-    forward = decoder.forward
+def in_step(forward: Callable[..., Any], root: Any, lockstep: Lockstep) -> Callable[..., Any]:
+    """A function that runs forward passes in step with the other ranks; `root` is FSDP's module around all units."""
 
     @functools.wraps(forward)
-    def in_step(*args: Any, **kwargs: Any) -> Any:
+    def turned(*args: Any, **kwargs: Any) -> Any:
         lockstep.before_forward()
         try:
             result = forward(*args, **kwargs)
         except Exception as error:
-            if hasattr(decoder, "reset_iter_state"):  # a pass that tries something out fails on all ranks alike
-                decoder.reset_iter_state()
+            if hasattr(root, "reset_iter_state"):  # a pass that tries something out fails on all ranks alike
+                root.reset_iter_state()
             raise _meaning(lockstep, error) from error
         lockstep.after()
         return result
 
-    return in_step
+    return turned
 
 
 def _meaning(lockstep: Lockstep, error: Exception) -> Exception:

@@ -61,6 +61,7 @@ class Post:
         part: of a base that these share.
         passes: runs a preference step's passes.
         trainer: runs an SFT step's passes.
+        steps: updates the weights that this rank holds of a whole model.
         stage: ends what the running stage has begun.
     """
 
@@ -72,11 +73,18 @@ class Post:
     part: Any = None
     passes: Any = None
     trainer: Any = None
+    steps: Any = None
     stage: ExitStack = field(default_factory=ExitStack)
 
 
+IN_PARTS = "_trains_in_parts"
+"""Set on a model whose weights train in parts, one on each rank."""
+
+
 def trained_parameters(model: Any) -> list[Tensor]:
-    """The tensors that train, in an order that is the same on all ranks."""
+    """The tensors that train, in an order that is the same on all ranks; none where each rank trains its own part."""
+    if getattr(model, IN_PARTS, False):
+        return []
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -276,6 +284,20 @@ class Team:
             return spoken, spoken
         gathered, _ = dist.new_subgroups(count, backend="nccl")
         return gathered, spoken
+
+    def across_machines(self, device: torch.device) -> Any:
+        """The ranks of all machines that have this one's number there, as a group for tensors of the device.
+
+        None on a single machine. Every rank must call this, after `machine_groups`.
+        """
+        import torch.distributed as dist
+
+        count = self.place.local_size
+        if self.size == count:
+            return None
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        groups = [dist.new_group(list(range(local, self.size, count)), backend=backend) for local in range(count)]
+        return groups[self.place.local_rank]
 
     def _send(self, objects: Sequence[Any] | None) -> Any:
         """One object to each rank, from rank 0."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alignment.kernels.attention import disable_shared_prompts, enable_shared_prompts
 from alignment.kernels.base import in_words
-from alignment.scoring.layout import PASS_COST, BatchLayout, FlatLayout, ForkedLayout, SharedLayout
+from alignment.scoring.layout import PASS_COST, BatchLayout, FlatLayout, ForkedLayout, MicroBatch, SharedLayout
 from alignment.scoring.logps import autocast, join_scores, score
 from alignment.scoring.states import carries_states, enable_forking, lost_state
 from alignment.types import Group
@@ -191,20 +191,60 @@ def _scores_and_gradient(
     device: torch.device,
     tokens_per_batch: int = _NO_LIMIT,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of all completions, and the gradient of a few trainable tensors close to the input."""
+    """Log-probs of all completions, and the gradient of a few trainable tensors close to the input.
+
+    Of tensors of which each rank holds a part, a pass uses copies. Then it is the gradient of the embeddings.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad][:8]
+    if any(hasattr(p, "to_local") for p in parameters):
+        return _scores_and_embedded_gradient(model, groups, layout, device, tokens_per_batch)
     total = torch.zeros((), device=device)
     scored = []
     for batch in layout.batches(groups, tokens_per_batch):
         logps = score(model, batch := batch.to(device))
-        # Weights that belong to the tokens, so that the order of the sequences does not matter. All are positive, so
-        # that the gradient is no difference of large numbers, of which 16 bits would leave little.
-        total = total + (logps.values * (2 + torch.cos(batch.targets.to(logps.values)))).sum()
+        total = total + _weighed(logps.values, batch)
         scored.append((batch, logps.detach().to("cpu")))
     # Some, such as the scalars of an elastic connection, train beside the graph and have no gradient in it.
     found = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
     gradients = [g.float().flatten() for g in found if g is not None] or [torch.ones(1)]
     return join_scores(groups, scored).values, torch.cat(gradients)
+
+
+def _weighed(values: Tensor, batch: MicroBatch) -> Tensor:
+    """A sum whose weights belong to the tokens, so that the order of the sequences does not matter.
+
+    All are positive, so that the gradient is no difference of large numbers, of which 16 bits would leave little.
+    """
+    return (values * (2 + torch.cos(batch.targets.to(values)))).sum()
+
+
+def _scores_and_embedded_gradient(
+    model: Any, groups: Sequence[Group], layout: BatchLayout, device: torch.device, tokens_per_batch: int
+) -> tuple[Tensor, Tensor]:
+    """As `_scores_and_gradient`: of what the embeddings give, added up for each token."""
+    tokens = [np.zeros(1, np.int32), *(s for g in groups for s in (g.prompt, *g.completions))]  # 0: padding
+    known = torch.from_numpy(np.unique(np.concatenate(tokens))).to(device)
+    gradient: Tensor | None = None
+    scored = []
+    for batch in layout.batches(groups, tokens_per_batch):
+        calls: list[tuple[Tensor, Tensor]] = []  # a fork has two
+
+        def keep(_: nn.Module, inputs: Any, output: Tensor, calls: Any = calls) -> None:
+            calls.append((inputs[0], output.requires_grad_() if output.is_leaf else output))
+
+        handle = model.get_input_embeddings().register_forward_hook(keep)
+        try:
+            logps = score(model, batch := batch.to(device))
+        finally:
+            handle.remove()
+        scored.append((batch, logps.detach().to("cpu")))
+        found = torch.autograd.grad(_weighed(logps.values, batch), [output for _, output in calls])
+        for (ids, _), own in zip(calls, found, strict=True):
+            if gradient is None:
+                gradient = torch.zeros(len(known), own.shape[-1], device=device)
+            gradient.index_add_(0, torch.searchsorted(known, ids.flatten().int()), own.flatten(0, 1).float())
+    assert gradient is not None
+    return join_scores(groups, scored).values, gradient.flatten()
 
 
 @torch.no_grad()

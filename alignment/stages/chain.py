@@ -38,7 +38,6 @@ from alignment.policy.adapter_start import reads_data
 from alignment.policy.chat_templates import with_templates
 from alignment.policy.identity import policy_identity
 from alignment.policy.load import end_with, load_tokenizer, own_stop_tokens, resolve_device
-from alignment.policy.merge import export_merged
 from alignment.policy.model_check import check_model, damaged_weight
 from alignment.policy.reward_model import save_trained
 from alignment.policy.source import model_source
@@ -50,6 +49,7 @@ from alignment.runs.report import print_summary, write_report
 from alignment.runs.tracking import Tracker, open_tracker
 from alignment.stages.answers import HeldOutAnswers
 from alignment.stages.beginning import begin, first_day, first_templates
+from alignment.stages.export import export_whole
 from alignment.stages.following import load_everywhere
 from alignment.stages.policy import PolicySource, load_policy
 from alignment.stages.preference import PreferenceStage
@@ -252,11 +252,13 @@ class Chain:
     def _finished(self) -> list[Stage]:
         return [s for s in self.stages if read_result(self.work.folder(s.name), s.result_type) is not None]
 
+    def _source_of(self, trained: Path | None) -> PolicySource:
+        sequences = sample_sequences(self.conversations, self.preferences) if reads_data(self.config.adapter) else ()
+        cache, chosen = self.work.cache, self.run_dir / "spectrum.json"
+        return PolicySource(self.config, self.source, cache, chosen, trained, sequences, self._shared)
+
     def _load_trained(self, trained: Path | None) -> nn.Module:
-        config, work = self.config, self.work
-        sequences = sample_sequences(self.conversations, self.preferences) if reads_data(config.adapter) else ()
-        chosen = self.run_dir / "spectrum.json"
-        made = PolicySource(config, self.source, work.cache, chosen, trained, sequences, self._shared)
+        work, made = self.work, self._source_of(trained)
         model = load_policy(made, work.device, None if work.slot is None else work.slot.base)
         if work.team is not None:
             load_everywhere(work.team, made, model)
@@ -407,11 +409,9 @@ class Chain:
         return outcome
 
     def _export(self, model: nn.Module) -> dict[str, Any]:
-        folder, work = self.run_dir / "merged", self.work
-        prompts = self._check_prompts()
-        found = export_merged(model, work.tokenizer, folder, self.config, self.source.base, work.device, prompts)
-        end_with(folder, self._stops)
-        return found
+        work, made = self.work, self._source_of(self.work.final_policy)
+        folder, prompts = self.run_dir / "merged", self._check_prompts()
+        return export_whole(model, made, work.tokenizer, folder, work.device, prompts, self._stops)
 
     def _check_prompts(self) -> list[np.ndarray]:
         """A few prompts that the merged model and the policy must continue alike."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from alignment.config.schema import AdapterConfig, RunConfig
 from alignment.errors import UserError
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.losses import Loss
+from alignment.policy.full_shards import gathered_ends, join_shards, take_shards
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import as_found, checkpoint_layers, disable_dropout
 from alignment.policy.load import resolve_device
 from alignment.policy.reward_model import attach_reward_head
-from alignment.policy.sharding import join_parts, take_part
+from alignment.policy.sharding import Part, join_parts, take_part
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.given import GivenReference
 from alignment.reference.live import LiveReference
@@ -50,7 +52,7 @@ def load_everywhere(team: Team, source: PolicySource, model: nn.Module) -> None:
     if source.shared:
         device, size = resolve_device(source.config.device), count_weights(model).base
         groups: Any = team.run(_meet, [source] * team.size, lambda _: team.machine_groups(device))[0]
-        part = take_part(model, groups, device)
+        part = _taken(source.config, model, groups, device)
         at_once = max(1, available_memory() // size)
     turns = load_turns(team.size, team.place.local_size, at_once)
     if len(turns) > 1:
@@ -64,7 +66,8 @@ def load_everywhere(team: Team, source: PolicySource, model: nn.Module) -> None:
                     f"the same files and the same versions of torch, transformers and bitsandbytes."
                 )
     if part is not None:
-        team.run(_join, [None] * team.size, lambda _: join_parts(part, team))
+        config = source.config
+        team.run(_join, [config] * team.size, lambda config: _joined(config, part, team))
 
 
 def load_turns(size: int, local_size: int, at_once: int) -> list[list[int]]:
@@ -89,12 +92,21 @@ def _load(post: Post, source: PolicySource | None) -> str | None:
     post.model = load_policy(source, post.device)
     found: str = policy_identity(post.model)[1]["base"]
     if source.shared:
-        post.part = take_part(post.model, post.machine, post.device)
+        post.part = _taken(source.config, post.model, post.machine, post.device)
     return found
 
 
-def _join(post: Post, _: None) -> None:
-    join_parts(post.part, post.team)
+def _join(post: Post, config: RunConfig) -> None:
+    _joined(config, post.part, post.team)
+
+
+def _taken(config: RunConfig, model: nn.Module, groups: Any, device: torch.device) -> Part:
+    """This rank's part of a base, or of the whole model where all of it trains."""
+    return (take_shards if config.adapter is None else take_part)(model, groups, device)
+
+
+def _joined(config: RunConfig, part: Part, team: Team) -> None:
+    (join_shards if config.adapter is None else join_parts)(part, team)
 
 
 @contextmanager
@@ -114,7 +126,7 @@ def _open_stage(post: Post, adapter: AdapterConfig | None) -> None:
 
 
 def _close_stage(post: Post, _: None) -> None:
-    post.passes = post.trainer = post.layout = None
+    post.passes = post.trainer = post.layout = post.steps = None
     post.stage.close()
 
 
@@ -139,13 +151,18 @@ def choose_together(team: Team | None, model: nn.Module, device: torch.device) -
     """The layout of passes: every rank chooses at the same time, since the passes that decide may break off."""
     if team is None:
         return choose_layout(model, device)
-    layouts = team.run(_choose, [None] * team.size, lambda _: choose_layout(model, device), trained_parameters(model))
-    return layouts[0]
+    own = partial(_chosen, model, device)
+    return team.run(_choose, [None] * team.size, lambda _: own(), trained_parameters(model))[0]
+
+
+def _chosen(model: nn.Module, device: torch.device) -> BatchLayout:
+    with gathered_ends(model):
+        return choose_layout(model, device)
 
 
 def _choose(post: Post, _: None) -> BatchLayout:
     disable_dropout(post.model)
-    layout = post.layout = choose_layout(post.model, post.device)
+    layout = post.layout = _chosen(post.model, post.device)
     return layout
 
 

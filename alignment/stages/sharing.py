@@ -9,12 +9,12 @@ import torch
 
 from alignment.config.schema import RunConfig, Shard
 from alignment.data.preparation.prepare import PreferenceData, SFTData
-from alignment.errors import require
 from alignment.policy.architecture import build_model
 from alignment.policy.load import resolve_device
 from alignment.ranks.team import Post, Team
 from alignment.training.forecast import Machine, plan_stages, read_config, require_ranks
 from alignment.training.memory import GIB
+from alignment.training.shared_memory import why_whole
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def shares_base(
         require_ranks(config, ranks)
         why = "trainer.shard=node"
     else:
-        can = config.trainer.shard is Shard.auto and device.type == "cuda" and config.adapter is not None
+        can = config.trainer.shard is Shard.auto and device.type == "cuda" and why_whole(config) is None
         if team is None or ranks < 2 or not can:
             return False
         memory = min(team.run(_memory, [config] * team.size, lambda _: _gpu_memory(device)))
@@ -53,12 +53,8 @@ def shares_base(
             log.info("Each rank holds the whole base, which fits into its GPU (trainer.shard=auto).")
             return False
         why = f"trainer.shard=auto: a run with a whole one does not fit into {memory / GIB:.0f} GiB"
-    require(
-        not config.export.merge,
-        "export.merge=true needs the whole base in one place, and here the ranks share it (trainer.shard): set it to "
-        "false, and merge the adapter where the base fits, by peft's merge_and_unload.",
-    )
-    log.info("The %d ranks of a machine share one base (%s).", ranks, why)
+    what = "train parts of one model" if config.adapter is None else "share one base"
+    log.info("The %d ranks of a machine %s (%s).", ranks, what, why)
     return True
 
 

@@ -34,7 +34,7 @@ from alignment.training.memory import (
     sizes_of,
 )
 from alignment.training.planning import available_memory
-from alignment.training.shared_memory import shared_weights
+from alignment.training.shared_memory import shared_weights, why_whole
 
 _SPECTRUM = "spectrum chooses among the layers of a loaded model, and here the backward pass goes down to the first"
 _SHOWN_EVERY = (0, 8, 4, 3, 2, 1)
@@ -125,7 +125,7 @@ def plan_stages(
         longest: positions of the largest group of each stage, where the data are known.
 
     Raises:
-        UserError: `trainer.shard=node` with one rank, or for a whole model.
+        UserError: `trainer.shard=node` with one rank, or with what whole models in parts cannot do.
     """
     ranks = config.trainer.devices
     if ranks == "auto":
@@ -134,14 +134,14 @@ def plan_stages(
         require_ranks(config, ranks)
         return _stages(config, model, machine, length, longest, ranks, ranks)
     plans = _stages(config, model, machine, length, longest, ranks, 1)
-    can = config.trainer.shard is Shard.auto and machine.device == "cuda" and ranks > 1 and config.adapter is not None
+    can = config.trainer.shard is Shard.auto and machine.device == "cuda" and ranks > 1 and why_whole(config) is None
     if can and not all(plan.chosen.fits for plan in plans.values()):
         return _stages(config, model, machine, length, longest, ranks, ranks)
     return plans
 
 
 def require_ranks(config: RunConfig, ranks: int) -> None:
-    """Refuse a shared base where there is nobody to share it with, or where it trains.
+    """Refuse a shared base where there is nobody to share it with, or where it cannot train in parts.
 
     Args:
         ranks: of a machine.
@@ -154,11 +154,8 @@ def require_ranks(config: RunConfig, ranks: int) -> None:
         "trainer.shard=node shares the base among the ranks of a machine, and there is one: set trainer.devices to "
         "the number of its GPUs, or trainer.shard=auto.",
     )
-    require(
-        config.adapter is not None,
-        "trainer.shard=node shares a frozen base, and adapter=none trains all of it: choose an adapter, or set "
-        "trainer.shard=off.",
-    )
+    if (problem := why_whole(config)) is not None:
+        raise UserError(f"trainer.shard=node with adapter=none trains parts of a model, and {problem}.")
 
 
 def _stages(

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-_FILE = "master_weights.safetensors"
+FILE = "master_weights.safetensors"
 BYTES = 4
 """Of a master weight."""
 
@@ -28,13 +28,16 @@ class MasterWeights:
 
     Args:
         optimizer: fresh, of weights of any dtype; weights of 32 and 64 bits stay as they are.
+
+    Attributes:
+        pairs: each weight of 16 bits with its master.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._masters: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         for group in optimizer.param_groups:
             group["params"] = [self._in_place_of(weight, optimizer) for weight in group["params"]]
-        if not self._masters:
+        if not self.pairs:
             return
         optimizer.register_step_pre_hook(lambda *_: self._take_gradients())
         optimizer.register_step_post_hook(lambda *_: self._write())
@@ -43,13 +46,13 @@ class MasterWeights:
                 setattr(optimizer, name, self._then_write(getattr(optimizer, name)))
 
     def __len__(self) -> int:
-        return len(self._masters)
+        return len(self.pairs)
 
     def _in_place_of(self, weight: nn.Parameter, optimizer: torch.optim.Optimizer) -> nn.Parameter:
         if weight.dtype not in (torch.bfloat16, torch.float16):
             return weight
         master = nn.Parameter(weight.detach().float())
-        self._masters.append((weight, master))
+        self.pairs.append((weight, master))
         if weight in optimizer.state:  # some optimizers make their states at once
             state = optimizer.state.pop(weight)
             optimizer.state[master] = {key: self._as_master(value, weight) for key, value in state.items()}
@@ -61,13 +64,13 @@ class MasterWeights:
 
     @torch.no_grad()
     def _take_gradients(self) -> None:
-        for weight, master in self._masters:
+        for weight, master in self.pairs:
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None
 
     @torch.no_grad()
     def _write(self) -> None:
-        for weight, master in self._masters:
+        for weight, master in self.pairs:
             weight.copy_(master)
             master.grad = None
 
@@ -80,18 +83,18 @@ class MasterWeights:
         return switch_and_write
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        for number, (_, master) in enumerate(self._masters):
+        for number, (_, master) in enumerate(self.pairs):
             yield str(number), master.data
 
     def save(self, folder: Path) -> None:
         """Write the masters into a checkpoint; nothing where there are none."""
-        if self._masters:
-            save_file(dict(self._named()), folder / _FILE)
+        if self.pairs:
+            save_file(dict(self._named()), folder / FILE)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote."""
-        if self._masters:
-            saved = load_file(folder / _FILE)
+        if self.pairs:
+            saved = load_file(folder / FILE)
             for name, master in self._named():
                 master.copy_(saved[name])

@@ -134,7 +134,7 @@ def count_weights(model: nn.Module) -> Weights:
             base += size
         if parameter.requires_grad:
             each = parameter.element_size()
-            trained[each] = trained.get(each, 0) + parameter.numel()
+            trained[each] = trained.get(each, 0) + _here(parameter).numel()
         quantised = quantised or hasattr(parameter, "quant_state")
     for module in model.modules():
         if is_calibrated(module):

@@ -56,6 +56,7 @@ class OptimizerKind:
         low_rank: whether it projects the gradients of `optim.target_modules`: see `projected_bytes`.
         resumes: whether a checkpoint of it can be read back.
         on_gpu: whether it runs on a CUDA GPU alone.
+        by_number: whether it treats each number of a weight by itself, so that ranks can step parts of a weight.
         refused: why it cannot train here; empty: it can.
     """
 
@@ -67,6 +68,7 @@ class OptimizerKind:
     low_rank: bool = False
     resumes: bool = True
     on_gpu: bool = False
+    by_number: bool = False
     refused: str = ""
 
 
@@ -87,8 +89,8 @@ _ADAMW_BNB = _bnb(2, _8_BITS)
 _LAYERWISE = OptimizerKind(refused=_IN_BACKWARD)
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw_torch": OptimizerKind(),
-    "adamw_torch_fused": OptimizerKind(),
+    "adamw_torch": OptimizerKind(by_number=True),
+    "adamw_torch_fused": OptimizerKind(by_number=True),
     "adamw_torch_8bit": OptimizerKind(2, _8_BITS, "torchao", "torchao"),
     "adamw_torch_4bit": OptimizerKind(2, _4_BITS, "torchao", "torchao"),
     "adamw_torch_xla": OptimizerKind(refused=_OTHER_MACHINE.format("TPUs")),
@@ -99,9 +101,9 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "grokadamw": OptimizerKind(3, module="grokadamw", package="grokadamw", unused=_BETAS, resumes=False),
     "muon": OptimizerKind(1),
     "adafactor": OptimizerKind(0, unused=_BETAS),
-    "sgd": OptimizerKind(0, unused=_BETAS),
+    "sgd": OptimizerKind(0, unused=_BETAS, by_number=True),
     "adagrad": OptimizerKind(1, unused=_BETAS),
-    "rmsprop": OptimizerKind(1, unused=_BETAS),
+    "rmsprop": OptimizerKind(1, unused=_BETAS, by_number=True),
     "adamw_8bit": _ADAMW_BNB,
     "adamw_bnb_8bit": _ADAMW_BNB,
     "paged_adamw_8bit": _ADAMW_BNB,
@@ -230,6 +232,11 @@ def _check_settings(key: str, optim: OptimConfig, kind: OptimizerKind, adapter: 
 def is_schedule_free(name: str) -> bool:
     """Whether the optimizer steps other weights than those that the policy is used with."""
     return name.startswith("schedule_free")
+
+
+def steps_parts(name: str) -> bool:
+    """Whether ranks can step parts of a weight with it, and get what one process gets."""
+    return OPTIMIZERS.get(name, _UNKNOWN).by_number
 
 
 def resumes(name: str) -> bool:

@@ -16,9 +16,11 @@ from transformers.trainer_utils import SchedulerType
 
 from alignment.config.schema import OptimConfig
 from alignment.errors import NotFinite
+from alignment.policy.weight_parts import load_parts, weight_parts, whole_state
 from alignment.training.callbacks import ProgressBar, complete_checkpoints
 from alignment.training.master_weights import MasterWeights
 from alignment.training.optimizers import as_policy, make_optimizer, scale_rate_of_b
+from alignment.training.sharded_optimizer import ShardedOptimizer
 from alignment.training.stop_signal import CheckpointAtStop
 
 _SHOWN_ROWS = 5
@@ -56,7 +58,7 @@ class StageTrainer(Trainer):
     settings: ClassVar[str]
     optim: OptimConfig | None = None
     lr_ratio: float = 1.0
-    _masters: MasterWeights | None = None
+    _masters: MasterWeights | ShardedOptimizer | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer of the settings, on fp32 masters of weights that train in 16 bits."""
@@ -70,7 +72,11 @@ class StageTrainer(Trainer):
                 self.optimizer = make_optimizer(self.settings, self.optim, model, decayed, by_name)
             if self.lr_ratio != 1:
                 scale_rate_of_b(model, self.optimizer, self.lr_ratio)
-            if self.optim is not None and self.optim.master_weights:
+            has_masters = self.optim is not None and self.optim.master_weights
+            if (parts := weight_parts(model)) is not None:
+                self.optimizer = self._masters = ShardedOptimizer(parts, self.optimizer, has_masters)
+                self.accelerator.clip_grad_norm_ = self.optimizer.clip
+            elif has_masters:
                 self._masters = MasterWeights(self.optimizer)
         return super().create_optimizer(*args, **kwargs)
 
@@ -83,6 +89,17 @@ class StageTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._masters is not None and checkpoint is not None:
             self._masters.load(Path(checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        own: Any = self.model
+        super()._save(output_dir, whole_state(own) if state_dict is None else state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        own: Any = self.model
+        if (parts := weight_parts(own)) is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_parts(own, parts, Path(resume_from_checkpoint))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of transformers, with a rate above 0 in the first step."""
@@ -148,8 +165,12 @@ class StageTrainer(Trainer):
     def require_finite_weights(self) -> None:
         """Stop where a trained weight is not finite."""
         model: Any = self.model
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not torch.stack([parameter.isfinite().all() for parameter in trained]).all():
+        if (parts := weight_parts(model)) is not None:
+            is_finite = parts.all_finite()
+        else:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            is_finite = bool(torch.stack([parameter.isfinite().all() for parameter in trained]).all())
+        if not is_finite:
             step = self.state.global_step
             self._stop(f"after step {step}, because the update left weights that are not finite", sound=step)
 

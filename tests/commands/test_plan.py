@@ -197,6 +197,22 @@ def test_a_base_of_70_billion_weights_is_shared_where_a_gpu_is_too_small():
     }
 
 
+@pytest.mark.matrix
+def test_a_model_of_8_billion_weights_that_all_train_is_shared():
+    """One GPU of 80 GB cannot hold 16 bytes a weight; eight hold an eighth each, with masters and both states."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = AutoConfig.for_model("llama", **shape, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
+    recipe = ("recipe=dpo_qwen3", "adapter=none", "quantization=none", "sft=none")
+    model, found = build_model(config), {}
+    for devices in (1, 8):
+        plans = plan_stages(load(*recipe, f"trainer.devices={devices}"), model, Machine("", "cuda", 80 * 10**9), 512)
+        stage = plans["preference"]
+        needs = stage.chosen.needs
+        sizes = [round(size / 10**9, 1) for size in (needs.weights, needs.gradients, needs.optimizer)]
+        found[devices] = stage.ranks, stage.chosen.fits, sizes
+    assert found == {1: (1, False, [16.1, 16.1, 96.4]), 8: (8, True, [2.0, 2.0, 12.0])}
+
+
 @pytest.mark.slow
 def test_the_command_plans_for_so_many_devices(config_file, capsys):
     arguments = ("recipe=dpo_qwen3", "--gpu-memory", "24GiB", "--devices", 4, "--config", config_file)

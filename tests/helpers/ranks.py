@@ -12,9 +12,10 @@ from tests.helpers.commands import FORKS, Ended, child
 from tests.helpers.patience import patience
 
 
-def environment(rank: int, size: int, port: str) -> dict[str, str]:
-    """What torchrun sets for a rank on a machine by itself."""
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+def environment(rank: int, size: int, port: str, machines: int = 1) -> dict[str, str]:
+    """What torchrun sets for a rank, as if it ran on so many machines."""
+    local = size // machines
+    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | {name: str(value) for name, value in place.items()}
 
 
@@ -45,13 +46,15 @@ def _rank(variables: dict[str, str], folder: Path, work: Callable, arguments: tu
         team.end()
 
 
-def in_ranks(size: int, folder: Path, work: Callable, *arguments: object, timeout: float = 120) -> list[int]:
+def in_ranks(
+    size: int, folder: Path, work: Callable, *arguments: object, timeout: float = 120, machines: int = 1
+) -> list[int]:
     """Run `work(team, *arguments)` on rank 0 while the others follow; returns the exit codes of all."""
     port = free_port()
     folder.mkdir(exist_ok=True)
     return ended(
         [
-            FORKS.Process(target=_rank, args=(environment(rank, size, port), folder, work, arguments))
+            FORKS.Process(target=_rank, args=(environment(rank, size, port, machines), folder, work, arguments))
             for rank in range(size)
         ],
         timeout,

@@ -60,8 +60,8 @@ def test_the_launcher_decides_how_many_ranks_there_are():
     ("arguments", "ranks", "said"),
     [
         ([], 1, "trainer.shard=node shares the base among the ranks of a machine, and there is one"),
-        (["adapter=none"], 2, "trainer.shard=node shares a frozen base, and adapter=none trains all of it"),
-        (["export.merge=true"], 2, "export.merge=true needs the whole base in one place"),
+        (["adapter=none", "optim.name=muon"], 2, "optim.name=muon needs whole weights or saves states of another form"),
+        (["adapter=none", "reference=live"], 2, "a live reference would be a second whole model"),
     ],
 )
 def test_a_base_that_cannot_be_shared_is_refused_before_it_is_loaded(arguments, ranks, said):

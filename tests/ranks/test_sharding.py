@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners import lora
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
@@ -145,7 +146,8 @@ def killed() -> None:
 @pytest.mark.matrix
 def test_a_run_goes_on_with_a_shared_base_and_back(project, tmp_path):
     """SFT, reference, preference stage, answers, KL: killed in the last stage, then resumed the other way."""
-    plain, in_parts = (*TINY, "adapter.dropout=0", "evaluation.kl_prompts=2"), "trainer.shard=node"
+    plain = (*TINY, "adapter.dropout=0", "evaluation.kl_prompts=2", "export.merge=true")
+    in_parts = "trainer.shard=node"
     alone, first, second = tmp_path / "alone", tmp_path / "first", tmp_path / "second"
     assert run(project, alone, *plain).code == 0
     expected = only_run(alone)
@@ -168,6 +170,9 @@ def test_a_run_goes_on_with_a_shared_base_and_back(project, tmp_path):
             torch.testing.assert_close(weights(found)[name], value, rtol=0, atol=2e-5, msg=name)
         assert (found / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
         assert adapter_settings(found) == adapter_settings(expected)
+        merged, other = (load_file(folder / "merged" / "model.safetensors") for folder in (found, expected))
+        assert all((merged[name] - other[name]).abs().max() < 2e-5 for name in other)
+        assert summary(found)["export"]["generation_agrees"]
         evaluation = summary(found)["evaluation"]["kl/sampled"], summary(expected)["evaluation"]["kl/sampled"]
         assert evaluation[0]["mean"] == pytest.approx(evaluation[1]["mean"], abs=1e-3)
         assert summary(found)["reference"]["mode"] == summary(expected)["reference"]["mode"]
