@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from alignment.config.compose import load
-from alignment.data.preparation.prepare import read_preferences
+from alignment.data.preparation.prepare import fit_preferences, read_preferences
 from alignment.data.tokens.units import spread_prompts
 from alignment.evaluation.sampling.answer import Sampling, stop_tokens
 from alignment.evaluation.sampling.draw import draw
@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model: Any = attach_adapter(
         load_base(config.model, config.quantization, source.base, CPU), config.adapter, 0
     ).eval()
-    held_out = read_preferences(config.data, tokenizer).eval.groups
-    prompts = [held_out[i].prompt for i in spread_prompts(held_out, asked.prompts)]
+    data, _ = fit_preferences(read_preferences(config.data, tokenizer), config.data, config.loss)
+    prompts = [data.eval[i].prompt for i in spread_prompts(data.eval, asked.prompts)]
     how = Sampling(stops=tuple(stop_tokens(tokenizer, [], [])), max_new_tokens=asked.tokens, temperature=1.0, seed=0)
     way_of(model, CPU)
 
