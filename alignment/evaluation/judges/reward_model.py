@@ -143,6 +143,8 @@ def load_reward_model(folder: Path, base: Path | None, device: torch.device) -> 
             f"evaluation.reward_model: {folder} has {model.config.num_labels} scores, and a reward model has one, or "
             f"two of which the second is the better answer's."
         )
+    # It reads one text at a time, without padding: a text may well end with the token that pads.
+    model.config.get_text_config().pad_token_id = None
     return model.to(device).eval(), tokenizer
 
 

@@ -99,6 +99,20 @@ def test_a_reward_model_scores_its_template(labels, saved, tmp_path):
     assert RewardModelJudge(str(folder), tmp_path, CPU).identity != judge.identity
 
 
+@pytest.mark.slow
+def test_a_text_that_ends_with_the_token_that_pads(saved, tmp_path):
+    """It is scored where it ends, not where something else than padding stands last."""
+    item = Item("Which?", ("this one",))
+    folder, _ = saved(1)
+    judge = RewardModelJudge(str(folder), tmp_path, CPU)
+    [right] = judge.score([item])
+    config = json.loads((folder / "config.json").read_text())
+    config["pad_token_id"] = tokens(judge._loaded[1], item)[-1]
+    (folder / "config.json").write_text(json.dumps(config))
+    again = RewardModelJudge(str(folder), tmp_path, CPU)
+    assert again.identity != judge.identity and again.score([item])[0].score == right.score
+
+
 class Tokenizer:
     """A template and a tokenizer that both write a BOS."""
 
