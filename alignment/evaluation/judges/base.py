@@ -8,11 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignment.errors import UserError
 from alignment.evaluation.intervals import tango_interval
-from alignment.types import Group
+
+if TYPE_CHECKING:  # it brings torch, which a list of what is cached does without
+    from alignment.types import Group
 
 
 @dataclass(frozen=True, slots=True)
