@@ -143,7 +143,7 @@ def test_ranks_do_the_run_of_one_and_any_number_goes_on(project, tmp_path):
 def fault(where: str, how: str, mark: Path) -> None:
     """Have a rank refuse, stumble, lack memory or be killed at its share of a stage's work."""
     from alignment.errors import UserError
-    from alignment.evaluation import generate
+    from alignment.evaluation.sampling import local
     from alignment.reference import cached
     from alignment.stages import sft
     from alignment.training.passes import StepPasses
@@ -166,7 +166,7 @@ def fault(where: str, how: str, mark: Path) -> None:
     elif where == "preference":
         StepPasses.add_gradients = failing
     else:
-        generate._sampled = failing
+        local._drawn = failing
 
 
 SAID = {
