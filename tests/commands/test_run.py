@@ -297,7 +297,7 @@ def broken_data(folder: Path, name: str) -> Path:
     if name == "empty_answer":
         rows[1]["chosen"] = [{"role": "assistant", "content": " "}]
     if name == "unknown_layout":
-        rows = [{"question": "a", "better": "b", "worse": "c"}]
+        rows = [{"question": "a", "warm": "b", "cold": "c"}]
     if name == "unpaired":
         rows = [{"prompt": "a", "completion": f"b{i}", "label": i % 2 == 0} for i in range(4)]
     if name == "no_answers":

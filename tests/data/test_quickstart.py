@@ -6,9 +6,10 @@ from collections import Counter
 from datetime import date, timedelta
 
 import pytest
-from alignment.evaluation.judge import compare, judge
 
 from alignment.errors import UserError
+from alignment.evaluation.judges.base import compare
+from alignment.evaluation.judges.rules import judge
 from tests.data import make_quickstart as quickstart
 
 PARTS = ("sft", "train", "eval")

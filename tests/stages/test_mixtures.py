@@ -93,5 +93,5 @@ def test_a_stage_without_the_loss_of_routers_has_none(project, tmp_path, monkeyp
     monkeypatch.setattr(SFTTrainer, "__init__", watched)
     run(project, tmp_path / "run", tmp_path / "cache", "trainer.max_steps=1", "evaluation.prompts=0")
     assert told == [(False, 0.0)]
-    with pytest.raises(UserError, match=r"must be at least 0, not -1"):
+    with pytest.raises(UserError, match=r"must be a finite number, at least 0, not -1"):
         run(project, tmp_path / "other", tmp_path / "cache", "trainer.router_aux_loss_coef=-1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import threading
 import time
@@ -210,10 +211,10 @@ def test_sft_is_done_once_and_the_runs_are_the_same(settings, project, tmp_path)
     [stored] = results(cache, "sft")
     assert f"SFT was done before ({stored.key[:12]})." in ended.out
     assert_same(second, expected)
-    for name in ("start", "sft"):
-        assert f"The held-out prompts ({name}) were answered before" in ended.out
-    assert "Answering 2 held-out prompts (final)" in ended.out
-    assert len(results(cache, "answers")) == 4
+    for name in ("start", "sft", "final"):
+        assert f"Answering 2 held-out prompts ({name})" in ended.out
+    drawn = re.findall(r"(\d+) answers of \d+ tokens were drawn, (\d+) were there before", ended.out)
+    assert drawn == [("0", "2"), ("0", "2"), ("2", "0")], "of the start, after SFT, and at the end"
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (second, expected, first)]
     assert summaries[0]["evaluation"] == summaries[1]["evaluation"]
     assert summaries[0]["stages"]["sft"] == summaries[2]["stages"]["sft"] | {"taken_over": stored.key}
