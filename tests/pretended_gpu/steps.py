@@ -11,10 +11,13 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from alignment.losses import Loss, Quantity
+from alignment.policy.reward_model import attach_reward_head
 from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
+from alignment.scoring.ends import EndsLayout
+from alignment.scoring.layout import BatchLayout
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.training.objective import groups_to_reference
 from alignment.training.sampler import StepSampler
@@ -48,18 +51,25 @@ class Outcome:
 
 
 class Side:
-    """A policy on one device, and its reference log-probs."""
+    """A policy on one device, and its reference log-probs; with `rewards` a reward model, which has none."""
 
-    def __init__(self, device: torch.device, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, device: torch.device, folder: Path, dtype: torch.dtype = torch.float32, rewards: bool = False
+    ) -> None:
         self.device = device
         self._folder = folder
         self.model = policy_on(device, dtype)
-        self._layout = choose_layout(self.model, device)
+        self._layout: BatchLayout = choose_layout(self.model, device)
+        if rewards:
+            attach_reward_head(self.model, seed=0)
+            self._layout = EndsLayout(self._layout)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self._start = [p.detach().clone() for p in self._trained]
 
-    def reference(self, loss: Loss, live: bool) -> Reference:
-        """The reference that the loss needs."""
+    def reference(self, loss: Loss, live: bool) -> Reference | None:
+        """The reference that the loss needs; None for a reward model."""
+        if loss.requirements().rewards:
+            return None
         quantities = loss.requirements().quantities
         if live or Quantity.divergence in quantities:
             return LiveReference(self.model, self._layout, 10_000, self.device)
@@ -80,7 +90,8 @@ class Side:
             disable_tqdm=True, max_grad_norm=0.0, remove_unused_columns=False,
         )  # fmt: skip
         reference = self.reference(loss, live)
-        reference.prepare(groups_to_reference(loss, groups, [range(len(groups))], held_out))
+        if reference is not None:
+            reference.prepare(groups_to_reference(loss, groups, [range(len(groups))], held_out))
         return PreferenceTrainer(
             model=self.model, args=arguments, groups=groups, eval_groups=held_out, loss=loss, reference=reference,
             layout=self._layout, tokens_per_batch=10_000,

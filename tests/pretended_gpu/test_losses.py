@@ -26,8 +26,12 @@ def gpu(tmp_path_factory) -> Side:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", each(NAMES, CORE_LOSSES))
-def test_a_step_is_that_of_the_cpu(name, cpu, gpu):
+def test_a_step_is_that_of_the_cpu(name, cpu, gpu, tmp_path):
     loss = recommended_loss(name)
+    if loss.requirements().rewards:
+        cpu = Side(torch.device("cpu"), tmp_path / "cpu", rewards=True)
+        with pretended_gpu() as device:
+            gpu = Side(device, tmp_path / "gpu", rewards=True)
     expected = cpu.step(cpu.trainer(loss))
     with pretended_gpu():
         found = gpu.step(gpu.trainer(loss))
