@@ -67,7 +67,8 @@ class Disturbed:
                 seen.update({phase: 1, "sweep": 1})
                 if self.counts is not None:
                     self.counts.write_text(json.dumps(seen))
-                if self.fault is not None and seen[self.phase] == self.number:
+                # A use in a later phase leaves this phase's count as it is: it is no second moment.
+                if self.fault is not None and self.phase in (phase, "sweep") and seen[self.phase] == self.number:
                     self.fault()
             is_inside = False
 
