@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ from alignment.data.layouts.ratings import (
 from alignment.data.rows.row import BadRow, Message, Rejected, Row, Text
 from alignment.errors import UserError
 
+log = logging.getLogger(__name__)
+
 Stage = Literal["preference", "sft"]
 
 OUR_COLUMNS = (
@@ -46,6 +49,7 @@ OUR_COLUMNS = (
     *("score_chosen", "score_rejected", "completions", "scores", "steps", "weight", *VARIABLES),
     *("response_a", "response_b", "winner", "score", "ranks"),
 )
+
 SAMPLE = 32
 """Number of records whose values tell apart layouts with the same columns."""
 
@@ -219,6 +223,10 @@ def recognise(
         if theirs not in found:
             raise UserError(
                 f"data.columns maps {ours} to '{theirs}', but the columns of {source} are {listed_columns}."
+            )
+        if theirs != ours and ours in found and ours not in columns.values():
+            log.warning(
+                "data.columns takes %s from '%s': the column '%s' of %s is not read.", ours, theirs, ours, source
             )
     renamed = [rename(record, columns) for record in records]
     layout = _known(renamed)

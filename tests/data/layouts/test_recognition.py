@@ -380,3 +380,14 @@ def test_the_same_real_data_in_two_layouts_gives_the_same_rows(shared, raw, conv
     assert (first, second) == names
     assert len(rows) == 300
     assert rows == others
+
+
+def test_a_column_that_another_stands_for_is_named(caplog):
+    """`data.columns` takes an answer from another column, so the file's own is not read: the log says so, once."""
+    record = {"prompt": "p", "chosen": "a", "rejected": "b", "mended": "c"}
+    with caplog.at_level("WARNING"):
+        layout = recognise([record], {"chosen": "mended", "rejected": "chosen"}, "preference", "f")
+    assert [r.getMessage() for r in caplog.records] == [
+        "data.columns takes rejected from 'chosen': the column 'rejected' of f is not read."
+    ]
+    assert layout.family == "pairs"
