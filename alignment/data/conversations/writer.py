@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 OURS = {"conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
 """Arguments of the rendering that no data may set."""
+TRUTH_VALUES = {"yes", "no", "on", "off", "y", "n", "true", "false"}
 TOOL_RESULTS = "results of tools"
 MEANINGFUL = {
     *("tools", "documents", "tool_calls", TOOL_RESULTS, "reasoning_content", "reasoning", "thinking", "name"),
@@ -103,6 +104,10 @@ class Writer:
         taken = sorted(OURS & config.template_kwargs.keys())
         if taken:
             raise UserError(f"data.template_kwargs cannot set {', '.join(taken)}, only variables of the chat template.")
+        for key, value in config.template_kwargs.items():
+            # A mapping on the command line reads `no` as text, and any text switches a template's thinking on.
+            if "thinking" in key and isinstance(value, str) and value.lower() in TRUTH_VALUES:
+                raise UserError(f"data.template_kwargs.{key} must be true or false, not the text '{value}'.")
         self.findings = Findings("sft.data.allow" if self.supervised else "data.allow", config.allow)
         own = config.chat_template
         assert own is None or isinstance(own, TemplateText), "the settings name a template that nobody has read"

@@ -312,6 +312,11 @@ def test_system_message_is_added_where_there_is_none(qwen, config):
         (chat("x", "y", "z"), {}, "data.jsonl:1 is a conversation.*chat template"),
         (pair("x", "y", "z"), {"system": "Be brief"}, "data.system needs"),
         (pair("x", "y", "z"), {"template_kwargs": {"tokenize": True}}, "cannot set tokenize"),
+        (
+            pair("x", "y", "z"),
+            {"template_kwargs": {"enable_thinking": "No"}},
+            "must be true or false, not the text 'No'",
+        ),
     ],
 )
 def test_refusals_without_a_template(tiny, config, tokenize, row, fields, message):
