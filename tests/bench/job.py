@@ -101,6 +101,7 @@ class Job:
         tokens_per_batch: positions of one of our forward passes; None for the default of the device.
         profile: take one more step of ours under the profiler.
         without: part of ours that is switched off, one of `parts.PARTS`.
+        checkpointed: run every layer of ours again in the backward pass, in place of keeping its activations.
     """
 
     run: str
@@ -115,6 +116,7 @@ class Job:
     tokens_per_batch: int | None
     profile: bool
     without: str = ""
+    checkpointed: bool = False
 
     def read_pairs(self, dtype: type) -> list[list[np.ndarray]]:
         """The pairs as arrays."""

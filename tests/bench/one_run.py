@@ -36,7 +36,7 @@ from alignment.kernels.allocator import keep_freed_memory
 from alignment.kernels.matmul import matmul
 from alignment.losses import DPO
 from alignment.policy.adapter import load_adapter
-from alignment.policy.layers import disable_dropout
+from alignment.policy.layers import checkpoint_layers, disable_dropout
 from alignment.policy.load import load_base, resolve_device, resolve_dtype
 from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
@@ -185,6 +185,8 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
     groups = before_shuffle(pairs, job.pairs_per_step)
     sampler = StepSampler(len(groups), job.pairs_per_step, SEED)
     layout, tokens_per_batch = switch_off(job.without, model, choose_layout(model, device), tokens_per_batch)
+    if job.checkpointed:
+        checkpoint_layers(model, 1)
     reference: Reference
     if job.without == "cache":
         reference = LiveReference(model, layout, tokens_per_batch, device)

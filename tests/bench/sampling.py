@@ -46,17 +46,17 @@ def theirs(model: Any, prompts: Sequence[np.ndarray], count: int, how: Sampling,
     for start in range(0, len(order), max(1, rows // count)):
         batch = order[start : start + max(1, rows // count)]
         width = max(map(len, batch))
-        ids = torch.full((len(batch), width), how.stops[0])
+        ids = torch.full((len(batch), width), how.stops[0], device=model.device)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(batch):
-            ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+            ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64)).to(ids)
             mask[row, width - len(prompt) :] = 1
         output = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=True, temperature=how.temperature, top_k=0, top_p=1.0,
             max_new_tokens=how.max_new_tokens, eos_token_id=list(how.stops), pad_token_id=how.stops[0],
             num_return_sequences=count,
         )  # fmt: skip
-        for new in output[:, width:]:
+        for new in output[:, width:].cpu():
             ends = torch.isin(new, torch.tensor(how.stops)).nonzero()
             found += int(ends[0]) + 1 if len(ends) else len(new)
     return found

@@ -54,8 +54,13 @@ class Part:
         return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join([self.name, *self.arguments, *self.environment]))
 
 
-RUNS = ("ours_warm", "ours_cold", "trl_precomputed", "trl_default", "trl_checkpointed")
+RUNS = (
+    "ours_warm", "ours_cold", "ours_wide", "trl_precomputed", "trl_default", "ours_checkpointed", "trl_checkpointed",
+)  # fmt: skip
 """Runs of a measurement. The first one fills the reference store, untimed: `ours_cold` clears it again."""
+
+OWN_KERNELS = ("operations", "head", "products", "optimizers", "trl", "liger")
+OTHER_KERNELS = ("attention", "flash3", "compiled")
 
 
 def parts(sizes: Sequence[str]) -> list[list[Part]]:
@@ -70,8 +75,10 @@ def parts(sizes: Sequence[str]) -> list[list[Part]]:
         *(Part("measure", "tests.gpu.speed", ("measure", sizes[0], run), 75, sizes[0]) for run in RUNS),
         Part("measure", "tests.gpu.speed", ("measure", sizes[0], "ours_warm"), 75, sizes[0], {"ALIGNMENT_FUSED": "0"}),
         Part("host", "tests.gpu.host", (sizes[0],), 60, sizes[0]),
-        Part("micro", "tests.gpu.micro", (), 60),
+        Part("micro", "tests.gpu.micro", ("--only", *OWN_KERNELS), 60),
         *(Part("measure", "tests.gpu.speed", ("measure", size, run), 75, size) for size in sizes[1:] for run in RUNS),
+        Part("sampling", "tests.gpu.sampling", (sizes[0],), 60, sizes[0]),
+        Part("micro", "tests.gpu.micro", ("--only", *OTHER_KERNELS, "--seconds", "75"), 90),
         *(Part("cohort", "tests.gpu.cohort", (sizes[0], joint), 75, sizes[0]) for joint in ("true", "false")),
     ]
     return [first, correct, *([part] for part in alone)]

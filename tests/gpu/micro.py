@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from alignment.kernels import fused, log_probs, mlp, nf4, norm, rotary
+from alignment.kernels.attention import PromptSpan, attend
 from alignment.kernels.fused import Fused
 from alignment.scoring.head import LOGITS_PER_CHUNK, LogitTransform, score_hidden
 from tests.gpu.lines import is_dry, note, out_folder
@@ -46,7 +48,7 @@ class Sizes:
     parameters: int = 392
 
 
-TINY = Sizes(32, 64, 96, 4, 2, 16, 211, 16, 8, 64, 4)
+TINY = Sizes(96, 64, 96, 4, 2, 16, 211, 16, 8, 64, 4)
 
 
 class Bench:
@@ -155,9 +157,9 @@ def operations(sizes: Sizes, device: torch.device) -> list[Operation]:
     return found
 
 
-def time_operations(bench: Bench, found: list[Operation]) -> None:
+def time_operations(bench: Bench, sizes: Sizes) -> None:
     """Our kernels and the eager code."""
-    for operation in found:
+    for operation in [*operations(sizes, bench.device), unpacking(sizes, bench.device)]:
         run, arguments = operation.fused, operation.arguments
         used = run._usable(arguments)
         bench.time(operation.what, "own", lambda r=run, a=arguments: r(*a), operation.moved, kernel=used)
@@ -309,17 +311,98 @@ def time_liger(bench: Bench, sizes: Sizes) -> None:
     bench.time(name, "liger", liger_gated, 6 * gate.numel())
 
 
-def time_compiled(bench: Bench, found: list[Operation]) -> None:
+def time_compiled(bench: Bench, sizes: Sizes) -> None:
     """The eager code, compiled by torch for any number of rows."""
-    for operation in found:
+    # On a CPU every one would be built by a C++ compiler, which takes minutes and says nothing of a GPU.
+    for operation in operations(sizes, bench.device) if bench.device.type == "cuda" else ():
         compiled = torch.compile(operation.fused.eager, dynamic=True)
         run = torch.no_grad()(lambda c=compiled, a=operation.arguments: c(*a))
         bench.time(operation.what, "compiled", run, operation.moved)
 
 
+def time_attention(bench: Bench, sizes: Sizes) -> None:
+    """Attention with shared prompts, forward and backward: ours, FlexAttention with a mask of blocks, and flash attention
+    over a row for each completion.
+    """
+    device, dtype = bench.device, torch.bfloat16 if bench.device.type == "cuda" else torch.float32
+    width = sizes.rows // 16
+    prompt, answer = width // 5, 2 * width // 5
+    row = tuple(PromptSpan(i * width, prompt, (answer, width - prompt - answer)) for i in range(16))
+    total = row[-1].end
+
+    def random(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(1, heads, length, sizes.head_width, device=device, dtype=dtype, requires_grad=True)
+
+    q, k, v = random(sizes.heads, total), random(sizes.key_heads, total), random(sizes.key_heads, total)
+    scale = sizes.head_width**-0.5
+    seen = 16 * (prompt**2 / 2 + sum(n * prompt + n * n / 2 for n in (answer, width - prompt - answer)))
+    products = 7 * 2 * sizes.heads * sizes.head_width * seen
+    what = f"attention, {total} positions, 16 prompts with 2 completions"
+
+    def both(function: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...] = (q, k, v)) -> None:
+        torch.autograd.grad(function().float().sum(), inputs)
+
+    bench.time(what, "own", lambda: both(lambda: attend(q, k, v, row, scale)), products=products)
+
+    if device.type != "cuda":  # FlexAttention has no backward pass there
+        return
+    # FlexAttention, as its documentation has it: the mask is made anew for every pass.
+    group = torch.arange(total, device=device) // width
+    inside = torch.arange(total, device=device) % width
+    branch = (inside >= prompt).int() + (inside >= prompt + answer).int()
+
+    def sees(batch: Any, head: Any, at: Any, key: Any) -> Any:
+        del batch, head
+        return (at >= key) & (group[at] == group[key]) & ((branch[key] == 0) | (branch[key] == branch[at]))
+
+    make_mask = torch.compile(create_block_mask)
+
+    def mask() -> Any:
+        return make_mask(sees, None, None, total, total, device=device)
+
+    flex = torch.compile(flex_attention)
+    bench.time(what, "flex, its mask", mask)
+    blocks = mask()
+    bench.time(
+        what, "flex", lambda: both(lambda: flex(q, k, v, block_mask=blocks, scale=scale, enable_gqa=True)),
+        products=products,
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = attend(q, k, v, row, scale).float()
+        found = flex(q, k, v, block_mask=blocks, scale=scale, enable_gqa=True).transpose(1, 2).float()
+    note(bench.out, "micro", what=what, way="flex", against_own=((found - expected).norm() / expected.norm()).item())
+
+    flat = tuple(PromptSpan(i * (prompt + answer), prompt, (answer,)) for i in range(32))
+    rows = [random(heads, flat[-1].end) for heads in (sizes.heads, sizes.key_heads, sizes.key_heads)]
+    bench.time(what, "a row for each completion", lambda: both(lambda: attend(*rows, flat, scale), tuple(rows)))
+
+
+def time_flash_3(bench: Bench, sizes: Sizes) -> None:
+    """FlashAttention 3 in torch's operations, where its library is installed."""
+    torch.nn.attention.activate_flash_attention_impl("FA3")
+    try:
+        time_attention(bench, sizes)
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+PARTS: dict[str, Callable[[Bench, Sizes], None]] = {
+    "operations": time_operations,
+    "head": time_head,
+    "products": time_products,
+    "optimizers": time_optimizers,
+    "trl": time_trl,
+    "liger": time_liger,
+    "attention": time_attention,
+    "flash3": time_flash_3,
+    "compiled": time_compiled,
+}
+
+
 def main() -> None:
-    """All lines, the most wanted ones first."""
+    """All lines, the most wanted ones first; `--only` names the parts."""
     parser = argparse.ArgumentParser(description="Time what a pass is made of.")
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--seconds", type=float, default=45)
     given = parser.parse_args()
@@ -329,22 +412,12 @@ def main() -> None:
         parser.error("no GPU is visible here; --dry tries the script on a CPU")
     sizes = TINY if dry else Sizes()
     bench = Bench(out_folder(), given.seconds, device)
-    found = operations(sizes, device)
-    parts: list[Callable[[], None]] = [
-        lambda: time_operations(bench, found),
-        lambda: time_operations(bench, [unpacking(sizes, device)]),
-        lambda: time_head(bench, sizes),
-        lambda: time_products(bench, sizes),
-        lambda: time_optimizers(bench, sizes),
-        lambda: time_trl(bench, sizes),
-        lambda: time_liger(bench, sizes),
-        lambda: time_compiled(bench, found),
-    ]
-    for part in parts:
+    chosen = [name for name in PARTS if not given.only or name in given.only]
+    for name in chosen:
         try:
-            part()
+            PARTS[name](bench, sizes)
         except Exception as error:
-            note(bench.out, "micro", error=f"{type(error).__name__}: {error}"[:300])
+            note(bench.out, "micro", what=name, error=f"{type(error).__name__}: {error}"[:300])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ Line = dict[str, Any]
 TITLES = {
     "ours_warm": "ours, reference in the store",
     "ours_cold": "ours, reference pass counted in",
+    "ours_checkpointed": "ours, every layer checkpointed, reference in the store",
+    "ours_checkpointed, cold": "ours, every layer checkpointed, reference pass counted in",
+    "ours_wide": "ours, four times as many pairs a step, reference in the store",
+    "ours_wide, cold": "ours, four times as many pairs a step, reference pass counted in",
     "trl_precomputed": "TRL, reference precomputed",
     "trl_default": "TRL, reference in every step",
     "trl_checkpointed": "TRL, reference in every step, checkpointed (its default)",
@@ -49,6 +53,8 @@ def speed(lines: list[Line]) -> list[str]:
             continue
         for run, counted in {
             "ours_cold": (("ours_warm", False), ("ours_cold", True)),
+            "ours_checkpointed": (("ours_checkpointed", False), ("ours_checkpointed, cold", True)),
+            "ours_wide": (("ours_wide", False), ("ours_wide, cold", True)),
             "trl_precomputed": (("trl_precomputed", True),),
         }.get(line["run"], ((line["run"], False),)):
             step = statistics.median(line["seconds"])
