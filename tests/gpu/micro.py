@@ -321,7 +321,7 @@ def time_compiled(bench: Bench, sizes: Sizes) -> None:
 
 
 def time_attention(bench: Bench, sizes: Sizes) -> None:
-    """Attention with shared prompts, forward and backward: ours, FlexAttention with a mask of blocks, and flash attention
+    """Attention with shared prompts, both ways: ours, FlexAttention with a mask of blocks, and flash attention
     over a row for each completion.
     """
     device, dtype = bench.device, torch.bfloat16 if bench.device.type == "cuda" else torch.float32
