@@ -87,7 +87,7 @@ class Contamination:
         parts = [("prompt", 1, row.prompt)]
         parts += [("answer", WORDS, answer) for answer in row.completions if self._answers]
         for part, least, text in parts:
-            for content in _contents(text):
+            for content in contents_of(text):
                 for run in _runs(words_of(content), least):
                     if (number := self._sets.get(hash(run))) is not None:
                         message = f"its {part} has the words '{' '.join(run)}' of {self._names[number]}"
@@ -109,7 +109,7 @@ def _runs(words: list[str], least: int = 1) -> Iterator[tuple[str, ...]]:
         yield tuple(words[start : start + WORDS])
 
 
-def _contents(text: Text) -> Iterator[str]:
+def contents_of(text: Text) -> Iterator[str]:
     """The texts of a prompt or an answer: a system text, which many rows share, is none of them."""
     if isinstance(text, str):
         yield text

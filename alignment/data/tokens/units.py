@@ -72,7 +72,7 @@ def as_pairs(groups: Sequence[Group], how: ListPairs) -> Sequence[Group]:
     """
     found = array("q")
     for place, group in enumerate(groups):
-        for i, j in _index_pairs(len(group.completions), how):
+        for i, j in index_pairs(len(group.completions), how):
             if group.scores is None or group.scores[i] > group.scores[j]:
                 found.extend((place, i, j))
     return _Derived(groups, np.array(found, dtype=np.int64).reshape(-1, 3), _pair).of(groups)
@@ -90,7 +90,8 @@ def with_gap(pairs: Sequence[Group], gap: float) -> Sequence[Group]:
     return [pairs[i] for i in apart] if isinstance(pairs, list) else Picked(pairs, apart)
 
 
-def _index_pairs(size: int, how: ListPairs) -> list[tuple[int, int]]:
+def index_pairs(size: int, how: ListPairs) -> list[tuple[int, int]]:
+    """The places of the better and the worse completion of each pair, in a ranked list of at least two."""
     if how is ListPairs.best_vs_worst:
         return [(0, size - 1)]
     if how is ListPairs.best_vs_rest:
