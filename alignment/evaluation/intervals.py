@@ -19,7 +19,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def tango_interval(rate: float, tied: float, count: int) -> tuple[float, float]:
+def tango_interval(rate: float, tied: float, count: float) -> tuple[float, float]:
     """95% interval (low, high) of a win rate among `count` pairs, a share `tied` of which counts one half each.
 
     Tango's (1998, Statistics in Medicine 17, 891-908) for the difference of paired proportions, here of wins and

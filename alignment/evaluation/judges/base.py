@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignment.errors import UserError
 from alignment.evaluation.intervals import tango_interval
+from alignment.evaluation.statistics.clusters import effective_count
 
 if TYPE_CHECKING:  # it brings torch, which a list of what is cached does without
     from alignment.types import Group
@@ -170,14 +171,20 @@ class WinRate:
     high: float
 
 
-def win_rate(outcomes: Iterable[int]) -> WinRate:
-    """How often the first of two answers wins: 1 for a win, 0 for a tie, -1 for a loss."""
+def win_rate(outcomes: Iterable[int], prompts: Sequence[Hashable] | None = None) -> WinRate:
+    """How often the first of two answers wins: 1 for a win, 0 for a tie, -1 for a loss.
+
+    Args:
+        prompts: of each pair, where a prompt has several: these are not independent, so the interval is that of the
+            number of independent pairs that they are worth.
+    """
     found = list(outcomes)
     if not found:
         raise UserError("A win rate needs at least one pair of answers; evaluation.prompts must be at least 1.")
     n, wins, ties = len(found), found.count(1), found.count(0)
     rate = (wins + ties / 2) / n
-    return WinRate(wins, ties, n - wins - ties, rate, *tango_interval(rate, ties / n, n))
+    count = n if prompts is None else effective_count(found, prompts)
+    return WinRate(wins, ties, n - wins - ties, rate, *tango_interval(rate, ties / n, count))
 
 
 class Judge(ABC):
