@@ -49,13 +49,18 @@ def test_best_vs_random_is_drawn_by_the_prompt_and_the_seed():
     rejected = [other for _, other in found]
     assert all(70 < rejected.count(text) < 130 for text in ("aZ", "cZ", "dZ"))
     assert [words(build([one], config, seed=7).groups[0]) for one in ones] == found
-    assert [words(group) for group in build(ones[::-1], config, seed=7).groups] == found[::-1]
+    copies = [replace(one, prompt=one.prompt.copy()) for one in ones[::-1]]
+    assert [words(group) for group in build(copies, config, seed=7).groups] == found[::-1]
     assert [words(group) for group in build(ones, config, seed=8).groups] != found
 
 
 def test_mu_minus_two_sigma():
-    """14 scores of 0, one of -4 and one of -8: mean -0.75, deviation sqrt(5 - 0.5625), so the aim is -4.963."""
-    scores = {f"{letter}Z": 0.0 for letter in "abcdefghijklm"} | {"bestZ": 0.0001, "worstZ": -8.0, "lowZ": -4.0}
+    """All but -2, -4 and -8 are 0: mean -0.875, deviation sqrt(84 / 16 - 0.875^2) = 2.118; less two, -5.110.
+
+    Less one it would be -2.993, nearest to -2.
+    """
+    low = {"bestZ": 0.0001, "worstZ": -8.0, "lowZ": -4.0, "lowishZ": -2.0}
+    scores = {f"{letter}Z": 0.0 for letter in "abcdefghijkl"} | low
     found, dropped = made(drawn(scores), "mu_minus_2sigma")
     assert found == [("bestZ", "lowZ")] and not dropped
     assert made(drawn(scores), "best_vs_worst")[0] == [("bestZ", "worstZ")]
@@ -155,7 +160,14 @@ def test_filters(scores, more, reason):
 
 def test_a_cut_best_answer_has_no_second_best():
     assert made(drawn({"aZ": 1, "bZ": 2, "ccc": 3}), "best_vs_rest") == ([], {"cut": 2})
-    assert made(drawn({"aZ": 1, "bZ": 2, "ccc": 2}), "best_vs_worst") == ([("bZ", "aZ")], {})
+
+
+@pytest.mark.parametrize("prompt", [f"p{i}" for i in range(8)])
+def test_of_equal_scores_a_whole_answer_is_taken(prompt):
+    """Whatever the hash of the tokens says."""
+    best = drawn({"aZ": 1, "bZ": 2, "ccc": 2}, prompt=prompt)
+    worst = drawn({"aZ": 1, "bZ": 2, "Z": 1, "cut": 1}, prompt=prompt)
+    assert made(best, "best_vs_worst") == made(worst, "best_vs_worst", drop_cut=DropCut.both) == ([("bZ", "aZ")], {})
 
 
 def test_equal_ids_are_no_pair_and_the_same_pair_comes_once():
