@@ -27,6 +27,16 @@ class Contrast:
     p: float | None
     seeds_overlap: bool
 
+    @property
+    def is_told_by_items(self) -> bool:
+        """Whether the interval excludes zero and the test agrees."""
+        return not self.difference.is_noise and (self.p is None or self.p <= 0.05)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the items tell the two apart, and no seed speaks against it."""
+        return self.is_told_by_items and not self.seeds_overlap
+
 
 @dataclass(slots=True)
 class Standing:

@@ -8,22 +8,18 @@ from typing import Any
 
 from alignment.comparison.measures import ACCURACY, WIN_RATE, Measure
 from alignment.comparison.members import ComparedRun, Variant
+from alignment.comparison.needs import in_words, need_of
 from alignment.comparison.ranking import Comparison, Contrast, Standing, interval, rank_variants
 from alignment.comparison.statistics import paired_difference
 from alignment.losses import title as loss_title
 from alignment.runs.cautions import cautions as run_cautions
 from alignment.runs.folder import dig, status
-from alignment.runs.text import format_value, percent, short_hash
+from alignment.runs.text import format_value, percent, points, short_hash
 
 _SURE = "more than noise"
 
 _NAMED_IN_SENTENCE = 4
 """Up to this many variants, a sentence names each, or each has a sentence."""
-
-
-def points(value: float) -> str:
-    """A share, or a difference of two, in percentage points."""
-    return f"{100 * value:.1f}"
 
 
 def _share(measure: Measure, variant: Variant) -> str:
@@ -70,7 +66,7 @@ def judge_contrast(contrast: Contrast) -> str:
     difference = contrast.difference
     if difference.is_noise:
         return "within noise"
-    if contrast.p is not None and contrast.p > 0.05:
+    if not contrast.is_told_by_items:
         return "not certain: the interval excludes zero, but p is above 0.05"
     if contrast.seeds_overlap:
         return "more than noise between items, but single seeds of the two overlap"
@@ -165,15 +161,20 @@ def _behind(standing: Standing) -> list[str]:
     if told and all(contrast.difference.is_noise for contrast in told):
         told = [max(told, key=lambda contrast: contrast.difference.value)]
     is_furthest = len(told) < len(standing.contrasts) and any(contrast.difference.value for contrast in told)
-    said = []
+    said: list[str] = []
+    is_planned = False
     for contrast in told:
         d = contrast.difference
         gap = f"{points(d.value)} points behind" if d.value else "level with"
         items = standing.measure.num_items(standing.best[0])
         known = f", on the {d.count} of {items} {standing.measure.unit} that both kept" if d.count < items else ""
+        plan = ""
+        if (need := need_of(standing, contrast)) is not None:
+            plan = f" {in_words(need, d, standing.measure.unit, again=is_planned)}"
+            is_planned = is_planned or not need.is_hopeless
         said.append(
             f"{'Furthest behind: ' if is_furthest else ''}{contrast.other.label} is {gap} {ahead}{known} (95% interval "
-            f"of the difference {points(d.low)} to {points(d.high)}): {judge_contrast(contrast)}."
+            f"of the difference {points(d.low)} to {points(d.high)}): {judge_contrast(contrast)}.{plan}"
         )
     return said
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from alignment.evaluation.intervals import Z
+
 RESAMPLES = 10_000
 """Bootstrap resamples of an interval."""
 
@@ -25,6 +27,7 @@ class Difference:
         p: two-sided p value of no difference; None if a and b saw different items.
         better, worse: numbers of items on which a did better and worse than b; None like `p`.
         count: number of items.
+        variance: of an item's difference, with the items that the interval adds.
     """
 
     value: float
@@ -34,6 +37,7 @@ class Difference:
     better: int | None
     worse: int | None
     count: int
+    variance: float
 
     @property
     def is_noise(self) -> bool:
@@ -67,9 +71,8 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> Differe
     ]
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    return Difference(
-        float(differences.mean()), float(low), float(high), sign_test(better, worse), better, worse, len(shared)
-    )
+    p, spread = sign_test(better, worse), float(drawn_from.var())
+    return Difference(float(differences.mean()), float(low), float(high), p, better, worse, len(shared), spread)
 
 
 def unpaired_difference(
@@ -79,7 +82,8 @@ def unpaired_difference(
     (low_a, high_a), (low_b, high_b) = bounds_a, bounds_b
     low = a - b - math.hypot(a - low_a, high_b - b)
     high = a - b + math.hypot(high_a - a, b - low_b)
-    return Difference(a - b, low, high, None, None, None, count)
+    variance = count * ((high - low) / (2 * Z)) ** 2
+    return Difference(a - b, low, high, None, None, None, count, variance)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

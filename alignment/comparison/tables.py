@@ -27,12 +27,13 @@ from alignment.comparison.measures import (
     kl_measure,
 )
 from alignment.comparison.members import ComparedRun, Variant
+from alignment.comparison.needs import in_cell, need_of
 from alignment.comparison.ranking import Comparison, interval
-from alignment.comparison.sentences import counted, judge_contrast, points
+from alignment.comparison.sentences import counted, judge_contrast
 from alignment.comparison.statistics import ranks
 from alignment.losses import title as loss_title
 from alignment.runs.folder import as_count, dig, status, stopped_at, submapping
-from alignment.runs.text import DASH, format_value, is_number, percent, short_hash
+from alignment.runs.text import DASH, format_value, is_number, percent, points, short_hash
 
 _SEEDS_IN_CELL = 3
 """Up to this many seeds, a cell lists the value of each."""
@@ -191,7 +192,7 @@ def differences(found: Comparison) -> Table | None:
     if standing is None or not standing.contrasts:
         return None
     measure, top = standing.measure, standing.best[0]
-    rows = [[top.label, _share_cell(measure, top, found), DASH, "the first", DASH, DASH]]
+    rows = [[top.label, _share_cell(measure, top, found), DASH, "the first", DASH, DASH, DASH]]
     for contrast in standing.contrasts:
         d = contrast.difference
         rows.append(
@@ -203,12 +204,13 @@ def differences(found: Comparison) -> Table | None:
                 judge_contrast(contrast),
                 DASH if d.p is None else f"{d.better} to {d.worse}\nof {d.count}",
                 _p(contrast.p),
+                in_cell(need, measure.unit) if (need := need_of(standing, contrast)) else DASH,
             ]
         )
     one_loss = len({variant.loss for variant in standing.best}) == 1
     return Table(
         f"{'Every setting' if one_loss else 'The best setting of each loss'}, and how far it is behind",
-        ["variant", _heading(measure, found), "behind the first", "verdict", "better to worse", "p"],
+        ["variant", _heading(measure, found), "behind the first", "verdict", "better to worse", "p", "it would take"],
         rows,
         "95% intervals in parentheses. They and p say what other held-out items could change; only the spread over "
         "seeds says what other seeds could change.",
@@ -220,6 +222,9 @@ def differences(found: Comparison) -> Table | None:
             "which it did worse; on all others they are level",
             "p": "exact sign test of these two numbers (McNemar's test with one seed), Holm-adjusted for the number of "
             "rows below the first",
+            "it would take": "so many in all, to tell a difference of the size observed with a power of 80%, at a "
+            "two-sided level of 5% that is shared by the rows not told yet: items by Connor's formula for the sign "
+            "test and the normal one for the mean, seeds by a paired t test over seeds",
         },
     )
 

@@ -60,6 +60,11 @@ def percent(value: Any) -> str:
     return f"{100 * value:.1f}%" if is_number(value) else format_value(value)
 
 
+def points(value: float) -> str:
+    """A share, or a difference of two, in percentage points."""
+    return f"{100 * value:.1f}"
+
+
 def short_hash(digest: Any) -> str:
     """The first 16 characters of a hash, enough to tell it from others; summary.json has it whole."""
     return str(digest)[:16]

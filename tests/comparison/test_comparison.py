@@ -63,7 +63,7 @@ def test_the_best_of_each_loss_are_compared_by_pairs(sweep):
     assert "15.0 points behind" in said[2] and "within noise" in said[2]
     rows = differences(found).rows
     assert [row[0] for row in rows] == ["DPO, beta 0.1", "SimPO, beta 2"], "the best of each loss, the first on top"
-    assert rows[1][3:] == ["within noise", "5 to 0\nof 20", "0.062"]
+    assert rows[1][3:] == ["within noise", "5 to 0\nof 20", "0.062", "about 77 pairs\n10 seeds"]
 
 
 def test_without_pairs_the_difference_is_of_two_shares(tmp_path):
