@@ -1,4 +1,4 @@
-"""Triton kernels: norms, gated products, rotary positions, target log-probs and 4-bit weights, each in one pass.
+"""Triton kernels: norms, gated products, rotary positions, target log-probs, 4-bit weights and sums of rows.
 
 Only `fused` imports this module, because triton is not everywhere. Every function has the arguments and the results of
 an eager function elsewhere in this wing, and rounds where that one does. Offsets have 64 bits: a chunk of logits or a
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alignment.kernels.triton_rows import sum_rows as sum_rows
 from alignment.kernels.triton_start import TritonKernel
 
 _TILE = 4096

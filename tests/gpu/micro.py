@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from alignment.kernels import fused, log_probs, mlp, nf4, norm, rotary
+from alignment.kernels import fused, gather, log_probs, mlp, nf4, norm, rotary
 from alignment.kernels.attention import PromptSpan, attend
 from alignment.kernels.fused import Fused
 from alignment.scoring.head import LOGITS_PER_CHUNK, LogitTransform, score_hidden
@@ -148,6 +148,14 @@ def operations(sizes: Sizes, device: torch.device) -> list[Operation]:
         name = f"rotary, {sizes.heads} and {sizes.key_heads} heads, {'backward' if backward else 'forward'}"
         moved = 4 * (q.numel() + k.numel() + cos.numel())
         found.append(Operation(name, rotary._rotate, (q, k, cos, sin, backward), moved))
+    # Keys of prompts with two completions: every prompt's appear twice
+    own = torch.arange(sizes.rows, device=device, dtype=torch.int32)
+    order, counts = torch.cat([own, own[: sizes.rows // 5]]).sort(stable=True)[1].int(), torch.ones_like(own)
+    counts[: sizes.rows // 5] = 2
+    gathered = random(len(order), sizes.key_heads, sizes.head_width)
+    moved = 2 * (gathered.numel() + sizes.rows * sizes.key_heads * sizes.head_width)
+    starts = (counts.cumsum(0) - counts).int()
+    found.append(Operation(f"sums of {len(order)} rows", gather._summed, (gathered, order, starts), moved))
     logits = 3 * torch.randn(sizes.logit_rows, sizes.vocabulary, device=device)
     targets = torch.randint(0, sizes.vocabulary, (sizes.logit_rows,), device=device)
     for dtype, moved in ((torch.bfloat16, 10), (None, 4)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignment.kernels import base, fused, log_probs, mlp, nf4, norm, rotary
+from alignment.kernels import base, fused, gather, log_probs, mlp, nf4, norm, rotary
 from alignment.scoring.head import LOGITS_PER_CHUNK, LogitTransform, score_hidden
 from tests.helpers.patched import FEW, assert_close, compute, pair
 
@@ -24,6 +24,7 @@ OPERATIONS = [
     rotary._rotate,
     log_probs.target_log_probs,
     nf4._unpacked,
+    gather._summed,
 ]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -111,6 +112,18 @@ def test_rotation(batch, heads, tokens, width, backward, dtype):
             check(rotary._rotate, q, k, cos, sin, backward)
             check(rotary._rotate, q, k, cos[:1], sin[:1], backward)
     check(rotary._rotate, by_token, key, cos.transpose(1, 2), sin.transpose(1, 2), backward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(1,), (8, 128), (3, 77)])
+def test_sums_of_rows(shape, index, dtype):
+    """Positions with one row, many and none, at the ends too."""
+    counts = torch.tensor([0, 1, 3, 1, 0, 40, 2, 1, 0])
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(1)).to(DEVICE, index)
+    starts = (counts.cumsum(0) - counts).to(DEVICE, index)
+    check(gather._summed, random(48, *shape, dtype=dtype), order, starts)
+    check(gather._summed, random(48, *shape, dtype=dtype), order, starts[:6])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
