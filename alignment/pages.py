@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def page_templates(folder: Path) -> Environment:
-    """The templates of a folder; they can include `style.css`, which stands beside this file."""
+    """The templates of a folder; they can use `style.css` and `tables.html.j2`, which stand beside this file."""
     return Environment(
         loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,

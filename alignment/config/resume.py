@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.messages import sentence
+from alignment.config.overrides import parse_overrides
 from alignment.config.renamed import FORMER_DEFAULTS, flat, refuse_renamed
 from alignment.config.schema import RunConfig
 from alignment.config.typed_text import quoted_path, typed_path
@@ -120,27 +121,34 @@ def resumed_overrides(overrides: list[str], value: str, recipe: str) -> list[str
     return [*saved, f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]
 
 
-def finished_run(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+def finished_run(folder: Path, settings: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
     """The configuration that a run had, and the same as the plain values in its folder.
 
     Its overrides say which loss and which groups it had; its values are those of its time, whatever recipes say now.
 
+    Args:
+        settings: overrides of single settings, which go over those that the run had.
+
     Raises:
-        UserError: a file is damaged, or has settings that this version does not take.
+        UserError: a file is damaged, or has settings that this version does not take, or so do the overrides.
     """
     path = folder / "config.yaml"
     saved = _loaded(path)
     refuse_renamed(flat(saved), f"{folder} was run by an earlier version and cannot be read")
     try:
-        node = compose_node([str(override) for override in _loaded(folder / ".hydra" / "overrides.yaml")])
+        begun = [str(override) for override in _loaded(folder / ".hydra" / "overrides.yaml")]
+        node = compose_node(begun)
     except UserError as error:
         raise UserError(
             f"The settings of {folder} cannot be composed again: {str(error).rstrip('.')}; if its recipe is your own, "
             f"say where it is with --config-dir."
         ) from error
+    changed = compose_node([*begun, *settings]) if settings else node
     try:
         merged = OmegaConf.merge(node, saved)
         _unmask(merged, node, saved)
+        for key in (override.key_or_group for override in parse_overrides(settings)):
+            OmegaConf.update(merged, key, OmegaConf.select(changed, key))
         return to_run_config(merged), saved  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise UserError(f"{path} holds settings that this version does not take: {sentence(error)}") from error

@@ -55,7 +55,7 @@ class AnswersJudge:
         result: dict[str, Any] = {"prompts": len(self._rows), "answers": {}}
         for name, texts in answers.items():
             entry: dict[str, Any] = {"n": len(texts), "words": sum(len(text.split()) for text in texts) / len(texts)}
-            result["answers"][name] = entry | _means(scores.get(name, ()))
+            result["answers"][name] = entry | means(scores.get(name, ()))
         if preferences:
             result["win_rate"] = {
                 f"final_vs_{other}": asdict(win_rate(one.outcome for one in found))
@@ -116,7 +116,7 @@ class AnswersJudge:
         return sample
 
 
-def _means(judged: Sequence[Judgement]) -> dict[str, Any]:
+def means(judged: Sequence[Judgement]) -> dict[str, Any]:
     """Mean score, and shares of right and of direct answers, over those that have them."""
     found: dict[str, Any] = {}
     for name, values in (

@@ -38,8 +38,8 @@ def strengths(
     """The strengths b of the Bradley-Terry model, P(i beats j) = S(b_i - b_j), with the greatest likelihood.
 
     Bradley and Terry 1952 (Biometrika 39, 324-345); a tie is half a win. Intervals are the percentile bootstrap over
-    prompts, all pairs of which are drawn together, and two prompts more: in one of them each pair of policies that met
-    is won by the first, in the other by the second. A normal error from the likelihood would count answers to one
+    prompts, all pairs of which are drawn together, and for each two policies that met two prompts more, of which each
+    wins one. A normal error from the likelihood would count answers to one
     prompt as independent (Chiang et al. 2024, arXiv:2403.04132, section 5).
 
     Args:
@@ -55,16 +55,18 @@ def strengths(
         raise ValueError("Strengths need at least one pair, and the share and prompt of each.")
     places, groups = numbered(prompts)
     first, second = np.array(pairs, dtype=np.int64).T
-    wins = np.zeros((groups + 2, policies, policies))
+    wins = np.zeros((groups, policies, policies))
     np.add.at(wins, (places, first, second), shares)
     np.add.at(wins, (places, second, first), 1 - np.asarray(shares, dtype=float))
     met = (wins.sum(0) + wins.sum(0).T) > 0
     if not (np.linalg.matrix_power(met + np.eye(policies, dtype=np.int64), policies) > 0).all():
         raise ValueError("Policies that were compared in no way, not even by way of others, have no common scale.")
-    found = _fit(wins[:groups].sum(0)[None])[0]
+    found = _fit(wins.sum(0)[None])[0]
 
-    wins[groups], wins[groups + 1] = np.triu(met), np.tril(met)
-    drawn = _fit(np.einsum("rp,pij->rij", drawn_weights(groups + 2), wins, optimize=True))
+    more = np.argwhere(met)
+    wins = np.concatenate([wins, np.zeros((len(more), policies, policies))])
+    wins[groups + np.arange(len(more)), more[:, 0], more[:, 1]] = 1
+    drawn = _fit(np.einsum("rp,pij->rij", drawn_weights(len(wins)), wins, optimize=True))
     rates = _sigmoid(drawn - drawn[:, :1])
     return [
         Strength(float(found[i]), *bounds(drawn[:, i]), float(_sigmoid(found[i] - found[0])), *bounds(rates[:, i]))
