@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from alignment import plan as command
 from alignment.config.compose import load
+from alignment.evaluation.statistics.power import items_for_sign_test, t_test_power
 from alignment.files import asset_dir
 from alignment.plan import parse_memory
 from alignment.policy.architecture import build_model
@@ -120,6 +121,53 @@ def test_an_unusual_model_is_said_to_be_estimated(tmp_path, capsys):
     )
     printed = run(capsys, "recipe=dpo_qwen3", "--config", tmp_path / "config.json", "adapter.target_modules=[dense]")
     assert "The activations are a rough estimate: the layers of GPTNeoXForCausalLM have another form" in printed
+
+
+# What a sweep can tell
+
+
+def test_a_sweep_says_what_its_held_out_set_tells(config_file, capsys):
+    """The best of five losses makes four comparisons: z is 2.498 at 5% / 4. 20% differ, 5 points:
+
+    (2.498 sqrt(0.2) + 0.8416 sqrt(0.1975))^2 / 0.0025 + 20 = 909.8.
+    """
+    printed = run(capsys, "-m", "recipe=compare_quickstart", "--config", config_file)
+    assert (
+        "A sweep of 20 members, 10 variants; the memory is that of the first: loss=dpo loss.beta=0.1 seed=0." in printed
+    )
+    assert "What 96 held-out prompts tell (power 80%, two-sided 5% over 4 comparisons), if two" in printed
+    [row] = [line.split() for line in printed.splitlines() if line.strip().startswith("20%")]
+    assert row[0] == "20%" and row[2] == "910"
+    assert "By themselves 2 are too few to tell anything; it takes 5 for 5 points and 15 for 2 points" in printed
+    tables = [line for line in printed.splitlines() if line.startswith(" ")]
+    assert max(map(len, tables)) <= 80
+
+
+def test_members_of_the_command_line_are_a_sweep(config_file, capsys):
+    """Four values of beta and three seeds: three comparisons. Pairs are held out, and nobody judges answers."""
+    arguments = ("-m", "recipe=dpo_qwen3", "loss.beta=0.1,0.2,0.3,0.4", "seed=0,1,2", "--config", config_file, "--json")
+    found = json.loads(run(capsys, *arguments))["sweep"]
+    about = {key: found[key] for key in ("members", "variants", "seeds", "comparisons", "unit", "items")}
+    assert about == {"members": 12, "variants": 4, "seeds": 3, "comparisons": 3, "unit": "pairs", "items": 512}
+    assert found["level"] == pytest.approx(0.05 / 3)
+    told = found["told"][1]
+    needed = items_for_sign_test((0.2 + told["least"]) / 2, (0.2 - told["least"]) / 2, 0.05 / 3)
+    assert needed == pytest.approx(512, abs=1e-3), "the least difference is the one that needs the pairs at hand"
+    power = t_test_power(found["least_by_seeds"] / found["spread_over_seeds"], 3, 0.05 / 3)
+    assert power == pytest.approx(0.8, abs=1e-4)
+
+
+def test_one_variant_compares_nothing_and_a_single_run_is_no_sweep(config_file, capsys):
+    for arguments in (("-m", "recipe=dpo_qwen3", "seed=0,1"), ("recipe=dpo_qwen3",)):
+        assert "sweep" not in json.loads(run(capsys, *arguments, "--config", config_file, "--json"))
+
+
+@pytest.mark.slow
+def test_where_the_data_decide_how_many_are_held_out_only_needs_are_said(config_file, capsys):
+    arguments = ("-m", "recipe=dpo_qwen3", "loss.beta=0.1,0.2", "data.eval_limit=null", "--config", config_file)
+    printed = run(capsys, *arguments)
+    assert "What held-out pairs tell (power 80%, two-sided 5%)" in printed and "points told" not in printed
+    assert "With one seed, what other seeds would change stays unknown" in printed
 
 
 @pytest.mark.slow

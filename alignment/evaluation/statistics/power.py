@@ -133,6 +133,17 @@ def t_test_power(effect: float, seeds: int, level: float = LEVEL) -> float:
     return _rejected(effect * sqrt(seeds), high, seeds)
 
 
+def least_mean(seeds: int, spread: float, level: float = LEVEL) -> float | None:
+    """The smallest mean difference that so many seeds tell, by `t_test_power`; None for one seed: it has no spread."""
+    if seeds < 2:
+        return None
+    low, high = 0.0, 10 / level
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if t_test_power(middle, seeds, level) >= POWER else (middle, high)
+    return high * spread
+
+
 def _rejected(shift: float, critical: float, seeds: int) -> float:
     """P(|Z + shift| > critical S), where S^2 is a chi-square over its degrees of freedom: an integral over log S."""
     free = seeds - 1
