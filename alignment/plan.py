@@ -254,7 +254,10 @@ def _seed_line(sweep: SweepPlan) -> str:
         here = f"By themselves {sweep.seeds} are too few to tell anything"
     else:
         here = f"By themselves {sweep.seeds} tell {100 * least:.1f} points"
-    return f"All seeds see the same {sweep.unit}. {here}; it takes {by_size}, if a difference varies by {100 * _SPREAD:.0f} points between seeds (assumed)."
+    return (
+        f"All seeds see the same {sweep.unit}. {here}; it takes {by_size}, if a difference varies by "
+        f"{100 * _SPREAD:.0f} points between seeds (assumed)."
+    )
 
 
 def _print(config: RunConfig, machine: Machine, stages: dict[str, StagePlan], sweep: SweepPlan | None) -> None:
