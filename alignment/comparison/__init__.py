@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from alignment.comparison.between import read_between
 from alignment.comparison.members import is_run, read_member, run_folders, short_names
 from alignment.comparison.page import to_html, to_markdown
 from alignment.comparison.ranking import compare
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False) -> Path:
     """Compare run folders, or the folders of sweeps: write comparison.html, .md and .csv into `out`.
 
+    What `python -m alignment.evaluate` has left in `out` says how their answers do against each other.
+
     Args:
         track: send the comparison to W&B too, as the run of the sweep in `out`, if the first member was tracked there.
 
@@ -37,6 +40,7 @@ def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False)
     """
     runs = run_folders(folders)
     found = compare([read_member(run, name) for run, name in zip(runs, short_names(runs), strict=True)])
+    found.between = read_between(out, found.members)
     title = f"Comparison: {out.resolve().name}"
     pages = {"md": to_markdown(found, title), "csv": to_csv(found), "html": to_html(found, title)}
     failed = []

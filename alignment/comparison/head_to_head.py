@@ -1,12 +1,12 @@
-"""Head-to-head win rates: the judge compares the answers of two variants directly, not by way of a third model."""
+"""Head-to-head win rates: a judge compares the answers of two variants directly, not by way of a third model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from alignment.comparison.measures import mean_by_item, verdicts, wins
-from alignment.comparison.members import Variant
+from alignment.comparison.members import ComparedRun, Variant
 from alignment.comparison.ranking import Comparison
 from alignment.comparison.statistics import Difference, holm, paired_difference
 
@@ -42,18 +42,27 @@ class Duel:
         return self.ahead.is_noise or self.p > 0.05
 
 
-def entrants(found: Comparison) -> list[Variant]:
-    """The judged variants that meet: all of them, or if there are too many, the best of each loss."""
+Meeting = Callable[[ComparedRun, ComparedRun], Mapping[str, float]]
+"""The first run's share of wins over the second by prompt; empty where their answers were not compared."""
+
+
+def by_score(first: ComparedRun, second: ComparedRun) -> Mapping[str, float]:
+    """By the scores that the runs' own judge gave to their answers."""
+    return wins(verdicts(first), verdicts(second))
+
+
+def entrants(found: Comparison, meet: Meeting = by_score) -> list[Variant]:
+    """The variants that have met another one: of all, or if these are too many, of the best of each loss."""
     several = found.ranked if len(found.ranked) <= MAX_ENTRANTS else found.best[:MAX_ENTRANTS]
-    return [variant for variant in several if any(verdicts(member) for member in variant.members)]
+    return [variant for variant in several if any(_wins(variant, o, meet) for o in several if o is not variant)]
 
 
-def duels(variants: Sequence[Variant]) -> dict[tuple[int, int], Duel]:
+def duels(variants: Sequence[Variant], meet: Meeting = by_score) -> dict[tuple[int, int], Duel]:
     """The duel of each variant with each later one, by their indices."""
     found = {}
     for i, a in enumerate(variants):
         for j, b in enumerate(variants[i + 1 :], i + 1):
-            won = _wins(a, b)
+            won = _wins(a, b, meet)
             ahead = paired_difference(won, {prompt: 1 - share for prompt, share in won.items()})
             if ahead is not None and ahead.p is not None:
                 found[i, j] = ahead
@@ -61,10 +70,7 @@ def duels(variants: Sequence[Variant]) -> dict[tuple[int, int], Duel]:
     return {indices: Duel(ahead, p) for (indices, ahead), p in zip(found.items(), adjusted, strict=True)}
 
 
-def _wins(a: Variant, b: Variant) -> dict[str, float]:
-    """a's share of wins by prompt, over every pairing of a run of a with a run of b."""
-    return mean_by_item([wins(first, second) for first in _judged(a) for second in _judged(b)])
-
-
-def _judged(variant: Variant) -> list[dict]:
-    return [found for member in variant.members if (found := verdicts(member))]
+def _wins(a: Variant, b: Variant, meet: Meeting) -> Mapping[str, float]:
+    """a's share of wins by prompt, over every pairing of a run of a with a run of b that has met it."""
+    met = [shares for first in a.members for second in b.members if (shares := meet(first, second))]
+    return mean_by_item(met) if met else {}

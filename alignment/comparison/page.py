@@ -12,12 +12,12 @@ from pathlib import Path
 
 from alignment.comparison.answers import questions
 from alignment.comparison.charts import CURVES, GLANCE, Chart, charts, legend, library
+from alignment.comparison.judge import answers_against_answers, judge_table
 from alignment.comparison.ranking import Comparison
 from alignment.comparison.sentences import cautions, headline, not_available, overview
 from alignment.comparison.tables import (
     Table,
     differences,
-    head_to_head,
     held_out_pairs,
     member_table,
     results,
@@ -40,7 +40,8 @@ def _shared_note(several: Sequence[Chart]) -> str:
 
 
 def _tables(found: Comparison) -> list[Table]:
-    tables = [differences(found), results(found), head_to_head(found), held_out_pairs(found)]
+    tables = [differences(found), results(found), *answers_against_answers(found), held_out_pairs(found)]
+    tables.append(judge_table(found))
     return [table for table in tables if table is not None and table.rows]
 
 

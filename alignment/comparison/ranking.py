@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from alignment.comparison.between import Between
 from alignment.comparison.measures import ACCURACY, Measure, ranking_measure
 from alignment.comparison.members import ComparedRun, Variant, differing_settings, variants, without_copies
 from alignment.comparison.statistics import Difference, holm, paired_difference, unpaired_difference
@@ -67,6 +68,7 @@ class Comparison:
         copies: the names of runs that were left out because they are copies, with the name of the original.
         differing_settings: dotted keys of the settings with more than one value.
         standing: None if no variant can be ranked.
+        between: what a judge has said of their answers against each other; None without files of `alignment.evaluate`.
     """
 
     members: list[ComparedRun]
@@ -74,6 +76,7 @@ class Comparison:
     variants: list[Variant]
     differing_settings: list[str]
     standing: Standing | None
+    between: Between | None = None
 
     @property
     def rank_by(self) -> Measure | None:

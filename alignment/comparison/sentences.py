@@ -208,6 +208,7 @@ def cautions(found: Comparison) -> list[tuple[str, list[str]]]:
     unequal("Members have references of different kinds", of_summary("reference", "mode"))
     _unequal_starts(trained, said)
     unequal("Members answered different numbers of prompts", of_summary("evaluation", "prompts"))
+    unequal("Members were judged by different judges", of_summary("evaluation", "judge", "identity"))
     unequal("Members ran different versions of the code", of_summary("git_commit"))
     unequal("Members ran different versions of torch", of_summary("versions", "torch"))
 
@@ -288,4 +289,5 @@ def _unequal_starts(trained: Sequence[ComparedRun], said: list[tuple[str, list[s
 
 def not_available(found: Comparison) -> list[str]:
     """What could not be read or did not end, by member."""
-    return [f"{member.name}: {problem}" for member in found.members for problem in member.run.problems]
+    said = [f"{member.name}: {problem}" for member in found.members for problem in member.run.problems]
+    return [*said, *(found.between.problems if found.between is not None else [])]

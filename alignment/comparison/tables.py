@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from alignment.comparison.head_to_head import Duel, duels, entrants
+from alignment.comparison.head_to_head import Duel, Meeting, by_score, duels, entrants
 from alignment.comparison.measures import (
     ACCURACY,
     CALIBRATION,
@@ -229,10 +229,15 @@ def differences(found: Comparison) -> Table | None:
     )
 
 
-def head_to_head(found: Comparison) -> Table | None:
-    """Win rates of each variant's answers against each other's. None if no two variants were judged."""
-    variants = entrants(found)
-    met = duels(variants)
+def head_to_head(found: Comparison, meet: Meeting = by_score, whose: str = "", about: str = "") -> Table | None:
+    """Win rates of each variant's answers against each other's. None if no two variants were judged.
+
+    Args:
+        whose: the judge, for the caption.
+        about: what else the note says.
+    """
+    variants = entrants(found, meet)
+    met = duels(variants, meet)
     if not met:
         return None
     rows: list[list[str]] = []
@@ -246,14 +251,15 @@ def head_to_head(found: Comparison) -> Table | None:
         rows.append(row)
         shades.append(shade)
     return Table(
-        "Answers against answers: how often the row's answer beats the column's",
+        f"Answers against answers{whose}: how often the row's answer beats the column's",
         ["variant", *(variant.label for variant in variants)],
         rows,
         "Share of prompts, a tie counting as half a win, with its 95% bootstrap interval over prompts; below, prompts "
         "won, tied and lost. Every seed of one variant meets every seed of the other; seeds answer the same prompts "
         'and add no new ones. "More than noise" means that the interval excludes 50% and that p of the exact sign '
         f"test, Holm-adjusted for {counted(len(met), 'comparison')}, is below 0.05"
-        + ("; no pair reaches that." if all(duel.is_noise for duel in met.values()) else "."),
+        + ("; no pair reaches that." if all(duel.is_noise for duel in met.values()) else ".")
+        + about,
         is_numbers=True,
         shades=shades,
     )

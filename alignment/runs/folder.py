@@ -46,8 +46,8 @@ def read_run(folder: Path) -> RunFiles:
     if not holds_any(folder, RUN_FILES):
         raise UserError(f"{folder} is no run folder: it holds none of {', '.join(RUN_FILES)}.")
     run = RunFiles(folder)
-    run.config = _read_mapping(run, "config.yaml", _parse_config)
-    run.summary = _read_mapping(run, "summary.json", json.loads)
+    run.config = read_mapping(run, "config.yaml", _parse_config)
+    run.summary = read_mapping(run, "summary.json")
     run.metrics = read_rows(run, "metrics.jsonl", metrics_row)
     if (folder / "samples.jsonl").exists() or dig(run.summary, "evaluation", "prompts"):
         run.samples = read_rows(run, "samples.jsonl")
@@ -68,7 +68,8 @@ def _changed(folder: Path) -> list[str]:
         return [f"{SEAL} cannot be read, so nobody knows whether files have changed since the run ended."]
 
 
-def _read_mapping(run: RunFiles, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+def read_mapping(run: RunFiles, name: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """The mapping in a file of the folder; empty if it cannot be read, which `run.problems` then names."""
     try:
         value = parse((run.folder / name).read_text("utf-8"))
         if isinstance(value, dict):

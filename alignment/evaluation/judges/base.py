@@ -135,6 +135,11 @@ class Preference:
         """For samples.jsonl."""
         return {"outcome": self.outcome, **asdict(self)}
 
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Preference:
+        """What `as_json` has made."""
+        return cls(tuple(kept["shares"]), tuple(kept["weights"]), tuple(kept["reasons"]))
+
 
 SAME = Preference((0.5, 0.5), reasons=("the same answer",))
 """Of two equal answers, which no judge needs to see."""

@@ -27,27 +27,38 @@ def judge_card(
         humans: labelled pairs, which the judge judges here.
 
     Returns:
-        "kind", "identity", "described"; "pairs", their number; "same", how many of these have two equal answers, which
-        tell nothing of the judge; "unreadable", how many verdicts or scores could not be read, of "verdicts"; of judges
-        that see both answers "consistent", the share of pairs with the same verdict in both orders, and "first", the
-        share of decided verdicts for the answer shown first; "longer" and "length_correlation"; "humans"; "usage". What
-        cannot be measured is missing.
+        "kind", "identity", "described"; what `measures` finds; "humans"; "usage". What cannot be measured is missing.
     """
     described = {k: v for k, v in judge.description().items() if isinstance(v, str | int | float)}
     card: dict[str, Any] = {"kind": judge.kind, "identity": judge.identity, "described": described}
+    card |= measures(pairs, scores, judge.pointwise)
+    if humans is not None:
+        card["humans"] = against_humans(judge, humans)
+    return card | ({"usage": used} if (used := judge.usage()) else {})
+
+
+def measures(pairs: Sequence[tuple[Item, Preference]], scores: Sequence[Judgement], pointwise: bool) -> dict[str, Any]:
+    """What verdicts say of the judge that gave them.
+
+    Args:
+        pointwise: whether it scores one answer at a time.
+
+    Returns:
+        "pairs", their number; "same", how many of these have two equal answers, which tell nothing of the judge;
+        "unreadable", how many verdicts or scores could not be read, of "verdicts"; of judges that see both answers
+        "consistent", the share of pairs with the same verdict in both orders, and "first", the share of decided
+        verdicts for the answer shown first; "longer" and "length_correlation".
+    """
     apart = [(item, preference) for item, preference in pairs if not item.is_same]
     preferences = [preference for _, preference in apart]
-    card["pairs"], card["same"] = len(pairs), len(pairs) - len(apart)
+    card: dict[str, Any] = {"pairs": len(pairs), "same": len(pairs) - len(apart)}
     card["verdicts"] = len(scores) or 2 * len(apart)
     card["unreadable"] = (
         sum(one.score is None for one in scores) if scores else sum(one.unreadable for one in preferences)
     )
-    if not judge.pointwise:
+    if not pointwise:
         card |= _order(preferences)
-    card |= _length(apart)
-    if humans is not None:
-        card["humans"] = against_humans(judge, humans)
-    return card | ({"usage": used} if (used := judge.usage()) else {})
+    return card | _length(apart)
 
 
 def _order(preferences: Sequence[Preference]) -> dict[str, Any]:
