@@ -111,6 +111,7 @@ def prepare(size: str) -> None:
     shape = preparation.model_shape(base, adapted)
     (folder / "shape.json").write_text(json.dumps(asdict(shape)))
     (folder / "source").write_text(source)
+    job_of(size, "ours_cold")  # writes the pairs, which TRL's and Unsloth's runs read as well
     gib = torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else None
     note(out, "prepare", size=size, made=made, loaded=time.monotonic() - started - made, weights_gib=gib)
 
