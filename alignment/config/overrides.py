@@ -18,7 +18,7 @@ from alignment.config.renamed import refuse_renamed
 from alignment.errors import UserError
 from alignment.files import asset_dir
 
-WITH_NONE = ("quantization", "adapter", "sft", "loss", "stopping", "tracking")
+WITH_NONE = ("quantization", "adapter", "sft", "loss", "onpolicy", "stopping", "tracking")
 """Groups whose option `none` sets the whole group to null."""
 
 UNSET_OF_FILES = {"split": "train", "eval_split": None, "name": None, "revision": None, "streaming": False}

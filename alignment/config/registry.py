@@ -32,6 +32,7 @@ SCHEMAS = {
     "optim": schema.OptimConfig,
     "trainer": schema.TrainerConfig,
     "reference": schema.ReferenceConfig,
+    "onpolicy": schema.OnPolicyConfig,
     "evaluation": schema.EvaluationConfig,
     "stopping": schema.StoppingConfig,
     "tracking": schema.TrackingConfig,

@@ -20,6 +20,7 @@ from alignment.config.optim import OptimConfig
 from alignment.config.quantization import Calibration as Calibration
 from alignment.config.quantization import Dtype as Dtype
 from alignment.config.quantization import QuantizationConfig as QuantizationConfig
+from alignment.config.rounds import OnPolicyConfig as OnPolicyConfig
 from alignment.errors import as_names, not_negative, require
 
 WHEEL_PREFIX = "wheel:"
@@ -333,6 +334,7 @@ class RunConfig:
     optim: OptimConfig
     trainer: TrainerConfig
     reference: ReferenceConfig
+    onpolicy: OnPolicyConfig | None
     evaluation: EvaluationConfig
     stopping: StoppingConfig | None
     tracking: TrackingConfig | None
@@ -380,6 +382,8 @@ class RunConfig:
             not self.reference.follows or (self.loss is not None and self.loss.requirements().reference),
             "reference.sync_every and reference.parts need a loss with a reference, which could follow the policy.",
         )
+        if self.onpolicy is not None:
+            self.onpolicy.check(self)
         if self.loss is not None and self.loss.requirements().rewards:
             self._check_reward_model()
         if self.loss is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alignment.data.rows.sequences import Picked
 from alignment.errors import NotFinite, require
+from alignment.policy.identity import policy_identity
 from alignment.ranks.shares import in_rounds, share_groups
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.base import Reference, agreement_limit
@@ -83,6 +84,7 @@ class CachedReference(Reference):
         spot_checks: number of stored completions that are computed again and compared in each `prepare`.
         with_entropies: compute and store the entropies too, in the same passes.
         team: the ranks that share what is missing; this one alone reads and writes the store.
+        fixed: groups whose log-probs stay those of the start when the reference is refreshed.
 
     Raises:
         UserError: a number is out of range.
@@ -98,6 +100,7 @@ class CachedReference(Reference):
         spot_checks: int,
         with_entropies: bool = False,
         team: Team | None = None,
+        fixed: Sequence[Group] = (),
     ) -> None:
         require(tokens_per_batch >= 1, f"tokens_per_batch must be at least 1, not {tokens_per_batch}.")
         require(spot_checks >= 0, f"spot_checks must be at least 0, not {spot_checks}.")
@@ -109,6 +112,7 @@ class CachedReference(Reference):
         self._device = device
         self._spot_checks = spot_checks
         self._team = team
+        self._fixed = fixed
         self._values: CompletionValues | None = None  # rows: log-probs, entropies
         self._register()
         self._summary: dict[str, Any] = {
@@ -126,18 +130,27 @@ class CachedReference(Reference):
         started = time.monotonic()
         wanted = Completions(groups)
         with self._store.locked(self.identity):
-            values = self._begin(wanted)
+            fixed = self._rows_so_far(self._fixed)
+            values = self._begin(wanted, fixed)
+            of_start = values.known()
             self._look_up(wanted, values)
-            if len(values) and not self._spot_check(wanted, values):
+            found = wanted.first[values.known() & ~of_start]  # in the order of their keys
+            if len(found) and not self._spot_check(wanted, found, values):
                 for identity in self._identities():
                     self._store.forget(identity)
-                values = self._begin(wanted)
+                values, found = self._begin(wanted, fixed), found[:0]
             missing = Picked(wanted, np.sort(wanted.first[~values.known()]))
-            self._summary["hits"] += len(values)
+            self._summary["hits"] += len(found)
             self._summary["misses"] += len(missing)
             log.info("Reference %s: %d of %d completions stored.", self.identity[:12], len(values), len(wanted.first))
             self._compute(missing)
         self._summary["seconds"] += time.monotonic() - started
+
+    def learn(self, values: Mapping[bytes, np.ndarray]) -> None:
+        """Store log-probs of completions, by `Group.key`, that the policy as it is now has given while it drew them."""
+        identity, description = policy_identity(self._model)
+        self._store.register(identity, description)
+        self._store.put(identity, values)
 
     def refresh(self, step: int, groups: Sequence[Group]) -> None:
         """Become the policy as it is now. The store may already have its log-probs."""
@@ -153,10 +166,15 @@ class CachedReference(Reference):
         for identity, kept in zip(self._identities(), ("log-probs", "entropies"), strict=False):
             self._store.register(identity, self._description | ({"values": kept} if kept == "entropies" else {}))
 
-    def _begin(self, wanted: Completions) -> CompletionValues:
-        """No values yet, in place of those before."""
+    def _rows_so_far(self, groups: Sequence[Group]) -> dict[bytes, np.ndarray]:
+        return {} if self._values is None else self.rows(groups)
+
+    def _begin(self, wanted: Completions, fixed: Mapping[bytes, np.ndarray]) -> CompletionValues:
+        """No values but the fixed ones, in place of those before."""
         self._forget_values()
         self._values = CompletionValues(self._store.path.parent, wanted.hashes, len(self._identities()))
+        for key, rows in fixed.items():
+            self._values.add(key, rows)
         return self._values
 
     def _forget_values(self) -> None:
@@ -166,15 +184,14 @@ class CachedReference(Reference):
 
     def _look_up(self, wanted: Completions, values: CompletionValues) -> None:
         """Take the completions that the store has in full."""
-        different = wanted.different()
+        different = ((key, group) for key, group in wanted.different() if not values.has(key))
         while lengths := {key: group.scored_lengths[0] for key, group in islice(different, _LOOKED_UP)}:
             found = [self._store.get(identity, list(lengths)) for identity in self._identities()]
             for key, length in lengths.items():
                 if all(key in rows and len(rows[key]) == length for rows in found):
                     values.add(key, np.stack([rows[key] for rows in found]))
 
-    def _spot_check(self, wanted: Completions, values: CompletionValues) -> bool:
-        found = wanted.first[values.known()]  # in the order of their keys
+    def _spot_check(self, wanted: Completions, found: np.ndarray, values: CompletionValues) -> bool:
         picks = found[:: max(1, len(found) // max(1, self._spot_checks))][: self._spot_checks]
         if not len(picks):
             return True

@@ -84,6 +84,10 @@ class CompletionValues:
         """(different,) bool, which completions have values."""
         return self._numbers >= 0
 
+    def has(self, key: bytes) -> bool:
+        """Whether one of the different completions has values."""
+        return bool(self._numbers[self._place(key)] >= 0)
+
     def add(self, key: bytes, values: np.ndarray) -> None:
         """Keep the (rows, tokens) float32 values of a completion."""
         place = self._place(key)

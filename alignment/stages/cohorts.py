@@ -78,10 +78,11 @@ def cohorts(members: Sequence[SweepMember]) -> list[SweepCohort]:
 
 
 def _can_join(config: RunConfig) -> bool:
-    """Whether the run trains an adapter, and its loss needs nothing but token scores of the policy."""
+    """Whether the run trains an adapter on data from files, and its loss needs only token scores of the policy."""
     return (
         config.loss is not None
         and config.adapter is not None
+        and config.onpolicy is None
         and Quantity.divergence not in config.loss.requirements().quantities
     )
 

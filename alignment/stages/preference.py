@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from alignment.config.rounds import RoundReference
 from alignment.config.schema import ReferenceMode, RunConfig
 from alignment.data.conversations.ends import turn_end
 from alignment.data.preparation.prepare import PreferenceData
@@ -40,6 +41,7 @@ from alignment.stages.following import (
     followed,
     give_reward_head,
 )
+from alignment.stages.rounds import Rounds, TakeRounds
 from alignment.stages.stage import PreferenceResult, StageResult, Workspace
 from alignment.training.budget import Plan
 from alignment.training.callbacks import (
@@ -123,6 +125,9 @@ class PreferenceStage:
         self.seed = config.seed
         self.policy = work.final_policy
         self._schedule = Schedule.of(config, data.train)
+        self._rounds: Rounds | None = None
+        if config.onpolicy is not None:
+            self._rounds = Rounds(self._config, data, work, stops, self._schedule)
         self._stopping: StopEarly | None = None
         if config.stopping is not None:
             self._stopping = StopEarly(config.stopping, work.run_dir, len(self._schedule.steps), len(data.eval))
@@ -152,11 +157,11 @@ class PreferenceStage:
             self._begin_on(self._work.team, model, plan)
 
         # The reference, and the trainer with it
+        groups = self._groups(model)
         reference = self._reference(model, layout, plan)
-        groups: Sequence[Group] = self._data.train
         if self._config.loss.requirements().density_weights:
             groups = with_density_weights(groups, model, plan.reference_tokens, self._device)
-        callbacks = self._callbacks(reference, log_metrics, slot)
+        callbacks = self._callbacks(model, groups, reference, log_metrics, slot)
         trainer = self._trainer(model, groups, reference, layout, tokens_per_batch, callbacks)
         if slot is not None:
             trainer.objective.passes = slot
@@ -183,6 +188,7 @@ class PreferenceStage:
             reference=reference.summary() if reference is not None else {"mode": "none"},
             kl=None,
             stopped=None if self._stopping is None else self._stopping.stopped,
+            rounds=None if self._rounds is None else [made.metrics for made in self._rounds.done],
             seconds=0.0,
             tokens_per_second=trainer.num_tokens / trainer.train_seconds if trainer.train_seconds else 0.0,
         )
@@ -224,7 +230,8 @@ class PreferenceStage:
 
     def _planned(self, model: nn.Module, layout: BatchLayout, slot: CohortSlot | None) -> tuple[Plan, int]:
         """The plan of the stage, and how many positions one pass of this run has."""
-        widest = largest_pass(layout, self._data.train)
+        sized = self._data.train if self._rounds is None else self._rounds.largest()
+        widest = largest_pass(layout, sized)
         largest = widest.positions
         plan = plan_stage(
             model,
@@ -234,7 +241,7 @@ class PreferenceStage:
             device=self._device,
             longest=largest,
             widest=widest,
-            keys_per_position=keys_per_position(layout, self._data.train),
+            keys_per_position=keys_per_position(layout, sized),
             slot=slot,
             refreshes=len(self._schedule.refreshes),
             team=self._work.team,
@@ -247,6 +254,15 @@ class PreferenceStage:
         (self._folder / "plan.json").unlink()
         slot.separate()
         return self._planned(model, layout, slot)
+
+    def _groups(self, model: nn.Module) -> Sequence[Group]:
+        """What the stage trains on: the data, or what the policy draws in rounds, of which the first is there then."""
+        if self._rounds is None:
+            return self._data.train
+        _, done = last_checkpoint(self._folder / "checkpoints")
+        self._rounds.begin(model, done)
+        self._schedule = self._rounds.schedule
+        return self._rounds.groups
 
     def _reference(self, model: nn.Module, layout: BatchLayout, plan: Plan) -> Reference | None:
         config = self._config
@@ -271,9 +287,18 @@ class PreferenceStage:
             config.reference.spot_checks,
             with_entropies=Quantity.entropy in config.loss.requirements().quantities,
             team=self._work.team,
+            # What is held out is compared with one policy throughout, however far the rounds move the reference
+            fixed=() if self._rounds is None else list(groups_to_reference(config.loss, (), (), self._data.eval)),
         )
 
-    def _callbacks(self, reference: Reference | None, log_metrics: LogFunction, slot: CohortSlot | None) -> list[Any]:
+    def _callbacks(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        reference: Reference | None,
+        log_metrics: LogFunction,
+        slot: CohortSlot | None,
+    ) -> list[Any]:
         """In the order in which they act; prepares the reference for the steps up to its first refresh."""
         config, data = self._config, self._data
         name = loss_title(config.loss.name)
@@ -281,13 +306,25 @@ class PreferenceStage:
         callbacks = stage_callbacks(title, log_metrics, config.trainer, bool(data.eval), alone=self._work.slot is None)
         if self._stopping is not None:
             callbacks.insert(0, self._stopping)  # before those that ask what is done at the last step
+        asked = partial(groups_to_reference, config.loss, groups, eval_groups=data.eval)
         if reference is not None:
-            asked = partial(groups_to_reference, config.loss, data.train, eval_groups=data.eval)
+            if self._rounds is not None and isinstance(reference, CachedReference):
+                reference.learn(self._rounds.done[0].logps)
             reference.prepare(asked(self._schedule.until_refresh(0)))
             if self._schedule.refreshes:
                 # before the checkpoint is called whole
                 callbacks.insert(0, FollowPolicy(reference, self._schedule, asked))
+        if self._rounds is not None:
+            start = self._start_of_rounds(model, reference)
+            callbacks.insert(0, TakeRounds(self._rounds, reference, start, asked))
         return callbacks
+
+    def _start_of_rounds(self, model: nn.Module, reference: Reference | None) -> FrozenPolicy | None:
+        """A frozen copy of the policy as it is now, where rounds to come are compared with it."""
+        onpolicy = self._config.onpolicy
+        assert onpolicy is not None
+        is_start = onpolicy.reference is RoundReference.start and len(self._schedule.rounds) > 1
+        return FrozenPolicy(model) if is_start and isinstance(reference, CachedReference) else None
 
     def _trainer(
         self,

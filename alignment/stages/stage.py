@@ -62,7 +62,7 @@ class StageResult:
         taken_over: key of the stored result that this run has reused instead of training.
     """
 
-    optional: ClassVar[tuple[str, ...]] = ("taken_over", "stopped")
+    optional: ClassVar[tuple[str, ...]] = ("taken_over", "stopped", "rounds")
     """Left out of the file where they are None."""
 
     steps: int
@@ -93,6 +93,7 @@ class PreferenceResult(StageResult):
         kl: from the final policy to the one that the stage began with, where it was sampled.
         cohort: size of the cohort that the run has trained in.
         stopped: where and why the training was stopped early.
+        rounds: the metrics of each round whose groups the policy has drawn.
     """
 
     loss: str
@@ -102,6 +103,7 @@ class PreferenceResult(StageResult):
     kl: dict[str, Any] | None
     cohort: dict[str, int] | None
     stopped: dict[str, Any] | None = None
+    rounds: list[dict[str, float]] | None = None
 
     def summary(self) -> dict[str, Any]:
         """Without what `summary.json` has in places of its own: reference, KL, cohort."""

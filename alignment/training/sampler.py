@@ -37,12 +37,17 @@ class StepSampler(Sampler[list[int]]):
         parts: Sequence[Sequence[int] | np.ndarray] | None = None,
         epochs: float = 1.0,
         max_steps: int | None = None,
+        shuffled: bool = True,
     ) -> None:
-        """`parts` holds the indices of the groups of every part; None makes all groups one part."""
+        """`parts` holds the indices of the groups of every part; None makes all groups one part.
+
+        Without `shuffled` the groups are taken as they come.
+        """
         self.groups_per_step = groups_per_step
         self.seed = seed
         self.min_groups = min_groups
         self.epoch = 0
+        self._shuffled = shuffled
         self._parts: Sequence[Sequence[int] | np.ndarray] = [range(num_groups)] if parts is None else parts
         self._lengths = [self._num_steps(len(part)) for part in self._parts]
         self._length = sum(self._lengths)
@@ -82,7 +87,9 @@ class StepSampler(Sampler[list[int]]):
         if self._order is None or self._order[0] != (part, epoch):
             self._order = None  # so that never two of them are in memory
             groups = self._parts[part]
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(groups))
+            order = np.arange(len(groups))
+            if self._shuffled:
+                order = np.random.default_rng((self.seed, epoch)).permutation(len(groups))
             if isinstance(groups, range):  # which is an array only where it must be
                 order *= groups.step
                 order += groups.start

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback
 
+from alignment.config.rounds import RoundReference
 from alignment.config.schema import RunConfig
 from alignment.errors import UserError
 from alignment.reference.base import Reference
@@ -44,15 +45,20 @@ class Schedule:
     becomes the policy between them. This is sDPO (Kim et al. 2024, arXiv:2403.19270). The paper starts a new training
     for every part; here it is one training, with one optimizer state and one learning rate schedule over all steps.
 
+    With `onpolicy` there are as many steps as the data would have, and the groups of each are drawn in rounds: step i
+    takes the i-th `groups_per_step` of them. Every round may begin with a refresh.
+
     Attributes:
         sampler: gives the steps to the Trainer.
         steps: the groups of every step.
         refreshes: how many steps come before each refresh, ascending; there is none after the last step.
+        rounds: the same of each round whose groups the policy draws; the first one begins the training.
     """
 
     sampler: StepSampler
     steps: Sequence[list[int]]
     refreshes: tuple[int, ...]
+    rounds: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: RunConfig, groups: Sequence[Group]) -> Schedule:
@@ -80,12 +86,29 @@ class Schedule:
             raise UserError(f"reference.sync_every={every} is never reached: this training has {num_steps} steps.")
         if len({0, *sampler.starts, num_steps}) < num_parts + 1:
             raise UserError(f"reference.parts={num_parts}: too many parts for a training of {num_steps} steps.")
+        if config.onpolicy is not None:
+            return cls._in_rounds(config, num_steps)
         refreshes = sampler.starts if every is None else tuple(range(every, num_steps, every))
         return cls(sampler, sampler.first_steps(num_steps), refreshes)
 
+    @classmethod
+    def _in_rounds(cls, config: RunConfig, num_steps: int) -> Schedule:
+        assert config.onpolicy is not None
+        size = config.trainer.groups_per_step
+        sampler = StepSampler(num_steps * size, size, config.seed, max_steps=num_steps, shuffled=False)
+        rounds = tuple(range(0, num_steps, config.onpolicy.every or num_steps))
+        refreshes = rounds[1:] if config.onpolicy.reference is RoundReference.round else ()
+        return cls(sampler, sampler.first_steps(num_steps), refreshes, rounds)
+
+    def on_file(self, config: RunConfig, num_groups: int) -> Schedule:
+        """As many steps on so many groups that are all there before the first one, in the order of data from a file."""
+        least, num_steps = config.loss.requirements().min_items, len(self.steps)
+        sampler = StepSampler(num_groups, config.trainer.groups_per_step, config.seed, least, max_steps=num_steps)
+        return replace(self, sampler=sampler, steps=sampler.first_steps(num_steps))
+
     def until_refresh(self, step: int) -> Sequence[list[int]]:
-        """The steps from number `step`, counted from 0, to the next refresh."""
-        return self.steps[step : next((end for end in self.refreshes if end > step), None)]
+        """The steps from number `step`, counted from 0, to the next refresh or round."""
+        return self.steps[step : min((end for end in (*self.refreshes, *self.rounds) if end > step), default=None)]
 
 
 class FollowPolicy(TrainerCallback):

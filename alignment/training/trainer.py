@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
+from alignment.data.rows.sequences import Picked
 from alignment.errors import UserError
 from alignment.evaluation.calibration import calibration_error
 from alignment.files import atomic_write_bytes, to_json
@@ -101,11 +102,11 @@ class PreferenceTrainer(StageTrainer):
         self.passes = StepPasses(model, self.objective, layout, args.device, router_loss)
 
     def get_train_dataloader(self) -> DataLoader:
-        """One item of the loader is one optimizer step."""
+        """One item of the loader is one optimizer step. It is asked for ahead, so its groups are read by the step."""
         loader: DataLoader = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
+            range(len(self.groups)),  # type: ignore[arg-type]
             batch_sampler=self.sampler,
-            collate_fn=lambda items: {"groups": items},
+            collate_fn=lambda indices: {"groups": Picked(self.groups, indices)},
         )
         return prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
 
@@ -128,7 +129,7 @@ class PreferenceTrainer(StageTrainer):
         as_stepped(self.optimizer)
         if not model.training:  # to set it visits thousands of modules
             model.train()
-        groups: list[Group] = inputs["groups"]
+        groups: list[Group] = list(inputs["groups"])
         self._step_groups = groups
         while (step := self._try_step(model, groups)) is None:
             self._save_memory(model, groups)

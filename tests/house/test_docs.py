@@ -129,7 +129,7 @@ def known_keys() -> set[str]:
                 add(value, f"{prefix}{key}.")
 
     register()
-    for words in (["stopping=asha", "tracking=wandb"], ["recipe=dpo_qwen3"]):
+    for words in (["stopping=asha", "tracking=wandb", "onpolicy=rounds"], ["recipe=dpo_qwen3"]):
         add(as_plain(compose_node(words)), "")
     return found
 

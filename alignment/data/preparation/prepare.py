@@ -37,12 +37,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class PreferenceData:
-    """Tokenised preference data of a run. `eval_rows` belong to `eval`, in order; `info` goes into the summary."""
+    """Tokenised data: `eval_rows` of `eval`, in order, `train_rows` of `train` if in memory, `info` for the summary."""
 
     train: Sequence[Group]
     eval: Sequence[Group]
     eval_rows: Sequence[Row]
     info: dict[str, Any]
+    train_rows: Sequence[Row] = ()
 
 
 @dataclass(slots=True)
@@ -341,7 +342,7 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
     as_read = parts["training"] is train.groups and eval_groups is held_out.groups
     known = read.digest if as_read else None
     info["tokens_digest"] = known or _groups_digest(parts["training"], eval_groups)
-    return PreferenceData(parts["training"], eval_groups, eval_rows, info), [*loaded.bad, *drops]
+    return PreferenceData(parts["training"], eval_groups, eval_rows, info, train.rows), [*loaded.bad, *drops]
 
 
 def _warn_of_ties(lists: Sequence[Group], loss: str) -> None:

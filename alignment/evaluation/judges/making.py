@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from alignment.config import judging
-from alignment.config.schema import EvaluationConfig
+from alignment.config.schema import EvaluationConfig, OnPolicyConfig
 from alignment.evaluation.judges.base import Judge
 from alignment.evaluation.judges.ifeval import InstructionJudge
 from alignment.evaluation.judges.llm import LLMJudge
@@ -16,8 +16,8 @@ from alignment.evaluation.judges.reward_model import RewardModelJudge
 from alignment.evaluation.judges.rules import RuleJudge
 
 
-def make_judge(config: EvaluationConfig, cache: Path, device: torch.device) -> Judge | None:
-    """The judge of the evaluation; None if there is none.
+def make_judge(config: EvaluationConfig | OnPolicyConfig, cache: Path, device: torch.device) -> Judge | None:
+    """The judge of the evaluation, or of the rounds; None if there is none.
 
     Args:
         cache: the folder in which judgements are kept.

@@ -1,0 +1,138 @@
+"""The settings of training on the policy's own answers, drawn round by round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from alignment.config.judging import Judge, LLMJudgeConfig
+from alignment.config.onpolicy import PairChoice, PairsConfig
+from alignment.errors import UserError, not_negative, require, within
+from alignment.losses import Quantity
+
+
+class RoundReference(Enum):
+    """The reference of a round: `round`: the policy that has drawn its answers; `start`: that of the stage's start."""
+
+    round = "round"
+    start = "start"
+
+
+@dataclass(kw_only=True)
+class OnPolicyConfig:
+    """Training on the policy's own answers; the group's option `none` sets the whole node to null.
+
+    Every `every` steps the policy as it is then answers prompts of the training data, `k` times each, and the steps up
+    to the next round train on what `pairs` makes of these answers; null: once, before the first step. A round takes as
+    many prompts as its steps need, and `prompts` at most (null: all). The share `mix_offline` of its groups are those
+    of the data as they are.
+
+    `judge` scores the answers, with `reward_model` and `llm` as in the evaluation.
+    """
+
+    every: int | None
+    k: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    prompts: int | None
+    mix_offline: float
+    reference: RoundReference
+    pairs: PairsConfig
+    judge: Judge
+    reward_model: str | None
+    llm: LLMJudgeConfig
+
+    def __post_init__(self) -> None:
+        for key in ("every", "prompts"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"onpolicy.{key} must be null or at least 1, not {value}.")
+        for key in ("k", "max_new_tokens"):
+            require(getattr(self, key) >= 1, f"onpolicy.{key} must be at least 1, not {getattr(self, key)}.")
+        not_negative("onpolicy.temperature", self.temperature)
+        within("onpolicy.top_p", self.top_p, "(0, 1]")
+        within("onpolicy.mix_offline", self.mix_offline, "[0, 1)")
+        self.pairs.check_answers(self.k)
+        require(
+            self.temperature > 0 or self.k == 1,
+            f"onpolicy.temperature=0 draws the same answer {self.k} times: raise it, or set onpolicy.k=1.",
+        )
+        choice = self.pairs.choice.name
+        require(
+            not self.pairs.is_judged or self.judge is not Judge.none,
+            f"onpolicy.pairs.choice={choice} needs scores: choose a judge with onpolicy.judge=...",
+        )
+        require(
+            self.pairs.is_judged or self.judge is Judge.none,
+            f"onpolicy.judge={self.judge.name} has no effect: onpolicy.pairs.choice={choice} asks no judge, so set "
+            f"onpolicy.judge=none.",
+        )
+        require(
+            self.judge is not Judge.reward_model or bool(self.reward_model),
+            "onpolicy.judge=reward_model needs onpolicy.reward_model, a hub id or the folder of a reward model.",
+        )
+        if self.judge is Judge.llm:
+            try:
+                self.llm.check()
+            except UserError as error:
+                raise renamed(error) from None
+
+    def check(self, run: Any) -> None:
+        """Refuse a run, a `RunConfig`, that cannot train in rounds.
+
+        Raises:
+            UserError: why not, and what to do.
+        """
+        require(run.loss is not None, "onpolicy is of preference stages, and with loss=none there is none.")
+        require(
+            self.pairs.choice is not PairChoice.sample_vs_weak,
+            "onpolicy.pairs.choice=sample_vs_weak needs answers of a weaker model, which only Python gives: see "
+            "docs/sampling.md.",
+        )
+        loss, needs = run.loss.name, run.loss.requirements()
+        require(
+            not needs.rewards, f"onpolicy=none is what loss {loss} needs: it trains a reward model, which writes none."
+        )
+        require(
+            not needs.density_weights,
+            "loss.density_weights=true weighs all rows before training, and with onpolicy they come in rounds: set it "
+            "to false.",
+        )
+        require(
+            not run.reference.follows,
+            "reference.sync_every and reference.parts move the reference, and so do rounds: leave them out, and let "
+            "onpolicy.reference say what each round is compared with.",
+        )
+
+        # Pairs, lists and rows
+        unit, choice = self.pairs.unit, self.pairs.choice.name
+        require(
+            unit in {"pair": ("pair",), "list": ("list", "pair"), "row": ("row", "pair")}[needs.unit],
+            f"onpolicy.pairs.choice={choice} makes {unit}s, and loss {loss} takes {needs.unit}s: choose another of "
+            f"the two.",
+        )
+        require(
+            not needs.scores or (self.pairs.is_judged and unit != "row"),
+            f"Loss {loss} reads scores, and onpolicy.pairs.choice={choice} gives none: choose another of the two.",
+        )
+
+        # The reference
+        if not (needs.reference or run.reference.for_metrics) or self.every is None:
+            return
+        live = run.reference.mode.name == "live" or Quantity.divergence in needs.quantities
+        require(
+            not live or self.reference is RoundReference.start,
+            "A reference beside the policy cannot read what the sampler has said: set onpolicy.reference=start for "
+            "reference.mode=live and for losses that compare whole distributions.",
+        )
+        require(
+            live or run.adapter is not None or self.reference is RoundReference.round,
+            "onpolicy.reference=start without an adapter needs a second model for the start: set reference=live, or "
+            "onpolicy.reference=round.",
+        )
+
+
+def renamed(error: UserError) -> UserError:
+    """What a judge says, with the keys that the judge of the rounds has."""
+    return UserError(str(error).replace("evaluation.", "onpolicy."))

@@ -1,0 +1,270 @@
+"""One round: the policy answers prompts, a judge says what the answers are worth, and groups are made of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment.config.rounds import OnPolicyConfig, renamed
+from alignment.data.tokens.token_store import GROUPS, Column, Kind, Stored, write_anew
+from alignment.data.tokens.units import as_rows
+from alignment.errors import UserError
+from alignment.evaluation.judges.base import Judge
+from alignment.evaluation.sampling.answer import Answer, Sampling, as_text
+from alignment.evaluation.sampling.draw import Engine, draw
+from alignment.files import atomic_write_bytes, damaged, read_sealed, to_json_lines, write_sealed
+from alignment.onpolicy.counts import Counts
+from alignment.onpolicy.held_out import HeldOutPrompts
+from alignment.onpolicy.pairs import Drawn, build, win_matrix
+from alignment.onpolicy.prompts import Prompt, shuffled
+from alignment.types import Group, MadeOnDemand
+
+log = logging.getLogger(__name__)
+
+_WHOLE = "round.json"
+_FIRST = 8
+"""Prompts of the first draw of a training, which tells how many groups a prompt gives."""
+_AT_MOST = 4096
+"""Answers that are drawn before they are judged."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Round:
+    """What the steps of a round train on.
+
+    Attributes:
+        groups: in the order of the steps, as the loss takes them.
+        logps: (tokens,) fp32 of each completion that the policy has drawn, by `Group.key`: under the policy itself.
+        position: how many prompts of the training's order were passed, this round's with them.
+        rate: groups that a prompt has given on average.
+        metrics: of the round, by the names under which they are logged.
+    """
+
+    groups: Sequence[Group]
+    logps: Mapping[bytes, np.ndarray]
+    position: int
+    rate: float
+    metrics: dict[str, float]
+
+
+class Slots(MadeOnDemand[Group]):
+    """The groups of a training that are there round by round: `take` adds those of the next one."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._groups: list[Group] = []
+
+    def take(self, groups: Sequence[Group]) -> None:
+        """Add the groups of a round."""
+        self._groups += groups
+        assert len(self._groups) <= self._count, "a round has as many groups as its steps"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def item(self, place: int) -> Group:
+        """See `MadeOnDemand`; an IndexError for a group of a round to come."""
+        return self._groups[place]
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the prompts of a round have given so far."""
+
+    groups: list[Group] = field(default_factory=list)
+    logps: dict[bytes, np.ndarray] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    prompts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundMaker:
+    """Makes rounds.
+
+    Attributes:
+        config: of the rounds.
+        prompts: of the training data, each once.
+        offline: the training groups of the data, for `mix_offline`.
+        judge: of the answers; None for a choice of pairs that needs none.
+        held_out: the prompts that are not trained on.
+        tokenizer: makes the texts that the judge reads.
+        stops: the tokens that end an answer.
+        seed: of the run.
+        as_rows: whether the loss takes pairs as two rows each.
+    """
+
+    config: OnPolicyConfig
+    prompts: Sequence[Prompt]
+    offline: Sequence[Group]
+    judge: Judge | None
+    held_out: HeldOutPrompts
+    tokenizer: Any
+    stops: Sequence[int]
+    seed: int
+    as_rows: bool
+
+    def make(
+        self, folder: Path, engine: Engine, number: int, count: int, least: int, before: Round | None, filled: bool
+    ) -> Round:
+        """Draw a round, and keep it in a folder.
+
+        Args:
+            folder: that `read_round` reads.
+            engine: of the policy as it is now.
+            number: of the round, from 0 on.
+            count: groups that its steps take.
+            least: fewer of them are refused.
+            before: the round before.
+            filled: whether groups come again until there are `count`.
+
+        Raises:
+            UserError: too few groups come of all prompts.
+        """
+        mixed = islice(shuffled(len(self.offline), self.seed, number * count), round(self.config.mix_offline * count))
+        offline = [self.offline[place] for place, _ in mixed]
+        own = count - len(offline)
+        position = 0 if before is None else before.position
+        rate = before.rate if before is not None else own / _FIRST  # of what is not known, a few prompts first
+        log.info("Round %d: answers to prompts for %d groups ...", number + 1, own)
+        found, limit = _Found(), min(self.config.prompts or len(self.prompts), len(self.prompts))
+        order = shuffled(len(self.prompts), self.seed, position)
+        while len(found.groups) < own and found.prompts < limit:
+            wanted = math.ceil((own - len(found.groups)) / rate)
+            wanted = min(max(1, wanted), limit - found.prompts, max(1, _AT_MOST // self.config.k))
+            taken = list(islice(order, wanted))
+            position = taken[-1][1]
+            self._add(found, [self.prompts[place] for place, _ in taken], engine)
+            rate = max(1, len(found.groups)) / found.prompts
+        if len(found.groups) < min(own, least):
+            raise UserError(self._too_few(found, number, min(own, least)))
+
+        # In the order of the steps
+        groups = found.groups[:own]
+        rng = np.random.default_rng((self.seed, number, 1))
+        places = [int(place) for _ in range(math.ceil(own / len(groups))) for place in rng.permutation(len(groups))]
+        groups = [groups[place] for place in places[:own]] if filled else groups
+        if offline:
+            groups = [(groups + offline)[place] for place in rng.permutation(len(groups) + len(offline)).tolist()]
+        logps = {key: found.logps[key] for group in groups for key in group.keys() if key in found.logps}  # noqa: SIM118
+        metrics = {"onpolicy/round": number + 1.0}
+        metrics |= {f"onpolicy/{name}": value for name, value in found.counts.metrics().items()}
+        made = Round(groups, logps, position, rate, metrics)
+        _write_round(folder, made, found.lines)
+        return made
+
+    def _add(self, found: _Found, prompts: Sequence[Prompt], engine: Engine) -> None:
+        """The groups that some prompts give."""
+        config = self.config
+        how = Sampling(
+            stops=tuple(self.stops),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=self.seed,
+        )
+        answers = draw(engine, [prompt.group.prompt for prompt in prompts], config.k, how)
+        drawn = self._judged(prompts, answers)
+        built = build(drawn, config.pairs, seed=self.seed, held_out=self.held_out)
+        found.groups += as_rows(built.groups) if self.as_rows else built.groups
+        found.logps |= built.logps
+        found.counts += built.counts
+        found.prompts += len(prompts)
+        found.lines += [_line(prompt, one) for prompt, one in zip(prompts, drawn, strict=True)]
+
+    def _judged(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]) -> list[Drawn]:
+        """The answers with what the judge says of them."""
+        texts = [[as_text(self.tokenizer, one.tokens.tolist(), self.stops) for one in own] for own in answers]
+        verdicts: list[dict[str, Any]] = [{} for _ in prompts]
+        if self.judge is not None:
+            try:
+                verdicts = self._verdicts(self.judge, prompts, texts)
+            except UserError as error:
+                raise renamed(error) from None
+        return [
+            Drawn(
+                prompt=prompt.group.prompt,
+                answers=own,
+                texts=text,
+                gold=prompt.gold,
+                question=prompt.row.prompt,
+                source=prompt.row.source,
+                dataset=prompt.group.dataset,
+                **verdict,
+            )
+            for prompt, own, text, verdict in zip(prompts, answers, texts, verdicts, strict=True)
+        ]
+
+    def _verdicts(
+        self, judge: Judge, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    ) -> list[dict[str, Any]]:
+        both = list(zip(prompts, texts, strict=True))
+        k = self.config.k
+        if judge.pointwise:
+            scores = judge.score([prompt.item(text) for prompt, own in both for text in own])
+            return [{"scores": [one.score for one in scores[i * k : (i + 1) * k]]} for i in range(len(both))]
+        pairs = list(combinations(range(k), 2))
+        found = judge.compare([prompt.item(own[i], own[j]) for prompt, own in both for i, j in pairs])
+        n = len(pairs)
+        return [{"wins": win_matrix(k, found[i * n : (i + 1) * n])} for i in range(len(both))]
+
+    def _too_few(self, found: _Found, number: int, least: int) -> str:
+        counts, k, unit = found.counts, self.config.k, "row" if self.as_rows else self.config.pairs.unit
+        dropped = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items() if count)
+        return (
+            f"Round {number + 1} has {len(found.groups)} {unit}s to train on, and a step takes {least}: of the "
+            f"{counts.drawn} of {counts.prompts} prompts with {k} answers each are dropped {dropped}. Draw more "
+            f"(onpolicy.k, onpolicy.temperature, onpolicy.prompts), or choose another onpolicy.judge or onpolicy.pairs."
+        )
+
+
+def _line(prompt: Prompt, drawn: Drawn) -> dict[str, Any]:
+    """The answers to a prompt, for people."""
+    line: dict[str, Any] = {"source": drawn.source, "prompt": prompt.item().prompt, "answers": list(drawn.texts)}
+    if drawn.scores is not None:
+        line["scores"] = list(drawn.scores)
+    if drawn.wins is not None:
+        line["wins"] = drawn.wins.tolist()
+    return line
+
+
+# A round in its folder
+
+_LOGPS: Kind[tuple[bytes, np.ndarray]] = Kind(
+    {"key": Column.of(np.ndarray), "logps": Column.of(np.ndarray)},
+    lambda one: {"key": np.frombuffer(one[0], np.uint8), "logps": one[1]},
+    lambda key, logps: (key.tobytes(), logps),
+)
+
+
+def _write_round(folder: Path, made: Round, lines: Sequence[dict[str, Any]]) -> None:
+    """Keep a round; it counts from the moment that its last file is there."""
+    _, groups = write_anew(folder / "groups", GROUPS, made.groups)
+    _, logps = write_anew(folder / "logps", _LOGPS, made.logps.items())
+    atomic_write_bytes(folder / "answers.jsonl", to_json_lines(lines))
+    rest = {"position": made.position, "rate": made.rate, "metrics": made.metrics}
+    write_sealed(folder / _WHOLE, {"groups": groups, "logps": logps, **rest})
+
+
+def read_round(folder: Path) -> Round | None:
+    """The round of a folder, bit for bit as it was made; None if it is not whole.
+
+    Raises:
+        UserError: a file has changed.
+    """
+    if not (folder / _WHOLE).exists():
+        return None
+    kept = read_sealed(folder / _WHOLE)
+    try:
+        groups = list(Stored(folder / "groups", GROUPS, kept["groups"]))
+        logps = dict(Stored(folder / "logps", _LOGPS, kept["logps"]))
+    except (OSError, ValueError):
+        raise damaged(folder) from None
+    return Round(groups, logps, kept["position"], kept["rate"], kept["metrics"])

@@ -1,0 +1,184 @@
+"""The rounds of a preference stage: where they are kept, when they come, and what the reference is then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import TrainerCallback
+
+from alignment.config.rounds import OnPolicyConfig, renamed
+from alignment.config.schema import RunConfig
+from alignment.data.preparation.prepare import PreferenceData
+from alignment.errors import UserError
+from alignment.evaluation.judges.base import Judge
+from alignment.evaluation.judges.making import make_judge
+from alignment.evaluation.sampling.local import LocalEngine
+from alignment.evaluation.sampling.store import AnswerStore
+from alignment.files import damaged
+from alignment.onpolicy.held_out import HeldOutPrompts
+from alignment.onpolicy.prompts import prompts_of
+from alignment.onpolicy.rounds import Round, RoundMaker, Slots, read_round
+from alignment.reference.base import Reference
+from alignment.reference.cached import CachedReference
+from alignment.reference.frozen import FrozenPolicy
+from alignment.stages.stage import Workspace
+from alignment.training.optimizers import as_policy
+from alignment.training.schedule import Schedule
+from alignment.types import Group
+
+log = logging.getLogger(__name__)
+
+
+class Rounds:
+    """The rounds of a stage.
+
+    Each is kept in a folder of its own, below that of the stage, before its first step. So a stage that is killed
+    while it draws, judges or trains goes on as if it had not been: what was drawn and judged is in the stores, and a
+    round that is whole is read again.
+
+    Attributes:
+        schedule: of the stage.
+        groups: that it trains on; those of rounds to come are not there yet.
+        done: the rounds so far.
+
+    Raises:
+        UserError: the data are too large, or the judge lacks something.
+    """
+
+    def __init__(
+        self, config: RunConfig, data: PreferenceData, work: Workspace, stops: Sequence[int], schedule: Schedule
+    ) -> None:
+        assert config.onpolicy is not None
+        self._config = config
+        self._own: OnPolicyConfig = config.onpolicy
+        self._work = work
+        self._folder = work.folder("preference") / "rounds"
+        self.schedule = schedule
+        self.groups: Sequence[Group] = Slots(len(schedule.steps) * config.trainer.groups_per_step)
+        self.done: list[Round] = []
+        prompts = prompts_of(data.train, data.train_rows)
+        self._maker = RoundMaker(
+            config=self._own,
+            prompts=prompts,
+            offline=data.train,
+            judge=self._judge(),
+            held_out=HeldOutPrompts(row.prompt for row in data.eval_rows),
+            tokenizer=work.tokenizer,
+            stops=stops,
+            seed=config.seed,
+            as_rows=config.loss.requirements().unit == "row" and self._own.pairs.unit == "pair",
+        )
+        if self._maker.judge is not None:
+            try:
+                self._maker.judge.require([prompt.item() for prompt in prompts])
+            except UserError as error:
+                raise renamed(error) from None
+
+    def _judge(self) -> Judge | None:
+        try:
+            return make_judge(self._own, self._work.cache, self._work.device)
+        except UserError as error:
+            raise renamed(error) from None
+
+    def largest(self) -> list[Group]:
+        """Groups as large as those of any round can be, to plan with."""
+        unit = self._config.loss.requirements().unit
+        count = {"row": 1, "pair": 2}.get(unit, self._own.k if self._own.pairs.unit == "list" else 2)
+        longest = max(self._maker.prompts, key=lambda prompt: len(prompt.group.prompt)).group.prompt
+        answer = np.zeros(self._own.max_new_tokens, dtype=np.int32)
+        offline = self._maker.offline if self._own.mix_offline else ()
+        return [Group(longest, (answer,) * count), *offline]
+
+    def begin(self, model: nn.Module, done: int) -> None:
+        """Have the rounds that a stage with `done` steps behind it has begun, the first one in any case.
+
+        Args:
+            model: the policy at the start of the stage.
+        """
+        for number, step in enumerate(self.schedule.rounds):
+            if number == 0 or step < done:
+                self._take(number, model if number == 0 else None)
+
+    def draw(self, step: int, model: nn.Module) -> Round:
+        """The round that begins after so many steps, drawn by the policy as it is now if it is not there."""
+        number = self.schedule.rounds.index(step)
+        if number == len(self.done):
+            self._take(number, model)
+        return self.done[number]
+
+    @property
+    def step(self) -> int:
+        """How many steps come before the last round that has begun."""
+        return self.schedule.rounds[len(self.done) - 1]
+
+    def _take(self, number: int, model: nn.Module | None) -> None:
+        folder = self._folder / f"{number + 1:04d}"
+        found = read_round(folder)
+        if found is None:
+            if model is None:
+                raise damaged(folder)
+            steps, size = (
+                len(self.schedule.until_refresh(self.schedule.rounds[number])),
+                self._config.trainer.groups_per_step,
+            )
+            work, at_once = self._work, self._config.evaluation.batch_size
+            before = self.done[-1] if self.done else None
+            with AnswerStore(work.cache, LocalEngine(model, work.device, at_once, work.team)) as store:
+                found = self._maker.make(folder, store, number, steps * size, size, before, self._own.every is not None)
+                log.info(
+                    "%d answers of %d tokens were drawn, %d were there before.", store.drawn, store.tokens, store.found
+                )
+        self.done.append(found)
+        if isinstance(self.groups, Slots) and self._own.every is not None:
+            self.groups.take(found.groups)
+        else:
+            self.groups = found.groups
+            self.schedule = self.schedule.on_file(self._config, len(found.groups))
+
+
+class TakeRounds(TrainerCallback):
+    """Has a round drawn before its first step, and the reference know its answers.
+
+    It acts before the reference is refreshed, and before a training log is recorded, to which it adds what the round
+    is like: to the first one of each round.
+    """
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        reference: Reference | None,
+        start: FrozenPolicy | None,
+        asked: Callable[[Sequence[Sequence[int]]], Sequence[Group]],
+    ) -> None:
+        """`start` is the policy at the start of the stage, where rounds are compared with it."""
+        self._rounds = rounds
+        self._reference = reference
+        self._start = start
+        self._asked = asked
+        self._news: dict[str, float] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Begin a round where one is due."""
+        step = state.global_step
+        if step not in self._rounds.schedule.rounds:
+            return
+        as_policy(kwargs.get("optimizer"))
+        made = self._rounds.draw(step, model)
+        self._news = dict(made.metrics)
+        if step == 0 or not isinstance(self._reference, CachedReference):
+            return
+        if self._start is None:
+            self._reference.learn(made.logps)
+        else:
+            with self._start.active():
+                self._reference.prepare(self._asked(self._rounds.schedule.until_refresh(step)))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add what the round is like."""
+        if logs is not None and "loss" in logs:
+            logs.update(self._news)
+            self._news = {}
