@@ -46,6 +46,14 @@ _METRICS = (
 )
 
 
+_ROUNDS = (
+    ("Score of a round's answers", "judge's score, mean of all answers", "onpolicy/score_mean"),
+    ("Best score of each prompt in a round", "judge's score, mean of the best answers", "onpolicy/score_best"),
+    ("Informative prompts of a round", "share of prompts with something to train on", "onpolicy/informative"),
+    ("Length of a round's answers", "tokens per answer (mean)", "onpolicy/length_mean"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Chart:
     """A figure; `figure` is its data and layout for Plotly."""
@@ -67,7 +75,7 @@ def charts(found: Comparison) -> dict[str, list[Chart]]:
         GLANCE: overviews(found),
         "Gain and distance from the reference": frontiers(found),
         "Sensitivity to settings": sensitivity(found),
-        CURVES: [*curves(found), *lengths(found)],
+        CURVES: [*curves(found), *rounds(found), *lengths(found)],
     }
     return {title: drawn for title, drawn in groups.items() if drawn}
 
@@ -175,6 +183,29 @@ def curves(found: Comparison) -> list[Chart]:
                 note += " A line that ends early belongs to a member that was stopped early."
             x = "optimizer step of the preference stage"
             drawn.append(_chart(metric.replace("/", "-"), title, note, figure, x, axis))
+    return drawn
+
+
+def rounds(found: Comparison) -> list[Chart]:
+    """A chart per metric of on-policy rounds, with a line per run that has them."""
+    drawn = []
+    for title, axis, metric in _ROUNDS:
+        figure, last = go.Figure(), 1
+        for variant in found.variants:
+            for member in variant.begun:
+                by_round = {row.get("onpolicy/round"): row.get(metric) for row in member.run.metrics}
+                points = sorted((int(n), y) for n, y in by_round.items() if is_number(n) and is_number(y))
+                if points:
+                    look = _line(found, variant, member, 6, "<br>round %{x}: %{y:.3g}")
+                    figure.add_scatter(x=[n for n, _ in points], y=[y for _, y in points], **look)
+                    last = max(last, points[-1][0])
+        _name_once(figure)
+        if figure.data:
+            figure.update_xaxes(dtick=-(-last // 10))
+            if metric.endswith("informative"):
+                figure.update_yaxes(tickformat=".0%")
+            note = "One line per member that trains in rounds, on answers of its own."
+            drawn.append(_chart(metric.replace("/", "-").replace("_", "-"), title, note, figure, "round", axis))
     return drawn
 
 

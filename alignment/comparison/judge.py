@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from alignment.comparison.head_to_head import MAX_ENTRANTS
@@ -25,11 +26,18 @@ _FROM_FILES = (
 
 def answers_against_answers(found: Comparison) -> list[Table]:
     """Win rates between variants: by the scores of the runs' judge, and by a judge that has compared their answers."""
-    tables = [head_to_head(found)]
+    kinds = {dig(member.run.summary, "evaluation", "judge", "kind") for member in found.members}
+    tables = [head_to_head(found, whose=_judged_by(*kinds))]
     if found.between is not None:
-        kind = found.between.card.get("kind")
-        tables.append(head_to_head(found, found.between.meet, f", judged by {kind}" if kind else "", _FROM_FILES))
+        second = head_to_head(found, found.between.meet, _judged_by(found.between.card.get("kind")), _FROM_FILES)
+        if second is not None and tables[0] is not None:
+            second = replace(second, note=f"To be read like the table above.{_FROM_FILES}")
+        tables.append(second)
     return [table for table in tables if table is not None]
+
+
+def _judged_by(*kinds: Any) -> str:
+    return f", judged by {kinds[0]}" if len(kinds) == 1 and kinds[0] else ""
 
 
 def judge_table(found: Comparison) -> Table | None:

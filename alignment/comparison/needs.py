@@ -102,14 +102,14 @@ def in_words(need: Need, difference: Difference, unit: str, again: bool = False)
         )
     shared = f" shared by {need.tests} comparisons" if need.tests > 1 else ""
     terms = "" if again else f" (power {POWER:.0%}, two-sided {LEVEL:.0%}{shared})"
-    items = f"{_items_in_words(need, unit)}, {_rounded(need.items) - need.items_here:,} more than here"
+    items = f"{_items_in_words(need, unit)}, {_more(need):,} more than here"
     spread = f"by the spread of the {need.seeds_here} here"
     if need.lacks_items and need.lacks_seeds:
         assert need.seeds is not None
         binding = unit if need.items / need.items_here > need.seeds / need.seeds_here else "seeds"
         return (
-            f"To tell a difference of this size takes {items}, and {spread} {_seeds_in_words(need)}, where there are "
-            f"{need.seeds_here}; the {binding} bind more{terms}."
+            f"To tell a difference of this size takes {items}, and {_seeds_in_words(need)}, {spread}{terms}; the "
+            f"{binding} bind more."
         )
     if need.lacks_seeds:
         return (
@@ -148,5 +148,14 @@ def _seeds_in_words(need: Need) -> str:
 
 def _rounded(number: float) -> int:
     """Upwards to a whole number of two digits: a plan knows no more."""
-    step = 10 ** max(0, floor(log10(number)) - 1)
-    return ceil(number / step) * step
+    return ceil(number / _step(number)) * _step(number)
+
+
+def _more(need: Need) -> int:
+    """How many more than here, to the nearest number of two digits."""
+    number = _rounded(need.items) - need.items_here
+    return round(number / _step(number)) * _step(number)
+
+
+def _step(number: float) -> int:
+    return int(10 ** max(0, floor(log10(max(1, number))) - 1))

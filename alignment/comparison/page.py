@@ -40,8 +40,8 @@ def _shared_note(several: Sequence[Chart]) -> str:
 
 
 def _tables(found: Comparison) -> list[Table]:
-    tables = [differences(found), results(found), *answers_against_answers(found), held_out_pairs(found)]
-    tables.append(judge_table(found))
+    tables = [differences(found), results(found), *answers_against_answers(found), judge_table(found)]
+    tables.append(held_out_pairs(found))
     return [table for table in tables if table is not None and table.rows]
 
 

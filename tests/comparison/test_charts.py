@@ -2,7 +2,7 @@
 
 import pytest
 
-from alignment.comparison.charts import curves, frontiers, legend, lengths, overviews, sensitivity
+from alignment.comparison.charts import curves, frontiers, legend, lengths, overviews, rounds, sensitivity
 from alignment.comparison.measures import KLS, kl_measure
 from alignment.comparison.members import read_member, run_folders
 from alignment.comparison.ranking import compare
@@ -34,6 +34,34 @@ def test_charts_hold_the_values(sweep):
         pytest.approx(0.85 - 0.6396, abs=5e-5),
         pytest.approx(0.9476 - 0.85, abs=5e-5),
     )
+
+
+def test_rounds_have_a_line_for_each_run_that_has_them(tmp_path):
+    """The first row of a round has its metrics; the others have none, and runs without rounds have no line."""
+    a = make_run(tmp_path / "a")
+    assert rounds(compared(a)) == [], "nobody has rounds"
+
+    def with_rounds(rows):
+        found = {0: (1.0, 0.25, 0.5), 12: (2.0, 0.5, 0.75), 24: (3.0, 0.75, None)}
+        made = []
+        for row in rows:
+            row = {**row, "split": "train"}
+            if row["step"] in found:
+                number, score, informative = found[row["step"]]
+                row |= {"onpolicy/round": number, "onpolicy/score_mean": score}
+                row |= {} if informative is None else {"onpolicy/informative": informative}
+            made.append(row)
+        return made
+
+    b = make_run(tmp_path / "b", settings={"beta": 0.5})
+    change_metrics(b, with_rounds)
+    score, informative = rounds(compared(a, b))
+    [line] = score.figure["data"]
+    assert (list(line["x"]), list(line["y"])) == ([1, 2, 3], [0.25, 0.5, 0.75]) and line["meta"] == 1
+    [line] = informative.figure["data"]
+    assert (list(line["x"]), list(line["y"])) == ([1, 2], [0.5, 0.75]), "a mean of nothing is left out"
+    assert score.figure["layout"]["xaxis"]["title"]["text"] == "round"
+    assert [chart.name for chart in (score, informative)] == ["onpolicy-score-mean", "onpolicy-informative"]
 
 
 def test_a_row_for_every_variant_at_a_glance(sweep):

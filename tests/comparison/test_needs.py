@@ -70,7 +70,8 @@ def test_what_binds_is_said(tmp_path):
     both = runs(tmp_path / "both", [80, 82], [79, 76])
     need = need_of(both.standing, both.contrasts[0])
     assert need.lacks_items and need.seeds == seeds_needed(0.035, 0.0353553) > 2
-    assert f"and by the spread of the 2 here {need.seeds:.0f} seeds, where there are 2; the " in said(both)
+    ending = f", and {need.seeds:.0f} seeds, by the spread of the 2 here (power 80%, two-sided 5%); the "
+    assert ending in said(both) and said(both).endswith(" bind more.")
     seeds = runs(tmp_path / "seeds", [90, 100], [10, 100])
     assert said(seeds).endswith(
         "The pairs tell the two apart, and the seeds are what binds: by the spread of the 2 here it takes 18 seeds "
