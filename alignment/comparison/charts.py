@@ -193,12 +193,12 @@ def rounds(found: Comparison) -> list[Chart]:
         figure, last = go.Figure(), 1
         for variant in found.variants:
             for member in variant.begun:
-                by_round = {row.get("onpolicy/round"): row.get(metric) for row in member.run.metrics}
-                points = sorted((int(n), y) for n, y in by_round.items() if is_number(n) and is_number(y))
-                if points:
+                rows = [row for row in member.run.metrics if is_number(row.get("onpolicy/round"))]
+                values = {int(row["onpolicy/round"]): row[metric] for row in rows if is_number(row.get(metric))}
+                if values:
                     look = _line(found, variant, member, 6, "<br>round %{x}: %{y:.3g}")
-                    figure.add_scatter(x=[n for n, _ in points], y=[y for _, y in points], **look)
-                    last = max(last, points[-1][0])
+                    figure.add_scatter(x=list(values), y=list(values.values()), **look)
+                    last = max(last, *values)
         _name_once(figure)
         if figure.data:
             figure.update_xaxes(dtick=-(-last // 10))
