@@ -12,6 +12,8 @@ from alignment.assessment.entrants import Entrants
 from alignment.assessment.page import questions, to_html, win_rate_tables
 from alignment.assessment.tasks import _identities
 from alignment.assessment.win_rates import Judged
+from alignment.comparison.between import read_between
+from alignment.comparison.members import read_member
 from alignment.errors import UserError
 from alignment.evaluate import main
 from alignment.evaluate import run as evaluate
@@ -129,6 +131,10 @@ def test_opponents(asked, sweep, tiny_model_folder):
     assert told[0] == told[1] and base["matches"][0]["second"] == str(tiny_model_folder)
 
     [match] = asked("against=all")["win_rate"]["matches"]
+    between = read_between(asked.out, [read_member(runs / name, name) for name in ("0-tiny", "1-tiny")])
+    [shares] = between.shares.values()
+    assert list(between.shares) == [("0-tiny", "1-tiny")], "a comparison of the runs knows their policies"
+    assert sum(shares.values()) / len(shares) == pytest.approx(match["rate"]) and between.card["kind"] == "rules"
     there = asked(f"against={runs / '1-tiny'}", folders=["0-tiny"])["win_rate"]["matches"][0]
     back = asked(f"against={runs / '0-tiny'}", folders=["1-tiny"])["win_rate"]["matches"][0]
     assert (match["first"], match["second"]) == ("0-tiny", "1-tiny")
