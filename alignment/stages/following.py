@@ -16,6 +16,7 @@ from alignment.config.schema import AdapterConfig, RunConfig
 from alignment.errors import UserError
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.losses import Loss
+from alignment.policy.adapter import has_adapter
 from alignment.policy.full_shards import gathered_ends, join_shards, take_shards
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import as_found, checkpoint_layers, disable_dropout
@@ -23,6 +24,7 @@ from alignment.policy.load import resolve_device
 from alignment.policy.reward_model import attach_reward_head
 from alignment.policy.sharding import Part, join_parts, take_part
 from alignment.ranks.team import Post, Team, trained_parameters
+from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.given import GivenReference
 from alignment.reference.live import LiveReference
 from alignment.scoring.ends import EndsLayout
@@ -126,7 +128,7 @@ def _open_stage(post: Post, adapter: AdapterConfig | None) -> None:
 
 
 def _close_stage(post: Post, _: None) -> None:
-    post.passes = post.trainer = post.layout = post.steps = None
+    post.passes = post.trainer = post.layout = post.steps = post.start = None
     post.stage.close()
 
 
@@ -137,13 +139,17 @@ class PreferenceBegun:
     Attributes:
         loss: of the stage.
         checkpoint_every: as planned.
-        live: (positions of a pass, `reference.sync_mix`) of a live reference; None without one.
+        has_reference: whether the policy is compared with one.
+        live: (positions of a pass, `reference.sync_mix`) of a live reference; None for stored log-probs.
+        keeps_start: whether the policy as it is now is kept for the KL after training.
         router_aux_loss_coef: of the trainer.
     """
 
     loss: Loss
     checkpoint_every: int
+    has_reference: bool
     live: tuple[int, float] | None
+    keeps_start: bool
     router_aux_loss_coef: float
 
 
@@ -182,13 +188,22 @@ def _give_reward_head(post: Post, asked: tuple[int, tuple[int, ...]]) -> None:
     post.layout = EndsLayout(post.layout, turn_end)
 
 
+def frozen_start(model: nn.Module, reference: Any) -> FrozenPolicy | None:
+    """A frozen copy of the policy as it is now; None where that is a second model that no live reference has."""
+    if has_adapter(model):
+        return FrozenPolicy(model)
+    return reference.frozen if isinstance(reference, LiveReference) else None
+
+
 def begin_preference(post: Post, begun: PreferenceBegun) -> None:
     """Be ready for shares of the preference stage; its policy is the one that the stage starts from."""
     model, device = post.model, post.device
     checkpoint_layers(model, begun.checkpoint_every)
-    reference: LiveReference | GivenReference = GivenReference()
+    reference: LiveReference | GivenReference | None = GivenReference() if begun.has_reference else None
     if begun.live is not None:
         reference = LiveReference(model, post.layout, begun.live[0], device, begun.live[1])
+    if begun.keeps_start:
+        post.start = frozen_start(model, reference)
     objective = Objective(begun.loss, model, reference, post.layout, device)
     router_loss = RouterLoss(model, begun.router_aux_loss_coef, "trainer.router_aux_loss_coef")
     post.passes = StepPasses(model, objective, post.layout, device, router_loss)

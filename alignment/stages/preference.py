@@ -39,6 +39,7 @@ from alignment.stages.following import (
     begin_preference,
     choose_together,
     followed,
+    frozen_start,
     give_reward_head,
 )
 from alignment.stages.rounds import Rounds, TakeRounds
@@ -204,12 +205,13 @@ class PreferenceStage:
     def _begin_on(self, team: Team, model: nn.Module, plan: Plan) -> None:
         """Make the other ranks ready for their shares, with a reference that is the policy as it is now."""
         config, reference = self._config, self._config.reference
-        asked = config.loss.requirements().reference or reference.for_metrics
-        is_live = asked and reference.mode is ReferenceMode.live
+        is_live = self._has_reference and reference.mode is ReferenceMode.live
         begun = PreferenceBegun(
             config.loss,
             plan.checkpoint_every,
+            self._has_reference,
             (plan.tokens_per_batch, reference.sync_mix) if is_live else None,
+            self._asks_for_kl,
             config.trainer.router_aux_loss_coef,
         )
         team.tell(begin_preference, begun, trained_parameters(model))
@@ -264,12 +266,16 @@ class PreferenceStage:
         self._schedule = self._rounds.schedule
         return self._rounds.groups
 
+    @property
+    def _has_reference(self) -> bool:
+        needs = self._config.loss.requirements()
+        return needs.reference or (self._config.reference.for_metrics and not needs.rewards)
+
     def _reference(self, model: nn.Module, layout: BatchLayout, plan: Plan) -> Reference | None:
         config = self._config
-        needs = config.loss.requirements()
-        if not needs.reference:
-            if needs.rewards or not config.reference.for_metrics:
-                return None
+        if not self._has_reference:
+            return None
+        if not config.loss.requirements().reference:
             log.info(
                 "%s needs no reference. One is read for the metrics alone; reference.for_metrics=false leaves it out.",
                 loss_title(config.loss.name),
@@ -366,17 +372,20 @@ class PreferenceStage:
 
     def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenPolicy | None:
         """A frozen copy of the policy as it is now, for the KL after training; None without that, or without room."""
-        if not (self._config.evaluation.kl_prompts and self._data.eval):
+        if not self._asks_for_kl:
             return None
-        if has_adapter(model):
-            return FrozenPolicy(model)
-        if isinstance(reference, LiveReference) and not self._schedule.refreshes:
-            return reference.frozen
+        is_fixed = has_adapter(model) or not self._schedule.refreshes
+        if is_fixed and (start := frozen_start(model, reference)) is not None:
+            return start
         log.info(
             "The KL from samples is left out: it needs a second copy of the whole model. Set reference=live, without "
             "refreshes, to keep one."
         )
         return None
+
+    @property
+    def _asks_for_kl(self) -> bool:
+        return bool(self._config.evaluation.kl_prompts and self._data.eval)
 
     def _train(self, trainer: PreferenceTrainer, reference: Reference | None) -> None:
         """Train to the end, and write how the held-out rows were before and after."""
@@ -420,4 +429,5 @@ class PreferenceStage:
             plan.reference_tokens,
             self._device,
             config.seed,
+            self._work.team,
         )

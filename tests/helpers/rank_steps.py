@@ -114,7 +114,7 @@ def steps(
             team.run(share, [None] * team.size, lambda _: share_base(policy, team))
     chosen = choose_together(team, policy, CPU)
     if team is not None:
-        begun = PreferenceBegun(loss, checkpoint_every, (1000, 1.0) if live else None, 0.0)
+        begun = PreferenceBegun(loss, checkpoint_every, True, (1000, 1.0) if live else None, False, 0.0)
         team.tell(begin_preference, begun, trained_parameters(policy))
     sampler = StepSampler(len(groups), per_step, 3, 2)
     schedule = Schedule(sampler, sampler.first_steps(num_steps), refreshes)
