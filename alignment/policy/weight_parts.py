@@ -1,12 +1,14 @@
 """The weights of a whole model that trains in parts: those of this rank, and what rank 0 gathers of all.
 
 Every weight is split by its first dimension among the ranks of a machine, by torch's DTensor. Rank 0 gathers one weight
-at a time, so that more than one is never whole on a GPU. Files hold whole weights, as those of one process do.
+at a time, so that more than one is never whole on a GPU. A saved model has whole weights, as that of one process. A
+checkpoint has each rank's parts (`part_files`), or whole weights where one process has written it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from alignment.errors import UserError
+from alignment.policy.part_files import PartFiles, write_part
 from alignment.ranks.team import Post, Team
 
 _PARTS = "_weight_parts"
+_WEIGHT = "weight."
+"""Before a weight's number among all of the model, where ranks write their parts."""
 
 
 class WeightParts:
@@ -68,9 +73,16 @@ class WeightParts:
         self.team.spread([whole])
         if not _is_part(like):
             return whole
-        place, count = like.device_mesh.get_local_rank(), like.device_mesh.size()
-        rows = -(-len(whole) // count)
-        return whole[place * rows : (place + 1) * rows].clone()
+        return whole[self.rows(number)].clone()
+
+    def rows(self, number: int) -> slice:
+        """Those of a weight that this rank holds."""
+        like = self.parameters[number]
+        if not _is_part(like):
+            return slice(None)
+        place = like.device_mesh.get_local_rank()
+        rows = -(-len(like) // like.device_mesh.size())
+        return slice(place * rows, (place + 1) * rows)
 
     @torch.no_grad()
     def add_up(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
@@ -92,6 +104,12 @@ class WeightParts:
                 gradient = gradient.copy_(wide)
             added.append(gradient)
         return added
+
+    def write(self, folder: Path, others: Iterable[tuple[str, Tensor]]) -> None:
+        """Write this rank's parts of what trains, and others by name; other machines have the same."""
+        if self.team.place.rank < self.team.place.local_size:
+            own = ((f"{_WEIGHT}{n}", local(p)) for n, p in enumerate(self.parameters) if p.requires_grad)
+            write_part(folder, self.team.place.rank, itertools.chain(own, others))
 
     def are_finite(self) -> bool:
         """Whether the parts that train here are finite."""
@@ -118,6 +136,11 @@ class WeightParts:
 
         with torch.no_grad():
             self.team.run(_take, [number] * self.team.size, own)
+
+    def load(self, folder: Path) -> None:
+        """Have all ranks read their parts of a checkpoint that ranks have written."""
+        asked = [str(folder)] * self.team.size
+        self.team.run(_read, asked, lambda found: load_weights(self.parameters, Path(found), self.rows))
 
     def all_finite(self) -> bool:
         """Whether all weights that train are finite, on all ranks."""
@@ -146,6 +169,12 @@ def _take(post: Post, number: int) -> None:
     assert parts is not None
     parameter = parts.parameters[number]
     local(parameter).copy_(parts.receive(number, parameter.dtype))
+
+
+def _read(post: Post, folder: str) -> None:
+    parts = weight_parts(post.model)
+    assert parts is not None
+    load_weights(parts.parameters, Path(folder), parts.rows)
 
 
 def _are_finite(post: Post, _: None) -> bool:
@@ -184,8 +213,24 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
     return {name: found[number] for name, number in names.items()}
 
 
-def load_parts(model: nn.Module, parts: WeightParts, folder: Path) -> None:
-    """Read the weights of a checkpoint, one at a time.
+@torch.no_grad()
+def load_weights(
+    parameters: Iterable[Tensor], folder: Path, rows: Callable[[int], slice] = lambda _: slice(None)
+) -> None:
+    """Read what trains of a checkpoint that ranks have written.
+
+    Args:
+        parameters: all of the model, in its order.
+        rows: of a weight by its number, those that are held here.
+    """
+    files = PartFiles(folder)
+    for number, parameter in enumerate(parameters):
+        if parameter.requires_grad:
+            local(parameter).copy_(files.rows(f"{_WEIGHT}{number}", rows(number)))
+
+
+def load_whole(model: nn.Module, parts: WeightParts, folder: Path) -> None:
+    """Read the weights of a checkpoint of one process, one at a time.
 
     Raises:
         UserError: the checkpoint lacks some of them.

@@ -16,9 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignment.policy.part_files import PartFiles
+
 FILE = "master_weights.safetensors"
 BYTES = 4
 """Of a master weight."""
+STATE, MASTER = "state.", "master."
+"""Before the number of a weight in the optimizer's order, or of a master, where ranks write their parts."""
 
 
 class MasterWeights:
@@ -93,8 +97,28 @@ class MasterWeights:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote."""
+        """Read back what `save` wrote, or ranks that trained parts."""
         if self.pairs:
-            saved = load_file(folder / FILE)
+            files = PartFiles(folder)
+            saved = {} if files else load_file(folder / FILE)
             for name, master in self._named():
-                master.copy_(saved[name])
+                master.copy_(files.rows(f"{MASTER}{name}") if files else saved[name])
+
+
+def has_shape_of(value: Any, stepped: Tensor) -> bool:
+    """Whether a state of an optimizer has one number for each of a weight."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape == stepped.shape
+
+
+def load_states(
+    optimizer: torch.optim.Optimizer, files: PartFiles, rows: Callable[[int], slice] = lambda _: slice(None)
+) -> None:
+    """Read the states that are as large as a weight from what ranks have written; the others are there.
+
+    Args:
+        rows: of a weight by its place in the optimizer, those that are held here.
+    """
+    for index, stepped in enumerate(tensor for group in optimizer.param_groups for tensor in group["params"]):
+        for key in files.below(f"{STATE}{index}."):
+            value = files.rows(f"{STATE}{index}.{key}", rows(index))
+            optimizer.state[stepped][key] = value.to(stepped.device)

@@ -1,12 +1,13 @@
 """An optimizer of a whole model that trains in parts: each rank steps the weights that it holds.
 
 Rank 0 decides as in one process: it has the learning rates, measures the gradient's norm over all parts, and says when
-to step. Optimizers that treat each number by itself give the very updates of one process. States and fp32 masters
-are gathered for a checkpoint, one tensor at a time, into the files that one process writes.
+to step. Optimizers that treat each number by itself give the very updates of one process. Into a checkpoint each rank
+writes the weights, states and fp32 masters that it holds, and any number of ranks reads them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from alignment.policy.part_files import PartFiles
 from alignment.policy.weight_parts import WeightParts, local, weight_parts
 from alignment.ranks.team import Post
-from alignment.training.master_weights import FILE, MasterWeights
+from alignment.training.master_weights import FILE, MASTER, STATE, MasterWeights, has_shape_of, load_states
 
 Groups = Sequence[tuple[dict[str, Any], list[int]]]
 """Of an optimizer: the settings of each group, and the numbers of its weights."""
@@ -79,15 +81,24 @@ class PartSteps:
         for parameter in self._trained:
             parameter.grad = self._own[self._parts.number(parameter)].grad = None
 
-    def state(self, index: int, key: str) -> Tensor:
-        """A whole state of the weight with this index."""
-        return self._parts.gather(self.optimizer.state[self.stepped[index]][key], self.numbers[index])
+    def write(self, folder: Path) -> None:
+        """Write what this rank holds of the weights, the states and the masters."""
+        states = (
+            (f"{STATE}{index}.{key}", value)
+            for index, stepped in enumerate(self.stepped)
+            for key, value in self.optimizer.state[stepped].items()
+            if has_shape_of(value, stepped)
+        )
+        masters = ((f"{MASTER}{n}", master) for n, (_, master) in enumerate(self.masters.pairs if self.masters else ()))
+        self._parts.write(folder, itertools.chain(states, masters))
 
-    def master(self, index: int) -> Tensor:
-        """A whole master, by its place among them."""
-        assert self.masters is not None
-        weight, master = self.masters.pairs[index]
-        return self._parts.gather(master.data, self._number(weight))
+    @torch.no_grad()
+    def read(self, folder: Path) -> None:
+        """Read the states and the masters that this rank holds of what ranks have written."""
+        files = PartFiles(folder)
+        load_states(self.optimizer, files, lambda index: self._parts.rows(self.numbers[index]))
+        for n, (weight, master) in enumerate(self.masters.pairs if self.masters else ()):
+            master.copy_(files.rows(f"{MASTER}{n}", self._parts.rows(self._number(weight))))
 
     @torch.no_grad()
     def put_master(self, index: int, whole: Tensor | None = None) -> None:
@@ -164,20 +175,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """As of one process, on the CPU."""
+        """As of one process, without the states that are as large as a weight, of which ranks write their parts."""
         found = self._steps.optimizer.state_dict()
         stepped = self._steps.stepped
         found["state"] = {
-            index: {key: self._whole(index, key, value, stepped[index]) for key, value in state.items()}
+            index: {key: value for key, value in state.items() if not has_shape_of(value, stepped[index])}
             for index, state in found["state"].items()
         }
         return found
-
-    def _whole(self, index: int, key: str, value: Any, own: Tensor) -> Any:
-        if not isinstance(value, Tensor) or value.shape != own.shape:
-            return value
-        whole: Tensor = self._all(_give_state, (index, key), lambda asked: self._steps.state(*asked))[0]
-        return whole.cpu()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From what one process has saved, or any number of ranks."""
@@ -195,14 +200,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._share()
 
     def save(self, folder: Path) -> None:
-        """Write the masters into a checkpoint; nothing where there are none."""
-        if count := len(self._steps.masters or ()):
-            masters = (self._all(_give_master, n, self._steps.master)[0].cpu() for n in range(count))
-            save_file({str(number): master for number, master in enumerate(masters)}, folder / FILE)
+        """Have all ranks write their parts into a checkpoint."""
+        self._all(_write, str(folder), lambda asked: self._steps.write(Path(asked)))
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote."""
-        if count := len(self._steps.masters or ()):
+        """Read back what ranks have written, or the masters of one process."""
+        if PartFiles(folder):
+            self._all(_read, str(folder), lambda asked: self._steps.read(Path(asked)))
+        elif count := len(self._steps.masters or ()):
             saved = load_file(folder / FILE)
             for number in range(count):
                 whole = saved[str(number)]
@@ -227,10 +232,6 @@ def _step(post: Post, asked: tuple[list[dict[str, Any]], float]) -> None:
     post.steps.step(*asked)
 
 
-def _give_state(post: Post, asked: tuple[int, str]) -> None:
-    post.steps.state(*asked)
-
-
 def _take_state(post: Post, asked: tuple[int, str, torch.dtype]) -> None:
     post.steps.put_state(*asked)
 
@@ -239,8 +240,12 @@ def _finish(post: Post, asked: tuple[list[dict[str, Any]], dict[int, dict[str, A
     post.steps.finish(*asked)
 
 
-def _give_master(post: Post, number: int) -> None:
-    post.steps.master(number)
+def _write(post: Post, folder: str) -> None:
+    post.steps.write(Path(folder))
+
+
+def _read(post: Post, folder: str) -> None:
+    post.steps.read(Path(folder))
 
 
 def _take_master(post: Post, number: int) -> None:

@@ -16,9 +16,10 @@ from transformers.trainer_utils import SchedulerType
 
 from alignment.config.schema import OptimConfig
 from alignment.errors import NotFinite
-from alignment.policy.weight_parts import load_parts, weight_parts, whole_state
+from alignment.policy.part_files import PartFiles
+from alignment.policy.weight_parts import load_weights, load_whole, weight_parts
 from alignment.training.callbacks import ProgressBar, complete_checkpoints
-from alignment.training.master_weights import MasterWeights
+from alignment.training.master_weights import MasterWeights, load_states
 from alignment.training.optimizers import as_policy, make_optimizer, scale_rate_of_b
 from alignment.training.sharded_optimizer import ShardedOptimizer
 from alignment.training.stop_signal import CheckpointAtStop
@@ -87,19 +88,30 @@ class StageTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self._masters is not None and checkpoint is not None:
+        if checkpoint is None or self.optimizer is None:
+            return
+        if self._masters is not None:
             self._masters.load(Path(checkpoint))
+        if not isinstance(self._masters, ShardedOptimizer):
+            load_states(self.optimizer, PartFiles(Path(checkpoint)))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         own: Any = self.model
-        super()._save(output_dir, whole_state(own) if state_dict is None else state_dict)
+        if weight_parts(own) is None:
+            super()._save(output_dir, state_dict)
+        else:  # the ranks write their parts of the weights with those of the optimizer's states
+            Path(output_dir or str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         own: Any = self.model
-        if (parts := weight_parts(own)) is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder, parts = Path(resume_from_checkpoint), weight_parts(own)
+        is_in_parts = bool(PartFiles(folder))
+        if parts is not None:
+            parts.load(folder) if is_in_parts else load_whole(own, parts, folder)
+        elif is_in_parts:
+            load_weights(own.parameters(), folder, lambda _: slice(None))
         else:
-            load_parts(own, parts, Path(resume_from_checkpoint))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of transformers, with a rate above 0 in the first step."""

@@ -127,7 +127,8 @@ def train(
     checkpoint_layers(model, checkpoint_every)
     layout = choose_together(team, model, CPU)
     if team is not None:
-        team.tell(begin_preference, PreferenceBegun(loss, checkpoint_every, None, 0.0), trained_parameters(model))
+        begun = PreferenceBegun(loss, checkpoint_every, True, None, False, 0.0)
+        team.tell(begin_preference, begun, trained_parameters(model))
     if team is not None and fault is not None:
         team.tell(fault)
     sampler = StepSampler(len(groups), 5, 3, 2)
@@ -224,6 +225,11 @@ def test_ranks_that_train_parts_are_one(names, models, tmp_path):
         assert weights == pytest.approx(whole / 2, rel=0.01), name
         if name != "some":
             assert_planned(models, name, found[name]["planned"])
+        [checkpoint] = (tmp_path / "two" / name / "checkpoints").iterdir()
+        written = [load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))]
+        assert [len(part) for part in written] == [len(written[0])] * 2, "each rank has written its part"
+        if name in ("dpo", "bf16"):  # of all weights
+            assert sum(t.nbytes for t in written[1].values()) == weights + states, name
         if name in ("dpo", "bf16"):  # two states, and masters of 4 bytes beside weights of 2
             assert states == pytest.approx(whole / 2 * (6 if name == "bf16" else 2), rel=0.01), name
 
