@@ -51,6 +51,9 @@ _ROUNDS = (
     ("Best score of each prompt in a round", "judge's score, mean of the best answers", "onpolicy/score_best"),
     ("Informative prompts of a round", "share of prompts with something to train on", "onpolicy/informative"),
     ("Length of a round's answers", "tokens per answer (mean)", "onpolicy/length_mean"),
+    ("KL to the start of the stage, at each round", "nats per answer", "onpolicy/kl_start"),
+    ("Staleness at the end of a round", "log-prob now - when drawn (nats per token)", "onpolicy/staleness"),
+    ("Answers that still count at the end of a round", "effective share of the answers", "onpolicy/effective"),
 )
 
 
@@ -188,25 +191,31 @@ def curves(found: Comparison) -> list[Chart]:
 
 def rounds(found: Comparison) -> list[Chart]:
     """A chart per metric of on-policy rounds, with a line per run that has them."""
-    drawn = []
+    drawn, note = [], "One line per member that trains in rounds, on answers of its own."
     for title, axis, metric in _ROUNDS:
-        figure, last = go.Figure(), 1
+        figure = go.Figure()
         for variant in found.variants:
             for member in variant.begun:
-                rows = [row for row in member.run.metrics if is_number(row.get("onpolicy/round"))]
-                values = {int(row["onpolicy/round"]): row[metric] for row in rows if is_number(row.get(metric))}
-                if values:
+                if values := _by_round(member.run.metrics, metric):
                     look = _line(found, variant, member, 6, "<br>round %{x}: %{y:.3g}")
                     figure.add_scatter(x=list(values), y=list(values.values()), **look)
-                    last = max(last, *values)
         _name_once(figure)
         if figure.data:
-            figure.update_xaxes(dtick=-(-last // 10))
-            if metric.endswith("informative"):
+            figure.update_xaxes(dtick=-(-max(max(line.x) for line in figure.data) // 10))
+            if metric.endswith(("informative", "effective")):
                 figure.update_yaxes(tickformat=".0%")
-            note = "One line per member that trains in rounds, on answers of its own."
-            drawn.append(_chart(metric.replace("/", "-").replace("_", "-"), title, note, figure, "round", axis))
+            drawn.append(_chart(re.sub("[/_]", "-", metric), title, note, figure, "round", axis))
     return drawn
+
+
+def _by_round(rows: Sequence[dict[str, Any]], metric: str) -> dict[int, float]:
+    """A metric by round: a round's first row has its number, and a later one what is measured at its end."""
+    values, number = {}, 0
+    for row in rows:
+        number = int(row.get("onpolicy/round", number))
+        if is_number(row.get(metric)):
+            values[number] = row[metric]
+    return values
 
 
 def _trailing(values: Sequence[float]) -> list[float]:

@@ -50,12 +50,15 @@ def test_rounds_have_a_line_for_each_run_that_has_them(tmp_path):
                 number, score, informative = found[row["step"]]
                 row |= {"onpolicy/round": number, "onpolicy/score_mean": score}
                 row |= {} if informative is None else {"onpolicy/informative": informative}
+            if row["step"] in (6, 18):
+                row["onpolicy/staleness"] = -row["step"] / 100  # of the round before, whose last step this is
             made.append(row)
         return made
 
     b = make_run(tmp_path / "b", settings={"beta": 0.5})
     change_metrics(b, with_rounds)
-    score, informative = rounds(compared(a, b))
+    score, informative, staleness = rounds(compared(a, b))
+    assert (list(staleness.figure["data"][0]["x"]), list(staleness.figure["data"][0]["y"])) == ([1, 2], [-0.06, -0.18])
     [line] = score.figure["data"]
     assert (list(line["x"]), list(line["y"])) == ([1, 2, 3], [0.25, 0.5, 0.75]) and line["meta"] == 1
     [line] = informative.figure["data"]
