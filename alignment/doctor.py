@@ -31,9 +31,9 @@ from alignment.config.gpu import (
 )
 from alignment.errors import CommandParser, UserError
 from alignment.files import cache_dir
+from alignment.ranks.memory import available_memory
 from alignment.runs.record import machine, named, versions
 from alignment.runs.tracking import login_problem
-from alignment.training.planning import available_memory
 
 _GIB = 2**30
 _TIMEOUT = 5  # seconds

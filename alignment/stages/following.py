@@ -23,6 +23,7 @@ from alignment.policy.layers import as_found, checkpoint_layers, disable_dropout
 from alignment.policy.load import resolve_device
 from alignment.policy.reward_model import attach_reward_head
 from alignment.policy.sharding import Part, join_parts, take_part
+from alignment.ranks.memory import available_memory
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.given import GivenReference
@@ -36,7 +37,6 @@ from alignment.training.elastic import elastic
 from alignment.training.memory import count_weights
 from alignment.training.objective import Objective
 from alignment.training.passes import StepPasses
-from alignment.training.planning import available_memory
 from alignment.training.router import RouterLoss
 
 log = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from alignment.policy.architecture import unknown_architecture
 from alignment.policy.load import resolve_dtype
 from alignment.policy.source import model_source
 from alignment.policy.stored import Checkpoint
+from alignment.ranks.memory import available_memory
 from alignment.ranks.shares import largest_share
 from alignment.training.budget import Plan, Room, make_plan, relative_time
 from alignment.training.memory import (
@@ -33,7 +34,6 @@ from alignment.training.memory import (
     reference_bytes,
     sizes_of,
 )
-from alignment.training.planning import available_memory
 from alignment.training.shared_memory import shared_weights, why_whole
 
 _SPECTRUM = "spectrum chooses among the layers of a loaded model, and here the backward pass goes down to the first"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import resource
 import sys
 from dataclasses import replace
@@ -18,6 +17,7 @@ from alignment.files import read_sealed, write_sealed
 from alignment.policy.adapter import starts_at_base
 from alignment.policy.layers import decoder_layers
 from alignment.policy.sharding import is_sharded
+from alignment.ranks.memory import available_memory
 from alignment.ranks.shares import largest_share
 from alignment.ranks.team import Post, Team
 from alignment.scoring.layout import MicroBatch
@@ -34,21 +34,6 @@ from alignment.training.optimizers import optimizer_estimate
 from alignment.training.shared_memory import weights_here
 
 log = logging.getLogger(__name__)
-
-
-def available_memory() -> int:
-    """Bytes of main memory that a process may still take, within a container's limit."""
-    lines = Path("/proc/meminfo").read_text()
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", lines, re.MULTILINE)
-    assert found is not None
-    available = int(found[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        # The kernel's cached files count as used, but it drops them when memory is needed.
-        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-        available = min(available, int(most) - int(used.read_text()) + int(cached[1] if cached else 0))
-    return max(0, available)
 
 
 def _taken(device: torch.device) -> int:

@@ -1,4 +1,6 @@
-"""Answers by our loop against transformers' `generate`, in turns: the same model, prompts, settings and batches.
+"""Answers by our loop against transformers' `generate`, in turns: the same policy, prompts, settings and batches.
+
+`generate` runs on the layers of transformers and peft, without ours.
 
 `python -m tests.bench.sampling [--prompts 16] [--counts 1 4] [--tokens 32] [--rounds 3]`; prints the table of
 tests/bench/PROFILE.md.
@@ -7,9 +9,11 @@ tests/bench/PROFILE.md.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +28,8 @@ from alignment.evaluation.sampling.local import LocalEngine
 from alignment.evaluation.sampling.presets import without_presets
 from alignment.evaluation.sampling.ways import way_of
 from alignment.files import cache_dir
-from alignment.policy.adapter import attach_adapter
+from alignment.kernels.base import original_class
+from alignment.policy.adapter import attach_adapter, load_adapter
 from alignment.policy.load import load_base, load_tokenizer
 from alignment.policy.source import model_source
 from alignment.runs.record import machine, named
@@ -70,34 +75,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--adapter", type=Path, help="of a stage or a run; else a fresh one, whose answers are long")
     asked = parser.parse_args(argv)
 
     # The quickstart's policy, with an adapter as in training, and held-out questions
     config = load("recipe=quickstart", "tracking=none", "device=cpu")
     source = model_source(config.model, cache_dir(None))
     tokenizer = load_tokenizer(config.model, source.tokenizer)
-    model: Any = attach_adapter(
-        load_base(config.model, config.quantization, source.base, CPU), config.adapter, 0
-    ).eval()
+    base = load_base(config.model, config.quantization, source.base, CPU)
+    saved = asked.adapter
+    model: Any = (load_adapter(base, saved) if saved else attach_adapter(base, config.adapter, 0)).eval()
     data, _ = fit_preferences(read_preferences(config.data, tokenizer), config.data, config.loss)
     prompts = [data.eval[i].prompt for i in spread_prompts(data.eval, asked.prompts)]
     how = Sampling(stops=tuple(stop_tokens(tokenizer, [], [])), max_new_tokens=asked.tokens, temperature=1.0, seed=0)
     way_of(model, CPU)
+    plain = copy.deepcopy(model)
+    for layer in plain.modules():
+        layer.__class__ = original_class(layer)
 
     # In turns; processor time, as others may share the machine
     print(f"{named(machine())}; {torch.get_num_threads()} threads; {len(prompts)} prompts, up to {asked.tokens} tokens")
     print("| answers to a prompt | `generate` | ours | times |\n| ---: | ---: | ---: | ---: |")
     for count in asked.counts:
-        rates: dict[Any, list[float]] = {ours: [], theirs: []}
-        with torch.no_grad(), without_presets(model):
+        rates: dict[Any, list[float]] = {(ours, model): [], (theirs, plain): []}
+        with torch.no_grad(), without_presets(model), without_presets(plain):
             for _ in range(asked.rounds):
-                for side, found in rates.items():
+                for (side, of), found in rates.items():
                     started = time.process_time()
-                    tokens = side(model, prompts, count, how, asked.rows)
+                    tokens = side(of, prompts, count, how, asked.rows)
                     found.append(tokens / (time.process_time() - started))
-        times = statistics.median(a / b for a, b in zip(rates[ours], rates[theirs], strict=True))
-        middle = {side: statistics.median(found) for side, found in rates.items()}
-        print(f"| {count} | {middle[theirs]:.1f} | {middle[ours]:.1f} | {times:.2f} |")
+        own, other = rates.values()
+        times = statistics.median(a / b for a, b in zip(own, other, strict=True))
+        print(f"| {count} | {statistics.median(other):.1f} | {statistics.median(own):.1f} | {times:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from alignment.errors import UserError
 from alignment.evaluation.sampling.answer import Answer, Sampling, Wanted
 from alignment.evaluation.sampling.choice import Drawn, answer_seed, greedy
+from alignment.evaluation.sampling.folded import folded
 from alignment.evaluation.sampling.loop import Way, draw_batch
 from alignment.evaluation.sampling.presets import acting, inner, presets, without_presets
 from alignment.evaluation.sampling.ways import way_of
@@ -92,7 +93,7 @@ class LocalEngine:
             found = self.team.run(
                 draw_share,
                 [_Share([batches[number] for number in share], how, way) for share in shares],
-                lambda own: _drawn(self.model, own, self.device),
+                lambda own: _drawn(self.model, own, self.device, self.team.place.local_size),
                 trained_parameters(self.model),
             )
         answers: dict[int, Answer] = {}
@@ -125,12 +126,13 @@ class LocalEngine:
 
 def draw_share(post: Post, share: _Share) -> list[list[Answer]]:
     """The answers of a rank that follows to its batches."""
-    return _drawn(post.model, share, post.device)
+    return _drawn(post.model, share, post.device, post.team.place.local_size)
 
 
-def _drawn(model: Any, share: _Share, device: torch.device) -> list[list[Answer]]:
-    """The answers of each batch."""
-    with _evaluating(model), nullcontext() if share.how.presets else without_presets(model):
+def _drawn(model: Any, share: _Share, device: torch.device, processes: int = 1) -> list[list[Answer]]:
+    """The answers of each batch, in one of so many processes on this machine."""
+    plain = nullcontext() if share.how.presets else without_presets(model)
+    with _evaluating(model), plain, folded(model, processes):
         return [_in_parts(model, batch, share, device) for batch in share.batches]
 
 

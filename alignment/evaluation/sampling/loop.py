@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from alignment.evaluation.sampling.answer import Answer, Finish, Sampling
 from alignment.evaluation.sampling.presets import REPLACED
+from alignment.evaluation.sampling.roomy_cache import make_roomy
 from alignment.scoring.logps import autocast
 
 Choose = Callable[[Tensor, Sequence[int]], Tensor]
@@ -99,6 +101,7 @@ class _Loop:
         """Called by `generate` with all that it has prepared."""
         last = 1 if inputs["use_cache"] else None  # how many tokens a step reads; None: all
         answers = list(range(len(self._prompts)))
+        make_roomy(inputs.get("past_key_values"))
         for step in range(self._how.max_new_tokens):
             reads: dict[str, Any] = {"next_sequence_length": last} if step else {"is_first_iteration": True}
             outputs = model(**model.prepare_inputs_for_generation(input_ids, **reads, **inputs), return_dict=True)
@@ -120,7 +123,7 @@ class _Loop:
         return self._finished()
 
     def _note(self, logits: Tensor, tokens: Tensor, answers: Sequence[int]) -> list[int]:
-        """Keep the tokens and their log-probs; returns the rows that go on."""
+        """Keep the tokens and their log-probs; returns the rows that go on, in their new order."""
         self._logps.append(logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1))
         self._answers += answers
         going = []
@@ -128,7 +131,10 @@ class _Loop:
             self._tokens[answer].append(token)
             if token not in self._how.stops:
                 going.append(row)
-        return going
+        # The last rows take the places of those that leave, so that all others stay where they are
+        places = set(going[: bisect_left(going, len(going))])
+        moving = iter(going[len(places) :])
+        return [row if row in places else next(moving) for row in range(len(going))]
 
     def _finished(self) -> list[Answer]:
         logps: list[list[float]] = [[] for _ in self._tokens]

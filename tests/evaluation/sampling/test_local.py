@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from alignment.evaluation.sampling import local
 from alignment.evaluation.sampling.answer import Finish, Sampling
+from alignment.evaluation.sampling.choice import Drawn
 from alignment.evaluation.sampling.draw import draw
 from alignment.evaluation.sampling.local import LocalEngine
 from alignment.evaluation.sampling.loop import Way
@@ -178,6 +179,22 @@ def test_frequencies_are_the_exact_probabilities(filters):
     assert fits(first, filtered(logits[0], **filters)) and fits(second, filtered(logits[1], **filters))
     other = filters | {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 0.8 * filters["temperature"]}
     assert not fits(first, filtered(logits[0], **other)), "the test sees a temperature that is a fifth lower"
+
+
+@pytest.mark.parametrize("size", [512, 1000])
+def test_a_large_vocabulary_has_its_exact_probabilities(size):
+    """Drawn by groups of tokens: within the last group, which may be a part of one, and with groups filtered out."""
+    logits = 1.5 * torch.randn(size, generator=torch.Generator().manual_seed(size))
+    logits[-3:] += 2
+    logits[:256] -= 1
+    choose, rows = Drawn(range(8000), CPU), range(8000)
+    for filters in ({}, {"top_k": 40}):
+        scores = logits.clone()
+        if filters:
+            scores[scores.argsort()[:-40]] = -torch.inf
+        p = filtered(logits.double().numpy(), 1.0, top_p=1.0, min_p=0.0, **{"top_k": 0} | filters)
+        assert fits(choose(scores.expand(8000, -1), rows).numpy(), p)
+        assert not fits(choose((scores * 0.7).expand(8000, -1), rows).numpy(), p)
 
 
 def test_log_probs_are_those_of_a_scoring_pass():
