@@ -123,7 +123,7 @@ def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
         return f"{section}.max_steps={stage.trainer.max_steps} decides; set it to null to train for epochs"
     if key in ("sft.trainer.devices", "sft.trainer.shard"):
         return f"the SFT stage has the ranks of the run: set {key.removeprefix('sft.')}"
-    if key in ("sft.trainer.cohort", "sft.trainer.joint_passes"):
+    if key == "sft.trainer.cohort":
         return "the SFT stage is done once for all members of a sweep that have the same"
     if key == "evaluation.kl_prompts" and config.loss is None:
         return "with loss=none there is no preference stage"

@@ -1,4 +1,6 @@
-"""Settings that have changed: a new name, which the sentence that refuses the old one gives, or another default."""
+"""Settings that have changed: a new name, which the sentence that refuses the old one gives, another default, or none
+at all.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,9 @@ from alignment.errors import UserError
 
 RENAMED = {"reference.stages": "reference.parts"}
 """Old name of a setting -> its name now. Add a line when you rename a key of the schema."""
+
+RETIRED = ("trainer.joint_passes",)
+"""Settings that are gone. None of them touched a result, so a run that had one is read and goes on without it."""
 
 FORMER_DEFAULTS = {"model.attention": "sdpa", "adapter.target_modules": "[all-linear]"}
 """Setting whose default is `auto` now -> what it was: a run that began with it goes on with it."""
@@ -29,6 +34,11 @@ def refuse_renamed(keys: Iterable[str], place: str = "") -> None:
         if old in RENAMED:
             new = key.removesuffix(old) + RENAMED[old]
             raise UserError(f"{place}{': ' if place else ''}{key} is now called {new}.")
+
+
+def is_retired(key: str) -> bool:
+    """Whether a setting, of the run or of its SFT stage, is one of `RETIRED`."""
+    return key.removeprefix("sft.") in RETIRED
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

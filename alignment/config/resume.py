@@ -14,13 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.messages import sentence
 from alignment.config.overrides import parse_overrides
-from alignment.config.renamed import FORMER_DEFAULTS, flat, refuse_renamed
+from alignment.config.renamed import FORMER_DEFAULTS, RETIRED, flat, is_retired, refuse_renamed
 from alignment.config.schema import RunConfig
 from alignment.config.typed_text import quoted_path, typed_path
 from alignment.errors import UserError
 from alignment.files import damaged, redact
 
-FREE = ("trainer.cohort", "trainer.joint_passes")
+FREE = ("trainer.cohort",)
 """Settings of a sweep that do not touch its results, so they may change when it goes on."""
 
 SHARING = ("trainer.devices", "trainer.shard")
@@ -46,7 +46,7 @@ def changes(folder: Path, node: DictConfig) -> str:
     """
     with open_dict(node):
         node.resume = None
-    before, now = (flat(c) for c in (_loaded(folder / "config.yaml"), redact(as_plain(node))))
+    before, now = (flat(c) for c in (_config_of(folder), redact(as_plain(node))))
     refuse_renamed(before, f"{folder} was begun by an earlier version and cannot go on")
     for key in ("resume", *SHARING, *FREE):
         before[key] = now.get(key)
@@ -72,12 +72,12 @@ def _begun(folder: Path) -> list[str]:
     begun: Any = _loaded(path)
     if not isinstance(begun, list) or not all(isinstance(override, str) for override in begun):
         raise damaged(path)
-    return [override for override in begun if not override.startswith("resume=")]
+    return [o for o in begun if not o.startswith("resume=") and not is_retired(o.lstrip("+").partition("=")[0])]
 
 
 def _former_defaults(folder: Path, node: DictConfig) -> list[str]:
     """Overrides for the settings that the run took from defaults of its time, and that have another default now."""
-    before, now = flat(_loaded(folder / "config.yaml")), flat(as_plain(node))
+    before, now = flat(_config_of(folder)), flat(as_plain(node))
 
     def plain(value: Any) -> str:
         return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
@@ -133,10 +133,10 @@ def finished_run(folder: Path, settings: Sequence[str] = ()) -> tuple[RunConfig,
         UserError: a file is damaged, or has settings that this version does not take, or so do the overrides.
     """
     path = folder / "config.yaml"
-    saved = _loaded(path)
+    saved = _config_of(folder)
     refuse_renamed(flat(saved), f"{folder} was run by an earlier version and cannot be read")
     try:
-        begun = [str(override) for override in _loaded(folder / ".hydra" / "overrides.yaml")]
+        begun = _begun(folder)
         node = compose_node(begun)
     except UserError as error:
         raise UserError(
@@ -161,6 +161,17 @@ def _unmask(merged: Any, node: DictConfig, saved: Mapping[str, Any]) -> None:
     for key, value in flat(typed).items():
         if hidden[key] != value and before.get(key) == hidden[key]:
             OmegaConf.update(merged, key, value)
+
+
+def _config_of(folder: Path) -> Any:
+    """The settings that a run had, without those that are gone; see `_loaded` for errors."""
+    saved = _loaded(folder / "config.yaml")
+    for key in RETIRED:
+        section, _, name = key.partition(".")
+        for stage in (saved, saved.get("sft")):
+            if isinstance(stage, dict) and isinstance(stage.get(section), dict):
+                stage[section].pop(name, None)
+    return saved
 
 
 def _loaded(path: Path) -> Any:

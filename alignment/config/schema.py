@@ -92,8 +92,7 @@ class TrainerConfig:
     `max_steps` null means `epochs` decide. `eval_every`, `save_every` count optimizer steps; 0 means at the end only.
 
     `cohort` is how many members of a sweep train at once in one process, on one base model in memory: a number, or
-    "auto". With `joint_passes` true these members share one pass, which is experimental; otherwise, null included, they
-    take turns with passes of their own. Neither changes the result.
+    "auto". They take turns, one step each, and none ends otherwise than by itself.
 
     `devices` is how many ranks share each step, on as many GPUs of this machine: a number, or "auto" for all of them.
     It does not change the result beyond the order of sums.
@@ -115,7 +114,6 @@ class TrainerConfig:
     save_every: int
     keep_checkpoints: int
     cohort: Any  # an int or "auto": unions of types break where configurations are merged
-    joint_passes: bool | None
     router_aux_loss_coef: float
     devices: Any  # as cohort
     shard: Shard

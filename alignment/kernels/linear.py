@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,20 +15,6 @@ from alignment.kernels.calibrated import quantised_state
 from alignment.kernels.matmul import add_matmul, matmul, transposed_matmul, wide_matmul
 from alignment.kernels.nf4 import packed_product, unpack
 from alignment.kernels.norm import NormOutput, keep, norm_output, recall
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Some rows of a call, and the ranks of a joined adapter that apply to them."""
-
-    rows: slice
-    ranks: slice
-
-    def at(self, rows: slice) -> Share | None:
-        """The part within these rows, counted from the first of them; None if there is none."""
-        start, stop = max(self.rows.start, rows.start), min(self.rows.stop, rows.stop)
-        return Share(slice(start - rows.start, stop - rows.start), self.ranks) if start < stop else None
-
 
 _UNPACKED_FROM = 2048
 """From so many rows on, bitsandbytes too unpacks the weights and multiplies them by cuBLAS."""
@@ -51,7 +36,6 @@ class Projection:
         state: bitsandbytes' QuantState, or a `CalibratedState`.
         merged: form `weight + scaling * b @ a` for the call. That costs about r / rows of the product itself and saves
             two passes over the activations, but 16 bits would round the update away.
-        shares: which ranks of the adapter apply to which rows, where several adapters are joined; None: all to all.
     """
 
     weight: Tensor
@@ -61,7 +45,6 @@ class Projection:
     scaling: float
     state: Any
     merged: bool
-    shares: tuple[Share, ...] | None = None
 
     @property
     def num_out(self) -> int:
@@ -73,26 +56,6 @@ class Projection:
         if self.a is None or self.b is None or self.a.dtype is dtype:
             return self
         return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))
-
-    def at(self, rows: slice) -> Projection:
-        """The projection of some of the rows."""
-        if self.shares is None:
-            return self
-        return replace(self, shares=tuple(part for share in self.shares if (part := share.at(rows)) is not None))
-
-    def _adapters(self, num_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Ranges of rows, each with the adapter's (r, in) and (out, r) that apply to them."""
-        if self.a is None or self.b is None or self.merged:
-            return
-        if self.shares is None:
-            yield slice(0, num_rows), self.a, self.b
-            return
-        for share in self.shares:
-            yield share.rows, self.a[share.ranks], self.b[:, share.ranks]
-
-    def _narrow(self, rows: Tensor, right: Tensor) -> Tensor:
-        """A product with few columns. For a part of the rows, padding it for oneDNN would cost more than it gains."""
-        return matmul(rows, right) if self.shares is None else rows @ right
 
     def without_tensors(self) -> Projection:
         """The part to keep on an autograd node. The tensors are saved separately, so that hooks see them."""
@@ -112,7 +75,7 @@ class Projection:
         return None if self.state is not None and not self.merged else self.matrix()
 
     def _narrows(self, rows: Tensor) -> bool:
-        return _is_gpu(rows) and self.a is not None and self.b is not None and not self.merged and self.shares is None
+        return _is_gpu(rows) and self.a is not None and self.b is not None and not self.merged
 
     def narrowed(self, x: Tensor) -> Tensor | None:
         """(rows, r): a GPU's rows in the adapter's own width, kept for the backward pass; None elsewhere.
@@ -137,9 +100,9 @@ class Projection:
             y = packed_product(x, self.weight, self.state, self.bias)
         else:
             y = matmul(x, matrix.t(), self.bias)
-        for rows, a, b in self._adapters(len(x)):
-            part = self._narrow(x[rows], a.t()) if narrow is None else narrow
-            y[rows].addmm_(part, b.t(), alpha=self.scaling)
+        if self.a is not None and self.b is not None and not self.merged:
+            part = matmul(x, self.a.t()) if narrow is None else narrow
+            y.addmm_(part, self.b.t(), alpha=self.scaling)
         return y
 
     def backward(
@@ -154,8 +117,8 @@ class Projection:
                 return (narrow @ self.a).addmm_(gradient, matrix, beta=self.scaling)  # type: ignore[operator]
             return total.addmm_(narrow, self.a, alpha=self.scaling).addmm_(gradient, matrix)  # type: ignore[arg-type]
         result = matmul(gradient, matrix)
-        for rows, a, b in self._adapters(len(gradient)):
-            result[rows].addmm_(self._narrow(gradient[rows], b), a, alpha=self.scaling)
+        if self.a is not None and self.b is not None and not self.merged:
+            result.addmm_(matmul(gradient, self.b), self.a, alpha=self.scaling)
         return result if total is None else total.add_(result)
 
     def adapter_gradients(
@@ -168,14 +131,8 @@ class Projection:
         assert self.a is not None and self.b is not None
         if narrow is not None:
             return wide_matmul(narrow[1].t(), x), wide_matmul(gradient.t(), narrow[0])
-        if self.shares is None:
-            down, up = matmul(gradient, self.b), matmul(x, self.a.t())
-            return transposed_matmul(down, x), transposed_matmul(up, gradient).t()
-        grad_a, grad_b = torch.zeros_like(self.a), self.b.new_zeros(self.b.shape[::-1])
-        for share, (rows, a, b) in zip(self.shares, self._adapters(len(x)), strict=True):
-            grad_a[share.ranks] = (gradient[rows] @ b).t() @ x[rows]
-            grad_b[share.ranks] = (x[rows] @ a.t()).t() @ gradient[rows]
-        return grad_a, grad_b.t()
+        down, up = matmul(gradient, self.b), matmul(x, self.a.t())
+        return transposed_matmul(down, x), transposed_matmul(up, gradient).t()
 
 
 def is_lora_layer(module: nn.Module) -> bool:
@@ -206,85 +163,6 @@ def hooked(*modules: nn.Module) -> bool:
 _Adapter = tuple[Tensor | None, Tensor | None, float]
 
 
-class Segments:
-    """Which rows of a joint pass belong to which member: (member, rows), in order; empty outside a joint pass."""
-
-    def __init__(self) -> None:
-        self._parts: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def members(self) -> list[int]:
-        """The members that take part, in the order of their rows."""
-        return [member for member, _ in self._parts]
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the whole pass."""
-        return sum(rows for _, rows in self._parts)
-
-    def set(self, parts: Iterable[tuple[int, int]]) -> None:
-        """Set the parts of the next pass, which hold for what its backward pass recomputes as well."""
-        self._parts = tuple(parts)
-
-    def shares(self, ranks: Sequence[int]) -> tuple[Share, ...]:
-        """Which of the members' ranks, side by side, apply to which rows."""
-        found, row, rank = [], 0, 0
-        for (_, rows), own in zip(self._parts, ranks, strict=True):
-            if own:
-                found.append(Share(slice(row, row + rows), slice(rank, rank + own)))
-            row, rank = row + rows, rank + own
-        return tuple(found)
-
-
-class JointLinear(nn.Module):
-    """A frozen linear layer with the adapters of several members, each for its own rows.
-
-    One product multiplies all rows by the base weight, and the adapters are laid side by side. Outside a joint pass it
-    acts as its base layer.
-
-    Args:
-        base_layer: frozen.
-        layers: for each member with an adapter here, its peft layer on the same weight.
-        segments: shared by all layers of a model.
-    """
-
-    def __init__(self, base_layer: nn.Module, layers: Mapping[int, Any], segments: Segments) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self._layers = layers  # a dict, not a submodule: the parameters remain the members' own
-        self._segments = segments
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        projection = projection_of(self, x)
-        if projection is not None:
-            return _Linear.apply(x, projection.a, projection.b, projection.weight, projection, norm_output(x))
-        if self._segments.members:
-            raise NotImplementedError("a layer with adapters has no joint form")
-        return self.base_layer(x)
-
-    def adapter(self, x: Tensor) -> tuple[_Adapter, tuple[Share, ...]] | None:
-        """The members' active adapters side by side, and which of their ranks apply to which rows.
-
-        They are in the dtype of x, so that no more than needed is kept for the backward pass.
-        """
-        found = [
-            active_adapter(self._layers[member]) if member in self._layers else (None, None, 0.0)
-            for member in self._segments.members
-        ]
-        if x.numel() // x.shape[-1] != self._segments.num_rows:
-            return None
-        if not all(adapter is not None and _adapter_computes_in(x, adapter[0]) for adapter in found):
-            return None
-        shares = self._segments.shares([0 if a is None else len(a) for a, _, _ in found])  # type: ignore[misc]
-        # Transposed, so that a member's part is contiguous: oneDNN has no fast code for rows that lie apart.
-        pairs = [(a, scaling * b.t()) for a, b, scaling in found if a is not None and b is not None]  # type: ignore[misc]
-        if not pairs:
-            return (None, None, 0.0), shares
-        a, b = torch.cat([a.to(x.dtype) for a, _ in pairs]), torch.cat([b.to(x.dtype) for _, b in pairs])
-        return (a, b.t(), 1.0), shares
-
-
 def active_adapter(layer: Any) -> _Adapter | None:
     """(a, b, scaling) of the one active plain LoRA, (None, None, 0.0) if there is none, None for anything else."""
     if layer.merged:
@@ -303,14 +181,10 @@ def active_adapter(layer: Any) -> _Adapter | None:
 
 def projection_of(layer: Any, x: Tensor) -> Projection | None:
     """What the layer computes for this input; None where only its own forward covers the case."""
-    adapted, shares = is_lora_layer(layer), None
+    adapted = is_lora_layer(layer)
     adapter: _Adapter | None = (None, None, 0.0)
     base = layer
-    if isinstance(layer, JointLinear):
-        adapted, base = True, layer.base_layer
-        joint = layer.adapter(x)
-        adapter, shares = (None, None) if joint is None else joint
-    elif adapted:
+    if adapted:
         adapter, base = active_adapter(layer), layer.base_layer
     if adapter is None or (adapted and hooked(base)):
         return None
@@ -330,8 +204,8 @@ def projection_of(layer: Any, x: Tensor) -> Projection | None:
         return None
     exact = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     num_out, num_in = (weight if state is None else state).shape
-    merged = a is not None and shares is None and exact and rows * (num_in + num_out) >= num_in * num_out
-    return Projection(weight, bias, a, b, scaling, state, merged, shares)
+    merged = a is not None and exact and rows * (num_in + num_out) >= num_in * num_out
+    return Projection(weight, bias, a, b, scaling, state, merged)
 
 
 def _adapter_computes_in(x: Tensor, a: Tensor | None) -> bool:

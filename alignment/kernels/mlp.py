@@ -144,11 +144,11 @@ class _GatedMLP(torch.autograd.Function):
         narrow: list[Tensor | None] = [None, None, None]  # of the only block, as a GPU has it
         for s in blocks(rows, gate.num_out):
             narrow[:2] = gate.narrowed(rows[s]), up.narrowed(rows[s])
-            gated = gate.at(s).forward(rows[s], matrices[0], narrow[0])
-            upped = up.at(s).forward(rows[s], matrices[1], narrow[1])
+            gated = gate.forward(rows[s], matrices[0], narrow[0])
+            upped = up.forward(rows[s], matrices[1], narrow[1])
             active = _gated(gated, upped, activation)
             narrow[2] = down.narrowed(active)
-            parts.append(down.at(s).forward(active, matrices[2], narrow[2]))
+            parts.append(down.forward(active, matrices[2], narrow[2]))
             if keeps:
                 gates.append(gated)
                 ups.append(upped)
@@ -194,7 +194,6 @@ class _GatedMLP(torch.autograd.Function):
         # Block by block: recompute the activation, then go back through down, the product, gate and up
         for s, gated, upped in zip(blocks(rows, gate.num_out), gates, ups, strict=True):
             grad = rows[s]
-            gate, up, down = (p.at(s) for p in projections)
             back_down = down.narrowed_gradient(grad)
             grad_product = down.backward(grad, matrices[2], back_down)
             grad_gate, grad_up, product = _gated_backward(gated, upped, grad_product, ctx.activation, trains[2])

@@ -29,7 +29,7 @@ AUTO_WIDTH = 4
 
 _OWN = ("seed", "loss", "optim", "adapter", "tracking", "resume")
 """Sections in which the members of a cohort may differ."""
-_SHARED_LOOP = ("cohort", "joint_passes", "plan", "tokens_per_batch", "checkpoint_every")
+_SHARED_LOOP = ("cohort", "plan", "tokens_per_batch", "checkpoint_every")
 """Settings of the loop that must be the same, since they decide how the passes run."""
 
 
@@ -58,7 +58,7 @@ class SweepCohort:
             run(member, slot)
 
         with _own_logs(self.members):
-            cohort = Cohort(self.width, self.members[0].config.trainer.joint_passes)
+            cohort = Cohort(self.width)
             results = cohort.run([partial(named, member=member) for member in self.members])
         for result in results:
             if isinstance(result, BaseException):

@@ -152,7 +152,7 @@ class PreferenceStage:
             ends = turn_end(self._work.tokenizer, self._config.data)
             layout = give_reward_head(self._work.team, model, layout, self._config.seed, ends)
         slot = self._joined(model)
-        plan, tokens_per_batch = self._planned(model, layout, slot)
+        plan = self._planned(model, layout, slot)
         checkpoint_layers(model, plan.checkpoint_every)
         if self._work.team is not None:
             self._begin_on(self._work.team, model, plan)
@@ -163,7 +163,7 @@ class PreferenceStage:
         if self._config.loss.requirements().density_weights:
             groups = with_density_weights(groups, model, plan.reference_tokens, self._device)
         callbacks = self._callbacks(model, groups, reference, log_metrics, slot)
-        trainer = self._trainer(model, groups, reference, layout, tokens_per_batch, callbacks)
+        trainer = self._trainer(model, groups, reference, layout, plan.tokens_per_batch, callbacks)
         if slot is not None:
             trainer.objective.passes = slot
         prepare_trainer(trainer, self._config.optim)
@@ -217,45 +217,29 @@ class PreferenceStage:
         team.tell(begin_preference, begun, trained_parameters(model))
 
     def _joined(self, model: nn.Module) -> CohortSlot | None:
-        """The slot in the cohort; None outside of one, and for a policy that cannot share its passes."""
+        """The slot in the cohort; None outside of one, and for a policy whose routers have a loss of their own."""
         slot = self._work.slot
-        if slot is not None:
-            if self._config.trainer.router_aux_loss_coef:
-                log.warning("The other members wait while this one trains: its routers have a loss of their own.")
-                return None
-            try:
-                slot.attach(model)
-            except ValueError as error:
-                log.warning("The other members wait while this one trains: %s.", error)
-                return None
+        if slot is not None and self._config.trainer.router_aux_loss_coef:
+            log.warning("The other members wait while this one trains: its routers have a loss of their own.")
+            return None
         return slot
 
-    def _planned(self, model: nn.Module, layout: BatchLayout, slot: CohortSlot | None) -> tuple[Plan, int]:
-        """The plan of the stage, and how many positions one pass of this run has."""
+    def _planned(self, model: nn.Module, layout: BatchLayout, slot: CohortSlot | None) -> Plan:
         sized = self._data.train if self._rounds is None else self._rounds.largest()
         widest = largest_pass(layout, sized)
-        largest = widest.positions
-        plan = plan_stage(
+        return plan_stage(
             model,
             self._config,
             supervised=False,
             folder=self._folder,
             device=self._device,
-            longest=largest,
+            longest=widest.positions,
             widest=widest,
             keys_per_position=keys_per_position(layout, sized),
             slot=slot,
             refreshes=len(self._schedule.refreshes),
             team=self._work.team,
         )
-        if slot is None or not slot.is_joint:
-            return plan, plan.tokens_per_batch
-        if plan.fits:
-            return plan, max(plan.tokens_per_batch // slot.width, min(largest, plan.tokens_per_batch))
-        # The joint passes do not fit: plan again for passes of its own.
-        (self._folder / "plan.json").unlink()
-        slot.separate()
-        return self._planned(model, layout, slot)
 
     def _groups(self, model: nn.Module) -> Sequence[Group]:
         """What the stage trains on: the data, or what the policy draws in rounds, of which the first is there then."""

@@ -169,7 +169,6 @@ def make_plan(
     step_tokens: int,
     tokens_per_batch: int | None,
     checkpoint_every: int | None,
-    members: int = 1,
 ) -> Plan:
     """The fastest way to run a step in this room.
 
@@ -180,12 +179,10 @@ def make_plan(
         step_tokens: positions of a whole step; a larger budget changes nothing.
         tokens_per_batch: fixed, or None to choose it.
         checkpoint_every: fixed, or None to choose it.
-        members: how many members of a cohort share a pass. On a CPU the narrow products with each member's adapter
-            need as many rows as in a pass of its own.
     """
     count = len(sizes.layers)
     options = [checkpoint_every] if checkpoint_every is not None else [0, *range(count, 0, -1)]
-    useful = max(useful_tokens(sizes, room.device) * (members if room.device == "cpu" else 1), longest)
+    useful = max(useful_tokens(sizes, room.device), longest)
     best: tuple[float, int, int] | None = None
     for every in options:
         tokens = tokens_per_batch or fitting_tokens(sizes, every, room, useful)

@@ -165,18 +165,14 @@ def weighted(groups: Sequence[Group], losses: Tensor) -> Tensor:
 
 
 class PassRunner:
-    """Runs passes with gradient, each by itself. A cohort's slot runs them jointly with other trainings."""
+    """Runs passes with gradient. A cohort's slot gives the turn to another training after each step."""
 
     def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> TokenScores:
         """Scores of one pass as `logps.score_tokens` gives them, differentiable."""
         return score_tokens(model, batch, quantities)
 
     def finish(self) -> None:
-        """Called after a step's last backward call, when it needs the gradients."""
-
-    def separate(self) -> bool:
-        """Called when memory runs out: stop sharing passes. Returns whether they were shared until now."""
-        return False
+        """Called after a step's last backward call."""
 
 
 class Objective:

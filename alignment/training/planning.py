@@ -92,8 +92,7 @@ def plan_stage(
         longest: positions of the largest group of the data, or of the longest conversation.
         widest: a pass of it, in which layers of an unusual form are measured; None leaves them estimated.
         keys_per_position: that a GPU's attention keeps, as `layout.keys_per_position` counts them.
-        slot: in the cohort that the stage trains in. Each member has its own gradients and optimizer states, and where
-            the members' passes are joint, one pass holds a group of each.
+        slot: in the cohort that the stage trains in. Each member has its own gradients and optimizer states.
         refreshes: how often the reference follows the policy.
         team: the ranks that share the steps; the one with the least memory counts.
     """
@@ -133,7 +132,6 @@ def plan_stage(
         sizes = replace(sizes, layers=layers, estimate="")
     members = 1 if slot is None else slot.width
     sizes = replace(sizes, gradients=members * sizes.gradients, optimizer=members * sizes.optimizer)
-    passing = members if slot is not None and slot.is_joint else 1
 
     # The room for it, beside what a live reference keeps
     taken, copied = _taken(device), 0
@@ -149,11 +147,10 @@ def plan_stage(
     plan = make_plan(
         sizes,
         room,
-        longest=passing * longest,
-        step_tokens=groups * passing * longest,
+        longest=longest,
+        step_tokens=groups * longest,
         tokens_per_batch=trainer.tokens_per_batch,
         checkpoint_every=trainer.checkpoint_every,
-        members=passing,
     )
 
     # Say it and keep it
@@ -166,7 +163,7 @@ def plan_stage(
         log.warning(
             "This stage may run out of memory: its largest group has %d positions, and a pass of it with %s needs "
             "%.1f GiB, but only %.1f GiB are usable.",
-            passing * longest,
+            longest,
             describe_checkpointing(plan.checkpoint_every),
             plan.needs.total / GIB,
             plan.limit / GIB,

@@ -231,8 +231,6 @@ class PreferenceTrainer(StageTrainer):
         torch.cuda.empty_cache()
         if (smaller := smaller_budget(self.layout, groups, self.tokens_per_batch)) is not None:
             self.tokens_per_batch = smaller
-        elif self.objective.passes.separate():
-            pass
         elif decoder_layers(model) and checkpoint_layers(model, 1):
             log.warning("The GPU has too little memory for a single group: continuing with every layer checkpointed.")
         else:

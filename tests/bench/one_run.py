@@ -214,7 +214,6 @@ def run_ours(job: Job, give_up: Callable[[], None]) -> dict[str, Any]:
                 tokens_per_batch=tokens_per_batch, checkpoint_every=0, log_every=1, eval_every=0, save_every=0,
                 keep_checkpoints=1,
                 cohort=1,
-                joint_passes=None,
                 router_aux_loss_coef=0.0,
                 devices=1,
                 shard=Shard.off,

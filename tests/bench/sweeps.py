@@ -28,7 +28,6 @@ BETAS = (0.01, 0.05, 0.1, 0.5)
 QUICK_BETAS = (0.05, 0.5)
 
 TRL, MULTIRUN, COHORT = SWEEP_BASELINE, "ours, multirun", "ours, cohort"
-MULTIRUN_NF4, JOINT_NF4 = f"{MULTIRUN}, NF4", f"{COHORT}, joint passes, NF4"
 ONE_CHECKPOINTED, COHORT_CHECKPOINTED = "ours, one run, checkpointed", "ours, cohort, checkpointed"
 COHORT_TOLERANCE = {"exact": 1e-4, "rounded": 3e-2}
 """Between the losses of a member in a cohort and by itself. Sums of log-probs are some hundreds of nats, of which
@@ -38,7 +37,6 @@ COMPARISONS = (
     (MULTIRUN, TRL),
     (COHORT, TRL),
     (COHORT, MULTIRUN),
-    (JOINT_NF4, MULTIRUN_NF4),
     (COHORT_CHECKPOINTED, ONE_CHECKPOINTED),
 )
 
@@ -102,15 +100,6 @@ class Sweep:
             self._ours(COHORT, self.betas, f"trainer.cohort={len(self.betas)}"),
         ]
         return self._run(sides, math.inf if self._on_gpu else SECONDS)
-
-    def run_quantised(self) -> Iterator[Ended]:
-        """Ours on a CPU with an NF4 base, each weight of which joint passes unpack once for all members."""
-        joint = (f"trainer.cohort={len(self.betas)}", "trainer.joint_passes=true")
-        sides = [
-            self._ours(MULTIRUN_NF4, self.betas, "trainer.cohort=1", "quantization=nf4"),
-            self._ours(JOINT_NF4, self.betas, *joint, "quantization=nf4"),
-        ]
-        return iter(()) if self._case.nf4 else self._run(sides, SECONDS)
 
     def run_checkpointed(self) -> Iterator[Ended]:
         """Two steps, of half the pairs each, of one run and of a cohort, every layer checkpointed.
@@ -196,10 +185,10 @@ def measure(sweep: Sweep, quick: bool, keep: Callable[[list[Ended]], None]) -> l
     """Run everything; `keep` gets what there is whenever a process has ended.
 
     Args:
-        quick: leave out what shows a cohort's memory, which runs first since it fails first, and a quantised base.
+        quick: leave out what shows a cohort's memory, which runs first since it fails first.
     """
     found: list[Ended] = []
-    for run in [sweep.run] if quick else [sweep.run_checkpointed, sweep.run, sweep.run_quantised]:
+    for run in [sweep.run] if quick else [sweep.run_checkpointed, sweep.run]:
         for ended in run():
             found.append(ended)
             keep(found)
@@ -233,8 +222,6 @@ def summarise(found: Sequence[Ended], arithmetic: str, on_gpu: bool) -> dict[str
             raise AssertionError(f"{side} has trained beta {', '.join(losses[side])} and not {', '.join(members)}")
     for beta in members:
         check_losses({side: losses[side][beta] for side in (TRL, MULTIRUN, COHORT)}, arithmetic)
-        if JOINT_NF4 in losses:
-            check_losses({side: losses[side][beta] for side in (MULTIRUN_NF4, JOINT_NF4)}, arithmetic)
     rows = {
         side: {
             "seconds": sum(e.spent.seconds for e in ended),

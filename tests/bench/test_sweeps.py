@@ -17,9 +17,7 @@ from tests.bench.slices import Spent
 from tests.bench.sweeps import (
     COHORT,
     COHORT_CHECKPOINTED,
-    JOINT_NF4,
     MULTIRUN,
-    MULTIRUN_NF4,
     ONE_CHECKPOINTED,
     TRL,
     Ended,
@@ -43,8 +41,6 @@ def found():
         ended(MULTIRUN, 25, 2, 0.5 + 2**-12),
         ended(TRL, 40, 10, 0.5, betas=("0.5",)),
         ended(COHORT, 20, 4, 0.5 + 2**-12 + 2**-20),
-        ended(MULTIRUN_NF4, 36, 1, 0.625),
-        ended(JOINT_NF4, 24, 2, 0.625),
     ]
 
 
@@ -60,8 +56,6 @@ def test_numbers_of_a_sweep(summary):
         TRL: (100, 10),
         MULTIRUN: (25, 2),
         COHORT: (20, 4),
-        MULTIRUN_NF4: (36, 1),
-        JOINT_NF4: (24, 2),
         ONE_CHECKPOINTED: (5, 2),
         COHORT_CHECKPOINTED: (8, 3),
     }
@@ -72,7 +66,6 @@ def test_numbers_of_a_sweep(summary):
         f"{MULTIRUN} : {TRL}": (4, 0.2, 2**-12),
         f"{COHORT} : {TRL}": (5, 0.4, 2**-12 + 2**-20),
         f"{COHORT} : {MULTIRUN}": (1.25, 2, 2**-20),
-        f"{JOINT_NF4} : {MULTIRUN_NF4}": (1.5, 2, 0),
         f"{COHORT_CHECKPOINTED} : {ONE_CHECKPOINTED}": (5 / 8, 1.5, 0),
     }
 
@@ -206,26 +199,19 @@ def test_sides_differ_in_nothing_but_how_they_run(sweep, monkeypatch):
         TRL: (sweeps.SECONDS, 2),
         MULTIRUN: (sweeps.SECONDS, 1),
         COHORT: (sweeps.SECONDS, 1),
-        MULTIRUN_NF4: (sweeps.SECONDS, 1),
-        JOINT_NF4: (sweeps.SECONDS, 1),
     }
     assert {side: [config.loss.beta for config in members] for side, members in configs.items()} == {
         ONE_CHECKPOINTED: [0.1],
         COHORT_CHECKPOINTED: [0.1, 0.5],
         MULTIRUN: [0.1, 0.5],
         COHORT: [0.1, 0.5],
-        MULTIRUN_NF4: [0.1, 0.5],
-        JOINT_NF4: [0.1, 0.5],
     }
     loops = {side: members[0].trainer for side, members in configs.items()}
     assert replace(loops[MULTIRUN], cohort=2) == loops[COHORT]
     assert (loops[COHORT].checkpoint_every, loops[COHORT].groups_per_step) == (0, 4)
-    assert (loops[MULTIRUN_NF4], loops[JOINT_NF4]) == (loops[MULTIRUN], replace(loops[COHORT], joint_passes=True))
-    quantised = {side for side, members in configs.items() if all(m.quantization is not None for m in members)}
-    assert quantised == {MULTIRUN_NF4, JOINT_NF4}
     one, cohort = loops[ONE_CHECKPOINTED], loops[COHORT_CHECKPOINTED]
     assert (one.cohort, cohort.cohort, cohort.checkpoint_every, cohort.groups_per_step) == (1, 2, 1, 4)
     assert replace(one, cohort=2) == cohort
     assert one.tokens_per_batch == 2 * max(map(sum, sweep._prepared["lengths"]["sweep"]))
     stores = {config.reference.path for members in configs.values() for config in members}
-    assert len(stores) == 6 and not any(Path(store).exists() for store in stores)
+    assert len(stores) == 4 and not any(Path(store).exists() for store in stores)

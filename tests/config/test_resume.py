@@ -33,9 +33,10 @@ def old_run(tmp_path_factory):
         for part in sections:
             section = section[part]
         del section[key]
+    settings["trainer"]["joint_passes"] = settings["sft"]["trainer"]["joint_passes"] = True  # gone since
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
     (folder / ".hydra").mkdir()
-    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(TYPED))
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([*TYPED, "trainer.joint_passes=true"]))
     return folder
 
 

@@ -68,12 +68,7 @@ KINDS: dict[str, Kind] = {
     "pairs_of_lists": _one(*PAIRS, *LISTS, "data.list_pairs=all_pairs"),
     # Sweeps
     "sweep": _one("-m", *PAIRS, "hydra.sweep.dir=sweep", "trainer.cohort=1", "loss.beta=0.05,0.3"),
-    "cohort": _one(
-        *("-m", *PAIRS, "hydra.sweep.dir=sweep", "trainer.cohort=2"), "trainer.joint_passes=true", "loss=dpo,simpo,ipo"
-    ),
-    "cohort_in_turns": _one(
-        *("-m", *PAIRS, "hydra.sweep.dir=sweep", "trainer.cohort=2"), "trainer.joint_passes=false", "loss=dpo,orpo"
-    ),
+    "cohort": _one("-m", *PAIRS, "hydra.sweep.dir=sweep", "trainer.cohort=2", "loss=dpo,simpo,orpo"),
     "stopped_early": _one(
         *("-m", *PAIRS, "hydra.sweep.dir=sweep", "trainer.max_steps=8", "stopping=asha", "stopping.rungs=1"),
         *("trainer.cohort=1", "stopping.eta=2", "optim.lr=1e-2,1e-6,1e-7"),

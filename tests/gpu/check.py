@@ -79,7 +79,6 @@ def parts(sizes: Sequence[str]) -> list[list[Part]]:
         *(Part("measure", "tests.gpu.speed", ("measure", size, run), 75, size) for size in sizes[1:] for run in RUNS),
         Part("sampling", "tests.gpu.sampling", (sizes[0],), 60, sizes[0]),
         Part("micro", "tests.gpu.micro", ("--only", *OTHER_KERNELS, "--seconds", "75"), 90),
-        *(Part("cohort", "tests.gpu.cohort", (sizes[0], joint), 75, sizes[0]) for joint in ("true", "false")),
     ]
     return [first, correct, *([part] for part in alone)]
 

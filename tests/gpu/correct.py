@@ -284,7 +284,7 @@ def memory(
         trainer=TrainerConfig(
             epochs=1, max_steps=1, groups_per_step=len(groups), plan=Planning.auto, tokens_per_batch=fullest,
             checkpoint_every=every, log_every=1, eval_every=0, save_every=0, keep_checkpoints=1, cohort=1,
-            joint_passes=None, router_aux_loss_coef=0.0, devices=1, shard=Shard.off,
+            router_aux_loss_coef=0.0, devices=1, shard=Shard.off,
         ),
         optim=SimpleNamespace(name="adamw_torch", master_weights=True, target_modules=None), adapter=ADAPTER,
         reference=SimpleNamespace(mode=ReferenceMode.cache),

@@ -1,7 +1,7 @@
 """Unsloth's DPO on the same tokens: `python -m tests.gpu.unsloth_side SIZE [unsloth|none]`, how it checkpoints.
 
 What a user of Unsloth writes, in its defaults but for the adapter, the optimizer and the batches, which are those of
-the other runs. It has a TRL of its own, so it runs in an environment of its own: packages that `make gpu-bundle` does
+the other runs. Its TRL 1.15 keeps a second copy of the adapter as the reference. The first steps compile each layer. It has a TRL of its own, so it runs in an environment of its own: packages that `make gpu-bundle` does
 not pack. Without them it notes so.
 """
 
@@ -32,6 +32,8 @@ def measure(size: str, checkpointing: str) -> None:
     from unsloth import FastLanguageModel  # isort: skip
 
     from datasets import Dataset
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
@@ -57,6 +59,8 @@ def measure(size: str, checkpointing: str) -> None:
         use_gradient_checkpointing="unsloth" if checkpointing == "unsloth" else False,
     )  # fmt: skip
 
+    set_peft_model_state_dict(model, load_file(str(folder / "adapter" / "adapter_model.safetensors")))
+
     class Tokenised(DPOTrainer):
         """Takes the data set as it is: its texts have been tokenised."""
 
@@ -72,6 +76,7 @@ def measure(size: str, checkpointing: str) -> None:
             output_dir=str(folder / "unsloth"), per_device_train_batch_size=per_step,
             max_steps=len(pairs) // per_step, max_length=None, beta=0.1, optim="adamw_torch_fused", learning_rate=1e-4,
             lr_scheduler_type="constant", max_grad_norm=1.0, bf16=True, logging_steps=1,
+            train_sampling_strategy="sequential", gradient_accumulation_steps=1,
             gradient_checkpointing=checkpointing == "unsloth", save_strategy="no",
             report_to="none", disable_tqdm=True, seed=SEED,
         ),
@@ -87,7 +92,6 @@ def measure(size: str, checkpointing: str) -> None:
         seconds=seconds, tokens_per_second=counted / sum(seconds), reference=0,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30,
         losses=[row["loss"] for row in trainer.state.log_history if "loss" in row],
-        chunked=getattr(trainer, "_unsloth_dpo_chunked_calls", None),
     )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from alignment.scoring import prompt_sharing, states
 from alignment.scoring.layout import FlatLayout, ForkedLayout, keys_per_position
 from alignment.scoring.logps import enable_scoring, join_scores, score, score_tokens
 from alignment.scoring.prompt_sharing import choose_layout
-from alignment.training.cohort import join
 from alignment.training.objective import groups_to_reference
 from alignment.types import Group
 from tests.conftest import each, random_groups
@@ -264,10 +263,3 @@ def test_a_gpu_forks_where_the_whole_pass_saves_a_pass():
         batches = list(ForkedLayout(prompt_sharing.PASS_COST["cuda"]).batches(groups, 100_000))
         assert sorted(i for b in batches for i in b.indices) == list(range(number))
         assert all((batch.fork is not None) == forks for batch in batches)
-
-
-def test_members_of_a_cohort_do_not_join_forks():
-    """Joint passes are one call of the decoder, so these members take turns, as `Cohort` does where this is raised."""
-    batches = [next(iter(ALWAYS.batches(random_groups(2), 10_000))) for _ in range(2)]
-    with pytest.raises(NotImplementedError, match="hand states to their completions"):
-        join(batches)

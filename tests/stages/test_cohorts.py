@@ -56,7 +56,6 @@ def grouped(folder: Path, *overrides: str, launcher: str = "basic") -> list[tupl
         (["loss.beta=0.1,0.2"], []),
         (["loss.beta=0.1,0.2", "quantization=nf4"], []),
         (["loss.beta=0.1,0.2", "quantization=nf4", "trainer.cohort=2"], [([0, 1], 2)]),
-        (["loss.beta=0.1,0.2", "trainer.joint_passes=true,false", "trainer.cohort=2"], [([0, 2], 2), ([1, 3], 2)]),
         (["loss=dpo,simpo,kto,orpo", "trainer.cohort=3"], [([0, 1, 2, 3], 3)]),
         (["optim.lr=1e-3,1e-4", "adapter.r=2,4", "trainer.cohort=4"], [([0, 1, 2, 3], 4)]),
         (["trainer.groups_per_step=2,4", "trainer.max_steps=3,4", "trainer.cohort=4"], [([0, 1, 2, 3], 4)]),
@@ -97,8 +96,6 @@ def test_finished_members_and_other_launchers_are_left_out(project, tmp_path):
     ("arguments", "said"),
     [
         (["recipe=tiny", "sft.trainer.cohort=2"], "sft.trainer.cohort has no effect: the SFT stage is done once"),
-        (["recipe=tiny", "sft.trainer.joint_passes=true"], "sft.trainer.joint_passes has no effect: the SFT stage"),
-        (["recipe=tiny", "trainer.joint_passes=true"], "trainer.joint_passes has no effect: it is for the members of"),
         (["recipe=tiny", "trainer.cohort=2"], "trainer.cohort has no effect: it is for the members of a sweep"),
         (["-m", "recipe=tiny", "seed=0,1", "trainer.cohort=0"], "trainer.cohort must be auto or at least 1, not 0."),
         (["-m", "recipe=tiny", "seed=0,1", "trainer.cohort=all"], "trainer.cohort must be auto or at least 1, not all"),
@@ -117,7 +114,7 @@ def test_how_many_train_together_may_change(project, tmp_path):
     """Of a sweep that goes on, since it is no matter of the result."""
     register(project)
     load("recipe=tiny")
-    node = compose_node(["recipe=tiny", "trainer.cohort=3", "trainer.joint_passes=true"])
+    node = compose_node(["recipe=tiny", "trainer.cohort=3"])
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(compose_node(["recipe=tiny"]), resolve=True))
     assert changes(tmp_path, node) == ""
 
@@ -129,7 +126,7 @@ SWEEP = (
     *("-m", "recipe=tiny", "hydra.sweep.dir=sweep"),
     *("adapter.r=4", "seed=1", "sft.seed=0", "reference.for_metrics=true", "evaluation.kl_prompts=2"),
 )
-JOINT = ("trainer.cohort=3", "trainer.joint_passes=true")
+THREE = "trainer.cohort=3"
 
 
 def sweep_in(folder: Path, project: Path, names, *overrides: str, patch=same_code, code=0):
@@ -179,7 +176,7 @@ def assert_close(run: Path, other: Path) -> None:
 @pytest.mark.matrix
 def test_a_cohort_is_its_members_one_by_one(project, one_by_one, tmp_path):
     """The five losses of one sweep, three at a time: two begin where others have ended."""
-    ended = sweep_in(tmp_path, project, NAMES, *JOINT)
+    ended = sweep_in(tmp_path, project, NAMES, THREE)
     assert "5 members train together, 3 at a time." in ended.out
     assert ended.out.count("SFT was done before") == 4
     for number, name in enumerate(NAMES):
@@ -215,7 +212,7 @@ def killed_at(step, how=signal.SIGKILL):
 def test_a_cohort_goes_on_where_it_stopped(project, one_by_one, tmp_path):
     """Killed with two members begun and one waiting; interrupted when all have begun; ended in two other ways."""
     sweep = tmp_path / "sweep"
-    three = (tmp_path, project, NAMES[:3], "trainer.joint_passes=true")
+    three = (tmp_path, project, NAMES[:3])
 
     def assert_stopped(ended, *begun):
         assert "Traceback" not in ended.err
@@ -245,8 +242,7 @@ def test_a_cohort_goes_on_where_it_stopped(project, one_by_one, tmp_path):
 
 @pytest.mark.matrix
 def test_a_failed_member_ends_no_other(project, one_by_one, tmp_path):
-    two_at_once = ("trainer.cohort=2", "trainer.joint_passes=true")
-    ended = sweep_in(tmp_path, project, NAMES[:3], *two_at_once, patch=failing_second, code=1)
+    ended = sweep_in(tmp_path, project, NAMES[:3], "trainer.cohort=2", patch=failing_second, code=1)
     *_, error, last = ended.err.splitlines()
     assert error == "Error: 1-tiny failed: RuntimeError: out of memory"
     sweep = tmp_path / "sweep"
@@ -261,32 +257,9 @@ def test_a_failed_member_ends_no_other(project, one_by_one, tmp_path):
     assert_close(sweep / "1-tiny", one_by_one / "1-tiny")
 
 
-def too_small_for_two():
-    from dataclasses import replace
-
-    from alignment.stages import preference as preference_stage
-
-    same_code()
-    plan = preference_stage.plan_stage
-
-    def patched(*arguments, slot, **settings):
-        found = plan(*arguments, slot=slot, **settings)
-        return replace(found, fits=False) if slot.is_joint else found
-
-    preference_stage.plan_stage = patched
-
-
-@pytest.mark.matrix
-def test_members_that_do_not_fit_together_take_turns(project, one_by_one, tmp_path):
-    ended = sweep_in(tmp_path, project, NAMES[:2], *JOINT, patch=too_small_for_two)
-    assert ended.out.count("The members of the cohort take turns from here on") == 1
-    for number in range(2):
-        assert_close(tmp_path / "sweep" / f"{number}-tiny", one_by_one / f"{number}-tiny")
-
-
 def test_members_take_turns(project, first_two, tmp_path):
     ended = sweep_in(tmp_path, project, NAMES[:2], "trainer.cohort=2")
-    assert ended.out.count("The members of the cohort take turns") == 1
+    assert "2 members train together, 2 at a time." in ended.out
     for number in range(2):
         member, alone = (folder / f"{number}-tiny" for folder in (tmp_path / "sweep", first_two))
         assert_close(member, alone)
@@ -297,7 +270,7 @@ def test_members_take_turns(project, first_two, tmp_path):
 @pytest.mark.matrix
 def test_members_of_a_cohort_are_runs_of_their_own_in_wandb(project, tmp_path):
     ended = command(
-        *("--config-dir", str(project), "-m", "recipe=tiny", "loss=dpo,simpo", *JOINT, "hydra.sweep.dir=sweep"),
+        *("--config-dir", str(project), "-m", "recipe=tiny", "loss=dpo,simpo", THREE, "hydra.sweep.dir=sweep"),
         *("tracking=wandb", "tracking.mode=offline", "sft=none", "evaluation.prompts=0"),
         cwd=tmp_path,
         cache=tmp_path / "cache",

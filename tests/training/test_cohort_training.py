@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from alignment.errors import NotFinite, UserError
-from alignment.policy.layers import checkpoint_layers, decoder_layers
+from alignment.policy.layers import checkpoint_layers
 from alignment.policy.load import save_policy
 from alignment.reference.live import LiveReference
 from alignment.training.callbacks import Checkpoints, Rhythm, last_checkpoint, prepare_trainer
-from alignment.training.cohort import Cohort, JointModel
+from alignment.training.cohort import Cohort
 from alignment.training.sampler import StepSampler
 from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import recommended_loss
@@ -82,14 +82,13 @@ def train(trainer, resume=False):
     return trainer
 
 
-def together(base, trainers, resume=False, width=None, joint_passes=True):
+def together(base, trainers, resume=False, width=None):
     def training(member, trainer):
         member.base(lambda: base)
-        member.attach(trainer.model)
         trainer.objective.passes = member
         return train(trainer, resume)
 
-    cohort = Cohort(width or len(trainers), joint_passes)
+    cohort = Cohort(width or len(trainers))
     return cohort.run([partial(training, trainer=trainer) for trainer in trainers])
 
 
@@ -177,38 +176,8 @@ class Tokenizer:
         """Save nothing."""
 
 
-@pytest.fixture
-def passes(monkeypatch):
-    """The members of every joint pass, in their order."""
-    found = []
-    own = JointModel.score
-
-    def noted(self, members, *args):
-        found.append(list(members))
-        return own(self, members, *args)
-
-    monkeypatch.setattr(JointModel, "score", noted)
-    return found
-
-
-def test_passes_with_gradient_are_joint(tmp_path, passes):
-    """Two members with two micro-batches a step: no more passes than one of them has, until it has ended."""
-    before = set(threading.enumerate())
-    base = frozen_base()
-    trainers = [trainer_of(base, Training("simpo", steps=2 + i, seed=i), tmp_path / str(i)) for i in range(3)]
-    counts = []
-    for trainer in trainers:
-        trainer.tokens_per_batch = 1  # a pass for each of the 4 groups of a step
-        counts.append([len(step) for step in trainer.sampler.first_steps(trainer.args.max_steps)])
-    assert together(base, trainers) == trainers
-    # The last member ends by passes of its own.
-    shortest, middle, _ = sorted(sum(count) for count in counts)
-    assert passes == [[0, 1, 2]] * shortest + [[1, 2]] * (middle - shortest)
-    assert set(threading.enumerate()) <= before
-
-
 @pytest.mark.matrix
-def test_a_place_that_is_free_goes_to_the_next_member(tmp_path, passes, alone):
+def test_a_place_that_is_free_goes_to_the_next_member(tmp_path, alone):
     """Four members of 4, 3, 3 and 3 steps in two places, which are never empty but at the end."""
     base = frozen_base()
     trainings = (FIVE[0], FIVE[1], FIVE[3], FEW[0])
@@ -216,45 +185,19 @@ def test_a_place_that_is_free_goes_to_the_next_member(tmp_path, passes, alone):
     assert together(base, members, width=2) == members
     for member, training in zip(members, trainings, strict=True):
         assert_same(member, alone(training))
-    # 13 steps in all, one of them the last member's own
-    assert set(map(tuple, passes)) == {(0, 1)} and len(passes) >= 6
 
 
-def test_layers_without_a_joint_form_take_turns(tmp_path, monkeypatch, caplog, alone):
-    def refuse(self, *args):
-        raise NotImplementedError("no joint form")
-
-    monkeypatch.setattr(JointModel, "score", refuse)
-    base = frozen_base()
-    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
-    assert together(base, trainers) == trainers
-    for member, training in zip(trainers, FEW, strict=True):
-        assert_same(member, alone(training))
-    assert caplog.text.count("take turns") == 1
-
-
-def test_members_take_turns(tmp_path, passes, caplog, alone):
+def test_members_take_turns(tmp_path, alone):
     """Each ends with the very bits that it has by itself, and each has had its first step before one has its second."""
-    caplog.set_level("INFO")
     base = frozen_base()
     trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
     steps = []
     for i, trainer in enumerate(trainers):
         trainer.add_callback(Steps(i, steps))
-    assert together(base, trainers, joint_passes=False) == trainers
+    assert together(base, trainers) == trainers
     assert steps[: 2 * len(FEW)] == [(i, step) for step in (1, 2) for i in range(len(FEW))]
     for member, training in zip(trainers, FEW, strict=True):
         assert_same(member, alone(training), tolerance=0)
-    assert passes == [] and caplog.text.count("The members of the cohort take turns") == 1
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("asked", [None, False, True])
-def test_passes_are_joint_only_where_one_asks(asked, device):
-    """Whatever the device is; `meta` stands for one that is no CPU."""
-    cohort = Cohort(2, asked)
-    cohort.base(lambda: frozen_base().to(device))
-    assert cohort.is_apart == (asked is not True)
 
 
 @dataclass
@@ -267,29 +210,6 @@ class Steps(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Note it."""
         self.ended.append((self.member, state.global_step))
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("phase", ["_forward", "_backward"])
-def test_where_single_groups_do_not_fit_together_members_take_turns(phase, tmp_path, monkeypatch, alone):
-    base = frozen_base()
-    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
-    own = getattr(Cohort, phase)
-
-    def never_fits(self):
-        if phase == "_backward":
-            own(self)  # and the gradients of this pass are there
-        if len(self._active) > 1:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        own(self)
-
-    monkeypatch.setattr(Cohort, phase, never_fits)
-    for trainer in trainers:
-        trainer.tokens_per_batch = 1
-    assert together(base, trainers) == trainers
-    for member, training in zip(trainers, FEW, strict=True):
-        assert not any(layer.gradient_checkpointing for layer in decoder_layers(member.model))
-        assert_same(member, alone(training, tokens=1))
 
 
 def test_a_member_that_fails_leaves_the_others_alone(tmp_path, alone):
@@ -366,31 +286,6 @@ class BrokenLoss:
         """NaN."""
         output = self._loss(inputs, step_statistics)
         return replace(output, losses=output.losses * torch.nan)
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("phase", ["_forward", "_backward"])
-def test_a_pass_that_does_not_fit_is_tried_again_in_smaller_ones(phase, tmp_path, monkeypatch, alone):
-    base = frozen_base()
-    trainers = [trainer_of(base, t, tmp_path / str(i)) for i, t in enumerate(FEW)]
-    own, calls = getattr(Cohort, phase), []
-
-    def fails_once(self):
-        calls.append(phase)
-        if phase == "_backward":
-            own(self)  # and the gradients of this pass are there
-        if len(calls) == 3:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        if phase == "_forward":
-            own(self)
-
-    monkeypatch.setattr(Cohort, phase, fails_once)
-    for trainer in trainers:
-        trainer.tokens_per_batch = 10_000
-    assert together(base, trainers) == trainers
-    for member, training in zip(trainers, FEW, strict=True):
-        assert member.tokens_per_batch < 10_000
-        assert_same(member, alone(training))
 
 
 def test_an_interrupt_ends_all_members(tmp_path):

@@ -285,7 +285,7 @@ def test_a_model_that_cannot_be_checkpointed():
 
 TRAINER = TrainerConfig(
     epochs=1, max_steps=None, groups_per_step=4, plan=Planning.auto, tokens_per_batch=None, checkpoint_every=None,
-    log_every=1, eval_every=0, save_every=0, keep_checkpoints=1, cohort=1, joint_passes=None,
+    log_every=1, eval_every=0, save_every=0, keep_checkpoints=1, cohort=1,
     router_aux_loss_coef=0, devices=1, shard=Shard.off,
 )  # fmt: skip
 
@@ -322,14 +322,12 @@ def test_a_mixed_reference_is_counted_with_the_ranks_that_it_grows_to(tmp_path, 
 def test_members_and_a_second_copy_are_counted(tmp_path):
     """Each member has gradients and optimizer states; a live reference of a whole model holds its weights again."""
     model = policy_of(tiny_of("qwen3", 4), torch.float32, "lora")
-    alone, apart, joint = (
-        stage_plan(model, tmp_path / str(i), slot=slot)
-        for i, slot in enumerate((None, *(SimpleNamespace(width=3, is_joint=is_joint) for is_joint in (False, True))))
+    alone, found = (
+        stage_plan(model, tmp_path / str(i), slot=slot) for i, slot in enumerate((None, SimpleNamespace(width=3)))
     )
-    for found in (apart, joint):
-        assert found.needs.gradients == 3 * alone.needs.gradients > 0
-        assert found.needs.optimizer == 3 * alone.needs.optimizer > 0
-    assert apart.tokens_per_batch == alone.tokens_per_batch == 1024 and joint.tokens_per_batch == 3072
+    assert found.needs.gradients == 3 * alone.needs.gradients > 0
+    assert found.needs.optimizer == 3 * alone.needs.optimizer > 0
+    assert found.tokens_per_batch == alone.tokens_per_batch == 1024
     whole = policy_of(tiny_of("qwen3", 4), torch.float32, "full")
     cached, live = (
         stage_plan(whole, tmp_path / mode.value, adapter=None, mode=mode)
