@@ -1,8 +1,9 @@
 """Unsloth's DPO on the same tokens: `python -m tests.gpu.unsloth_side SIZE [unsloth|none]`, how it checkpoints.
 
 What a user of Unsloth writes, in its defaults but for the adapter, the optimizer and the batches, which are those of
-the other runs. Its TRL 1.15 keeps a second copy of the adapter as the reference. The first steps compile each layer. It has a TRL of its own, so it runs in an environment of its own: packages that `make gpu-bundle` does
-not pack. Without them it notes so.
+the other runs. Its TRL 1.15 keeps a second copy of the adapter as the reference. The first steps compile each layer. It
+has a TRL of its own, so it runs in an environment of its own: packages that `make gpu-bundle` does not pack. Without
+them it notes so.
 """
 
 from __future__ import annotations
