@@ -281,11 +281,15 @@ MAX_NAME = 128
 
 @dataclass(kw_only=True)
 class TrackingConfig:
-    """Weights & Biases; `tracking=none` sets the whole node to null. `mode` auto: online if logged in, else offline."""
+    """Weights & Biases; `tracking=none` sets the whole node to null. `mode` auto: online if logged in, else offline.
+
+    `system` says whose system metrics the W&B run has: those that rank 0 sees, or each rank's.
+    """
 
     project: str
     entity: str | None
     mode: str
+    system: str
     group: str | None
     name: str | None
     tags: Any  # words, or one word
@@ -302,6 +306,8 @@ class TrackingConfig:
         require(not signs, f"tracking.project: W&B takes no {' '.join(signs)} in the name of a project.")
         modes = ("auto", "online", "offline")
         require(self.mode in modes, f"tracking.mode must be one of {', '.join(modes)}, not '{self.mode}'.")
+        known = ("rank0", "each")
+        require(self.system in known, f"tracking.system must be one of {', '.join(known)}, not '{self.system}'.")
 
 
 @dataclass(kw_only=True)

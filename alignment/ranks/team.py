@@ -62,6 +62,7 @@ class Post:
         passes: runs a preference step's passes.
         trainer: runs an SFT step's passes.
         steps: updates the weights that this rank holds of a whole model.
+        tracked: sends its system metrics.
         start: the policy that a preference stage starts from, where it is kept.
         stage: ends what the running stage has begun.
     """
@@ -75,6 +76,7 @@ class Post:
     passes: Any = None
     trainer: Any = None
     steps: Any = None
+    tracked: Any = None
     start: Any = None
     stage: ExitStack = field(default_factory=ExitStack)
 

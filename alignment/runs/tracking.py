@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from alignment.config.schema import MAX_NAME, TrackingConfig
 from alignment.errors import UserError
 from alignment.files import atomic_write_text, redact, to_json
+from alignment.runs.rank_tracking import IDENTITY, SharedRun, first_problem, join_run, leave_run, settings_of
 from alignment.runs.record import LINE_KEYS, read_metrics
 
 if TYPE_CHECKING:
     import wandb
+
+    from alignment.ranks.team import Team
 
 
 logger = logging.getLogger(__name__)
@@ -30,8 +33,6 @@ _ENVIRONMENT_MODES = {
     "disabled": "disabled",
 }
 _ID_FILE = "wandb_run_id"
-_IDENTITY = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
-"""Variables of the environment with which W&B would make one run of two."""
 _INIT_SECONDS = 30.0
 _FINISH_SECONDS = 120.0
 _out_of_reach: list[str] = []
@@ -49,13 +50,23 @@ class Tracker:
 
     An error in W&B is logged once and ends the tracking, never the training. The run folder has all numbers anyway.
 
+    Args:
+        rows: of metrics.jsonl, of which W&B has the first `num_there`; it is sent the others.
+        team: the other ranks that send their system metrics to this run.
+
     Attributes:
         run_id: id with which a later process continues the W&B run; None without one.
     """
 
-    def __init__(self, run: wandb.Run | None, rows: Sequence[Mapping[str, Any]] = (), num_there: int = 0) -> None:
-        """Send the rows of metrics.jsonl that W&B lacks; it has the first `num_there` of `rows`."""
+    def __init__(
+        self,
+        run: wandb.Run | None,
+        rows: Sequence[Mapping[str, Any]] = (),
+        num_there: int = 0,
+        team: Team | None = None,
+    ) -> None:
         self._run = run
+        self._team = team
         self.run_id: str | None = run.id if run is not None else None
         self._sent: set[tuple[str, int, str]] = set()
         self._guarded(_define_axes)
@@ -99,6 +110,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._team is not None and kind is None:  # after an error they end with rank 0
+            self._team.tell(leave_run)
         self.finish(0 if kind is None else 1)
 
 
@@ -117,6 +130,7 @@ def open_tracker(
     recipe: str,
     run_config: Mapping[str, Any],
     stages: Sequence[str],
+    team: Team | None = None,
 ) -> Tracker:
     """Start the tracker of a run. Its files are in `run_dir`/wandb and its id is in `run_dir`/wandb_run_id.
 
@@ -126,6 +140,7 @@ def open_tracker(
     Raises:
         UserError: `mode` is online, and the login is missing or refused.
     """
+    is_shared = team is not None and config is not None and config.system == "each"
     sweep = sweep_name(run_dir)
     name = run_dir.name if sweep else f"{recipe}-{run_dir.name}"
     run = start_run(
@@ -135,12 +150,24 @@ def open_tracker(
         group=(sweep or recipe)[:MAX_NAME],
         job_type="sweep member" if sweep else "+".join(stages),
         name=name[:MAX_NAME],
+        is_shared=is_shared,
     )
     if run is None:
         return Tracker(None)
     path = run_dir / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
-    return Tracker(run, rows, run.starting_step)
+    if team is None or not is_shared or run.settings.mode != "shared":
+        if is_shared:
+            logger.warning(
+                "tracking.system=each: only rank 0's system metrics are kept, because W&B's mode for several writers "
+                "of a run keeps nothing offline, nor goes on from what was."
+            )
+        return Tracker(run, rows, run.starting_step)
+    shared = SharedRun(run.id, run.project, run.entity, _INIT_SECONDS, _FINISH_SECONDS)
+    answers = dict(enumerate(team.tell(join_run, shared), 1))
+    if any(answers.values()):
+        logger.warning("%s; training goes on.", first_problem(answers))
+    return Tracker(run, rows, len(rows), team)  # W&B counts no rows of a run with several writers
 
 
 def sweep_name(run_dir: Path) -> str | None:
@@ -160,6 +187,7 @@ def start_run(
     job_type: str,
     name: str,
     notes: str | None = None,
+    is_shared: bool = False,
 ) -> wandb.Run | None:
     """Start or continue the W&B run of a folder. None if nothing is tracked or W&B fails. Never asks you anything.
 
@@ -168,19 +196,25 @@ def start_run(
 
     Args:
         group, name: used if the configuration sets none.
+        is_shared: whether other ranks send their system metrics to it, which W&B can only online.
 
     Raises:
-        UserError: `mode` is online, and the login is missing or refused.
+        UserError: `mode` is online, and the login is missing or refused; or it is offline, and the run is shared.
     """
     mode = _mode(config)
     if config is None or mode == "disabled":
         return None
+    if is_shared and mode == "offline":
+        raise UserError(
+            "tracking.system=each needs W&B online, whose mode for several writers of a run keeps nothing offline: set "
+            "tracking.mode=online, or tracking.system=rank0."
+        )
     import wandb
 
     # Which run it is
     id_file = folder / _ID_FILE
     begun_id = id_file.read_text().strip() if id_file.exists() else None
-    for name_of_variable in () if _is_run_of_agent(folder) else _IDENTITY:
+    for name_of_variable in () if _is_run_of_agent(folder) else IDENTITY:
         os.environ.pop(name_of_variable, None)
     try:
         wandb.setup()
@@ -196,7 +230,10 @@ def start_run(
     folder.mkdir(parents=True, exist_ok=True)
 
     # Online if it can be, else offline
-    def start(mode: Literal["online", "offline"]) -> wandb.Run:
+    is_shared = is_shared and not earlier  # parts that were kept offline replace what was sent
+    own = settings_of(0) if is_shared else {}
+
+    def start(mode: Literal["online", "offline", "shared"]) -> wandb.Run:
         return wandb.init(
             project=config.project,
             entity=config.entity,
@@ -212,13 +249,17 @@ def start_run(
             reinit="create_new",
             mode=mode,
             settings=wandb.Settings(
-                silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS
+                silent=True,
+                console="off",
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
+                **(own if mode == "shared" else {}),
             ),
         )
 
     run, why = None, ""
     if mode != "offline":
-        run, why = _start_online(lambda: start("online"), required=mode == "online")
+        run, why = _start_online(lambda: start("shared" if is_shared else "online"), required=mode == "online")
     if run is None:
         reason = f" because {why}" if why else ""
         try:

@@ -174,6 +174,7 @@ class Chain:
             recipe=self.recipe,
             run_config=self.resolved,
             stages=[stage.name for stage in self.stages],
+            team=self.work.team,
         ) as tracker:
             model = self._load_policy()
             fresh = not self._finished()
@@ -436,8 +437,7 @@ class Chain:
             files["held_out"] = self.run_dir / "held_out.jsonl"
         if has_samples:
             files["samples"] = self.run_dir / "samples.md"
-        if self.config.export.merge:
-            files["merged"] = self.run_dir / "merged"
+        files |= {"merged": self.run_dir / "merged"} if self.config.export.merge else {}
         return {name: str(path) for name, path in files.items()}
 
 

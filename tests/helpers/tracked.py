@@ -13,7 +13,15 @@ from alignment.runs import tracking
 
 
 def tracking_config(**values: Any) -> TrackingConfig:
-    defaults = {"project": "p", "entity": None, "mode": "auto", "group": None, "name": None, "tags": []}
+    defaults = {
+        "project": "p",
+        "entity": None,
+        "mode": "auto",
+        "system": "rank0",
+        "group": None,
+        "name": None,
+        "tags": [],
+    }
     return TrackingConfig(**(defaults | values))
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "alignment"
 ONLY_IN = {
     "hydra": {"run", "config"},
     "omegaconf": {"run", "config", "stages.cohorts"},
-    "wandb": {"runs.tracking", "runs.sweep_tracking"},
+    "wandb": {"runs.tracking", "runs.rank_tracking", "runs.sweep_tracking"},
     "trl": {"stages.sft", "policy.chat_templates"},
     "matplotlib": {"runs.plots", "runs.style", "course.figures"},
     "plotly": {"comparison.charts", "comparison.tracked"},
