@@ -94,6 +94,11 @@ class ServerEngine:
         }
         try:
             return self.endpoint.post("completions", body, lambda reply: read_answer(reply, how))
+        except _EndsByItself as why:
+            raise UserError(
+                f"The server {self.endpoint.address} ends answers of {self.model} at its model's own token {why}, "
+                f"which is none of the stop tokens {list(how.stops)}: add it to Sampling.stops."
+            ) from None
         except Refused as why:
             raise UserError(
                 f"The server {self.endpoint.address} refuses to draw answers of {self.model} ({why}): see that it has "
@@ -105,6 +110,10 @@ class ServerEngine:
                 f"{self.endpoint.retries + 1} times: look into its log, and see that it is vLLM, SGLang or llama.cpp "
                 f"in a version that sends token ids."
             ) from None
+
+
+class _EndsByItself(Exception):
+    """An answer ends at a token of the server's model that is not asked for, which the message names."""
 
 
 def read_answer(reply: Any, how: Sampling) -> Answer:
@@ -125,6 +134,9 @@ def read_answer(reply: Any, how: Sampling) -> Answer:
     if answer.tokens.ndim != 1 or answer.tokens.shape != answer.logps.shape or not np.isfinite(answer.logps).all():
         raise ValueError("tokens without log-probs")
     stops = np.isin(answer.tokens, how.stops)
+    own_end = finish is Finish.stop and "stop_reason" in choice and choice["stop_reason"] is None  # vLLM's word for it
+    if own_end and len(stops) and not stops.any():
+        raise _EndsByItself(tokens[-1])
     if not len(stops) or stops[:-1].any() or bool(stops[-1]) is not (finish is Finish.stop):
         raise ValueError("an answer that does not end with its stop token")
     return answer

@@ -78,6 +78,9 @@ class Stub:
                 choices[0].pop("token_ids")
             if fault == "cut answer":
                 choices[0]["finish_reason"] = "stop" if choices[0]["finish_reason"] == "length" else "length"
+            if fault == "own end":
+                choices[0] |= {"finish_reason": "stop", "stop_reason": None, "token_ids": [7, 2]}
+                choices[0]["logprobs"]["token_logprobs"] = [-0.5, -0.5]
             text = json.dumps({"choices": choices}).encode()
         handler.send_response(200)
         if fault == "cut":
@@ -150,6 +153,14 @@ def test_a_refusal_is_final(stub):
     assert len(stub.asked) < 24
     with pytest.raises(UserError, match="own generation settings"):
         draw(engine(stub), PROMPTS, 1, Sampling(stops=(STOP,), max_new_tokens=2, presets=True))
+
+
+def test_an_end_that_nobody_asked_for_is_named(stub):
+    """vLLM also stops at the EOS of its model, whatever the stop tokens; the same answer would come again."""
+    stub.faults = ["own end"]
+    with pytest.raises(UserError, match=r"own token 2, which is none of the stop tokens \[96\]: add it"):
+        draw(engine(stub, concurrency=1), PROMPTS[:1], 1, HOW)
+    assert len(stub.asked) == 1
 
 
 def test_the_adapter_is_loaded_under_its_identity(stub, tmp_path):
