@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from alignment.comparison.tables import Table
 
 _SHORT = {"judge": "evaluation.judge", "humans": "evaluation.human_labels", "prompts": "evaluation.prompts"}
-_OWN = ("tasks", "against", "answers", "out")
+_OWN = ("tasks", "against", "answers", "questions", "export", "out")
 _KEYS = (*_SHORT, *_OWN)
 
 
@@ -49,6 +49,10 @@ def _count(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,3}", text):
         raise UserError(f"answers must be an integer from 1 to 9999, not '{text}'.")
     return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.strip("[]").split(",") if name]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,20 +86,22 @@ def run(arguments: Sequence[str] | None) -> tuple[Path, list[Table]]:
     if not folders:
         raise UserError("Name at least one folder of a finished run; see python -m alignment.evaluate --help.")
     count = _count(given.get("answers", "1"))
-    tasks = [task for task in given.get("tasks", "win_rate").strip("[]").split(",") if task]
+    exports = _names(given.get("export", ""))
+    tasks = _names(given.get("tasks", "" if exports else "win_rate"))
 
     # The libraries take seconds to load: only once the words are understood
-    from alignment.assessment.tasks import assess, require_tasks
+    from alignment.assessment.tasks import Asked, assess
     from alignment.config.registry import register
     from alignment.config.typed_text import as_text
     from alignment.stages.quiet import quieten_libraries
 
-    require_tasks(tasks)
     quieten_libraries()
     register(options.config_dir)
     beside = Path(os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders]))
     out = Path(given["out"]).expanduser() if "out" in given else folders[0] if len(folders) == 1 else beside
-    return assess(folders, tasks, as_text(settings, sweeps=False), given.get("against"), count, out)
+    questions = Path(given["questions"]).expanduser() if "questions" in given else None
+    typed, against = as_text(settings, sweeps=False), given.get("against")
+    return assess(Asked(folders, tasks, typed, against, count, questions, exports, out))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

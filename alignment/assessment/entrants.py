@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
 from alignment.comparison.members import is_run, run_folders, short_names
+from alignment.data.rows.row import Row
 from alignment.errors import UserError
 from alignment.runs.folder import MODEL_TITLES, read_run, submapping
 from alignment.stages.finished import OpenedPolicy, open_model, open_run, starting_moment
@@ -16,21 +19,26 @@ ALL = "all"
 _HOW = ("prompts", "max_new_tokens", "temperature")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Entrants:
     """The policies with their answers.
 
     Attributes:
         policies: first those of the runs, in their order, then those that they are compared with, each once.
-        answers: of each policy, `count` for each prompt.
         matches: the numbers of two policies: those of a run, and what it is compared with.
         runs: how many policies are those of the runs.
+        count: answers to each prompt.
     """
 
     policies: list[OpenedPolicy]
-    answers: list[list[list[str]]]
     matches: list[tuple[int, int]]
     runs: int
+    count: int
+
+    @cached_property
+    def answers(self) -> list[list[list[str]]]:
+        """Of each policy, `count` for each prompt."""
+        return [policy.answers(self.count) for policy in self.policies]
 
     @property
     def names(self) -> list[str]:
@@ -38,82 +46,70 @@ class Entrants:
         return [policy.name for policy in self.policies]
 
 
-def opened(folders: Sequence[Path], settings: Sequence[str]) -> list[OpenedPolicy]:
-    """The final policies of runs, checked to have been asked the same.
+def opened(folders: Sequence[Path], settings: Sequence[str], rows: Sequence[Row] | None) -> list[OpenedPolicy]:
+    """The final policies of runs, checked to be asked the same.
 
     Args:
         folders: of runs, or of sweeps.
         settings: overrides of the settings that the runs had.
+        rows: what is asked in place of the held-out rows.
 
     Raises:
         UserError: a folder of no run, a run that cannot be asked, or runs with other prompts.
     """
     runs = run_folders(folders)
-    found = [open_run(run, name, settings) for run, name in zip(runs, short_names(runs), strict=True)]
+    found = [open_run(run, name, settings, rows) for run, name in zip(runs, short_names(runs), strict=True)]
     for policy in found[1:]:
         _require_same(found[0], policy)
     return found
 
 
-def entrants(policies: Sequence[OpenedPolicy], against: str | None, count: int) -> Entrants:
-    """The policies, what they are compared with, and the answers of both.
+def entrants(policies: Sequence[OpenedPolicy], against: str | None, count: int, settings: Sequence[str]) -> Entrants:
+    """The policies, and what they are compared with.
 
     Args:
         against: "start" or "sft", of each run; "all": each other; a run's folder, or a model; None: the policy that the
             run's preference stage has begun with.
         count: answers to each prompt.
+        settings: overrides of the settings that a run had.
 
     Raises:
         UserError: `against` is none of these, or is asked other prompts.
     """
-    settings = policies[0].questions.config.evaluation
-    if count > 1 and settings.temperature == 0:
+    temperature = policies[0].questions.config.evaluation.temperature
+    if count > 1 and temperature == 0:
         raise UserError(
             f"answers={count} needs evaluation.temperature above 0: greedy answers to a prompt are all the same."
         )
-    if against == ALL and len(policies) < 2:
-        raise UserError("against=all compares runs with each other, and there is only one: give several.")
     players = list(policies)
-    answers = [policy.answers(count) for policy in policies]
     if against == ALL:
-        every = [(i, j) for i in range(len(players)) for j in range(i + 1, len(players))]
-        return Entrants(players, answers, every, len(policies))
+        if len(policies) < 2:
+            raise UserError("against=all compares runs with each other, and there is only one: give several.")
+        return Entrants(players, list(combinations(range(len(players)), 2)), len(players), count)
     matches = []
-    for number, opponent in enumerate(_opponents(policies, against)):
-        place = _place(opponent, players[len(policies) :])
-        if place is None:
-            said = opponent.answers(count)
-            known = answers[len(policies) :]
-            place = known.index(said) if said in known and opponent.run is not None else len(known)
-            if place == len(known):
-                players.append(opponent)
-                answers.append(said)
+    for number, opponent in enumerate(_opponents(policies, against, settings)):
+        others = players[len(policies) :]
+        place = next((place for place, other in enumerate(others) if opponent.is_same(other)), len(others))
+        if place == len(others):
+            players.append(opponent)
         matches.append((number, len(policies) + place))
     if len(players) == len(policies) + 1 and players[-1].run is not None and players[-1].moment != "final":
         players[-1] = replace(players[-1], name=MODEL_TITLES[players[-1].moment])  # of all runs
-    return Entrants(players, answers, matches, len(policies))
+    return Entrants(players, matches, len(policies), count)
 
 
-def _opponents(policies: Sequence[OpenedPolicy], against: str | None) -> list[OpenedPolicy]:
+def _opponents(policies: Sequence[OpenedPolicy], against: str | None, settings: Sequence[str]) -> list[OpenedPolicy]:
     """What each policy is compared with."""
     if against in (None, "start", "sft"):
         return [policy.at(against or starting_moment(policy.run)) for policy in policies if policy.run is not None]
     assert against is not None
     folder = Path(against).expanduser()
     if folder.is_dir() and is_run(folder) and not submapping(read_run(folder).summary, "merge"):
-        opponent = open_run(folder.resolve(), against, ())
+        opponent = open_run(folder.resolve(), against, settings, policies[0].questions.given_rows)
     else:
         opponent = open_model(against, policies[0])
     _require_same(policies[0], opponent)
     return [opponent] * len(policies)
-
-
-def _place(policy: OpenedPolicy, among: Sequence[OpenedPolicy]) -> int | None:
-    """Which of the others is the same policy, as far as runs tell."""
-    return next(
-        (place for place, other in enumerate(among) if other is policy or (policy.identity or "") == other.identity),
-        None,
-    )
 
 
 def _require_same(first: OpenedPolicy, other: OpenedPolicy) -> None:

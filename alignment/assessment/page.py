@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from alignment.assessment.entrants import Entrants
-from alignment.assessment.win_rates import Judged
 from alignment.comparison.answers import Answer, Question
 from alignment.comparison.tables import Table
-from alignment.evaluation.judges.base import Preference
+from alignment.evaluation.judges.base import Judgement, Preference
 from alignment.pages import page_templates
 from alignment.runs.judge_table import ABOUT_JUDGE, judge_rows
 from alignment.runs.text import DASH, MAX_SAMPLES, clip, format_value, percent
@@ -99,21 +98,28 @@ def _judge(card: Mapping[str, Any]) -> Table:
     return Table("The judge", ["", ""], judge_rows(card), ABOUT_JUDGE)
 
 
-def questions(field: Entrants, judged: Judged) -> tuple[list[Question], str]:
-    """Some prompts with the first answer of every policy, those on which policies differ first, and a note on these."""
+def questions(
+    field: Entrants, preferences: Mapping[tuple[int, int], Sequence[Preference]], scores: Sequence[Sequence[Judgement]]
+) -> tuple[list[Question], str]:
+    """Some prompts with the first answer of every policy, those on which policies differ first, and a note on these.
+
+    Args:
+        preferences: of two policies, those of each pair of answers, prompt by prompt.
+        scores: of each policy, the verdicts on its answers, prompt by prompt; empty for a judge that compares.
+    """
     texts = field.policies[0].questions.texts
-    first = [place for place, prompt in enumerate(judged.prompts) if prompt not in judged.prompts[:place]]
-    verdicts = {match: [judged.preferences[match][place] for place in first] for match in field.matches}
+    verdicts = {match: preferences[match][:: field.count] for match in field.matches}
     split = [n for n in range(len(texts)) if any(several[n].outcome for several in verdicts.values())]
     alike = [n for n in range(len(texts)) if n not in split]
-    picked = [*_pick(split, MAX_SAMPLES), *_pick(alike, MAX_SAMPLES - min(len(split), MAX_SAMPLES))]
+    picked = _pick(split, MAX_SAMPLES)
+    picked += _pick(alike, MAX_SAMPLES - len(picked))
     shown = []
     for n in picked:
         answers = []
         for number, name in enumerate(field.names):
             said = [f"{_in_words(several[n])} {field.names[j]}" for (i, j), several in verdicts.items() if i == number]
-            if judged.scores:
-                said.insert(0, str(judged.scores[number][first[n]]))
+            if scores:
+                said.insert(0, str(scores[number][n * field.count]))
             answers.append(Answer(name, clip(field.answers[number][n][0]), "\n".join(said) or DASH))
         shown.append(Question(clip(texts[n]), answers, []))
     note = f"{len(picked)} of {len(texts)} prompts; on {len(split)} of them the judge prefers an answer of a pair."

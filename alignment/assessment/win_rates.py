@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from alignment.assessment.entrants import Entrants
+from alignment.assessment.page import questions, win_rate_tables
+from alignment.assessment.task import Result
+from alignment.comparison.between import PAIRS
+from alignment.errors import UserError
 from alignment.evaluation.judges.base import Item, Judge, Judgement, Preference, by_scores, win_rate
 from alignment.evaluation.judges.card import judge_card
 from alignment.evaluation.judges.human_labels import HumanLabels
+from alignment.evaluation.judges.making import make_judge
 from alignment.evaluation.statistics.bradley_terry import strengths
 from alignment.evaluation.statistics.length_control import length_controlled
 from alignment.evaluation.statistics.prediction_powered import mended_mean
+from alignment.stages.finished import OpenedPolicy
 from alignment.stages.judging import means
 
 Pair = tuple[int, int]
@@ -171,3 +178,80 @@ class Judged:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+class WinRates:
+    """The task `win_rate`: the answers of each match compared.
+
+    Raises:
+        UserError: there is no judge, or it cannot judge the prompts.
+    """
+
+    def __init__(self, field: Entrants) -> None:
+        self._field = field
+        asked = field.policies[0].questions
+        config = asked.config.evaluation
+        judge = make_judge(config, asked.cache, asked.device)
+        if judge is None:
+            raise UserError("tasks=win_rate needs a judge, and the run had none: set judge=rules, llm or another one.")
+        rows = zip(asked.rows, asked.texts, strict=True)
+        judge.require([Item(text, (), row.meta, row.source) for row, text in rows])
+        self._judge = judge
+        labels = config.human_labels
+        self._humans = None if labels is None else HumanLabels(Path(labels).expanduser())
+
+    def run(self) -> Result:
+        """Win rates, policies and the judge's card; the pairs of answers go into a file of their own."""
+        judged = Judged(self._field, self._judge)
+        found = judged.found(self._humans)
+        shown, note = questions(self._field, judged.preferences, judged.scores)
+        return Result(
+            found,
+            win_rate_tables(found),
+            list(_cautions(self._field, self._judge, found)),
+            shown,
+            note,
+            {PAIRS: judged.pairs()},
+        )
+
+
+def _cautions(field: Entrants, judge: Judge, found: Mapping[str, Any]) -> Iterator[str]:
+    """What a careful reader would question."""
+    trained = [policy.name for policy in field.policies if _has_learnt_from(policy, judge)]
+    if trained:
+        yield (
+            f"The judge is the one that made the training data of {', '.join(trained)}: a policy learns what its judge "
+            f"likes, so judge it with another one."
+        )
+    card = found["judge"]
+    if card["unreadable"] > 0.1 * max(1, card["verdicts"]):
+        yield f"{card['unreadable']} of {card['verdicts']} verdicts could not be read, and count as ties."
+    for match in found["matches"]:
+        if abs(match["rate"] - match["length_controlled"]["rate"]) > 0.1:
+            yield (
+                f"Length explains part of the win rate of {match['first']} against {match['second']}: its answers are "
+                f"{abs(match['longer_by']):.0f} characters {'longer' if match['longer_by'] > 0 else 'shorter'} in mean."
+            )
+    if len(field.policies) > 2 and not all("strength" in row for row in found["policies"]):
+        yield (
+            "The policies have no common scale, because not all of them met, not even by way of others: give them one "
+            "opponent with against=."
+        )
+    if card.get("humans") and not any("humans" in match for match in found["matches"]):
+        yield (
+            "People's labels are of other pairs than these, so they tell how far the judge agrees, but mend no win "
+            "rate: label a random part of evaluation_pairs.jsonl for that."
+        )
+
+
+def _has_learnt_from(policy: OpenedPolicy, judge: Judge) -> bool:
+    """Whether a policy was trained on its own answers as this judge has scored them."""
+    questions = policy.questions
+    own = questions.config.onpolicy if policy.run is not None and policy.moment == "final" else None
+    if own is None or not own.pairs.is_judged or own.judge.name != judge.kind:
+        return False
+    try:
+        trained = make_judge(own, questions.cache, questions.device)
+    except UserError:  # its model or key is gone, so that it is not the one that judges here
+        return False
+    return trained is not None and trained.identity == judge.identity

@@ -8,7 +8,7 @@ Z = 1.959964
 """The 97.5% quantile of the normal distribution."""
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
     """95% interval (low, high) of a share that was observed among `count` independent cases.
 
     Wilson's (1927, JASA 22, 209-212): all true shares that a score test does not reject.

@@ -25,6 +25,7 @@ from alignment.data.preparation.prepare import (
     sample_sequences,
 )
 from alignment.data.rows.row import Row
+from alignment.data.tokens.tokenization import tokenize_groups
 from alignment.data.tokens.units import spread_prompts
 from alignment.errors import UserError
 from alignment.evaluation.sampling.answer import Sampling, as_text, stop_tokens
@@ -54,9 +55,10 @@ class Questions:
     Args:
         config: with the model.
         run_dir: of the run, whose day and templates the prompts have.
+        rows: what is asked in place of the held-out rows.
 
     Attributes:
-        given: the config as it was given.
+        given, given_rows: the config and the rows as they were given.
         config: the same with the texts of its templates.
         stops: the tokens that end an answer.
 
@@ -64,8 +66,9 @@ class Questions:
         UserError: the model or the data cannot be used any more.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, rows: Sequence[Row] | None = None) -> None:
         self.given = config
+        self.given_rows = rows
         beginning = run_dir / "stages" / "beginning.json"
         self._day, kept = first_day(beginning), first_templates(beginning)
         self.cache = cache_dir(config.reference.path)
@@ -92,13 +95,26 @@ class Questions:
         return load_conversations(self.config.sft.data, self.tokenizer, day=self._day, cache=self.cache)[0]
 
     @cached_property
-    def _picked(self) -> list[int]:
-        return spread_prompts(self.preferences.eval, self.config.evaluation.prompts)
+    def _asked(self) -> tuple[list[Row], list[np.ndarray]]:
+        """The rows that are asked, and the tokens of their prompts.
 
-    @cached_property
+        Raises:
+            UserError: a prompt that was given cannot be written or tokenised.
+        """
+        if self.given_rows is None:
+            groups = self.preferences.eval
+            picked = spread_prompts(groups, self.config.evaluation.prompts)
+            return [self.preferences.eval_rows[i] for i in picked], [groups[i].prompt for i in picked]
+        assert self.config.data is not None
+        made = tokenize_groups(self.given_rows, self.tokenizer, self.config.data, day=self._day)
+        if made.drops:
+            raise UserError(f"{made.drops[0].file} row {made.drops[0].row}: {made.drops[0].message}.")
+        return list(self.given_rows), [group.prompt for group in made.groups]
+
+    @property
     def rows(self) -> list[Row]:
-        """The held-out rows that are asked."""
-        return [self.preferences.eval_rows[i] for i in self._picked]
+        """The rows that are asked."""
+        return self._asked[0]
 
     @cached_property
     def texts(self) -> list[str]:
@@ -117,7 +133,7 @@ class Questions:
         )
         engine = LocalEngine(model, self.device, settings.batch_size)
         with AnswerStore(self.cache, engine) as store:
-            found = draw(store, [self.preferences.eval[i].prompt for i in self._picked], count, how)
+            found = draw(store, self._asked[1], count, how)
             log.info(
                 "%d answers of %d tokens were drawn, %d were there before.", store.drawn, store.tokens, store.found
             )
@@ -152,6 +168,17 @@ class OpenedPolicy:
         if self.moment == starting_moment(self.run):
             return dig(self.run.summary, "stages", "preference", "start", "identity")
         return None
+
+    def is_same(self, other: OpenedPolicy) -> bool:
+        """Whether two policies are known to be one: by what their runs have written, or as the same base."""
+        if self is other or (self.identity is not None and self.identity == other.identity):
+            return True
+        bases = [
+            (policy.questions.config.model, dig(policy.run.summary, "model", "base"))
+            for policy in (self, other)
+            if policy.run is not None and policy.moment == "start"
+        ]
+        return len(bases) == 2 and bases[0] == bases[1] and bases[0][1] is not None
 
     def at(self, moment: str) -> OpenedPolicy:
         """The policy of the same run at another moment.
@@ -194,14 +221,14 @@ class OpenedPolicy:
         kept = self._kept() if count == 1 else None
         if kept is not None:
             return [[text] for text in kept]
-        log.info("%s answers %d held-out prompts ...", self.name, len(self.questions.texts))
+        log.info("%s answers %d prompts ...", self.name, len(self.questions.texts))
         found = self.questions.answered(self.load(), count)
         gc.collect()  # the next policy needs the room
         return found
 
     def _kept(self) -> list[str] | None:
         """The answers in the folder of the run."""
-        if self.run is None:
+        if self.run is None or self.questions.given_rows is not None:
             return None
         path = self.run.folder / "stages" / f"answers_{self.moment}.json"
         now, then = self.questions.config.evaluation, submapping(self.run.config, "evaluation")
@@ -222,12 +249,13 @@ def starting_moment(run: RunFiles) -> str:
     return "sft" if submapping(run.summary, "stages", "sft") else "start"
 
 
-def open_run(folder: Path, name: str, settings: Sequence[str]) -> OpenedPolicy:
+def open_run(folder: Path, name: str, settings: Sequence[str], rows: Sequence[Row] | None = None) -> OpenedPolicy:
     """The final policy of a run.
 
     Args:
         name: for people.
         settings: overrides of the settings that the run had, such as evaluation.prompts=32.
+        rows: what is asked in place of the held-out rows.
 
     Raises:
         UserError: the run is not finished, has no answers to give, or cannot be opened.
@@ -245,7 +273,7 @@ def open_run(folder: Path, name: str, settings: Sequence[str]) -> OpenedPolicy:
         raise UserError(f"{folder} has trained SFT alone, so no prompts were held out: it cannot be evaluated.")
     if config.loss.requirements().rewards:
         raise UserError(f"{folder} has trained a reward model, which writes no answers: it cannot be evaluated.")
-    return OpenedPolicy(name, Questions(config, folder), "final", run)
+    return OpenedPolicy(name, Questions(config, folder, rows), "final", run)
 
 
 def open_model(name: str, like: OpenedPolicy) -> OpenedPolicy:
@@ -265,7 +293,7 @@ def open_model(name: str, like: OpenedPolicy) -> OpenedPolicy:
         quantization=None,
         adapter=None,
         spectrum=None,
-        sft=None,
+        onpolicy=None,
         export=replace(config.export, merge=False),
     )
-    return OpenedPolicy(name, Questions(config, like.run.folder))
+    return OpenedPolicy(name, Questions(config, like.run.folder, like.questions.given_rows))

@@ -1,26 +1,33 @@
 """Finished runs are evaluated by the command: who meets whom, what it costs a second time, and what it refuses."""
 
+import importlib.util
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
 from alignment.assessment.entrants import Entrants
 from alignment.assessment.page import questions, to_html, win_rate_tables
-from alignment.assessment.tasks import _identities
-from alignment.assessment.win_rates import Judged
+from alignment.assessment.win_rates import Judged, _cautions
 from alignment.comparison.between import read_between
 from alignment.comparison.members import read_member
+from alignment.config.judging import Judge as JudgeName
 from alignment.errors import UserError
 from alignment.evaluate import main
 from alignment.evaluate import run as evaluate
 from alignment.evaluation.judges.card import LongerJudge
 from alignment.evaluation.judges.human_labels import HumanLabels
+from alignment.evaluation.judges.rules import RuleJudge
 from alignment.evaluation.sampling.local import LocalEngine
-from alignment.stages.finished import OpenedPolicy
+from alignment.scoring.layout import FlatLayout
+from alignment.scoring.logps import score_groups
+from alignment.stages.finished import open_run
+from alignment.types import Group
 from tests.helpers.commands import command, write_lines, write_project
 from tests.helpers.judges import KEY, said, serving, shown
 from tests.helpers.runs import same_code
@@ -31,7 +38,14 @@ def sweep(tmp_path_factory, tiny_model_folder):
     """Two runs of other seeds, which share their SFT stage, with answers by the rules; and the configuration folder."""
     root = tmp_path_factory.mktemp("evaluated")
     config = write_project(root / "project", tiny_model_folder)
-    members = ["seed=0,1", "sft.seed=0", "evaluation.judge=rules", "evaluation.prompts=4", "hydra.sweep.dir=runs"]
+    members = [
+        "seed=0,1",
+        "sft.seed=0",
+        "sft.data.eval_size=2",
+        "evaluation.judge=rules",
+        "evaluation.prompts=4",
+        "hydra.sweep.dir=runs",
+    ]
     ended = command(
         "--config-dir", str(config), "-m", "recipe=tiny", *members, cwd=root, cache=root / "cache", patch=same_code
     )
@@ -104,7 +118,7 @@ def test_the_second_time_costs_no_token_and_no_judgement(asked, monkeypatch):
     one, two = first["win_rate"]["matches"]
     assert (one["first"], two["first"]) == ("0-tiny", "1-tiny") and one["second"] == two["second"] == "after SFT"
     assert one["wins"] + one["ties"] + one["losses"] == 12
-    assert first["per_prompt"] == 3 and all("strength" in row for row in first["win_rate"]["policies"])
+    assert all("strength" in row for row in first["win_rate"]["policies"])
     assert KEY not in (asked.out / "evaluation.json").read_text()
 
 
@@ -143,8 +157,11 @@ def test_opponents(asked, sweep, tiny_model_folder):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_evaluated(asked, sweep, tmp_path, capsys):
+def test_what_cannot_be_evaluated(asked, sweep, tmp_path, tiny_model_folder, monkeypatch):
     config, runs, _ = sweep
+    no_prompt, no_json = tmp_path / "no_prompt.jsonl", tmp_path / "no_json.jsonl"
+    write_lines(no_prompt, [{"prompt": "Which?"}, {"text": "Which?"}])
+    no_json.write_text("Which?\n")
     one = runs / "0-tiny"
     unfinished, other = tmp_path / "unfinished", tmp_path / "other"
     for copy in (unfinished, other):
@@ -169,6 +186,12 @@ def test_what_cannot_be_evaluated(asked, sweep, tmp_path, capsys):
         ([one, "answers=2"], "answers=2 needs evaluation.temperature above 0"),
         ([one, "tasks=winrate"], r"no task winrate \(did you mean win_rate\?\)"),
         ([one, "tasks="], "names no task"),
+        ([one, "export=alpaca"], r"export=alpaca \(did you mean alpaca_eval\?\): accepted are alpaca_eval, arena"),
+        ([one, "tasks=ifeval"], "cannot check .*, nor any other prompt: it needs a list `instruction_id_list`"),
+        ([one, f"questions={tmp_path / 'none.jsonl'}"], "none.jsonl cannot be read: No such file"),
+        ([one, f"questions={no_prompt}"], r"no_prompt.jsonl:2 has no prompt"),
+        ([one, f"questions={no_json}"], "holds no JSON Lines"),
+        ([one, f"against={tiny_model_folder}", "tasks=implicit", f"questions={no_json}"], "holds no JSON Lines"),
         ([one, "against=all"], "there is only one"),
         ([one, f"against={tmp_path / 'nowhere'}"], "does not exist"),
         ([one, "judge=llm"], "needs evaluation.llm.address"),
@@ -181,8 +204,117 @@ def test_what_cannot_be_evaluated(asked, sweep, tmp_path, capsys):
         with pytest.raises(UserError, match=told):
             evaluate([*map(str, words), f"out={out}", "--config-dir", str(config)])
         assert not out.exists()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="tasks=lm_eval:piqa needs the package lm-eval, which is not installed"):
+        evaluate([str(one), "tasks=lm_eval:piqa", "--config-dir", str(config)])
     with pytest.raises(SystemExit, match="Error: There is no setting judges"):
         main([str(one), "judges=rules"])
+
+
+# Other tasks
+
+
+@pytest.mark.slow
+def test_the_implicit_reward_ranks_held_out_pairs_as_the_runs_have_written(asked, sweep, tmp_path):
+    found = asked("tasks=implicit")["implicit"]["policies"]
+    for row in found:
+        metrics = summary(asked.runs, row["name"])["stages"]["preference"]["metrics"]
+        assert row["sum"]["share"] == metrics["eval/nats/accuracies"] and row["sum"]["n"] == 4
+        assert row["mean"]["share"] == metrics["eval/nats_per_token/accuracies"]
+        assert row["sum"]["low"] < row["sum"]["share"] and row["sum"]["high"] <= 1
+    assert asked.drawn == 0
+
+    other = tmp_path / "other"
+    shutil.copytree(sweep[1] / "0-tiny", other)
+    rows = [json.loads(line) for line in (other / "held_out.jsonl").read_text().splitlines()]
+    write_lines(other / "held_out.jsonl", [row | {"key": row["key"][::-1]} for row in rows])
+    with pytest.raises(UserError, match="other has other held-out pairs than"):
+        asked("tasks=implicit", folders=["0-tiny", str(other)])
+    write_lines(other / "held_out.jsonl", [{k: v for k, v in row.items() if "nats" not in k} for row in rows])
+    with pytest.raises(UserError, match="no log-ratios of held-out pairs to a reference"):
+        asked("tasks=implicit", folders=[str(other)])
+
+
+@pytest.mark.slow
+def test_the_perplexity_of_held_out_sft_text(asked):
+    """After SFT it is the evaluation's of that stage; a run against itself has forgotten nothing."""
+    found = asked("tasks=perplexity", folders=["0-tiny"])["perplexity"]
+    final, sft = found["policies"]
+    told = summary(asked.runs, "0-tiny")["stages"]["sft"]["metrics"]["eval/loss"]
+    assert sft["name"] == "after SFT" and sft["nats_per_token"] == pytest.approx(told, rel=1e-4)
+    assert sft["perplexity"] == pytest.approx(math.exp(told), rel=1e-3)
+    [match] = found["matches"]
+    assert match["more"] == pytest.approx(final["nats_per_token"] - sft["nats_per_token"])
+    assert match["low"] <= match["more"] <= match["high"] and match["more"] != 0
+    assert found["conversations"] == 2
+    itself = asked("tasks=perplexity", f"against={asked.runs / '0-tiny'}", folders=["0-tiny"])["perplexity"]
+    assert itself["matches"][0]["more"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="NO lm-eval: no task of it was done")
+def test_a_task_of_lm_eval(asked, tmp_path):
+    """Its log-likelihoods are those of the policy: the accuracy is that of the answers' own log-probs."""
+    data = tmp_path / "mine.jsonl"
+    rows = [{"q": "Add 1 and 7", "choices": ["8.", "9."], "gold": 0}, {"q": "Or", "choices": ["8.", "9."], "gold": 1}]
+    write_lines(data, rows)
+    task = {
+        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "choices",
+        "doc_to_target": "gold", "metric_list": [{"metric": "acc"}], "metadata": {"version": 1},
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task))
+    name = f"lm_eval:{tmp_path / 'mine.yaml'}"
+    found = asked(f"tasks={name}", folders=["0-tiny"])[name]["policies"]
+    assert [row["name"] for row in found] == ["0-tiny", "after SFT"]
+    policy = open_run(asked.runs / "0-tiny", "0-tiny", [])
+    model, tokenizer = policy.load().eval(), policy.questions.tokenizer
+    right = 0.0
+    for row in rows:
+        ids = [
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (row["q"], *(f" {c}" for c in row["choices"]))
+        ]
+        prompt, *choices = (np.array(tokens, dtype=np.int32) for tokens in ids)
+        [(_, logps)] = score_groups(model, [Group(prompt, tuple(choices))], FlatLayout(), 4096, policy.questions.device)
+        right += int(logps.sums().argmax()) == row["gold"]
+    assert found[0]["results"]["mine"]["acc,none"] == right / 2
+    with pytest.raises(UserError, match="lm-eval knows no task nosuchtask"):
+        asked("tasks=lm_eval:nosuchtask", folders=["0-tiny"])
+
+
+@pytest.mark.slow
+def test_questions_of_a_file(asked, tmp_path):
+    """Prompts of IFEval: what can be checked is, over prompts and over instructions; and both forms of export."""
+    ask = [
+        {"prompt": "Say nothing with a comma.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        {
+            "prompt": "Say a million words, in quotation marks.",
+            "instruction_id_list": ["length_constraints:number_words", "startend:quotation"],
+            "kwargs": [{"relation": "at least", "num_words": 1_000_000}, {}],
+        },
+        {
+            "prompt": "In English.",
+            "instruction_id_list": ["language:response_language"],
+            "kwargs": [{"language": "en"}],
+        },
+    ]
+    write_lines(tmp_path / "ifeval.jsonl", ask)
+    tasks = asked(f"questions={tmp_path / 'ifeval.jsonl'}", "tasks=ifeval", "export=alpaca_eval,arena")
+    found = tasks["ifeval"]
+    assert (found["prompts"], found["left_out"]) == (2, 1) and len(found["policies"]) == 3
+    assert asked.drawn == 3 * 3
+    exported = json.loads((asked.out / "alpaca_eval" / "0-0-tiny.json").read_text())
+    assert [row["instruction"] for row in exported] == [row["prompt"] for row in ask]
+    assert {row["generator"] for row in exported} == {"0-tiny"}
+    texts = [row["output"] for row in exported]
+    for row in found["policies"][:1]:
+        right = [bool(texts[0]) and "," not in texts[0], texts[1][:1] == texts[1][-1:] == '"' and len(texts[1]) > 1]
+        assert row["prompts"]["share"] == right[0] / 2 and row["prompts"]["n"] == 2
+        assert row["instructions"]["share"] == pytest.approx(sum(right) / 3) and row["instructions"]["n"] == 3
+    arena = [json.loads(line) for line in (asked.out / "arena" / "2-after_SFT.jsonl").read_text().splitlines()]
+    assert [row["messages"][0]["content"] for row in arena] == [row["prompt"] for row in ask]
+    assert len({row["uid"] for row in arena}) == 3 and {row["model"] for row in arena} == {"after SFT"}
 
 
 # Without runs
@@ -199,16 +331,21 @@ class Written:
 def field(*answers, matches, runs=1, names=None):
     asked = Written([f"Question {n}?" for n in range(len(answers[0]))])
     names = names or [f"policy {n}" for n in range(len(answers))]
-    policies = [OpenedPolicy(name, asked) for name in names]
     each = [[[one] if isinstance(one, str) else list(one) for one in several] for several in answers]
-    return Entrants(policies, each, matches, runs)
+    policies = [
+        SimpleNamespace(name=name, questions=asked, identity=None, run=None, answers=lambda count, own=own: own)
+        for name, own in zip(names, each, strict=True)
+    ]
+    return Entrants(policies, matches, runs, len(each[0][0]))
 
 
 def test_the_text_of_models_and_users_is_escaped():
     bad = "<script>alert(1)</script>"
     entrants = field([bad, "b"], ["a", "bb"], matches=[(0, 1)], names=[bad, "other"])
     judged = Judged(entrants, LongerJudge())
-    page = to_html(bad, win_rate_tables(judged.found(None)), [bad], *questions(entrants, judged))
+    page = to_html(
+        bad, win_rate_tables(judged.found(None)), [bad], *questions(entrants, judged.preferences, judged.scores)
+    )
     assert "<script" not in page and page.count("&lt;script&gt;") >= 5
 
 
@@ -247,7 +384,25 @@ def test_labels_of_the_pairs_themselves_mend_the_win_rate(tmp_path):
     assert "humans" not in found["matches"][0] and found["judge"]["humans"]["judge"]["n"] == 20
 
 
-def test_the_judges_that_a_summary_names():
-    card = {"identity": "a" * 64}
-    assert _identities({"evaluation": {"judge": card}, "data": {"preference": {"train": 3}}}) == set()
-    assert _identities({"stages": {"preference": {"rounds": {"judge": card}}}}) == {"a" * 64}
+@pytest.mark.parametrize(
+    ("moment", "kind", "judged", "told"),
+    [
+        ("final", "rules", True, 1),
+        ("sft", "rules", True, 0),
+        ("final", "ifeval", True, 0),
+        ("final", "rules", False, 0),
+    ],
+)
+def test_the_judge_that_made_the_training_data_is_told(tmp_path, moment, kind, judged, told):
+    entrants = field(["a b", "c"], ["a", "c d"], matches=[(0, 1)], names=["rounds", "sft"])
+    entrants.policies[0].run, entrants.policies[0].moment = "a run", moment
+    asked = entrants.policies[0].questions
+    asked.cache, asked.device = tmp_path, "cpu"
+    onpolicy = SimpleNamespace(judge=JudgeName[kind], pairs=SimpleNamespace(is_judged=judged))
+    asked.config = SimpleNamespace(onpolicy=onpolicy)
+    asked.rows = [SimpleNamespace(meta={"answer": "a"}, source="made")] * 2
+    judge = RuleJudge()
+    found = [line for line in _cautions(entrants, judge, Judged(entrants, judge).found(None)) if "training" in line]
+    assert bool(found) == told
+    if told:
+        assert "made the training data of rounds: a policy learns what its judge likes" in found[0]

@@ -199,7 +199,7 @@ class InstructionJudge(Judge):
     def require(self, items: Sequence[Item]) -> None:
         """Refuse prompts without instructions, or with one that cannot be checked."""
         for item in items:
-            if (problem := _problem(item.meta)) is not None:
+            if (problem := problem_of(item.meta)) is not None:
                 raise UserError(f"evaluation.judge=ifeval cannot judge {item.source}: {problem}.")
 
     def score(self, items: Sequence[Item]) -> list[Judgement]:
@@ -218,7 +218,7 @@ def _judged(item: Item) -> Judgement:
     )
 
 
-def _problem(meta: Mapping[str, Any]) -> str | None:
+def problem_of(meta: Mapping[str, Any]) -> str | None:
     """Why a row's instructions cannot be checked, as the rest of a sentence; None if they can."""
     kinds, settings = meta.get("instruction_id_list"), meta.get("kwargs")
     if not (isinstance(kinds, list) and kinds and isinstance(settings, list) and len(settings) == len(kinds)):
