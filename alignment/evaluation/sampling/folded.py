@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from alignment.kernels.base import original_class, rows_of, shaped
 from alignment.kernels.linear import active_adapter, hooked, is_lora_layer
 from alignment.kernels.matmul import add_matmul, matmul
+from alignment.policy.sharding import is_sharded
 from alignment.ranks.memory import available_memory
 
 _SHARE_OF_MEMORY = 0.5
@@ -33,10 +34,10 @@ def folded(model: nn.Module, processes: int) -> Iterator[None]:
     Parameters and saved files stay as they are, and so does the layer's own forward, which is back at the end.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; nothing is folded where ranks hold parts of its base.
         processes: that do the same on this machine.
     """
-    layers: list[Any] = [layer for layer in model.modules() if _folds(layer)]
+    layers: list[Any] = [] if is_sharded(model) else [layer for layer in model.modules() if _folds(layer)]
     size = sum(layer.base_layer.weight.nbytes for layer in layers)
     if layers and size > _SHARE_OF_MEMORY * available_memory() / processes:
         layers = []
