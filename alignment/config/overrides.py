@@ -128,8 +128,8 @@ def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
     if key == "evaluation.kl_prompts" and config.loss is None:
         return "with loss=none there is no preference stage"
     if key in ("evaluation.max_new_tokens", "evaluation.temperature", "evaluation.batch_size"):
-        # The answers for the KL have a temperature of their own.
-        others = 0 if name == "temperature" else config.evaluation.kl_prompts
+        # The answers for the KL have a temperature of their own, and so have those of rounds.
+        others = 0 if name == "temperature" else config.evaluation.kl_prompts + (config.onpolicy is not None)
         return "evaluation.prompts=0 samples no answers" if config.evaluation.prompts == others == 0 else None
     if key == "export.dtype" and not config.export.merge:
         return "it is the dtype of the merged model, and export.merge is false"

@@ -28,7 +28,8 @@ class OnPolicyConfig:
     many prompts as its steps need, and `prompts` at most (null: all). The share `mix_offline` of its groups are those
     of the data as they are.
 
-    `judge` scores the answers, with `reward_model` and `llm` as in the evaluation.
+    `judge` scores the answers, with `reward_model` and `llm` as in the evaluation. `weak` is the weaker model of
+    `pairs.choice=sample_vs_weak`, as in `model.name`; it has the dtype and the quantisation of the policy.
     """
 
     every: int | None
@@ -43,6 +44,7 @@ class OnPolicyConfig:
     judge: Judge
     reward_model: str | None
     llm: LLMJudgeConfig
+    weak: str | None
 
     def __post_init__(self) -> None:
         for key in ("every", "prompts"):
@@ -69,6 +71,11 @@ class OnPolicyConfig:
             f"onpolicy.judge=none.",
         )
         require(
+            (self.weak is not None) == (self.pairs.choice is PairChoice.sample_vs_weak),
+            f"onpolicy.weak names the model of onpolicy.pairs.choice=sample_vs_weak, which needs one, and of no other "
+            f"choice; it is {'null' if self.weak is None else self.weak} for {choice}.",
+        )
+        require(
             self.judge is not Judge.reward_model or bool(self.reward_model),
             "onpolicy.judge=reward_model needs onpolicy.reward_model, a hub id or the folder of a reward model.",
         )
@@ -78,6 +85,11 @@ class OnPolicyConfig:
             except UserError as error:
                 raise renamed(error) from None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether answers are drawn from the policy's own distribution."""
+        return self.temperature == 1 and self.top_p == 1
+
     def check(self, run: Any) -> None:
         """Refuse a run, a `RunConfig`, that cannot train in rounds.
 
@@ -85,11 +97,6 @@ class OnPolicyConfig:
             UserError: why not, and what to do.
         """
         require(run.loss is not None, "onpolicy is of preference stages, and with loss=none there is none.")
-        require(
-            self.pairs.choice is not PairChoice.sample_vs_weak,
-            "onpolicy.pairs.choice=sample_vs_weak needs answers of a weaker model, which only Python gives: see "
-            "docs/sampling.md.",
-        )
         loss, needs = run.loss.name, run.loss.requirements()
         require(
             not needs.rewards, f"onpolicy=none is what loss {loss} needs: it trains a reward model, which writes none."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _WHOLE = "round.json"
 _FIRST = 8
 """Prompts of the first draw of a training, which tells how many groups a prompt gives."""
+_SAMPLED = 64
+"""Answers by which the policy's way is measured."""
 _AT_MOST = 4096
 """Answers that are drawn before they are judged."""
 
@@ -42,6 +44,7 @@ class Round:
     Attributes:
         groups: in the order of the steps, as the loss takes them.
         logps: (tokens,) fp32 of each completion that the policy has drawn, by `Group.key`: under the policy itself.
+        sample: some answers that it has drawn, one to a prompt, whatever has become of them.
         position: how many prompts of the training's order were passed, this round's with them.
         rate: groups that a prompt has given on average.
         metrics: of the round, by the names under which they are logged.
@@ -49,6 +52,7 @@ class Round:
 
     groups: Sequence[Group]
     logps: Mapping[bytes, np.ndarray]
+    sample: Sequence[Group]
     position: int
     rate: float
     metrics: dict[str, float]
@@ -81,6 +85,7 @@ class _Found:
     groups: list[Group] = field(default_factory=list)
     logps: dict[bytes, np.ndarray] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
+    sample: list[Group] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
     prompts: int = 0
 
@@ -112,23 +117,34 @@ class RoundMaker:
     as_rows: bool
 
     def make(
-        self, folder: Path, engine: Engine, number: int, count: int, least: int, before: Round | None, filled: bool
+        self,
+        folder: Path,
+        engine: Engine,
+        weak: Engine | None,
+        number: int,
+        count: int,
+        least: int,
+        before: Round | None,
+        filled: bool,
     ) -> Round:
         """Draw a round, and keep it in a folder.
 
         Args:
             folder: that `read_round` reads.
             engine: of the policy as it is now.
+            weak: of a weaker model, where the choice of pairs asks for its answers.
             number: of the round, from 0 on.
             count: groups that its steps take.
-            least: fewer of them are refused.
+            least: of a step; fewer are refused.
             before: the round before.
             filled: whether groups come again until there are `count`.
 
         Raises:
             UserError: too few groups come of all prompts.
         """
-        mixed = islice(shuffled(len(self.offline), self.seed, number * count), round(self.config.mix_offline * count))
+        share = self.config.mix_offline
+        passed = number * round(share * (self.config.every or 0) * least)  # by the rounds before, which are full ones
+        mixed = islice(shuffled(len(self.offline), self.seed, passed), round(share * count))
         offline = [self.offline[place] for place, _ in mixed]
         own = count - len(offline)
         position = 0 if before is None else before.position
@@ -141,7 +157,7 @@ class RoundMaker:
             wanted = min(max(1, wanted), limit - found.prompts, max(1, _AT_MOST // self.config.k))
             taken = list(islice(order, wanted))
             position = taken[-1][1]
-            self._add(found, [self.prompts[place] for place, _ in taken], engine)
+            self._add(found, [self.prompts[place] for place, _ in taken], engine, weak)
             rate = max(1, len(found.groups)) / found.prompts
         if len(found.groups) < min(own, least):
             raise UserError(self._too_few(found, number, min(own, least)))
@@ -153,14 +169,15 @@ class RoundMaker:
         groups = [groups[place] for place in places[:own]] if filled else groups
         if offline:
             groups = [(groups + offline)[place] for place in rng.permutation(len(groups) + len(offline)).tolist()]
-        logps = {key: found.logps[key] for group in groups for key in group.keys() if key in found.logps}  # noqa: SIM118
+        kept = [*groups, *found.sample]
+        logps = {key: found.logps[key] for group in kept for key in group.keys() if key in found.logps}  # noqa: SIM118
         metrics = {"onpolicy/round": number + 1.0}
         metrics |= {f"onpolicy/{name}": value for name, value in found.counts.metrics().items()}
-        made = Round(groups, logps, position, rate, metrics)
+        made = Round(groups, logps, found.sample, position, rate, metrics)
         _write_round(folder, made, found.lines)
         return made
 
-    def _add(self, found: _Found, prompts: Sequence[Prompt], engine: Engine) -> None:
+    def _add(self, found: _Found, prompts: Sequence[Prompt], engine: Engine, weak: Engine | None) -> None:
         """The groups that some prompts give."""
         config = self.config
         how = Sampling(
@@ -170,36 +187,51 @@ class RoundMaker:
             top_p=config.top_p,
             seed=self.seed,
         )
-        answers = draw(engine, [prompt.group.prompt for prompt in prompts], config.k, how)
+        tokens = [prompt.group.prompt for prompt in prompts]
+        answers = draw(engine, tokens, config.k, how)
         drawn = self._judged(prompts, answers)
+        if weak is not None:
+            others = self._drawn(prompts, draw(weak, tokens, config.k, how), [{} for _ in prompts])
+            drawn = [replace(one, weak=other) for one, other in zip(drawn, others, strict=True)]
         built = build(drawn, config.pairs, seed=self.seed, held_out=self.held_out)
         found.groups += as_rows(built.groups) if self.as_rows else built.groups
         found.logps |= built.logps
         found.counts += built.counts
         found.prompts += len(prompts)
+        for prompt, own in zip(tokens, answers, strict=True):
+            if len(found.sample) < _SAMPLED:
+                found.sample.append(Group(prompt, (own[0].tokens,)))
+                found.logps[found.sample[-1].key(0)] = own[0].logps
         found.lines += [_line(prompt, one) for prompt, one in zip(prompts, drawn, strict=True)]
 
     def _judged(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]) -> list[Drawn]:
         """The answers with what the judge says of them."""
-        texts = [[as_text(self.tokenizer, one.tokens.tolist(), self.stops) for one in own] for own in answers]
         verdicts: list[dict[str, Any]] = [{} for _ in prompts]
         if self.judge is not None:
             try:
-                verdicts = self._verdicts(self.judge, prompts, texts)
+                verdicts = self._verdicts(self.judge, prompts, [self._texts(own) for own in answers])
             except UserError as error:
                 raise renamed(error) from None
+        return self._drawn(prompts, answers, verdicts)
+
+    def _texts(self, answers: Sequence[Answer]) -> list[str]:
+        return [as_text(self.tokenizer, one.tokens.tolist(), self.stops) for one in answers]
+
+    def _drawn(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]], verdicts: Sequence[dict[str, Any]]
+    ) -> list[Drawn]:
         return [
             Drawn(
                 prompt=prompt.group.prompt,
                 answers=own,
-                texts=text,
+                texts=self._texts(own),
                 gold=prompt.gold,
                 question=prompt.row.prompt,
                 source=prompt.row.source,
                 dataset=prompt.group.dataset,
                 **verdict,
             )
-            for prompt, own, text, verdict in zip(prompts, answers, texts, verdicts, strict=True)
+            for prompt, own, verdict in zip(prompts, answers, verdicts, strict=True)
         ]
 
     def _verdicts(
@@ -248,9 +280,10 @@ def _write_round(folder: Path, made: Round, lines: Sequence[dict[str, Any]]) -> 
     """Keep a round; it counts from the moment that its last file is there."""
     _, groups = write_anew(folder / "groups", GROUPS, made.groups)
     _, logps = write_anew(folder / "logps", _LOGPS, made.logps.items())
+    _, sample = write_anew(folder / "sample", GROUPS, made.sample)
     atomic_write_bytes(folder / "answers.jsonl", to_json_lines(lines))
     rest = {"position": made.position, "rate": made.rate, "metrics": made.metrics}
-    write_sealed(folder / _WHOLE, {"groups": groups, "logps": logps, **rest})
+    write_sealed(folder / _WHOLE, {"groups": groups, "logps": logps, "sample": sample, **rest})
 
 
 def read_round(folder: Path) -> Round | None:
@@ -265,6 +298,7 @@ def read_round(folder: Path) -> Round | None:
     try:
         groups = list(Stored(folder / "groups", GROUPS, kept["groups"]))
         logps = dict(Stored(folder / "logps", _LOGPS, kept["logps"]))
-    except (OSError, ValueError):
+        sample = list(Stored(folder / "sample", GROUPS, kept["sample"]))
+    except (OSError, ValueError, KeyError):
         raise damaged(folder) from None
-    return Round(groups, logps, kept["position"], kept["rate"], kept["metrics"])
+    return Round(groups, logps, sample, kept["position"], kept["rate"], kept["metrics"])

@@ -33,7 +33,7 @@ from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import BatchLayout, keys_per_position
-from alignment.scoring.logps import largest_pass
+from alignment.scoring.logps import join_scores, largest_pass, score_groups
 from alignment.stages.following import (
     PreferenceBegun,
     begin_preference,
@@ -61,7 +61,7 @@ from alignment.training.prompt_density import with_density_weights
 from alignment.training.schedule import FollowPolicy, Schedule
 from alignment.training.start_check import check_start
 from alignment.training.trainer import PreferenceTrainer
-from alignment.types import Group
+from alignment.types import Group, RaggedLogps
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class PreferenceStage:
         reference = self._reference(model, layout, plan)
         if self._config.loss.requirements().density_weights:
             groups = with_density_weights(groups, model, plan.reference_tokens, self._device)
-        callbacks = self._callbacks(model, groups, reference, log_metrics, slot)
+        callbacks = self._callbacks(model, groups, reference, layout, plan, log_metrics, slot)
         trainer = self._trainer(model, groups, reference, layout, plan.tokens_per_batch, callbacks)
         if slot is not None:
             trainer.objective.passes = slot
@@ -286,6 +286,8 @@ class PreferenceStage:
         model: nn.Module,
         groups: Sequence[Group],
         reference: Reference | None,
+        layout: BatchLayout,
+        plan: Plan,
         log_metrics: LogFunction,
         slot: CohortSlot | None,
     ) -> list[Any]:
@@ -305,16 +307,28 @@ class PreferenceStage:
                 # before the checkpoint is called whole
                 callbacks.insert(0, FollowPolicy(reference, self._schedule, asked))
         if self._rounds is not None:
-            start = self._start_of_rounds(model, reference)
-            callbacks.insert(0, TakeRounds(self._rounds, reference, start, asked))
+            callbacks.insert(0, self._take_rounds(self._rounds, model, reference, layout, plan, asked))
         return callbacks
 
-    def _start_of_rounds(self, model: nn.Module, reference: Reference | None) -> FrozenPolicy | None:
-        """A frozen copy of the policy as it is now, where rounds to come are compared with it."""
-        onpolicy = self._config.onpolicy
+    def _take_rounds(
+        self,
+        rounds: Rounds,
+        model: nn.Module,
+        reference: Reference | None,
+        layout: BatchLayout,
+        plan: Plan,
+        asked: Callable[[Sequence[Sequence[int]]], Sequence[Group]],
+    ) -> TakeRounds:
+        onpolicy, device, budget = self._config.onpolicy, self._device, plan.reference_tokens
         assert onpolicy is not None
-        is_start = onpolicy.reference is RoundReference.start and len(self._schedule.rounds) > 1
-        return FrozenPolicy(model) if is_start and isinstance(reference, CachedReference) else None
+        start = FrozenPolicy(model) if has_adapter(model) and len(self._schedule.rounds) > 1 else None
+        compares = onpolicy.reference is RoundReference.start
+
+        def score(scored: nn.Module, groups: Sequence[Group]) -> RaggedLogps:
+            return join_scores(groups, list(score_groups(scored, groups, layout, budget, device)))
+
+        measures = onpolicy.is_plain and self._work.team is None
+        return TakeRounds(rounds, reference, start, compares, score if measures else None, asked)
 
     def _trainer(
         self,

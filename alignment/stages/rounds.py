@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -19,6 +21,7 @@ from alignment.evaluation.judges.making import make_judge
 from alignment.evaluation.sampling.local import LocalEngine
 from alignment.evaluation.sampling.store import AnswerStore
 from alignment.files import damaged
+from alignment.onpolicy.drift import departure, kl_start
 from alignment.onpolicy.held_out import HeldOutPrompts
 from alignment.onpolicy.prompts import prompts_of
 from alignment.onpolicy.rounds import Round, RoundMaker, Slots, read_round
@@ -26,9 +29,10 @@ from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.stages.stage import Workspace
+from alignment.stages.weak import WeakModel
 from alignment.training.optimizers import as_policy
 from alignment.training.schedule import Schedule
-from alignment.types import Group
+from alignment.types import Group, RaggedLogps
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,7 @@ class Rounds:
         self.schedule = schedule
         self.groups: Sequence[Group] = Slots(len(schedule.steps) * config.trainer.groups_per_step)
         self.done: list[Round] = []
+        self._weak = None if self._own.weak is None else WeakModel(config, work)
         prompts = prompts_of(data.train, data.train_rows)
         self._maker = RoundMaker(
             config=self._own,
@@ -126,9 +131,11 @@ class Rounds:
                 self._config.trainer.groups_per_step,
             )
             work, at_once = self._work, self._config.evaluation.batch_size
-            before = self.done[-1] if self.done else None
-            with AnswerStore(work.cache, LocalEngine(model, work.device, at_once, work.team)) as store:
-                found = self._maker.make(folder, store, number, steps * size, size, before, self._own.every is not None)
+            before, filled = self.done[-1] if self.done else None, self._own.every is not None
+            engine = LocalEngine(model, work.device, at_once, work.team)
+            weaker = nullcontext() if self._weak is None else self._weak.engine()
+            with AnswerStore(work.cache, engine) as store, weaker as weak:
+                found = self._maker.make(folder, store, weak, number, steps * size, size, before, filled)
                 log.info(
                     "%d answers of %d tokens were drawn, %d were there before.", store.drawn, store.tokens, store.found
                 )
@@ -140,11 +147,23 @@ class Rounds:
             self.schedule = self.schedule.on_file(self._config, len(found.groups))
 
 
+Score = Callable[[nn.Module, Sequence[Group]], RaggedLogps]
+"""Log-probs of groups under a model, without gradient."""
+
+
 class TakeRounds(TrainerCallback):
     """Has a round drawn before its first step, and the reference know its answers.
 
     It acts before the reference is refreshed, and before a training log is recorded, to which it adds what the round
-    is like: to the first one of each round.
+    is like: to the first one of each round, and to the first one after its last step how far the policy has moved.
+
+    Args:
+        rounds: of the stage.
+        reference: of its loss.
+        start: the policy at the start of the stage; None where it is not at hand.
+        compares: whether every round is compared with the start.
+        score: where answers are drawn from the policy itself, for how far it moves.
+        asked: all groups whose reference some steps, and the evaluations between them, need.
     """
 
     def __init__(
@@ -152,14 +171,22 @@ class TakeRounds(TrainerCallback):
         rounds: Rounds,
         reference: Reference | None,
         start: FrozenPolicy | None,
+        compares: bool,
+        score: Score | None,
         asked: Callable[[Sequence[Sequence[int]]], Sequence[Group]],
     ) -> None:
-        """`start` is the policy at the start of the stage, where rounds are compared with it."""
         self._rounds = rounds
         self._reference = reference
         self._start = start
+        self._compares = compares
+        self._score = score
         self._asked = asked
         self._news: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where the training goes on within a round, prepare the reference for the rest of it."""
+        if self._rounds.step:
+            self._compare(self._rounds.step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Begin a round where one is due."""
@@ -168,17 +195,40 @@ class TakeRounds(TrainerCallback):
             return
         as_policy(kwargs.get("optimizer"))
         made = self._rounds.draw(step, model)
-        self._news = dict(made.metrics)
-        if step == 0 or not isinstance(self._reference, CachedReference):
+        self._news |= made.metrics
+        if step == 0:
             return
-        if self._start is None:
+        if self._compares:
+            self._compare(step)
+        elif isinstance(self._reference, CachedReference):
             self._reference.learn(made.logps)
-        else:
+        if self._score is not None and self._start is not None:
+            with self._start.active() as start:
+                self._news["onpolicy/kl_start"] = kl_start(_told(made), self._score(start, made.sample))
+
+    def _compare(self, step: int) -> None:
+        """Prepare the log-probs of the start for the round that begins after so many steps."""
+        if self._compares and self._start is not None and isinstance(self._reference, CachedReference):
             with self._start.active():
                 self._reference.prepare(self._asked(self._rounds.schedule.until_refresh(step)))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """After the last step of a round, measure how far the policy is from the one that has drawn it."""
+        schedule = self._rounds.schedule
+        if self._score is None or state.global_step not in (*schedule.rounds, len(schedule.steps)):
+            return
+        as_policy(kwargs.get("optimizer"))
+        made = self._rounds.done[-1]
+        moved = departure(_told(made), self._score(model, made.sample))
+        self._news |= {f"onpolicy/{name}": value for name, value in moved.items()}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add what the round is like."""
         if logs is not None and "loss" in logs:
             logs.update(self._news)
             self._news = {}
+
+
+def _told(made: Round) -> RaggedLogps:
+    """What the sampler has said of a round's sample."""
+    return RaggedLogps.from_sequences([torch.from_numpy(made.logps[group.key(0)]) for group in made.sample])

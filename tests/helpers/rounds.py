@@ -62,12 +62,13 @@ class Project:
     """Runs of one tiny project, all with one cache unless they are given another.
 
     Attributes:
+        data: its file.
         judge: of the rounds of the last chain.
     """
 
     def __init__(self, folder: Path, model: Path, data: Path, monkeypatch) -> None:
         self.folder = folder
-        self._data = data
+        self.data = data
         self._model = model
         self._monkeypatch = monkeypatch
 
@@ -86,10 +87,11 @@ class Project:
         config = load(
             *("recipe=quickstart", "sft=none", "tracking=none", "device=cpu", f"model.name={self._model}"),
             *(() if "adapter=none" in settings else ("adapter.r=2",)),
-            *("optim.lr=1e-2", "reference.spot_checks=0"),
+            *(() if "reference=live" in settings else ("reference.spot_checks=0",)),
+            "optim.lr=1e-2",
             *("evaluation.judge=none", "evaluation.prompts=2", "evaluation.max_new_tokens=6"),
             "evaluation.kl_prompts=0",
-            f"data.source={self._data}",
+            f"data.source={self.data}",
             *("data.eval_source=null", "data.system=null", "data.limit=null", "data.eval_size=4"),
             "data.eval_limit=null",
             *("trainer.groups_per_step=2", "trainer.max_steps=8", "trainer.save_every=2", "trainer.log_every=1"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.errors import UserError
 from alignment.evaluation.sampling.local import LocalEngine
@@ -49,58 +52,79 @@ def start_of(project: Project, *settings: str):
 # By hand
 
 
-def by_hand(policy: nn.Module, rounds, every: int, rates, reference: str = "round"):
+def by_hand(policy: nn.Module, rounds, every: int, rates, reference: str):
     """DPO in rounds from full logits: one schedule of the rate over all of them, a reference for each round.
 
     Asserts on the way that the answers' log-probs are those of the policy that begins the round.
+
+    Returns:
+        The trained tensors, and for each round how far it is from the next policy: the mean over its sample of
+        log-ratios per answer, and of the start's policy to it.
     """
 
-    def summed(group, of):
-        return [sequence_logp(of, group.prompt, tokens) for tokens in group.completions]
+    def summed(group):
+        return [sequence_logp(policy, group.prompt, tokens) for tokens in group.completions]
+
+    @torch.no_grad()
+    def plain(groups):
+        return [[logps.sum() for logps in summed(group)] for group in groups]
 
     policy.eval()
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = [group for made in rounds for group in made.groups]
-    with torch.no_grad():
-        compared = [[logps.sum() for logps in summed(group, policy)] for group in groups]
+    compared, of_start, moved, away = plain(groups), [plain(made.sample) for made in rounds], [], []
     for step, rate in enumerate(rates):
         number, place = divmod(step, every)
         if place == 0:
-            begun = rounds[number].groups
-            with torch.no_grad():
-                logps = [summed(group, policy) for group in begun]
-            for key, value in zip([k for g in begun for k in g.keys()], [v for own in logps for v in own], strict=True):  # noqa: SIM118
-                np.testing.assert_allclose(rounds[number].logps[key], value.numpy(), atol=1e-4)
+            begun = rounds[number]
+            for group in [*begun.groups, *begun.sample]:
+                with torch.no_grad():
+                    for key, value in zip(group.keys(), summed(group), strict=True):
+                        np.testing.assert_allclose(begun.logps[key], value.numpy(), atol=2e-5)
             if reference == "round":
-                first = 2 * step
-                compared[first : first + len(begun)] = [[value.sum() for value in own] for own in logps]
+                compared[2 * step : 2 * step + len(begun.groups)] = plain(begun.groups)
+            drawn = plain(begun.sample)
+            away.append(np.mean([a[0] - b[0] for a, b in zip(drawn, of_start[number], strict=True)]))
         losses = []
         for group, others in list(zip(groups, compared, strict=True))[2 * step : 2 * step + 2]:
-            a, b = (own.sum() - other for own, other in zip(summed(group, policy), others, strict=True))
-            losses.append(-nn.functional.logsigmoid(0.1 * (a - b)))
+            a, b = (own.sum() - other for own, other in zip(summed(group), others, strict=True))
+            losses.append(-nn.functional.logsigmoid(a - b))
         gradients = torch.autograd.grad(torch.stack(losses).mean(), trained)
         with torch.no_grad():
             for parameter, gradient in zip(trained, gradients, strict=True):
                 parameter -= rate * gradient
-    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        if place == every - 1 or step == len(rates) - 1:
+            moved.append(np.mean([a[0] - b[0] for a, b in zip(plain(begun.sample), drawn, strict=True)]))
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}, moved, away
 
 
-def test_rounds_are_what_one_does_by_hand(project):
-    """At a temperature below 1, where the log-probs that count are still the policy's own.
+@pytest.mark.parametrize(("temperature", "reference"), [(0.7, "round"), (1.0, "start")])
+def test_rounds_are_what_one_does_by_hand(temperature, reference, project):
+    """At a temperature below 1 too, where the log-probs that count are still the policy's own.
 
     Plain gradient descent: Adam makes steps of one size of what is rounding alone.
     """
-    settings = ("onpolicy.temperature=0.7", "loss.beta=0.1", "optim.name=sgd", "optim.lr=10", "optim.schedule=linear")
-    settings += ("optim.warmup_ratio=0", "optim.max_grad_norm=0")
+    settings = (f"onpolicy.temperature={temperature}", f"onpolicy.reference={reference}", "loss.beta=1")
+    settings += ("optim.name=sgd", "optim.lr=0.01", "optim.schedule=linear", "optim.warmup_ratio=0")
+    settings += ("optim.max_grad_norm=0",)
     project.run("run", *settings)
     rounds = rounds_of(project.folder / "run")
     assert [len(made.groups) for made in rounds] == [6, 6, 4]
-    rates = [10 * (1 - step / 8) for step in range(8)]
-    trained = by_hand(start_of(project, *settings), rounds, 3, rates)
-    found = weights(project.folder / "run")
-    for name, tensor in found.items():
+    rates = [0.01 * (1 - step / 8) for step in range(8)]
+    trained, moved, away = by_hand(start_of(project, *settings), rounds, 3, rates, reference)
+    for name, tensor in weights(project.folder / "run").items():
         expected = trained[name.replace(".weight", ".default.weight")]
-        torch.testing.assert_close(tensor, expected.detach(), atol=2e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(tensor, expected.detach(), atol=2e-5, rtol=1e-4, msg=name)
+    rows = {row["step"]: row for row in metric_rows(project.folder / "run") if row["split"] == "train"}
+    assert [step for step, row in rows.items() if "onpolicy/round" in row] == [1, 4, 7]
+    measured = [-row["onpolicy/kl_round"] for row in rows.values() if "onpolicy/kl_round" in row]
+    if temperature < 1:
+        assert measured == [], "answers are not drawn from the policy itself"
+        return
+    np.testing.assert_allclose(measured, moved, atol=1e-4)
+    assert all("onpolicy/effective" in rows[step] for step in (3, 6, 8))
+    np.testing.assert_allclose([rows[step]["onpolicy/kl_start"] for step in (4, 7)], away[1:], atol=1e-4)
+    assert min(map(abs, moved)) > 1e-3
 
 
 # What it costs
@@ -137,6 +161,17 @@ def test_a_spot_check_finds_log_probs_of_another_distribution(project, monkeypat
     assert metric_rows(project.folder / "run")[1]["loss"] == pytest.approx(np.log(2), abs=1e-5), len(rounds)
 
 
+def test_the_models_own_generation_settings_have_no_part_in_rounds(project, tiny_model_folder):
+    """A penalty and a temperature, planted in its folder."""
+    folder = shutil.copytree(tiny_model_folder, project.folder / "model")
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 9.0, "temperature": 0.1, "do_sample": true}')
+    settings = ("trainer.max_steps=1", "evaluation.prompts=0")
+    project.run("plain", *settings)
+    project.run("planted", *settings, f"model.name={folder}", cache="another")
+    (plain,), (planted,) = (rounds_of(project.folder / name) for name in ("plain", "planted"))
+    assert [group.keys() for group in plain.groups] == [group.keys() for group in planted.groups]
+
+
 # Killed and resumed
 
 
@@ -154,28 +189,38 @@ def at_call(number: int, owner, name: str):
     return owner, name, patched
 
 
+START = "in a round that is compared with the start"
 KILLS = {
     "while the first round is drawn": lambda: at_call(3, LocalEngine, "draw"),
     "while a later round is drawn": lambda: at_call(5, LocalEngine, "draw"),
     "while a round is written": lambda: at_call(2, rounds_module, "write_sealed"),
     "while the reference follows": lambda: at_call(1, CachedReference, "refresh"),
     "in a round": lambda: at_call(6, RunRecord, "log"),
+    START: lambda: at_call(6, RunRecord, "log"),
     "in the last round": lambda: at_call(9, RunRecord, "log"),
 }
 
 
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory, tiny_model_folder, data):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("uncut")
-        Project(folder, tiny_model_folder, data, patch).run("run")
-        return folder / "run"
+    """The folder of a run with these settings that is not killed."""
+
+    @cache
+    def run(*settings: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            folder = tmp_path_factory.mktemp("uncut")
+            Project(folder, tiny_model_folder, data, patch).run("run", *settings)
+            return folder / "run"
+
+    return run
 
 
 @pytest.mark.parametrize("moment", [*KILLS, "while a round is judged"])
 def test_a_run_that_is_killed_ends_as_one_that_is_not(moment, project, monkeypatch, uncut):
     """To the bit, with the cache of its own that it has filled so far."""
-    chain = project.chain("run")
+    settings = ("onpolicy.reference=start",) if moment == START else ()
+    uncut = uncut(*settings)
+    chain = project.chain("run", *settings)
     with monkeypatch.context() as patch:
         if moment in KILLS:
             patch.setattr(*KILLS[moment]())
@@ -183,7 +228,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(moment, project, monkeypat
             project.judge.killed_at = 30
         with pytest.raises(Killed):
             chain.run()
-    project.run("run")
+    project.run("run", *settings)
     assert_same(project.folder / "run", uncut)
     for found, expected in zip(rounds_of(project.folder / "run"), rounds_of(uncut), strict=True):
         assert found.metrics == expected.metrics and found.position == expected.position
@@ -211,6 +256,69 @@ def test_one_draw_is_training_on_the_file_of_what_was_drawn(project, monkeypatch
     project.run("offline", *fixed, "onpolicy=none")
     found, expected = weights(project.folder / "once"), weights(project.folder / "offline")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# What rounds are made of
+
+
+def written_model(folder: Path, like: Path) -> Path:
+    """Another model with the same tokenizer."""
+    shutil.copytree(like, folder)
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(like))
+    model.save_pretrained(folder)
+    return folder
+
+
+def is_labelled(group, made):
+    return len(group.completions) == 1 and group.labels is not None
+
+
+MADE = {
+    "loss=kto onpolicy.pairs.choice=kto onpolicy.pairs.threshold=1.5": is_labelled,
+    "loss=kto": is_labelled,
+    "loss=plackett_luce onpolicy.pairs.choice=list": lambda g, _: (
+        len(g.completions) >= 2 and sorted(g.scores, reverse=True) == list(g.scores) and g.scores[0] > g.scores[-1]
+    ),
+    "onpolicy.judge=none onpolicy.k=1 onpolicy.pairs.choice=gold_vs_sample": lambda g, made: (
+        [g.key(k) in made.logps for k in (0, 1)] == [False, True]
+    ),
+    "onpolicy.judge=none onpolicy.k=1 onpolicy.pairs.choice=sample_vs_weak onpolicy.weak=WEAK": lambda g, made: (
+        [g.key(k) in made.logps for k in (0, 1)] == [True, False]
+    ),
+    "reference=live onpolicy.reference=start": lambda g, _: g.scores[0] > g.scores[1],
+    "loss=simpo optim.lr=1e-3": lambda g, _: g.scores[0] > g.scores[1],
+}
+
+
+@pytest.mark.parametrize("settings", MADE)
+def test_rounds_of_every_kind(settings, project, tiny_model_folder):
+    if "WEAK" in settings:
+        settings_now = settings.replace("WEAK", str(written_model(project.folder / "weak", tiny_model_folder)))
+    else:
+        settings_now = settings
+    found = project.run("run", "trainer.max_steps=4", *settings_now.split())
+    rounds = rounds_of(project.folder / "run")
+    assert [len(made.groups) for made in rounds] == [6, 2]
+    assert all(MADE[settings](group, made) for made in rounds for group in made.groups)
+    assert found["stages"]["preference"]["start"]["loss"] == pytest.approx(
+        found["stages"]["preference"]["start"]["closed_form"], abs=1e-4
+    )
+
+
+def test_a_share_of_each_round_is_of_the_data(project):
+    project.run("run", "onpolicy.mix_offline=0.5")
+    offline = [group for made in rounds_of(project.folder / "run") for group in made.groups if group.scores is None]
+    counts = [sum(g.scores is None for g in made.groups) for made in rounds_of(project.folder / "run")]
+    assert counts == [3, 3, 2]
+    assert len({group.source for group in offline}) == 8, "each pair of the data once before one comes again"
+
+
+def test_prompts_of_the_held_out_set_are_not_trained_on(project):
+    """Planted: all training prompts are held out, too."""
+    other = shutil.copy(project.data, project.folder / "held_out.jsonl")
+    with pytest.raises(UserError, match="20 contaminated"):
+        project.run("run", "data.eval_size=0", f"data.eval_source={other}")
 
 
 # What is refused
