@@ -1,0 +1,1 @@
+"""Recipes made of the files of other tools: a table of keys for each tool, and what the keys mean together."""

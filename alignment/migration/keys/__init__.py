@@ -1,0 +1,1 @@
+"""The keys of each tool, one table each: what becomes of them."""
