@@ -327,8 +327,7 @@ class PreferenceStage:
         def score(scored: nn.Module, groups: Sequence[Group]) -> RaggedLogps:
             return join_scores(groups, list(score_groups(scored, groups, layout, budget, device)))
 
-        measures = onpolicy.is_plain and self._work.team is None
-        return TakeRounds(rounds, reference, start, compares, score if measures else None, asked)
+        return TakeRounds(rounds, reference, start, compares, score if onpolicy.is_plain else None, asked)
 
     def _trainer(
         self,

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from alignment.config.rounds import OnPolicyConfig, renamed
 from alignment.config.schema import RunConfig
 from alignment.data.preparation.prepare import PreferenceData
-from alignment.errors import UserError
+from alignment.errors import UserError, require
 from alignment.evaluation.judges.base import Judge
 from alignment.evaluation.judges.making import make_judge
 from alignment.evaluation.sampling.local import LocalEngine
@@ -50,13 +50,18 @@ class Rounds:
         done: the rounds so far.
 
     Raises:
-        UserError: the data are too large, or the judge lacks something.
+        UserError: there are several ranks, the data are too large, or the judge lacks something.
     """
 
     def __init__(
         self, config: RunConfig, data: PreferenceData, work: Workspace, stops: Sequence[int], schedule: Schedule
     ) -> None:
         assert config.onpolicy is not None
+        require(
+            work.team is None,
+            "onpolicy draws and trains in one process so far, and this run has several ranks: set trainer.devices=1, "
+            "and start it without a launcher.",
+        )
         self._config = config
         self._own: OnPolicyConfig = config.onpolicy
         self._work = work
@@ -132,7 +137,7 @@ class Rounds:
             )
             work, at_once = self._work, self._config.evaluation.batch_size
             before, filled = self.done[-1] if self.done else None, self._own.every is not None
-            engine = LocalEngine(model, work.device, at_once, work.team)
+            engine = LocalEngine(model, work.device, at_once)
             weaker = nullcontext() if self._weak is None else self._weak.engine()
             with AnswerStore(work.cache, engine) as store, weaker as weak:
                 found = self._maker.make(folder, store, weak, number, steps * size, size, before, filled)
