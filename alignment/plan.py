@@ -286,6 +286,8 @@ def _print(config: RunConfig, machine: Machine, stages: dict[str, StagePlan], sw
         part = config.sft if name == "sft" and config.sft is not None else config
         for line in _stage_lines(name, stage, part.optim.name):
             say(line)
+    if config.loss is not None and config.loss.requirements().draws:
+        say(f"The weights of the teacher, {config.distill.teacher}, come on top: a run counts them once it has them.")
     if sweep is not None:
         for line in _sweep_lines(sweep):
             say(line)

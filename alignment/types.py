@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -74,6 +74,8 @@ class Group:
         scored: K arrays (C_k,) bool, each true for at least one token: the tokens of a completion that are scored. The
             others, such as the results of tools, are context: they are read and have no log-prob. None: all are scored.
         dataset: name of the source that the group comes from, in a mixture; it changes nothing but what is reported.
+        drawn: K arrays (C_k,) float32, the log-probs of the completions' tokens under the policy that drew them, at
+            temperature 1; None for completions of the data.
 
     Raises:
         ValueError: a wrong dtype, nothing to score, or another number of labels, scores or masks than completions.
@@ -87,6 +89,7 @@ class Group:
     source: str = ""
     scored: tuple[np.ndarray, ...] | None = None
     dataset: str = ""
+    drawn: tuple[np.ndarray, ...] | None = None
 
     def __post_init__(self) -> None:
         if any(tokens.dtype != np.int32 for tokens in (self.prompt, *self.completions)):
@@ -95,12 +98,15 @@ class Group:
             raise ValueError("The prompt of a Group needs a token: it predicts the first completion token.")
         if not self.completions or not all(len(tokens) for tokens in self.completions):
             raise ValueError("A Group needs a completion, and every completion needs a token.")
-        for name, values in (("labels", self.labels), ("scores", self.scores), ("masks", self.scored)):
+        for name, values in self._by_completion().items():
             if values is not None and len(values) != len(self.completions):
                 raise ValueError(f"A Group of {len(self.completions)} completions cannot have {len(values)} {name}.")
         for tokens, mask in zip(self.completions, self.scored or (), strict=self.scored is not None):
             if mask.dtype != np.bool_ or mask.shape != tokens.shape or not mask.any():
                 raise ValueError("A mask of scored tokens is bool, as long as its completion, and true for a token.")
+
+    def _by_completion(self) -> dict[str, tuple[Any, ...] | None]:
+        return {"labels": self.labels, "scores": self.scores, "masks": self.scored, "log-probs": self.drawn}
 
     def scored_tokens(self, index: int) -> np.ndarray:
         """(scored,) the tokens of one completion that are scored."""

@@ -20,7 +20,7 @@ class PairChoice(Enum):
 
     Without a judge: `gold_vs_sample`: the answer of the data is chosen over each sampled one (SPIN, Chen et al. 2024,
     arXiv 2401.01335). `sample_vs_weak`: the policy's answers are chosen over those of a weaker model (delta learning,
-    Geng et al. 2025, arXiv 2507.06187).
+    Geng et al. 2025, arXiv 2507.06187). `answers`: each answer as it is, empty or cut too, for a teacher (loss opd).
     """
 
     best_vs_worst = "best_vs_worst"
@@ -32,6 +32,7 @@ class PairChoice(Enum):
     kto = "kto"
     gold_vs_sample = "gold_vs_sample"
     sample_vs_weak = "sample_vs_weak"
+    answers = "answers"
 
 
 class DropCut(Enum):
@@ -71,7 +72,7 @@ class PairsConfig:
             f"one: set onpolicy.pairs.max_length_gap=null.",
         )
         require(
-            (self.threshold is not None) == (self.unit == "row"),
+            (self.threshold is not None) == (self.choice is PairChoice.kto),
             f"onpolicy.pairs.threshold is for onpolicy.pairs.choice=kto, which needs one, and for no other choice; it "
             f"is {'null' if self.threshold is None else self.threshold} for {name}.",
         )
@@ -83,12 +84,12 @@ class PairsConfig:
     @property
     def unit(self) -> str:
         """What the groups are: pair, row or list, as the requirements of a loss have it."""
-        return {PairChoice.list: "list", PairChoice.kto: "row"}.get(self.choice, "pair")
+        return {PairChoice.list: "list", PairChoice.kto: "row", PairChoice.answers: "row"}.get(self.choice, "pair")
 
     @property
     def is_judged(self) -> bool:
         """Whether the choice needs a judge's scores."""
-        return self.choice not in (PairChoice.gold_vs_sample, PairChoice.sample_vs_weak)
+        return self.choice not in (PairChoice.gold_vs_sample, PairChoice.sample_vs_weak, PairChoice.answers)
 
     @property
     def least_answers(self) -> int:

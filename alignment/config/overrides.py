@@ -118,6 +118,8 @@ def _why_without_effect(key: str, config: schema.RunConfig) -> str | None:
             return f"loss {config.loss.name} has no reference, and reference.for_metrics=false asks for none"
         if live and name == "spot_checks":
             return "a live reference is computed anew, so that there is nothing stored to check"
+    if section == "distill" and (config.loss is None or not config.loss.requirements().draws):
+        return "only a loss that draws answers, such as opd, has a teacher"
     stage = config.sft if section.startswith("sft.") else config
     if name == "epochs" and section.endswith("trainer") and stage is not None and stage.trainer.max_steps is not None:
         return f"{section}.max_steps={stage.trainer.max_steps} decides; set it to null to train for epochs"

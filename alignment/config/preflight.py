@@ -33,10 +33,10 @@ def check_machine(config: RunConfig) -> None:
             missing.append(problem)
     elif config.device is Device.auto and is_hidden():
         log.warning("This run is on the CPU, though the machine has a GPU: %s.", why_no_gpu())
-    sources: dict[str, str] = {} if _is_local_model(config.model.name) else {config.model.name: "model"}
-    weak = None if config.onpolicy is None else config.onpolicy.weak
-    if weak is not None and not _is_local_model(weak):
-        sources[weak] = "model"
+    models = [config.model.name, None if config.onpolicy is None else config.onpolicy.weak]
+    if config.loss is not None and config.loss.requirements().draws:
+        models.append(config.distill.teacher)
+    sources = {name: "model" for name in models if name is not None and not _is_local_model(name)}
     for data in (config.sft.data if config.sft else None, config.data if config.loss is not None else None):
         if data is not None:
             sources.update(dict.fromkeys(filter(is_on_hub, data.named), "data set"))

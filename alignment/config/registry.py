@@ -33,6 +33,7 @@ SCHEMAS = {
     "trainer": schema.TrainerConfig,
     "reference": schema.ReferenceConfig,
     "onpolicy": schema.OnPolicyConfig,
+    "distill": schema.DistillConfig,
     "evaluation": schema.EvaluationConfig,
     "stopping": schema.StoppingConfig,
     "tracking": schema.TrackingConfig,

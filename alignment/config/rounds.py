@@ -112,6 +112,10 @@ class OnPolicyConfig:
             "onpolicy.reference say what each round is compared with.",
         )
 
+        if needs.draws or self.pairs.choice is PairChoice.answers:
+            self._check_teacher(loss, needs.draws)
+            return
+
         # Pairs, lists and rows
         unit, choice = self.pairs.unit, self.pairs.choice.name
         require(
@@ -137,6 +141,21 @@ class OnPolicyConfig:
             live or run.adapter is not None or self.reference is RoundReference.round,
             "onpolicy.reference=start without an adapter needs a second model for the start: set reference=live, or "
             "onpolicy.reference=round.",
+        )
+
+    def _check_teacher(self, loss: str, draws: bool) -> None:
+        """Refuse rounds that are not those of a teacher, for a loss that has one, and the other way round."""
+        choice, plain = self.pairs.choice, {"temperature": 1, "top_p": 1, "mix_offline": 0}
+        other = next((key for key, value in plain.items() if getattr(self, key) != value), "")
+        require(
+            draws and choice is PairChoice.answers,
+            f"onpolicy.pairs.choice={choice.name} and loss {loss} do not fit: choice answers is for losses with a "
+            f"teacher, such as opd, and these take no other; set onpolicy=distill for them.",
+        )
+        require(
+            not other,
+            f"onpolicy.{other} must be {plain.get(other)} for loss {loss}: only what the policy itself draws, at "
+            f"temperature 1 and from all tokens, tells how far it is from its teacher.",
         )
 
 

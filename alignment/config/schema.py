@@ -14,6 +14,7 @@ from typing import Any
 
 from alignment.config.adapters import AdapterConfig as AdapterConfig
 from alignment.config.data import DataConfig as DataConfig
+from alignment.config.distill import DistillConfig as DistillConfig
 from alignment.config.judging import Judge as Judge
 from alignment.config.judging import LLMJudgeConfig
 from alignment.config.optim import OptimConfig
@@ -339,6 +340,7 @@ class RunConfig:
     trainer: TrainerConfig
     reference: ReferenceConfig
     onpolicy: OnPolicyConfig | None
+    distill: DistillConfig
     evaluation: EvaluationConfig
     stopping: StoppingConfig | None
     tracking: TrackingConfig | None
@@ -390,6 +392,8 @@ class RunConfig:
             self.onpolicy.check(self)
         if self.loss is not None and self.loss.requirements().rewards:
             self._check_reward_model()
+        if self.loss is not None and self.loss.requirements().draws:
+            self.distill.check(self)
         if self.loss is not None:
             metric = self.stopping.metric if self.stopping is not None else ""
             require(

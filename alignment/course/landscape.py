@@ -53,7 +53,7 @@ def landscape(loss: Loss, chosen: Tensor, rejected: Tensor, pair: PairUnderRefer
         UserError: the loss reads more of a pair than its log-probs, or needs a third answer.
     """
     needs = loss.requirements()
-    if needs.quantities or needs.prompts or isinstance(loss, TPO | TPOL):
+    if needs.quantities or needs.prompts or needs.draws or isinstance(loss, TPO | TPOL):
         raise UserError(f"Loss {loss.name} reads more than the log-probs of two answers, so it has no such landscape.")
     u, v = (values.detach().double().requires_grad_() for values in (chosen, rejected))
     # If the pairs of a step interact, a step is one pair, repeated until the loss has its minimum of pairs.

@@ -20,10 +20,10 @@ import yaml
 
 from alignment.errors import CommandParser, UserError, did_you_mean
 from alignment.files import asset_dir
-from alignment.losses import LDDPO, LOSSES, Loss, Mixture, Quantity, SamPO, title
+from alignment.losses import LDDPO, LOSSES, OPD, Loss, Mixture, Quantity, SamPO, title
 from alignment.losses.parity import CHECKS, Check, value_here
 
-TOKEN_LEVEL = frozenset({LDDPO.name, SamPO.name})
+TOKEN_LEVEL = frozenset({LDDPO.name, SamPO.name, OPD.name})
 """These losses need single tokens; sums of log-probs and lengths are not enough."""
 
 COLUMNS = ("loss", "title", "items", "reference", "reads", "state", "defaults", "purpose")
@@ -36,6 +36,7 @@ _GROUPS = {
     ("list", True): "Ranked lists of answers, against a reference",
     ("list", False): "Ranked lists of answers, without a reference",
 }
+_DRAWN = "Answers that the policy draws, against a teacher"
 _MIXTURES = "Mixtures of these"
 
 
@@ -111,12 +112,21 @@ def rows() -> list[tuple[str, ...]]:
         loss = recommended(name)
         needs = loss.requirements()
         reads = ["tokens"] if name in TOKEN_LEVEL else ["rewards of a head"] if needs.rewards else []
+        reads += ["answers that it draws"] if needs.draws else []
         reads += ["scores"] if needs.scores else []
         reads += ["prompts"] if needs.prompts else []
         reads += [f"distributions ({', '.join(sorted(q.name for q in needs.quantities))})"] if needs.quantities else []
         reads += ["answers to other prompts"] if loss.mismatched(max(2, needs.min_items)) else []
         reads += ["the whole step"] if needs.whole_step else []
-        reference = "live" if Quantity.divergence in needs.quantities else "yes" if needs.reference else "no"
+        reference = (
+            "a teacher"
+            if needs.draws
+            else "live"
+            if Quantity.divergence in needs.quantities
+            else "yes"
+            if needs.reference
+            else "no"
+        )
         found.append(
             (
                 name + "*" * bool(kind.uncertain),
@@ -202,6 +212,7 @@ def page() -> str:
         " of an item depends on the other items of the optimizer step. Splitting a step into micro-batches never"
         " changes the result.",
         "- `bradley_terry` reads no log-probs at all: it trains a [reward model](../../docs/reward_models.md).",
+        "- `opd` reads prompts alone, and draws their answers: it [distils a teacher](../../docs/distillation.md).",
         "- **state**: numbers that it carries from step to step. Checkpoints keep them.",
         "- **defaults**: the settings that you get. Each section below gives the source of every value.",
         "- **\\***: something could not be checked against the paper. The list after the table says what.",
@@ -260,10 +271,10 @@ def page_path() -> Path:
 
 def _list() -> str:
     """One line of at most 80 columns per loss, grouped by what the losses read."""
-    groups: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (*_GROUPS.values(), _MIXTURES)}
+    groups: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (*_GROUPS.values(), _DRAWN, _MIXTURES)}
     for name, kind in LOSSES.items():
         needs = None if kind is Mixture else recommended(name).requirements()
-        heading = _MIXTURES if needs is None else _GROUPS[needs.unit, needs.reference]
+        heading = _MIXTURES if needs is None else _DRAWN if needs.draws else _GROUPS[needs.unit, needs.reference]
         groups[heading].append((name + "*" * bool(kind.uncertain), kind.purpose))
     groups[_MIXTURES] += [(name, _weights(name)) for name in mixtures()]
     lines = ["Choose a loss with loss=KEY; `python -m alignment.losses show KEY` explains it."]

@@ -58,6 +58,7 @@ class LossInputs:
             so the order of the items and their split into parts change no draw. None outside training.
         lengths: (S,) int64, scored tokens of each completion, for a loss that reads rewards: `policy` then holds one
             number for each completion, the reward that the model's head gives it. None where it holds log-probs.
+        drawn: log-probs of the same tokens under the policy that drew them, for a loss that draws; else None.
 
     Raises:
         ValueError: parts that do not fit together.
@@ -74,11 +75,12 @@ class LossInputs:
     totals: StepTotals | None = None
     seeds: Tensor | None = None
     lengths: Tensor | None = None
+    drawn: RaggedLogps | None = None
 
     def __post_init__(self) -> None:
         # Shapes only: looking at values would make the training pass wait for its device.
         found = {f"quantities[{quantity.name}]": ragged for quantity, ragged in self.quantities.items()}
-        for name, ragged in {"reference": self.reference, **found}.items():
+        for name, ragged in {"reference": self.reference, "drawn": self.drawn, **found}.items():
             if ragged is not None and (len(ragged), len(ragged.values)) != (len(self.policy), len(self.policy.values)):
                 raise ValueError(
                     f"LossInputs.{name} must have the policy's {len(self.policy)} sequences and "
@@ -162,6 +164,8 @@ class Requirements:
         orders_ties: whether it ranks answers with equal scores, in the order of the file.
         rewards: whether `LossInputs.policy` holds a reward of each completion in place of log-probs: a head on the
             model gives it, and what trains is a reward model.
+        draws: whether its items are answers that the policy draws while it trains. All are desirable rows, and the
+            reference is a teacher.
     """
 
     unit: str
@@ -174,6 +178,7 @@ class Requirements:
     density_weights: bool = False
     orders_ties: bool = False
     rewards: bool = False
+    draws: bool = False
 
 
 @dataclass(kw_only=True)
@@ -198,6 +203,7 @@ class Loss(ABC):
     whole_step: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
     reads_rewards: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     orders_ties: ClassVar[bool] = False
     discontinuous_at_reference: ClassVar[bool] = False
     """Whether rounding can make the loss jump where the policy equals the reference: the loss depends on the order of
@@ -226,6 +232,7 @@ class Loss(ABC):
             quantities=self.quantities,
             orders_ties=self.orders_ties,
             rewards=self.reads_rewards,
+            draws=self.draws,
         )
 
     @abstractmethod

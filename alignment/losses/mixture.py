@@ -81,6 +81,12 @@ class Mixture(Loss):
             f"loss.weights cannot name {', '.join(rewarding)}: it trains a reward model, which has no log-probs that "
             f"others could read; choose it alone, with loss={', '.join(rewarding)}.",
         )
+        drawing = [name for name, part in self._parts().items() if part.requirements().draws]
+        require(
+            not drawing,
+            f"loss.weights cannot name {', '.join(drawing)}: it draws answers of its own, and others read those of the "
+            f"data; choose it alone, with loss={', '.join(drawing)}.",
+        )
         asking = [name for name, part in self._parts().items() if part.mismatched(2 * part.requirements().min_items)]
         require(
             len(asking) <= 1,

@@ -11,6 +11,7 @@ What holds for every choice:
 - Completions are the sampler's own ids. A text only says whether an answer is empty.
 - The answers' order, the other prompts and their order change nothing; answers with equal scores are taken in an order
   that a hash of their tokens gives, whole ones first. `seed` and the prompt's ids draw the answer of `best_vs_random`.
+- For a teacher (`answers`) every answer is a row as it was drawn, and only held-out prompts are dropped.
 - A tie is no pair, and neither are two answers with the same ids. A cut answer is never chosen. A score that cannot be
   read ranks nowhere; a pair whose own verdict cannot be read is no pair.
 - The best answer is the best of all that can be read. If it was cut or is empty, its pairs are dropped; the second best
@@ -216,7 +217,7 @@ def _key(prompt: np.ndarray, tokens: np.ndarray) -> bytes:
 
 def _number(choice: PairChoice, answers: int) -> int:
     """How many pairs, rows or lists a choice makes of so many answers, if nothing is dropped."""
-    if choice in (PairChoice.kto, PairChoice.gold_vs_sample, PairChoice.sample_vs_weak):
+    if choice in (PairChoice.kto, PairChoice.gold_vs_sample, PairChoice.sample_vs_weak, PairChoice.answers):
         return answers
     if choice in (PairChoice.best_vs_rest, PairChoice.all_pairs):
         return len(index_pairs(answers, ListPairs[choice.name]))
@@ -314,6 +315,13 @@ def _rows(drawn: Drawn, answers: Sequence[_One], config: PairsConfig, seed: int)
     return list(made.values()), dropped
 
 
+def _as_drawn(
+    drawn: Drawn, answers: Sequence[_One], config: PairsConfig, seed: int
+) -> tuple[list[Group], Counter[str]]:
+    """Each answer, one that was drawn twice twice: otherwise likely ones would count for less than they are likely."""
+    return [_group(drawn, [one], labels=(True,)) for one in answers], Counter()
+
+
 def _list(drawn: Drawn, answers: Sequence[_One], config: PairsConfig, seed: int) -> tuple[list[Group], Counter[str]]:
     _need_scores(drawn, config)
     first = {one.key: one for one in reversed(_ranked(answers))}  # the best of those with the same tokens
@@ -340,6 +348,7 @@ _MAKERS = {
     PairChoice.sample_vs_weak: _weak_pairs,
     PairChoice.kto: _rows,
     PairChoice.list: _list,
+    PairChoice.answers: _as_drawn,
 }
 
 

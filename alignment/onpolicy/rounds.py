@@ -80,8 +80,9 @@ class Slots(MadeOnDemand[Group]):
 
 @dataclass(slots=True)
 class _Found:
-    """What the prompts of a round have given so far."""
+    """What the prompts of a round have given so far; `seed` is that of its answers."""
 
+    seed: int
     groups: list[Group] = field(default_factory=list)
     logps: dict[bytes, np.ndarray] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
@@ -150,7 +151,11 @@ class RoundMaker:
         position = 0 if before is None else before.position
         rate = before.rate if before is not None else own / _FIRST  # of what is not known, a few prompts first
         log.info("Round %d: answers to prompts for %d groups ...", number + 1, own)
-        found, limit = _Found(), min(self.config.prompts or len(self.prompts), len(self.prompts))
+        # A prompt that comes again has other random numbers, or the policy would learn what these ones make of it
+        found, limit = (
+            _Found(self.seed + (number << 32)),
+            min(self.config.prompts or len(self.prompts), len(self.prompts)),
+        )
         order = shuffled(len(self.prompts), self.seed, position)
         while len(found.groups) < own and found.prompts < limit:
             wanted = math.ceil((own - len(found.groups)) / rate)
@@ -185,7 +190,7 @@ class RoundMaker:
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
-            seed=self.seed,
+            seed=found.seed,
         )
         tokens = [prompt.group.prompt for prompt in prompts]
         answers = draw(engine, tokens, config.k, how)

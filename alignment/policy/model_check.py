@@ -17,6 +17,7 @@ from alignment.policy.reward_model import require_classifier
 from alignment.policy.saved_adapter import require_same_form
 from alignment.policy.source import ModelSource
 from alignment.policy.stored import Checkpoint, require_usable
+from alignment.policy.teacher import require_teacher
 from alignment.policy.weight_parts import whole
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def check_model(config: RunConfig, source: ModelSource, tokenizer: Any) -> None:
     require_usable(config, Checkpoint.of(whole))
     if config.loss is not None and config.loss.requirements().rewards:
         require_classifier(whole, model, config.loss.name)
+    if config.loss is not None and config.loss.requirements().draws:
+        require_teacher(config, tokenizer, getattr(shape, "vocab_size", None))
     if source.adapter is not None:
         require_same_form(source.adapter, config.adapter)
     _settle_ends(config, tokenizer)

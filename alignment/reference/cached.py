@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -77,6 +77,9 @@ def _entropy_identity(identity: str) -> str:
 class CachedReference(Reference):
     """Reference log-probs from the store; missing ones are computed once and added.
 
+    Attributes:
+        telling: whether a bar and a log line say what is computed.
+
     Args:
         store: closed by `close`.
         model: the policy at the start, which is the reference.
@@ -89,6 +92,8 @@ class CachedReference(Reference):
     Raises:
         UserError: a number is out of range.
     """
+
+    telling: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -142,7 +147,10 @@ class CachedReference(Reference):
             missing = Picked(wanted, np.sort(wanted.first[~values.known()]))
             self._summary["hits"] += len(found)
             self._summary["misses"] += len(missing)
-            log.info("Reference %s: %d of %d completions stored.", self.identity[:12], len(values), len(wanted.first))
+            level = logging.INFO if self.telling else logging.DEBUG
+            log.log(
+                level, "Reference %s: %d of %d completions stored.", self.identity[:12], len(values), len(wanted.first)
+            )
             self._compute(missing)
         self._summary["seconds"] += time.monotonic() - started
 
@@ -240,7 +248,7 @@ class CachedReference(Reference):
         if not missing:
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns) as progress:
+        with Progress(*columns, disable=not self.telling) as progress:
             task = progress.add_task("Reference log-probs", total=len(missing))
             for start in range(0, len(missing), _COMPUTED):
                 keys, groups = zip(*missing[start : start + _COMPUTED], strict=True)
@@ -252,15 +260,7 @@ class CachedReference(Reference):
         pending: dict[bytes, np.ndarray] = {}
         for indices, lengths, values in self._score(groups):
             if not values.isfinite().all():
-                if self.refreshes:
-                    raise NotFinite(
-                        f"After step {self.refreshes[-1]['step']} the policy, which becomes the reference, gives "
-                        f"log-probs that are not finite: the training has diverged, try a lower optim.lr."
-                    )
-                raise NotFinite(
-                    "The policy that this stage starts from gives log-probs that are not finite: its weights are "
-                    "damaged or overflow in this dtype (model.dtype, quantization.compute_dtype)."
-                )
+                raise NotFinite(self._why_not_finite())
             for part, index in zip(values.float().split(lengths, 1), indices, strict=True):
                 pending[keys[index]] = part.numpy().copy()
             if len(pending) >= _SEQUENCES_PER_WRITE:
@@ -268,6 +268,17 @@ class CachedReference(Reference):
                 pending = {}
             yield len(indices)
         self._flush(pending)
+
+    def _why_not_finite(self) -> str:
+        if self.refreshes:
+            return (
+                f"After step {self.refreshes[-1]['step']} the policy, which becomes the reference, gives log-probs "
+                f"that are not finite: the training has diverged, try a lower optim.lr."
+            )
+        return (
+            "The policy that this stage starts from gives log-probs that are not finite: its weights are damaged or "
+            "overflow in this dtype (model.dtype, quantization.compute_dtype)."
+        )
 
     def _flush(self, pending: Mapping[bytes, np.ndarray]) -> None:
         assert self._values is not None, "`prepare` begins them"

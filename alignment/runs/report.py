@@ -54,6 +54,7 @@ _STAGE_ROWS = {
     "eval/rewards/margins": ("metrics", "eval/rewards/margins"),
     "eval/nats/margins": ("metrics", "eval/nats/margins"),
     "eval/ranking/accuracies": ("metrics", "eval/ranking/accuracies"),
+    "eval/kl/teacher": ("metrics", "eval/kl/teacher"),
 }
 """Where the summary of a stage has each row of the table of stages. Metrics are named as in metrics.jsonl."""
 
@@ -148,6 +149,7 @@ def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]
         ["calibration error", *map(percent, of_pairs("rewards/calibration_error"))],
         ["margin vs reference, nats", *margin("nats/margins")],
         *accuracy("ranking accuracy", "ranking/accuracies"),
+        ["KL to teacher, nats/answer", *map(format_value, of_pairs("kl/teacher"))],
         ["KL to start, nats/answer", *(format_value(kl if model == "final" else None) for model in models)],
         [_INTERVAL, *(around if model == "final" else DASH for model in models)],
     ]

@@ -26,14 +26,17 @@ from alignment.losses import title as loss_title
 from alignment.policy.adapter import has_adapter
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import as_found, checkpoint_layers, disable_dropout
+from alignment.policy.teacher import load_teacher
 from alignment.ranks.team import Team, trained_parameters
 from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.live import LiveReference
 from alignment.reference.store import ReferenceStore
+from alignment.reference.teacher import Teacher
 from alignment.scoring.layout import BatchLayout, keys_per_position
 from alignment.scoring.logps import join_scores, largest_pass, score_groups
+from alignment.stages.distillation import held_out_draws, teacher_of
 from alignment.stages.following import (
     PreferenceBegun,
     begin_preference,
@@ -125,6 +128,7 @@ class PreferenceStage:
         self._folder = work.folder(self.name)
         self.seed = config.seed
         self.policy = work.final_policy
+        self._draws = config.loss.requirements().draws
         self._schedule = Schedule.of(config, data.train)
         self._rounds: Rounds | None = None
         if config.onpolicy is not None:
@@ -152,6 +156,7 @@ class PreferenceStage:
             ends = turn_end(self._work.tokenizer, self._config.data)
             layout = give_reward_head(self._work.team, model, layout, self._config.seed, ends)
         slot = self._joined(model)
+        teacher = load_teacher(self._config, self._device, self._work.cache) if self._draws else None
         plan = self._planned(model, layout, slot)
         checkpoint_layers(model, plan.checkpoint_every)
         if self._work.team is not None:
@@ -159,7 +164,7 @@ class PreferenceStage:
 
         # The reference, and the trainer with it
         groups = self._groups(model)
-        reference = self._reference(model, layout, plan)
+        reference = self._reference(model, layout, plan, teacher)
         if self._config.loss.requirements().density_weights:
             groups = with_density_weights(groups, model, plan.reference_tokens, self._device)
         callbacks = self._callbacks(model, groups, reference, layout, plan, log_metrics, slot)
@@ -173,7 +178,7 @@ class PreferenceStage:
         log.info(
             "Before the first update the loss is %.6g; its formula gives %.6g.", start["loss"], start["closed_form"]
         )
-        identity = policy_identity(model)[0] if reference is None else reference.identity
+        identity = policy_identity(model)[0] if reference is None or self._draws else reference.identity
         frozen = self._frozen_start(model, reference)
 
         # Training, and what came of it
@@ -255,8 +260,12 @@ class PreferenceStage:
         needs = self._config.loss.requirements()
         return needs.reference or (self._config.reference.for_metrics and not needs.rewards)
 
-    def _reference(self, model: nn.Module, layout: BatchLayout, plan: Plan) -> Reference | None:
+    def _reference(
+        self, model: nn.Module, layout: BatchLayout, plan: Plan, teacher: nn.Module | None
+    ) -> Reference | None:
         config = self._config
+        if teacher is not None:
+            return teacher_of(teacher, config, self._work, plan.tokens_per_batch)
         if not self._has_reference:
             return None
         if not config.loss.requirements().reference:
@@ -298,9 +307,10 @@ class PreferenceStage:
         callbacks = stage_callbacks(title, log_metrics, config.trainer, bool(data.eval), alone=self._work.slot is None)
         if self._stopping is not None:
             callbacks.insert(0, self._stopping)  # before those that ask what is done at the last step
-        asked = partial(groups_to_reference, config.loss, groups, eval_groups=data.eval)
+        held_out = () if self._draws else data.eval  # to which answers are drawn, when they are needed
+        asked = partial(groups_to_reference, config.loss, groups, eval_groups=held_out)
         if reference is not None:
-            if self._rounds is not None and isinstance(reference, CachedReference):
+            if self._rounds is not None and isinstance(reference, CachedReference) and not self._draws:
                 reference.learn(self._rounds.done[0].logps)
             reference.prepare(asked(self._schedule.until_refresh(0)))
             if self._schedule.refreshes:
@@ -322,12 +332,12 @@ class PreferenceStage:
         onpolicy, device, budget = self._config.onpolicy, self._device, plan.reference_tokens
         assert onpolicy is not None
         start = FrozenPolicy(model) if has_adapter(model) and len(self._schedule.rounds) > 1 else None
-        compares = onpolicy.reference is RoundReference.start
+        compares, plain = onpolicy.reference is RoundReference.start, onpolicy.is_plain and not self._draws
 
         def score(scored: nn.Module, groups: Sequence[Group]) -> RaggedLogps:
             return join_scores(groups, list(score_groups(scored, groups, layout, budget, device)))
 
-        return TakeRounds(rounds, reference, start, compares, score if onpolicy.is_plain else None, asked)
+        return TakeRounds(rounds, reference, start, compares, score if plain else None, asked)
 
     def _trainer(
         self,
@@ -349,6 +359,10 @@ class PreferenceStage:
             device=self._device,
             per_device_train_batch_size=config.trainer.groups_per_step,
         )
+        draws = None
+        if self._rounds is not None and isinstance(reference, Teacher):
+            parts = self._data.eval, self._work, self._stops, self._rounds
+            draws = held_out_draws(model, reference, config, *parts)
         trainer = PreferenceTrainer(
             model=model,
             args=arguments,
@@ -362,6 +376,7 @@ class PreferenceStage:
             callbacks=callbacks,
             router_aux_loss_coef=config.trainer.router_aux_loss_coef,
             team=self._work.team,
+            held_out_draws=draws,
         )
         if config.adapter is not None:
             trainer.lr_ratio = config.adapter.lr_ratio

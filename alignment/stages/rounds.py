@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from alignment.onpolicy.rounds import Round, RoundMaker, Slots, read_round
 from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
+from alignment.reference.teacher import Teacher
 from alignment.stages.stage import Workspace
 from alignment.stages.weak import WeakModel
 from alignment.training.optimizers import as_policy
@@ -144,6 +146,9 @@ class Rounds:
                 log.info(
                     "%d answers of %d tokens were drawn, %d were there before.", store.drawn, store.tokens, store.found
                 )
+        if self._config.loss.requirements().draws:
+            drawn = [replace(group, drawn=(found.logps[group.key(0)],)) for group in found.groups]
+            found = replace(found, groups=drawn)
         self.done.append(found)
         if isinstance(self.groups, Slots) and self._own.every is not None:
             self.groups.take(found.groups)
@@ -212,8 +217,10 @@ class TakeRounds(TrainerCallback):
                 self._news["onpolicy/kl_start"] = kl_start(_told(made), self._score(start, made.sample))
 
     def _compare(self, step: int) -> None:
-        """Prepare the log-probs of the start for the round that begins after so many steps."""
-        if self._compares and self._start is not None and isinstance(self._reference, CachedReference):
+        """Prepare the log-probs of the start, or of a teacher, for the round that begins after so many steps."""
+        if isinstance(self._reference, Teacher):
+            self._reference.prepare(self._asked(self._rounds.schedule.until_refresh(step)))
+        elif self._compares and self._start is not None and isinstance(self._reference, CachedReference):
             with self._start.active():
                 self._reference.prepare(self._asked(self._rounds.schedule.until_refresh(step)))
 

@@ -181,7 +181,10 @@ def _stages(
         check_optimizer("optim", config.optim, config.adapter, machine.device)
         # All answers may be as long as a row may be, beside a short prompt; lists are mostly of four.
         answers = {"row": 1, "pair": 2, "list": 4}[config.loss.requirements().unit]
-        longest = known.get("preference", (length or config.data.max_length) * answers)
+        whole = length or config.data.max_length
+        if config.loss.requirements().draws and config.onpolicy is not None:
+            whole = length or config.data.max_prompt_length + config.onpolicy.max_new_tokens
+        longest = known.get("preference", whole * answers)
         stages["preference"] = _plan_stage(config, config, model, machine, longest, False, ranks, sharing)
     return stages
 

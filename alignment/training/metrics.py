@@ -34,6 +34,7 @@ class Observed:
             "sizes": inputs.sizes,
             "scores": inputs.scores,
             "lengths": inputs.lengths,
+            "drawn": None if inputs.drawn is None else inputs.drawn.values,
             "losses": output.losses.detach(),
             "rewards": output.rewards.detach(),
         }
@@ -55,6 +56,7 @@ def read(passes: Sequence[Observed]) -> Iterator[tuple[LossInputs, LossOutput]]:
                 sizes=found.get("sizes"),
                 scores=found.get("scores"),
                 lengths=found.get("lengths"),
+                drawn=RaggedLogps(found["drawn"], offsets) if "drawn" in found else None,
             ),
             LossOutput(found["losses"], found["rewards"], {name: next(copied) for name in seen.parts}),
         )
@@ -123,11 +125,17 @@ def preference_metrics(inputs: LossInputs, output: LossOutput) -> dict[str, Tens
 
     In a ranked list the best completion counts as chosen and the worst as rejected.
 
+    Answers that the policy has drawn are neither chosen nor rejected. Of them there are `kl/teacher`, the log-ratio to
+    the teacher when they were drawn, summed over the answer, whose mean is the sampled KL(policy || teacher);
+    `kl/teacher_per_token`, its mean per token; and `lengths/answers`.
+
     A reward model has no log-probs: of it there are `rewards/*`, with `rewards/mean` over all completions, and lengths.
 
     Returns:
         name -> detached values, one per pair, row, completion, or two completions of a list.
     """
+    if inputs.drawn is not None:
+        return _of_drawn(inputs) | output.parts
     per_sequence = _per_sequence(inputs, output)
     metrics = _by_row(inputs, per_sequence) if inputs.labels is not None else _by_pair(inputs, per_sequence)
     if inputs.lengths is not None:
@@ -158,7 +166,8 @@ def held_out_rows(groups: Sequence[Group], inputs: LossInputs, output: LossOutpu
         groups: the items of the inputs.
 
     Returns:
-        One dict per item: `source`, `key` (a hash of its tokens, equal in runs with the same data and tokenizer), its
+        One dict per item: `source`, `key` (a hash of its tokens, or of the prompt of an answer that was drawn: equal in
+        runs with the same data and tokenizer), its
         metrics (a labelled row has those of its side), and with a reference its log-probs as `reference_logps/*`. In a
         mixture `dataset` names its source.
     """
@@ -169,8 +178,9 @@ def held_out_rows(groups: Sequence[Group], inputs: LossInputs, output: LossOutpu
     for row, group in zip(rows, groups, strict=True):
         if group.dataset:
             row["dataset"] = group.dataset
-    if inputs.labels is None:
-        for name, values in _by_pair(inputs, per_sequence).items():
+    if inputs.labels is None or inputs.drawn is not None:
+        named = _by_pair(inputs, per_sequence) if inputs.drawn is None else _of_drawn(inputs)
+        for name, values in named.items():
             for row, value in zip(rows, values.tolist(), strict=True):
                 row[name] = value
     else:
@@ -202,7 +212,16 @@ def means_by_dataset(rows: Sequence[dict[str, Any]], losses: Tensor) -> dict[str
 
 
 def _key(group: Group) -> str:
-    return hashlib.blake2b(b"".join(group.keys()), digest_size=16).hexdigest()
+    asked = b"".join(group.keys()) if group.drawn is None else group.prompt.tobytes()
+    return hashlib.blake2b(asked, digest_size=16).hexdigest()
+
+
+def _of_drawn(inputs: LossInputs) -> dict[str, Tensor]:
+    """name -> (answers,) values of answers that were drawn."""
+    assert inputs.drawn is not None and inputs.reference is not None, "a loss that draws has a teacher"
+    lengths = inputs.drawn.lengths
+    nats = inputs.drawn.sums() - inputs.reference.sums()
+    return {"kl/teacher": nats, "kl/teacher_per_token": nats / lengths, "lengths/answers": lengths}
 
 
 def _per_sequence(inputs: LossInputs, output: LossOutput) -> dict[str, Tensor]:

@@ -295,6 +295,7 @@ class Objective:
             totals=totals,
             seeds=None if seeds is None else to_device(seeds, device),
             lengths=_lengths(groups, device) if self.needs.rewards else None,
+            drawn=plan.policy(_drawn(groups, scores.logps)) if self.needs.draws and groups[0].drawn else None,
         )
 
     def evaluate(self, groups: Sequence[Group], inputs: LossInputs, step_statistics: Tensor | None) -> Evaluation:
@@ -342,6 +343,12 @@ def _sizes(groups: Sequence[Group], device: torch.device) -> Tensor:
 
 def _lengths(groups: Sequence[Group], device: torch.device) -> Tensor:
     return to_device(torch.tensor([length for group in groups for length in group.scored_lengths]), device)
+
+
+def _drawn(groups: Sequence[Group], logps: Tensor) -> Tensor:
+    """(tokens,) log-probs of the completions' tokens when they were drawn, like these."""
+    values = np.concatenate([values for group in groups for values in group.drawn or ()])
+    return to_device(torch.from_numpy(values), logps.device).to(logps.dtype)
 
 
 def _scores(groups: Sequence[Group], device: torch.device) -> Tensor | None:

@@ -22,8 +22,11 @@ def _exact(logps: RaggedLogps) -> RaggedLogps:
 
 
 def _at_reference(inputs: LossInputs) -> LossInputs:
-    """The inputs, in float64, of a policy whose log-probs are exactly those of the reference."""
+    """The inputs, in float64, of a policy whose log-probs are exactly those of the reference, or of its own draw."""
     reference = _exact(inputs.policy if inputs.reference is None else inputs.reference)
+    if inputs.drawn is not None:  # the reference is a teacher, and the policy is who has drawn
+        drawn = _exact(inputs.drawn)
+        return replace(inputs, policy=drawn, reference=reference, drawn=drawn)
     quantities = {quantity: _exact(values) for quantity, values in inputs.quantities.items()}
     if (divergence := quantities.get(Quantity.divergence)) is not None:
         divergence.values.zero_()
@@ -57,6 +60,12 @@ def check_start(trainer: PreferenceTrainer, groups: Sequence[Group]) -> dict[str
     mean = difference.mean().item()
     tolerance = agreement_limit(trainer.model, groups, mean, len(difference), trainer.layout)
     if not mean <= tolerance:
+        if found.inputs.drawn is not None:
+            raise UserError(
+                f"The answers of loss {loss.name} are not those of the policy that this stage starts from: its "
+                f"log-probs differ from those of the sampler by {mean:.3g} nats per token on the first step (up to "
+                f"{tolerance:g} is rounding)."
+            )
         raise UserError(
             f"The reference of loss {loss.name} is not the policy that this stage starts from: their log-probs differ "
             f"by {mean:.3g} nats per token on the first step (up to {tolerance:g} is rounding)."

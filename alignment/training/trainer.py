@@ -32,6 +32,7 @@ from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.scoring.layout import BatchLayout
 from alignment.scoring.logps import largest_group, smaller_budget
+from alignment.training.drawn import HeldOutDraws
 from alignment.training.metrics import Means, Observed, held_out_rows, means_by_dataset, preference_metrics, read
 from alignment.training.objective import Evaluation, Objective, evaluated, step_seeds, step_totals
 from alignment.training.optimizers import as_policy, as_stepped
@@ -81,6 +82,7 @@ class PreferenceTrainer(StageTrainer):
         callbacks: list[TrainerCallback],
         router_aux_loss_coef: float = 0.0,
         team: Team | None = None,
+        held_out_draws: HeldOutDraws | None = None,
     ) -> None:
         self.loss = loss
         self.reference = reference
@@ -88,6 +90,7 @@ class PreferenceTrainer(StageTrainer):
         self.tokens_per_batch = tokens_per_batch
         self.sampler = sampler
         self.groups = groups
+        self.held_out_draws = held_out_draws
         self.eval_groups = eval_groups
         self.held_out = []
         self.num_tokens = 0
@@ -274,7 +277,9 @@ class PreferenceTrainer(StageTrainer):
 
     def _log_evaluation(self, prefix: str, at_reference: bool = False) -> dict[str, float]:
         as_policy(self.optimizer)
-        found, self.held_out = self._evaluated(self.eval_groups, at_reference)
+        draws = self.held_out_draws
+        groups = self.eval_groups if draws is None else draws.draw()
+        found, self.held_out = self._evaluated(groups, at_reference and draws is None)
         metrics = {f"{prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.require_finite_evaluation(metrics)

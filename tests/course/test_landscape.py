@@ -70,7 +70,7 @@ def test_every_loss_has_one_or_says_why_not(name):
     """Pushes are the differences of the loss; a point's value does not depend on what other points are looked at."""
     loss = recommended_loss(name)
     u, v = torch.tensor([0.7, -3.0, 4.1]).double(), torch.tensor([-1.3, 2.0, 0.4]).double()
-    if loss.requirements().quantities or name in ("tpo", "tpo_l"):
+    if loss.requirements().quantities or name in ("tpo", "tpo_l", "opd"):
         with pytest.raises(UserError, match=f"Loss {name} reads more"):
             landscape(loss, u, v, EVEN)
         return

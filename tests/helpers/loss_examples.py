@@ -16,6 +16,7 @@ from alignment.losses import (
     NCA,
     NLL,
     ODPO,
+    OPD,
     ORPO,
     RDPO,
     RPO,
@@ -57,6 +58,7 @@ from alignment.losses.f_dpo import Divergence
 from alignment.losses.gpo import Shape
 from alignment.losses.ipo import Reduction
 from alignment.losses.nll import NLLReduction, NLLScope
+from alignment.losses.opd import Credit
 
 TOKENS = {"nll_reduction": NLLReduction.token_mean, "nll_scope": NLLScope.response}
 SEQUENCES = {"nll_reduction": NLLReduction.sequence_mean, "nll_scope": NLLScope.response}
@@ -137,6 +139,7 @@ EXAMPLES = {
     "lipo": LiPO(beta=0.1, scale=2.0),
     "bradley_terry": BradleyTerry(centring=0.0, margin=0.0),
     "bradley_terry_margin": BradleyTerry(centring=0.0, margin=0.5),
+    **{f"opd_{credit.name}": OPD(coef=0.7, credit=credit) for credit in Credit},
     "mixture": Mixture(
         weights={"dpo": 0.8, "kto": 0.3, "nll": 1.0},
         settings={
@@ -163,4 +166,5 @@ ENUMS = {
     "divergence": Divergence,
     "nll_reduction": NLLReduction,
     "nll_scope": NLLScope,
+    "credit": Credit,
 }

@@ -60,6 +60,7 @@ def make_step(loss, items=5, seed=0, drift=0.1, dtype=torch.float64):
         quantities={q: RaggedLogps(quantities[q]().to(dtype), offsets) for q in Quantity if q in needs.quantities},
         state=loss.initial_state(),
         seeds=torch.randint(2**62, (items,), generator=generator),
+        drawn=RaggedLogps((reference + drift * (2 * uniform(tokens) - 1)).to(dtype), offsets) if needs.draws else None,
     )
 
 
@@ -92,6 +93,7 @@ def take(step, loss, items):
         quantities={quantity: ragged.select(sequences) for quantity, ragged in step.quantities.items()},
         seeds=step.seeds[items],
         totals=step.step_totals(),
+        drawn=None if step.drawn is None else step.drawn.select(sequences),
     )
 
 

@@ -87,10 +87,12 @@ def every_loss_but(*names):
     )
 
 
+DRAWING = [name for name, loss in EXAMPLES.items() if loss.requirements().draws]
+"""Their answers are neither good nor bad: a teacher says of each token whether it shall be likelier."""
 NLL_ALONE = [name for name in EXAMPLES if name.startswith("nll_")]
 
 
-@every_loss_but("apo_down", "discopop", "sampo", *NLL_ALONE, *MOVING)
+@every_loss_but("apo_down", "discopop", "sampo", *NLL_ALONE, *DRAWING, *MOVING)
 def test_a_better_policy_has_a_lower_loss(loss):
     """The gradient has the right sign at every token, and so has a finite move.
 
@@ -110,7 +112,7 @@ def test_a_better_policy_has_a_lower_loss(loss):
     assert (after < before).all()
 
 
-@every_loss
+@every_loss_but(*DRAWING)
 def test_a_better_policy_has_a_larger_margin(loss):
     """The rewards are those of the objective: every move that lowers the loss raises the preferred reward."""
     step = make_step(loss)
@@ -122,9 +124,9 @@ def test_a_better_policy_has_a_larger_margin(loss):
     assert (gain * direction)[direction != 0].min() > 0
 
 
-@every_loss_but("wpo", *MOVING)
+@every_loss_but("wpo", *DRAWING, *MOVING)
 def test_gradient_against_finite_differences(loss):
-    """WPO's weight follows the policy without a gradient: its own test holds the weight fixed."""
+    """Weights of WPO and OPD follow the policy without a gradient: their own tests hold these fixed."""
     step = make_step(loss)
     step_statistics = statistics_of(loss)
 
@@ -177,7 +179,7 @@ def test_dtype_is_kept(loss, dtype):
     assert step_statistics is None or step_statistics.dtype == dtype
 
 
-@every_loss_but(*MOVING)
+@every_loss_but(*DRAWING, *MOVING)
 def test_float64_has_no_float32_in_it(loss):
     """A move of 1e-10 nats, far below what float32 resolves, changes the losses as the gradient says."""
     step = make_step(loss)

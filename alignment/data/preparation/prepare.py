@@ -27,7 +27,7 @@ from alignment.data.rows.sequences import Picked, StoredRows, as_line
 from alignment.data.sources.loading import LoadedData, load_rows
 from alignment.data.tokens.token_store import CONVERSATIONS, GROUPS, TEXTS, Conversation, Kind, Stored, write_anew
 from alignment.data.tokens.tokenization import TokenizedData, TokenizedSFT, tokenize_groups, tokenize_sft
-from alignment.data.tokens.units import are_lists, as_pairs, as_rows, sizes, with_gap
+from alignment.data.tokens.units import are_lists, as_pairs, as_rows, each_prompt, sizes, with_gap
 from alignment.errors import UserError
 from alignment.losses.base import Loss
 from alignment.types import Group
@@ -285,7 +285,7 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
     """The data as the loss takes them: ranked lists, pairs or labelled rows.
 
     Lists become pairs unless the loss is one of lists, which takes a pair as a list of two. For a loss of rows each
-    pair becomes two labelled rows.
+    pair becomes two labelled rows, and for one that draws answers each prompt is there once.
 
     Returns:
         The data, and the rows that were left out.
@@ -307,8 +307,9 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
     _warn_of_cuts(info["tokens"].get("truncated_completions", 0), answers, config, "")
 
     # Lists to pairs, pairs to rows
-    parts = {"training": train.groups, "held-out": held_out.groups}
-    if needs.unit != "list":
+    each = [each_prompt(part.groups) if needs.draws else part.groups for part in (train, held_out)]
+    parts = dict(zip(("training", "held-out"), each, strict=True))
+    if needs.unit != "list" and not needs.draws:
         for part, groups in parts.items():
             if loaded.family == "lists" or are_lists(groups):
                 parts[part] = as_pairs(groups, config.list_pairs)
@@ -339,8 +340,7 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
             if (problem := loss.problem(len(group.completions), group.scores)) is not None:
                 raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
     info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
-    as_read = parts["training"] is train.groups and eval_groups is held_out.groups
-    known = read.digest if as_read else None
+    known = read.digest if parts["training"] is train.groups and eval_groups is held_out.groups else None
     info["tokens_digest"] = known or _groups_digest(parts["training"], eval_groups)
     return PreferenceData(parts["training"], eval_groups, eval_rows, info, train.rows), [*loaded.bad, *drops]
 

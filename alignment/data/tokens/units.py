@@ -28,6 +28,12 @@ def spread_prompts(groups: Sequence[Group], count: int) -> list[int]:
     return [first_of_prompt[i * len(first_of_prompt) // count] for i in range(count)]
 
 
+def each_prompt(groups: Sequence[Group]) -> Sequence[Group]:
+    """Every different prompt once, in the order of the data, as a desirable row of its first completion."""
+    first = np.array(spread_prompts(groups, len(groups)), dtype=np.int64)
+    return _Derived(groups, np.stack([first, np.zeros_like(first)], axis=1), _row).of(groups)
+
+
 def sizes(groups: Sequence[Group]) -> np.ndarray:
     """(groups,) how many completions each has."""
     if isinstance(groups, Stored):

@@ -117,6 +117,16 @@ def test_a_loss_of_rows_gets_the_rows_of_these_pairs(load_lists):
     assert all(len(group.completions) == 2 for group in data.eval)
 
 
+def test_a_loss_that_draws_gets_each_prompt_once(load_lists):
+    """Also those of lists in which no answer is better; an undesirable row asks its prompt as well as any other."""
+    rows = [{"prompt": p, "completion": "z", "label": p == "r"} for p in ("q", "r", "q")]
+    for records in ([*LISTS, LISTS[0]], rows):
+        data = load_lists("opd", records, "distill.teacher=t", "onpolicy=distill")
+        assert len(data.train) == len({record["prompt"] for record in records}) and len(data.eval) == 3
+        assert {(group.labels, len(group.completions)) for group in [*data.train, *data.eval]} == {((True,), 1)}
+        assert [group.source for group in data.eval] == [row.source for row in data.eval_rows]
+
+
 def test_a_loss_of_lists_gets_lists_and_pairs_as_they_are(load_lists):
     data = load_lists("plackett_luce", LISTS, held_out=[{"prompt": "p", "chosen": "x", "rejected": "y"}])
     assert [group.scores for group in data.train] == [(3.0, 2.0, 1.0), (1.0, 1.0), (4.0, 4.0, 1.0, 0.0)]
