@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from functools import cache
@@ -164,9 +165,10 @@ def test_a_spot_check_finds_log_probs_of_another_distribution(project, monkeypat
 
 
 def test_the_models_own_generation_settings_have_no_part_in_rounds(project, tiny_model_folder):
-    """A penalty and a temperature, planted in its folder."""
+    """Tokens that it never writes and a temperature, planted in its folder."""
     folder = shutil.copytree(tiny_model_folder, project.folder / "model")
-    (folder / "generation_config.json").write_text('{"repetition_penalty": 9.0, "temperature": 0.1, "do_sample": true}')
+    own = {"suppress_tokens": [*range(1, 250, 2)], "temperature": 0.1, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(own))
     settings = ("trainer.max_steps=1", "evaluation.prompts=0")
     project.run("plain", *settings)
     project.run("planted", *settings, f"model.name={folder}", cache="another")
