@@ -14,6 +14,7 @@ from alignment.errors import UserError
 from alignment.losses import LOSSES
 from alignment.losses.parity import CHECKS
 from alignment.migration.keys.trl import DEFAULTS, TABLE
+from alignment.migration.loop import share_of
 from tests.helpers.migrated import drafted, migrated
 
 MODEL = "model_name_or_path: org/model\ndataset_name: org/pairs\n"
@@ -118,6 +119,12 @@ def test_a_silent_file_has_the_defaults_of_the_tool(tmp_path):
     assert trainer.groups_per_step == theirs.per_device_train_batch_size
     assert (config.seed, config.adapter, config.tracking, config.loss.beta) == (theirs.seed, None, None, theirs.beta)
     assert config.evaluation.prompts == 0 and config.data.eval_size == 0
+
+
+def test_the_share_of_any_number_of_steps_is_these_steps():
+    """7 / 25 * 25 is above 7 in floating point, and would be rounded up to 8."""
+    for total in range(2, 120):
+        assert all(math.ceil(share_of(steps, total) * total) == steps for steps in range(1, total))
 
 
 @pytest.mark.parametrize("total", [3, 7, 10, 99, 100, 1000, 4321])
