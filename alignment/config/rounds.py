@@ -9,7 +9,6 @@ from typing import Any
 from alignment.config.judging import Judge, LLMJudgeConfig
 from alignment.config.onpolicy import PairChoice, PairsConfig
 from alignment.errors import UserError, not_negative, require, within
-from alignment.losses import Quantity
 
 
 class RoundReference(Enum):
@@ -131,6 +130,8 @@ class OnPolicyConfig:
         # The reference
         if not (needs.reference or run.reference.for_metrics) or self.every is None:
             return
+        from alignment.losses import Quantity  # with torch, which a command that composes alone does without
+
         live = run.reference.mode.name == "live" or Quantity.divergence in needs.quantities
         require(
             not live or self.reference is RoundReference.start,
