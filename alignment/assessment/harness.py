@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -32,13 +33,12 @@ class HarnessTask:
                 f"tasks={HARNESS}{task} needs the package lm-eval, which is not installed: pip install "
                 f"'alignment[lm-eval]' brings it."
             )
-        from lm_eval.tasks import TaskManager
-
+        tasks = importlib.import_module("lm_eval.tasks")  # of the extra `lm-eval`
         path = Path(task).expanduser()
         is_file = path.suffix in (".yaml", ".yml")
         if is_file and not path.is_file():
             raise UserError(f"tasks={HARNESS}{task}: there is no such file.")
-        self._manager = TaskManager(include_path=str(path.parent) if is_file else None)
+        self._manager = tasks.TaskManager(include_path=str(path.parent) if is_file else None)
         self._task = path.stem if is_file else task
         self._field = field
         if not self._manager.match_tasks([self._task]):
@@ -48,15 +48,15 @@ class HarnessTask:
 
     def run(self) -> Result:
         """Every metric of every policy, with its standard error."""
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        evaluate = importlib.import_module("lm_eval").simple_evaluate
+        wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
 
         found: list[dict[str, Any]] = []
         for policy in self._field.policies:
             log.info("%s does %s of lm-eval ...", policy.name, self._task)
             batch = policy.questions.config.evaluation.batch_size
-            model = HFLM(pretrained=policy.load().eval(), tokenizer=policy.questions.tokenizer, batch_size=batch)
-            results = simple_evaluate(model=model, tasks=[self._task], task_manager=self._manager, log_samples=False)
+            model = wrapper(pretrained=policy.load().eval(), tokenizer=policy.questions.tokenizer, batch_size=batch)
+            results = evaluate(model=model, tasks=[self._task], task_manager=self._manager, log_samples=False)
             assert results is not None
             found.append({"name": policy.name, "results": results["results"]})
         rows = [

@@ -87,9 +87,9 @@ class StepSampler(Sampler[list[int]]):
         if self._order is None or self._order[0] != (part, epoch):
             self._order = None  # so that never two of them are in memory
             groups = self._parts[part]
-            order = np.arange(len(groups))
-            if self._shuffled:
-                order = np.random.default_rng((self.seed, epoch)).permutation(len(groups))
+            number = len(groups)
+            generator = np.random.default_rng((self.seed, epoch))
+            order = generator.permutation(number) if self._shuffled else np.arange(number)
             if isinstance(groups, range):  # which is an array only where it must be
                 order *= groups.step
                 order += groups.start

@@ -182,6 +182,9 @@ def test_others_load_what_is_saved_and_give_the_same_rewards(kind, tiny_model_fo
             pad_token_id=theirs.pad_token_id,
             **(quantised if kind == "nf4" else {}),
         )
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # its packing fails at weights as narrow as these
+                module.support_avx512bf16_for_cpu = False
         others = PeftModel.from_pretrained(base, tmp_path)
         assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 

@@ -67,7 +67,7 @@ def test_a_run_and_what_it_leaves(chain_of, tmp_path, tiny_model_folder):
         batch = tokenizer(written, add_special_tokens=False, padding=True, return_tensors="pt")
         with torch.no_grad():
             found = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits[:, 0]
-        assert found.tolist() == pytest.approx([row["rewards/chosen"], row["rewards/rejected"]], abs=2e-6)
+        assert found.tolist() == pytest.approx([row["rewards/chosen"], row["rewards/rejected"]], abs=1e-5)
 
 
 @pytest.mark.slow
