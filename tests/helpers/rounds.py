@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,6 +58,22 @@ def write_pairs(folder: Path) -> Path:
     return folder / "pairs.jsonl"
 
 
+def make_easy(monkeypatch, made: Callable[[HashJudge], None] = lambda judge: None) -> None:
+    """Rounds that a tiny random policy can have: answers that end, and a `HashJudge` where any judge is asked for."""
+
+    def make(config, cache, device):
+        if config.judge.name == "none":
+            return None
+        judge = HashJudge(cache)
+        made(judge)
+        return judge
+
+    monkeypatch.setattr(stage_rounds, "make_judge", make)
+    # A random policy hardly ever writes an end of turn: let one token in five be one
+    stops = stage_chain.stop_tokens
+    monkeypatch.setattr(stage_chain, "stop_tokens", lambda *a: sorted({*stops(*a), *range(0, 256, 5)}))
+
+
 class Project:
     """Runs of one tiny project, all with one cache unless they are given another.
 
@@ -72,14 +88,7 @@ class Project:
         self._model = model
         self._monkeypatch = monkeypatch
 
-        def make(config, cache, device):
-            self.judge = HashJudge(cache)
-            return self.judge if config.judge.name == "rules" else None
-
-        monkeypatch.setattr(stage_rounds, "make_judge", make)
-        # A random policy hardly ever writes an end of turn: let one token in five be one
-        stops = stage_chain.stop_tokens
-        monkeypatch.setattr(stage_chain, "stop_tokens", lambda *a: sorted({*stops(*a), *range(0, 256, 5)}))
+        make_easy(monkeypatch, lambda judge: setattr(self, "judge", judge))
 
     def chain(self, name: str, *settings: str, cache: str = "cache") -> Chain:
         """A chain in the folder of this name, with 8 steps of 2 pairs in rounds of 3."""

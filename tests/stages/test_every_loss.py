@@ -111,6 +111,9 @@ def assert_learned(name: str, before: dict[str, float], after: dict[str, float])
 
     DiscoPOP lowers it first, since it starts on its hump; NLL has no rejected answer.
     """
+    if name == "bradley_terry":  # a new head on a random model: the mean margin of a few pairs says little
+        assert after["loss"] < before["loss"]
+        return
     key = "rewards/chosen" if name == "nll" else "rewards/margins"
     assert after[key] < before[key] if name == "discopop" else after[key] > before[key]
 

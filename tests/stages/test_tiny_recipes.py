@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.members import sweep_members
@@ -21,6 +23,7 @@ from alignment.training.memory import GIB
 from alignment.training.published import PUBLISHED
 from tests.conftest import each
 from tests.helpers.families import FAMILIES, write_chat_model
+from tests.helpers.rounds import make_easy
 
 RECIPES = asset_dir("recipes")
 NAMES = [path.relative_to(RECIPES).with_suffix("").as_posix() for path in sorted(RECIPES.rglob("*.yaml"))]
@@ -78,6 +81,19 @@ def tiny_models(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def other_model(tiny_models, tmp_path_factory) -> Path:
+    """Another model with the same tokenizer, whose weights are those of no other."""
+    folder = tmp_path_factory.mktemp("other") / "llama"
+    shutil.copytree(tiny_models("llama"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flip(0))
+    model.save_pretrained(folder)
+    return folder
+
+
 def composed(name: str) -> list[str]:
     """The overrides that make the run: a recipe's own, those of a sweep's last member, or a model under its recipe."""
     if name in OPTIONS:
@@ -90,10 +106,11 @@ def model_types() -> dict[str, str]:
     """The architecture of every model that has an option, by the model's name."""
     types = {published.option: published.model_type for published in PUBLISHED} | {"smollm2_135m": "llama"}
     files = sorted((asset_dir("conf") / "model").glob("*.yaml"))
-    return {yaml.safe_load(file.read_text())["name"]: types[file.stem] for file in files}
+    named = {yaml.safe_load(file.read_text())["name"]: types[file.stem] for file in files}
+    return named | {"Qwen/Qwen3-1.7B": "qwen3"}  # which a recipe names beside its option
 
 
-def in_tiny(config: RunConfig, model: Path, hub_sets: dict[str, Path]) -> list[str]:
+def in_tiny(config: RunConfig, model: Path, other: Path, hub_sets: dict[str, Path]) -> list[str]:
     """What makes the run small: sizes, where things are, and the device; the recipe's choices stay."""
     overrides = [
         f"model.name={model}",
@@ -104,6 +121,11 @@ def in_tiny(config: RunConfig, model: Path, hub_sets: dict[str, Path]) -> list[s
         "evaluation.max_new_tokens=2",
         f"evaluation.kl_prompts={min(2, config.evaluation.kl_prompts)}",
     ]
+    if config.onpolicy is not None:
+        overrides.append("onpolicy.max_new_tokens=12")
+        overrides += [f"onpolicy.weak={other}", "onpolicy.k=4"] if config.onpolicy.weak is not None else []
+    if config.distill is not None:
+        overrides.append(f"distill.teacher={other}")
     for prefix, part in {"": config if config.loss is not None else None, "sft.": config.sft}.items():
         if part is None:
             continue
@@ -121,15 +143,17 @@ def in_tiny(config: RunConfig, model: Path, hub_sets: dict[str, Path]) -> list[s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", each([*NAMES, *OPTIONS], CORE))
-def test_it_runs_in_tiny(name, hub_sets, tiny_models, tmp_path):
+def test_it_runs_in_tiny(name, hub_sets, tiny_models, other_model, tmp_path, monkeypatch):
     """Composed, planned for a GPU, run for a step on a CPU with its quantisation, adapter, optimizer and sampling."""
     register()
     recipe = composed(name)
     asked = to_run_config(compose_node(recipe))
     model = tiny_models(model_types()[asked.model.name])
-    node = compose_node([*recipe, *in_tiny(asked, model, hub_sets)])
+    node = compose_node([*recipe, *in_tiny(asked, model, other_model, hub_sets)])
     config = to_run_config(node)
     check_machine(config)
+
+    make_easy(monkeypatch)
 
     machine = Machine("", "cuda", 6 * GIB)
     plans = plan_stages(config, build_model(AutoConfig.from_pretrained(model)), machine, None)
@@ -143,7 +167,9 @@ def test_it_runs_in_tiny(name, hub_sets, tiny_models, tmp_path):
     if asked.loss is not None:
         start = stages["preference"]["start"]
         assert stages["preference"]["loss"] == asked.loss.name
-        assert math.isclose(start["loss"], start["closed_form"], rel_tol=1e-3)
+        # LiPO ranks by the policy's rewards, which are 0 but for rounding where an answer's log-probs are the sampler's
+        ranked = asked.loss.name == "lipo" and asked.onpolicy is not None
+        assert math.isclose(start["loss"], start["closed_form"], rel_tol=0.5 if ranked else 1e-3, abs_tol=1e-6)
         rewards = asked.loss.requirements().rewards
         assert (summary["reference"]["mode"] == "none") == (rewards or not asked.reference.for_metrics)
         assert summary["evaluation"].get("prompts") == (None if rewards else 2)
