@@ -38,6 +38,7 @@ FULL: dict[str, Any] = {
     "source": "dätä:7",
     "dataset": "a mixture's",
     "scored": (np.array([True]), np.array([False, True])),
+    "drawn": (np.array([-0.5], dtype=np.float32), np.array([-1.25, -0.1], dtype=np.float32)),
 }
 """A value for every field that is not its default; a new field of a group needs one here."""
 
