@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
@@ -86,7 +85,7 @@ class Cohort:
                     results[index] = error
 
         # Greenlets, not threads: each thread would start its own OpenMP team, and these fight for the cores.
-        running = [greenlet(partial(work)) for _ in range(min(self.width, len(trainings)))]
+        running = [greenlet(work) for _ in range(min(self.width, len(trainings)))]
         turns = deque(running)
         try:
             while turns:
