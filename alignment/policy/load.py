@@ -19,6 +19,7 @@ from alignment.config.schema import Calibration, Device, Dtype, ModelConfig, Qua
 from alignment.errors import UserError, did_you_mean, require
 from alignment.files import atomic_write_text, cache_dir
 from alignment.kernels.base import in_words
+from alignment.kernels.cpu_unpacking import mend_unpacking
 from alignment.kernels.experts import patch_experts
 from alignment.policy.architecture import (
     AUTO_ATTENTION,
@@ -237,6 +238,8 @@ def load_base(
         f"quantization.calibration={calibration.name} needs 16-bit weights, and model.name={config.name} is "
         f"quantised already: set quantization.calibration=none, or use the checkpoint that is not quantised.",
     )
+    if device.type == "cpu" and (quantization is not None or stored.method == "bitsandbytes"):
+        mend_unpacking()
     load = partial(load_model, source, config, dtype=dtype)
     makes_nf4 = quantization is not None and not stored.method
     plain = unquantised(build_model(shape, config.trust_remote_code)) if makes_nf4 else NEVER_QUANTIZED
