@@ -1,4 +1,4 @@
-"""The command: `python -m alignment.cache list | verify | prune`."""
+"""`python -m alignment.cache list | verify | prune`: shows, checks or removes what runs keep for later ones."""
 
 from __future__ import annotations
 

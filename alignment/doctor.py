@@ -1,6 +1,7 @@
-"""`python -m alignment.doctor`: what this machine offers a run, and what it lacks. Put its output into a bug report.
+"""`python -m alignment.doctor`: shows what this machine offers a run, and what it lacks.
 
-It holds no secrets, no host name and no name of a user: a home folder is written as ~.
+Put its output into a bug report. It holds no secrets, no host name and no name of a user: a home folder is
+written as ~.
 """
 
 from __future__ import annotations

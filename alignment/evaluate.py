@@ -1,4 +1,4 @@
-"""The command: `python -m alignment.evaluate RUN... [judge=<name>] [tasks=<name>,...] [against=<policy>] [out=DIR]`."""
+"""`python -m alignment.evaluate RUN... [key=value ...]`: asks finished policies again and has their answers judged."""
 
 from __future__ import annotations
 

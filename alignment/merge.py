@@ -1,4 +1,4 @@
-"""The command: `python -m alignment.merge RUN RUN... method=<name> [weights=1,2] [density=0.2] [rank=32] [out=DIR]`."""
+"""`python -m alignment.merge RUN RUN... method=<name>`: makes one policy of several, and compares it with them."""
 
 from __future__ import annotations
 

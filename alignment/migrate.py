@@ -1,4 +1,4 @@
-"""The command: `python -m alignment.migrate FILE [OUT] [--from TOOL]` makes a recipe of another tool's file."""
+"""`python -m alignment.migrate FILE [OUT] [--from TOOL]`: makes a recipe of another tool's file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command: `python -m alignment.plan [-m] recipe=<name> [key=value ...] [--gpu-memory 24GiB] [--json]`."""
+"""`python -m alignment.plan [-m] recipe=<name> [key=value ...]`: says how much memory a run needs, before it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command: `python -m alignment.run recipe=<name> [key=value ...] [-m] [resume=true] [--config-dir DIR]`."""
+"""`python -m alignment.run recipe=<name> [key=value ...] [-m] [resume=true]`: trains a policy and reports on it."""
 
 from __future__ import annotations
 

@@ -136,6 +136,10 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
             if value not in _SHOWN:
                 raise UserError(f"{argument} needs one of {', '.join(_SHOWN)}, not {value}.")
             options += [argument, value]
+        elif argument in ("-sc", "--shell-completion"):
+            raise UserError(
+                'Completion is for the installed command, in front of run: eval "$(alignment -sc install=bash)".'
+            )
         elif argument in _SWITCHES:
             options.append(argument)
         else:

@@ -36,11 +36,7 @@ _END = """\
 Show every setting of a recipe and its value:
   python -m alignment.run recipe=quickstart --cfg job
 
-Other commands, each with --help:
-  python -m alignment.plan      how much memory a recipe needs
-  python -m alignment.losses    all losses, and what each is for
-  python -m alignment.report    report of one run, comparison of several
-  python -m alignment.cache     look at stored results, and remove them
+`alignment` lists the other commands, each with --help.
 """
 _HIDDEN = ("schema", "hydra")
 

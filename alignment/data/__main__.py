@@ -1,4 +1,4 @@
-"""The command: `python -m alignment.data SOURCE... | recipe=<name> [key=value ...] [--rows N] [--html FILE]`."""
+"""`python -m alignment.data SOURCE... | recipe=<name> [key=value ...]`: shows what a run makes of its data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `python -m alignment.losses`: list the losses, explain one, or write the page of all of them.
+"""`python -m alignment.losses [show KEY | docs]`: lists the losses, explains one, or writes the page of all of them.
 
 All three read the same sources: the classes, the values and comments of `conf/loss/<key>.yaml`, and the table of
 `alignment.losses.parity`.
