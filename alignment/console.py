@@ -20,6 +20,7 @@ COMMANDS = (
     "report",
     "evaluate",
     "merge",
+    "push",
     "migrate",
     "cache",
     "doctor",

@@ -193,9 +193,14 @@ def redact(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _redacted(str(key), value) for key, value in mapping.items()}
 
 
-def _redacted(key: str, value: Any) -> Any:
+def is_secret(key: str) -> bool:
+    """Whether a key, or the name of a variable, says that its value is a secret; see `redact`."""
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key).lower()
-    if value is not None and not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", words)):
+    return not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", words))
+
+
+def _redacted(key: str, value: Any) -> Any:
+    if value is not None and is_secret(key):
         return "***"
     if isinstance(value, Mapping):
         return redact(value)

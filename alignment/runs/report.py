@@ -58,7 +58,7 @@ _STAGE_ROWS = {
 }
 """Where the summary of a stage has each row of the table of stages. Metrics are named as in metrics.jsonl."""
 
-_ABOUT_EVALUATION = (
+ABOUT_EVALUATION = (
     "A tie counts as half a win. A direct answer is short and neither hedges nor chats. Accuracies and margins are of "
     "the held-out pairs: reward accuracy and reward margin use the loss's own reward, the margin vs the reference "
     "means the same for every loss, and ranking accuracy looks at the policy alone. The KL is estimated from answers "
@@ -90,7 +90,7 @@ def _stage_table(summary: dict[str, Any]) -> tuple[list[str], Rows]:
     return ["stage", *("SFT" if stage == "sft" else loss_title(loss_name(summary)) for stage in entries)], _known(rows)
 
 
-def _evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> tuple[list[str], Rows]:
+def evaluation_table(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> tuple[list[str], Rows]:
     """A column per model, with what its answers and its log-probs of the held-out pairs are worth.
 
     The values before training come from the first row of `metrics`, and are missing if there is none.
@@ -165,7 +165,7 @@ def _range_of_shares(bounds: tuple[float, float] | None) -> str:
     return f"{percent(bounds[0])} to {percent(bounds[1])}" if bounds else DASH
 
 
-def _settings_and_data(run: RunFiles) -> list[tuple[str, str]]:
+def settings_and_data(run: RunFiles) -> list[tuple[str, str]]:
     """What the run was made of: a name and a value per row."""
     config, summary = run.config, run.summary
     loss = config.get("loss")
@@ -332,10 +332,10 @@ def write_report(run_dir: Path) -> Path:
         parts += ["## Read this first", "\n".join(f"- {escape_markdown(caution.text)}" for caution in found)]
 
     # Results
-    header, rows = _evaluation_table(run.summary, run.metrics)
+    header, rows = evaluation_table(run.summary, run.metrics)
     if rows:
         parts += ["## Held-out evaluation", markdown_table([escape_markdown(cell) for cell in header], rows)]
-        parts.append(_ABOUT_EVALUATION)
+        parts.append(ABOUT_EVALUATION)
     if card := submapping(run.summary, "evaluation", "judge"):
         parts += ["## The judge", markdown_table(["", ""], judge_rows(card)), ABOUT_JUDGE]
     bins = bins_of(run)
@@ -367,7 +367,7 @@ def write_report(run_dir: Path) -> Path:
         )
     if reference := submapping(run.summary, "reference"):
         parts.append(f"Reference log-probs: {escape_markdown(_reference_line(reference))}.")
-    parts += ["## What ran", markdown_table(["", ""], _settings_and_data(run))]
+    parts += ["## What ran", markdown_table(["", ""], settings_and_data(run))]
     if plots := _plots(run, bins):
         links = [f"![{path.stem.replace('_', ' ')}](plots/{path.name})" for path in plots]
         parts += ["## Plots", "\n\n".join(links)]
@@ -399,7 +399,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     header, rows = _stage_table(summary)
     if rows:
         show("Stages", [header, *rows])
-    header, rows = _evaluation_table(summary, [])
+    header, rows = evaluation_table(summary, [])
     if rows:
         show("Held-out evaluation", [header, *rows])
     if files := submapping(summary, "files"):
