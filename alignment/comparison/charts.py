@@ -16,7 +16,7 @@ from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl_e
 from alignment.comparison.members import ComparedRun, Variant
 from alignment.comparison.ranking import Comparison, in_rank_order, interval
 from alignment.losses import title as loss_title
-from alignment.runs.folder import MODEL_TITLES, dig, series
+from alignment.runs.folder import MODEL_TITLES, by_round, dig, series
 from alignment.runs.style import COLOURS, DASHES, STROKES, SYMBOLS
 from alignment.runs.text import format_value, is_number
 
@@ -43,6 +43,8 @@ _METRICS = (
     ("Log-prob of chosen completions", "log-prob (nats)", "logps/chosen"),
     ("Log-prob of rejected completions", "log-prob (nats)", "logps/rejected"),
     ("Offline log-ratio to the reference", "mean log-ratio (nats)", "kl/offline"),
+    ("Score of held-out answers", "judge's score (mean)", "answers/score"),
+    ("Win rate of held-out answers against the start of the stage", "share, ties half", "answers/win_rate"),
 )
 
 
@@ -165,6 +167,7 @@ def curves(found: Comparison) -> list[Chart]:
     for title, axis, metric in _METRICS:
         figure, split = go.Figure(), _split(found, metric)
         where = "held-out pairs" if split == "eval" else f"training pairs, mean of the last {_WINDOW} steps"
+        where = "answers to held-out prompts" if metric.startswith("answers/") else where
         for variant in found.variants:
             for member in variant.begun:
                 steps, values = series(member.run.metrics, "preference", split, metric)
@@ -180,7 +183,7 @@ def curves(found: Comparison) -> list[Chart]:
             there = {line.meta for line in figure.data}
             absent = {loss_title(v.loss): None for index, v in enumerate(found.variants) if index not in there}
             note += f" Not measured for {', '.join(absent)}." if absent else ""
-            if metric.endswith("accuracies"):
+            if metric.endswith(("accuracies", "win_rate")):
                 figure.update_yaxes(tickformat=".0%")
             if any(variant.stopped for variant in found.variants):
                 note += " A line that ends early belongs to a member that was stopped early."
@@ -196,7 +199,7 @@ def rounds(found: Comparison) -> list[Chart]:
         figure = go.Figure()
         for variant in found.variants:
             for member in variant.begun:
-                if values := _by_round(member.run.metrics, metric):
+                if values := by_round(member.run.metrics, metric):
                     look = _line(found, variant, member, 6, "<br>round %{x}: %{y:.3g}")
                     figure.add_scatter(x=list(values), y=list(values.values()), **look)
         _name_once(figure)
@@ -206,16 +209,6 @@ def rounds(found: Comparison) -> list[Chart]:
                 figure.update_yaxes(tickformat=".0%")
             drawn.append(_chart(re.sub("[/_]", "-", metric), title, note, figure, "round", axis))
     return drawn
-
-
-def _by_round(rows: Sequence[dict[str, Any]], metric: str) -> dict[int, float]:
-    """A metric by round: a round's first row has its number, and a later one what is measured at its end."""
-    values, number = {}, 0
-    for row in rows:
-        number = int(row.get("onpolicy/round", number))
-        if is_number(row.get(metric)):
-            values[number] = row[metric]
-    return values
 
 
 def _trailing(values: Sequence[float]) -> list[float]:

@@ -15,8 +15,8 @@ from typing import Any
 from alignment.config.adapters import AdapterConfig as AdapterConfig
 from alignment.config.data import DataConfig as DataConfig
 from alignment.config.distill import DistillConfig as DistillConfig
+from alignment.config.evaluation import EvaluationConfig as EvaluationConfig
 from alignment.config.judging import Judge as Judge
-from alignment.config.judging import LLMJudgeConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.quantization import Calibration as Calibration
 from alignment.config.quantization import Dtype as Dtype
@@ -206,45 +206,6 @@ class ReferenceConfig:
         return self.sync_every is not None or self.parts > 1
 
 
-@dataclass(kw_only=True)
-class EvaluationConfig:
-    """Sampled answers to held-out prompts, before and after training; 0 prompts switch sampling off.
-
-    After the preference stage `kl_prompts` prompts are answered at temperature 1, for the KL to the start of the stage.
-    `judge` judges the sampled answers. `reward_model` is a hub id or a folder, for the judge of that name.
-    `human_labels` is a file of pairs that people have judged: the judge judges them too, and its card says how far it
-    agrees.
-    """
-
-    prompts: int
-    kl_prompts: int
-    max_new_tokens: int
-    temperature: float
-    batch_size: int
-    judge: Judge
-    reward_model: str | None
-    human_labels: str | None
-    llm: LLMJudgeConfig
-
-    def __post_init__(self) -> None:
-        if self.judge is Judge.llm:
-            self.llm.check()
-        require(
-            self.judge is not Judge.reward_model or bool(self.reward_model),
-            "evaluation.judge=reward_model needs evaluation.reward_model, a hub id or the folder of a reward model.",
-        )
-        require(
-            self.human_labels is None or self.judge not in (Judge.none, Judge.rules, Judge.ifeval, Judge.math),
-            f"evaluation.human_labels is for judges of any answer (llm, reward_model): evaluation.judge="
-            f"{self.judge.name} has nothing to say of these pairs.",
-        )
-        for key in ("prompts", "kl_prompts"):
-            require(getattr(self, key) >= 0, f"evaluation.{key} must be at least 0, not {getattr(self, key)}.")
-        not_negative("evaluation.temperature", self.temperature)
-        for key in ("max_new_tokens", "batch_size"):
-            require(getattr(self, key) >= 1, f"evaluation.{key} must be at least 1, not {getattr(self, key)}.")
-
-
 STOPPING_METRICS = (
     "nats/accuracies",
     "nats/margins",
@@ -253,6 +214,8 @@ STOPPING_METRICS = (
     "ranking/accuracies",
     "ranking/accuracies_per_token",
     "rewards/accuracies",
+    "answers/score",
+    "answers/win_rate",
 )
 """Held-out metrics where larger is better and that mean the same for every setting of a loss."""
 
@@ -392,6 +355,7 @@ class RunConfig:
             self.onpolicy.check(self)
         if self.loss is not None and self.loss.requirements().rewards:
             self._check_reward_model()
+        self.evaluation.check(self)
         if self.loss is not None and self.loss.requirements().draws:
             self.distill.check(self)
         if self.loss is not None:
@@ -409,12 +373,12 @@ class RunConfig:
             )
 
     def _check_reward_model(self) -> None:
-        for key in ("prompts", "kl_prompts"):
-            number = getattr(self.evaluation, key)
+        for key, nothing in (("prompts", 0), ("kl_prompts", 0), ("every", None)):
+            value = getattr(self.evaluation, key)
             require(
-                number == 0,
-                f"evaluation.{key}={number} asks for answers, and loss {self.loss.name} trains a reward model, which "
-                f"writes none: set evaluation.{key}=0.",
+                value == nothing,
+                f"evaluation.{key}={value} asks for answers, and loss {self.loss.name} trains a reward model, which "
+                f"writes none: set evaluation.{key}={'null' if nothing is None else nothing}.",
             )
         metric = "rewards/accuracies" if self.stopping is None else self.stopping.metric
         require(

@@ -210,6 +210,16 @@ def series(metrics: Sequence[dict[str, Any]], stage: str, split: str, name: str)
     return [step for step, _ in points], [value for _, value in points]
 
 
+def by_round(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """A metric by round: a round's first row has its number, and a later one what is measured at its end."""
+    values, number = {}, 0
+    for row in rows:
+        number = int(row.get("onpolicy/round", number))
+        if is_number(row.get(metric)):
+            values[number] = row[metric]
+    return values
+
+
 def first_and_last(run: RunFiles, name: str) -> tuple[float, float, str] | None:
     """First and last value of a preference metric, and their split: "eval" if it has two points, else "train"."""
     for split in ("eval", "train"):

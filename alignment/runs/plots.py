@@ -67,11 +67,22 @@ _PREFERENCE_PLOTS = (
         "tokens per completion",
         {"lengths/chosen": "chosen", "lengths/rejected": "rejected"},
     ),
+    _Plot("answers_score.png", "Held-out answers", "judge's score (mean)", {"answers/score": "score"}),
+    _Plot(
+        "answers_win_rate.png",
+        "Held-out answers against those of the start",
+        "win rate (a tie is half a win)",
+        {"answers/win_rate": "win rate"},
+        0.5,
+    ),
 )
 
 
 def _draw(axes: Axes, metrics: Sequence[dict[str, Any]], stage: str, names: dict[str, str]) -> bool:
-    """Draw training as lines and evaluation as markers, in a colour per metric, or per split if there is one metric."""
+    """Draw training as lines and evaluation as markers, in a colour per metric, or per split if there is one metric.
+
+    The markers of a metric that training does not have are joined.
+    """
     drawn = False
     for index, (name, label) in enumerate(names.items()):
         for split in ("train", "eval"):
@@ -92,7 +103,7 @@ def _draw(axes: Axes, metrics: Sequence[dict[str, Any]], stage: str, names: dict
                     steps,
                     values,
                     color=colour,
-                    linestyle="",
+                    linestyle="" if series(metrics, stage, "train", name)[0] else LINE_STYLES[index],
                     marker=shape,
                     markersize=7,
                     markeredgecolor="white",

@@ -31,6 +31,7 @@ from alignment.runs.folder import (
 )
 from alignment.runs.judge_table import ABOUT_JUDGE, judge_rows
 from alignment.runs.plots import write_plots, write_reliability
+from alignment.runs.progress_tables import ABOUT_LOOKS, looks_table, rounds_table
 from alignment.runs.record import STAGES
 from alignment.runs.text import (
     DASH,
@@ -338,6 +339,12 @@ def write_report(run_dir: Path) -> Path:
         parts.append(ABOUT_EVALUATION)
     if card := submapping(run.summary, "evaluation", "judge"):
         parts += ["## The judge", markdown_table(["", ""], judge_rows(card)), ABOUT_JUDGE]
+    header, rows = looks_table(run.summary)
+    if rows:
+        parts += ["## Answers during training", markdown_table(header, rows), ABOUT_LOOKS]
+    header, rows, about = rounds_table(run)
+    if rows:
+        parts += ["## Rounds", markdown_table(header, rows), about]
     bins = bins_of(run)
     if bins:
         parts += ["## Calibration", markdown_table(HEADER, calibration_rows(bins)), _ABOUT_CALIBRATION]

@@ -85,6 +85,16 @@ class Tracker:
         row = metric_row(stage, step, split, metrics)
         self._guarded(lambda run: run.log(row))
 
+    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> None:
+        """Send a table."""
+
+        def send(run: wandb.Run) -> None:
+            from wandb import Table
+
+            run.log({name: Table(list(header), [list(row) for row in rows], allow_mixed_types=True)})
+
+        self._guarded(send)
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final values; secrets are masked."""
         masked = sendable(values)

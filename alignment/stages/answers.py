@@ -11,7 +11,8 @@ from torch import nn
 from alignment.config.schema import RunConfig
 from alignment.data.preparation.prepare import PreferenceData
 from alignment.data.tokens.units import spread_prompts
-from alignment.evaluation.sampling.answer import Sampling, as_text
+from alignment.errors import require
+from alignment.evaluation.sampling.answer import Answer, Sampling, as_text
 from alignment.evaluation.sampling.draw import draw
 from alignment.evaluation.sampling.local import LocalEngine
 from alignment.evaluation.sampling.presets import presets_in_words
@@ -31,15 +32,27 @@ class HeldOutAnswers:
         data: the prompts are spread over all held-out groups.
         stops: the tokens that end an answer.
 
+    Attributes:
+        rows: that are asked.
+        answers: to them, by their moment: start, sft or final.
+        few: the places of the rows that are asked on the way, too.
+        judge: of the answers.
+
     Raises:
-        UserError: the judge lacks something, or cannot judge a row.
+        UserError: the judge lacks something, or cannot judge a row; or no prompts are held out to ask on the way.
     """
 
     def __init__(self, config: RunConfig, data: PreferenceData, work: Workspace, stops: Sequence[int]) -> None:
         groups, rows = data.eval, data.eval_rows
         picked = spread_prompts(groups, config.evaluation.prompts)
+        require(
+            bool(picked) or config.evaluation.every is None,
+            f"evaluation.every={config.evaluation.every} asks held-out prompts, but none are held out: set "
+            f"data.eval_size, or evaluation.every=null.",
+        )
         self.rows = [rows[i] for i in picked]
-        self._judge = AnswersJudge(config.evaluation, self.rows, work.cache, work.device)
+        self.few = spread_prompts([groups[i] for i in picked], config.evaluation.every_prompts)
+        self.judge = AnswersJudge(config.evaluation, self.rows, work.cache, work.device)
         self._prompts = [groups[i].prompt for i in picked]
         self._config = config.evaluation
         self._seed = config.seed
@@ -57,12 +70,21 @@ class HeldOutAnswers:
             return
         if not self.answers and (sentence := presets_in_words(model, self._config.temperature)) is not None:
             log.info("%s", sentence)
-        tokens = self._answered(name, model)
-        self.answers[name] = [as_text(self._work.tokenizer, answer, self._stops) for answer in tokens]
+        self.answers[name] = self.texts(self.drawn(name, model, range(len(self._prompts))))
         write_sealed(path, self.answers[name])
 
-    def _answered(self, name: str, model: Any) -> list[list[int]]:
-        """The tokens of every answer; read from the store if this policy has answered these prompts before."""
+    def texts(self, answers: Sequence[Answer]) -> list[str]:
+        """As people and judges read them."""
+        return [as_text(self._work.tokenizer, answer.tokens.tolist(), self._stops) for answer in answers]
+
+    def drawn(self, name: str, model: Any, places: Sequence[int]) -> list[Answer]:
+        """The model's answers to some of the prompts; from the store if this policy has answered these before.
+
+        The random numbers of an answer are the same at every moment.
+
+        Args:
+            name: of the moment, for the log.
+        """
         how = Sampling(
             stops=tuple(self._stops),
             max_new_tokens=self._config.max_new_tokens,
@@ -71,9 +93,9 @@ class HeldOutAnswers:
             presets=True,
         )
         engine = LocalEngine(model, self._work.device, self._config.batch_size, self._work.team)
-        log.info("Answering %d held-out prompts (%s) ...", len(self._prompts), name)
+        log.info("Answering %d held-out prompts (%s) ...", len(places), name)
         with AnswerStore(self._work.cache, engine) as store:
-            answers = [answer.tokens.tolist() for (answer,) in draw(store, self._prompts, 1, how)]
+            answers = [answer for (answer,) in draw(store, [self._prompts[i] for i in places], 1, how)]
             log.info(
                 "%d answers of %d tokens were drawn, %d were there before.", store.drawn, store.tokens, store.found
             )
@@ -81,4 +103,4 @@ class HeldOutAnswers:
 
     def judged(self, record: RunRecord) -> dict[str, Any]:
         """Write the samples; lengths of the answers and, with a judge, scores and win rates of the last policy."""
-        return self._judge(self.answers, record) if self._prompts else {}
+        return self.judge(self.answers, record) if self._prompts else {}

@@ -49,6 +49,7 @@ from alignment.runs.report import print_summary, write_report
 from alignment.runs.tracking import Tracker, open_tracker
 from alignment.stages.answers import HeldOutAnswers
 from alignment.stages.beginning import begin, first_day, first_templates
+from alignment.stages.during import send_samples
 from alignment.stages.export import export_whole
 from alignment.stages.following import load_everywhere
 from alignment.stages.policy import PolicySource, load_policy
@@ -155,7 +156,7 @@ class Chain:
         if config.loss is not None:
             self.preferences = self._read_preferences()
             self.answers = HeldOutAnswers(config, self.preferences, self.work, self._stops)
-            self.preference = PreferenceStage(config, self.preferences, self.work, self._stops, given)
+            self.preference = PreferenceStage(config, self.preferences, self.work, self._stops, self.answers, given)
         self.stages: list[Stage] = [stage for stage in (self.sft, self.preference) if stage is not None]
         self._shared = shares_base(config, team, device, self.conversations, self.preferences)
         self.record = RunRecord(run_dir)
@@ -391,6 +392,7 @@ class Chain:
         except UserError as error:
             again = f"python -m alignment.report {shlex.quote(str(self.run_dir))}"
             raise UserError(f"{error} All results are written; the report is made again by: {again}") from None
+        send_samples(self.work, tracker)
         tracker.summary(summary)
         print_summary(summary)
         return summary
@@ -431,12 +433,10 @@ class Chain:
             "config": self.run_dir / "config.yaml",
             "plots": self.run_dir / "plots",
         }
-        if self.config.spectrum is not None:
-            files["spectrum"] = self.run_dir / "spectrum.json"
+        files |= {"spectrum": self.run_dir / "spectrum.json"} if self.config.spectrum is not None else {}
         if (self.run_dir / "held_out.jsonl").exists():
             files["held_out"] = self.run_dir / "held_out.jsonl"
-        if has_samples:
-            files["samples"] = self.run_dir / "samples.md"
+        files |= {"samples": self.run_dir / "samples.md"} if has_samples else {}
         files |= {"merged": self.run_dir / "merged"} if self.config.export.merge else {}
         return {name: str(path) for name, path in files.items()}
 

@@ -71,14 +71,26 @@ class AnswersJudge:
             result["judge"] = judge_card(self._judge, pairs, each, self._humans)
         return result
 
-    def _items(self, *texts: Sequence[str]) -> list[Item]:
-        """The rows with the answers of each of these, in order."""
-        return [
-            Item(readable(row.prompt), answers, row.meta, row.source)
-            for row, answers in zip(
-                self._rows, zip(*texts, strict=True) if texts else [()] * len(self._rows), strict=True
-            )
-        ]
+    def against(
+        self, places: Sequence[int], texts: Sequence[str], before: Sequence[str]
+    ) -> tuple[list[Judgement], list[Preference]]:
+        """What the judge says of each text, an answer to the row of this place, and whether it beats the one before.
+
+        Either is empty where the judge does not say it.
+        """
+        if self._judge is None:
+            return [], []
+        rows = [self._rows[i] for i in places]
+        if not self._judge.pointwise:
+            return [], self._judge.compare(self._items(texts, before, rows=rows))
+        found, earlier = (self._judge.score(self._items(one, rows=rows)) for one in (texts, before))
+        return found, [by_scores(a, b) for a, b in zip(found, earlier, strict=True)]
+
+    def _items(self, *texts: Sequence[str], rows: Sequence[Row] | None = None) -> list[Item]:
+        """The rows, all of them by default, with the answers of each of these, in order."""
+        rows = self._rows if rows is None else rows
+        answers = zip(*texts, strict=True) if texts else [()] * len(rows)
+        return [Item(readable(row.prompt), own, row.meta, row.source) for row, own in zip(rows, answers, strict=True)]
 
     def _scores(self, answers: Mapping[str, Sequence[str]]) -> dict[str, list[Judgement]]:
         if self._judge is None or not self._judge.pointwise:

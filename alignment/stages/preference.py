@@ -36,7 +36,9 @@ from alignment.reference.store import ReferenceStore
 from alignment.reference.teacher import Teacher
 from alignment.scoring.layout import BatchLayout, keys_per_position
 from alignment.scoring.logps import join_scores, largest_pass, score_groups
+from alignment.stages.answers import HeldOutAnswers
 from alignment.stages.distillation import held_out_draws, teacher_of
+from alignment.stages.during import AnswersDuring, looks
 from alignment.stages.following import (
     PreferenceBegun,
     begin_preference,
@@ -84,23 +86,13 @@ def _with_live_reference(config: RunConfig) -> RunConfig:
     return replace(config, reference=replace(config.reference, mode=ReferenceMode.live))
 
 
-def _final_metrics(trainer: PreferenceTrainer) -> dict[str, float]:
-    """The last training log and the last evaluation; both belong to the last step."""
-    history = list(reversed(trainer.state.log_history))
-    train = next((row for row in history if "loss" in row), {})  # none where the final weights were given
-    final = {f"train/{k}": v for k, v in train.items() if k not in ("epoch", "step")}
-    if trainer.eval_groups:
-        evaluation = next(row for row in history if "eval_loss" in row)
-        final |= {f"eval/{k[5:]}": v for k, v in evaluation.items() if k.startswith("eval_")}
-    return final
-
-
 class PreferenceStage:
     """The preference stage of a run, ready to start.
 
     Args:
         data: in the form in which the loss takes them.
         stops: the tokens that end an answer.
+        answers: of the run, to the held-out prompts.
         given: puts the final weights into the policy, in place of training.
 
     Raises:
@@ -117,12 +109,14 @@ class PreferenceStage:
         data: PreferenceData,
         work: Workspace,
         stops: Sequence[int],
+        answers: HeldOutAnswers,
         given: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self._config = _with_live_reference(config)
         self._data = data
         self._work = work
         self._stops = stops
+        self._answers = answers
         self._given = given
         self._device = work.device
         self._folder = work.folder(self.name)
@@ -190,11 +184,12 @@ class PreferenceStage:
             cohort=None if slot is None else {"size": slot.width},
             memory=memory_result(plan, self._device, trainer.tokens_per_batch),
             start=start | {"identity": identity},
-            metrics=_final_metrics(trainer),
+            metrics=trainer.final_metrics(),
             reference=reference.summary() if reference is not None else {"mode": "none"},
             kl=None,
             stopped=None if self._stopping is None else self._stopping.stopped,
             rounds=None if self._rounds is None else [made.metrics for made in self._rounds.done],
+            answers=[{"step": look["step"], **look["metrics"]} for look in looks(self._work)] or None,
             seconds=0.0,
             tokens_per_second=trainer.num_tokens / trainer.train_seconds if trainer.train_seconds else 0.0,
         )
@@ -305,6 +300,10 @@ class PreferenceStage:
         name = loss_title(config.loss.name)
         title = name if slot is None else f"{self._work.run_dir.name} {name}"
         callbacks = stage_callbacks(title, log_metrics, config.trainer, bool(data.eval), alone=self._work.slot is None)
+        if config.evaluation.every is not None and self._given is None:
+            asks = config.stopping is not None and config.stopping.metric.startswith("answers/")
+            rungs = self._stopping.rungs if self._stopping is not None and asks else ()
+            callbacks.insert(0, AnswersDuring(self._answers, self._work, config.evaluation.every, rungs))
         if self._stopping is not None:
             callbacks.insert(0, self._stopping)  # before those that ask what is done at the last step
         held_out = () if self._draws else data.eval  # to which answers are drawn, when they are needed

@@ -62,7 +62,7 @@ class StageResult:
         taken_over: key of the stored result that this run has reused instead of training.
     """
 
-    optional: ClassVar[tuple[str, ...]] = ("taken_over", "stopped", "rounds")
+    optional: ClassVar[tuple[str, ...]] = ("taken_over", "stopped", "rounds", "answers")
     """Left out of the file where they are None."""
 
     steps: int
@@ -94,6 +94,7 @@ class PreferenceResult(StageResult):
         cohort: size of the cohort that the run has trained in.
         stopped: where and why the training was stopped early.
         rounds: the metrics of each round whose groups the policy has drawn.
+        answers: of each look at held-out answers on the way: its step and its metrics, the win rate with its interval.
     """
 
     loss: str
@@ -104,6 +105,7 @@ class PreferenceResult(StageResult):
     cohort: dict[str, int] | None
     stopped: dict[str, Any] | None = None
     rounds: list[dict[str, float]] | None = None
+    answers: list[dict[str, Any]] | None = None
 
     def summary(self) -> dict[str, Any]:
         """Without what `summary.json` has in places of its own: reference, KL, cohort."""

@@ -54,6 +54,7 @@ class StopEarly(TrainerCallback):
         num_held_out: how many items the evaluation has.
 
     Attributes:
+        rungs: the step of each rung, with the share of the stage that is done there.
         stopped: where and why the training ended early; None if it did not.
 
     Raises:
@@ -63,8 +64,8 @@ class StopEarly(TrainerCallback):
     def __init__(self, config: StoppingConfig, run_dir: Path, num_steps: int, num_held_out: int) -> None:
         if not num_held_out:
             raise UserError("stopping compares members on held-out preferences, but none are held out.")
-        self._rungs = rung_steps(num_steps, config)
-        if not self._rungs:
+        self.rungs = rung_steps(num_steps, config)
+        if not self.rungs:
             raise UserError(f"stopping has no effect: a stage of {num_steps} steps is too short to stop early.")
         self._config = config
         self._run_dir = run_dir
@@ -84,7 +85,7 @@ class StopEarly(TrainerCallback):
                 f"stopping.metric={metric} is not measured with this loss, reference and data; choose one of: "
                 f"{known or 'none'}."
             )
-        share = self._rungs.get(state.global_step)
+        share = self.rungs.get(state.global_step)
         kept = self._kept(self._run_dir)
         if share is not None and "place" not in kept.get(share, {}):
             rung = {"step": state.global_step, "metric": metric, "value": metrics[f"eval_{metric}"]}
@@ -93,9 +94,9 @@ class StopEarly(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate, or decide."""
         step = state.global_step
-        if step in self._rungs:
+        if step in self.rungs:
             control.should_evaluate = True
-        if (share := self._rungs.get(step - 1)) is None:
+        if (share := self.rungs.get(step - 1)) is None:
             return
         kept = self._kept(self._run_dir)
         rung = kept[share]

@@ -320,6 +320,16 @@ class PreferenceTrainer(StageTrainer):
             means.add({"rewards/calibration_error": torch.tensor([calibration_error(margins)], dtype=torch.float64)})
         return means.take() | means_by_dataset(rows, found.losses), rows
 
+    def final_metrics(self) -> dict[str, float]:
+        """The last training log and the last evaluation; both belong to the last step."""
+        history = list(reversed(self.state.log_history))
+        train = next((row for row in history if "loss" in row), {})  # none where the final weights were given
+        final = {f"train/{k}": v for k, v in train.items() if k not in ("epoch", "step")}
+        if self.eval_groups:
+            evaluation = next(row for row in history if "eval_loss" in row)
+            final |= {f"eval/{k[5:]}": v for k, v in evaluation.items() if k.startswith("eval_")}
+        return final
+
     def save_state(self, folder: Path) -> None:
         """Write the loss's running state into a checkpoint."""
         atomic_write_bytes(folder / _STATE, to_json({"loss": self.objective.state}))

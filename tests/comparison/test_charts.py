@@ -67,6 +67,22 @@ def test_rounds_have_a_line_for_each_run_that_has_them(tmp_path):
     assert [chart.name for chart in (score, informative)] == ["onpolicy-score-mean", "onpolicy-informative"]
 
 
+def test_looks_at_answers_have_a_line_for_each_run_that_has_them(tmp_path):
+    """Over the steps; their note says that they are of answers, and not of pairs."""
+    scores = {0: 0.25, 12: 0.5, 24: 0.75}
+
+    def looked(rows):
+        return [row | ({"answers/score": scores[row["step"]]} if row["step"] in scores else {}) for row in rows]
+
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", settings={"beta": 0.5})
+    assert "answers-score" not in {chart.name for chart in curves(compared(a, b))}
+    change_metrics(b, looked)
+    [chart] = [chart for chart in curves(compared(a, b)) if chart.name == "answers-score"]
+    [line] = chart.figure["data"]
+    assert (list(line["x"]), list(line["y"]), line["meta"]) == ([0, 12, 24], [0.25, 0.5, 0.75], 1)
+    assert "Values are of answers to held-out prompts." in chart.note and "pairs" not in chart.note
+
+
 def test_a_row_for_every_variant_at_a_glance(sweep):
     [chart] = overviews(compared(*run_folders([sweep])))
     means = [trace for trace in chart.figure["data"] if "error_x" in trace]

@@ -20,7 +20,7 @@ from tests.helpers.tiny_runs import project
 
 __all__ = ["project"]
 
-PLAIN = (*TINY, "adapter.dropout=0")
+PLAIN = (*TINY, "adapter.dropout=0", "evaluation.every=3")
 """Dropout masks are those of a rank."""
 _BY_PASS = ("entropy", "mean_token_accuracy")
 

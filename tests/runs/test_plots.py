@@ -110,6 +110,14 @@ def test_one_point_of_one_metric_is_one_visible_figure(
     assert path.stat().st_size < 100_000
 
 
+def test_what_is_evaluated_alone_is_joined(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    rows = [row("preference", "eval", step, answers__score=step / 8, answers__win_rate=0.5) for step in (0, 4, 8)]
+    assert [path.name for path in write_plots(rows, tmp_path)] == ["answers_score.png", "answers_win_rate.png"]
+    [line] = figures["answers_score.png"].axes[0].lines
+    assert line.get_xydata().tolist() == [[0, 0], [4, 0.5], [8, 1]] and line.get_linestyle() == "-"
+    assert len(figures["answers_win_rate.png"].axes[0].lines) == 2, "and the level of a draw"
+
+
 @pytest.mark.parametrize("rows", [[], [row("sft", "train", 1, loss=math.nan)], [row("sft", "train", 1, grad_norm=1.0)]])
 def test_nothing_to_draw_is_no_figure(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     assert write_plots(rows, tmp_path / "plots") == []

@@ -267,6 +267,21 @@ def test_wandb_mode_disabled_or_unknown(tmp_path: Path, monkeypatch: pytest.Monk
         start(tracking_config(), tmp_path)
 
 
+@pytest.mark.slow
+def test_a_table_has_its_columns_and_rows(tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch) -> None:
+    """Empty cells, too, beside numbers."""
+    rows = [(0, "Who?", "I.", 0.5, None), (8, "Who?", "You.", None, 1)]
+    with start(tracking_config(), tmp_path) as tracker:
+        tracker.table("answers/samples", ("step", "prompt", "answer", "score", "outcome"), rows)
+    [folder] = tmp_path.glob("wandb/offline-run-*")
+    [sent] = history(read_wandb(folder))
+    assert all(name.startswith("answers/samples") for name in sent)
+    [path] = folder.rglob("*.table.json")
+    found = json.loads(path.read_text())
+    assert found["columns"] == ["step", "prompt", "answer", "score", "outcome"]
+    assert found["data"] == [list(row) for row in rows]
+
+
 class BrokenRun:
     id = "x"
 

@@ -22,8 +22,8 @@ from tests.helpers.judges import llm_settings
 
 GROUPS = random_groups(5, seed=3)
 CONFIG = EvaluationConfig(
-    prompts=3, kl_prompts=0, max_new_tokens=4, temperature=0.0, batch_size=2, judge=Judge.none, reward_model=None,
-    human_labels=None, llm=llm_settings(),
+    prompts=3, every=None, every_prompts=32, kl_prompts=0, max_new_tokens=4, temperature=0.0, batch_size=2,
+    judge=Judge.none, reward_model=None, human_labels=None, llm=llm_settings(),
 )  # fmt: skip
 
 

@@ -124,7 +124,14 @@ def test_how_many_train_together_may_change(project, tmp_path):
 NAMES = ("dpo", "simpo", "kto", "ipo", "orpo")
 SWEEP = (
     *("-m", "recipe=tiny", "hydra.sweep.dir=sweep"),
-    *("adapter.r=4", "seed=1", "sft.seed=0", "reference.for_metrics=true", "evaluation.kl_prompts=2"),
+    *(
+        "adapter.r=4",
+        "seed=1",
+        "sft.seed=0",
+        "reference.for_metrics=true",
+        "evaluation.kl_prompts=2",
+        "evaluation.every=4",
+    ),
 )
 THREE = "trainer.cohort=3"
 

@@ -20,6 +20,7 @@ from alignment.data.sources.loading import load_rows
 from alignment.losses import LOSSES
 from alignment.policy.adapter import attach_adapter
 from alignment.policy.load import load_base, load_tokenizer
+from alignment.stages.answers import HeldOutAnswers
 from alignment.stages.preference import PreferenceStage
 from alignment.stages.stage import Workspace
 from tests.conftest import CORE_LOSSES, SHARED_DATA, each, recommended_loss
@@ -156,7 +157,8 @@ def test_training_raises_the_margin_on_held_out_pairs(name, prepared, tiny_model
         slot=None,
         final_policy=tmp_path / "adapter",
     )
-    stage = PreferenceStage(config, fit_preferences(read, config.data, loss)[0], work, stops=())
+    data = fit_preferences(read, config.data, loss)[0]
+    stage = PreferenceStage(config, data, work, (), HeldOutAnswers(config, data, work, ()))
     logged = []
     stage.run(model, lambda step, split, metrics: logged.append(metrics) if split == "eval" else None)
     before, after = logged

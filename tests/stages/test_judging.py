@@ -21,8 +21,8 @@ from tests.helpers.judges import KEY, llm_settings, said, serving, shown
 
 CPU = torch.device("cpu")
 CONFIG = EvaluationConfig(
-    prompts=2, kl_prompts=0, max_new_tokens=4, temperature=0.0, batch_size=2, judge=Judge.rules, reward_model=None,
-    human_labels=None, llm=llm_settings(),
+    prompts=2, every=None, every_prompts=32, kl_prompts=0, max_new_tokens=4, temperature=0.0, batch_size=2,
+    judge=Judge.rules, reward_model=None, human_labels=None, llm=llm_settings(),
 )  # fmt: skip
 ROWS = [
     Row("Capital of France?", ("Paris.", "Rome."), meta={"answer": ["Paris"], "kind": "capitals"}, source="f:1"),
