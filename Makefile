@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-matrix test-fast check lint format types docs bench bench-quantization bench-data faults gpu-bundle profile notebooks wheel clean
+.PHONY: help install run test test-matrix test-fast check lint format types docs bench bench-quantization bench-data faults gpu-bundle profile notebooks dist audit clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,8 +75,14 @@ notebooks: $(RUN_STAMP) ## Open the course's notebooks in a browser: make notebo
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[notebooks]"
 	cd notebooks && ../$(VENV)/bin/python -m jupyterlab $(ARGS)
 
-wheel: $(DEV_STAMP) ## Build the wheel into dist/
-	$(VENV)/bin/python -m build --wheel --no-isolation
+dist: $(DEV_STAMP) ## Build into dist/ the sources, from these the wheel, and the bill of materials
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python release/sbom.py dist/sbom.cdx.json
+
+audit: $(RUN_STAMP) ## Ask whether an installed package has a known vulnerability; without a network it says so
+	$(VENV)/bin/python -m pip install -q -c constraints.txt pip-audit
+	$(VENV)/bin/python release/audit.py $(ARGS)
 
 clean: ## Remove build outputs and caches of the tools; runs in outputs/ and .venv stay
 	rm -rf build dist site .gpu-bundle *.egg-info .mypy_cache .ruff_cache .pytest_cache

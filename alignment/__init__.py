@@ -1,3 +1,8 @@
 """Preference alignment of language models: DPO and its variants on a QLoRA policy, from one command."""
 
-__version__ = "0.1.0"
+from importlib import metadata
+
+try:
+    __version__ = metadata.version("alignment")
+except metadata.PackageNotFoundError:  # read from a folder that nobody has installed
+    __version__ = "0+unknown"

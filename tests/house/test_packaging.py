@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import alignment
 from tests.helpers.patience import patience
 
 ROOT = Path(__file__).parents[2]
@@ -26,12 +26,14 @@ def canonical(requirement: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel, built from the archive of sources."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True, timeout=patience(300))
-    (path,) = folder.iterdir()
-    assert path.name == f"alignment-{alignment.__version__}-py3-none-any.whl"
-    return zipfile.ZipFile(path)
+    built, sources = sorted(folder.iterdir())
+    version = runpy.run_path(str(ROOT / "release" / "version.py"))["__version__"]
+    assert built.name == f"alignment-{version}-py3-none-any.whl" and sources.name == f"alignment-{version}.tar.gz"
+    return zipfile.ZipFile(built)
 
 
 @pytest.mark.slow
@@ -54,7 +56,17 @@ def test_the_wheel_holds_code_configuration_recipes_and_data(wheel):
         "alignment/py.typed",
     ):
         assert name in names
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
+    [entry] = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
+    assert wheel.read(entry).decode().split() == ["[console_scripts]", "alignment", "=", "alignment.console:main"]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_license_of_all_that_is_in_it(wheel):
+    """Code, templates, style, recipes and the bundled rows are this project's own, so there is one license."""
+    [name] = [name for name in wheel.namelist() if ".dist-info/licenses/" in name]
+    assert wheel.read(name) == (ROOT / "LICENSE").read_bytes()
+    kinds = {name.rpartition(".")[2] for name in wheel.namelist() if ".dist-info/" not in name}
+    assert kinds == {"py", "yaml", "md", "jsonl", "j2", "css", "typed"}, "say whose the new kind of file is"
 
 
 @pytest.mark.slow
