@@ -3,6 +3,7 @@
 
 RECIPE ?= quickstart
 ARGS ?=
+MACHINE ?= cpu
 # The first of these that is 3.11 or newer makes .venv.
 PYTHON ?= python3 python3.11 python3.12 python3.13
 
@@ -16,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-matrix test-fast check lint format types docs bench bench-quantization bench-data faults gpu-bundle profile notebooks dist audit clean
+.PHONY: help install run test test-matrix test-fast check lint format types docs bench bench-quantization bench-data faults gpu-bundle profile notebooks dist audit docker clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +42,7 @@ lint: $(DEV_STAMP) ## Check style, formatting, spelling and the order of imports
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/codespell
+	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/lint-imports
 
 format: $(DEV_STAMP) ## Format the code and mend what ruff can mend
@@ -83,6 +85,12 @@ dist: $(DEV_STAMP) ## Build into dist/ the sources, from these the wheel, and th
 audit: $(RUN_STAMP) ## Ask whether an installed package has a known vulnerability; without a network it says so
 	$(VENV)/bin/python -m pip install -q -c constraints.txt pip-audit
 	$(VENV)/bin/python release/audit.py $(ARGS)
+
+docker: ## Build the image alignment:cpu, or for a GPU: make docker MACHINE=cuda
+	@if ! command -v docker >/dev/null; then \
+	    echo "Error: docker is not installed here: install Docker 23 or newer." >&2; exit 1; \
+	fi
+	docker build --build-arg MACHINE=$(MACHINE) --tag alignment:$(MACHINE) $(ARGS) .
 
 clean: ## Remove build outputs and caches of the tools; runs in outputs/ and .venv stay
 	rm -rf build dist site .gpu-bundle *.egg-info .mypy_cache .ruff_cache .pytest_cache
