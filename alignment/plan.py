@@ -175,7 +175,11 @@ def _needs_table(stages: dict[str, StagePlan]) -> Table:
     for name in stages:
         table.add_column(name, justify="right")
     for key, title in _PARTS.items():
-        table.add_row(title, *(_gib(getattr(stage.chosen.needs, key)) for stage in stages.values()))
+        others = [stage.teacher if key == "context" else 0 for stage in stages.values()]
+        needs = zip(stages.values(), others, strict=True)
+        table.add_row(title, *(_gib(getattr(stage.chosen.needs, key) - other) for stage, other in needs))
+    if any(stage.teacher for stage in stages.values()):
+        table.add_row("teacher", *(_gib(stage.teacher) for stage in stages.values()))
     table.add_section()
     table.add_row("total", *(_gib(stage.chosen.needs.total) for stage in stages.values()))
     return table
@@ -286,8 +290,6 @@ def _print(config: RunConfig, machine: Machine, stages: dict[str, StagePlan], sw
         part = config.sft if name == "sft" and config.sft is not None else config
         for line in _stage_lines(name, stage, part.optim.name):
             say(line)
-    if config.loss is not None and config.loss.requirements().draws:
-        say(f"The weights of the teacher, {config.distill.teacher}, come on top: a run counts them once it has them.")
     if sweep is not None:
         for line in _sweep_lines(sweep):
             say(line)
@@ -309,6 +311,7 @@ def as_json(config: RunConfig, machine: Machine, stages: dict[str, StagePlan], s
                 name: {
                     "longest": stage.longest,
                     "ranks": stage.ranks,
+                    "teacher": stage.teacher,
                     **plain(stage.chosen),
                     "options": [{**plain(plan), "time": time} for plan, time in stage.options.values()],
                 }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignment.config.preflight import model_problem
 from alignment.config.schema import Calibration, ModelConfig, QuantizationConfig, RunConfig
 from alignment.errors import UserError, require
 from alignment.files import cache_dir
@@ -70,6 +71,26 @@ def require_same_tokens(name: str, own: Mapping[str, int], theirs: Mapping[str, 
     )
 
 
+def teacher_shape(config: RunConfig) -> tuple[ModelConfig, ModelSource, Any]:
+    """The settings of the teacher's model, where it is, and the configuration that it has there; no weights are read.
+
+    Raises:
+        UserError: there is no teacher.
+    """
+    if (problem := model_problem(str(config.distill.teacher))) is not None:
+        raise UserError(f"distill.teacher={config.distill.teacher}: {problem}; a folder with its config.json will do.")
+    with _named():
+        model, source = _teacher(config, cache_dir(config.reference.path))
+        return model, source, read_shape(source.base, model)
+
+
+def packing(config: RunConfig) -> QuantizationConfig | None:
+    """How the weights of the teacher are packed when it is loaded; None where they stay as they are."""
+    if not config.distill.nf4:
+        return None
+    return QuantizationConfig(double=True, compute_dtype=config.distill.dtype, calibration=Calibration.none)
+
+
 def load_teacher(config: RunConfig, device: torch.device, cache: Path) -> nn.Module:
     """The frozen teacher, ready to score.
 
@@ -77,12 +98,9 @@ def load_teacher(config: RunConfig, device: torch.device, cache: Path) -> nn.Mod
         UserError: it cannot be loaded.
     """
     log.info("Loading the teacher %s on %s ...", config.distill.teacher, device)
-    packing = None
-    if config.distill.nf4:
-        packing = QuantizationConfig(double=True, compute_dtype=config.distill.dtype, calibration=Calibration.none)
     with _named():
         model, source = _teacher(config, cache)
-        teacher = load_base(model, packing, source.base, device, cache)
+        teacher = load_base(model, packing(config), source.base, device, cache)
         if source.adapter is not None:
             teacher = load_adapter(teacher, source.adapter, FloatWeights(source.base, model.revision))
     teacher.requires_grad_(False).eval()

@@ -18,10 +18,11 @@ from alignment.config.preflight import model_problem
 from alignment.config.schema import RunConfig, SFTConfig, Shard
 from alignment.errors import UserError, require
 from alignment.files import cache_dir
-from alignment.policy.architecture import unknown_architecture
+from alignment.policy.architecture import build_model, unknown_architecture
 from alignment.policy.load import resolve_dtype
 from alignment.policy.source import model_source
 from alignment.policy.stored import Checkpoint
+from alignment.policy.teacher import packing, teacher_shape
 from alignment.ranks.memory import available_memory
 from alignment.ranks.shares import largest_share
 from alignment.training.budget import Plan, Room, make_plan, relative_time
@@ -30,6 +31,7 @@ from alignment.training.memory import (
     USABLE_SHARE,
     Weights,
     attention_estimate,
+    base_bytes,
     plan_policy,
     reference_bytes,
     sizes_of,
@@ -66,12 +68,14 @@ class StagePlan:
         options: by `checkpoint_every`, the plan with this value, and its time per position (1: an endless pass without
             checkpointing).
         ranks: that share the base; 1 where each has its own.
+        teacher: bytes of the teacher, which `chosen` counts among what is there beside the policy.
     """
 
     longest: int
     chosen: Plan
     options: dict[int, tuple[Plan, float]]
     ranks: int
+    teacher: int = 0
 
 
 def this_machine() -> Machine:
@@ -106,6 +110,24 @@ def read_config(config: RunConfig, file: Path | None) -> Any:
             f"{what} holds no configuration that transformers can read{advice}: give the model's config.json with "
             f"--config FILE."
         ) from error
+
+
+def teacher_bytes(config: RunConfig, device: str) -> int:
+    """Bytes of the teacher that a run keeps beside its policy, with its adapter; 0 for a loss that has none.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: the teacher's configuration cannot be read.
+    """
+    if config.loss is None or not config.loss.requirements().draws:
+        return 0
+    model, source, shape = teacher_shape(config)
+    value = resolve_dtype(model.dtype, torch.device(device)).itemsize
+    base, _ = base_bytes(build_model(shape, model.trust_remote_code), value, packing(config))
+    adapter = () if source.adapter is None else source.adapter.glob("adapter_*.safetensors")
+    return base + sum(path.stat().st_size for path in adapter)
 
 
 def plan_stages(
@@ -232,6 +254,7 @@ def _plan_stage(
         reason = f"LoRA layers on {stored.title} run peft's own forward, which keeps more than is counted"
     sizes = replace(sizes, estimate=sizes.estimate or reason)
     context = CONTEXT[machine.device]
+    teacher = 0 if supervised else teacher_bytes(config, machine.device)
     if not supervised:
         reference, steps = config.reference, config.trainer.max_steps
         refreshes: int | None = reference.parts - 1
@@ -239,7 +262,7 @@ def _plan_stage(
             refreshes = None if steps is None else (steps - 1) // reference.sync_every
         whole = config.adapter is None
         at_base = config.adapter is not None and not config.adapter.moves_the_start and config.sft is None
-        context += reference_bytes(reference, weights, whole=whole, at_base=at_base, refreshes=refreshes)
+        context += teacher + reference_bytes(reference, weights, whole=whole, at_base=at_base, refreshes=refreshes)
     room = Room(machine.device, round(USABLE_SHARE[machine.device] * machine.memory), context)
     trainer = part.trainer
     step_tokens = largest_share(trainer.groups_per_step, ranks) * longest
@@ -262,4 +285,4 @@ def _plan_stage(
         option = plan(every)
         tokens = max(longest, min(option.tokens_per_batch, step_tokens))
         options[every] = (option, relative_time(sizes, every, tokens, machine.device))
-    return StagePlan(longest, chosen, options, sharing)
+    return StagePlan(longest, chosen, options, sharing, teacher)

@@ -180,7 +180,7 @@ def plan_policy(
     Returns:
         On the meta device. With `spectrum` every matrix has an adapter there, or trains: which ones will is not known.
     """
-    base, packed = _base_bytes(model, value, quantization)
+    base, packed = base_bytes(model, value, quantization)
     policy = copy.deepcopy(model)
     share = 1.0 if spectrum is None else spectrum
     if adapter is None:
@@ -224,8 +224,12 @@ def reference_bytes(
     return min(copies, most) * sum(each * count for each, count in weights.trained.items())
 
 
-def _base_bytes(model: nn.Module, value: int, quantization: QuantizationConfig | None) -> tuple[int, bool]:
-    """Bytes of a model on the meta device once it is loaded, and whether layers are packed then."""
+def base_bytes(model: nn.Module, value: int, quantization: QuantizationConfig | None) -> tuple[int, bool]:
+    """Bytes of a model on the meta device once it is loaded, and whether layers are packed then.
+
+    Args:
+        value: bytes per weight that is not packed.
+    """
     causal: Any = model
     head = causal.get_output_embeddings()
     total = sum(parameter.numel() for parameter in model.parameters())

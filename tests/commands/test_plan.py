@@ -1,18 +1,21 @@
 """The command `python -m alignment.plan`: what it prints, for which machine, and the table that it writes."""
 
 import json
+import re
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from alignment import plan as command
 from alignment.config.compose import load
 from alignment.evaluation.statistics.power import items_for_sign_test, t_test_power
-from alignment.files import asset_dir
+from alignment.files import asset_dir, cache_dir
 from alignment.plan import parse_memory
 from alignment.policy.architecture import build_model
-from alignment.training.forecast import Machine, plan_stages
-from alignment.training.memory import GIB
+from alignment.policy.teacher import load_teacher
+from alignment.training.forecast import Machine, plan_stages, teacher_bytes
+from alignment.training.memory import CONTEXT, GIB, count_weights
 from alignment.training.published import (
     MARKERS,
     PUBLISHED,
@@ -269,6 +272,59 @@ def test_the_command_plans_for_so_many_devices(config_file, capsys):
     assert found["ranks"] == 4
     assert "4 of them share one base: each holds a part of its layers" in run(capsys, *arguments, "trainer.shard=node")
     assert "there is one: set trainer.devices" in refused(*arguments, "trainer.shard=node", "--devices", 1)
+
+
+# A teacher
+
+
+def distilling(folder, teacher, *others) -> tuple[str, ...]:
+    model = f"model.name={folder}"
+    return ("recipe=opd_quickstart", "sft=none", model, f"distill.teacher={teacher}", *others)
+
+
+@pytest.mark.parametrize(
+    "others", [(), ("distill.dtype=bfloat16",), ("distill.nf4=true",)], ids=["as it is", "16", "4"]
+)
+def test_a_teacher_is_counted_as_it_is_loaded(others, tiny_model_folder, capsys):
+    """By what the loaded one takes; only the preference stage has it."""
+    if "distill.nf4=true" in others:
+        pytest.importorskip("bitsandbytes")
+    arguments = distilling(tiny_model_folder, tiny_model_folder, *others)
+    teacher = load_teacher(load(*arguments), torch.device("cpu"), cache_dir(None))
+    taken = count_weights(teacher).base
+    found = json.loads(run(capsys, *arguments, "--json"))["stages"]["preference"]
+    assert found["teacher"] == pytest.approx(taken, rel=0.01 if "distill.nf4=true" in others else 1e-9)
+    assert found["needs"]["context"] == found["teacher"] + CONTEXT["cpu"]
+
+
+def test_a_teacher_takes_room_from_the_step(tiny_model_folder, tmp_path):
+    """As much as it weighs, so that less fits; with its adapter."""
+    config = load(*distilling(tiny_model_folder, tiny_model_folder))
+    model = build_model(tiny_config())
+    stage = plan_stages(config, model, Machine("", "cpu", 2 * GIB), 64)["preference"]
+    dpo = plan_stages(load("recipe=quickstart", "sft=none"), model, Machine("", "cpu", 2 * GIB), 64)["preference"]
+    assert dpo.teacher == 0 < stage.teacher == stage.chosen.needs.context - dpo.chosen.needs.context
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model_folder)}))
+    (folder / "adapter_model.safetensors").write_bytes(bytes(1000))
+    assert teacher_bytes(load(*distilling(tiny_model_folder, folder)), "cpu") == stage.teacher + 1000
+
+
+def test_the_table_has_a_row_for_the_teacher(tiny_model_folder, capsys):
+    arguments = distilling(tiny_model_folder, tiny_model_folder)
+    said = run(capsys, *arguments)
+    assert re.search(r"^ *teacher +0\.00", said, re.M) and "come on top" not in said
+    assert "teacher" not in run(capsys, "recipe=quickstart", f"model.name={tiny_model_folder}")
+
+
+def test_a_teacher_that_is_not_there_is_named(tiny_model_folder):
+    said = refused(*distilling(tiny_model_folder, "org/nobody-has-this"))
+    assert (
+        said.startswith("Error: distill.teacher=org/nobody-has-this: ")
+        and "a folder with its config.json will do" in said
+    )
+    assert "distill.teacher: the folder /nowhere" in refused(*distilling(tiny_model_folder, "/nowhere"))
 
 
 # The recipes and the table
