@@ -13,6 +13,7 @@ from alignment.assessment.entrants import Entrants
 from alignment.assessment.page import questions, win_rate_tables
 from alignment.assessment.task import Result
 from alignment.comparison.between import PAIRS
+from alignment.config.judging import LOOKING_UP
 from alignment.errors import UserError
 from alignment.evaluation.judges.base import Item, Judge, Judgement, Preference, by_scores, win_rate
 from alignment.evaluation.judges.card import judge_card
@@ -245,10 +246,10 @@ def _cautions(field: Entrants, judge: Judge, found: Mapping[str, Any]) -> Iterat
 
 
 def _has_learnt_from(policy: OpenedPolicy, judge: Judge) -> bool:
-    """Whether a policy was trained on its own answers as this judge has scored them."""
+    """Whether a policy was trained on its own answers as this judge has scored them, and not looked up."""
     questions = policy.questions
     own = questions.config.onpolicy if policy.run is not None and policy.moment == "final" else None
-    if own is None or not own.pairs.is_judged or own.judge.name != judge.kind:
+    if own is None or not own.pairs.is_judged or own.judge.name != judge.kind or judge.kind in LOOKING_UP:
         return False
     try:
         trained = make_judge(own, questions.cache, questions.device)

@@ -27,7 +27,7 @@ from alignment.runs.folder import (
 )
 from alignment.runs.text import format_value, is_number
 
-_IGNORED = ("tracking", "resume")
+_IGNORED = {"tracking", "resume", "evaluation.every", "evaluation.every_prompts"}
 """Settings that do not change the result of a run."""
 
 _LONGEST_VALUE = 40
@@ -155,7 +155,7 @@ def read_member(folder: Path, name: str) -> ComparedRun:
     known = submapping(run.summary, "stages", "preference", "settings")
     settings = {}
     for key, value in _flat(run.config or (known and {"loss": known})):
-        if key.split(".")[0] not in _IGNORED and key.split(".")[-1] != "seed":
+        if not {key, key.split(".")[0]} & _IGNORED and key.split(".")[-1] != "seed":
             settings[key] = value if isinstance(value, Hashable) else json.dumps(value, default=str)
     seed = run.summary.get("seed", run.config.get("seed"))
     return ComparedRun(name, run, settings, seed, _loss(run), _read_pairs(run))

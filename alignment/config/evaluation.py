@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.config.judging import Judge, LLMJudgeConfig
+from alignment.config.judging import LOOKING_UP, Judge, LLMJudgeConfig
 from alignment.errors import not_negative, require
 
 
@@ -40,7 +40,7 @@ class EvaluationConfig:
             "evaluation.judge=reward_model needs evaluation.reward_model, a hub id or the folder of a reward model.",
         )
         require(
-            self.human_labels is None or self.judge not in (Judge.none, Judge.rules, Judge.ifeval, Judge.math),
+            self.human_labels is None or self.judge.name not in ("none", *LOOKING_UP),
             f"evaluation.human_labels is for judges of any answer (llm, reward_model): evaluation.judge="
             f"{self.judge.name} has nothing to say of these pairs.",
         )

@@ -26,6 +26,10 @@ class Judge(Enum):
     llm = "llm"
 
 
+LOOKING_UP = ("rules", "ifeval", "math")
+"""Judges that look answers up in the data, and so cannot be talked into anything: a policy may learn from them, too."""
+
+
 class Verdicts(Enum):
     """What a chat model is asked for.
 
@@ -47,7 +51,7 @@ class LLMJudgeConfig:
     sends none. `rubric` replaces the built-in one. `body` is merged into every request; a null in it removes a setting.
     A call that fails for now (429, 5xx, a time-out, a reply that is no reply) is repeated `retries` times, with pauses
     that double from one second. `budget_calls` and `budget_tokens` bound what one run asks for; judgements that are
-    stored cost nothing. Prices are for a million tokens.
+    stored cost nothing. Prices are for a million tokens. `check_values` says what the values may be.
     """
 
     address: str | None
@@ -66,30 +70,38 @@ class LLMJudgeConfig:
     price_in: float | None
     price_out: float | None
 
-    def __post_init__(self) -> None:
+    def check_values(self, place: str) -> None:
+        """Refuse a value that cannot work.
+
+        Args:
+            place: of these settings, for the sentence: the same ones may be those of the evaluation and of the rounds.
+
+        Raises:
+            UserError: the first such setting, and what it takes.
+        """
         if self.address is not None and not re.match(r"https?://[^/\s]", self.address):
-            raise UserError(f"evaluation.llm.address must begin with http:// or https://, not '{self.address}'.")
+            raise UserError(f"{place}.address must begin with http:// or https://, not '{self.address}'.")
         require(
             self.address is None or not has_password(self.address),
-            "evaluation.llm.address has a password in it: put it into an environment variable, and name that with "
-            "evaluation.llm.auth_env.",
+            f"{place}.address has a password in it: put it into an environment variable, and name that with "
+            f"{place}.auth_env.",
         )
         require(  # a key that was typed here by mistake is not said again
             self.auth_env is None or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.auth_env) is not None,
-            "evaluation.llm.auth_env must be the name of an environment variable, such as OPENAI_API_KEY, and never "
+            f"{place}.auth_env must be the name of an environment variable, such as OPENAI_API_KEY, and never "
             "the key itself.",
         )
-        not_negative("evaluation.llm.temperature", self.temperature)
-        positive("evaluation.llm.timeout", self.timeout)
+        not_negative(f"{place}.temperature", self.temperature)
+        positive(f"{place}.timeout", self.timeout)
         for key, least in (("max_tokens", 1), ("retries", 0), ("concurrency", 1)):
             require(
                 getattr(self, key) >= least,
-                f"evaluation.llm.{key} must be at least {least}, not {getattr(self, key)}.",
+                f"{place}.{key} must be at least {least}, not {getattr(self, key)}.",
             )
         for key in ("budget_calls", "budget_tokens", "price_in", "price_out"):
             value = getattr(self, key)
             fits = value is None or 0 <= value < math.inf
-            require(fits, f"evaluation.llm.{key} must be null or at least 0, not {value}.")
+            require(fits, f"{place}.{key} must be null or at least 0, not {value}.")
 
     def check(self) -> None:
         """Refuse a judge that has no address or no model.

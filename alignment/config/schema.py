@@ -351,7 +351,9 @@ class RunConfig:
             not self.reference.follows or (self.loss is not None and self.loss.requirements().reference),
             "reference.sync_every and reference.parts need a loss with a reference, which could follow the policy.",
         )
+        self.evaluation.llm.check_values("evaluation.llm")  # which are those of the rounds, too, by default
         if self.onpolicy is not None:
+            self.onpolicy.llm.check_values("onpolicy.llm")
             self.onpolicy.check(self)
         if self.loss is not None and self.loss.requirements().rewards:
             self._check_reward_model()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from alignment.config.judging import LOOKING_UP
 from alignment.evaluation.intervals import wilson_interval
 from alignment.runs.folder import MODEL_TITLES, RunFiles, dig, eval_pairs, first_and_last, series, submapping
 from alignment.runs.record import STAGES
@@ -26,7 +27,7 @@ class Caution(NamedTuple):
 
 def cautions(run: RunFiles) -> list[Caution]:
     """All reasons for care in this run."""
-    return [*_of_data(run), *_of_model(run), *_of_metrics(run), *_of_chance(run), *_of_answers(run)]
+    return [*_of_data(run), *_of_model(run), *_of_metrics(run), *_of_chance(run), *_of_answers(run), *_of_judge(run)]
 
 
 def _of_data(run: RunFiles) -> Iterator[Caution]:
@@ -110,4 +111,24 @@ def _of_answers(run: RunFiles) -> Iterator[Caution]:
             "Fewer answers are correct than before",
             f"Fewer answers are correct at the end ({percent(correct['final'])}) than {MODEL_TITLES[ablest]} "
             f"({percent(correct[ablest])}).",
+        )
+
+
+_WHICH = {"reward_model": ("reward_model",), "llm": ("llm", "model")}
+"""Where the settings of a judge name the model that it is."""
+
+
+def _of_judge(run: RunFiles) -> Iterator[Caution]:
+    """Of a judge that has learnt what it judges by, and that scores the rounds and the evaluation alike."""
+    rounds, evaluation = submapping(run.config, "onpolicy"), submapping(run.config, "evaluation")
+    kind = rounds.get("judge")
+    if kind in (None, "none", *LOOKING_UP) or evaluation.get("judge") != kind:
+        return
+    name, other = (dig(part, *_WHICH.get(str(kind), ("judge",))) for part in (rounds, evaluation))
+    if name == other:
+        yield Caution(
+            "The judge of the rounds judges the result, too",
+            f"The judge of the held-out answers ({kind}, {format_value(name)}) is the one that has judged the answers "
+            f"that the policy was trained on: a policy learns what its judge likes, so judge it with another one, by "
+            f"python -m alignment.evaluate.",
         )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from alignment.assessment import win_rates
 from alignment.assessment.entrants import Entrants
 from alignment.assessment.page import questions, to_html, win_rate_tables
 from alignment.assessment.win_rates import Judged, _cautions
@@ -387,13 +388,15 @@ def test_labels_of_the_pairs_themselves_mend_the_win_rate(tmp_path):
 @pytest.mark.parametrize(
     ("moment", "kind", "judged", "told"),
     [
-        ("final", "rules", True, 1),
-        ("sft", "rules", True, 0),
-        ("final", "ifeval", True, 0),
-        ("final", "rules", False, 0),
+        ("final", "reward_model", True, 1),
+        ("sft", "reward_model", True, 0),
+        ("final", "llm", True, 0),
+        ("final", "reward_model", False, 0),
+        ("final", "rules", True, 0),
     ],
 )
-def test_the_judge_that_made_the_training_data_is_told(tmp_path, moment, kind, judged, told):
+def test_the_judge_that_made_the_training_data_is_told(tmp_path, moment, kind, judged, told, monkeypatch):
+    """But for one that looks answers up."""
     entrants = field(["a b", "c"], ["a", "c d"], matches=[(0, 1)], names=["rounds", "sft"])
     entrants.policies[0].run, entrants.policies[0].moment = "a run", moment
     asked = entrants.policies[0].questions
@@ -402,6 +405,9 @@ def test_the_judge_that_made_the_training_data_is_told(tmp_path, moment, kind, j
     asked.config = SimpleNamespace(onpolicy=onpolicy)
     asked.rows = [SimpleNamespace(meta={"answer": "a"}, source="made")] * 2
     judge = RuleJudge()
+    if kind != "rules":
+        monkeypatch.setattr(RuleJudge, "kind", "reward_model")
+        monkeypatch.setattr(win_rates, "make_judge", lambda config, cache, device: RuleJudge())
     found = [line for line in _cautions(entrants, judge, Judged(entrants, judge).found(None)) if "training" in line]
     assert bool(found) == told
     if told:

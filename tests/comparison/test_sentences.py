@@ -10,6 +10,8 @@ from alignment.comparison.measures import WIN_RATE
 from alignment.comparison.ranking import interval
 from alignment.comparison.sentences import cautions, headline, judge_contrast
 from alignment.comparison.tables import results
+from alignment.runs.cautions import cautions as run_cautions
+from alignment.runs.folder import read_run
 from tests.helpers.run_folders import change_json, change_metrics, compared, make_run, right
 
 
@@ -72,6 +74,44 @@ def test_members_that_cannot_be_compared_are_warned_of(tmp_path, summary, said):
     [details] = [details for kind, details in cautions(compared(a, same, other)) if said in kind]
     assert len(details) == 2
     assert "a, b" in details[0] and "c" in details[1]
+
+
+MODEL = {"reward_model": "org/rm", "llm": {"model": "big"}}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "evaluation", "named"),
+    [
+        ({"judge": "reward_model"}, {"judge": "reward_model"}, "(reward_model, org/rm) is the one"),
+        ({"judge": "llm"}, {"judge": "llm"}, "(llm, big) is the one"),
+        ({"judge": "llm", "llm": {"model": "big", "verdicts": "rubric"}}, {"judge": "llm"}, "(llm, big) is the one"),
+        ({"judge": "reward_model"}, {"judge": "reward_model", "reward_model": "org/another"}, ""),
+        ({"judge": "llm"}, {"judge": "llm", "llm": {"model": "another"}}, ""),
+        ({"judge": "llm"}, {"judge": "reward_model"}, ""),
+        *(({"judge": kind}, {"judge": kind}, "") for kind in ("rules", "ifeval", "math", "none")),
+        ({"judge": "rules"}, {"judge": "llm"}, ""),
+    ],
+)
+def test_a_judge_of_rounds_that_judges_the_result_is_warned_of(rounds, evaluation, named, tmp_path):
+    """If it has learnt what it judges by, and not if it looks answers up; by the report, too."""
+    config = {"onpolicy": MODEL | rounds, "evaluation": MODEL | evaluation}
+    folder = make_run(tmp_path / "a", config=config)
+    said = dict(cautions(compared(folder))).get("The judge of the rounds judges the result, too", [""])
+    assert (named in said[0]) and bool(named) == bool(said[0])
+    assert any("learns what its judge likes" in one.text for one in run_cautions(read_run(folder))) == bool(named)
+
+
+def test_offline_runs_have_no_judge_of_rounds(tmp_path):
+    folder = make_run(tmp_path / "a", config={"onpolicy": None, "evaluation": MODEL | {"judge": "llm"}})
+    assert "The judge of the rounds judges the result, too" not in dict(cautions(compared(folder)))
+
+
+def test_how_often_a_run_looks_makes_no_other_variant(tmp_path):
+    """Nor does a version of before, which knew no looks."""
+    looks = [{}, {"every": 4, "every_prompts": 8}, {"every": None, "every_prompts": 32}]
+    configs = [{"evaluation": {"prompts": 4} | one} for one in looks]
+    found = compared(*(make_run(tmp_path / str(n), seed=n, config=config) for n, config in enumerate(configs)))
+    assert len(found.variants) == 1
 
 
 def test_unequal_steps_and_falling_log_probs_are_warned_of(tmp_path):

@@ -34,12 +34,13 @@ class LLMJudge(Judge):
         pause: seconds before a call is repeated the first time.
 
     Raises:
-        UserError: the key is not in the environment.
+        UserError: a setting cannot work, or the key is not in the environment.
     """
 
     kind: ClassVar[str] = "llm"
 
     def __init__(self, config: LLMJudgeConfig, cache: Path, pause: float = 1.0) -> None:
+        config.check_values("evaluation.llm")
         config.check()
         self._config = config
         self._form = form_of(config.verdicts, config.rubric)

@@ -9,6 +9,7 @@ from itertools import chain, repeat
 
 import pytest
 
+from alignment.config.compose import load
 from alignment.config.judging import Verdicts
 from alignment.errors import UserError
 from alignment.evaluation.judges.base import Item
@@ -310,8 +311,45 @@ def test_a_judge_without_its_key_is_refused_before_the_run(value, tmp_path, monk
         ({"budget_calls": -1}, "budget_calls must be null or at least 0"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(changes, words):
+def test_settings_that_cannot_work_are_refused(changes, words, tmp_path):
     """And a key that was typed in the wrong place is not said again."""
     with pytest.raises(UserError, match=words) as refused:
-        llm_settings(**({"address": "http://host/v1"} | changes))
+        LLMJudge(llm_settings(**({"address": "http://host/v1"} | changes)), tmp_path)
     assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (["evaluation.llm.max_tokens=0"], "evaluation.llm.max_tokens must be at least 1, not 0."),
+        (["onpolicy.llm.max_tokens=0"], "onpolicy.llm.max_tokens must be at least 1, not 0."),
+        (["onpolicy.llm.timeout=0"], "onpolicy.llm.timeout must be a finite number above 0, not 0.0."),
+        (["onpolicy.llm.price_in=-1"], "onpolicy.llm.price_in must be null or at least 0, not -1.0."),
+        (["onpolicy.judge=llm", "onpolicy.llm.address=h"], "onpolicy.llm.address must begin with http:// or https://"),
+        (["onpolicy.judge=llm", "evaluation.llm.address=h"], "evaluation.llm.address must begin with http:// or"),
+        (["onpolicy.judge=llm"], "onpolicy.judge=llm needs onpolicy.llm.address, such as"),
+    ],
+)
+def test_the_key_that_was_typed_is_named(typed, named):
+    """The rounds' judge takes the settings of the evaluation's where it is given none."""
+    if typed[0] == "onpolicy.judge=llm" and len(typed) > 1:
+        typed = [*typed, "evaluation.llm.model=judge"]
+    with pytest.raises(UserError) as refused:
+        load("recipe=quickstart", "onpolicy=rounds", *typed)
+    assert str(refused.value).startswith(named)
+
+
+@pytest.mark.parametrize(
+    ("typed", "rounds", "evaluation"),
+    [
+        (["evaluation.llm.model=b"], "b", "b"),
+        (["onpolicy.llm.model=a"], "a", None),
+        (["onpolicy.llm.model=a", "evaluation.llm.model=b"], "a", "b"),
+        (["evaluation.llm.model=b", "onpolicy.llm.model=a"], "a", "b"),
+    ],
+)
+def test_rounds_may_have_another_judge_than_the_evaluation(typed, rounds, evaluation):
+    """A setting of the one is none of the other."""
+    config = load("recipe=quickstart", "onpolicy=rounds", *typed)
+    assert (config.onpolicy.llm.model, config.evaluation.llm.model) == (rounds, evaluation)
+    assert config.onpolicy.llm.body == config.evaluation.llm.body == {}
