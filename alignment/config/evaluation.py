@@ -33,6 +33,11 @@ class EvaluationConfig:
     llm: LLMJudgeConfig
 
     def __post_init__(self) -> None:
+        require(
+            self.judge is not Judge.implicit,
+            "evaluation.judge=implicit is of rounds alone (onpolicy.judge): how far a policy has moved towards an "
+            "answer says nothing of the answer's worth, so choose another judge.",
+        )
         if self.judge is Judge.llm:
             self.llm.check()
         require(

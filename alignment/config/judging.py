@@ -15,7 +15,8 @@ class Judge(Enum):
     """Who judges sampled answers.
 
     `rules`: against the accepted answers in the data. `ifeval`: by the instructions in the data. `math`: against the
-    solution in the data. `reward_model`: a model with one score. `llm`: a chat model behind an address. `none`: nobody.
+    solution in the data. `reward_model`: a model with one score. `llm`: a chat model behind an address. `implicit`: the
+    policy of a round itself, by its implicit reward. `none`: nobody.
     """
 
     none = "none"
@@ -24,6 +25,7 @@ class Judge(Enum):
     math = "math"
     reward_model = "reward_model"
     llm = "llm"
+    implicit = "implicit"
 
 
 LOOKING_UP = ("rules", "ifeval", "math")

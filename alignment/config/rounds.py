@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -18,6 +19,32 @@ class RoundReference(Enum):
     start = "start"
 
 
+class Reduction(Enum):
+    """What an answer's reward is of the log-ratios of its tokens: their `sum`, DPO's reward, or their `mean`."""
+
+    sum = "sum"
+    mean = "mean"
+
+
+@dataclass(kw_only=True)
+class ImplicitConfig:
+    """The policy's own implicit reward as judge: log-ratio of the policy that has drawn a round to the stage's start.
+
+    Each token of an answer takes `length_penalty` off its reward; null: as much as makes the best and the worst answer
+    to a prompt equally long in the mean of a round (DICE, Chen et al. 2024, arXiv 2406.09760).
+    """
+
+    reduction: Reduction
+    length_penalty: float | None
+
+    def __post_init__(self) -> None:
+        penalty = self.length_penalty
+        require(
+            penalty is None or 0 <= penalty < math.inf,
+            f"onpolicy.implicit.length_penalty must be null or a finite number, at least 0, not {penalty}.",
+        )
+
+
 @dataclass(kw_only=True)
 class OnPolicyConfig:
     """Training on the policy's own answers; the group's option `none` sets the whole node to null.
@@ -27,7 +54,8 @@ class OnPolicyConfig:
     many prompts as its steps need, and `prompts` at most (null: all). The share `mix_offline` of its groups are those
     of the data as they are.
 
-    `judge` scores the answers, with `reward_model` and `llm` as in the evaluation. `weak` is the weaker model of
+    `judge` scores the answers, with `reward_model` and `llm` as in the evaluation; with `implicit` the policy does it
+    itself, and the first round trains on the data as they are. `weak` is the weaker model of
     `pairs.choice=sample_vs_weak`, as in `model.name`; it has the dtype and the quantisation of the policy.
     """
 
@@ -43,6 +71,7 @@ class OnPolicyConfig:
     judge: Judge
     reward_model: str | None
     llm: LLMJudgeConfig
+    implicit: ImplicitConfig
     weak: str | None
 
     def __post_init__(self) -> None:
@@ -77,6 +106,11 @@ class OnPolicyConfig:
         require(
             self.judge is not Judge.reward_model or bool(self.reward_model),
             "onpolicy.judge=reward_model needs onpolicy.reward_model, a hub id or the folder of a reward model.",
+        )
+        require(
+            self.judge is not Judge.implicit or self.every is not None,
+            "onpolicy.judge=implicit is the policy that has moved since the start of the stage, and with "
+            "onpolicy.every=null it draws before it moves: set onpolicy.every.",
         )
         if self.judge is Judge.llm:
             try:
@@ -127,12 +161,22 @@ class OnPolicyConfig:
             f"Loss {loss} reads scores, and onpolicy.pairs.choice={choice} gives none: choose another of the two.",
         )
 
+        # The start, as the policy's own judge
+        live, compares = run.reference.mode.name == "live", needs.reference or run.reference.for_metrics
+        require(
+            self.judge is not Judge.implicit
+            or run.adapter is not None
+            or (live and compares and self.reference is RoundReference.start),
+            "onpolicy.judge=implicit compares the policy with its start, which without an adapter is a second model: "
+            "set reference=live, reference.for_metrics=true and onpolicy.reference=start.",
+        )
+
         # The reference
-        if not (needs.reference or run.reference.for_metrics) or self.every is None:
+        if not compares or self.every is None:
             return
         from alignment.losses import Quantity  # with torch, which a command that composes alone does without
 
-        live = run.reference.mode.name == "live" or Quantity.divergence in needs.quantities
+        live = live or Quantity.divergence in needs.quantities
         require(
             not live or self.reference is RoundReference.start,
             "A reference beside the policy cannot read what the sampler has said: set onpolicy.reference=start for "

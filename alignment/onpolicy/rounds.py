@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from alignment.config.judging import Judge as JudgeName
 from alignment.config.rounds import OnPolicyConfig, renamed
 from alignment.data.tokens.token_store import GROUPS, Column, Kind, Stored, write_anew
 from alignment.data.tokens.units import as_rows
@@ -24,6 +25,7 @@ from alignment.onpolicy.counts import Counts
 from alignment.onpolicy.held_out import HeldOutPrompts
 from alignment.onpolicy.pairs import Drawn, build, win_matrix
 from alignment.onpolicy.prompts import Prompt, shuffled
+from alignment.onpolicy.shaping import balanced_penalty, shaped
 from alignment.types import Group, MadeOnDemand
 
 log = logging.getLogger(__name__)
@@ -80,15 +82,27 @@ class Slots(MadeOnDemand[Group]):
 
 @dataclass(slots=True)
 class _Found:
-    """What the prompts of a round have given so far; `seed` is that of its answers."""
+    """What the prompts of a round have given so far.
+
+    Attributes:
+        seed: of its answers.
+        prompts, drawn: its prompts, and their answers as the judge has scored them.
+        shaped: the same with the scores that count.
+        groups, counts: what is made of these.
+        logps: of the groups' completions and of the sample.
+        sample: one answer to a prompt.
+        penalty: what a token costs, where the scores are shaped.
+    """
 
     seed: int
+    prompts: list[Prompt] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+    shaped: list[Drawn] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
-    logps: dict[bytes, np.ndarray] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
+    logps: dict[bytes, np.ndarray] = field(default_factory=dict)
     sample: list[Group] = field(default_factory=list)
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    prompts: int = 0
+    penalty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +113,8 @@ class RoundMaker:
         config: of the rounds.
         prompts: of the training data, each once.
         offline: the training groups of the data, for `mix_offline`.
-        judge: of the answers; None for a choice of pairs that needs none.
+        judge: of the answers; None for a choice of pairs that needs none, and for the first round of a policy that is
+            its own judge.
         held_out: the prompts that are not trained on.
         tokenizer: makes the texts that the judge reads.
         stops: the tokens that end an answer.
@@ -143,34 +158,33 @@ class RoundMaker:
         Raises:
             UserError: too few groups come of all prompts.
         """
-        share = self.config.mix_offline
-        passed = number * round(share * (self.config.every or 0) * least)  # by the rounds before, which are full ones
-        mixed = islice(shuffled(len(self.offline), self.seed, passed), round(share * count))
-        offline = [self.offline[place] for place, _ in mixed]
+        offline = self._offline(number, count, least)
         own = count - len(offline)
-        position = 0 if before is None else before.position
-        rate = before.rate if before is not None else own / _FIRST  # of what is not known, a few prompts first
-        log.info("Round %d: answers to prompts for %d groups ...", number + 1, own)
+        position, rate = (0, 0.0) if before is None else (before.position, before.rate)
+        rate = rate or own / _FIRST  # of what is not known, a few prompts first
+        if own:
+            log.info("Round %d: answers to prompts for %d groups ...", number + 1, own)
+        else:
+            log.info("Round %d: the data as they are, for a policy that has not moved rewards no answer.", number + 1)
         # A prompt that comes again has other random numbers, or the policy would learn what these ones make of it
-        found, limit = (
-            _Found(self.seed + (number << 32)),
-            min(self.config.prompts or len(self.prompts), len(self.prompts)),
-        )
+        found = _Found(self.seed + (number << 32))
+        limit = min(self.config.prompts or len(self.prompts), len(self.prompts))
         order = shuffled(len(self.prompts), self.seed, position)
-        while len(found.groups) < own and found.prompts < limit:
+        while len(found.groups) < own and len(found.prompts) < limit:
             wanted = math.ceil((own - len(found.groups)) / rate)
-            wanted = min(max(1, wanted), limit - found.prompts, max(1, _AT_MOST // self.config.k))
+            wanted = min(max(1, wanted), limit - len(found.prompts), max(1, _AT_MOST // self.config.k))
             taken = list(islice(order, wanted))
             position = taken[-1][1]
             self._add(found, [self.prompts[place] for place, _ in taken], engine, weak)
-            rate = max(1, len(found.groups)) / found.prompts
+            rate = max(1, len(found.groups)) / len(found.prompts)
         if len(found.groups) < min(own, least):
             raise UserError(self._too_few(found, number, min(own, least)))
 
         # In the order of the steps
         groups = found.groups[:own]
         rng = np.random.default_rng((self.seed, number, 1))
-        places = [int(place) for _ in range(math.ceil(own / len(groups))) for place in rng.permutation(len(groups))]
+        times = math.ceil(own / max(1, len(groups)))
+        places = [int(place) for _ in range(times) for place in rng.permutation(len(groups))]
         groups = [groups[place] for place in places[:own]] if filled else groups
         if offline:
             groups = [(groups + offline)[place] for place in rng.permutation(len(groups) + len(offline)).tolist()]
@@ -178,12 +192,29 @@ class RoundMaker:
         logps = {key: found.logps[key] for group in kept for key in group.keys() if key in found.logps}  # noqa: SIM118
         metrics = {"onpolicy/round": number + 1.0}
         metrics |= {f"onpolicy/{name}": value for name, value in found.counts.metrics().items()}
+        metrics |= {} if found.penalty is None else {"onpolicy/length_penalty": found.penalty}
         made = Round(groups, logps, found.sample, position, rate, metrics)
-        _write_round(folder, made, found.lines)
+        lines = [_line(prompt, one) for prompt, one in zip(found.prompts, found.shaped, strict=True)]
+        _write_round(folder, made, lines)
         return made
 
+    def _offline(self, number: int, count: int, least: int) -> list[Group]:
+        """The groups of the data that are among the `count` of a round: all where the policy cannot judge itself yet.
+
+        They go on where those of the rounds before, which were full ones, have ended.
+        """
+        own_judge, full = self.config.judge is JudgeName.implicit, (self.config.every or 0) * least
+        shares = [1.0 if own_judge and i == 0 else self.config.mix_offline for i in range(number + 1)]
+        position, wanted = sum(round(share * full) for share in shares[:-1]), round(shares[-1] * count)
+        found: list[Group] = []
+        while len(found) < wanted:
+            taken = list(islice(shuffled(len(self.offline), self.seed, position), wanted - len(found)))
+            position = taken[-1][1]
+            found += [self.offline[place] for place, _ in taken]
+        return found
+
     def _add(self, found: _Found, prompts: Sequence[Prompt], engine: Engine, weak: Engine | None) -> None:
-        """The groups that some prompts give."""
+        """Draw and judge answers to some more prompts, and make the groups of all that there are."""
         config = self.config
         how = Sampling(
             stops=tuple(self.stops),
@@ -198,23 +229,29 @@ class RoundMaker:
         if weak is not None:
             others = self._drawn(prompts, draw(weak, tokens, config.k, how), [{} for _ in prompts])
             drawn = [replace(one, weak=other) for one, other in zip(drawn, others, strict=True)]
-        built = build(drawn, config.pairs, seed=self.seed, held_out=self.held_out)
-        found.groups += as_rows(built.groups) if self.as_rows else built.groups
+        found.prompts += prompts
+        found.drawn += drawn
+        found.shaped = found.drawn
+        if config.judge is JudgeName.implicit:  # the penalty is that of all answers of the round
+            fixed = config.implicit.length_penalty
+            found.penalty = balanced_penalty(found.drawn) if fixed is None else fixed
+            found.shaped = shaped(found.drawn, found.penalty)
+        built = build(found.shaped, config.pairs, seed=self.seed, held_out=self.held_out)
+        # Row by row of each pair, so that of both labels as many are taken
+        found.groups = [row for group in built.groups for row in as_rows([group])] if self.as_rows else built.groups
+        found.counts = built.counts
         found.logps |= built.logps
-        found.counts += built.counts
-        found.prompts += len(prompts)
         for prompt, own in zip(tokens, answers, strict=True):
             if len(found.sample) < _SAMPLED:
                 found.sample.append(Group(prompt, (own[0].tokens,)))
                 found.logps[found.sample[-1].key(0)] = own[0].logps
-        found.lines += [_line(prompt, one) for prompt, one in zip(prompts, drawn, strict=True)]
 
     def _judged(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]) -> list[Drawn]:
         """The answers with what the judge says of them."""
         verdicts: list[dict[str, Any]] = [{} for _ in prompts]
         if self.judge is not None:
             try:
-                verdicts = self._verdicts(self.judge, prompts, [self._texts(own) for own in answers])
+                verdicts = self._verdicts(self.judge, prompts, answers)
             except UserError as error:
                 raise renamed(error) from None
         return self._drawn(prompts, answers, verdicts)
@@ -240,17 +277,21 @@ class RoundMaker:
         ]
 
     def _verdicts(
-        self, judge: Judge, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+        self, judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]
     ) -> list[dict[str, Any]]:
-        both = list(zip(prompts, texts, strict=True))
-        k = self.config.k
+        k, pairs = self.config.k, list(combinations(range(self.config.k), 2))
+        asked = [(place,) for place in range(k)] if judge.pointwise else pairs
+        items, n = [], len(asked)
+        for prompt, own in zip(prompts, answers, strict=True):
+            texts = self._texts(own)
+            for places in asked:
+                group = Group(prompt.group.prompt, tuple(own[i].tokens for i in places))
+                items.append(replace(prompt.item(*(texts[i] for i in places)), group=group))
         if judge.pointwise:
-            scores = judge.score([prompt.item(text) for prompt, own in both for text in own])
-            return [{"scores": [one.score for one in scores[i * k : (i + 1) * k]]} for i in range(len(both))]
-        pairs = list(combinations(range(k), 2))
-        found = judge.compare([prompt.item(own[i], own[j]) for prompt, own in both for i, j in pairs])
-        n = len(pairs)
-        return [{"wins": win_matrix(k, found[i * n : (i + 1) * n])} for i in range(len(both))]
+            scores = judge.score(items)
+            return [{"scores": [one.score for one in scores[i * n : (i + 1) * n]]} for i in range(len(prompts))]
+        found = judge.compare(items)
+        return [{"wins": win_matrix(k, found[i * n : (i + 1) * n])} for i in range(len(prompts))]
 
     def _too_few(self, found: _Found, number: int, least: int) -> str:
         counts, k, unit = found.counts, self.config.k, "row" if self.as_rows else self.config.pairs.unit

@@ -330,13 +330,13 @@ class PreferenceStage:
     ) -> TakeRounds:
         onpolicy, device, budget = self._config.onpolicy, self._device, plan.reference_tokens
         assert onpolicy is not None
-        start = FrozenPolicy(model) if has_adapter(model) and len(self._schedule.rounds) > 1 else None
+        start = frozen_start(model, reference) if len(self._schedule.rounds) > 1 else None
         compares, plain = onpolicy.reference is RoundReference.start, onpolicy.is_plain and not self._draws
 
         def score(scored: nn.Module, groups: Sequence[Group]) -> RaggedLogps:
             return join_scores(groups, list(score_groups(scored, groups, layout, budget, device)))
 
-        return TakeRounds(rounds, reference, start, compares, score if plain else None, asked)
+        return TakeRounds(rounds, reference, start, compares, score, plain, asked)
 
     def _trainer(
         self,

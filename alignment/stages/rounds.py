@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from alignment.config.rounds import OnPolicyConfig, renamed
+from alignment.config import judging
+from alignment.config.rounds import OnPolicyConfig, Reduction, renamed
 from alignment.config.schema import RunConfig
 from alignment.data.preparation.prepare import PreferenceData
 from alignment.errors import UserError, require
 from alignment.evaluation.judges.base import Judge
+from alignment.evaluation.judges.implicit import ImplicitJudge
 from alignment.evaluation.judges.making import make_judge
 from alignment.evaluation.sampling.local import LocalEngine
 from alignment.evaluation.sampling.store import AnswerStore
@@ -26,6 +29,7 @@ from alignment.onpolicy.drift import departure, kl_start
 from alignment.onpolicy.held_out import HeldOutPrompts
 from alignment.onpolicy.prompts import prompts_of
 from alignment.onpolicy.rounds import Round, RoundMaker, Slots, read_round
+from alignment.policy.identity import policy_identity
 from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
@@ -37,6 +41,9 @@ from alignment.training.schedule import Schedule
 from alignment.types import Group, RaggedLogps
 
 log = logging.getLogger(__name__)
+
+Score = Callable[[nn.Module, Sequence[Group]], RaggedLogps]
+"""Log-probs of groups under a model, without gradient."""
 
 
 class Rounds:
@@ -52,7 +59,8 @@ class Rounds:
         done: the rounds so far.
 
     Raises:
-        UserError: there are several ranks, the data are too large, or the judge lacks something.
+        UserError: there are several ranks, the data are too large, the judge lacks something, or it is the policy
+            itself and there is one round alone.
     """
 
     def __init__(
@@ -63,6 +71,11 @@ class Rounds:
             work.team is None,
             "onpolicy draws and trains in one process so far, and this run has several ranks: set trainer.devices=1, "
             "and start it without a launcher.",
+        )
+        require(
+            config.onpolicy.judge is not judging.Judge.implicit or len(schedule.rounds) > 1,
+            f"onpolicy.judge=implicit judges from the second round on, and in this training of {len(schedule.steps)} "
+            f"steps there is none: set a smaller onpolicy.every.",
         )
         self._config = config
         self._own: OnPolicyConfig = config.onpolicy
@@ -102,8 +115,8 @@ class Rounds:
         count = {"row": 1, "pair": 2}.get(unit, self._own.k if self._own.pairs.unit == "list" else 2)
         longest = max(self._maker.prompts, key=lambda prompt: len(prompt.group.prompt)).group.prompt
         answer = np.zeros(self._own.max_new_tokens, dtype=np.int32)
-        offline = self._maker.offline if self._own.mix_offline else ()
-        return [Group(longest, (answer,) * count), *offline]
+        mixed = self._own.mix_offline or self._own.judge is judging.Judge.implicit
+        return [Group(longest, (answer,) * count), *(self._maker.offline if mixed else ())]
 
     def begin(self, model: nn.Module, done: int) -> None:
         """Have the rounds that a stage with `done` steps behind it has begun, the first one in any case.
@@ -115,19 +128,40 @@ class Rounds:
             if number == 0 or step < done:
                 self._take(number, model if number == 0 else None)
 
-    def draw(self, step: int, model: nn.Module) -> Round:
-        """The round that begins after so many steps, drawn by the policy as it is now if it is not there."""
+    def draw(self, step: int, model: nn.Module, start: FrozenPolicy | None, score: Score) -> Round:
+        """The round that begins after so many steps, drawn by the policy as it is now if it is not there.
+
+        Args:
+            start: the policy at the start of the stage, with which one that is its own judge is compared.
+            score: log-probs for that.
+        """
         number = self.schedule.rounds.index(step)
         if number == len(self.done):
-            self._take(number, model)
+            self._take(number, model, self._own_judge(model, start, score))
         return self.done[number]
+
+    def _own_judge(self, model: nn.Module, start: FrozenPolicy | None, score: Score) -> Judge | None:
+        """The policy as it is now, as the judge of its answers; None where another one judges them."""
+        if self._own.judge is not judging.Judge.implicit:
+            return None
+        assert start is not None, "the settings are checked for it"
+        now = policy_identity(model)[0]
+        with start.active() as before:
+            identities = now, policy_identity(before)[0]
+
+        def score_start(groups: Sequence[Group]) -> RaggedLogps:
+            with start.active() as before:
+                return score(before, groups)
+
+        mean = self._own.implicit.reduction is Reduction.mean
+        return ImplicitJudge(partial(score, model), score_start, identities, mean, self._work.cache)
 
     @property
     def step(self) -> int:
         """How many steps come before the last round that has begun."""
         return self.schedule.rounds[len(self.done) - 1]
 
-    def _take(self, number: int, model: nn.Module | None) -> None:
+    def _take(self, number: int, model: nn.Module | None, own_judge: Judge | None = None) -> None:
         folder = self._folder / f"{number + 1:04d}"
         found = read_round(folder)
         if found is None:
@@ -142,7 +176,8 @@ class Rounds:
             engine = LocalEngine(model, work.device, at_once)
             weaker = nullcontext() if self._weak is None else self._weak.engine()
             with AnswerStore(work.cache, engine) as store, weaker as weak:
-                found = self._maker.make(folder, store, weak, number, steps * size, size, before, filled)
+                maker = self._maker if own_judge is None else replace(self._maker, judge=own_judge)
+                found = maker.make(folder, store, weak, number, steps * size, size, before, filled)
                 log.info(
                     "%d answers of %d tokens were drawn, %d were there before.", store.drawn, store.tokens, store.found
                 )
@@ -157,10 +192,6 @@ class Rounds:
             self.schedule = self.schedule.on_file(self._config, len(found.groups))
 
 
-Score = Callable[[nn.Module, Sequence[Group]], RaggedLogps]
-"""Log-probs of groups under a model, without gradient."""
-
-
 class TakeRounds(TrainerCallback):
     """Has a round drawn before its first step, and the reference know its answers.
 
@@ -172,7 +203,8 @@ class TakeRounds(TrainerCallback):
         reference: of its loss.
         start: the policy at the start of the stage; None where it is not at hand.
         compares: whether every round is compared with the start.
-        score: where answers are drawn from the policy itself, for how far it moves.
+        score: log-probs, for what a policy that is its own judge rewards and for how far it moves.
+        plain: whether answers are drawn from the policy itself, so that they tell how far it moves.
         asked: all groups whose reference some steps, and the evaluations between them, need.
     """
 
@@ -182,7 +214,8 @@ class TakeRounds(TrainerCallback):
         reference: Reference | None,
         start: FrozenPolicy | None,
         compares: bool,
-        score: Score | None,
+        score: Score,
+        plain: bool,
         asked: Callable[[Sequence[Sequence[int]]], Sequence[Group]],
     ) -> None:
         self._rounds = rounds
@@ -190,6 +223,7 @@ class TakeRounds(TrainerCallback):
         self._start = start
         self._compares = compares
         self._score = score
+        self._plain = plain
         self._asked = asked
         self._news: dict[str, float] = {}
 
@@ -204,7 +238,7 @@ class TakeRounds(TrainerCallback):
         if step not in self._rounds.schedule.rounds:
             return
         as_policy(kwargs.get("optimizer"))
-        made = self._rounds.draw(step, model)
+        made = self._rounds.draw(step, model, self._start, self._score)
         self._news |= made.metrics
         if step == 0:
             return
@@ -212,7 +246,7 @@ class TakeRounds(TrainerCallback):
             self._compare(step)
         elif isinstance(self._reference, CachedReference):
             self._reference.learn(made.logps)
-        if self._score is not None and self._start is not None:
+        if self._plain and self._start is not None:
             with self._start.active() as start:
                 self._news["onpolicy/kl_start"] = kl_start(_told(made), self._score(start, made.sample))
 
@@ -227,10 +261,10 @@ class TakeRounds(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """After the last step of a round, measure how far the policy is from the one that has drawn it."""
         schedule = self._rounds.schedule
-        if self._score is None or state.global_step not in (*schedule.rounds, len(schedule.steps)):
+        made = self._rounds.done[-1]
+        if not self._plain or not made.sample or state.global_step not in (*schedule.rounds, len(schedule.steps)):
             return
         as_policy(kwargs.get("optimizer"))
-        made = self._rounds.done[-1]
         moved = departure(_told(made), self._score(model, made.sample))
         self._news |= {f"onpolicy/{name}": value for name, value in moved.items()}
 

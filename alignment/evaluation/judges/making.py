@@ -17,7 +17,7 @@ from alignment.evaluation.judges.rules import RuleJudge
 
 
 def make_judge(config: EvaluationConfig | OnPolicyConfig, cache: Path, device: torch.device) -> Judge | None:
-    """The judge of the evaluation, or of the rounds; None if there is none.
+    """The judge of the evaluation, or of the rounds; None if there is none, and for one that is the policy itself.
 
     Args:
         cache: the folder in which judgements are kept.
@@ -27,7 +27,7 @@ def make_judge(config: EvaluationConfig | OnPolicyConfig, cache: Path, device: t
         UserError: what the judge needs of this machine is missing: a package, a key, a model.
     """
     match config.judge:
-        case judging.Judge.none:
+        case judging.Judge.none | judging.Judge.implicit:
             return None
         case judging.Judge.rules:
             return RuleJudge()

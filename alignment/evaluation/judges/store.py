@@ -1,8 +1,9 @@
 """What a judge has said, kept so that nobody pays for the same question twice.
 
 Each judge has a folder of its own, named by its identity, with one SQLite file. A reply is found under its prompt and
-the answers in the order in which they were shown, and under nothing else: no run, no seed, no code of this package. It
-is kept as it came, so a better reader of verdicts needs no new one.
+the answers in the order in which they were shown, as texts, or as tokens for a judge that reads these, and under
+nothing else: no run, no seed, no code of this package. It is kept as it came, so a better reader of verdicts needs no
+new one.
 """
 
 from __future__ import annotations
@@ -39,12 +40,15 @@ class JudgementStore(KeyedStore):
         self.asked = self.found = 0
         self.register(judge.identity, {"kind": judge.kind, **judge.description()})
 
-    def replies(self, items: Sequence[Item], ask: Ask) -> list[Any | None]:
+    def replies(self, items: Sequence[Item], ask: Ask, tokens: bool = False) -> list[Any | None]:
         """The reply to each item, in order; None where the judge gave none.
 
         What is not known is asked for, once for equal items, and each reply is kept as soon as it is there.
+
+        Args:
+            tokens: whether items are equal whose tokens are, of a judge that is given one answer with its group.
         """
-        keys = [judgement_key(item) for item in items]
+        keys = [item.group.key(0) if tokens and item.group is not None else judgement_key(item) for item in items]
         with self.locked(self._identity):
             known = self._known(keys)
             missing = {key: item for key, item in zip(keys, items, strict=True) if key not in known}

@@ -38,8 +38,9 @@ def test_the_implicit_reward_by_hand():
         implicit_rewards(policy, ragged([-1.0], [-0.5]), mean=True)
 
 
-def test_the_policy_judges_by_the_tokens_of_its_answers():
-    """It is given groups, never texts; its two policies and its reduction are its identity."""
+def test_the_policy_judges_by_the_tokens_of_its_answers(tmp_path):
+    """It is given groups, never texts; its two policies and its reduction are its identity. What it has said is kept by
+    the tokens: another answer with the same text has a score of its own."""
     asked = []
 
     def logps(value, groups):
@@ -47,11 +48,19 @@ def test_the_policy_judges_by_the_tokens_of_its_answers():
         return RaggedLogps.from_sequences([torch.full((len(g.completions[0]),), value) for g in groups])
 
     item = Item("p", ("long", "short"), group=Group(ids(1), (ids(2, 3, 4), ids(5))))
-    judges = [ImplicitJudge(partial(logps, -1.0), partial(logps, -2.0), ("a", "b"), mean=m) for m in (False, True)]
+
+    def judge(mean, *identities):
+        return ImplicitJudge(partial(logps, -1.0), partial(logps, -2.0), identities, mean, tmp_path)
+
+    judges = [judge(mean, "a", "b") for mean in (False, True)]
     assert [judge.compare([item])[0].outcome for judge in judges] == [1, 0]
     assert judges[0].compare([item.swapped()])[0].outcome == -1
     assert [g.completions[0].tolist() for g in asked[0]] == [[2, 3, 4], [5]]
-    assert judges[0].identity != judges[1].identity
+    assert len({one.identity for one in (*judges, judge(False, "a", "c"), judge(False, "c", "b"))}) == 4
+    asked.clear()
+    assert [one.score for one in judges[0].score([item.only(0), item.only(1)])] == [3.0, 1.0] and not asked
+    again = Item("p", ("short",), group=Group(ids(1), (ids(6, 7),)))
+    assert [one.score for one in judges[0].score([again])] == [2.0] and len(asked) == 2
     with pytest.raises(ValueError, match="with a group"):
         judges[0].score([Item("p", ("a",))])
 
