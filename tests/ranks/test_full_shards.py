@@ -295,7 +295,8 @@ def killed() -> None:
 @pytest.mark.matrix
 def test_a_run_of_a_whole_model_goes_on_in_one_process(project, tmp_path):
     """SFT, reference, preference stage, answers in parts, killed in the last stage; the files are those of one."""
-    plain = (*TINY, "adapter=none", "evaluation.kl_prompts=0", "optim.lr=1e-4", "sft.optim.lr=1e-4")
+    plain = (*TINY, "adapter=none", "evaluation.kl_prompts=0", "evaluation.every=3")
+    plain += ("optim.lr=1e-4", "sft.optim.lr=1e-4")
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"
     assert run(project, alone, *plain).code == 0
     expected = only_run(alone)
@@ -310,5 +311,8 @@ def test_a_run_of_a_whole_model_goes_on_in_one_process(project, tmp_path):
     for name, value in weights(expected).items():
         torch.testing.assert_close(weights(found)[name], value, rtol=0, atol=2e-6, msg=name)
     assert (found / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
+    for step in (0, 3, 6, 8):
+        looks = [folder / "stages" / "preference" / "answers" / f"{step:06d}.json" for folder in (found, expected)]
+        assert looks[0].read_text() == looks[1].read_text()
     names = [{p.relative_to(folder) for p in folder.rglob("*") if p.is_file()} for folder in (found, expected)]
     assert names[0] == names[1]

@@ -146,7 +146,7 @@ def killed() -> None:
 @pytest.mark.matrix
 def test_a_run_goes_on_with_a_shared_base_and_back(project, tmp_path):
     """SFT, reference, preference stage, answers, KL: killed in the last stage, then resumed the other way."""
-    plain = (*TINY, "adapter.dropout=0", "evaluation.kl_prompts=2", "export.merge=true")
+    plain = (*TINY, "adapter.dropout=0", "evaluation.kl_prompts=2", "evaluation.every=3", "export.merge=true")
     in_parts = "trainer.shard=node"
     alone, first, second = tmp_path / "alone", tmp_path / "first", tmp_path / "second"
     assert run(project, alone, *plain).code == 0
