@@ -34,7 +34,7 @@ from alignment.errors import CommandParser, UserError
 from alignment.files import cache_dir
 from alignment.ranks.memory import available_memory
 from alignment.runs.record import machine, named, versions
-from alignment.runs.tracking import login_problem
+from alignment.runs.trackers.wandb import login_problem
 
 _GIB = 2**30
 _TIMEOUT = 5  # seconds

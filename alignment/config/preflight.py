@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from alignment.config.gpu import bitsandbytes_problem, compiler_problem, gpu_problems, is_hidden, why_no_gpu
 from alignment.config.places import is_on_hub
 from alignment.config.schema import WHEEL_PREFIX, Device, QuantizationConfig, RunConfig
+from alignment.config.tracking import TRACKER_PACKAGES
 from alignment.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ def check_machine(config: RunConfig) -> None:
         UserError: everything that is missing, in one sentence, and what to do.
     """
     missing = _missing_on_machine(config.device, config.quantization)
+    if config.tracking is not None:
+        missing += [problem for name in config.tracking.to if (problem := tracker_problem(name)) is not None]
     if _uses_gpu(config.device):
         missing += gpu_problems()
         if config.sft is not None and (problem := compiler_problem()) is not None:  # TRL's head has no other way
@@ -56,6 +60,14 @@ def require_machine(*, device: Device = Device.auto, quantization: QuantizationC
         UserError: torch sees no GPU, or bitsandbytes is not installed or not for this CUDA.
     """
     _refuse(_missing_on_machine(device, quantization), "")
+
+
+def tracker_problem(name: str) -> str | None:
+    """The packages that a service of `tracking.to` needs and this environment lacks; None where all are there."""
+    lacking = [package for package in TRACKER_PACKAGES[name] if importlib.util.find_spec(package) is None]
+    if not lacking:
+        return None
+    return f"{' and '.join(lacking)} for tracking.to={name} (pip install 'alignment[{name}]')"
 
 
 def _missing_on_machine(device: Device, quantization: QuantizationConfig | None) -> list[str]:

@@ -22,7 +22,9 @@ from alignment.config.quantization import Calibration as Calibration
 from alignment.config.quantization import Dtype as Dtype
 from alignment.config.quantization import QuantizationConfig as QuantizationConfig
 from alignment.config.rounds import OnPolicyConfig as OnPolicyConfig
-from alignment.errors import as_names, not_negative, require
+from alignment.config.tracking import MAX_NAME as MAX_NAME
+from alignment.config.tracking import TrackingConfig as TrackingConfig
+from alignment.errors import not_negative, require
 
 WHEEL_PREFIX = "wheel:"
 """A model name with this prefix names an installed Python package that contains the model."""
@@ -237,41 +239,6 @@ class StoppingConfig:
         require(self.metric in STOPPING_METRICS, f"stopping.metric must be one of {known}, not '{self.metric}'.")
         require(self.eta >= 2, f"stopping.eta must be at least 2, not {self.eta}.")
         require(self.rungs >= 1, f"stopping.rungs must be at least 1, not {self.rungs}.")
-
-
-MAX_NAME = 128
-"""Characters that W&B takes for the name of a project, a group or a run."""
-
-
-@dataclass(kw_only=True)
-class TrackingConfig:
-    """Weights & Biases; `tracking=none` sets the whole node to null. `mode` auto: online if logged in, else offline.
-
-    `system` says whose system metrics the W&B run has: those that rank 0 sees, or each rank's.
-    """
-
-    project: str
-    entity: str | None
-    mode: str
-    system: str
-    group: str | None
-    name: str | None
-    tags: Any  # words, or one word
-
-    def __post_init__(self) -> None:
-        self.tags = as_names("tracking.tags", self.tags)
-        # What W&B itself refuses, after the run has begun
-        for tag in self.tags:
-            require(len(tag) <= 64, f"tracking.tags: W&B takes tags of at most 64 characters, and '{tag}' is longer.")
-        for key in ("project", "group", "name"):
-            too_long = f"tracking.{key}: W&B takes at most {MAX_NAME} characters."
-            require(len(getattr(self, key) or "") <= MAX_NAME, too_long)
-        signs = sorted(set("/\\#?%:") & set(self.project))
-        require(not signs, f"tracking.project: W&B takes no {' '.join(signs)} in the name of a project.")
-        modes = ("auto", "online", "offline")
-        require(self.mode in modes, f"tracking.mode must be one of {', '.join(modes)}, not '{self.mode}'.")
-        known = ("rank0", "each")
-        require(self.system in known, f"tracking.system must be one of {', '.join(known)}, not '{self.system}'.")
 
 
 @dataclass(kw_only=True)

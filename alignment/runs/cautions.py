@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from alignment.config.judging import LOOKING_UP
 from alignment.evaluation.intervals import wilson_interval
+from alignment.runs.alerts import COLLAPSE, UNSTABLE, alerts_in
 from alignment.runs.folder import MODEL_TITLES, RunFiles, dig, eval_pairs, first_and_last, series, submapping
 from alignment.runs.record import STAGES
 from alignment.runs.text import format_value, is_number, percent
@@ -47,11 +48,14 @@ def _of_metrics(run: RunFiles) -> Iterator[Caution]:
     broken = sum(1 for row in run.metrics if any(isinstance(v, float) and not math.isfinite(v) for v in row.values()))
     if broken:
         yield Caution(
-            "The run became numerically unstable",
+            UNSTABLE,
             f"{broken} rows of metrics.jsonl hold NaN or Infinity: the run became numerically unstable.",
         )
+    collapse = [alert.text for alert in alerts_in(run.metrics) if alert.kind == COLLAPSE]
     drift = first_and_last(run, "logps/chosen")
-    if drift and drift[1] < drift[0] - 1:
+    if collapse:
+        yield Caution(COLLAPSE, " ".join(collapse))
+    elif drift and drift[1] < drift[0] - 1:
         before, after, split = drift
         yield Caution(
             "The log-prob of chosen completions fell",

@@ -55,6 +55,14 @@ def read_run(folder: Path) -> RunFiles:
     return run
 
 
+def sweep_name(run_dir: Path) -> str | None:
+    """Name of the sweep that the run belongs to, from the files that Hydra leaves; None if it belongs to none."""
+    parent = run_dir.absolute().parent
+    hydra = run_dir / ".hydra" / "hydra.yaml"  # other sweepers than Hydra's own write no multirun.yaml
+    is_member = (parent / "multirun.yaml").exists() or (hydra.exists() and "mode: MULTIRUN" in hydra.read_text())
+    return parent.name if is_member else None
+
+
 def _changed(folder: Path) -> list[str]:
     """A sentence for each file of a finished run that is not as the run left it."""
     try:

@@ -47,7 +47,7 @@ def settings_of(rank: int) -> dict[str, Any]:
 
 def join_run(post: Post, shared: SharedRun) -> str:
     """On a rank that follows: begin to send its system metrics; returns why it cannot, or nothing."""
-    from alignment.runs.tracking import login_problem
+    from alignment.runs.trackers.wandb import login_problem
 
     for name in IDENTITY:
         os.environ.pop(name, None)

@@ -10,11 +10,14 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from zlib import crc32
+
+import numpy as np
 
 import alignment
 from alignment.errors import UserError
@@ -48,6 +51,9 @@ PACKAGES = (
 LINE_KEYS = ("stage", "split", "step", "time", "wall_s")
 """The keys of a row of metrics.jsonl that are no metrics. Its last key, the checksum, is left out when it is read."""
 _CHECKSUM = "crc32"
+
+MARGINS = "margins.jsonl"
+"""In the folder of a run: how the margins of single held-out pairs were spread in each evaluation."""
 
 SEAL = "checksums.json"
 """In the folder of a finished run: the digests of its files."""
@@ -118,6 +124,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many values lie between an edge and the next one."""
+
+    edges: list[float]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, values: Sequence[float], bins: int = 32) -> Histogram:
+        """Of the values that are finite, in bins of equal width."""
+        counts, edges = np.histogram([value for value in values if math.isfinite(value)], bins=bins)
+        return cls(edges.tolist(), counts.tolist())
+
+
+def read_margins(run_dir: Path) -> dict[int, Histogram]:
+    """The histograms of the margins of single held-out pairs, by step of the preference stage.
+
+    Raises:
+        UserError: the file cannot be read, or a line before the last is no histogram.
+    """
+    path = run_dir / MARGINS
+    rows = read_lines(path, _margins_row)[0] if path.exists() else []
+    return {row["step"]: Histogram(row["edges"], row["counts"]) for row in rows}
+
+
+def _margins_row(line: bytes) -> dict[str, Any] | None:
+    row = json_row(line)
+    return row if row is not None and {"step", "edges", "counts"} <= row.keys() else None
+
+
 class RunRecord:
     """Writes the files of one run folder while the run goes on."""
 
@@ -161,9 +197,19 @@ class RunRecord:
         with self.metrics_path.open("ab") as file:
             file.write(_metrics_line(row))
 
+    def log_margins(self, step: int, margins: Histogram) -> None:
+        """Append how the margins of single held-out pairs are spread after this step of the preference stage."""
+        with (self.run_dir / MARGINS).open("ab") as file:
+            file.write(to_json({"step": step, "edges": margins.edges, "counts": margins.counts}) + b"\n")
+
     def rewind(self, stage: str, step: int) -> None:
         """Delete the rows that a resume from `step` of `stage` will write again: later steps and later stages."""
         assert stage in STAGES, stage
+        last = step if stage == "preference" else -1
+        kept_margins = {at: margins for at, margins in read_margins(self.run_dir).items() if at <= last}
+        (self.run_dir / MARGINS).unlink(missing_ok=True)
+        for at, margins in kept_margins.items():
+            self.log_margins(at, margins)
         if not self.metrics_path.exists():
             return
         rows = read_metrics(self.metrics_path)

@@ -1,15 +1,16 @@
-"""Weights & Biases: one run for a whole sweep, beside the runs of its members."""
+"""One run for a whole sweep, beside the runs of its members, in whatever these are tracked with."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.config.schema import TrackingConfig
-from alignment.runs.tracking import sendable, start_run
+from alignment.config.schema import MAX_NAME, TrackingConfig
+from alignment.runs.trackers.base import Told, sendable
+from alignment.runs.tracking import Tracker, open_services
 
 logger = logging.getLogger(__name__)
 
@@ -48,29 +49,21 @@ def send_summary(config: Mapping[str, Any], folder: Path, summary: SweepSummary)
         folder: folder of the sweep, after which the group and the run are named.
     """
     try:
-        name = folder.absolute().name
-        run = start_run(
-            replace(TrackingConfig(**config), name=None),
-            folder,
-            summary.facts,
-            group=name,
+        settings, name = TrackingConfig(**config), folder.absolute().name
+        told = Told(
+            folder=folder,
+            name=name[:MAX_NAME],
+            group=settings.group or name[:MAX_NAME],
             job_type="sweep summary",
-            name=name,
+            config=sendable(summary.facts),
             notes=summary.notes,
+            tags=settings.tags,
         )
-        if run is None:
-            return
-        import wandb
-
-        with run:
-            rows = [list(row) for row in summary.rows]
-            table = wandb.Table(columns=list(summary.header), data=rows, allow_mixed_types=True)
-            figures = {f"{_SECTION}/{name}": wandb.Plotly(figure) for name, figure in summary.figures.items()}
-            run.log({f"{_SECTION}/variants": table} | figures)
-            artifact = wandb.Artifact(f"{_SECTION}-{run.id}", type=_SECTION)
-            for path in summary.files:
-                artifact.add_file(str(path))
-            run.log_artifact(artifact)
-            run.summary.update(sendable(summary.values))
+        with Tracker(open_services(settings, told, ())) as tracker:
+            tracker.table(f"{_SECTION}/variants", summary.header, summary.rows)
+            for title, figure in summary.figures.items():
+                tracker.figure(f"{_SECTION}/{title}", figure)
+            tracker.files(_SECTION, summary.files)
+            tracker.summary(summary.values)
     except Exception as error:
-        logger.warning("W&B failed and gets no summary of the sweep: %s", error)
+        logger.warning("Tracking failed and gets no summary of the sweep: %s", error)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from alignment.config.schema import RunConfig
+from alignment.data.conversations.trajectories import readable
 from alignment.data.preparation.prepare import PreferenceData
 from alignment.data.tokens.units import spread_prompts
 from alignment.errors import require
@@ -100,6 +101,14 @@ class HeldOutAnswers:
                 "%d answers of %d tokens were drawn, %d were there before.", store.drawn, store.tokens, store.found
             )
         return answers
+
+    @property
+    def samples(self) -> list[dict[str, str]]:
+        """Each prompt with its answers so far."""
+        return [
+            {"prompt": readable(row.prompt)} | {name: texts[i] for name, texts in self.answers.items()}
+            for i, row in enumerate(self.rows)
+        ]
 
     def judged(self, record: RunRecord) -> dict[str, Any]:
         """Write the samples; lengths of the answers and, with a judge, scores and win rates of the last policy."""

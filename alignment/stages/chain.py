@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -44,8 +44,10 @@ from alignment.policy.source import model_source
 from alignment.policy.stored import stored_facts
 from alignment.ranks.team import Team
 from alignment.runs.folder import status
+from alignment.runs.log import RunLog
 from alignment.runs.record import RunRecord, git_commit, machine, versions
 from alignment.runs.report import print_summary, write_report
+from alignment.runs.tracked_tables import send_results
 from alignment.runs.tracking import Tracker, open_tracker
 from alignment.stages.answers import HeldOutAnswers
 from alignment.stages.beginning import begin, first_day, first_templates
@@ -177,6 +179,7 @@ class Chain:
             stages=[stage.name for stage in self.stages],
             team=self.work.team,
         ) as tracker:
+            told = RunLog(self.record, tracker)
             model = self._load_policy()
             fresh = not self._finished()
             begin(self._beginning, self._day, self.config, self.work.tokenizer, self._data(), model, fresh)
@@ -190,15 +193,15 @@ class Chain:
                     f"model.name={self.config.model.name} has a weight with numbers that are not finite ({weight}): "
                     f"its files are damaged, so fetch them again."
                 )
-            self._answer("start", model)
+            self._answer("start", model, told)
             if self.sft is not None:
-                model = self._run_stage(self.sft, model, tracker)
+                model = self._run_stage(self.sft, model, told)
                 if self.preference is not None:
-                    self._answer("sft", model)
+                    self._answer("sft", model, told)
             if self.preference is not None:
-                model = self._run_stage(self.preference, model, tracker)
+                model = self._run_stage(self.preference, model, told)
             if not self._stopped:
-                self._answer("final", model)
+                self._answer("final", model, told)
             return self._finish(model, tracker)
 
     # Data
@@ -286,7 +289,7 @@ class Chain:
 
     # Stages
 
-    def _run_stage(self, stage: Stage, model: nn.Module, tracker: Tracker) -> nn.Module:
+    def _run_stage(self, stage: Stage, model: nn.Module, told: RunLog) -> nn.Module:
         """The policy after a stage, which is done already, taken over from another run, or trained here."""
         result = read_result(self.work.folder(stage.name), stage.result_type)
         if result is not None:
@@ -298,20 +301,20 @@ class Chain:
             return model
         key = stage.key(model)
         if key is None:
-            self._train(stage, model, tracker)
+            self._train(stage, model, told)
             return model
         with self.store.locked(key):
-            log_metrics = partial(self._log, tracker, stage.name)
+            log_metrics = partial(told.row, stage.name)
             reused = reuse_stage(self.store, key, stage, model, self._load_trained, self.record, log_metrics)
             if reused is not None:
                 policy, result = reused
                 self._keep(stage, result)
                 return policy
-            result = self._train(stage, model, tracker)
+            result = self._train(stage, model, told)
             save_stage(self.store, key, stage, result, model, self.config.model.name, self.record)
         return model
 
-    def _train(self, stage: Stage, model: nn.Module, tracker: Tracker) -> StageResult:
+    def _train(self, stage: Stage, model: nn.Module, told: RunLog) -> StageResult:
         """Train a stage from its newest checkpoint; its result counts from the moment `done.json` exists."""
         folder = self.work.folder(stage.name)
         checkpoints = folder / "checkpoints"
@@ -320,10 +323,10 @@ class Chain:
         checkpoint, step = last_checkpoint(checkpoints)
         if checkpoint:
             self.record.require(stage.name, step, last_split(checkpoint))
-        self.record.rewind(stage.name, step if checkpoint else -1)
+        told.begin(stage.name, step if checkpoint else -1)
         set_seed(stage.seed)
         try:
-            result = stage.run(model, partial(self._log, tracker, stage.name))
+            result = stage.run(model, partial(told.row, stage.name))
             if not self._is_finite(model):
                 raise NotFinite(
                     f"{stage.title} ended with a policy whose log-probs are not finite; {last_good(checkpoints)}: "
@@ -331,16 +334,13 @@ class Chain:
                 )
         except NotFinite as error:
             write_sealed(folder / _NOT_FINITE, {"error": str(error)})
+            told.stopped(stage.name, str(error))
             raise
         self._save_policy(model, stage.policy)
         write_result(folder, result, stage.policy)
         shutil.rmtree(checkpoints, ignore_errors=True)
         self._keep(stage, result)
         return result
-
-    def _log(self, tracker: Tracker, stage: str, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        self.record.log(stage, step, split, metrics)
-        tracker.log(stage, step, split, metrics)
 
     def _keep(self, stage: Stage, result: StageResult) -> None:
         self.results[stage.name] = result
@@ -357,9 +357,10 @@ class Chain:
     def _stopped(self) -> bool:
         return self._preference_result is not None and self._preference_result.stopped is not None
 
-    def _answer(self, name: str, model: nn.Module) -> None:
+    def _answer(self, name: str, model: nn.Module, told: RunLog) -> None:
         if self.answers is not None:
             self.answers.collect(name, model)
+            told.answers(self.answers.samples)
 
     # Files
 
@@ -393,7 +394,7 @@ class Chain:
             again = f"python -m alignment.report {shlex.quote(str(self.run_dir))}"
             raise UserError(f"{error} All results are written; the report is made again by: {again}") from None
         send_samples(self.work, tracker)
-        tracker.summary(summary)
+        send_results(tracker, self.run_dir, summary)
         print_summary(summary)
         return summary
 
@@ -434,8 +435,8 @@ class Chain:
             "plots": self.run_dir / "plots",
         }
         files |= {"spectrum": self.run_dir / "spectrum.json"} if self.config.spectrum is not None else {}
-        if (self.run_dir / "held_out.jsonl").exists():
-            files["held_out"] = self.run_dir / "held_out.jsonl"
+        held_out = self.run_dir / "held_out.jsonl"
+        files |= {"held_out": held_out} if held_out.exists() else {}
         files |= {"samples": self.run_dir / "samples.md"} if has_samples else {}
         files |= {"merged": self.run_dir / "merged"} if self.config.export.merge else {}
         return {name: str(path) for name, path in files.items()}

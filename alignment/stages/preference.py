@@ -52,6 +52,7 @@ from alignment.stages.stage import PreferenceResult, StageResult, Workspace
 from alignment.training.budget import Plan
 from alignment.training.callbacks import (
     LogFunction,
+    RecordCallback,
     last_checkpoint,
     prepare_trainer,
     stage_callbacks,
@@ -379,6 +380,9 @@ class PreferenceStage:
         )
         if config.adapter is not None:
             trainer.lr_ratio = config.adapter.lr_ratio
+        for callback in callbacks:
+            if isinstance(callback, RecordCallback):
+                callback.held_out = trainer.held_out
         return trainer
 
     def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenPolicy | None:

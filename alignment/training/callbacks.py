@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +31,8 @@ _RUNTIME = ("runtime", "samples_per_second", "steps_per_second")
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
-LogFunction = Callable[[int, str, Mapping[str, float]], None]
-"""Receives (step, "train" or "eval", metrics)."""
+LogFunction = Callable[..., None]
+"""Receives (step, "train" or "eval", metrics), and of an evaluation the metrics of each held-out item, if known."""
 
 
 def training_arguments(
@@ -80,7 +80,13 @@ def training_arguments(
 
 
 class RecordCallback(TrainerCallback):
-    """Hands the Trainer's logs to the run's record, without the Trainer's own bookkeeping."""
+    """Hands the Trainer's logs to the run's record, without the Trainer's own bookkeeping.
+
+    Attributes:
+        held_out: the metrics of each held-out item in the last evaluation, where the trainer keeps them.
+    """
+
+    held_out: Sequence[Mapping[str, Any]] = ()
 
     def __init__(self, log: LogFunction) -> None:
         self._log = log
@@ -97,7 +103,7 @@ class RecordCallback(TrainerCallback):
             if name not in _NOT_METRICS and not name.endswith(_RUNTIME) and isinstance(value, int | float)
         }
         if metrics:
-            self._log(state.global_step, split, metrics)
+            self._log(state.global_step, split, metrics, self.held_out if split == "eval" else ())
 
 
 class ProgressBar(TrainerCallback):

@@ -279,7 +279,7 @@ class PreferenceTrainer(StageTrainer):
         as_policy(self.optimizer)
         draws = self.held_out_draws
         groups = self.eval_groups if draws is None else draws.draw()
-        found, self.held_out = self._evaluated(groups, at_reference and draws is None)
+        found, self.held_out[:] = self._evaluated(groups, at_reference and draws is None)
         metrics = {f"{prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.require_finite_evaluation(metrics)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from alignment.config.schema import TrackingConfig
-from alignment.runs import tracking
+from alignment.runs.trackers import wandb as wandb_service
 
 
 def tracking_config(**values: Any) -> TrackingConfig:
     defaults = {
+        "to": ["wandb"],
         "project": "p",
         "entity": None,
         "mode": "auto",
@@ -21,6 +22,7 @@ def tracking_config(**values: Any) -> TrackingConfig:
         "group": None,
         "name": None,
         "tags": [],
+        "uri": None,
     }
     return TrackingConfig(**(defaults | values))
 
@@ -41,7 +43,7 @@ def nobody_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracking, "_out_of_reach", [])
+    monkeypatch.setattr(wandb_service, "_out_of_reach", [])
     wandb.teardown()
     yield monkeypatch
     wandb.teardown()

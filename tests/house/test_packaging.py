@@ -109,6 +109,8 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
 def test_every_imported_package_is_declared():
     """A package that only came along with another one would be gone one day."""
     declared = {canonical(line) for line in PROJECT["dependencies"]}
+    for tracker in ("tensorboard", "mlflow", "trackio"):  # each is imported where `tracking.to` names it
+        declared |= {tracker, *(canonical(line) for line in PROJECT["optional-dependencies"][tracker])}
     declared.add("triton")  # comes with torch where torch has CUDA, and only there it is imported
     found = packages_distributions()
     missing = set()

@@ -13,7 +13,7 @@ import pytest
 
 from alignment.errors import UserError
 from alignment.ranks.team import Post, Team
-from alignment.runs import tracking
+from alignment.runs.trackers import wandb as wandb_service
 from alignment.runs.tracking import open_tracker
 from tests.helpers.ranks import in_ranks
 from tests.helpers.tracked import nobody_logged_in, tracking_config
@@ -56,7 +56,7 @@ def stub(rank: int, folder: Path, problem: str = "") -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(rank + 4)
     wandb.setup = lambda *_, **__: None
     wandb.init = lambda **settings: StubbedRun(rank, folder, settings)
-    tracking.login_problem = lambda: problem
+    wandb_service.login_problem = lambda: problem
 
 
 def stub_there(post: Post, asked: tuple[Path, str]) -> None:
@@ -71,7 +71,14 @@ def track(team: Team, folder: Path, problem: str = "", system: str = "each", beg
     run_dir.mkdir()
     if begun:
         (run_dir / "wandb_run_id").write_text("begun-id\n")
-        row = {"stage": "sft", "step": 1, "split": "train", "loss": 2.0, "time": 0.0, "wall_s": 0.0}
+        row = {
+            "stage": "sft",
+            "step": 1,
+            "split": "train",
+            "loss": 2.0,
+            "time": "2026-11-01T00:00:00+00:00",
+            "wall_s": 0.0,
+        }
         (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     asked = tracking_config(system=system, mode="online")
     with open_tracker(asked, run_dir=run_dir, recipe="r", run_config={"k": 1}, stages=["sft"], team=team) as tracker:

@@ -12,9 +12,12 @@ import pytest
 
 from alignment.config.schema import TrackingConfig
 from alignment.errors import UserError
-from alignment.runs import tracking
+from alignment.runs.folder import sweep_name
 from alignment.runs.record import RunRecord
-from alignment.runs.tracking import Tracker, metric_row, open_tracker, sweep_name
+from alignment.runs.trackers import wandb as wandb_service
+from alignment.runs.trackers.base import Row
+from alignment.runs.trackers.wandb import WandbRun
+from alignment.runs.tracking import Tracker, open_tracker
 from tests.helpers.tracked import nobody_logged_in, tracking_config
 from tests.helpers.wandb_files import history, of_kind, read_wandb
 
@@ -42,6 +45,10 @@ def test_members_of_a_sweep_are_one_group(tmp_path: Path, nobody_logged_in: pyte
         [folder] = sweep.glob(f"{name}/wandb/offline-run-*")
         (run,) = (record.run for record in read_wandb(folder) if record.HasField("run"))
         assert (run.run_group, run.job_type, run.display_name) == ("betas", "sweep member", name)
+
+
+def run_id(tracker: Tracker) -> str | None:
+    return tracker.services[0].run_id if tracker.services else None
 
 
 HOSTILE = [
@@ -98,12 +105,12 @@ def test_two_members_are_two_runs_whatever_the_environment_sets(
         (sweep / name).mkdir(parents=True)
         (sweep / "multirun.yaml").touch()
         with start(tracking_config(), sweep / name) as tracker:
-            trackers.append(tracker.run_id)
+            trackers.append(run_id(tracker))
     assert len({*trackers, "fixed"}) == 3
-    for name, run_id in zip(("0-tiny", "1-tiny"), trackers, strict=True):
+    for name, known in zip(("0-tiny", "1-tiny"), trackers, strict=True):
         [folder] = sweep.glob(f"{name}/wandb/offline-run-*")
         [run] = of_kind(read_wandb(folder), "run")
-        assert (run.run_id, run.run_group, run.display_name) == (run_id, sweep.name, name)
+        assert (run.run_id, run.run_group, run.display_name) == (known, sweep.name, name)
         assert (sweep / name / "wandb_run_id").read_text().strip() == run_id
 
 
@@ -112,7 +119,7 @@ def test_variables_that_wandb_refuses_are_named(
 ) -> None:
     """They end no training unless W&B is required."""
     nobody_logged_in.setenv("WANDB_INIT_TIMEOUT", "soon")
-    assert start(tracking_config(), tmp_path / "a").run_id is None
+    assert run_id(start(tracking_config(), tmp_path / "a")) is None
     assert "WANDB_*" in caplog.text and "training goes on" in caplog.text
     with pytest.raises(UserError, match=r"WANDB_\*.*tracking=none"):
         start(tracking_config(mode="online"), tmp_path / "b")
@@ -132,7 +139,7 @@ def test_a_run_of_wandbs_own_agent_counts_for_its_sweep(tmp_path: Path, nobody_l
     for name, value in (("SWEEP_ID", "sweep1"), ("RUN_ID", "run1"), ("PROJECT", "of-the-sweep")):
         nobody_logged_in.setenv(f"WANDB_{name}", value)
     with start(tracking_config(), tmp_path / "r") as tracker:
-        assert tracker.run_id == "run1"
+        assert run_id(tracker) == "run1"
     [run] = of_kind(read_wandb(*tmp_path.glob("r/wandb/offline-run-*")), "run")
     assert (run.sweep_id, run.run_id, run.project) == ("sweep1", "run1", "of-the-sweep")
 
@@ -145,7 +152,8 @@ def test_offline_run_holds_everything_and_continues_under_its_id(
         with start(tracking_config(tags=["baseline"]), run_dir) as tracker:
             tracker.log("sft", 3, "train", {"loss": 1.5})
             tracker.log("preference", 0, "eval", {"rewards/accuracies": 0.0, "rewards/margins": math.nan})
-        (line,) = (record.getMessage() for record in caplog.records if record.name == "alignment.runs.tracking")
+        (line,) = (record.getMessage() for record in caplog.records if record.name == "alignment.runs.trackers.wandb")
+        begun_id = (run_dir / "wandb_run_id").read_text().strip()
         continued = start(tracking_config(tags=["baseline"]), run_dir)
         continued.log("preference", 1, "train", {"loss": 0.69})
         continued.summary({"status": "finished", "api_key": "s3cret", "stages": {"sft": {"path": Path("a/b")}}})
@@ -153,7 +161,7 @@ def test_offline_run_holds_everything_and_continues_under_its_id(
     assert "you are not logged in" in line
     assert f"wandb sync {run_dir}/wandb/offline-run-*" in line
     assert capfd.readouterr().out == "", "wandb itself prints nothing"
-    assert continued.run_id == tracker.run_id == (run_dir / "wandb_run_id").read_text().strip()
+    assert begun_id == (run_dir / "wandb_run_id").read_text().strip()
 
     first, second = sorted(run_dir.glob("wandb/offline-run-*"))
     records = read_wandb(first)
@@ -180,7 +188,7 @@ def test_offline_run_holds_everything_and_continues_under_its_id(
 
     records = read_wandb(second)
     (run,) = (record.run for record in records if record.HasField("run"))
-    assert run.run_id == tracker.run_id
+    assert run.run_id == begun_id
     assert history(records) == [{"train/loss": 0.69, "preference/step": 1, "stage": "preference"}]
     text = next(second.glob("*.wandb")).read_bytes()
     assert b"finished" in text
@@ -199,17 +207,17 @@ def test_an_unreachable_server_leaves_an_offline_run(
     with pytest.raises(UserError, match="the login is not valid"):
         start(tracking_config(mode="online"), tmp_path)
     nobody_logged_in.setenv("WANDB_API_KEY", "a" * 40)
-    nobody_logged_in.setattr(tracking, "_INIT_SECONDS", 1.0)
+    nobody_logged_in.setattr(wandb_service, "_INIT_SECONDS", 1.0)
     (tmp_path / "wandb_run_id").write_text("given-id")
     with start(tracking_config(mode="online"), tmp_path) as tracker:
         tracker.log("sft", 1, "train", {"loss": 1.0})
-    assert tracker.run_id == "given-id"
+        assert run_id(tracker) == "given-id"
     assert "cannot be reached" in caplog.text
     (folder,) = tmp_path.glob("wandb/offline-run-*")
 
     assert [row["sft/train/loss"] for row in history(read_wandb(folder))] == [1.0]
 
-    nobody_logged_in.setattr(tracking, "login_problem", lambda: pytest.fail("it was known to be out of reach"))
+    nobody_logged_in.setattr(wandb_service, "login_problem", lambda: pytest.fail("it was known to be out of reach"))
     start(tracking_config(), tmp_path / "next").finish()
 
 
@@ -224,7 +232,9 @@ def test_an_unreachable_server_leaves_an_offline_run(
     ],
 )
 def test_metric_names(stage: str, split: str, name: str, sent: str) -> None:
-    assert metric_row(stage, 4, split, {name: 0.5}) == {sent: 0.5, f"{stage}/step": 4, "stage": stage}
+    run = ListingRun()
+    WandbRun(run).row(Row(stage, 4, split, {name: 0.5}, 0.0))  # type: ignore[arg-type]
+    assert run.rows == [{sent: 0.5, f"{stage}/step": 4, "stage": stage}]
 
 
 @pytest.mark.slow
@@ -236,7 +246,7 @@ def test_without_tracking_wandb_is_not_imported(tmp_path: Path) -> None:
         "                  ) as tracker:\n"
         "    tracker.log('sft', 1, 'train', {'loss': 1.0})\n"
         "    tracker.summary({})\n"
-        "assert tracker.run_id is None and not {'wandb', 'torch'} & set(sys.modules)\n"
+        "assert tracker.services == [] and not {'wandb', 'torch'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
     assert list(tmp_path.iterdir()) == []
@@ -256,12 +266,12 @@ def test_wandb_mode_goes_before_the_setting(
     monkeypatch: pytest.MonkeyPatch, variable: str, setting: str, mode: str
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", variable)
-    assert tracking._mode(tracking_config(mode=setting)) == mode
+    assert wandb_service._mode(tracking_config(mode=setting)) == mode
 
 
 def test_wandb_mode_disabled_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert start(tracking_config(mode="online"), tmp_path).run_id is None
+    assert run_id(start(tracking_config(mode="online"), tmp_path)) is None
     monkeypatch.setenv("WANDB_MODE", "sideways")
     with pytest.raises(UserError, match=r"WANDB_MODE must be one of online, .*not 'sideways'"):
         start(tracking_config(), tmp_path)
@@ -298,7 +308,7 @@ class BrokenRun:
 
 def test_what_wandb_raises_ends_the_tracking_only(caplog: pytest.LogCaptureFixture) -> None:
     run = BrokenRun()
-    with Tracker(run) as tracker:  # type: ignore[arg-type]
+    with Tracker([WandbRun(run)]) as tracker:  # type: ignore[arg-type]
         tracker.log("sft", 1, "train", {"loss": 1.0})
         tracker.log("sft", 2, "train", {"loss": 1.0})
         tracker.summary({"a": 1})
@@ -314,8 +324,8 @@ def test_a_run_goes_on_where_wandb_cannot_even_start(
         raise OSError("the disk is full")
 
     nobody_logged_in.setattr("wandb.init", fail)
-    assert start(tracking_config(), tmp_path).run_id is None
-    assert [record.getMessage() for record in caplog.records if record.name == "alignment.runs.tracking"] == [
+    assert run_id(start(tracking_config(), tmp_path)) is None
+    assert [record.getMessage() for record in caplog.records if record.name == "alignment.runs.trackers.wandb"] == [
         "W&B failed and gets nothing of this run; training goes on: the disk is full"
     ]
     assert not (tmp_path / "wandb_run_id").exists()
@@ -339,11 +349,11 @@ class ListingRun:
 
 def test_a_continued_run_gets_what_it_lacks_and_nothing_twice() -> None:
     rows = [
-        {"stage": "preference", "split": split, "step": step, "time": "t", "wall_s": 1.0, "loss": float(step)}
+        Row("preference", step, split, {"loss": float(step)}, 0.0)
         for step, split in ((0, "eval"), (1, "train"), (2, "train"), (3, "train"))
     ]
     run = ListingRun()
-    tracker = Tracker(run, rows, 2)  # type: ignore[arg-type]
+    tracker = Tracker([WandbRun(run, rows[:2])], rows)  # type: ignore[arg-type]
     lacking = [{"train/loss": float(step), "preference/step": step, "stage": "preference"} for step in (2, 3)]
     assert run.rows == lacking
     # The resume does steps 2 and 3 again, then goes on.
@@ -362,7 +372,7 @@ def test_what_wandb_has_of_a_run_is_where_its_rows_go_on(tmp_path: Path, monkeyp
     for step in (1, 2, 3):
         record.log("sft", step, "train", {"loss": 1.0})
     run.starting_step = 2
-    monkeypatch.setattr(tracking, "start_run", lambda *_, **__: run)
+    monkeypatch.setattr(wandb_service, "start_run", lambda *_, **__: run)
     start(tracking_config(), tmp_path)
     assert [row["sft/step"] for row in run.rows] == [3]
 
