@@ -30,7 +30,8 @@ def sweep_summary(found: Comparison, files: Sequence[Path]) -> SweepSummary:
         values=_values(found),
         header=header,
         rows=rows,
-        figures={chart.name: _figure(chart) for several in charts(found).values() for chart in several},
+        figures={chart.name: _figure(chart) for several in charts(found).values() for chart in several}
+        | _parallel(found, header, rows),
         files=files,
     )
 
@@ -54,6 +55,35 @@ def _table(found: Comparison) -> tuple[list[str], list[list[Any]]]:
                 row += [*(interval(measure, variant) or (None, None)), measure.num_items(variant) or None]
         rows.append(row)
     return header, rows
+
+
+def _parallel(found: Comparison, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, go.Figure]:
+    """A line per variant through its loss, the settings that differ, and what came of them, coloured by the last.
+
+    Nothing where no setting differs or nothing was measured.
+    """
+    measure = found.rank_by
+    settings = header[1 : header.index("seeds")]
+    if measure is None or measure.name not in header:
+        return {}
+    shown = [row for row in rows if row[header.index(measure.name)] is not None]
+    columns = {name: [row[header.index(name)] for row in shown] for name in [*settings, measure.name]}
+    differing = {name: values for name, values in columns.items() if len(set(map(str, values))) > 1}
+    if set(differing) <= {measure.name}:
+        return {}
+    last = columns[measure.name]
+    axes = [_axis(name, values) for name, values in (differing | {measure.name: last}).items()]
+    figure = go.Figure(go.Parcoords(dimensions=axes, line={"color": last, "colorscale": "Viridis", "showscale": True}))
+    return {"settings": figure.update_layout(title={"text": "Settings and what came of them", "x": 0.01}, margin_t=96)}
+
+
+def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Numbers as they are; words, and numbers beside words, as places on the axis."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return {"label": name, "values": list(values)}
+    words = list(dict.fromkeys(map(str, values)))
+    places = [words.index(str(value)) for value in values]
+    return {"label": name, "values": places, "tickvals": list(range(len(words))), "ticktext": words}
 
 
 def _values(found: Comparison) -> dict[str, Any]:

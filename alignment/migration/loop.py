@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from alignment.config.tracking import TRACKER_PACKAGES
 from alignment.errors import require
 from alignment.migration.draft import Draft
 
@@ -146,21 +147,22 @@ def put_rhythm(draft: Draft) -> None:
 
 
 def put_tracking(draft: Draft) -> None:
-    """Where a run is sent to: Weights & Biases or nowhere."""
+    """With what a run is tracked, as far as this package knows it."""
     value = draft.value("report_to")
     targets = [str(target) for target in (value if isinstance(value, list) else [value or "none"])]
     draft.seen.update(("report_to", "run_name"))
-    if "wandb" in targets or "all" in targets:
-        draft.choose("tracking", "wandb", "report_to")
-        if draft.gives("run_name"):
+    known = ["wandb"] if "all" in targets else [target for target in targets if target in TRACKER_PACKAGES]
+    draft.choose("tracking", known[0] if known else "none", "report_to")
+    if len(known) > 1:
+        draft.put("tracking.to", known, "report_to")
+    if draft.gives("run_name"):
+        if known:
             draft.put("tracking.name", draft.text("run_name"), "run_name")
-    else:
-        draft.choose("tracking", "none", "report_to")
-        if draft.gives("run_name"):
-            draft.note("run_name", "A run has a name with tracking=wandb alone.")
-    others = [target for target in targets if target not in ("wandb", "all", "none")]
+        else:
+            draft.note("run_name", "A run that is not tracked has no name.")
+    others = [target for target in targets if target not in (*known, "all", "none")]
     if others:
-        draft.note("report_to", f"Runs go to Weights & Biases or nowhere, so {', '.join(others)} gets nothing.")
+        draft.note("report_to", f"tracking.to has no {' and no '.join(others)}, so nothing is sent there.")
 
 
 def put_precision(draft: Draft, dtype: str | None) -> None:

@@ -78,16 +78,6 @@ class Tracker:
         """Send files at the end of the run."""
         self._each(self.services, lambda service: service.files(kind, paths))
 
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> None:
-        """Send a table."""
-
-        def send(run: wandb.Run) -> None:
-            from wandb import Table
-
-            run.log({name: Table(list(header), [list(row) for row in rows], allow_mixed_types=True)})
-
-        self._guarded(send)
-
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final values; secrets are masked."""
         masked = sendable(values)

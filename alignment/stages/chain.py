@@ -435,8 +435,7 @@ class Chain:
             "plots": self.run_dir / "plots",
         }
         files |= {"spectrum": self.run_dir / "spectrum.json"} if self.config.spectrum is not None else {}
-        held_out = self.run_dir / "held_out.jsonl"
-        files |= {"held_out": held_out} if held_out.exists() else {}
+        files |= {"held_out": path} if (path := self.run_dir / "held_out.jsonl").exists() else {}
         files |= {"samples": self.run_dir / "samples.md"} if has_samples else {}
         files |= {"merged": self.run_dir / "merged"} if self.config.export.merge else {}
         return {name: str(path) for name, path in files.items()}

@@ -39,6 +39,11 @@ def test_the_table_has_plain_numbers_best_first(tmp_path):
     assert {"nats-margins", "logps-chosen"} <= sent.figures.keys()
     assert sent.figures["nats-margins"].layout.title.text == "Margin over the reference"
     assert "DPO, beta 0.1 is first of 3 variants" in sent.notes
+    loss, beta, *_, last = sent.figures["settings"].data[0].dimensions
+    assert [axis.label for axis in (loss, beta, last)] == ["loss", "beta", "reward accuracy"]
+    assert (loss.values, loss.ticktext) == ((0, 1, 0), ("dpo", "simpo"))
+    assert (beta.values, beta.ticktext) == ((0, 1, 2), ("0.1", "None", "0.5")), "a loss without it has a place too"
+    assert last.values == pytest.approx((0.85, 0.75, 0.6))
 
 
 def test_all_that_share_the_first_place_are_named(tmp_path):
@@ -56,4 +61,4 @@ def test_members_without_a_result(tmp_path):
     sent = summary_of(tmp_path)
     assert sent.values == {"members": 2, "members_with_result": 0}
     assert [row[sent.header.index("rank")] for row in sent.rows] == [None]
-    assert "No member has a result" in sent.notes
+    assert "No member has a result" in sent.notes and "settings" not in sent.figures

@@ -54,7 +54,7 @@ save_total_limit: 3
 eval_strategy: steps
 eval_steps: 20
 max_length: 768
-report_to: [wandb, tensorboard]
+report_to: [wandb, tensorboard, comet_ml]
 run_name: first
 precompute_ref_log_probs: true
 gradient_checkpointing: false
@@ -105,8 +105,8 @@ def test_the_numbers_mean_the_same(tmp_path):
     assert math.ceil(optim.warmup_ratio * trainer.max_steps) == 7
     assert (trainer.max_steps, trainer.groups_per_step, trainer.devices) == (100, 2 * 4 * 3, "auto")
     assert (trainer.log_every, trainer.save_every, trainer.keep_checkpoints, trainer.eval_every) == (5, 25, 3, 20)
-    assert config.tracking.name == "first"
-    assert "tensorboard" in draft.notes["report_to"] and "cache" in draft.notes["precompute_ref_log_probs"]
+    assert (config.tracking.name, config.tracking.to) == ("first", ["wandb", "tensorboard"])
+    assert "comet_ml" in draft.notes["report_to"] and "cache" in draft.notes["precompute_ref_log_probs"]
     assert "trainer.shard" in draft.notes["deepspeed"] and "remove_unused_columns" in draft.same
 
 

@@ -13,7 +13,7 @@ TOKENIZER = "The tokenizer and its tokens are the model's; model.eos_token is fo
 """Why its tokens have no setting."""
 _SWEEP = "A run has all its steps and keeps the last policy; stopping=asha ends members of a sweep early."
 _ROWS = "Rows are read, checked and tokenised before the first step, and kept for later runs."
-_SENT = "Runs go to Weights & Biases or nowhere, and nothing to the hub."
+_SENT = "A run is tracked as tracking.to says (wandb, tensorboard, mlflow, trackio), and sends nothing to the hub."
 
 TABLE: Table = {
     # The method

@@ -163,7 +163,7 @@ TABLE: Table = {
         unless=(None, False, True),
     ),
     **says(
-        "Runs go to Weights & Biases or nowhere.",
+        "A run is tracked with wandb, tensorboard, mlflow or trackio (tracking.to).",
         "use_swanlab swanlab_project swanlab_run_name swanlab_mode swanlab_workspace",
         unless=(None, False),
     ),
