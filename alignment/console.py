@@ -19,6 +19,7 @@ COMMANDS = (
     "losses",
     "report",
     "evaluate",
+    "chat",
     "merge",
     "push",
     "migrate",

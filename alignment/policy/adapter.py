@@ -219,6 +219,27 @@ def load_adapter(model: nn.Module, folder: Path, weights: FloatWeights | None = 
     return adapted
 
 
+def add_adapter(model: nn.Module, folder: Path, name: str) -> nn.Module:
+    """Attach one more saved adapter, frozen, under a name of its own; the base's weights stay as they are.
+
+    Args:
+        model: the base, in place, or what this function has returned for it.
+        folder: of the adapter.
+        name: that no other adapter of the model has.
+    """
+    from peft import PeftModel
+
+    adapted: nn.Module
+    with stand_ins(model):
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name, torch_device=str(model.device))
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, str(folder), name)
+    _finish(adapted)
+    return adapted
+
+
 # What a model has
 
 

@@ -60,6 +60,7 @@ class Questions:
     Attributes:
         given, given_rows: the config and the rows as they were given.
         config: the same with the texts of its templates.
+        day: that a template writes: the one on which the run began.
         stops: the tokens that end an answer.
 
     Raises:
@@ -70,7 +71,7 @@ class Questions:
         self.given = config
         self.given_rows = rows
         beginning = run_dir / "stages" / "beginning.json"
-        self._day, kept = first_day(beginning), first_templates(beginning)
+        self.day, kept = first_day(beginning), first_templates(beginning)
         self.cache = cache_dir(config.reference.path)
         self.device = resolve_device(config.device)
         self.source = model_source(config.model, self.cache)
@@ -85,14 +86,14 @@ class Questions:
     def preferences(self) -> PreferenceData:
         """The preference data of the run."""
         assert self.config.data is not None
-        read = read_preferences(self.config.data, self.tokenizer, day=self._day, cache=self.cache)
+        read = read_preferences(self.config.data, self.tokenizer, day=self.day, cache=self.cache)
         return fit_preferences(read, self.config.data, self.config.loss)[0]
 
     @cached_property
     def conversations(self) -> SFTData:
         """The SFT data of the run."""
         assert self.config.sft is not None
-        return load_conversations(self.config.sft.data, self.tokenizer, day=self._day, cache=self.cache)[0]
+        return load_conversations(self.config.sft.data, self.tokenizer, day=self.day, cache=self.cache)[0]
 
     @cached_property
     def _asked(self) -> tuple[list[Row], list[np.ndarray]]:
@@ -106,7 +107,7 @@ class Questions:
             picked = spread_prompts(groups, self.config.evaluation.prompts)
             return [self.preferences.eval_rows[i] for i in picked], [groups[i].prompt for i in picked]
         assert self.config.data is not None
-        made = tokenize_groups(self.given_rows, self.tokenizer, self.config.data, day=self._day)
+        made = tokenize_groups(self.given_rows, self.tokenizer, self.config.data, day=self.day)
         if made.drops:
             raise UserError(f"{made.drops[0].file} row {made.drops[0].row}: {made.drops[0].message}.")
         return list(self.given_rows), [group.prompt for group in made.groups]

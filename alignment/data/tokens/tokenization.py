@@ -119,6 +119,23 @@ def tokenize_groups(
     return TokenizedData(found.items, _kept(rows, found), found.drops, counts, found.findings, found.written)
 
 
+def tokenize_prompt(
+    row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, day: datetime.date | None = None
+) -> np.ndarray:
+    """(tokens,) int32 of a row's prompt as for a generation, however long it is.
+
+    Args:
+        day: the date that a template writes; None for today's.
+
+    Raises:
+        Rejected: the chat template refuses it, or cannot write it.
+        UserError: messages without a chat template.
+    """
+    writer = Writer(tokenizer, config, day=day)
+    text = str(row.prompt) if writer.plain(row) else writer.render(writer.messages(row), True, row.variables)
+    return next(_Encoder(tokenizer, writer.chat).encode([text]))
+
+
 class _RowTokenizer:
     """What the makers of groups and of conversations have alike."""
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from alignment.errors import UserError
 from alignment.evaluation.sampling.answer import Answer, Sampling, Wanted
 from alignment.evaluation.sampling.choice import Drawn, answer_seed, greedy
 from alignment.evaluation.sampling.folded import folded
-from alignment.evaluation.sampling.loop import Way, draw_batch
+from alignment.evaluation.sampling.loop import Choose, Way, draw_batch
 from alignment.evaluation.sampling.presets import acting, inner, presets, without_presets
 from alignment.evaluation.sampling.ways import way_of
 from alignment.files import to_json
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _One = tuple[np.ndarray, int]
 """A prompt and the index of one answer to it."""
+Hear = Callable[[Sequence[int], Sequence[int]], None]
+"""Is told of each step as it is drawn: the numbers of the answers in their batch, and the next token of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class _Share:
     batches: Sequence[Sequence[_One]]
     how: Sampling
     way: Way
+    hear: Hear | None = None
 
 
 @dataclass(slots=True)
@@ -54,12 +58,14 @@ class LocalEngine:
         at_once: how many answers to the longest prompt are drawn at once; of shorter ones more, within the same number
             of tokens.
         team: the ranks that share the batches, if there are several.
+        hear: hears the tokens of one process as they are drawn. What it raises ends the draw.
     """
 
     model: Any
     device: torch.device
     at_once: int
     team: Team | None = None
+    hear: Hear | None = None
 
     def identity(self) -> tuple[str, dict[str, Any]]:
         """64 hex digits of the policy and of this engine, and a description for people."""
@@ -86,7 +92,7 @@ class LocalEngine:
         batches = [[ones[number] for number in batch] for batch in numbers]
         if self.team is None:
             shares = [list(range(len(batches)))]
-            found = [_drawn(self.model, _Share(batches, how, way), self.device)]
+            found = [_drawn(self.model, _Share(batches, how, way, self.hear), self.device)]
         else:
             sizes = [sum(len(prompt) + how.max_new_tokens for prompt, _ in batch) for batch in batches]
             shares = evenly(sizes, self.team.size)
@@ -165,8 +171,21 @@ def _at_once(model: Any, batch: Sequence[_One], share: _Share, device: torch.dev
             prompts.append(prompt)
         rows.append(number)
     seeds = [answer_seed(prompt, index, share.how.seed) for prompt, index in batch]
-    choose = Drawn(seeds, device) if share.how.temperature > 0 else greedy
+    choose: Choose = Drawn(seeds, device) if share.how.temperature > 0 else greedy
+    if share.hear is not None:
+        choose = _heard(choose, share.hear)
     return draw_batch(model, prompts, rows, choose, share.how, share.way, device)
+
+
+def _heard(choose: Choose, hear: Hear) -> Choose:
+    """The same choice, which tells what it has chosen."""
+
+    def choose_and_tell(scores: Tensor, rows: Sequence[int]) -> Tensor:
+        tokens = choose(scores, rows)
+        hear(rows, tokens.tolist())
+        return tokens
+
+    return choose_and_tell
 
 
 @contextmanager
