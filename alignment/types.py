@@ -148,6 +148,10 @@ class Quantity(Enum):
     entropy = "entropy"
     """Entropy of the reference's next-token distribution divided by the log of the vocabulary's size: 0 to 1."""
 
+    forward_kl = "forward_kl"
+    """Sum over the teacher's likeliest next tokens v of q_v (log q_v - log p_v), in nats, differentiable in the
+    policy's p: KL(teacher || policy) but for the tokens that are left out."""
+
     divergence = "divergence"
     """KL(reference || policy) of the next-token distributions in nats, differentiable; needs a live reference."""
 

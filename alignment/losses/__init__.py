@@ -61,6 +61,7 @@ from alignment.losses.infonca import NCAList as NCAList
 from alignment.losses.lipo import LiPO as LiPO
 from alignment.losses.bradley_terry import BradleyTerry as BradleyTerry
 from alignment.losses.opd import OPD as OPD
+from alignment.losses.tropd import TrOPD as TrOPD
 # isort: on
 
 LOSSES: dict[str, type[Loss]] = {

@@ -20,10 +20,10 @@ import yaml
 
 from alignment.errors import CommandParser, UserError, did_you_mean
 from alignment.files import asset_dir
-from alignment.losses import LDDPO, LOSSES, OPD, Loss, Mixture, Quantity, SamPO, title
+from alignment.losses import LDDPO, LOSSES, OPD, Loss, Mixture, Quantity, SamPO, TrOPD, title
 from alignment.losses.parity import CHECKS, Check, value_here
 
-TOKEN_LEVEL = frozenset({LDDPO.name, SamPO.name, OPD.name})
+TOKEN_LEVEL = frozenset({LDDPO.name, SamPO.name, OPD.name, TrOPD.name})
 """These losses need single tokens; sums of log-probs and lengths are not enough."""
 
 COLUMNS = ("loss", "title", "items", "reference", "reads", "state", "defaults", "purpose")
@@ -212,7 +212,8 @@ def page() -> str:
         " of an item depends on the other items of the optimizer step. Splitting a step into micro-batches never"
         " changes the result.",
         "- `bradley_terry` reads no log-probs at all: it trains a [reward model](../../docs/reward_models.md).",
-        "- `opd` reads prompts alone, and draws their answers: it [distils a teacher](../../docs/distillation.md).",
+        "- `opd` and `tropd` read prompts alone, and draw their answers: they"
+        " [distil a teacher](../../docs/distillation.md).",
         "- **state**: numbers that it carries from step to step. Checkpoints keep them.",
         "- **defaults**: the settings that you get. Each section below gives the source of every value.",
         "- **\\***: something could not be checked against the paper. The list after the table says what.",

@@ -166,6 +166,8 @@ class Requirements:
             model gives it, and what trains is a reward model.
         draws: whether its items are answers that the policy draws while it trains. All are desirable rows, and the
             reference is a teacher.
+        likeliest: over how many of the teacher's likeliest tokens a forward KL goes.
+        renormalise: whether the probabilities of these are scaled to add up to 1.
     """
 
     unit: str
@@ -179,6 +181,8 @@ class Requirements:
     orders_ties: bool = False
     rewards: bool = False
     draws: bool = False
+    likeliest: int = 0
+    renormalise: bool = False
 
 
 @dataclass(kw_only=True)

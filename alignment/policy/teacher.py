@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def require_teacher(config: RunConfig, tokenizer: Any, rows: int | None) -> None:
-    """Refuse a teacher that is not there or has other tokens than the policy, before any weights are loaded.
+    """Refuse a teacher that is not there or lacks tokens of the policy or the loss, before any weights are loaded.
 
     Args:
         config: of a run whose loss has a teacher.
@@ -41,7 +41,9 @@ def require_teacher(config: RunConfig, tokenizer: Any, rows: int | None) -> None
         model, source = _teacher(config, cache_dir(config.reference.path))
         theirs = load_tokenizer(model, source.tokenizer).get_vocab()
         size = getattr(read_shape(source.base, model).get_text_config(), "vocab_size", None)
-    require_same_tokens(str(name), tokenizer.get_vocab(), theirs)
+    own, count = tokenizer.get_vocab(), config.loss.requirements().likeliest
+    require_same_tokens(str(name), own, theirs)
+    require(count <= len(own), f"loss.top_k={count}: the policy has {len(own)} tokens, so set no more.")
     require(
         rows is None or size is None or rows <= size,
         f"distill.teacher={name}: it has {size} embeddings and the policy {rows}, so that the policy can write tokens "

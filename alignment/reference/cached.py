@@ -22,10 +22,11 @@ from alignment.ranks.shares import in_rounds, share_groups
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.base import Reference, agreement_limit
 from alignment.reference.completions import Completions, CompletionValues
-from alignment.reference.given import ENTROPIES, LOGPS
+from alignment.reference.given import ENTROPIES, LOGPS, likeliest_of
 from alignment.reference.store import ReferenceStore
-from alignment.scoring.layout import BatchLayout
-from alignment.scoring.logps import in_passes, score_tokens
+from alignment.scoring.head import Likeliest
+from alignment.scoring.layout import BatchLayout, MicroBatch
+from alignment.scoring.logps import in_passes, score_likeliest, score_tokens
 from alignment.types import Group, Quantity, RaggedLogps
 
 log = logging.getLogger(__name__)
@@ -44,24 +45,28 @@ Scored = tuple[Sequence[int], list[int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Completions that a rank is to score for the store, each in a group of its own."""
+    """Completions that a rank is to score for the store, each in a group of its own.
+
+    Attributes:
+        likeliest: how many of the likeliest tokens are wanted, and of how many; None for none.
+    """
 
     groups: Sequence[Group]
     tokens_per_batch: int
     quantities: frozenset[Quantity]
+    likeliest: tuple[int, int] | None
 
     def scored(self, model: nn.Module, layout: BatchLayout, device: torch.device) -> Iterator[Scored]:
         """Their values, pass by pass."""
-        passes = in_passes(
-            lambda batch: score_tokens(model, batch, self.quantities),
-            self.groups,
-            layout,
-            self.tokens_per_batch,
-            device,
-        )
-        for batch, scores in passes:
-            values = torch.stack([scores.logps, *scores.by_quantity().values()]).to("cpu")
-            yield batch.indices, batch.offsets.diff().tolist(), values
+
+        def run(batch: MicroBatch) -> Tensor:
+            if self.likeliest is not None:
+                return score_likeliest(model, batch, self.likeliest)
+            scores = score_tokens(model, batch, self.quantities)
+            return torch.stack([scores.logps, *scores.by_quantity().values()])
+
+        for batch, values in in_passes(run, self.groups, layout, self.tokens_per_batch, device):
+            yield batch.indices, batch.offsets.diff().tolist(), values.to("cpu")
 
 
 def score_missing(post: Post, missing: Missing) -> list[Scored]:
@@ -69,9 +74,9 @@ def score_missing(post: Post, missing: Missing) -> list[Scored]:
     return list(missing.scored(post.model, post.layout, post.device))
 
 
-def _entropy_identity(identity: str) -> str:
-    """The identity that the store keeps a policy's entropies under."""
-    return hashlib.blake2b(f"entropy of {identity}".encode(), digest_size=32).hexdigest()
+def _identity_of(what: str, identity: str) -> str:
+    """The identity that the store keeps something of a policy under that is not its log-probs."""
+    return hashlib.blake2b(f"{what} of {identity}".encode(), digest_size=32).hexdigest()
 
 
 class CachedReference(Reference):
@@ -88,6 +93,8 @@ class CachedReference(Reference):
         with_entropies: compute and store the entropies too, in the same passes.
         team: the ranks that share what is missing; this one alone reads and writes the store.
         fixed: groups whose log-probs stay those of the start when the reference is refreshed.
+        likeliest: how many of the likeliest tokens are computed and stored beside each log-prob, in the same passes,
+            and of how many tokens, those with the smallest ids; 8 bytes for each. None for none.
 
     Raises:
         UserError: a number is out of range.
@@ -106,6 +113,7 @@ class CachedReference(Reference):
         with_entropies: bool = False,
         team: Team | None = None,
         fixed: Sequence[Group] = (),
+        likeliest: tuple[int, int] | None = None,
     ) -> None:
         require(tokens_per_batch >= 1, f"tokens_per_batch must be at least 1, not {tokens_per_batch}.")
         require(spot_checks >= 0, f"spot_checks must be at least 0, not {spot_checks}.")
@@ -118,7 +126,8 @@ class CachedReference(Reference):
         self._spot_checks = spot_checks
         self._team = team
         self._fixed = fixed
-        self._values: CompletionValues | None = None  # rows: log-probs, entropies
+        self._likeliest = likeliest
+        self._values: CompletionValues | None = None  # rows: log-probs, and entropies or likeliest tokens
         self._register()
         self._summary: dict[str, Any] = {
             "mode": "cache",
@@ -166,13 +175,22 @@ class CachedReference(Reference):
         self._register()
         self.prepare(groups)
 
-    def _identities(self) -> list[str]:
-        """The identity that each row of the values is stored under."""
-        return [self.identity, *(_entropy_identity(self.identity) for _ in self._quantities)]
+    def _identities(self) -> dict[str, int]:
+        """The identities that the rows of the values are stored under, with how many each has."""
+        found = {self.identity: 1}
+        if self._quantities:
+            found[_identity_of("entropy", self.identity)] = 1
+        if self._likeliest is not None:
+            count, size = self._likeliest
+            found[_identity_of(f"{count} likeliest of {size} tokens", self.identity)] = 2 * count
+        return found
 
     def _register(self) -> None:
-        for identity, kept in zip(self._identities(), ("log-probs", "entropies"), strict=False):
-            self._store.register(identity, self._description | ({"values": kept} if kept == "entropies" else {}))
+        for identity in self._identities():
+            kept = (
+                {} if identity == self.identity else {"values": "entropies" if self._quantities else "likeliest tokens"}
+            )
+            self._store.register(identity, self._description | kept)
 
     def _rows_so_far(self, groups: Sequence[Group]) -> dict[bytes, np.ndarray]:
         return {} if self._values is None else self.rows(groups)
@@ -180,7 +198,7 @@ class CachedReference(Reference):
     def _begin(self, wanted: Completions, fixed: Mapping[bytes, np.ndarray]) -> CompletionValues:
         """No values but the fixed ones, in place of those before."""
         self._forget_values()
-        self._values = CompletionValues(self._store.path.parent, wanted.hashes, len(self._identities()))
+        self._values = CompletionValues(self._store.path.parent, wanted.hashes, sum(self._identities().values()))
         for key, rows in fixed.items():
             self._values.add(key, rows)
         return self._values
@@ -194,10 +212,10 @@ class CachedReference(Reference):
         """Take the completions that the store has in full."""
         different = ((key, group) for key, group in wanted.different() if not values.has(key))
         while lengths := {key: group.scored_lengths[0] for key, group in islice(different, _LOOKED_UP)}:
-            found = [self._store.get(identity, list(lengths)) for identity in self._identities()]
+            found = [(self._store.get(identity, list(lengths)), rows) for identity, rows in self._identities().items()]
             for key, length in lengths.items():
-                if all(key in rows and len(rows[key]) == length for rows in found):
-                    values.add(key, np.stack([rows[key] for rows in found]))
+                if all(key in kept and len(kept[key]) == rows * length for kept, rows in found):
+                    values.add(key, np.concatenate([kept[key].reshape(rows, length) for kept, rows in found]))
 
     def _spot_check(self, wanted: Completions, found: np.ndarray, values: CompletionValues) -> bool:
         picks = found[:: max(1, len(found) // max(1, self._spot_checks))][: self._spot_checks]
@@ -207,7 +225,7 @@ class CachedReference(Reference):
         fresh: dict[int, np.ndarray] = {}
         for indices, lengths, found_now in self._score(groups):
             fresh.update(zip(indices, (part[LOGPS].numpy() for part in found_now.split(lengths, 1)), strict=True))
-        stored = np.concatenate([values.get(key, LOGPS) for key in keys])
+        stored = np.concatenate([values.get(key)[LOGPS] for key in keys])
         difference = np.abs(np.concatenate([fresh[i] for i in range(len(keys))]) - stored)
         self._summary["spot_checks"] += len(keys)
         self._summary["spot_check_max_diff"] = float(difference.max())
@@ -224,7 +242,7 @@ class CachedReference(Reference):
         return True
 
     def _missing(self, groups: Sequence[Group]) -> Missing:
-        return Missing(groups, self._tokens_per_batch, self._quantities)
+        return Missing(groups, self._tokens_per_batch, self._quantities, self._likeliest)
 
     def _score(self, groups: Sequence[Group]) -> Iterator[Scored]:
         """The values of each pass, whichever rank runs it."""
@@ -282,8 +300,10 @@ class CachedReference(Reference):
 
     def _flush(self, pending: Mapping[bytes, np.ndarray]) -> None:
         assert self._values is not None, "`prepare` begins them"
-        for row, identity in enumerate(self._identities()):
-            self._store.put(identity, {key: value[row] for key, value in pending.items()})
+        end = 0
+        for identity, rows in self._identities().items():
+            self._store.put(identity, {key: value[end : end + rows].reshape(-1) for key, value in pending.items()})
+            end += rows
         for key, value in pending.items():
             self._values.add(key, value)
 
@@ -295,16 +315,19 @@ class CachedReference(Reference):
         """The same for entropies; needs `with_entropies`."""
         return self._known(groups, ENTROPIES)
 
+    def likeliest(self, groups: Sequence[Group]) -> Likeliest:
+        """The likeliest tokens at all tokens of the completions, in order; needs `likeliest`."""
+        return likeliest_of(groups, self.rows(groups))
+
     def _known(self, groups: Sequence[Group], row: int) -> RaggedLogps:
         assert self._values is not None, "`prepare` comes first"
         keys = [key for group in groups for key in group.keys()]  # noqa: SIM118
-        return RaggedLogps.from_sequences([torch.from_numpy(self._values.get(key, row)) for key in keys])
+        return RaggedLogps.from_sequences([torch.from_numpy(self._values.get(key)[row]) for key in keys])
 
     def rows(self, groups: Sequence[Group]) -> dict[bytes, np.ndarray]:
-        """(1 or 2, tokens) of all completions of these groups, by key, for a rank that works on them."""
+        """(rows, tokens) of all completions of these groups, by key, for a rank that works on them."""
         assert self._values is not None, "`prepare` comes first"
-        numbers, keys = range(len(self._identities())), [key for group in groups for key in group.keys()]  # noqa: SIM118
-        return {key: np.stack([self._values.get(key, row) for row in numbers]) for key in keys}
+        return {key: self._values.get(key) for group in groups for key in group.keys()}  # noqa: SIM118
 
     def _tensors(self) -> dict[str, Tensor]:
         assert self._values is not None, "a refresh prepares them"

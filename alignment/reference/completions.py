@@ -11,6 +11,7 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ class CompletionValues:
         self._numbers = np.full(len(hashes), -1, dtype=np.int32)  # in the order in which values were added
         self._ends = array("q", [0])
         self._keys: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._rows: list[Any] = [tempfile.TemporaryFile(dir=folder) for _ in range(rows)]  # noqa: SIM115
+        self._blocks: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, (rows, tokens) of one after the other
+        self._rows = rows
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._numbers >= 0))
@@ -91,14 +93,14 @@ class CompletionValues:
     def add(self, key: bytes, values: np.ndarray) -> None:
         """Keep the (rows, tokens) float32 values of a completion."""
         place = self._place(key)
-        for file, row in zip(self._rows, values, strict=True):
-            file.write(np.ascontiguousarray(row).data)
+        assert values.dtype == np.float32 and len(values) == self._rows, "the rows that it was made for"
+        self._blocks.write(np.ascontiguousarray(values).data)
         self._keys.write(key)
         self._numbers[place] = len(self._ends) - 1
         self._ends.append(self._ends[-1] + values.shape[1])
 
-    def get(self, key: bytes, row: int) -> np.ndarray:
-        """(tokens,) float32, one row of a completion's values.
+    def get(self, key: bytes) -> np.ndarray:
+        """(rows, tokens) float32, a completion's values.
 
         Raises:
             KeyError: there are none.
@@ -106,8 +108,8 @@ class CompletionValues:
         number = int(self._numbers[self._place(key)])
         if number < 0 or _read(self._keys, number * _KEY_BYTES, _KEY_BYTES).tobytes() != key:
             raise KeyError(key.hex())
-        start, end = 4 * self._ends[number], 4 * self._ends[number + 1]
-        return _read(self._rows[row], start, end - start).view(np.float32)
+        start, end = (4 * self._rows * self._ends[i] for i in (number, number + 1))
+        return _read(self._blocks, start, end - start).view(np.float32).reshape(self._rows, -1)
 
     def _place(self, key: bytes) -> int:
         place = int(np.searchsorted(self._hashes, np.uint64(_short(key))))
@@ -117,11 +119,16 @@ class CompletionValues:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """`keys` (completions, 32), `lengths` (completions,) and `values` (rows, tokens) end to end, in one order."""
-        rows = [_mapped(file).view(np.float32) for file in self._rows]
+        flat, ends = _mapped(self._blocks).view(np.float32), [self._rows * end for end in self._ends]
+        if self._rows == 1:  # as it stands in the file
+            values = flat[None]
+        else:
+            blocks = [flat[start:end].reshape(self._rows, -1) for start, end in pairwise(ends)]
+            values = np.concatenate([flat[:0].reshape(self._rows, 0), *blocks], axis=1)
         return {
             "keys": _mapped(self._keys).reshape(-1, _KEY_BYTES),
             "lengths": np.diff(np.frombuffer(self._ends, np.int64)),
-            "values": rows[0][None] if len(rows) == 1 else np.stack(rows),
+            "values": values,
         }
 
     @classmethod
@@ -136,7 +143,7 @@ class CompletionValues:
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self._keys, *self._rows):
+        for file in (self._keys, self._blocks):
             file.close()
 
 

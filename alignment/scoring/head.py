@@ -92,8 +92,36 @@ class OtherModel:
     hidden: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Likeliest:
+    """The likeliest next tokens of a teacher at the scored positions.
+
+    Attributes:
+        ids: (tokens, k) int64.
+        logps: (tokens, k) their log-probs.
+    """
+
+    ids: Tensor
+    logps: Tensor
+
+    def part(self, part: slice) -> Likeliest:
+        """Those of a range of positions."""
+        return Likeliest(self.ids[part], self.logps[part])
+
+    def forward_kl(self, log_probs: Tensor) -> Tensor:
+        """(tokens,) `Quantity.forward_kl`, from (tokens, V) log-probs of the policy; differentiable."""
+        own = self.logps.to(log_probs.dtype)
+        return (own.exp() * (own - log_probs.gather(1, self.ids))).sum(dim=-1)
+
+    def slope(self, probs: Tensor) -> Tensor:
+        """(tokens, V) derivative of the same by the policy's logits, from (tokens, V) probabilities, which it takes
+        over: p_v sum_u q_u - q_v."""
+        own = self.logps.exp().to(probs.dtype)
+        return probs.mul_(own.sum(dim=-1, keepdim=True)).scatter_add_(1, self.ids, -own)
+
+
 def _token_scores(
-    log_probs: Tensor, targets: Tensor, quantities: frozenset[Quantity], other: Tensor | None
+    log_probs: Tensor, targets: Tensor, quantities: frozenset[Quantity], other: Tensor | Likeliest | None
 ) -> TokenScores:
     """Log-probs of the targets and the quantities, from (tokens, V) log-probs of this model and of the other one.
 
@@ -107,7 +135,9 @@ def _token_scores(
     if Quantity.entropy in quantities:
         found[Quantity.entropy] = -(fixed.exp() * fixed).sum(dim=-1) / math.log(fixed.shape[-1])
     other_logps = None
-    if Quantity.divergence in quantities:
+    if isinstance(other, Likeliest):
+        found[Quantity.forward_kl] = other.forward_kl(log_probs)
+    elif Quantity.divergence in quantities:
         assert other is not None
         found[Quantity.divergence] = (other.exp() * (other - log_probs)).sum(dim=-1)
         other_logps = other.gather(1, targets[:, None]).squeeze(1)
@@ -118,8 +148,9 @@ class _ScoreOnce(torch.autograd.Function):
     """Token scores and, from the same logits, their derivatives, so that the backward pass does not run the head again.
 
     A score depends on its own hidden state alone. For a log-prob, d logp / d h = W[y] - sum over v of p_v W[v]; for
-    a divergence KL(q || p), sum over v of (p_v - q_v) W[v]; both times the slope of the transform. So only one row of
-    H numbers is kept per position and differentiable score. The head's weights get no gradient: they must be frozen.
+    a divergence KL(q || p), sum over v of (p_v - q_v) W[v], with `Likeliest.slope` in its place for a forward KL; all
+    times the slope of the transform. So only one row of H numbers is kept per position and differentiable score. The
+    head's weights get no gradient: they must be frozen.
     """
 
     @staticmethod
@@ -130,10 +161,10 @@ class _ScoreOnce(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         quantities: frozenset[Quantity],
-        other: OtherModel | None,
+        other: OtherModel | Likeliest | None,
     ) -> Tensor:
-        diverges = Quantity.divergence in quantities
-        derivatives = hidden.new_empty((1 + diverges, *hidden.shape), dtype=head.weight.dtype)
+        rows = 1 if other is None else 2
+        derivatives = hidden.new_empty((rows, *hidden.shape), dtype=head.weight.dtype)
         ctx.quantities = quantities
         if not quantities and _is_fused(head, hidden):
             logps = _log_probs(head, hidden, targets, transform, derivatives[0])
@@ -149,7 +180,9 @@ class _ScoreOnce(torch.autograd.Function):
             others = _other_log_probs(other, part, transform)
             results.append(_token_scores(log_probs, y, quantities, others).values)
             weights = log_probs.clamp_(min=_SMALLEST_LOG).exp_().neg_()
-            if others is not None:
+            if isinstance(others, Likeliest):
+                derivatives[1, part] = _through_head(others.slope(-weights), slope, head)
+            elif others is not None:
                 derivatives[1, part] = _through_head(-weights - others.exp_(), slope, head)
             weights.scatter_add_(1, y[:, None], torch.ones_like(weights[:, :1]))
             derivatives[0, part] = _through_head(weights, slope, head)
@@ -162,8 +195,8 @@ class _ScoreOnce(torch.autograd.Function):
         (derivatives,) = ctx.saved_tensors
         incoming = TokenScores(gradient, ctx.quantities)
         total = incoming.logps[:, None] * derivatives[0]
-        if Quantity.divergence in ctx.quantities:
-            total = total + incoming[Quantity.divergence][:, None] * derivatives[1]
+        for quantity in ctx.quantities & {Quantity.forward_kl, Quantity.divergence}:  # one of them at most
+            total = total + incoming[quantity][:, None] * derivatives[1]
         return total.to(derivatives.dtype), None, None, None, None, None
 
 
@@ -200,9 +233,14 @@ def _through_head(weights: Tensor, slope: Tensor | float, head: nn.Linear) -> Te
     return matmul(weights.to(head.weight.dtype), head.weight)
 
 
-def _other_log_probs(other: OtherModel | None, part: slice, transform: LogitTransform) -> Tensor | None:
+def _other_log_probs(
+    other: OtherModel | Likeliest | None, part: slice, transform: LogitTransform
+) -> Tensor | Likeliest | None:
+    """Of a range of positions: the other model's log-probs of all tokens, or of its likeliest ones."""
     if other is None:
         return None
+    if isinstance(other, Likeliest):
+        return other.part(part)
     with torch.no_grad():
         return torch.log_softmax(transform(other.head(other.hidden[part])), dim=-1)
 
@@ -220,7 +258,7 @@ def score_hidden(
     targets: Tensor,
     transform: LogitTransform,
     quantities: frozenset[Quantity] = frozenset(),
-    other: OtherModel | None = None,
+    other: OtherModel | Likeliest | None = None,
 ) -> Tensor:
     """Log-probs of target tokens, and quantities of the model's distributions at these positions.
 
@@ -233,14 +271,15 @@ def score_hidden(
         targets: (tokens,) int64.
         transform: what the model does to the head's output.
         quantities: wanted beside the log-probs.
-        other: the other model of a divergence KL(other || this).
+        other: the other model of a divergence KL(other || this), or the likeliest tokens of a forward KL.
 
     Returns:
         (rows, tokens) fp32 (fp64 for an fp64 head), the `values` of `TokenScores`. A plain tensor, because it passes
         through wrappers of `forward`.
     """
 
-    assert (other is not None) == (Quantity.divergence in quantities), "another model is for a divergence alone"
+    assert isinstance(other, OtherModel) == (Quantity.divergence in quantities), "another model is for a divergence"
+    assert isinstance(other, Likeliest) == (Quantity.forward_kl in quantities), "likeliest tokens are for a forward KL"
 
     def score_one(h: Tensor, y: Tensor, part: slice) -> Tensor:
         logits = transform(head(h))
@@ -259,3 +298,26 @@ def score_hidden(
         return TokenScores.stack(_log_probs(head, hidden, targets, transform, None)).values
     score = functools.partial(checkpoint, score_one, use_reentrant=False) if torch.is_grad_enabled() else score_one
     return torch.cat([score(hidden[part], targets[part], part) for part in _chunks(head, hidden)], dim=1)
+
+
+def likeliest_tokens(
+    head: Any, hidden: Tensor, targets: Tensor, transform: LogitTransform, count: int, size: int
+) -> Tensor:
+    """Log-probs of target tokens, and the likeliest tokens with theirs, without gradient.
+
+    Args:
+        head, hidden, targets, transform: as of `score_hidden`.
+        count: k, of the likeliest tokens.
+        size: only tokens with smaller ids are among them.
+
+    Returns:
+        (1 + 2 k, tokens) fp32 (fp64 for an fp64 head): the targets' log-probs, those of the likeliest, likeliest
+        first, and the ids of these, which are exact below 2^24.
+    """
+    found = []
+    for part in _chunks(head, hidden):
+        log_probs = torch.log_softmax(transform(head(hidden[part])), dim=-1)
+        logps, ids = log_probs[:, :size].topk(count, dim=-1)
+        rows = [log_probs.gather(1, targets[part, None]), logps, ids.to(logps.dtype)]
+        found.append(torch.cat(rows, dim=1).T)
+    return torch.cat(found, dim=1)

@@ -10,7 +10,7 @@ import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,15 @@ from alignment.errors import UserError
 from alignment.kernels.attention import SharedRow
 from alignment.kernels.base import in_words
 from alignment.kernels.gather import select_rows
-from alignment.scoring.head import LogitTransform, OtherModel, reward_head, rewards_of, score_hidden
+from alignment.scoring.head import (
+    Likeliest,
+    LogitTransform,
+    OtherModel,
+    likeliest_tokens,
+    reward_head,
+    rewards_of,
+    score_hidden,
+)
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.states import Fork, run_forked
 from alignment.scoring.token_plan import TokenPlan
@@ -27,6 +35,8 @@ from alignment.scoring.token_scores import TokenScores
 from alignment.types import Group, Quantity, RaggedLogps, to_device
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def autocast(model: Any, device: torch.device) -> torch.autocast:
@@ -37,9 +47,10 @@ def autocast(model: Any, device: torch.device) -> torch.autocast:
 def enable_scoring(model: nn.Module) -> None:
     """Teach a causal LM's `forward` to score: with `score_positions` and `targets` it returns per-token results.
 
-    These are the (rows, tokens) of `head.score_hidden`, or with `hidden_only` the (tokens, H) hidden states behind
-    them. Scoring goes through `forward` so that wrappers around the model (peft, DDP, FSDP, autocast) see an ordinary
-    call. Without these two arguments `forward` does what it did before.
+    These are the (rows, tokens) of `head.score_hidden`, with `likeliest` (how many, of how many tokens) those of
+    `head.likeliest_tokens`, or with `hidden_only` the (tokens, H) hidden states behind them. Scoring goes through
+    `forward` so that wrappers around the model (peft, DDP, FSDP, autocast) see an ordinary call. Without positions and
+    targets `forward` does what it did before.
 
     Where `check_scoring` has found that the model's logits are something else than its head makes of its hidden states,
     the logits take the place of the hidden states, and a head that hands them through that of the head.
@@ -59,7 +70,8 @@ def enable_scoring(model: nn.Module) -> None:
         shared_row: SharedRow | None = None,
         fork: Fork | None = None,
         quantities: frozenset[Quantity] = frozenset(),
-        other: OtherModel | None = None,
+        other: OtherModel | Likeliest | None = None,
+        likeliest: tuple[int, int] | None = None,
         hidden_only: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -91,6 +103,8 @@ def enable_scoring(model: nn.Module) -> None:
             if (scorer := reward_head(self)) is not None:
                 return rewards_of(scorer, hidden)
             form = LogitTransform() if whole else transform
+            if likeliest is not None:
+                return likeliest_tokens(head, hidden, targets, form, *likeliest)
             return score_hidden(head, hidden, targets, form, quantities, other)
 
     model.forward = types.MethodType(forward, model)
@@ -136,7 +150,7 @@ def score_tokens(
     model: nn.Module,
     batch: MicroBatch,
     quantities: frozenset[Quantity] = frozenset(),
-    other: OtherModel | None = None,
+    other: OtherModel | Likeliest | None = None,
 ) -> TokenScores:
     """Log-probs of all scored tokens of a micro-batch and the quantities asked for, differentiable where enabled.
 
@@ -144,12 +158,19 @@ def score_tokens(
         model: a causal LM after `enable_scoring`, possibly wrapped.
         batch: on the model's device.
         quantities: of the distributions at these tokens.
-        other: `hidden_states` of the model that a divergence is from, with its head.
+        other: `hidden_states` of the model that a divergence is from, with its head; or the likeliest tokens of the
+            teacher that a forward KL is from.
 
     Returns:
         The scores of all tokens, in the order of `batch.indices`.
     """
     return TokenScores(_pass(model, batch, quantities=quantities, other=other), quantities)
+
+
+@torch.no_grad()
+def score_likeliest(model: nn.Module, batch: MicroBatch, likeliest: tuple[int, int]) -> Tensor:
+    """(1 + 2 k, tokens) of `head.likeliest_tokens` for a micro-batch; `likeliest` is k and the size of its tokens."""
+    return _pass(model, batch, likeliest=likeliest)
 
 
 @torch.no_grad()
@@ -185,13 +206,13 @@ def score_groups(
 
 @torch.no_grad()
 def in_passes(
-    run: Callable[[MicroBatch], TokenScores],
+    run: Callable[[MicroBatch], T],
     groups: Sequence[Group],
     layout: BatchLayout,
     tokens_per_batch: int,
     device: torch.device,
     prompts: bool = False,
-) -> Iterator[tuple[MicroBatch, TokenScores]]:
+) -> Iterator[tuple[MicroBatch, T]]:
     """Scores of many groups, micro-batch by micro-batch, without gradient.
 
     The scores are on the device: the next pass may start before they are known. The batches are on the CPU. If a GPU
@@ -205,15 +226,15 @@ def in_passes(
         rest = [groups[index] for index in left]
         done: set[int] = set()
         for batch in layout.batches(rest, tokens_per_batch, prompts):
+            own = replace(batch, indices=tuple(left[index] for index in batch.indices))
             try:
-                scores = run(batch.to(device))
+                scores = run(own.to(device))
             except RuntimeError as error:
                 if not ran_out_of_memory(error):
                     raise
                 break
-            indices = tuple(left[index] for index in batch.indices)
-            done.update(indices)
-            yield replace(batch, indices=indices), scores
+            done.update(own.indices)
+            yield own, scores
         left = [index for index in left if index not in done]
         if left:  # outside the handler: its traceback keeps the tensors of the pass alive
             torch.cuda.empty_cache()

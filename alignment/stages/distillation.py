@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -19,11 +20,21 @@ from alignment.training.drawn import HeldOutDraws
 from alignment.types import Group
 
 
-def teacher_of(model: nn.Module, config: RunConfig, work: Workspace, tokens_per_batch: int) -> Teacher:
-    """The reference that a loaded teacher is; `tokens_per_batch` are the tokens of one of its passes."""
+def teacher_of(
+    model: nn.Module, policy: nn.Module, config: RunConfig, work: Workspace, tokens_per_batch: int
+) -> Teacher:
+    """The reference that a loaded teacher is.
+
+    Args:
+        policy: whose tokens alone are among the teacher's likeliest; it may have more.
+        tokens_per_batch: of one of its passes.
+    """
     store = ReferenceStore(CacheKind.reference.under(work.cache))
-    checks = config.reference.spot_checks
-    return Teacher(store, model, choose_layout(model, work.device), tokens_per_batch, work.device, checks)
+    checks, count = config.reference.spot_checks, config.loss.requirements().likeliest
+    causal: Any = policy
+    likeliest = (count, causal.get_input_embeddings().num_embeddings) if count else None
+    layout = choose_layout(model, work.device)
+    return Teacher(store, model, layout, tokens_per_batch, work.device, checks, likeliest=likeliest)
 
 
 def held_out_draws(

@@ -261,7 +261,7 @@ class PreferenceStage:
     ) -> Reference | None:
         config = self._config
         if teacher is not None:
-            return teacher_of(teacher, config, self._work, plan.tokens_per_batch)
+            return teacher_of(teacher, model, config, self._work, plan.tokens_per_batch)
         if not self._has_reference:
             return None
         if not config.loss.requirements().reference:

@@ -18,8 +18,10 @@ from alignment.losses import Loss, LossInputs, LossOutput, Quantity, StepTotals
 from alignment.ranks.shares import share_groups
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.base import Reference
+from alignment.reference.cached import CachedReference
 from alignment.reference.given import GivenReference
 from alignment.reference.live import LiveReference
+from alignment.scoring.head import Likeliest
 from alignment.scoring.layout import BatchLayout, MicroBatch
 from alignment.scoring.logps import in_passes, score_tokens
 from alignment.scoring.token_plan import TokenPlan
@@ -167,9 +169,11 @@ def weighted(groups: Sequence[Group], losses: Tensor) -> Tensor:
 class PassRunner:
     """Runs passes with gradient. A cohort's slot gives the turn to another training after each step."""
 
-    def score(self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity]) -> TokenScores:
+    def score(
+        self, model: nn.Module, batch: MicroBatch, quantities: frozenset[Quantity], likeliest: Likeliest | None = None
+    ) -> TokenScores:
         """Scores of one pass as `logps.score_tokens` gives them, differentiable."""
-        return score_tokens(model, batch, quantities)
+        return score_tokens(model, batch, quantities, likeliest)
 
     def finish(self) -> None:
         """Called after a step's last backward call."""
@@ -209,14 +213,22 @@ class Objective:
         """Where the scored tokens of these groups stand."""
         return TokenPlan.of(groups, self.needs.prompts, ends=self.needs.rewards)
 
-    def score(self, model: nn.Module, batch: MicroBatch) -> TokenScores:
-        """Scores of one pass, differentiable where gradients are enabled."""
+    def score(self, model: nn.Module, batch: MicroBatch, groups: Sequence[Group]) -> TokenScores:
+        """Scores of one pass over some of these groups, differentiable where gradients are enabled."""
         if Quantity.divergence in self._quantities:
             assert isinstance(self.reference, LiveReference), "a divergence needs the reference itself"
             return score_tokens(model, batch, self._quantities, self.reference.other_model(batch))
+        likeliest = self._likeliest([groups[i] for i in batch.indices]) if self.needs.likeliest else None
         if torch.is_grad_enabled():
-            return self.passes.score(model, batch, self._quantities)
-        return score_tokens(model, batch, self._quantities)
+            return self.passes.score(model, batch, self._quantities, likeliest)
+        return score_tokens(model, batch, self._quantities, likeliest)
+
+    def _likeliest(self, groups: Sequence[Group]) -> Likeliest:
+        """The teacher's likeliest tokens at the tokens of these groups, with the log-probs that count."""
+        assert isinstance(self.reference, CachedReference | GivenReference), "a teacher's log-probs are kept"
+        found = self.reference.likeliest(groups)
+        logps = found.logps.log_softmax(-1) if self.needs.renormalise else found.logps
+        return Likeliest(to_device(found.ids, self._device), to_device(logps, self._device))
 
     def collect(self, groups: Sequence[Group], tokens_per_batch: int) -> TokenScores:
         """Scores of all groups, without gradient; every rank scores its share of them."""
@@ -251,7 +263,7 @@ class Objective:
         """The scores of this rank's share, pass by pass, on the device."""
 
         def run(batch: MicroBatch) -> TokenScores:
-            return score_tokens(self._model, batch) if asked.plain else self.score(self._model, batch)
+            return score_tokens(self._model, batch) if asked.plain else self.score(self._model, batch, asked.groups)
 
         passes = in_passes(run, asked.groups, self._layout, asked.tokens_per_batch, self._device, asked.prompts)
         for batch, scores in passes:

@@ -95,7 +95,7 @@ class StepPasses:
         for batch in self.batches(part.groups, tokens_per_batch):
             indices = list(batch.indices)
             with self._router_loss.collecting():
-                scores = objective.score(self.model, batch.to(self._device))
+                scores = objective.score(self.model, batch.to(self._device), part.groups)
             balance = self._router_share(len(indices) / part.num_groups, step)
             step.num_tokens += batch.num_tokens
             step.loss += 0 * scores.values.detach().sum().float()  # nan where a log-prob is not finite

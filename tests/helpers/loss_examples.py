@@ -53,12 +53,14 @@ from alignment.losses import (
     SimPO,
     SLiCHF,
     SPPOSoft,
+    TrOPD,
 )
 from alignment.losses.f_dpo import Divergence
 from alignment.losses.gpo import Shape
 from alignment.losses.ipo import Reduction
 from alignment.losses.nll import NLLReduction, NLLScope
 from alignment.losses.opd import Credit
+from alignment.losses.tropd import Outliers
 
 TOKENS = {"nll_reduction": NLLReduction.token_mean, "nll_scope": NLLScope.response}
 SEQUENCES = {"nll_reduction": NLLReduction.sequence_mean, "nll_scope": NLLScope.response}
@@ -140,6 +142,7 @@ EXAMPLES = {
     "bradley_terry": BradleyTerry(centring=0.0, margin=0.0),
     "bradley_terry_margin": BradleyTerry(centring=0.0, margin=0.5),
     **{f"opd_{credit.name}": OPD(coef=0.7, credit=credit) for credit in Credit},
+    **{f"tropd_{o.name}": TrOPD(coef=0.7, outliers=o, top_k=8, renormalise=False) for o in Outliers},
     "mixture": Mixture(
         weights={"dpo": 0.8, "kto": 0.3, "nll": 1.0},
         settings={

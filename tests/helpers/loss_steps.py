@@ -49,6 +49,7 @@ def make_step(loss, items=5, seed=0, drift=0.1, dtype=torch.float64):
         Quantity.collision: lambda: -uniform(tokens),
         Quantity.entropy: lambda: uniform(tokens),
         Quantity.divergence: lambda: drift * uniform(tokens),
+        Quantity.forward_kl: lambda: uniform(tokens),
     }
     return LossInputs(
         RaggedLogps((reference + noise).to(dtype).requires_grad_(), offsets),

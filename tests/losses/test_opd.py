@@ -1,6 +1,5 @@
 """On-policy distillation: values by hand, and its sampled gradient against that of the exact KL of a tiny language."""
 
-from itertools import product
 from math import exp, log
 
 import pytest
@@ -10,6 +9,7 @@ from alignment.errors import UserError
 from alignment.losses import DPO, OPD, LossInputs, Mixture
 from alignment.losses.opd import Credit
 from alignment.types import RaggedLogps
+from tests.helpers.tiny_language import ANSWERS, PREFIXES, WORDS, logps, tables
 
 TOKEN, REST = OPD(coef=0.5, credit=Credit.token), OPD(coef=0.5, credit=Credit.rest)
 
@@ -64,27 +64,7 @@ def test_a_teacher_that_is_the_policy_teaches_nothing(loss):
     assert losses.tolist() == [0.0, 0.0] and not inputs.policy.values.grad.any()
 
 
-# Answers of up to three tokens over a vocabulary of three, the last of which ends one: every answer can be listed
-
-WORDS, LONGEST, STOP = 3, 3, 2
-ANSWERS = [
-    answer
-    for length in range(1, LONGEST + 1)
-    for answer in product(range(WORDS), repeat=length)
-    if STOP not in answer[:-1] and (answer[-1] == STOP or length == LONGEST)
-]
-PREFIXES = sorted({answer[:t] for answer in ANSWERS for t in range(len(answer))})
-
-
-def tables(seed):
-    """(prefixes, words) logits of a language model with a number of its own for each prefix and word."""
-    return torch.randn(len(PREFIXES), WORDS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def logps(logits, answer):
-    """(tokens,) log-probs of an answer."""
-    rows = torch.stack([logits[PREFIXES.index(answer[:t])] for t in range(len(answer))]).log_softmax(-1)
-    return rows.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1)
+# The expected gradient, by listing every answer
 
 
 def expected_gradient(loss, student, teacher):

@@ -9,15 +9,19 @@ from torch import nn
 
 import alignment.scoring.head
 from alignment.losses import Quantity
-from alignment.scoring.head import LogitTransform, OtherModel, score_hidden
+from alignment.scoring.head import Likeliest, LogitTransform, OtherModel, likeliest_tokens, score_hidden
 from alignment.scoring.layout import FlatLayout, SharedLayout
 from alignment.scoring.logps import hidden_states, score_tokens
 from alignment.scoring.prompt_sharing import choose_layout
 from alignment.scoring.token_scores import TokenScores
 from tests.conftest import random_groups, tiny_policy
 
-TOKENS, WIDTH, VOCABULARY = 11, 6, 23
-SUBSETS = [frozenset(chosen) for k in range(4) for chosen in combinations(Quantity, k)]
+TOKENS, WIDTH, VOCABULARY, LIKELIEST = 11, 6, 23, 5
+COMPARED = frozenset({Quantity.forward_kl, Quantity.divergence})
+"""Of two models; a loss asks for one of them at most."""
+EVERYTHING = frozenset(Quantity) - {Quantity.forward_kl}
+SUBSETS = [frozenset(chosen) for k in range(4) for chosen in combinations(sorted(EVERYTHING, key=str), k)]
+SUBSETS += [frozenset({Quantity.forward_kl}), EVERYTHING - {Quantity.divergence} | {Quantity.forward_kl}]
 TRANSFORMS = {"plain": LogitTransform(), "scaled": LogitTransform(scale=0.25), "capped": LogitTransform(cap=2.0)}
 ROUTES = ["frozen head", "trained head", "head of another kind"]
 
@@ -76,6 +80,9 @@ class Case:
     def found(self, quantities, transform=TRANSFORMS["plain"]):
         """(rows, tokens) by the code under test."""
         other = OtherModel(self.other_head, self.other) if Quantity.divergence in quantities else None
+        if Quantity.forward_kl in quantities:
+            logps, ids = transform(self.other_head(self.other)).log_softmax(-1).topk(LIKELIEST)
+            other = Likeliest(ids, logps)
         return score_hidden(self.head, self.hidden, self.targets, transform, quantities, other)
 
     def expected(self, quantities, transform=TRANSFORMS["plain"]):
@@ -84,6 +91,11 @@ class Case:
         with torch.no_grad():
             q = transform(self.other_head(self.other)).double().log_softmax(-1)
         return by_definition(logits, q, self.targets, quantities)
+
+
+def forward_kl(q, p):
+    """Over the likeliest tokens of one position's log-probs q, one after the other."""
+    return sum(q[v].exp() * (q[v] - p[v]) for v in q.argsort()[-LIKELIEST:])
 
 
 def by_definition(logits, q, targets, quantities):
@@ -95,6 +107,8 @@ def by_definition(logits, q, targets, quantities):
         rows.append((p.detach() ** 2).sum(-1).log())
     if Quantity.entropy in quantities:
         rows.append(torch.distributions.Categorical(probs=p.detach()).entropy() / log(p.shape[-1]))
+    if Quantity.forward_kl in quantities:
+        rows.append(torch.stack([forward_kl(*both) for both in zip(q, p.log(), strict=True)]))
     if Quantity.divergence in quantities:
         own = torch.distributions.Categorical(logits=logits)
         rows.append(torch.distributions.kl_divergence(torch.distributions.Categorical(logits=q), own))
@@ -129,8 +143,9 @@ def test_gradients(quantities, transform, route):
 
 
 @every_route
-def test_a_divergence_alone_has_a_gradient_and_the_other_rows_beside_it_none(route):
-    everything = frozenset(Quantity)
+@pytest.mark.parametrize("compared", COMPARED, ids=lambda quantity: quantity.name)
+def test_what_compares_alone_has_a_gradient_and_the_other_rows_beside_it_none(compared, route):
+    everything = EVERYTHING - {Quantity.divergence} | {compared}
     case = Case(route)
     found = TokenScores(case.found(everything), everything)
 
@@ -138,8 +153,9 @@ def test_a_divergence_alone_has_a_gradient_and_the_other_rows_beside_it_none(rou
         (hidden,) = torch.autograd.grad(row.sum(), case.hidden, retain_graph=True)
         return hidden.abs().max().item()
 
-    assert gradient(found[Quantity.divergence]) > 1e-2
-    for row in (found[Quantity.collision], found[Quantity.entropy], found.other_logps):
+    assert gradient(found[compared]) > 1e-2
+    others = [found.other_logps] if compared is Quantity.divergence else []
+    for row in (found[Quantity.collision], found[Quantity.entropy], *others):
         assert gradient(row) == 0
 
 
@@ -192,7 +208,7 @@ def test_the_ends_of_their_ranges():
     From uniform to sure, sure having e^-500 for the other 22 of 23: KL = 22/23 * 500 - log 23 nats. Back: log 23.
     """
     hidden, targets = torch.ones(5, WIDTH, requires_grad=True), torch.tensor([0, 3, 3, 1, 2])
-    everything = frozenset(Quantity)
+    everything = EVERYTHING
     expected = {False: (-log(23), 1.0, log(23)), True: (0.0, 0.0, 22 / 23 * 500 - log(23))}
     for sure, values in expected.items():
         other = OtherModel(uniform_or_sure(not sure), hidden.detach())
@@ -207,7 +223,7 @@ def test_the_ends_of_their_ranges():
 @pytest.mark.parametrize(("spread", "tolerance"), [(1.0, 1e-5), (6.0, 1e-4)])
 def test_float32_of_usual_and_of_extreme_logits(route, spread, tolerance):
     """At a spread of 6 logits reach 500: most log-probs are below what exp can represent."""
-    everything = frozenset(Quantity)
+    everything = EVERYTHING
     case = Case(route, torch.float32, spread)
     exact = Case(route, torch.float64, spread)
     exact.head.load_state_dict(case.head.state_dict())
@@ -227,14 +243,14 @@ def test_float32_of_usual_and_of_extreme_logits(route, spread, tolerance):
 def test_a_half_precision_head_gives_float32():
     """Its logits are rounded; what is made of them is not."""
     case = Case(dtype=torch.bfloat16)
-    everything = frozenset(Quantity)
+    everything = EVERYTHING
     found = case.found(everything)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), case.expected(everything), rtol=1e-5, atol=1e-5)
 
 
 @every_route
-@pytest.mark.parametrize(("quantities", "rows"), [(frozenset(), 1), (frozenset(Quantity), 2)], ids=["none", "all"])
+@pytest.mark.parametrize(("quantities", "rows"), [(frozenset(), 1), (EVERYTHING, 2)], ids=["none", "all"])
 def test_nothing_of_the_vocabularys_width_is_kept(route, quantities, rows, chunk):
     """For the backward pass a hidden state's width per token and row with a gradient; at one time a chunk's logits."""
     case, kept, logits = Case(route), [], []
@@ -267,7 +283,7 @@ def test_through_a_model_with_its_adapter_off_as_the_other(kind, prompts):
     layout = choose_layout(model, torch.device("cpu")) if kind is SharedLayout else FlatLayout()
     assert isinstance(layout, kind)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups, everything = random_groups(4, seed=3), frozenset(Quantity)
+    groups, everything = random_groups(4, seed=3), EVERYTHING
     generator = torch.Generator().manual_seed(2)
     found_gradient, expected_gradient = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for batch in layout.batches(groups, 60, prompts):
@@ -299,3 +315,22 @@ def row_of(model, prompt, completion, positions, quantities):
     with torch.no_grad(), model.disable_adapter():
         q = model(input_ids=ids[None]).logits[0].log_softmax(-1)
     return by_definition(logits[at], q[at], ids[at + 1], quantities)
+
+
+@every_transform
+@pytest.mark.parametrize("size", [VOCABULARY, 9])
+def test_the_likeliest_tokens_are_those_of_the_full_logits(transform, size):
+    """Of all tokens, or of those with the smallest ids; with the targets' log-probs in front. The forward KL over all
+    of a vocabulary is the divergence."""
+    case = Case()
+    found = likeliest_tokens(case.head, case.hidden.detach(), case.targets, transform, LIKELIEST, size)
+    full = transform(case.head(case.hidden.detach())).log_softmax(-1)
+    assert found.shape == (1 + 2 * LIKELIEST, TOKENS)
+    torch.testing.assert_close(found[0], full.gather(1, case.targets[:, None]).squeeze(1), rtol=1e-13, atol=0)
+    best = full[:, :size].sort(descending=True)
+    assert torch.equal(found[1 + LIKELIEST :].T.long(), best.indices[:, :LIKELIEST])
+    torch.testing.assert_close(found[1 : 1 + LIKELIEST].T, best.values[:, :LIKELIEST], rtol=1e-13, atol=0)
+    q = transform(case.other_head(case.other)).log_softmax(-1)
+    whole = Likeliest(torch.arange(VOCABULARY).expand(TOKENS, -1), q)
+    kl = score_hidden(case.head, case.hidden, case.targets, transform, frozenset({Quantity.forward_kl}), whole)[1]
+    torch.testing.assert_close(kl, case.found(frozenset({Quantity.divergence}), transform)[1], rtol=1e-12, atol=1e-13)

@@ -17,6 +17,7 @@ from alignment.evaluation.sampling.answer import Answer, Finish
 from alignment.evaluation.sampling.local import LocalEngine
 from alignment.onpolicy.held_out import HeldOutPrompts
 from alignment.onpolicy.pairs import Drawn, build
+from alignment.onpolicy.rounds import read_round
 from alignment.policy.teacher import require_same_tokens
 from alignment.reference.teacher import Teacher
 from alignment.runs.record import RunRecord
@@ -122,12 +123,18 @@ def test_the_kl_to_the_teacher_falls(chain_of, tmp_path, tiny_model_folder, teac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole", [pytest.param(False, id="adapter"), pytest.param(True, id="whole", marks=MATRIX)])
-def test_interrupted_and_resumed_is_the_same(whole, chain_of, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param([], id="adapter", marks=MATRIX),
+        pytest.param(["adapter=none", "optim.lr=0.001"], id="whole", marks=MATRIX),
+        pytest.param(["loss=tropd", "loss.top_k=8"], id="tropd"),
+    ],
+)
+def test_interrupted_and_resumed_is_the_same(others, chain_of, tmp_path, monkeypatch):
     """Killed after its fifth step, in the middle of a round, with a checkpoint after the fourth: it goes on with the
     answers of that round, although the policy that drew them is gone and the answers' cache, too, asks the teacher for
     none of them again, and ends with the weights of a run that nothing has interrupted."""
-    others = ["adapter=none", "optim.lr=0.001"] if whole else []
     expected = chain_of("whole", *others).run()
     shutil.rmtree(tmp_path / "cache")
     log = RunRecord.log
@@ -157,14 +164,50 @@ def test_interrupted_and_resumed_is_the_same(whole, chain_of, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_order_and_passes_change_nothing(chain_of, tmp_path):
+@pytest.mark.parametrize("loss", [pytest.param("opd", marks=MATRIX), "tropd"])
+def test_order_and_passes_change_nothing(loss, chain_of, tmp_path):
     """One answer a pass or all of a step, drawn one by one or together: the weights are the same but for rounding."""
-    chain_of("one", "trainer.tokens_per_batch=1", "evaluation.batch_size=1", "optim.lr=0.0001").run()
+    fixed = (f"loss={loss}", "optim.lr=0.0001")
+    chain_of("one", "trainer.tokens_per_batch=1", "evaluation.batch_size=1", *fixed).run()
     shutil.rmtree(tmp_path / "cache")
-    chain_of("all", "trainer.tokens_per_batch=4096", "evaluation.batch_size=64", "optim.lr=0.0001").run()
+    chain_of("all", "trainer.tokens_per_batch=4096", "evaluation.batch_size=64", *fixed).run()
     one, whole = (weights_of(tmp_path / name) for name in ("one", "all"))
     for key, value in one.items():
         torch.testing.assert_close(value, whole[key], rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_tropd_by_full_logits(renormalise, chain_of, tmp_path, tiny_model_folder, teacher_folder):
+    """The loss at the start, of the first step's answers, from whole distributions of both models; some tokens are
+    trusted and some are not. A second run asks the teacher for nothing and ends with the same policy."""
+    asked = ("loss=tropd", "loss.top_k=8", f"loss.renormalise={str(renormalise).lower()}", "trainer.max_steps=3")
+    found = chain_of("run", *asked).run()
+    policy, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        for folder in (tiny_model_folder, teacher_folder)
+    )
+    made = read_round(tmp_path / "run" / "stages" / "preference" / "rounds" / "0001")
+    total, tokens = 0.0, 0
+    for group in made.groups[:8]:
+        ids = torch.from_numpy(np.concatenate([group.prompt, group.completions[0]]).astype(np.int64))
+        with torch.no_grad():
+            rows = slice(len(group.prompt) - 1, -1)
+            p, q = (model(ids[None]).logits[0, rows].log_softmax(-1) for model in (policy, teacher))
+        y = ids[len(group.prompt) :, None]
+        gap = (p - q).gather(1, y)[:, 0]
+        trusted = (-gap).exp().clamp(max=1)
+        best = q.topk(8).indices
+        own = q.gather(1, best)
+        own = own.log_softmax(-1) if renormalise else own
+        kl = (own.exp() * (own - p.gather(1, best))).sum(-1)
+        total, tokens = total + (trusted * gap + (1 - trusted) * kl).sum().item(), tokens + len(y)
+    assert found["stages"]["preference"]["start"]["loss"] == pytest.approx(total / tokens, rel=1e-4)
+    metrics = found["stages"]["preference"]["metrics"]
+    assert 0 < metrics["train/trusted"] < 1 and 0 < metrics["eval/trusted"] < 1
+    again = chain_of("again", *asked).run()
+    assert again["reference"]["misses"] == 0
+    assert again["model"]["final_identity"] == found["model"]["final_identity"]
 
 
 @pytest.mark.slow
@@ -176,6 +219,11 @@ def test_the_policy_as_its_own_teacher_stays(chain_of, tmp_path, tiny_model_fold
     ours, theirs = weights_of(tmp_path / "run"), load_file(tiny_model_folder / "model.safetensors")
     for key, value in ours.items():
         torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-6)
+
+
+def test_more_likeliest_tokens_than_there_are_tokens(chain_of):
+    with pytest.raises(UserError, match=r"^loss\.top_k=100000: the policy has \d+ tokens, so set no more\.$"):
+        chain_of("run", "loss=tropd", "loss.top_k=100000")
 
 
 @pytest.mark.slow
@@ -244,6 +292,10 @@ def test_a_teacher_with_other_tokens_is_refused_before_anything_is_loaded(
         ("loss=dpo", r"^onpolicy\.pairs\.choice=answers and loss dpo do not fit: choice answers is for losses with a"),
         ("reference=live", r"loss opd has its teacher as the reference, whose log-probs are kept: set reference=cache"),
         ("reference=sdpo", r"and so do rounds: leave them out"),
+        (
+            "loss=tropd loss.outliers=mask loss.renormalise=true",
+            r"^loss\.renormalise has no effect with loss\.outliers=",
+        ),
         ("stopping=asha", r"compares chosen with rejected answers, and loss opd has none: set stopping=none\.$"),
     ],
 )
@@ -253,7 +305,7 @@ def test_what_does_not_fit_is_refused(given, sentence, tmp_path):
     if given == "onpolicy=none":
         kept = [one for one in kept if not one.startswith("onpolicy")]
     with pytest.raises(UserError, match=sentence):
-        load(*kept, given)
+        load(*kept, *given.split())
 
 
 def test_a_teacher_without_a_loss_that_draws_is_refused():
