@@ -22,6 +22,7 @@ COMMANDS = (
     "chat",
     "merge",
     "push",
+    "export",
     "migrate",
     "cache",
     "doctor",

@@ -21,7 +21,7 @@ from alignment.errors import UserError
 from alignment.policy.adapter_kinds import merged_weight
 from alignment.policy.load import load_base, load_model, one_line, read_shape, resolve_dtype
 from alignment.policy.quantize import is_packed_by_bitsandbytes, load_arguments, plain_weight, without_packing
-from alignment.policy.requantise import Sequences, drift_of_steps, next_logps
+from alignment.policy.requantise import Sequences, drift_of_steps, largest, next_logps
 from alignment.policy.reward_model import is_reward_model, put_reward_head, rewards_of_texts, save_trained
 from alignment.policy.saved_adapter import read_adapter, require_known_form
 from alignment.policy.stored import Checkpoint
@@ -113,7 +113,7 @@ def merge_adapter(model: Any, folder: Path) -> nn.Module:
     return base
 
 
-def _load_plain(source: str, config: RunConfig, dtype: torch.dtype, device: torch.device, own: bool = True) -> Any:
+def load_plain(source: str, config: RunConfig, dtype: torch.dtype, device: torch.device, own: bool = True) -> Any:
     """The model in a folder or on the hub, in plain weights; `own` for the run's model, not its export."""
     model = config.model if own else replace(config.model, revision=None)
     stored = load_arguments(Checkpoint.of(read_shape(source, model)), None, dtype)
@@ -152,7 +152,7 @@ def export_merged(
     partial = folder.with_name(f"{folder.name}.partial")
     for stale in (partial, folder):
         shutil.rmtree(stale, ignore_errors=True)
-    merged = _load_plain(source, config, dtype, device)
+    merged = load_plain(source, config, dtype, device)
     rewards = is_reward_model(model)
     if rewards:
         put_reward_head(merged)
@@ -163,7 +163,7 @@ def export_merged(
     del merged
     if rewards:
         return _checked_rewards(model, partial, folder, prompts, dtype, device)
-    merged = _load_plain(str(partial), config, dtype, device, own=False)
+    merged = load_plain(str(partial), config, dtype, device, own=False)
     found = _compare(model, merged, prompts, device)
     precise = {dtype, model.dtype} <= {torch.float32, torch.float64}
     if (problem := _problem(found, precise)) is not None:
@@ -265,8 +265,7 @@ def _compare(model: Any, merged: Any, prompts: Sequence[np.ndarray], device: tor
         sequences.append((whole, start))
         ours, theirs = (m(input_ids=whole).logits[0, start:].double().log_softmax(-1) for m in (model, merged))
         apart = (ours - theirs).abs()
-        likely = ours > ours.amax(-1, keepdim=True) - 10  # no decoding reaches the far tail, which is rounding noise
-        differences.append(apart[likely | apart.isnan()].max().item())
+        differences.append(largest(ours, theirs))
         means.append((ours.exp() * apart).sum(-1).mean().item())
         parting = (whole != other)[0, start + 1 :].nonzero()
         if len(parting):

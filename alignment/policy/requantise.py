@@ -16,6 +16,9 @@ from torch import Tensor, nn
 Sequences = Sequence[tuple[Tensor, int]]
 """Token ids (1, length), and the position from which the next tokens count."""
 
+_LIKELY = 10
+"""Nats below the best token."""
+
 
 @torch.no_grad()
 def next_logps(model: Any, sequences: Sequences) -> list[Tensor]:
@@ -31,6 +34,15 @@ def drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Mean absolute difference of the next tokens' log-probs, nats, over tokens as the first of the two draws them."""
     sums = [(a.double().exp() * (a.double() - b.double()).abs()).sum(-1) for a, b in zip(before, after, strict=True)]
     return torch.cat(sums).mean().item()
+
+
+def largest(before: Tensor, after: Tensor) -> float:
+    """Largest absolute difference of two log-probs, nats, over likely next tokens as the first of them has them.
+
+    No decoding reaches the far tail, which is rounding noise. nan where a number is.
+    """
+    apart = (before - after).abs()
+    return apart[(before > before.amax(-1, keepdim=True) - _LIKELY) | apart.isnan()].max().item()
 
 
 def drift_of_steps(

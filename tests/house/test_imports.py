@@ -24,6 +24,7 @@ ONLY_IN = {
     "plotly": {"comparison.charts", "comparison.tracked"},
     "sqlite3": {"reference.keyed_store"},
     "greenlet": {"training.cohort"},
+    "gguf": {"export"},
     "bitsandbytes": {"policy", "kernels.calibrated", "kernels.eight_bit", "kernels.nf4", "config.gpu"},
 }
 """Wings and modules that may import a heavy library, so that replacing one touches little."""

@@ -1,0 +1,1 @@
+"""Trained policies for other programs: peft and transformers, GGUF readers, vLLM, Ollama."""
