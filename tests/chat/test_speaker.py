@@ -1,5 +1,6 @@
 """Policies on one base: each computes what it computes alone, and the base is in memory once."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -9,9 +10,15 @@ from peft import BOFTConfig, LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from alignment.chat.opening import open_guests
-from alignment.chat.speaker import Memory, Speaker
+from alignment.chat.speaker import Memory, Speaker, Weights
+from alignment.config.compose import load as compose
 from alignment.errors import UserError
+from alignment.policy.adapter import attach_adapter
+from alignment.policy.load import load_tokenizer, save_policy
+from alignment.types import Group
+from tests.helpers.adapter_options import OPTIONS, start_sources
 from tests.helpers.chats import write_adapter
+from tests.helpers.policies import CPU, NF4, adapter, load, scores
 
 PROMPT, ANSWER = np.array([7, 8, 9], np.int32), np.array([3, 4, 5, 6], np.int32)
 
@@ -58,10 +65,35 @@ def test_adapters_take_turns_on_one_base(tiny_model_folder, adapters):
 def test_an_adapter_of_another_kind_has_a_base_of_its_own(tiny_model_folder, adapters):
     one, _, three = adapters
     guests = open_guests([str(one), str(three)], "start", ["device=cpu"])
-    for speaker, adapter in zip(guests.speakers, (one, three), strict=True):
-        np.testing.assert_allclose(speaker.logps(PROMPT, ANSWER), alone(tiny_model_folder, adapter), atol=2e-5)
+    for speaker, folder in zip(guests.speakers, (one, three), strict=True):
+        np.testing.assert_allclose(speaker.logps(PROMPT, ANSWER), alone(tiny_model_folder, folder), atol=2e-5)
     assert len(guests.speakers[0].memory._bases) == 2
     np.testing.assert_allclose(guests.pairs[1][1].logps(PROMPT, ANSWER), alone(tiny_model_folder), atol=2e-5)
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["float", "nf4"])
+def test_an_adapter_that_began_with_a_part_of_its_base(quantization, tiny_model_folder, tmp_path):
+    """PiSSA: what was trained speaks, beside the whole base. In 4 bits the base rounds otherwise without that part."""
+    sources = start_sources(tiny_model_folder, tmp_path)
+    trained = attach_adapter(load(tiny_model_folder, quantization), adapter(**OPTIONS["pissa"]), 0, sources)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    group = [Group(PROMPT, (ANSWER,))]
+    expected = scores(trained, group).numpy(), scores(load(tiny_model_folder, quantization), group).numpy()
+    settings = compose("recipe=quickstart").model
+    save_policy(trained, load_tokenizer(settings, str(tiny_model_folder)), tmp_path / "adapter")
+    base = Weights(str(tiny_model_folder), settings, quantization, None)
+    memory = Memory(CPU, tmp_path)
+    found = [
+        Speaker("it", None, memory, weights).logps(PROMPT, ANSWER)
+        for weights in (replace(base, adapter=tmp_path / "adapter"), base)
+    ]
+    assert np.abs(expected[0] - expected[1]).max() > 0.01
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert len(memory._bases) == (1 if quantization is None else 2)
 
 
 def test_whole_models_and_a_base_that_is_a_policy_too(tiny_model_folder, adapters):
