@@ -19,7 +19,8 @@ FULL = 3.0
 """Nats from which on a colour is at its strongest: a token that is twenty times likelier."""
 _LIKELIER, _UNLIKELIER = (31, 111, 196), (217, 119, 0)
 """Blue and orange, which people with any kind of colour vision tell apart."""
-_NAMED = 5
+_NAMED, _SEEN = 5, 0.005
+"""So many tokens are named in each direction, if their two decimals are not 0."""
 _TEMPLATES = page_templates(Path(__file__).parent)
 
 
@@ -56,8 +57,8 @@ class Heat:
     def strongest(self) -> str:
         """The tokens that changed most, in both directions."""
         order = np.argsort(self.ratios, kind="stable")
-        up = [i for i in order[::-1][:_NAMED] if self.ratios[i] > 0]
-        down = [i for i in order[:_NAMED] if self.ratios[i] < 0]
+        up = [i for i in order[::-1][:_NAMED] if self.ratios[i] >= _SEEN]
+        down = [i for i in order[:_NAMED] if self.ratios[i] <= -_SEEN]
         parts = [
             f"{word}: {', '.join(f'{self.mark(i)} {self.ratios[i]:+.2f}' for i in some)}"
             for word, some in (("likelier", up), ("less likely", down))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import termios
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,22 @@ def steady(text: str) -> str:
         else sign
         for sign in text
     )
+
+
+@contextmanager
+def _silent_keys() -> Iterator[None]:
+    """What is typed while answers are drawn is not shown: it would shift them. It is read afterwards."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 @dataclass(slots=True)
@@ -188,7 +205,8 @@ class Terminal:
 
         before = signal.signal(signal.SIGINT, pressed)
         try:
-            yield
+            with _silent_keys():
+                yield
         except KeyboardInterrupt:
             raise UserError("The question was taken back.") from None
         finally:
@@ -253,7 +271,7 @@ class Terminal:
                 self._say("An empty answer has no tokens.", "dim")
                 continue
             self.console.print(as_text(heat))
-            self._say(f"{heat.summary}; {heat.strongest}")
+            self.console.print(Text(steady(f"{heat.summary}; {heat.strongest}")))
         self.console.print(legend())
 
     def _save(self, name: str) -> None:
