@@ -27,7 +27,7 @@ from alignment.runs.folder import (
 )
 from alignment.runs.text import format_value, is_number
 
-_IGNORED = {"tracking", "resume", "evaluation.every", "evaluation.every_prompts"}
+_IGNORED = {"tracking", "dashboard", "resume", "evaluation.every", "evaluation.every_prompts"}
 """Settings that do not change the result of a run."""
 
 _LONGEST_VALUE = 40

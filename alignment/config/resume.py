@@ -23,7 +23,7 @@ from alignment.files import damaged, redact
 FREE = ("trainer.cohort",)
 """Settings of a sweep that do not touch its results, so they may change when it goes on."""
 
-SHARING = ("trainer.devices", "trainer.shard")
+SHARING = ("trainer.devices", "trainer.shard", "dashboard")
 """Those of a run that may change when it goes on, as they do not touch the result either."""
 
 

@@ -50,6 +50,13 @@ class Planning(Enum):
     off = "off"
 
 
+class View(Enum):
+    """`auto`: a live view of the numbers in a terminal, progress bars elsewhere; `off`: always bars."""
+
+    auto = "auto"
+    off = "off"
+
+
 class Shard(Enum):
     """`node`: the ranks of a machine share one base; `off`: each has its own; `auto`: as the plan for GPUs says."""
 
@@ -274,6 +281,7 @@ class RunConfig:
     evaluation: EvaluationConfig
     stopping: StoppingConfig | None
     tracking: TrackingConfig | None
+    dashboard: View
     export: ExportConfig
     resume: str | None
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 AUTO_WIDTH = 4
 """How many members train at once on a GPU with `trainer.cohort=auto`."""
 
-_OWN = ("seed", "loss", "optim", "adapter", "tracking", "resume")
+_OWN = ("seed", "loss", "optim", "adapter", "tracking", "dashboard", "resume")
 """Sections in which the members of a cohort may differ."""
 _SHARED_LOOP = ("cohort", "plan", "tokens_per_batch", "checkpoint_every")
 """Settings of the loop that must be the same, since they decide how the passes run."""

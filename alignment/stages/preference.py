@@ -52,7 +52,6 @@ from alignment.stages.stage import PreferenceResult, StageResult, Workspace
 from alignment.training.budget import Plan
 from alignment.training.callbacks import (
     LogFunction,
-    RecordCallback,
     last_checkpoint,
     prepare_trainer,
     stage_callbacks,
@@ -300,7 +299,8 @@ class PreferenceStage:
         config, data = self._config, self._data
         name = loss_title(config.loss.name)
         title = name if slot is None else f"{self._work.run_dir.name} {name}"
-        callbacks = stage_callbacks(title, log_metrics, config.trainer, bool(data.eval), alone=self._work.slot is None)
+        alone, view = self._work.slot is None, config.dashboard
+        callbacks = stage_callbacks(title, log_metrics, config.trainer, bool(data.eval), alone, view)
         if config.evaluation.every is not None and self._given is None:
             asks = config.stopping is not None and config.stopping.metric.startswith("answers/")
             rungs = self._stopping.rungs if self._stopping is not None and asks else ()
@@ -380,9 +380,6 @@ class PreferenceStage:
         )
         if config.adapter is not None:
             trainer.lr_ratio = config.adapter.lr_ratio
-        for callback in callbacks:
-            if isinstance(callback, RecordCallback):
-                callback.held_out = trainer.held_out
         return trainer
 
     def _frozen_start(self, model: nn.Module, reference: Reference | None) -> FrozenPolicy | None:

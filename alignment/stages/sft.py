@@ -199,7 +199,12 @@ class SFTStage:
             eval_dataset=_dataset(self._data.eval) if self._data.eval else None,
             processing_class=self._work.tokenizer,
             callbacks=stage_callbacks(
-                "SFT", log_metrics, config.trainer, bool(self._data.eval), alone=self._work.slot is None
+                "SFT",
+                log_metrics,
+                config.trainer,
+                bool(self._data.eval),
+                self._work.slot is None,
+                self._run_config.dashboard,
             ),
         )
         trainer.team, trainer.rows_per_pass = team, rows

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from alignment.config.schema import OptimConfig, TrainerConfig
+from alignment.config.schema import OptimConfig, TrainerConfig, View
 from alignment.errors import UserError
 from alignment.files import digests, read_sealed, write_sealed
+from alignment.training.dashboard import Dashboard, has_room
 from alignment.training.elastic import ElasticSteps
 from alignment.training.optimizers import resumes, trainer_settings
 from alignment.training.stop_signal import CheckpointAtStop
@@ -182,20 +183,26 @@ class Checkpoints(TrainerCallback):
 
 
 def stage_callbacks(
-    title: str, log_metrics: LogFunction, trainer: TrainerConfig, evaluate: bool, alone: bool = True
+    title: str,
+    log_metrics: LogFunction,
+    trainer: TrainerConfig,
+    evaluate: bool,
+    alone: bool = True,
+    view: View = View.off,
 ) -> list[Any]:
     """The callbacks of a stage.
 
     Args:
         evaluate: whether anything is held out.
         alone: whether this process trains nothing else meanwhile.
+        view: what a terminal shows of it.
     """
     return [
         ElasticSteps(),
         RecordCallback(log_metrics),
         Rhythm(trainer.eval_every if evaluate else None),
         Checkpoints(trainer.keep_checkpoints),
-        ProgressBar(title),
+        Dashboard(title) if view is View.auto and alone and has_room() else ProgressBar(title),
         *([CheckpointAtStop()] if alone else []),
     ]
 

@@ -19,6 +19,7 @@ from alignment.errors import NotFinite
 from alignment.policy.part_files import PartFiles
 from alignment.policy.weight_parts import load_weights, load_whole, weight_parts
 from alignment.training.callbacks import ProgressBar, complete_checkpoints
+from alignment.training.dashboard import Dashboard
 from alignment.training.master_weights import MasterWeights, load_states
 from alignment.training.optimizers import as_policy, make_optimizer, scale_rate_of_b
 from alignment.training.sharded_optimizer import ShardedOptimizer
@@ -137,7 +138,7 @@ class StageTrainer(Trainer):
             return result
         finally:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ProgressBar | CheckpointAtStop):
+                if isinstance(callback, ProgressBar | Dashboard | CheckpointAtStop):
                     callback.close()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

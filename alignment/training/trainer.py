@@ -32,6 +32,8 @@ from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.scoring.layout import BatchLayout
 from alignment.scoring.logps import largest_group, smaller_budget
+from alignment.training.callbacks import RecordCallback
+from alignment.training.dashboard import Dashboard
 from alignment.training.drawn import HeldOutDraws
 from alignment.training.metrics import Means, Observed, held_out_rows, means_by_dataset, preference_metrics, read
 from alignment.training.objective import Evaluation, Objective, evaluated, step_seeds, step_totals
@@ -99,6 +101,11 @@ class PreferenceTrainer(StageTrainer):
         self._gradients_checked = False
         self._step_groups: Sequence[Group] = ()
         super().__init__(model=model, args=args, train_dataset=groups, callbacks=callbacks)
+        for callback in callbacks:
+            if isinstance(callback, RecordCallback):
+                callback.held_out = self.held_out
+            elif isinstance(callback, Dashboard):
+                callback.tokens = lambda: self.num_tokens
         self._team = team
         self.objective = Objective(loss, model, reference, layout, args.device, team)
         router_loss = RouterLoss(model, router_aux_loss_coef, "trainer.router_aux_loss_coef")
