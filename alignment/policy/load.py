@@ -42,7 +42,7 @@ from alignment.policy.quantize import (
 )
 from alignment.policy.residual_start import residual_start, save_with_start
 from alignment.policy.stored import Checkpoint, describe_stored, require_loadable, require_stored
-from alignment.policy.weight_parts import whole_state
+from alignment.policy.weight_parts import save_whole, weight_parts
 from alignment.scoring.logps import check_scoring, enable_scoring
 
 log = logging.getLogger(__name__)
@@ -309,7 +309,11 @@ def _resized(model: nn.Module) -> list[str]:
 
 def save_policy(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Save the adapter (or the whole model without one) as safetensors, with the tokenizer and its template."""
-    model.save_pretrained(str(folder), state_dict=whole_state(model), safe_serialization=True)
+    whole: Any = model
+    if (parts := weight_parts(model)) is not None:
+        save_whole(model, parts, folder)
+    else:
+        whole.save_pretrained(str(folder), safe_serialization=True)
     if (residual := residual_start(model)) is not None:
         save_with_start(folder, residual)
     tokenizer.save_pretrained(str(folder))

@@ -1,8 +1,9 @@
 """The weights of a whole model that trains in parts: those of this rank, and what rank 0 gathers of all.
 
 Every weight is split by its first dimension among the ranks of a machine, by torch's DTensor. Rank 0 gathers one weight
-at a time, so that more than one is never whole on a GPU. A saved model has whole weights, as that of one process. A
-checkpoint has each rank's parts (`part_files`), or whole weights where one process has written it.
+at a time, so that more than one is never whole on a GPU, and no more than a file's in main memory. A saved model has
+whole weights, as that of one process. A checkpoint has each rank's parts (`part_files`), or whole weights where one
+process has written it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from alignment.errors import UserError
+from alignment.files import atomic_write_bytes, to_json
+from alignment.policy.layers import decoder_layers
 from alignment.policy.part_files import PartFiles, write_part
 from alignment.ranks.team import Post, Team
 
 _PARTS = "_weight_parts"
+_MODEL = "model.safetensors"
+_FILE = 5 * 10**9
+"""Bytes of a saved model's file, or a layer's weights if these are more."""
 _WEIGHT = "weight."
 """Before a weight's number among all of the model, where ranks write their parts."""
 
@@ -199,18 +205,65 @@ def whole(model: nn.Module, tensor: Tensor) -> Tensor:
     return tensor if parts is None else parts.whole(tensor)
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state dict of a model that trains in parts, whole and on the CPU; None for any other."""
-    parts = weight_parts(model)
-    if parts is None:
-        return None
-    found: dict[int, Tensor] = {}
-    names: dict[str, int] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names[name] = id(tensor)  # the same for tied weights, which stay one tensor
-        if id(tensor) not in found:
-            found[id(tensor)] = parts.whole(tensor).cpu()
-    return {name: found[number] for name, number in names.items()}
+def save_whole(model: Any, parts: WeightParts, folder: Path) -> None:
+    """Save a model that trains in parts as transformers does one that is whole; for rank 0.
+
+    Its weights are gathered one by one and held until a file is full, so no more of it is in main memory at once. Those
+    of a layer are in one file: how they were loaded may be undone only for all of them together, such as experts that
+    are stacked.
+    """
+    files: list[Path] = []
+    pending: dict[str, Tensor] = {}
+
+    def write() -> None:
+        model.save_pretrained(str(folder), state_dict=pending)  # and its settings, each time
+        pending.clear()
+        files.append((folder / _MODEL).rename(folder / f"weights-{len(files)}"))
+
+    size = 0
+    for weights in _by_layer(model):
+        added = sum(weight.nbytes for weight in weights.values())
+        if pending and size + added > _FILE:
+            write()
+            size = 0
+        pending.update((name, parts.whole(weight).cpu()) for name, weight in weights.items())
+        size += added
+    write()
+    if len(files) == 1:
+        files[0].rename(folder / _MODEL)
+        return
+
+    # As many files as there are is in their names
+    stem, places = _MODEL.removesuffix(".safetensors"), {}
+    for number, path in enumerate(files, 1):
+        name = f"{stem}-{number:05d}-of-{len(files):05d}.safetensors"
+        with safe_open(path.rename(folder / name), "pt") as file:
+            places.update(dict.fromkeys(file.keys(), name))
+    sizes = {
+        "total_parameters": model.num_parameters(),
+        "total_size": sum(p.nbytes for p in _saved_once(model).values()),
+    }
+    atomic_write_bytes(folder / f"{_MODEL}.index.json", to_json({"metadata": sizes, "weight_map": places}))
+
+
+def _saved_once(model: Any) -> dict[str, Tensor]:
+    """The tensors of a saved model by name, tied ones once, under the name that its class does not tie to another."""
+    names: dict[int, list[str]] = {}
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: state[name] for same in names.values() for name in [min(same, key=lambda one: one in tied)]}
+
+
+def _by_layer(model: Any) -> list[dict[str, Tensor]]:
+    """What is saved of each layer, and each tensor outside of them, in the model's order."""
+    layers = set(decoder_layers(model))
+    begins = [f"{name}." for name, module in model.named_modules() if module in layers]
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _saved_once(model).items():
+        found.setdefault(next((begin for begin in begins if name.startswith(begin)), name), {})[name] = tensor
+    return list(found.values())
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import weakref
 from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from alignment.config.compose import load as load_config
 from alignment.config.schema import Dtype
+from alignment.policy import weight_parts as weight_parts_module
 from alignment.policy.adapter import attach_adapter, has_adapter
 from alignment.policy.full_shards import join_shards, take_shards
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import checkpoint_layers
 from alignment.policy.tiny_model import write_tiny_model
-from alignment.policy.weight_parts import weight_parts, whole_state
+from alignment.policy.weight_parts import WeightParts, save_whole, weight_parts
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.cached import CachedReference
 from alignment.reference.store import ReferenceStore
@@ -34,6 +36,7 @@ from alignment.training.sampler import StepSampler
 from alignment.training.shared_memory import shared_weights, weights_here
 from alignment.training.trainer import PreferenceTrainer
 from tests.conftest import recommended_loss
+from tests.helpers.mixtures import write_mixture
 from tests.helpers.policies import adapter, load
 from tests.helpers.rank_steps import CPU, share_base
 from tests.helpers.ranks import command_in_ranks, in_ranks
@@ -101,6 +104,13 @@ def bytes_here(post: Any, _: None) -> tuple[int, int]:
     return sum(p.to_local().nbytes for p in post.model.parameters()), sum(t.nbytes for t in (*states, *masters))
 
 
+def save(model: Any, folder: Path) -> None:
+    if (parts := weight_parts(model)) is None:
+        model.save_pretrained(folder)
+    else:
+        save_whole(model, parts, folder)
+
+
 def lose_groups(post: Post, _: None) -> None:
     """A planted fault."""
     post.passes.add_gradients = lambda *_: None
@@ -149,8 +159,8 @@ def train(
         trainer.load_state(start)
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     trainer.require_finite_weights()
-    state = whole_state(model) or model.state_dict()
-    model.save_pretrained(folder / "model", state_dict=whole_state(model))
+    save(model, folder / "model")
+    state = model.state_dict() if has_adapter(model) else load_file(folder / "model" / "model.safetensors")
     found = {
         "weights": {name: tensor.clone() for name, tensor in state.items() if "lora" in name or not has_adapter(model)},
         "log": [row for row in trainer.state.log_history if "loss" in row],
@@ -219,7 +229,7 @@ def test_ranks_that_train_parts_are_one(names, models, tmp_path):
         saved = load_file(tmp_path / "two" / name / "model" / "model.safetensors")
         kept = load_file(tmp_path / "alone" / name / "model" / "model.safetensors")
         assert saved.keys() == kept.keys()
-        assert all(found[name]["weights"][key].equal(value) for key, value in saved.items())
+        assert all(found[name]["weights"][key].equal(value) for key, value in saved.items()) and saved
         [(weights, states)] = found[name]["bytes"]
         whole = sum(t.nbytes for key, t in expected[name]["weights"].items() if name != "tied" or "lm_head" not in key)
         assert weights == pytest.approx(whole / 2, rel=0.01), name
@@ -286,6 +296,73 @@ def test_groups_that_are_lost_show(models, tmp_path):
     found = in_team(2, tmp_path / "ranks", models, ["dpo"], None, lose_groups)
     with pytest.raises(AssertionError):
         assert_same(found["dpo"], read(tmp_path / "alone")["dpo"], "dpo")
+
+
+SMALL_FILE = 40_000
+"""Bytes: more than a layer of the tiny models, and less than half of any."""
+
+
+def whole_at_once(monkeypatch: Any) -> list[int]:
+    """Bytes of gathered weights that are in memory, from now on: at present, and at most so far."""
+    found, gather = [0, 0], WeightParts.whole
+
+    def forget(size: int) -> None:
+        found[0] -= size
+
+    def counted(self: WeightParts, parameter: Any) -> Any:
+        weight = gather(self, parameter).clone()
+        found[0] += weight.nbytes
+        found[1] = max(found)
+        weakref.finalize(weight, forget, weight.nbytes)
+        return weight
+
+    monkeypatch.setattr(WeightParts, "whole", counted)
+    return found
+
+
+def save_all(team: Team, folder: Path, models: Path) -> None:
+    """Save models from two ranks in small files, one of them in one file too: how much was whole at most."""
+    peaks = {}
+    for name in ("plain", "tied", "mixture"):
+        make = partial(load, models / name)
+        model = make()
+        team.tell(hold, make)
+        team.run(share, [None] * team.size, lambda _, model=model: take(model, team))
+        with pytest.MonkeyPatch.context() as patch:
+            found = whole_at_once(patch)
+            if name == "plain":
+                save(model, folder / "in one")
+                peaks["in one"], found[1] = found[1], 0
+            patch.setattr(weight_parts_module, "_FILE", SMALL_FILE)
+            save(model, folder / name)
+            peaks[name] = found[1]
+    (folder / "peaks.json").write_text(json.dumps(peaks))
+
+
+@pytest.mark.slow
+def test_a_model_in_parts_is_saved_file_by_file(models, tmp_path):
+    """No more than a file's weights are whole at once; transformers reads the same model of the files, experts too."""
+    write_mixture(models / "mixture")
+    code = in_ranks(2, tmp_path / "output", save_all, tmp_path, models)
+    assert code == [0, 0], (tmp_path / "output" / "stderr0").read_text()
+    peaks = json.loads((tmp_path / "peaks.json").read_text())
+    for name in ("plain", "tied", "mixture"):
+        saved, expected = tmp_path / name, load_file(models / name / "model.safetensors")
+        size = sum(tensor.nbytes for tensor in expected.values())
+        layer = sum(tensor.nbytes for key, tensor in expected.items() if ".layers.0." in key)
+        assert 0 < peaks[name] <= max(SMALL_FILE, layer) < size / 2, name
+        index = json.loads((saved / "model.safetensors.index.json").read_text())
+        files = sorted(path.name for path in saved.glob("*.safetensors"))
+        assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+        assert index["metadata"]["total_size"] == size and set(index["weight_map"].values()) == set(files)
+        found = {key: tensor for file in files for key, tensor in load_file(saved / file).items()}
+        assert found.keys() == expected.keys() == index["weight_map"].keys(), name
+        assert all(found[key].equal(tensor) for key, tensor in expected.items()), name
+        read, original = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (saved, models / name))
+        assert all(read[key].equal(tensor) for key, tensor in original.items()), name
+        if name == "plain":
+            assert peaks["in one"] == size, "the count sees what is held"
+            assert load_file(tmp_path / "in one" / "model.safetensors").keys() == expected.keys()
 
 
 def killed() -> None:
