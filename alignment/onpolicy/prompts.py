@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,9 @@ import numpy as np
 
 from alignment.data.conversations.trajectories import readable
 from alignment.data.rows.row import Row
-from alignment.errors import UserError
+from alignment.data.rows.sequences import Picked
 from alignment.evaluation.judges.base import Item
-from alignment.types import Group
+from alignment.types import Group, MadeOnDemand
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,23 +38,31 @@ class Prompt:
         return Item(readable(self.row.prompt), answers, self.row.meta, self.row.source)
 
 
-def prompts_of(groups: Sequence[Group], rows: Sequence[Row]) -> list[Prompt]:
-    """The different prompts of the training groups, in their order.
+class Prompts(MadeOnDemand[Prompt]):
+    """The different prompts of the training groups, in their order; their texts are read when they are asked for.
 
-    Raises:
-        UserError: the rows are too many to be in memory.
+    Args:
+        groups: of the training.
+        rows: that these were made of.
+
+    Attributes:
+        groups: the first one with each prompt.
     """
-    by_source = {row.source: row for row in rows}
-    found: dict[bytes, Prompt] = {}
-    for group in groups:
-        row = by_source.get(group.source)
-        if row is None:
-            raise UserError(
-                "onpolicy reads the text of its prompts, and rows of a set as large as this one do not stay in "
-                "memory: set data.limit to 8192 or less."
-            )
-        found.setdefault(group.prompt.tobytes(), Prompt(group, row))
-    return list(found.values())
+
+    def __init__(self, groups: Sequence[Group], rows: Sequence[Row]) -> None:
+        first: dict[bytes, int] = {}
+        for place, group in enumerate(groups):
+            first.setdefault(hashlib.blake2b(group.prompt.tobytes(), digest_size=16).digest(), place)
+        self.groups = Picked(groups, [*first.values()])
+        places = {row.source: place for place, row in enumerate(rows)}
+        self._rows = Picked(rows, [places[group.source] for group in self.groups])
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def item(self, place: int) -> Prompt:
+        """See `MadeOnDemand`."""
+        return Prompt(self.groups[place], self._rows[place])
 
 
 def shuffled(count: int, seed: int, position: int) -> Iterator[tuple[int, int]]:

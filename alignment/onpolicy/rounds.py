@@ -24,7 +24,7 @@ from alignment.files import atomic_write_bytes, damaged, read_sealed, to_json_li
 from alignment.onpolicy.counts import Counts
 from alignment.onpolicy.held_out import HeldOutPrompts
 from alignment.onpolicy.pairs import Drawn, build, win_matrix
-from alignment.onpolicy.prompts import Prompt, shuffled
+from alignment.onpolicy.prompts import Prompt, Prompts, shuffled
 from alignment.onpolicy.shaping import balanced_penalty, shaped
 from alignment.types import Group, MadeOnDemand
 
@@ -123,7 +123,7 @@ class RoundMaker:
     """
 
     config: OnPolicyConfig
-    prompts: Sequence[Prompt]
+    prompts: Prompts
     offline: Sequence[Group]
     judge: Judge | None
     held_out: HeldOutPrompts

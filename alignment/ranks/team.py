@@ -64,6 +64,8 @@ class Post:
         steps: updates the weights that this rank holds of a whole model.
         tracked: sends its system metrics.
         start: the policy that a preference stage starts from, where it is kept.
+        teacher: (model, layout) of the one that the policy learns from.
+        weak: a weaker model that answers beside it.
         stage: ends what the running stage has begun.
     """
 
@@ -78,6 +80,8 @@ class Post:
     steps: Any = None
     tracked: Any = None
     start: Any = None
+    teacher: Any = None
+    weak: Any = None
     stage: ExitStack = field(default_factory=ExitStack)
 
 

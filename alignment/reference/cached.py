@@ -6,9 +6,10 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from alignment.ranks.shares import in_rounds, share_groups
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.reference.base import Reference, agreement_limit
 from alignment.reference.completions import Completions, CompletionValues
+from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.given import ENTROPIES, LOGPS, likeliest_of
 from alignment.reference.store import ReferenceStore
 from alignment.scoring.head import Likeliest
@@ -43,6 +45,10 @@ Scored = tuple[Sequence[int], list[int], Tensor]
 """Of a pass: its groups, as indices, their scored tokens, and (rows, tokens) on the CPU in the order of the store."""
 
 
+Scorer = Literal["policy", "start", "teacher"]
+"""What scores: the policy as it is, the one that the stage started from, or a teacher."""
+
+
 @dataclass(frozen=True, slots=True)
 class Missing:
     """Completions that a rank is to score for the store, each in a group of its own.
@@ -55,6 +61,7 @@ class Missing:
     tokens_per_batch: int
     quantities: frozenset[Quantity]
     likeliest: tuple[int, int] | None
+    scorer: Scorer
 
     def scored(self, model: nn.Module, layout: BatchLayout, device: torch.device) -> Iterator[Scored]:
         """Their values, pass by pass."""
@@ -71,7 +78,11 @@ class Missing:
 
 def score_missing(post: Post, missing: Missing) -> list[Scored]:
     """What a rank that follows has scored of the completions that the store lacks."""
-    return list(missing.scored(post.model, post.layout, post.device))
+    if missing.scorer == "teacher":
+        teacher, layout = post.teacher
+        return list(missing.scored(teacher, layout, post.device))
+    with post.start.active() if missing.scorer == "start" else nullcontext(post.model) as model:
+        return list(missing.scored(model, post.layout, post.device))
 
 
 def _identity_of(what: str, identity: str) -> str:
@@ -101,6 +112,7 @@ class CachedReference(Reference):
     """
 
     telling: ClassVar[bool] = True
+    _scorer: Scorer = "policy"
 
     def __init__(
         self,
@@ -162,6 +174,13 @@ class CachedReference(Reference):
             )
             self._compute(missing)
         self._summary["seconds"] += time.monotonic() - started
+
+    def prepare_at(self, start: FrozenPolicy, groups: Sequence[Group]) -> None:
+        """As `prepare`, where the policy has moved away from its start, which every rank has kept."""
+        self._scorer = "start"
+        with start.active():
+            self.prepare(groups)
+        self._scorer = "policy"
 
     def learn(self, values: Mapping[bytes, np.ndarray]) -> None:
         """Store log-probs of completions, by `Group.key`, that the policy as it is now has given while it drew them."""
@@ -242,14 +261,14 @@ class CachedReference(Reference):
         return True
 
     def _missing(self, groups: Sequence[Group]) -> Missing:
-        return Missing(groups, self._tokens_per_batch, self._quantities, self._likeliest)
+        return Missing(groups, self._tokens_per_batch, self._quantities, self._likeliest, self._scorer)
 
     def _score(self, groups: Sequence[Group]) -> Iterator[Scored]:
         """The values of each pass, whichever rank runs it."""
         if self._team is None:
             yield from self._missing(groups).scored(self._model, self._layout, self._device)
             return
-        team, weights = self._team, trained_parameters(self._model)
+        team, weights = self._team, trained_parameters(self._model) if self._scorer == "policy" else ()
         for members in in_rounds(groups, team.size * _PASSES_PER_ROUND * self._tokens_per_batch):
             shares = [[members[i] for i in own] for own in share_groups([groups[i] for i in members], team.size)]
             found = team.run(

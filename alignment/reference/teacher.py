@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from alignment.reference.cached import CachedReference
+from alignment.reference.cached import CachedReference, Scorer
 
 
 class Teacher(CachedReference):
@@ -15,6 +15,7 @@ class Teacher(CachedReference):
     """
 
     telling: ClassVar[bool] = False
+    _scorer: Scorer = "teacher"
 
     def is_policy(self, step: int) -> bool:
         """Never."""

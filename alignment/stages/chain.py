@@ -120,9 +120,7 @@ class Chain:
         self.run_dir = run_dir
         self._beginning = run_dir / "stages" / "beginning.json"
         self._day, kept = first_day(self._beginning), first_templates(self._beginning)
-        self.recipe = recipe
-        self.resolved = resolved
-        self.described = described or {}
+        self.recipe, self.resolved, self.described = recipe, resolved, described or {}
 
         # Where and with what it works
         if device.type == "cpu":
@@ -234,9 +232,11 @@ class Chain:
 
     def _read_preferences(self) -> PreferenceData:
         assert self.config.data is not None
-        load = partial(read_preferences, self.config.data, self.work.tokenizer, day=self._day, cache=self.work.cache)
+        work, drawn = self.work, self.config.onpolicy is not None
+        load = partial(read_preferences, self.config.data, work.tokenizer, day=self._day, cache=work.cache)
         with self._keeping_bad_rows():
-            read = self.work.once(f"preferences of {self._day}", load)
+            name = f"preferences of {self._day}{' with prompts' * drawn}"
+            read = work.once(name, partial(load, with_prompts=drawn))
         data, rows = fit_preferences(read, self.config.data, self.config.loss)
         self.bad += rows
         return data

@@ -86,7 +86,8 @@ class Questions:
     def preferences(self) -> PreferenceData:
         """The preference data of the run."""
         assert self.config.data is not None
-        read = read_preferences(self.config.data, self.tokenizer, day=self.day, cache=self.cache)
+        drawn = self.config.onpolicy is not None
+        read = read_preferences(self.config.data, self.tokenizer, day=self.day, cache=self.cache, with_prompts=drawn)
         return fit_preferences(read, self.config.data, self.config.loss)[0]
 
     @cached_property

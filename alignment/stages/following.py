@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from alignment.config.schema import AdapterConfig, RunConfig
-from alignment.errors import UserError
+from alignment.errors import require
 from alignment.kernels.allocator import keep_freed_memory
 from alignment.losses import Loss
 from alignment.policy.adapter import has_adapter
@@ -62,14 +62,24 @@ def load_everywhere(team: Team, source: PolicySource, model: nn.Module) -> None:
     for turn in turns:
         sources = [source if rank in turn else None for rank in range(team.size)]
         for rank, found in enumerate(team.run(_load, sources, lambda _: None)):
-            if rank in turn and found != own:
-                raise UserError(
-                    f"Rank {rank} has loaded another model than rank 0 from {source.source.base}: give all machines "
-                    f"the same files and the same versions of torch, transformers and bitsandbytes."
-                )
+            if rank in turn:
+                require_same_model(rank, found, own, source.source.base)
     if part is not None:
         config = source.config
         team.run(_join, [config] * team.size, lambda config: _joined(config, part, team))
+
+
+def require_same_model(rank: int, found: Any, own: str, name: Any) -> None:
+    """Refuse what a rank has loaded if its digest is not that of rank 0's.
+
+    Raises:
+        UserError: it is another model.
+    """
+    require(
+        found == own,
+        f"Rank {rank} has loaded another model than rank 0 from {name}: give all machines the same files and the same "
+        f"versions of torch, transformers and bitsandbytes.",
+    )
 
 
 def load_turns(size: int, local_size: int, at_once: int) -> list[list[int]]:
@@ -128,7 +138,7 @@ def _open_stage(post: Post, adapter: AdapterConfig | None) -> None:
 
 
 def _close_stage(post: Post, _: None) -> None:
-    post.passes = post.trainer = post.layout = post.steps = post.start = None
+    post.passes = post.trainer = post.layout = post.steps = post.start = post.teacher = None
     post.stage.close()
 
 
@@ -141,7 +151,7 @@ class PreferenceBegun:
         checkpoint_every: as planned.
         has_reference: whether the policy is compared with one.
         live: (positions of a pass, `reference.sync_mix`) of a live reference; None for stored log-probs.
-        keeps_start: whether the policy as it is now is kept for the KL after training.
+        keeps_start: whether the policy as it is now is kept, for the KL after training and for rounds compared with it.
         router_aux_loss_coef: of the trainer.
     """
 

@@ -26,7 +26,6 @@ from alignment.losses import title as loss_title
 from alignment.policy.adapter import has_adapter
 from alignment.policy.identity import policy_identity
 from alignment.policy.layers import as_found, checkpoint_layers, disable_dropout
-from alignment.policy.teacher import load_teacher
 from alignment.ranks.team import Team, trained_parameters
 from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
@@ -37,7 +36,7 @@ from alignment.reference.teacher import Teacher
 from alignment.scoring.layout import BatchLayout, keys_per_position
 from alignment.scoring.logps import join_scores, largest_pass, score_groups
 from alignment.stages.answers import HeldOutAnswers
-from alignment.stages.distillation import held_out_draws, teacher_of
+from alignment.stages.distillation import held_out_draws, loaded_teacher, teacher_of
 from alignment.stages.during import AnswersDuring, looks
 from alignment.stages.following import (
     PreferenceBegun,
@@ -150,7 +149,7 @@ class PreferenceStage:
             ends = turn_end(self._work.tokenizer, self._config.data)
             layout = give_reward_head(self._work.team, model, layout, self._config.seed, ends)
         slot = self._joined(model)
-        teacher = load_teacher(self._config, self._device, self._work.cache) if self._draws else None
+        teacher = loaded_teacher(self._config, self._work) if self._draws else None
         plan = self._planned(model, layout, slot)
         checkpoint_layers(model, plan.checkpoint_every)
         if self._work.team is not None:
@@ -211,7 +210,7 @@ class PreferenceStage:
             plan.checkpoint_every,
             self._has_reference,
             (plan.tokens_per_batch, reference.sync_mix) if is_live else None,
-            self._asks_for_kl,
+            self._asks_for_kl or self._compares_with_start,
             config.trainer.router_aux_loss_coef,
         )
         team.tell(begin_preference, begun, trained_parameters(model))
@@ -330,14 +329,14 @@ class PreferenceStage:
         asked: Callable[[Sequence[Sequence[int]]], Sequence[Group]],
     ) -> TakeRounds:
         onpolicy, device, budget = self._config.onpolicy, self._device, plan.reference_tokens
-        assert onpolicy is not None
+        assert onpolicy is not None, "there are rounds"
         start = frozen_start(model, reference) if len(self._schedule.rounds) > 1 else None
-        compares, plain = onpolicy.reference is RoundReference.start, onpolicy.is_plain and not self._draws
+        plain = onpolicy.is_plain and not self._draws
 
         def score(scored: nn.Module, groups: Sequence[Group]) -> RaggedLogps:
             return join_scores(groups, list(score_groups(scored, groups, layout, budget, device)))
 
-        return TakeRounds(rounds, reference, start, compares, score, plain, asked)
+        return TakeRounds(rounds, reference, start, self._compares_with_start, score, plain, asked)
 
     def _trainer(
         self,
@@ -398,6 +397,11 @@ class PreferenceStage:
     @property
     def _asks_for_kl(self) -> bool:
         return bool(self._config.evaluation.kl_prompts and self._data.eval)
+
+    @property
+    def _compares_with_start(self) -> bool:
+        """Whether every round is compared with the policy that the stage starts from."""
+        return self._config.onpolicy is not None and self._config.onpolicy.reference is RoundReference.start
 
     def _train(self, trainer: PreferenceTrainer, reference: Reference | None) -> None:
         """Train to the end, and write how the held-out rows were before and after."""

@@ -27,7 +27,7 @@ from alignment.evaluation.sampling.store import AnswerStore
 from alignment.files import damaged
 from alignment.onpolicy.drift import departure, kl_start
 from alignment.onpolicy.held_out import HeldOutPrompts
-from alignment.onpolicy.prompts import prompts_of
+from alignment.onpolicy.prompts import Prompts
 from alignment.onpolicy.rounds import Round, RoundMaker, Slots, read_round
 from alignment.policy.identity import policy_identity
 from alignment.reference.base import Reference
@@ -42,8 +42,18 @@ from alignment.types import Group, RaggedLogps
 
 log = logging.getLogger(__name__)
 
+_AT_ONCE = 1024
+"""Prompts whose texts are in memory together."""
+
 Score = Callable[[nn.Module, Sequence[Group]], RaggedLogps]
 """Log-probs of groups under a model, without gradient."""
+
+
+def answers_of_a_group(config: RunConfig) -> int:
+    """How many answers a group of the rounds of this run has at most."""
+    own = config.onpolicy
+    assert own is not None and config.loss is not None
+    return {"row": 1, "pair": 2}.get(config.loss.requirements().unit, own.k if own.pairs.unit == "list" else 2)
 
 
 class Rounds:
@@ -59,19 +69,13 @@ class Rounds:
         done: the rounds so far.
 
     Raises:
-        UserError: there are several ranks, the data are too large, the judge lacks something, or it is the policy
-            itself and there is one round alone.
+        UserError: the judge lacks something, cannot judge a prompt, or is the policy itself where there is one round.
     """
 
     def __init__(
         self, config: RunConfig, data: PreferenceData, work: Workspace, stops: Sequence[int], schedule: Schedule
     ) -> None:
         assert config.onpolicy is not None
-        require(
-            work.team is None,
-            "onpolicy draws and trains in one process so far, and this run has several ranks: set trainer.devices=1, "
-            "and start it without a launcher.",
-        )
         require(
             config.onpolicy.judge is not judging.Judge.implicit or len(schedule.rounds) > 1,
             f"onpolicy.judge=implicit judges from the second round on, and in this training of {len(schedule.steps)} "
@@ -85,7 +89,7 @@ class Rounds:
         self.groups: Sequence[Group] = Slots(len(schedule.steps) * config.trainer.groups_per_step)
         self.done: list[Round] = []
         self._weak = None if self._own.weak is None else WeakModel(config, work)
-        prompts = prompts_of(data.train, data.train_rows)
+        prompts = Prompts(data.train, data.train_rows)
         self._maker = RoundMaker(
             config=self._own,
             prompts=prompts,
@@ -99,7 +103,8 @@ class Rounds:
         )
         if self._maker.judge is not None:
             try:
-                self._maker.judge.require([prompt.item() for prompt in prompts])
+                for begin in range(0, len(prompts), _AT_ONCE):
+                    self._maker.judge.require([prompt.item() for prompt in prompts[begin : begin + _AT_ONCE]])
             except UserError as error:
                 raise renamed(error) from None
 
@@ -111,9 +116,8 @@ class Rounds:
 
     def largest(self) -> list[Group]:
         """Groups as large as those of any round can be, to plan with."""
-        unit = self._config.loss.requirements().unit
-        count = {"row": 1, "pair": 2}.get(unit, self._own.k if self._own.pairs.unit == "list" else 2)
-        longest = max(self._maker.prompts, key=lambda prompt: len(prompt.group.prompt)).group.prompt
+        count = answers_of_a_group(self._config)
+        longest = max((group.prompt for group in self._maker.prompts.groups), key=len)
         answer = np.zeros(self._own.max_new_tokens, dtype=np.int32)
         mixed = self._own.mix_offline or self._own.judge is judging.Judge.implicit
         return [Group(longest, (answer,) * count), *(self._maker.offline if mixed else ())]
@@ -173,7 +177,7 @@ class Rounds:
             )
             work, at_once = self._work, self._config.evaluation.batch_size
             before, filled = self.done[-1] if self.done else None, self._own.every is not None
-            engine = LocalEngine(model, work.device, at_once)
+            engine = LocalEngine(model, work.device, at_once, work.team)
             weaker = nullcontext() if self._weak is None else self._weak.engine()
             with AnswerStore(work.cache, engine) as store, weaker as weak:
                 maker = self._maker if own_judge is None else replace(self._maker, judge=own_judge)
@@ -255,8 +259,7 @@ class TakeRounds(TrainerCallback):
         if isinstance(self._reference, Teacher):
             self._reference.prepare(self._asked(self._rounds.schedule.until_refresh(step)))
         elif self._compares and self._start is not None and isinstance(self._reference, CachedReference):
-            with self._start.active():
-                self._reference.prepare(self._asked(self._rounds.schedule.until_refresh(step)))
+            self._reference.prepare_at(self._start, self._asked(self._rounds.schedule.until_refresh(step)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """After the last step of a round, measure how far the policy is from the one that has drawn it."""

@@ -12,6 +12,7 @@ from alignment.data.preparation.prepare import PreferenceData, SFTData
 from alignment.policy.architecture import build_model
 from alignment.policy.load import resolve_device
 from alignment.ranks.team import Post, Team
+from alignment.stages.rounds import answers_of_a_group
 from alignment.training.forecast import Machine, plan_stages, read_config, require_ranks
 from alignment.training.memory import GIB
 from alignment.training.shared_memory import why_whole
@@ -47,7 +48,7 @@ def shares_base(
             return False
         memory = min(team.run(_memory, [config] * team.size, lambda _: _gpu_memory(device)))
         asked = replace(config, trainer=replace(config.trainer, devices=ranks))
-        machine, longest = Machine("", device.type, memory), _longest(conversations, preferences)
+        machine, longest = Machine("", device.type, memory), _longest(config, conversations, preferences)
         plans = plan_stages(asked, build_model(read_config(config, None)), machine, None, longest)
         if all(plan.ranks == 1 for plan in plans.values()):
             log.info("Each rank holds the whole base, which fits into its GPU (trainer.shard=auto).")
@@ -58,13 +59,15 @@ def shares_base(
     return True
 
 
-def _longest(conversations: SFTData | None, preferences: PreferenceData | None) -> dict[str, int]:
-    """Positions of the largest group of each stage, each token once."""
+def _longest(config: RunConfig, conversations: SFTData | None, preferences: PreferenceData | None) -> dict[str, int]:
+    """Positions of the largest group of each stage, each token once; of rounds, as large as one can be."""
     longest = {}
     if conversations is not None:
         longest["sft"] = max(len(example["input_ids"]) for example in conversations.train)
     if preferences is not None:
-        longest["preference"] = max(len(g.prompt) + sum(map(len, g.completions)) for g in preferences.train)
+        drawn = 0 if config.onpolicy is None else config.onpolicy.max_new_tokens * answers_of_a_group(config)
+        sizes = ((len(g.prompt), sum(map(len, g.completions))) for g in preferences.train)
+        longest["preference"] = max(prompt + max(answers, drawn) for prompt, answers in sizes)
     return longest
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from alignment.config.compose import load
 from alignment.evaluation.judges.base import Item, Judge, Judgement
 from alignment.evaluation.judges.store import JudgementStore
+from alignment.ranks.team import Team
 from alignment.stages import chain as stage_chain
 from alignment.stages import rounds as stage_rounds
 from alignment.stages.chain import Chain
@@ -80,11 +81,13 @@ class Project:
     Attributes:
         data: its file.
         judge: of the rounds of the last chain.
+        team: the ranks that share the runs.
     """
 
-    def __init__(self, folder: Path, model: Path, data: Path, monkeypatch) -> None:
+    def __init__(self, folder: Path, model: Path, data: Path, monkeypatch, team: Team | None = None) -> None:
         self.folder = folder
         self.data = data
+        self.team = team
         self._model = model
         self._monkeypatch = monkeypatch
 
@@ -104,10 +107,10 @@ class Project:
             *("data.eval_source=null", "data.system=null", "data.limit=null", "data.eval_size=4"),
             "data.eval_limit=null",
             *("trainer.groups_per_step=2", "trainer.max_steps=8", "trainer.save_every=2", "trainer.log_every=1"),
-            *(ROUNDS if "onpolicy=none" not in settings else ()),
+            *(ROUNDS if not any(one.startswith("onpolicy=") for one in settings) else ()),
             *settings,
         )
-        return Chain(config, self.folder / name, "quickstart", {})
+        return Chain(config, self.folder / name, "quickstart", {}, team=self.team)
 
     def run(self, name: str, *settings: str, cache: str = "cache") -> dict[str, Any]:
         """The summary of such a run."""

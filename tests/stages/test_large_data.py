@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 
+from alignment.data.preparation import prepared
+from alignment.data.rows import sequences
 from tests.helpers.commands import Ended
+from tests.helpers.rounds import Project, write_pairs
+from tests.helpers.runs import assert_same
 from tests.helpers.tiny_runs import project, tiny
 
 __all__ = ["project", "tiny"]
@@ -49,3 +53,24 @@ def test_a_run_on_mapped_files_is_the_same_run(tiny: Callable[..., Ended], tmp_p
         assert ended.code == 0, ended.err
     assert len([path for path in (tmp_path / "cache_of_files" / "tokens").glob("[!.]*") if path.is_dir()]) == 2
     assert left_by(tmp_path / "files") == left_by(tmp_path / "memory")
+
+
+@pytest.mark.slow
+def test_rounds_on_mapped_files_are_the_same_rounds(tiny_model_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """To the bit, with the texts of the prompts beside the tokens; also at a second start, which reads both again."""
+    project = Project(tmp_path, tiny_model_folder, write_pairs(tmp_path), monkeypatch)
+    short = ("trainer.max_steps=4",)
+    project.run("memory", *short, cache="of few")
+    monkeypatch.setattr(sequences, "KEPT_ROWS", 2)
+    monkeypatch.setattr(prepared, "KEPT_ROWS", 2)
+    monkeypatch.setattr(prepared, "_SMALL", 0)
+    for name in ("files", "again"):
+        chain = project.chain(name, *short, cache="of many")
+        assert chain.preferences is not None and chain.preferences.train_rows[-1].completions == ()
+        chain.run()
+        assert_same(tmp_path / name, tmp_path / "memory")
+        own, other = (
+            sorted((tmp_path / run).glob("stages/preference/rounds/*/answers.jsonl")) for run in (name, "memory")
+        )
+        assert [path.read_text() for path in own] == [path.read_text() for path in other] and len(own) == 2
+    assert len([path for path in (tmp_path / "of many" / "tokens").glob("[!.]*") if path.is_dir()]) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment.data.preparation.prepare import sequences_digest
+from alignment.data.preparation.digests import sequences_digest
 from alignment.stages import store as stage_store
 from alignment.stages.store import StageStore, StoredStage, stage_key
 from tests.conftest import tiny_policy

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
@@ -17,6 +16,7 @@ import numpy as np
 
 from alignment.config.data import DataConfig
 from alignment.data.layouts.recognition import Stage
+from alignment.data.preparation.digests import groups_digest, sequences_digest
 from alignment.data.preparation.mixture import mixed, source_in_words
 from alignment.data.preparation.prepared import Place, prepared
 from alignment.data.rows.findings import Found, report
@@ -37,7 +37,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class PreferenceData:
-    """Tokenised data: `eval_rows` of `eval`, in order, `train_rows` of `train` if in memory, `info` for the summary."""
+    """Tokenised data, and `info` for the summary.
+
+    Attributes:
+        eval_rows: of `eval`, in order.
+        train_rows: that `train` was made of; none where they are many, and nobody has asked for their prompts.
+    """
 
     train: Sequence[Group]
     eval: Sequence[Group]
@@ -138,24 +143,33 @@ class ReadPreferences:
 
 
 def read_preferences(
-    config: DataConfig, tokenizer: Any, *, day: datetime.date | None = None, cache: Path | None = None
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    day: datetime.date | None = None,
+    cache: Path | None = None,
+    with_prompts: bool = False,
 ) -> ReadPreferences:
     """Read, check and tokenise the preference data, or find them in the cache.
 
     Args:
         day: the date that a chat template writes; None for today's.
         cache: the folder in which large sets are prepared and kept; None: everything stays in memory.
+        with_prompts: keep the training rows of large sets, too, without their completions.
 
     Raises:
         UserError: the data cannot be used.
     """
     make = partial(tokenize_groups, tokenizer=tokenizer, day=day)
-    with prepared(config, "preference", tokenizer, day, cache) as (pinned, place):
-        made = _prepare(pinned, place, make, _PREFERENCES)
-    held_out = made.held_out
+    use = replace(_PREFERENCES, texts=_with_prompts) if with_prompts else _PREFERENCES
+    with prepared(config, "preference", tokenizer, day, cache, "prompts" if with_prompts else "") as (pinned, place):
+        made = _prepare(pinned, place, make, use)
+    train, held_out = made.train, made.held_out
     if made.texts is not None:  # of large data, the rows of which are gone
-        held_out = replace(held_out, rows=StoredRows(made.texts))
-    return ReadPreferences(made.loaded, made.facts, made.train, held_out, made.digest)
+        rows, count = StoredRows(made.texts), len(held_out.groups)
+        held_out = replace(held_out, rows=Picked(rows, np.arange(count)))
+        train = replace(train, rows=Picked(rows, np.arange(count, len(rows))))
+    return ReadPreferences(made.loaded, made.facts, train, held_out, made.digest)
 
 
 P = TypeVar("P", TokenizedData, TokenizedSFT)
@@ -341,7 +355,7 @@ def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tup
                 raise UserError(f"Row {group.source} {problem}: loss {loss.name} cannot use it.")
     info["train"], info["eval"] = len(parts["training"]), len(eval_groups)
     known = read.digest if parts["training"] is train.groups and eval_groups is held_out.groups else None
-    info["tokens_digest"] = known or _groups_digest(parts["training"], eval_groups)
+    info["tokens_digest"] = known or groups_digest(parts["training"], eval_groups)
     return PreferenceData(parts["training"], eval_groups, eval_rows, info, train.rows), [*loaded.bad, *drops]
 
 
@@ -401,35 +415,13 @@ def load_conversations(
     return SFTData(train.sequences, held_out.sequences, sources, info, names), [*loaded.bad, *drops]
 
 
-_APART = ("prompt", "completions", "source", "scored", "dataset")
-_BESIDE_TOKENS = tuple(f.name for f in fields(Group) if f.name not in _APART)
+def _of_held_out(_: TokenizedData, held_out: TokenizedData) -> Iterator[str]:
+    return (as_line(row).decode() for row in held_out.rows)
 
 
-def _groups_digest(*parts: Sequence[Group]) -> str:
-    """Digest of groups as they train: tokens, weights, labels and scores, but not where they came from."""
-    digest = hashlib.blake2b(digest_size=16)
-    for groups in parts:
-        digest.update(f"{len(groups)} groups;".encode())
-        for group in groups:
-            for tokens in (group.prompt, *group.completions):
-                digest.update(f"{len(tokens)}:".encode())
-                digest.update(np.ascontiguousarray(tokens, dtype="<i4").data)
-            digest.update(repr([getattr(group, name) for name in _BESIDE_TOKENS]).encode())
-            for mask in group.scored or ():
-                digest.update(b"scored" + np.packbits(mask).tobytes())
-    return digest.hexdigest()
-
-
-def sequences_digest(*parts: Sequence[Mapping[str, Sequence[float]]]) -> str:
-    """The same for SFT sequences; it names their stage's result too."""
-    digest = hashlib.blake2b(digest_size=16)
-    for sequences in parts:
-        digest.update(f"{len(sequences)} sequences;".encode())
-        for sequence in sequences:
-            for name, values in sorted(sequence.items()):
-                digest.update(f"{name}{len(values)}:".encode())
-                digest.update(np.asarray(values, dtype="<f8").data)
-    return digest.hexdigest()
+def _with_prompts(train: TokenizedData, held_out: TokenizedData) -> Iterator[str]:
+    prompts = (as_line(replace(row, completions=())).decode() for row in train.rows)
+    return chain(_of_held_out(train, held_out), prompts)
 
 
 _PREFERENCES = _Use(
@@ -437,8 +429,8 @@ _PREFERENCES = _Use(
     kind=GROUPS,
     part_type=TokenizedData,
     items=lambda part: part.groups,
-    texts=lambda train, held_out: (as_line(row).decode() for row in held_out.rows),
-    digest=_groups_digest,
+    texts=_of_held_out,
+    digest=groups_digest,
 )
 _SFT = _Use(
     stage="sft",

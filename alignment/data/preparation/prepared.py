@@ -95,18 +95,18 @@ class Place:
 
 @contextmanager
 def prepared(
-    config: DataConfig, stage: Stage, tokenizer: Any, day: date | None, cache: Path | None
+    config: DataConfig, stage: Stage, tokenizer: Any, day: date | None, cache: Path | None, more: str = ""
 ) -> Iterator[tuple[DataConfig, Place | None]]:
     """The settings by which to read, and the place for the data; another process that prepares the same waits for them.
 
-    No place without a cache: everything stays in memory.
+    No place without a cache: everything stays in memory. `more` names what is kept beside what every such place has.
     """
     if cache is None:
         yield config, None
         return
     config = at_commits(config)
     store = CacheKind.tokens.under(cache)
-    key = _key(config, stage, tokenizer, day)
+    key = _key(config, stage, tokenizer, day, more)
     if key is None:
         with _unfinished(store / f".{os.getpid()}-{time.time_ns()}", goes_on=False) as folder:
             yield config, Place(folder, None)
@@ -137,7 +137,7 @@ def _unfinished(folder: Path, goes_on: bool) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> str | None:
+def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None, more: str) -> str | None:
     """Name of the entry; None where the data are few, or come from where their content cannot be told beforehand."""
     if not config.sources and config.limit is not None and config.limit <= KEPT_ROWS:
         return None
@@ -153,7 +153,7 @@ def _key(config: DataConfig, stage: Stage, tokenizer: Any, day: date | None) -> 
     content = [
         stamps,
         asdict(config),
-        stage,
+        stage + more,
         _tokenizer_digest(tokenizer),
         str(day or date.today()) if writes_date else None,
         [version(name) for name in _LIBRARIES],

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class _Share:
     batches: Sequence[Sequence[_One]]
     how: Sampling
     way: Way
+    held_as: Literal["model", "weak"]
     hear: Hear | None = None
 
 
@@ -59,6 +60,8 @@ class LocalEngine:
             of tokens.
         team: the ranks that share the batches, if there are several.
         hear: hears the tokens of one process as they are drawn. What it raises ends the draw.
+        held_as: where the other ranks' posts have the model; it is the policy, whose weights they get, unless it is a
+            weaker one that stays as it is.
     """
 
     model: Any
@@ -66,6 +69,7 @@ class LocalEngine:
     at_once: int
     team: Team | None = None
     hear: Hear | None = None
+    held_as: Literal["model", "weak"] = "model"
 
     def identity(self) -> tuple[str, dict[str, Any]]:
         """64 hex digits of the policy and of this engine, and a description for people."""
@@ -92,15 +96,15 @@ class LocalEngine:
         batches = [[ones[number] for number in batch] for batch in numbers]
         if self.team is None:
             shares = [list(range(len(batches)))]
-            found = [_drawn(self.model, _Share(batches, how, way, self.hear), self.device)]
+            found = [_drawn(self.model, _Share(batches, how, way, self.held_as, self.hear), self.device)]
         else:
             sizes = [sum(len(prompt) + how.max_new_tokens for prompt, _ in batch) for batch in batches]
             shares = evenly(sizes, self.team.size)
             found = self.team.run(
                 draw_share,
-                [_Share([batches[number] for number in share], how, way) for share in shares],
+                [_Share([batches[number] for number in share], how, way, self.held_as) for share in shares],
                 lambda own: _drawn(self.model, own, self.device, self.team.place.local_size),
-                trained_parameters(self.model),
+                trained_parameters(self.model) if self.held_as == "model" else (),
             )
         answers: dict[int, Answer] = {}
         for share, results in zip(shares, found, strict=True):
@@ -112,12 +116,14 @@ class LocalEngine:
     def _batches(self, lengths: Sequence[int], how: Sampling, way: Way) -> list[list[int]]:
         """The answers' numbers in batches of similar prompts, the shortest first.
 
-        A batch has no more tokens than `at_once` answers to the longest prompt, and no more logits than a pass of
-        scoring keeps. Processors of scores that look at the tokens would see padding.
+        A batch has no more tokens than `at_once` answers to the longest prompt, no more logits than a pass of scoring
+        keeps, and leaves some for each rank. Processors of scores that look at the tokens would see padding.
         """
         tokens = self.at_once * (max(lengths) + how.max_new_tokens)
         vocabulary = inner(self.model).get_input_embeddings().num_embeddings
         most = max(1, LOGITS_PER_CHUNK[self.device.type] // vocabulary)
+        if self.team is not None:
+            most = min(most, -(-len(lengths) // self.team.size))
         mixes = way.padded and not (how.presets and acting(self.model))
         batches: list[list[int]] = []
         for number in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -132,7 +138,7 @@ class LocalEngine:
 
 def draw_share(post: Post, share: _Share) -> list[list[Answer]]:
     """The answers of a rank that follows to its batches."""
-    return _drawn(post.model, share, post.device, post.team.place.local_size)
+    return _drawn(getattr(post, share.held_as), share, post.device, post.team.place.local_size)
 
 
 def _drawn(model: Any, share: _Share, device: torch.device, processes: int = 1) -> list[list[Answer]]:
