@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, ...]] = {
         *("loss=opd", "onpolicy=distill", "onpolicy.k=2", "onpolicy.max_new_tokens=5", "onpolicy.every=3"),
         *("distill.teacher=OTHER", "trainer.groups_per_step=6", "trainer.shard=node", "trainer.max_steps=4"),
     ),
+    "shared, its own judge": ("onpolicy.judge=implicit", "trainer.shard=node", "trainer.max_steps=4"),
     "parts": ("adapter=none", "trainer.shard=node", "optim.lr=1e-4", "trainer.max_steps=4"),
 }
 CORE = ("round", "start", "weak", "teacher")
@@ -108,16 +109,22 @@ def kill_in_a_round(monkeypatch: Any) -> None:
     monkeypatch.setattr(RunRecord, "log", logged)
 
 
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
 def assert_same_rounds(found: Path, expected: Path) -> None:
     """The same prompts, answers, verdicts and groups, and all numbers but for the order of sums."""
     folders = [sorted((run / "stages" / "preference" / "rounds").iterdir()) for run in (found, expected)]
     assert [folder.name for folder in folders[0]] == [folder.name for folder in folders[1]] and len(folders[0]) > 1
     for own, other in zip(*folders, strict=True):
-        assert (own / "answers.jsonl").read_text() == (other / "answers.jsonl").read_text()
+        for line, other_line in zip(lines(own), lines(other), strict=True):
+            assert line.pop("scores", []) == pytest.approx(other_line.pop("scores", []), abs=1e-4)
+            assert line == other_line
         made, alone = read_round(own), read_round(other)
         assert made is not None and alone is not None
         assert (made.position, made.rate) == (alone.position, alone.rate)
-        assert made.metrics == pytest.approx(alone.metrics)
+        assert made.metrics == pytest.approx(alone.metrics, rel=1e-3, abs=1e-4)
         for groups in ("groups", "sample"):
             keys = [[group.keys() for group in getattr(one, groups)] for one in (made, alone)]
             assert keys[0] == keys[1]
