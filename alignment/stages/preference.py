@@ -119,8 +119,7 @@ class PreferenceStage:
         self._given = given
         self._device = work.device
         self._folder = work.folder(self.name)
-        self.seed = config.seed
-        self.policy = work.final_policy
+        self.seed, self.policy = config.seed, work.final_policy
         self._draws = config.loss.requirements().draws
         self._schedule = Schedule.of(config, data.train)
         self._rounds: Rounds | None = None
@@ -331,11 +330,11 @@ class PreferenceStage:
         onpolicy, device, budget = self._config.onpolicy, self._device, plan.reference_tokens
         assert onpolicy is not None, "there are rounds"
         start = frozen_start(model, reference) if len(self._schedule.rounds) > 1 else None
-        plain = onpolicy.is_plain and not self._draws
 
         def score(scored: nn.Module, groups: Sequence[Group]) -> RaggedLogps:
             return join_scores(groups, list(score_groups(scored, groups, layout, budget, device)))
 
+        plain = onpolicy.is_plain and not self._draws
         return TakeRounds(rounds, reference, start, self._compares_with_start, score, plain, asked)
 
     def _trainer(
@@ -400,7 +399,6 @@ class PreferenceStage:
 
     @property
     def _compares_with_start(self) -> bool:
-        """Whether every round is compared with the policy that the stage starts from."""
         return self._config.onpolicy is not None and self._config.onpolicy.reference is RoundReference.start
 
     def _train(self, trainer: PreferenceTrainer, reference: Reference | None) -> None:

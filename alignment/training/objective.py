@@ -124,12 +124,14 @@ class ScoresAsked:
         tokens_per_batch: of its passes.
         prompts: whether the prompts' tokens are scored too.
         plain: log-probs alone, not the quantities that the loss asks for.
+        reference: what is stored of the groups, where a pass reads it.
     """
 
     groups: Sequence[Group]
     tokens_per_batch: int
     prompts: bool
     plain: bool
+    reference: dict[bytes, np.ndarray] | None = None
 
 
 Scored = tuple[tuple[int, ...], Tensor]
@@ -253,6 +255,8 @@ class Objective:
             return
         shares = share_groups(groups, self._team.size)
         asked = [ScoresAsked([groups[i] for i in own], tokens_per_batch, prompts, plain) for own in shares]
+        if self.needs.likeliest and isinstance(self.reference, CachedReference):
+            asked = [replace(share, reference=self.reference.rows(share.groups)) for share in asked]
         weights = trained_parameters(self._model)
         found = self._team.run(score_share, asked, lambda own: list(self.scored(own)), weights)
         for own, passes in zip(shares, found, strict=True):
@@ -342,6 +346,8 @@ class Objective:
 
 def score_share(post: Post, asked: ScoresAsked) -> list[Scored]:
     """What a rank that follows has scored, on the CPU."""
+    if asked.reference is not None:
+        post.passes.objective.reference.values = asked.reference
     return [(indices, values.cpu()) for indices, values in post.passes.objective.scored(asked)]
 
 

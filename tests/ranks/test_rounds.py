@@ -34,6 +34,10 @@ CASES: dict[str, tuple[str, ...]] = {
         *("loss=opd", "onpolicy=distill", "onpolicy.k=2", "onpolicy.max_new_tokens=5", "onpolicy.every=3"),
         *("distill.teacher=OTHER", "trainer.groups_per_step=6", "trainer.eval_every=4"),
     ),
+    "likeliest": (
+        *("loss=tropd", "onpolicy=distill", "onpolicy.k=2", "onpolicy.max_new_tokens=5", "onpolicy.every=3"),
+        *("distill.teacher=OTHER", "trainer.groups_per_step=6", "trainer.max_steps=4", "optim.lr=1e-3"),
+    ),
     "live": ("reference=live", "onpolicy.reference=start", "trainer.max_steps=4"),
     "shared": ("trainer.shard=node", "onpolicy.reference=start", "trainer.max_steps=4"),
     "shared teacher": (
