@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.errors import UserError
@@ -24,15 +25,15 @@ from tests.helpers.runs import metric_rows, weights
 pytestmark = pytest.mark.slow
 
 CASES: dict[str, tuple[str, ...]] = {
-    "round": ("evaluation.kl_prompts=2",),
-    "start": ("onpolicy.reference=start", "onpolicy.mix_offline=0.3"),
+    "round": ("evaluation.kl_prompts=2", "trainer.max_steps=7"),
+    "start": ("onpolicy.reference=start", "onpolicy.mix_offline=0.3", "trainer.max_steps=4"),
     "weak": (
         *("onpolicy.judge=none", "onpolicy.k=1", "onpolicy.pairs.choice=sample_vs_weak", "onpolicy.weak=OTHER"),
         "trainer.max_steps=4",
     ),
     "teacher": (
         *("loss=opd", "onpolicy=distill", "onpolicy.k=2", "onpolicy.max_new_tokens=5", "onpolicy.every=3"),
-        *("distill.teacher=OTHER", "trainer.groups_per_step=6", "trainer.eval_every=4"),
+        *("distill.teacher=OTHER", "trainer.groups_per_step=6", "trainer.max_steps=4"),
     ),
     "likeliest": (
         *("loss=tropd", "onpolicy=distill", "onpolicy.k=2", "onpolicy.max_new_tokens=5", "onpolicy.every=3"),
@@ -69,6 +70,8 @@ class Runs:
         folder.mkdir(exist_ok=True)
         model, self._other, data = given
         self.project = Project(folder, model, data, monkeypatch, team)
+        # tests/runs/test_plots.py looks at pictures
+        monkeypatch.setattr(Figure, "savefig", lambda self, file, **settings: file.write(b""))
 
     def run(self, case: str) -> int:
         """The case in a folder of its name, with a cache of its own; how many answers the judge was asked about."""
