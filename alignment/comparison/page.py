@@ -39,7 +39,8 @@ def _shared_note(several: Sequence[Chart]) -> str:
     return note if times > 1 else ""
 
 
-def _tables(found: Comparison) -> list[Table]:
+def result_tables(found: Comparison) -> list[Table]:
+    """The tables of results, without those that would be empty."""
     tables = [differences(found), results(found), *answers_against_answers(found), judge_table(found)]
     tables.append(held_out_pairs(found))
     return [table for table in tables if table is not None and table.rows]
@@ -61,7 +62,7 @@ def to_html(found: Comparison, title: str) -> str:
         overview=overview(found),
         headline=headline(found),
         cautions=cautions(found),
-        tables=_tables(found),
+        tables=result_tables(found),
         charts=drawn,
         slugs={part: number for number, part in enumerate(drawn)},
         shared_notes={part: _shared_note(several) for part, several in drawn.items()},
@@ -114,7 +115,7 @@ def to_markdown(found: Comparison, title: str) -> str:
             bullets([f"{kind}: {_first_lines(details)}" if details else kind for kind, details in warned]),
         ]
     parts.append("## Results")
-    for content in _tables(found):
+    for content in result_tables(found):
         parts += table(content)
     parts.append(
         "[comparison.html](comparison.html) has the charts, [comparison.csv](comparison.csv) the plain numbers."

@@ -223,6 +223,20 @@ def load_loss(name: str, *settings: str) -> Loss:
     return OmegaConf.to_object(node.loss)  # type: ignore[return-value]
 
 
+def recipe_settings(recipe: str, loss: str | None = None) -> tuple[dict[str, Any], str]:
+    """The settings of a recipe as it is, or with another loss and its defaults; and the name of its loss.
+
+    Raises:
+        UserError: there is no such recipe or loss.
+    """
+    register()
+    node = compose_node([f"recipe={recipe}", *([f"loss={loss}"] if loss else [])], with_hydra=True)
+    chosen = str(node.hydra.runtime.choices.loss)
+    with open_dict(node):
+        del node["hydra"]
+    return as_plain(node), chosen
+
+
 def as_plain(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain containers, enums by name."""
     return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[return-value]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from alignment.course.landscape import Landscape
@@ -52,13 +55,15 @@ def curves(
     return figure
 
 
-def metric_curves(runs: Mapping[str, RunFiles], name: str, y: str, level: float | None = None) -> Figure:
-    """One preference metric of several runs: a line for training, points for the held-out pairs."""
-    lines = {label: series(run.metrics, "preference", "train", name) for label, run in runs.items()}
+def metric_curves(
+    runs: Mapping[str, RunFiles], name: str, y: str, level: float | None = None, stage: str = "preference"
+) -> Figure:
+    """One metric of a stage of several runs: a line for training, points for the held-out pairs."""
+    lines = {label: series(run.metrics, stage, "train", name) for label, run in runs.items()}
     figure = curves(lines, f"{name} (held-out pairs: points)", "optimizer step", y, level)
     [axes] = figure.axes
     for index, run in enumerate(runs.values()):
-        steps, values = series(run.metrics, "preference", "eval", name)
+        steps, values = series(run.metrics, stage, "eval", name)
         axes.plot(steps, values, linestyle="", marker="o", markeredgecolor="white", color=_colour(index), zorder=3)
     return figure
 
@@ -89,3 +94,15 @@ def planes(landscapes: Mapping[str, Landscape]) -> Figure:
     for axes in grid:
         axes.set_visible(False)
     return figure
+
+
+def as_address(figure: Figure) -> str:
+    """A figure as an address that holds its picture, for pages that load nothing. Names in legends are no formulas."""
+    for axes in figure.axes:
+        if legend := axes.get_legend():
+            for text in legend.get_texts():
+                text.set_parse_math(False)  # a dollar in a setting begins no formula
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Training for the notebooks: runs the command, and makes a table of its runs.
+"""Training for the notebooks: chooses the model, runs the command, and makes a table of its runs.
 
 With ALIGNMENT_FAST=1 in the environment, every run takes seconds: a tiny random model, a few rows, no SFT stage. The
 numbers then show that the notebook works, and say nothing about the losses.
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alignment.config.compose import load
 from alignment.config.members import sweep_members
 from alignment.errors import UserError
 from alignment.evaluation.intervals import wilson_interval
@@ -24,8 +25,12 @@ from alignment.runs.folder import RunFiles, dig, eval_pairs, first_and_last, rea
 OUTPUTS = Path("outputs") / "lab"
 """Folder of the notebooks' runs, below the folder that the notebook runs in."""
 
+RECIPES = {"cpu": "quickstart", "gpu": "lab_qwen3"}
+"""The recipe of the notebooks' runs by where they are: SmolLM2-135M on a processor, Qwen3-1.7B with QLoRA on a GPU."""
+
 _FAST = (
     "sft=none",
+    "device=auto",
     "data.limit=64",
     "data.eval_limit=32",
     "optim.lr=1e-2",
@@ -39,10 +44,29 @@ def is_fast() -> bool:
     return os.environ.get("ALIGNMENT_FAST", "0") not in ("", "0")
 
 
-def train(*overrides: str) -> dict[str, RunFiles]:
-    """Train the quickstart with these settings by `python -m alignment.run -m`. Finished runs are not repeated.
+def choose(hardware: str) -> str:
+    """The recipe for "cpu", "gpu" or "auto", which is the GPU if torch sees one; prints what it trains.
+
+    Raises:
+        UserError: another word.
+    """
+    import torch
+
+    if hardware not in ("auto", *RECIPES):
+        raise UserError(f"choose({hardware!r}): accepted are 'auto', 'cpu' and 'gpu'.")
+    if hardware == "auto":
+        hardware = "gpu" if torch.cuda.is_available() else "cpu"
+    recipe = RECIPES[hardware]
+    model = "a tiny random model, because of ALIGNMENT_FAST" if is_fast() else load(f"recipe={recipe}").model.name
+    sys.stdout.write(f"recipe={recipe} trains {model}\n")
+    return recipe
+
+
+def train(recipe: str, *overrides: str) -> dict[str, RunFiles]:
+    """Train a recipe with these settings by `python -m alignment.run -m`. Finished runs are not repeated.
 
     Args:
+        recipe: from `choose`.
         overrides: settings as on the command line; values separated by commas give a run each.
 
     Returns:
@@ -51,14 +75,14 @@ def train(*overrides: str) -> dict[str, RunFiles]:
     Raises:
         UserError: the command failed; the message has its last line.
     """
-    settings = ["recipe=quickstart", "tracking=none", *(_tiny() if is_fast() else ()), *overrides]
+    settings = [f"recipe={recipe}", "tracking=none", *(_tiny() if is_fast() else ()), *overrides]
     members = list(sweep_members(settings))
     names = [
         ", ".join(choice for choice in member if choice not in settings and not choice.startswith("hydra.")) or "run"
         for member in members
     ]
     folder = OUTPUTS / hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
-    folders = [folder / f"{number}-quickstart" for number in range(len(members))]
+    folders = [folder / f"{number}-{recipe}" for number in range(len(members))]
     if not all((path / "summary.json").is_file() for path in folders):
         _command("alignment.run", "-m", *settings, f"hydra.sweep.dir={folder}")
     return dict(zip(names, map(read_run, folders), strict=True))

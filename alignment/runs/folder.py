@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from alignment.errors import UserError
-from alignment.files import atomic_write_text, file_digest, read_sealed
-from alignment.runs.record import SEAL, json_row, metrics_row, read_lines
+from alignment.files import atomic_write_text, damaged, file_digest, read_sealed
+from alignment.runs.record import SEAL, SEALED, json_row, metrics_row, read_lines
 from alignment.runs.text import format_value, is_number
 
 RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
@@ -63,17 +63,41 @@ def sweep_name(run_dir: Path) -> str | None:
     return parent.name if is_member else None
 
 
+UNCHANGED, CHANGED, MISSING = "as the run left it", "changed since the run ended", "missing"
+"""What a file of a finished run may be now."""
+
+
+def sealed_files(folder: Path) -> dict[str, str]:
+    """Each file that the run took a digest of when it ended, and what it is now; empty for a run that did not end.
+
+    Raises:
+        UserError: the digests, or a file, cannot be read.
+    """
+    path = folder / SEAL
+    if not path.exists():
+        return {}
+    sealed = read_sealed(path)
+    if not isinstance(sealed, dict) or not sealed.keys() <= set(SEALED):
+        raise damaged(path)
+    return {name: _state(folder / name, digest) for name, digest in sealed.items()}
+
+
+def _state(path: Path, digest: Any) -> str:
+    if not path.is_file():
+        return MISSING
+    try:
+        return UNCHANGED if file_digest(path) == digest else CHANGED
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+
+
 def _changed(folder: Path) -> list[str]:
     """A sentence for each file of a finished run that is not as the run left it."""
     try:
-        sealed = read_sealed(folder / SEAL) if (folder / SEAL).exists() else {}
-        return [
-            f"{name} has changed since the run ended."
-            for name, digest in sealed.items()
-            if (folder / name).is_file() and file_digest(folder / name) != digest
-        ]
-    except (UserError, OSError):
+        states = sealed_files(folder)
+    except UserError:
         return [f"{SEAL} cannot be read, so nobody knows whether files have changed since the run ended."]
+    return [f"{name} has changed since the run ended." for name, state in states.items() if state == CHANGED]
 
 
 def read_mapping(run: RunFiles, name: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:

@@ -57,7 +57,8 @@ MARGINS = "margins.jsonl"
 
 SEAL = "checksums.json"
 """In the folder of a finished run: the digests of its files."""
-_SEALED = ("config.yaml", "summary.json", "metrics.jsonl", "samples.jsonl", "held_out.jsonl")
+SEALED = ("config.yaml", "summary.json", "metrics.jsonl", "samples.jsonl", "held_out.jsonl")
+"""The files that it has digests of, as far as a run has them."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -235,7 +236,7 @@ class RunRecord:
 
     def seal(self) -> None:
         """Keep the digests of the files that reports are made from, now that the run is finished."""
-        found = {name: file_digest(self.run_dir / name) for name in _SEALED if (self.run_dir / name).exists()}
+        found = {name: file_digest(self.run_dir / name) for name in SEALED if (self.run_dir / name).exists()}
         write_sealed(self.run_dir / SEAL, found)
 
     def write_samples(self, samples: Sequence[Mapping[str, Any]]) -> list[Path]:

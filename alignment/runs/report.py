@@ -81,7 +81,7 @@ def _known(rows: Rows) -> Rows:
     return [row for row in rows if set(row[1:]) - {DASH}]
 
 
-def _stage_table(summary: dict[str, Any]) -> tuple[list[str], Rows]:
+def stage_table(summary: dict[str, Any]) -> tuple[list[str], Rows]:
     """A column per stage, with what it took and its last metrics."""
     entries = {stage: submapping(summary, "stages", stage) for stage in STAGES}
     entries = {stage: entry for stage, entry in entries.items() if entry}
@@ -348,7 +348,7 @@ def write_report(run_dir: Path) -> Path:
     bins = bins_of(run)
     if bins:
         parts += ["## Calibration", markdown_table(HEADER, calibration_rows(bins)), _ABOUT_CALIBRATION]
-    header, rows = _stage_table(run.summary)
+    header, rows = stage_table(run.summary)
     if rows:
         parts += ["## Stages", markdown_table([escape_markdown(cell) for cell in header], rows)]
     for stage in STAGES:
@@ -403,7 +403,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
             line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             console.print(Text(line.rstrip()), soft_wrap=True)
 
-    header, rows = _stage_table(summary)
+    header, rows = stage_table(summary)
     if rows:
         show("Stages", [header, *rows])
     header, rows = evaluation_table(summary, [])

@@ -9,6 +9,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from alignment.comparison import write_comparison
+from alignment.course.hand_in import write_hand_in
 from alignment.runs.record import RunRecord
 from alignment.runs.report import write_report
 from tests.helpers.run_folders import change_json, make_run
@@ -45,7 +46,8 @@ class Structure(HTMLParser):
     def handle_starttag(self, tag, attributes):
         if tag != "br":  # a line break of a text stays one
             self.elements.append((tag, tuple(name for name, _ in attributes)))
-        self.links |= {value or "" for name, value in attributes if name in ("href", "src", "srcdoc", "action")}
+        links = [value or "" for name, value in attributes if name in ("href", "src", "srcdoc", "action")]
+        self.links |= {link.partition(",")[0] if link.startswith("data:image/png") else link for link in links}
 
 
 def structure(page: str) -> tuple[list[tuple[str, tuple[str, ...]]], set[str]]:
@@ -80,7 +82,9 @@ def pages_with(folder: Path, text: str) -> dict[str, tuple]:
     markdown = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
     files = [folder / "comparison.md", *(folder / "0-run" / name for name in ("report.md", "samples.md"))]
     found = {file.name: structure(markdown.render(file.read_text("utf-8"))) for file in files}
-    return found | {"comparison.html": structure((folder / "comparison.html").read_text("utf-8"))}
+    write_hand_in([folder], folder / "hand_in.html")
+    pages = {name: (folder / name).read_text("utf-8") for name in ("comparison.html", "hand_in.html")}
+    return found | {name: structure(page) for name, page in pages.items()}
 
 
 @pytest.fixture(scope="module")

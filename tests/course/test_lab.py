@@ -70,7 +70,7 @@ def test_runs_are_named_in_order_and_done_once(monkeypatch, tmp_path):
             (folder / f"{number}-quickstart" / "summary.json").write_text(json.dumps({"number": number}))
 
     monkeypatch.setattr(lab, "_command", command)
-    runs = lab.train("loss.beta=0.1,0.5", "seed=0,1", "optim.lr=1e-3")
+    runs = lab.train("quickstart", "loss.beta=0.1,0.5", "seed=0,1", "optim.lr=1e-3")
     assert {name: run.summary["number"] for name, run in runs.items()} == {
         "loss.beta=0.1, seed=0": 0,
         "loss.beta=0.1, seed=1": 1,
@@ -79,12 +79,12 @@ def test_runs_are_named_in_order_and_done_once(monkeypatch, tmp_path):
     }
     given = ("alignment.run", "-m", "recipe=quickstart", "tracking=none", "loss.beta=0.1,0.5", "seed=0,1")
     assert called[0][:-1] == (*given, "optim.lr=1e-3")
-    assert lab.train("loss.beta=0.1,0.5", "seed=0,1", "optim.lr=1e-3").keys() == runs.keys()
+    assert lab.train("quickstart", "loss.beta=0.1,0.5", "seed=0,1", "optim.lr=1e-3").keys() == runs.keys()
     assert len(called) == 1, "nothing is done twice"
-    lab.train("loss.beta=0.1,0.5", "seed=0,1", "optim.lr=1e-2")
+    lab.train("quickstart", "loss.beta=0.1,0.5", "seed=0,1", "optim.lr=1e-2")
     assert called[1][-1] != called[0][-1], "other settings are other runs"
     next(Path(called[0][-1].removeprefix("hydra.sweep.dir=")).glob("2-*/summary.json")).unlink()
-    lab.train("loss.beta=0.1,0.5", "seed=0,1", "optim.lr=1e-3")
+    lab.train("quickstart", "loss.beta=0.1,0.5", "seed=0,1", "optim.lr=1e-3")
     assert called[2] == called[0], "what is not finished is run again"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import nbformat
 import pytest
+import yaml
 from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
@@ -49,7 +50,7 @@ def notebook_of(number: int) -> Any:
     return nbformat.read(path, as_version=4)
 
 
-def train_beforehand(number: int, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def train_beforehand(number: int, lab: Path, monkeypatch: pytest.MonkeyPatch, hardware: str = "auto") -> None:
     """Run the notebook's cell that trains here, and its command in a forked process; the notebook finds the runs."""
 
     def forked(module: str, *arguments: str) -> None:
@@ -62,7 +63,7 @@ def train_beforehand(number: int, lab: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(lab_module, "_command", forked)
     monkeypatch.setenv("ALIGNMENT_FAST", "1")
     monkeypatch.chdir(lab)
-    exec(training, {"lab": lab_module})
+    exec(training, {"lab": lab_module, "RECIPE": lab_module.choose(hardware)})
 
 
 def execute(number: int, kernel: KernelManager, asked: str, **replaced: str) -> Any:
@@ -179,6 +180,7 @@ def test_the_gradient_is_what_the_text_says(kernel):
     assert by_length["simpo"]["chosen (10 tokens)"] == pytest.approx(4 * by_length["simpo"]["rejected (40 tokens)"])
 
 
+GPU = 'lab.choose("gpu")'
 RUNS = "{name: [str(run.folder), run.summary['status']] for name, run in runs.items()}"
 
 
@@ -205,6 +207,29 @@ def test_two_losses_are_trained_and_their_metrics_read(lab, kernel):
     # DPO's own units are beta times nats.
     assert table["loss=dpo"]["margin (own units)"] == pytest.approx(0.1 * table["loss=dpo"]["margin (nats)"], rel=1e-5)
     assert samples == 8
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("number", [3, 4, 5])
+def test_all_cells_run_on_the_way_of_a_gpu(number, lab, kernel, monkeypatch):
+    """The same cells with the switch on the GPU: a tiny Qwen3 in NF4, on the processor."""
+    train_beforehand(number, lab, monkeypatch, "gpu")
+    runs, table = execute(
+        number,
+        kernel,
+        f"[{RUNS}, [len(table.columns), len(table)]]"
+        if number < 5
+        else f"[{RUNS}, [len(table.header), len(table.rows)]]",
+        RECIPE=GPU,
+    )
+    assert len(runs) == {3: 2, 4: 3, 5: 6}[number] and 0 not in table
+    for folder, status in runs.values():
+        config, summary = (
+            yaml.safe_load((lab / folder / name).read_text()) for name in ("config.yaml", "summary.json")
+        )
+        assert status == "finished" and summary["recipe"] == "lab_qwen3"
+        assert config["quantization"] is not None and summary["model"]["quantization"] == "nf4"
+        assert summary["model"]["model_type"] == "qwen3"
 
 
 @pytest.mark.matrix
