@@ -89,6 +89,7 @@ class ServerEngine:
             "top_p": how.top_p,
             "min_p": how.min_p,
             "repetition_penalty": 1.0,
+            "repeat_penalty": 1.0,  # llama.cpp's word for it, whose files may have a penalty of their own
             "logprobs": 1,
             "return_token_ids": True,
         }
@@ -98,6 +99,12 @@ class ServerEngine:
             raise UserError(
                 f"The server {self.endpoint.address} ends answers of {self.model} at its model's own token {why}, "
                 f"which is none of the stop tokens {list(how.stops)}: add it to Sampling.stops."
+            ) from None
+        except _LacksTokens as why:
+            raise UserError(
+                f"The server {self.endpoint.address} sent an answer of {self.model} without {why} of its tokens: "
+                f"llama.cpp leaves out those that end within a character, such as parts of an emoji; draw from vLLM or "
+                f"SGLang, or with the model in this process."
             ) from None
         except Refused as why:
             raise UserError(
@@ -116,6 +123,10 @@ class _EndsByItself(Exception):
     """An answer ends at a token of the server's model that is not asked for, which the message names."""
 
 
+class _LacksTokens(Exception):
+    """A reply that lacks some of its answer's tokens; the message is how many."""
+
+
 def read_answer(reply: Any, how: Sampling) -> Answer:
     """The answer in a reply of /v1/completions.
 
@@ -127,6 +138,8 @@ def read_answer(reply: Any, how: Sampling) -> Answer:
     if "content" in logprobs:  # llama.cpp
         tokens = [entry["id"] for entry in logprobs["content"]]
         logps = [entry["logprob"] for entry in logprobs["content"]]
+        if lacking := reply["usage"]["completion_tokens"] - len(tokens):
+            raise _LacksTokens(lacking)
     else:
         tokens, logps = choice["token_ids"], logprobs["token_logprobs"]
     finish = Finish(choice["finish_reason"])

@@ -81,7 +81,10 @@ class Stub:
             if fault == "own end":
                 choices[0] |= {"finish_reason": "stop", "stop_reason": None, "token_ids": [7, 2]}
                 choices[0]["logprobs"]["token_logprobs"] = [-0.5, -0.5]
-            text = json.dumps({"choices": choices}).encode()
+            usage = {"completion_tokens": sum(len(self.tokens(body)) for _ in choices)}
+            if fault == "part of a character":
+                choices[0]["logprobs"]["content"].pop(1)
+            text = json.dumps({"choices": choices, "usage": usage}).encode()
         handler.send_response(200)
         if fault == "cut":
             handler.send_header("Content-Length", str(2 * len(text)))
@@ -112,7 +115,7 @@ def test_each_answer_is_asked_for_by_itself(stub):
     assert path == "/v1/completions" and body["prompt"] in [prompt.tolist() for prompt in PROMPTS]
     assert body["model"] == "policy" and body["n"] == 1 and body["max_tokens"] == 6 and body["stop_token_ids"] == [STOP]
     assert (body["temperature"], body["top_k"], body["top_p"], body["min_p"]) == (0.7, 5, 1.0, 0.0)
-    assert body["repetition_penalty"] == 1.0
+    assert body["repetition_penalty"] == body["repeat_penalty"] == 1.0
     assert len({body["seed"] for _, body in stub.asked}) == 6
     assert [each[:2] for each in tokens_of(draw(engine(stub, concurrency=1), PROMPTS, 4, HOW))] == tokens_of(two)
     answers = [answer for each in two for answer in each]
@@ -159,6 +162,14 @@ def test_an_end_that_nobody_asked_for_is_named(stub):
     """vLLM also stops at the EOS of its model, whatever the stop tokens; the same answer would come again."""
     stub.faults = ["own end"]
     with pytest.raises(UserError, match=r"own token 2, which is none of the stop tokens \[96\]: add it"):
+        draw(engine(stub, concurrency=1), PROMPTS[:1], 1, HOW)
+    assert len(stub.asked) == 1
+
+
+def test_an_answer_that_lacks_tokens_is_refused(stub):
+    """llama.cpp sends no log-prob for a token that ends within a character, and no id either."""
+    stub.like, stub.faults = "llama.cpp", ["part of a character"]
+    with pytest.raises(UserError, match=r"an answer of policy without 1 of its tokens: llama\.cpp leaves out"):
         draw(engine(stub, concurrency=1), PROMPTS[:1], 1, HOW)
     assert len(stub.asked) == 1
 
