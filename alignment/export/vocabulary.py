@@ -75,6 +75,8 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int, stops: Sequenc
     from gguf import TokenType
 
     spec = _spec(tokenizer)
+    cut = _cut(spec)
+    assert cut is not None
     names = {i: token for token, i in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     kinds = [
@@ -88,13 +90,13 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int, stops: Sequenc
         for i in range(size)
     ]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(str(_cut(spec)))
+    writer.add_tokenizer_pre(cut)
     writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(size)])
     writer.add_token_types(kinds)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]])
 
-    special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-    for name, token in special.items():
+    for name in ("bos", "eos", "unk", "pad"):
+        token = getattr(tokenizer, f"{name}_token_id")
         if token is not None:
             getattr(writer, f"add_{name}_token_id")(token)
     _add_ends(writer, [stop for stop in stops if stop != tokenizer.eos_token_id])
