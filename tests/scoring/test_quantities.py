@@ -17,7 +17,7 @@ from alignment.scoring.token_scores import TokenScores
 from tests.conftest import random_groups, tiny_policy
 
 TOKENS, WIDTH, VOCABULARY, LIKELIEST = 11, 6, 23, 5
-COMPARED = frozenset({Quantity.forward_kl, Quantity.divergence})
+COMPARED = (Quantity.forward_kl, Quantity.divergence)
 """Of two models; a loss asks for one of them at most."""
 EVERYTHING = frozenset(Quantity) - {Quantity.forward_kl}
 SUBSETS = [frozenset(chosen) for k in range(4) for chosen in combinations(sorted(EVERYTHING, key=str), k)]
