@@ -60,10 +60,10 @@ class TrOPD(Loss):
 
     name: ClassVar[str] = "tropd"
     title: ClassVar[str] = "TrOPD"
-    purpose: ClassVar[str] = "distils a teacher where it is to be trusted, and its likeliest tokens elsewhere"
+    purpose: ClassVar[str] = "distils a teacher by trust, its likeliest tokens elsewhere"
     uncertain: ClassVar[str] = (
         "The code is not published, and what is known of the paper leaves open whether the teacher's likeliest "
-        "probabilities are scaled, and what has a gradient."
+        "probabilities are scaled, and what has a gradient"
     )
     unit: ClassVar[str] = "row"
     needs_reference: ClassVar[bool] = True

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from alignment.config import registry
 from alignment.config.compose import load
 from alignment.config.data import SourceConfig
+from alignment.config.judging import LLMJudgeConfig
 from alignment.config.members import sweep_members
 from alignment.config.messages import sentence
 from alignment.config.overrides import parse_overrides
@@ -148,7 +149,9 @@ def test_no_number_is_nan_or_infinite():
             for value in (math.nan, math.inf, -math.inf):
                 tried += 1
                 try:
-                    replace(section, **{name: value})
+                    changed = replace(section, **{name: value})
+                    if isinstance(changed, LLMJudgeConfig):  # what holds it checks it, and knows its place
+                        changed.check_values("evaluation.llm")
                 except UserError:
                     continue
                 taken.add((type(section).__name__, name, value))

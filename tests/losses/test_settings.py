@@ -37,7 +37,7 @@ def computed(loss):
 
 
 def test_the_fields_are_found():
-    names = {"Credit", "Divergence", "NLLReduction", "NLLScope", "Reduction", "Shape"}
+    names = {"Credit", "Divergence", "NLLReduction", "NLLScope", "Outliers", "Reduction", "Shape"}
     assert {kind.__name__ for *_, kind in ENUMS} == names
     assert len(ENUMS) >= 17 and len(NUMBERS) >= 84
 

@@ -45,7 +45,7 @@ def test_every_change_of_a_mixture_makes_new_tokens(large_mixture: DataConfig, c
     """The content of any source, and any share."""
 
     def key() -> str | None:
-        return prepared._key(large_mixture, "preference", chat, None)
+        return prepared._key(large_mixture, "preference", chat, None, "")
 
     keys = [key()]
     small = Path(large_mixture.sources["small"].source)

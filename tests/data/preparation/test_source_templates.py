@@ -246,7 +246,7 @@ def test_tokens_are_kept_by_the_text_of_each_template(files: Any, mixture: Any, 
 
     def key(template: TemplateText | None, day: date | None = None) -> str | None:
         sources = {"a": {"source": files["chatml"]}, "b": {"source": files["llama"], "chat_template": template}}
-        return prepared._key(mixture(sources), "preference", chat, day)
+        return prepared._key(mixture(sources), "preference", chat, day, "")
 
     keys = [key(own(text)) for text in (None, OTHER_END, MARKED)]
     assert None not in keys and len(set(keys)) == 3

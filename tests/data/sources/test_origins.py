@@ -85,7 +85,7 @@ def test_a_file_behind_an_address_is_known_by_what_its_place_says_of_its_content
     """Sizes and times alone do not tell, nor does a weak ETag: then every start reads it."""
     monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (type("FS", (), {"info": lambda self, path: info})(), url))
     assert RemoteFile("https://host/rows.jsonl").stamp() == stamp
-    key = prepared._key(config("https://host/rows.jsonl"), "preference", tiny, None)
+    key = prepared._key(config("https://host/rows.jsonl"), "preference", tiny, None, "")
     assert (key is None) == (stamp is None)
     info["size"] = 6
-    assert key is None or prepared._key(config("https://host/rows.jsonl"), "preference", tiny, None) != key
+    assert key is None or prepared._key(config("https://host/rows.jsonl"), "preference", tiny, None, "") != key
