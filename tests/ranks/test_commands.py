@@ -192,7 +192,7 @@ def test_a_rank_that_fails_ends_all_with_one_sentence(where, rank, how, project,
     """
     mark = tmp_path / "mark"
     skipped = () if where == "sft" else ("sft=none",)
-    few = () if where == "evaluation" else ("evaluation.prompts=0",)
+    few = () if where == "evaluation" else ("evaluation.prompts=0", "evaluation.every=null")
     short = ("trainer.max_steps=1", "trainer.eval_every=0")
     ended = in_ranks(
         project, tmp_path / "run", 2, *PLAIN, *skipped, *few, *short, patches={rank: partial(fault, where, how, mark)}
