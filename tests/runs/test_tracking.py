@@ -111,7 +111,7 @@ def test_two_members_are_two_runs_whatever_the_environment_sets(
         [folder] = sweep.glob(f"{name}/wandb/offline-run-*")
         [run] = of_kind(read_wandb(folder), "run")
         assert (run.run_id, run.run_group, run.display_name) == (known, sweep.name, name)
-        assert (sweep / name / "wandb_run_id").read_text().strip() == run_id
+        assert (sweep / name / "wandb_run_id").read_text().strip() == known
 
 
 def test_variables_that_wandb_refuses_are_named(

@@ -160,7 +160,7 @@ def test_training_raises_the_margin_on_held_out_pairs(name, prepared, tiny_model
     data = fit_preferences(read, config.data, loss)[0]
     stage = PreferenceStage(config, data, work, (), HeldOutAnswers(config, data, work, ()))
     logged = []
-    stage.run(model, lambda step, split, metrics: logged.append(metrics) if split == "eval" else None)
+    stage.run(model, lambda step, split, metrics, held_out=(): logged.append(metrics) if split == "eval" else None)
     before, after = logged
     assert_learned(name, before, after)
 

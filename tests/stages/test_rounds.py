@@ -7,7 +7,6 @@ import re
 import shutil
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from alignment.onpolicy.rounds import read_round
 from alignment.reference.cached import CachedReference
 from alignment.runs.record import RunRecord
 from alignment.stages import chain as stage_chain
-from alignment.stages import rounds as stage_rounds
 from tests.helpers.rounds import Killed, Project, write_pairs
 from tests.helpers.runs import assert_same, metric_rows, weights
 from tests.helpers.steps import sequence_logp
@@ -350,11 +348,6 @@ def test_what_cannot_be_is_refused(project):
     for settings, words in cases.items():
         with pytest.raises(UserError, match=re.escape(words)):
             project.chain("run", *settings.split())
-
-
-def test_several_ranks_are_refused(project):
-    with pytest.raises(UserError, match=r"set trainer\.devices=1"):
-        stage_rounds.Rounds(project.chain("run").config, None, SimpleNamespace(team=object()), (), None)
 
 
 def test_answers_come_from_the_store_whoever_asks(project):

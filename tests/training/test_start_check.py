@@ -146,7 +146,7 @@ def test_mismatched_rows_are_part_of_the_start(tmp_path, monkeypatch):
     reference.prepare([*PAIRS, *mismatched("kto", rows)])
     plain = {key for g in rows for key in g.keys()}  # noqa: SIM118
     for key in {key for g in mismatched("kto", rows) for key in g.keys()} - plain:  # noqa: SIM118
-        reference._values.add(key, reference._values.get(key, 0)[None] - 1)
+        reference._values.add(key, reference._values.get(key) - 1)
     trainer = make_trainer(model, rows, make_loss("kto"), tmp_path, reference=reference)
     with pytest.raises(UserError, match=re.escape("The loss kto is")):
         check_start(trainer, rows)
