@@ -30,7 +30,7 @@ from alignment.config.gpu import (
     is_hidden,
     why_no_gpu,
 )
-from alignment.errors import CommandParser, ending_plainly
+from alignment.errors import CommandParser, UserError
 from alignment.files import cache_dir
 from alignment.ranks.memory import available_memory
 from alignment.runs.record import machine, named, versions
@@ -60,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Show what this machine offers a run and what it lacks, for you and for a bug report. Nothing "
         "private is in it.",
     )
-    with ending_plainly():
+    try:
         parser.parse_args(argv)
+    except UserError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 1
     for title, look in _SECTIONS.items():
         rows = _found(look)
         width = max(len(name) for name in rows)

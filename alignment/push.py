@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignment import spinning  # noqa: F401 - first, because what follows imports torch
-from alignment.errors import CommandParser, ending_plainly
+from alignment.errors import CommandParser, UserError
 
 FOLDER = "push"
 """In the run's folder: what was made for the hub."""
@@ -73,10 +73,12 @@ def run(arguments: Sequence[str] | None) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; `ending_plainly` says how it ends."""
+    """Run the command line; leaves the process with status 1 and one sentence where you can mend something."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with ending_plainly():
+    try:
         lines = run(arguments)
+    except UserError as error:
+        sys.exit(f"Error: {error}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 
