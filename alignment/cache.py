@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from alignment.errors import CommandParser, UserError
+from alignment.errors import CommandParser, UserError, ending_plainly
 from alignment.files import CacheKind, cache_dir
 from alignment.reference.keyed_store import IdentityInfo, damaged_files
 from alignment.reference.store import ReferenceStore
@@ -28,29 +28,36 @@ _WIDE = 1000
 """Into a pipe or a file every row goes whole, however wide."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 1 if it found damage or you can mend something."""
-    try:
-        arguments = _parser().parse_args(argv)
-        folder = cache_dir(arguments.path)
-        path, stages = CacheKind.reference.under(folder), StageStore(CacheKind.stages.under(folder))
-        files = _entries(folder)
-        if not path.exists() and not damaged_files(path):
-            _say(f"No reference log-probs are stored in {folder} yet.")
-            if not stages.stored() and not files:
-                return 0
-        with ReferenceStore(path) as store:
-            if arguments.command == "list":
-                _list(store)
-                _list_stages(stages)
-                _list_entries(files)
-                return 0
-            if arguments.command == "verify":
-                return max(_verify(store), _verify_stages(stages))
-            return _prune(store, stages, files, arguments)
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+def run(arguments: Sequence[str] | None) -> int:
+    """What the command does; returns the exit status: 1 if it found damage.
+
+    Raises:
+        UserError: arguments that cannot be followed, or a store that cannot be read.
+    """
+    options = _parser().parse_args(arguments)
+    folder = cache_dir(options.path)
+    path, stages = CacheKind.reference.under(folder), StageStore(CacheKind.stages.under(folder))
+    files = _entries(folder)
+    if not path.exists() and not damaged_files(path):
+        _say(f"No reference log-probs are stored in {folder} yet.")
+        if not stages.stored() and not files:
+            return 0
+    with ReferenceStore(path) as store:
+        if options.command == "verify":
+            return max(_verify(store), _verify_stages(stages))
+        if options.command == "prune":
+            return _prune(store, stages, files, options)
+        _list(store)
+    _list_stages(stages)
+    _list_entries(files)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, and `ending_plainly` says how it ends where it cannot."""
+    with ending_plainly():
+        status = run(arguments)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

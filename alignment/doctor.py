@@ -30,7 +30,7 @@ from alignment.config.gpu import (
     is_hidden,
     why_no_gpu,
 )
-from alignment.errors import CommandParser, UserError
+from alignment.errors import CommandParser, ending_plainly
 from alignment.files import cache_dir
 from alignment.ranks.memory import available_memory
 from alignment.runs.record import machine, named, versions
@@ -60,11 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Show what this machine offers a run and what it lacks, for you and for a bug report. Nothing "
         "private is in it.",
     )
-    try:
+    with ending_plainly():
         parser.parse_args(argv)
-    except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return 1
     for title, look in _SECTIONS.items():
         rows = _found(look)
         width = max(len(name) for name in rows)

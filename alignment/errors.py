@@ -1,11 +1,14 @@
-"""The one exception that means "you can fix this", the checks that raise it, and a command line that does."""
+"""The one exception that means "you can fix this", the checks that raise it, and how command lines end with it."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -74,6 +77,47 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     plain = {name.lower(): name for name in known}
     found = get_close_matches(word.lower(), plain, 1)
     return f" (did you mean {plain[found[0]]}?)" if found else ""
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+_NAME_ERRORS = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_DISK_WORDS = (
+    *("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied"),
+    *("inline_container.cc", "iostream"),
+)
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """A sentence, without its end, for an error of the file system that you can mend; None for any other error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f"{error.filename}: " if error.filename else ""
+        if error.errno in _NAME_ERRORS:
+            return f"{place}{error.strerror}; name another file or folder"
+        return f"{place}{error.strerror}; free the disk or mend the rights" if error.errno in _DISK_ERRORS else None
+    # Copies of folders gather their errors as text, and writers that are not Python's know no errno. Torch's gives
+    # no reason either: it checks in inline_container.cc what it has written, and its streams fail by themselves.
+    if any(words in str(error) for words in _DISK_WORDS):
+        return "A file could not be written; free the disk or mend the rights"
+    return None
+
+
+@contextmanager
+def ending_plainly() -> Iterator[None]:
+    """Ends the process as a command ends: with one sentence and status 1 where you can mend something.
+
+    After Ctrl-C the status is 130. Any other exception is a bug, and keeps its traceback.
+    """
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted.\n")
+        sys.exit(130)
+    except Exception as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        sys.exit(f"Error: {problem}.")
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignment import spinning  # noqa: F401 - first, because what follows imports torch
-from alignment.errors import CommandParser, UserError, did_you_mean
+from alignment.errors import CommandParser, UserError, did_you_mean, ending_plainly
 
 if TYPE_CHECKING:
     from alignment.comparison.tables import Table
@@ -105,12 +105,10 @@ def run(arguments: Sequence[str] | None) -> tuple[Path, list[Table]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; leaves the process with status 1 and one sentence where you can mend something."""
+    """Run the command line; `ending_plainly` says how it ends."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ending_plainly():
         page, tables = run(arguments)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
     for table in tables:
         _show(table)
     sys.stdout.write(f"{page}\n")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -50,27 +50,6 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Write UTF-8 text like `atomic_write_bytes`."""
     atomic_write_bytes(path, text.encode())
-
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
-_DISK_WORDS = (
-    *("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied"),
-    *("inline_container.cc", "iostream"),
-)
-
-
-def disk_problem(error: BaseException) -> str | None:
-    """A sentence, without its end, for an error of the file system that you can mend; None for any other error."""
-    if isinstance(error, OSError) and error.errno is not None:
-        if error.errno not in _DISK_ERRORS:
-            return None
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; free the disk or mend the rights"
-    # Copies of folders gather their errors as text, and writers that are not Python's know no errno. Torch's gives
-    # no reason either: it checks in inline_container.cc what it has written, and its streams fail by themselves.
-    if any(words in str(error) for words in _DISK_WORDS):
-        return "A file could not be written; free the disk or mend the rights"
-    return None
 
 
 def write_sealed(path: Path, content: Any, indent: int | None = None) -> None:
@@ -242,6 +221,16 @@ class CacheKind(Enum):
     def under(self, cache: Path) -> Path:
         """Where it is in a cache folder."""
         return cache / self.place
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a whole folder its name, in place of an older one, which is removed last."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def mark_used(path: Path) -> None:

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from alignment import spinning  # noqa: F401 - first, because what follows imports torch
-from alignment.errors import CommandParser, UserError, did_you_mean
+from alignment.errors import CommandParser, UserError, did_you_mean, ending_plainly
 
 _KEYS = ("method", "weights", "density", "rank", "seed", "out")
 
@@ -100,12 +100,10 @@ def run(arguments: Sequence[str] | None) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; leaves the process with status 1 and one sentence where you can mend something."""
+    """Run the command line; `ending_plainly` says how it ends."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ending_plainly():
         page = run(arguments)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
     sys.stdout.write(f"{page}\n")
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.errors import CommandParser, UserError, require
+from alignment.errors import CommandParser, UserError, ending_plainly, require
 from alignment.files import atomic_write_text
 from alignment.migration.draft import Circumstances
 from alignment.migration.tools import TOOLS, read_file, recognised, translate
@@ -117,12 +117,10 @@ def _checked(text: str, file: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; leaves the process with status 1 and one sentence where you can mend something."""
+    """Run the command line; `ending_plainly` says how it ends."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ending_plainly():
         lines = run(arguments)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

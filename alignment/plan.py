@@ -21,7 +21,7 @@ from alignment.config.members import is_sweep, single_values, sweep_members
 from alignment.config.registry import register
 from alignment.config.schema import Device, Judge, RunConfig
 from alignment.config.typed_text import as_text
-from alignment.errors import CommandParser, UserError
+from alignment.errors import CommandParser, UserError, ending_plainly
 from alignment.evaluation.statistics.power import (
     LEVEL,
     POWER,
@@ -385,11 +385,9 @@ def _members(settings: Sequence[str], multirun: bool, config_dir: Path | None) -
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; leaves the process with status 1 and one sentence where the user can mend something."""
-    try:
+    """Run the command line; `ending_plainly` says how it ends."""
+    with ending_plainly():
         run(arguments)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

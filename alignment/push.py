@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignment import spinning  # noqa: F401 - first, because what follows imports torch
-from alignment.errors import CommandParser, UserError
+from alignment.errors import CommandParser, ending_plainly
 
 FOLDER = "push"
 """In the run's folder: what was made for the hub."""
@@ -73,12 +73,10 @@ def run(arguments: Sequence[str] | None) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; leaves the process with status 1 and one sentence where you can mend something."""
+    """Run the command line; `ending_plainly` says how it ends."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ending_plainly():
         lines = run(arguments)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -9,15 +9,12 @@ from pathlib import Path
 
 from alignment.comparison import is_run, write_comparison
 from alignment.course.hand_in import write_hand_in
-from alignment.errors import CommandParser, UserError
+from alignment.errors import CommandParser, ending_plainly
 from alignment.runs.report import write_report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the report of one run folder, compare several runs or a sweep, or put runs on one page to hand in.
-
-    Returns the exit status.
-    """
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rewrite the report of one run folder, compare several runs or a sweep, or put runs on one page to hand in."""
     parser = CommandParser(
         prog="python -m alignment.report",
         description="Give one run folder to rewrite its report.md. Give several, or the folder of a sweep, to compare "
@@ -28,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "folders", nargs="+", type=Path, metavar="FOLDER", help="a run folder, or the folder of a sweep"
     )
     parser.add_argument("--hand-in", type=Path, metavar="FILE.html", help="one page of all runs, with digests")
-    try:
+    with ending_plainly():
         options = parser.parse_args(arguments)
         folders: list[Path] = options.folders
         if options.hand_in is not None:
@@ -40,12 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = write_report(folders[0])
         else:
             path = write_comparison(folders, folders[0])
-    except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return 1
     sys.stdout.write(f"{path}\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

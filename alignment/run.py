@@ -31,8 +31,8 @@ from alignment.config.resume import require_new
 from alignment.config.schema import Device, RunConfig
 from alignment.config.sweep import Sweep
 from alignment.config.typed_text import typed_path
-from alignment.errors import UserError
-from alignment.files import asset_dir, atomic_write_text, disk_problem, redact
+from alignment.errors import UserError, disk_problem
+from alignment.files import asset_dir, atomic_write_text, redact
 from alignment.kernels.allocator import begin_tensors_on_pages, grow_gpu_segments
 from alignment.ranks.jobs import share_job
 from alignment.ranks.launch import idle_gpus, launch, rank_count

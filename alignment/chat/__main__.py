@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignment import spinning  # noqa: F401 - first, because what follows imports torch
-from alignment.errors import CommandParser, UserError, did_you_mean, require
+from alignment.errors import CommandParser, did_you_mean, ending_plainly, require
 
 _OWN = ("against", "votes", "system", "device")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
@@ -116,12 +116,10 @@ def run(arguments: Sequence[str] | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; leaves the process with status 1 and one sentence where you can mend something."""
+    """Run the command line; `ending_plainly` says how it ends."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ending_plainly():
         run(arguments)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from alignment.comparison.tables import (
     member_table,
     results,
     settings_and_data,
-    settings_left_out,
 )
 from alignment.pages import page_templates
 from alignment.runs.style import COLOURS
@@ -45,12 +44,6 @@ def result_tables(found: Comparison) -> list[Table]:
     tables = [differences(found), results(found), *answers_against_answers(found), judge_table(found)]
     tables.append(held_out_pairs(found))
     return [table for table in tables if table is not None and table.rows]
-
-
-def fact_tables(found: Comparison) -> list[Table]:
-    """The tables of what was run."""
-    tables = [settings_and_data(found), settings_left_out(found), member_table(found)]
-    return [table for table in tables if table is not None]
 
 
 def to_html(found: Comparison, title: str) -> str:
@@ -80,7 +73,7 @@ def to_html(found: Comparison, title: str) -> str:
         figures=data,
         library=_packed_library() if figures else "",
         questions=asked if (asked := questions(found)).shown else None,
-        facts=fact_tables(found),
+        facts=[settings_and_data(found), member_table(found)],
         missing=not_available(found),
     )
 
@@ -135,7 +128,7 @@ def to_markdown(found: Comparison, title: str) -> str:
         rows = [[answer.model, answer.text, answer.verdict] for answer in (*question.answers, *question.others)]
         parts.append(markdown_table(["model", "answer", "judge"], rows))
     parts.append("## What was run")
-    for content in fact_tables(found):
+    for content in (settings_and_data(found), member_table(found)):
         parts += table(content)
     if lacking := not_available(found):
         parts += ["## Not available", bullets(lacking)]

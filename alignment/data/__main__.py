@@ -20,7 +20,7 @@ from alignment.data.layouts.recognition import NotPreferences
 from alignment.data.rows.findings import FINDINGS
 from alignment.data.rows.reasons import UnusableRows
 from alignment.data.sources.loading import load_rows
-from alignment.errors import CommandParser, UserError
+from alignment.errors import CommandParser, UserError, ending_plainly
 from alignment.files import atomic_write_text, cache_dir
 from alignment.policy.chat_templates import with_templates
 from alignment.policy.load import load_tokenizer
@@ -105,15 +105,11 @@ def run(arguments: Sequence[str] | None) -> None:
             raise UserError(inspection.refusal)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    try:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; `ending_plainly` says how it ends."""
+    with ending_plainly():
         run(arguments)
-    except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

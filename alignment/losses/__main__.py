@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from alignment.errors import CommandParser, UserError, did_you_mean
+from alignment.errors import CommandParser, UserError, did_you_mean, ending_plainly
 from alignment.files import asset_dir
 from alignment.losses import LDDPO, LOSSES, OPD, Loss, Mixture, Quantity, SamPO, TrOPD, title
 from alignment.losses.parity import CHECKS, Check, value_here
@@ -306,25 +306,21 @@ def _named(name: str | None) -> str:
     raise UserError(f"{what}; python -m alignment.losses lists all of them.")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; `ending_plainly` says how it ends."""
     parser = CommandParser(prog="python -m alignment.losses", description="List the losses that you can train with.")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands")
     show = commands.add_parser("show", help="explain one loss: formula, paper, gradient, settings")
     show.add_argument("key", metavar="KEY", nargs="?", help="as in the list, for example simpo")
     commands.add_parser("docs", help="write the page of all losses, conf/loss/README.md")
-    try:
+    with ending_plainly():
         given = parser.parse_args(arguments)
         if given.command == "docs":
             page_path().write_text(page(), encoding="utf-8")
             sys.stdout.write(f"Written: {page_path()}\n")
         else:
             sys.stdout.write(_list() if given.command is None else _show(_named(given.key)))
-    except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

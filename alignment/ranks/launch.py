@@ -8,14 +8,21 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from filelock import FileLock
+
 from alignment.errors import UserError
-from alignment.ranks.place import LOGS, LOST
+from alignment.ranks.place import LOCK, LOGS, LOST
 
 _SHUTDOWN_SECONDS = 10
+_FOLDERS = "alignment-ranks-"
+_KEPT_SECONDS = 7 * 24 * 3600
+"""How long the output of a rank that has died is kept at least."""
 
 
 def rank_count(devices: int | str, gpus: int, wants_gpu: bool) -> int:
@@ -57,41 +64,65 @@ def launch(count: int, module: str, arguments: Sequence[str]) -> NoReturn:
 
     logging.disable(logging.CRITICAL)  # what the launcher says of each process
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    folder = Path(tempfile.mkdtemp(prefix="alignment-ranks-"))
-    os.environ[LOGS] = str(folder)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        **_known(LaunchConfig, shutdown_timeout=_SHUTDOWN_SECONDS),
-        logs_specs=DefaultLogsSpecs(
-            log_dir=str(folder), redirects={rank: Std.NONE if rank == 0 else Std.ALL for rank in range(count)}
-        ),
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if rank == 0 and failure.exitcode == LOST:  # it noticed another's end within the same tenth of a second
-            rank, failure = max(error.failures.items())
-        if rank == 0 and failure.exitcode > 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            sys.exit(1)  # it has said why
-        how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
-        sys.exit(
-            f"Error: Rank {rank} {how}; what it said is in {folder}: mend that (SIGKILL is mostly a lack of main "
-            f"memory), and continue with resume=true."
+    with _output_folder() as folder:
+        os.environ[LOGS] = str(folder)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=str(os.getpid()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            **_known(LaunchConfig, shutdown_timeout=_SHUTDOWN_SECONDS),
+            logs_specs=DefaultLogsSpecs(
+                log_dir=str(folder), redirects={rank: Std.NONE if rank == 0 else Std.ALL for rank in range(count)}
+            ),
         )
-    except SignalException:
-        sys.exit(1)  # rank 0 has said how to continue
-    shutil.rmtree(folder, ignore_errors=True)
-    sys.exit(0)
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if rank == 0 and failure.exitcode == LOST:  # it noticed another's end within the same tenth of a second
+                rank, failure = max(error.failures.items())
+            if rank == 0 and failure.exitcode > 0:
+                sys.exit(1)  # it has said why
+            (folder / LOCK).unlink()
+            how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
+            sys.exit(
+                f"Error: Rank {rank} {how}; what it said is in {folder}: mend that (SIGKILL is mostly a lack of main "
+                f"memory), and continue with resume=true."
+            )
+        except SignalException:
+            sys.exit(1)  # rank 0 has said how to continue
+        sys.exit(0)
+
+
+@contextmanager
+def _output_folder() -> Iterator[Path]:
+    """A folder for what ranks say, which goes at the end unless its file `LOCK` has gone before.
+
+    The lock says that the launcher lives: folders of those that were killed are removed here, and those that a sentence
+    has named after some days.
+    """
+    for path in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
+        with suppress(OSError):  # another user's, or of a launcher that lives
+            if not (path / LOCK).exists():
+                is_old = path.stat().st_mtime < time.time() - _KEPT_SECONDS
+            else:
+                with FileLock(path / LOCK, timeout=0):
+                    is_old = True
+            if is_old:
+                shutil.rmtree(path)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDERS))
+    try:
+        with FileLock(folder / LOCK):
+            yield folder
+    finally:
+        if (folder / LOCK).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _known(kind: Any, **settings: Any) -> dict[str, Any]:

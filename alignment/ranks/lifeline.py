@@ -11,9 +11,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from alignment.ranks.place import LOGS, LOST, Place
+from filelock import FileLock
+
+from alignment.ranks.place import LOCK, LOGS, LOST, Place
 
 _GOODBYE = b"."
 """What rank 0 says as it ends in order; a rank that dies says nothing."""
@@ -39,6 +42,9 @@ class Lifeline:
 
     A rank that hangs cannot be told from one that computes. But Python obeys no signal within a collective, so where
     rank 0 waits for such a rank, the thread obeys in its place.
+
+    Our own launcher has its ranks in sessions of their own, which outlive it if it is killed. Then rank 0 stops as by
+    SIGTERM.
 
     Attributes:
         lost: the first rank that has died; None while all live.
@@ -68,6 +74,8 @@ class Lifeline:
         os.register_at_fork(after_in_child=self._in_child)
         self._thread = threading.Thread(target=self._watch, daemon=True, name="lifeline")
         self._thread.start()
+        if place.rank == 0 and LOGS in os.environ:
+            threading.Thread(target=self._outlive, daemon=True, name="launcher").start()
 
     def close(self) -> None:
         """End in order: the others are told, and nobody counts as lost."""
@@ -150,6 +158,12 @@ class Lifeline:
             sys.stderr.write(f"\nError: {self.sentence()}\n")
             sys.stderr.flush()
         os._exit(LOST if LOGS in os.environ else 1)
+
+    def _outlive(self) -> None:
+        """Wait for what the launcher holds as long as it lives, and then stop."""
+        with suppress(OSError), FileLock(Path(os.environ[LOGS]) / LOCK, poll_interval=1):
+            if not self._closing.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _obey_later(self) -> None:
         """End this process if it still is in the same wait when the time for that is over."""

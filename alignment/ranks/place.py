@@ -11,6 +11,8 @@ from alignment.errors import UserError, require
 
 LOGS = "ALIGNMENT_RANK_LOGS"
 """Set by our own launcher, which says how a rank has died: the folder with the output of all ranks but the first."""
+LOCK = "launcher"
+"""The file in that folder whose lock the launcher holds for as long as it lives."""
 LOST = 75
 """The exit code by which rank 0 tells our launcher that another rank has ended, of which the launcher knows more."""
 

@@ -10,6 +10,7 @@ from alignment.runs.alerts import UNSTABLE, Alert, Watch
 from alignment.runs.record import Histogram, RunRecord, read_metrics
 from alignment.runs.tracked_tables import samples_table
 from alignment.runs.tracking import Tracker
+from alignment.training.callbacks import LogFunction
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,14 @@ class RunLog:
         self.record.rewind(stage, step)
         path = self.record.metrics_path
         self._watch = Watch(read_metrics(path) if path.exists() else ())
+
+    def of(self, stage: str) -> LogFunction:
+        """Where a stage writes its rows down."""
+
+        def log(step: int, split: str, metrics: Mapping[str, float], items: Sequence[Mapping[str, Any]] = ()) -> None:
+            self.row(stage, step, split, metrics, items)
+
+        return log
 
     def row(
         self,

@@ -150,6 +150,10 @@ def read_margins(run_dir: Path) -> dict[int, Histogram]:
     return {row["step"]: Histogram(row["edges"], row["counts"]) for row in rows}
 
 
+def _margins_line(step: int, margins: Histogram) -> bytes:
+    return to_json_lines([{"step": step, "edges": margins.edges, "counts": margins.counts}])
+
+
 def _margins_row(line: bytes) -> dict[str, Any] | None:
     row = json_row(line)
     return row if row is not None and {"step", "edges", "counts"} <= row.keys() else None
@@ -201,16 +205,15 @@ class RunRecord:
     def log_margins(self, step: int, margins: Histogram) -> None:
         """Append how the margins of single held-out pairs are spread after this step of the preference stage."""
         with (self.run_dir / MARGINS).open("ab") as file:
-            file.write(to_json({"step": step, "edges": margins.edges, "counts": margins.counts}) + b"\n")
+            file.write(_margins_line(step, margins))
 
     def rewind(self, stage: str, step: int) -> None:
         """Delete the rows that a resume from `step` of `stage` will write again: later steps and later stages."""
         assert stage in STAGES, stage
         last = step if stage == "preference" else -1
-        kept_margins = {at: margins for at, margins in read_margins(self.run_dir).items() if at <= last}
-        (self.run_dir / MARGINS).unlink(missing_ok=True)
-        for at, margins in kept_margins.items():
-            self.log_margins(at, margins)
+        lines = [_margins_line(at, margins) for at, margins in read_margins(self.run_dir).items() if at <= last]
+        if (self.run_dir / MARGINS).exists():
+            atomic_write_bytes(self.run_dir / MARGINS, b"".join(lines))
         if not self.metrics_path.exists():
             return
         rows = read_metrics(self.metrics_path)

@@ -6,6 +6,7 @@ import importlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -102,6 +103,8 @@ class Tracker:
                 self.services.remove(service)
                 why = " ".join(str(error).split())
                 logger.warning("%s failed and gets nothing more of this run; training goes on: %s", service.title, why)
+                with suppress(Exception):  # what it got so far may wait to be written or sent
+                    service.finish(1)
 
     def __enter__(self) -> Self:
         return self

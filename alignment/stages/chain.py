@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,6 @@ from transformers import set_seed
 
 from alignment.config.schema import RunConfig
 from alignment.data.conversations.ends import ends_of_turn
-from alignment.data.preparation.prepare import (
-    PreferenceData,
-    SFTData,
-    fit_preferences,
-    load_conversations,
-    read_preferences,
-    sample_sequences,
-)
-from alignment.data.rows.reasons import UnusableRows
-from alignment.data.rows.row import BadRow, write_rejected
 from alignment.errors import NotFinite, UserError
 from alignment.evaluation.sampling.answer import stop_tokens
 from alignment.files import CacheKind, cache_dir, read_sealed, write_sealed
@@ -57,6 +45,7 @@ from alignment.stages.following import load_everywhere
 from alignment.stages.policy import PolicySource, load_policy
 from alignment.stages.preference import PreferenceStage
 from alignment.stages.reuse import reuse_stage, save_stage
+from alignment.stages.run_data import RunData
 from alignment.stages.sft import SFTStage
 from alignment.stages.sharing import shares_base
 from alignment.stages.stage import (
@@ -144,31 +133,23 @@ class Chain:
         self._stops = stop_tokens(self.work.tokenizer, *ends)
 
         # Data and stages
-        self.bad: list[BadRow] = []
-        self.conversations: SFTData | None = None
-        self.preferences: PreferenceData | None = None
+        self.data = RunData(config, self.work, self._day)
         self.sft: SFTStage | None = None
         self.preference: PreferenceStage | None = None
         self.answers: HeldOutAnswers | None = None
-        if config.sft is not None:
-            self.conversations = self._read_conversations()
-            self.sft = SFTStage(config, self.conversations, self.work, given if config.loss is None else None)
-        if config.loss is not None:
-            self.preferences = self._read_preferences()
-            self.answers = HeldOutAnswers(config, self.preferences, self.work, self._stops)
-            self.preference = PreferenceStage(config, self.preferences, self.work, self._stops, self.answers, given)
+        if (conversations := self.data.conversations) is not None:
+            self.sft = SFTStage(config, conversations, self.work, given if config.loss is None else None)
+        if (preferences := self.data.preferences) is not None:
+            self.answers = HeldOutAnswers(config, preferences, self.work, self._stops)
+            self.preference = PreferenceStage(config, preferences, self.work, self._stops, self.answers, given)
         self.stages: list[Stage] = [stage for stage in (self.sft, self.preference) if stage is not None]
-        self._shared = shares_base(config, team, device, self.conversations, self.preferences)
+        self._shared = shares_base(config, team, device, conversations, preferences)
         self.record = RunRecord(run_dir)
         self.results: dict[str, StageResult] = {}
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet, and return the summary."""
-        if self.bad:
-            write_rejected(self.bad, self._rejected)
-            log.info("%d rows were left out; %s says which and why.", len(self.bad), self._rejected.name)
-        else:
-            self._rejected.unlink(missing_ok=True)  # of a start that was refused
+        self.data.write_rejected()
         with open_tracker(
             self.config.tracking,
             run_dir=self.run_dir,
@@ -180,7 +161,7 @@ class Chain:
             told = RunLog(self.record, tracker)
             model = self._load_policy()
             fresh = not self._finished()
-            begin(self._beginning, self._day, self.config, self.work.tokenizer, self._data(), model, fresh)
+            begin(self._beginning, self._day, self.config, self.work.tokenizer, self.data.infos, model, fresh)
             if fresh and not self._is_finite(model):
                 raise UserError(
                     f"model.name={self.config.model.name} gives log-probs that are not finite: its weights are damaged "
@@ -202,49 +183,6 @@ class Chain:
                 self._answer("final", model, told)
             return self._finish(model, tracker)
 
-    # Data
-
-    @property
-    def _rejected(self) -> Path:
-        return self.run_dir / "rejected_rows.jsonl"
-
-    @contextmanager
-    def _keeping_bad_rows(self) -> Iterator[None]:
-        """Data that are refused leave their bad rows in the folder of the run.
-
-        Raises:
-            UserError: what was wrong, and where the rows are.
-        """
-        try:
-            yield
-        except UnusableRows as error:
-            write_rejected([*self.bad, *error.rows], self._rejected)
-            raise UserError(f"{str(error).rstrip('.')}; all of them are in {self._rejected}.") from error
-
-    def _read_conversations(self) -> SFTData:
-        assert self.config.sft is not None
-        data_config, work = self.config.sft.data, self.work
-        load = partial(load_conversations, data_config, work.tokenizer, day=self._day, cache=work.cache)
-        with self._keeping_bad_rows():
-            data, rows = self.work.once(f"conversations of {self._day}", load)
-        self.bad += rows
-        return data
-
-    def _read_preferences(self) -> PreferenceData:
-        assert self.config.data is not None
-        work, drawn = self.work, self.config.onpolicy is not None
-        load = partial(read_preferences, self.config.data, work.tokenizer, day=self._day, cache=work.cache)
-        with self._keeping_bad_rows():
-            name = f"preferences of {self._day}{' with prompts' * drawn}"
-            read = work.once(name, partial(load, with_prompts=drawn))
-        data, rows = fit_preferences(read, self.config.data, self.config.loss)
-        self.bad += rows
-        return data
-
-    def _data(self) -> dict[str, dict[str, Any]]:
-        parts = (("sft", self.conversations), ("preference", self.preferences))
-        return {name: data.info for name, data in parts if data is not None}
-
     # Policy
 
     def _load_policy(self) -> nn.Module:
@@ -258,7 +196,7 @@ class Chain:
         return [s for s in self.stages if read_result(self.work.folder(s.name), s.result_type) is not None]
 
     def _source_of(self, trained: Path | None) -> PolicySource:
-        sequences = sample_sequences(self.conversations, self.preferences) if reads_data(self.config.adapter) else ()
+        sequences = self.data.sample() if reads_data(self.config.adapter) else ()
         cache, chosen = self.work.cache, self.run_dir / "spectrum.json"
         return PolicySource(self.config, self.source, cache, chosen, trained, sequences, self._shared)
 
@@ -281,7 +219,7 @@ class Chain:
     @torch.no_grad()
     def _is_finite(self, model: nn.Module) -> bool:
         """Whether the policy computes numbers at all, asked with the beginning of a prompt."""
-        prompt = self._check_prompts()[0][:_TOKENS_ASKED]
+        prompt = self.data.prompts()[0][:_TOKENS_ASKED]
         was_training = model.training
         logits = model.eval()(input_ids=torch.from_numpy(prompt.astype(np.int64))[None].to(self.work.device)).logits
         model.train(was_training)
@@ -304,7 +242,7 @@ class Chain:
             self._train(stage, model, told)
             return model
         with self.store.locked(key):
-            log_metrics = partial(told.row, stage.name)
+            log_metrics = told.of(stage.name)
             reused = reuse_stage(self.store, key, stage, model, self._load_trained, self.record, log_metrics)
             if reused is not None:
                 policy, result = reused
@@ -326,7 +264,7 @@ class Chain:
         told.begin(stage.name, step if checkpoint else -1)
         set_seed(stage.seed)
         try:
-            result = stage.run(model, partial(told.row, stage.name))
+            result = stage.run(model, told.of(stage.name))
             if not self._is_finite(model):
                 raise NotFinite(
                     f"{stage.title} ended with a policy whose log-probs are not finite; {last_good(checkpoints)}: "
@@ -376,7 +314,7 @@ class Chain:
         preference = self._preference_result
         kl = {"kl/sampled": preference.kl} if preference is not None and preference.kl is not None else {}
         summary["evaluation"] = samples | kl
-        summary["data"] = self._data()
+        summary["data"] = self.data.infos
         if self.config.export.merge:
             summary["export"] = self._export(model)
         summary["versions"] = versions()
@@ -414,15 +352,8 @@ class Chain:
 
     def _export(self, model: nn.Module) -> dict[str, Any]:
         work, made = self.work, self._source_of(self.work.final_policy)
-        folder, prompts = self.run_dir / "merged", self._check_prompts()
+        folder, prompts = self.run_dir / "merged", self.data.prompts()
         return export_whole(model, made, work.tokenizer, folder, work.device, prompts, self._stops)
-
-    def _check_prompts(self) -> list[np.ndarray]:
-        """A few prompts that the merged model and the policy must continue alike."""
-        if self.preferences is not None:
-            return [group.prompt for group in (self.preferences.eval or self.preferences.train)[:4]]
-        assert self.conversations is not None
-        return [np.array(e["input_ids"][: e["completion_mask"].index(1)]) for e in self.conversations.train[:4]]
 
     def _files(self, has_samples: bool) -> dict[str, str]:
         """The files for people and programs, by what they hold."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from alignment.data.preparation.prepare import PreferenceData
 from alignment.data.tokens.units import spread_prompts
 from alignment.evaluation.kl import sampled_kl
 from alignment.evaluation.sampling.local import LocalEngine
-from alignment.files import CacheKind, atomic_write_bytes, read_sealed, to_json_lines, write_sealed
-from alignment.losses import Quantity
+from alignment.files import atomic_write_bytes, read_sealed, to_json_lines, write_sealed
 from alignment.losses import title as loss_title
 from alignment.policy.adapter import has_adapter
 from alignment.policy.identity import policy_identity
@@ -30,13 +29,11 @@ from alignment.ranks.team import Team, trained_parameters
 from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
-from alignment.reference.live import LiveReference
-from alignment.reference.store import ReferenceStore
 from alignment.reference.teacher import Teacher
 from alignment.scoring.layout import BatchLayout, keys_per_position
 from alignment.scoring.logps import join_scores, largest_pass, score_groups
 from alignment.stages.answers import HeldOutAnswers
-from alignment.stages.distillation import held_out_draws, loaded_teacher, teacher_of
+from alignment.stages.distillation import held_out_draws, loaded_teacher
 from alignment.stages.during import AnswersDuring, looks
 from alignment.stages.following import (
     PreferenceBegun,
@@ -46,6 +43,7 @@ from alignment.stages.following import (
     frozen_start,
     give_reward_head,
 )
+from alignment.stages.references import has_reference, make_reference, with_live_reference
 from alignment.stages.rounds import Rounds, TakeRounds
 from alignment.stages.stage import PreferenceResult, StageResult, Workspace
 from alignment.training.budget import Plan
@@ -75,16 +73,6 @@ def _moment(name: str, rows: Sequence[dict[str, Any]]) -> bytes:
     return to_json_lines({"moment": name, **row} for row in rows)
 
 
-def _with_live_reference(config: RunConfig) -> RunConfig:
-    """With a live reference where the loss compares whole distributions, which no store keeps."""
-    if config.reference.mode is ReferenceMode.live:
-        return config
-    if Quantity.divergence not in config.loss.requirements().quantities:
-        return config
-    log.info("%s compares whole distributions, so the reference runs beside the policy.", loss_title(config.loss.name))
-    return replace(config, reference=replace(config.reference, mode=ReferenceMode.live))
-
-
 class PreferenceStage:
     """The preference stage of a run, ready to start.
 
@@ -111,7 +99,7 @@ class PreferenceStage:
         answers: HeldOutAnswers,
         given: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        self._config = _with_live_reference(config)
+        self._config = with_live_reference(config)
         self._data = data
         self._work = work
         self._stops = stops
@@ -156,7 +144,7 @@ class PreferenceStage:
 
         # The reference, and the trainer with it
         groups = self._groups(model)
-        reference = self._reference(model, layout, plan, teacher)
+        reference = make_reference(self._config, self._work, model, layout, plan, teacher, self._held_fixed)
         if self._config.loss.requirements().density_weights:
             groups = with_density_weights(groups, model, plan.reference_tokens, self._device)
         callbacks = self._callbacks(model, groups, reference, layout, plan, log_metrics, slot)
@@ -203,11 +191,12 @@ class PreferenceStage:
     def _begin_on(self, team: Team, model: nn.Module, plan: Plan) -> None:
         """Make the other ranks ready for their shares, with a reference that is the policy as it is now."""
         config, reference = self._config, self._config.reference
-        is_live = self._has_reference and reference.mode is ReferenceMode.live
+        compares = has_reference(config)
+        is_live = compares and reference.mode is ReferenceMode.live
         begun = PreferenceBegun(
             config.loss,
             plan.checkpoint_every,
-            self._has_reference,
+            compares,
             (plan.tokens_per_batch, reference.sync_mix) if is_live else None,
             self._asks_for_kl or self._compares_with_start,
             config.trainer.router_aux_loss_coef,
@@ -247,41 +236,6 @@ class PreferenceStage:
         self._rounds.begin(model, done)
         self._schedule = self._rounds.schedule
         return self._rounds.groups
-
-    @property
-    def _has_reference(self) -> bool:
-        needs = self._config.loss.requirements()
-        return needs.reference or (self._config.reference.for_metrics and not needs.rewards)
-
-    def _reference(
-        self, model: nn.Module, layout: BatchLayout, plan: Plan, teacher: nn.Module | None
-    ) -> Reference | None:
-        config = self._config
-        if teacher is not None:
-            return teacher_of(teacher, model, config, self._work, plan.tokens_per_batch)
-        if not self._has_reference:
-            return None
-        if not config.loss.requirements().reference:
-            log.info(
-                "%s needs no reference. One is read for the metrics alone; reference.for_metrics=false leaves it out.",
-                loss_title(config.loss.name),
-            )
-        if config.reference.mode is ReferenceMode.live:
-            budget = plan.tokens_per_batch  # beside what a step keeps
-            mix = config.reference.sync_mix
-            return LiveReference(model, layout, budget, self._device, mix, self._work.team)
-        return CachedReference(
-            ReferenceStore(CacheKind.reference.under(self._work.cache)),
-            model,
-            layout,
-            plan.reference_tokens,
-            self._device,
-            config.reference.spot_checks,
-            with_entropies=Quantity.entropy in config.loss.requirements().quantities,
-            team=self._work.team,
-            # What is held out is compared with one policy throughout, however far the rounds move the reference
-            fixed=() if self._rounds is None else list(groups_to_reference(config.loss, (), (), self._data.eval)),
-        )
 
     def _callbacks(
         self,
@@ -396,6 +350,13 @@ class PreferenceStage:
     @property
     def _asks_for_kl(self) -> bool:
         return bool(self._config.evaluation.kl_prompts and self._data.eval)
+
+    @property
+    def _held_fixed(self) -> Sequence[Group]:
+        """What is held out is compared with one policy throughout, however far the rounds move the reference."""
+        if self._rounds is None or self._draws:
+            return ()
+        return list(groups_to_reference(self._config.loss, (), (), self._data.eval))
 
     @property
     def _compares_with_start(self) -> bool:

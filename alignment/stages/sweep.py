@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from alignment.config.sweep import Sweep
-from alignment.errors import UserError
-from alignment.files import atomic_write_bytes, disk_problem, file_lock, to_json
+from alignment.errors import UserError, disk_problem
+from alignment.files import atomic_write_bytes, file_lock, to_json
 
 log = logging.getLogger(__name__)
 

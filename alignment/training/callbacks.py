@@ -6,9 +6,9 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -32,8 +32,19 @@ _RUNTIME = ("runtime", "samples_per_second", "steps_per_second")
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
-LogFunction = Callable[..., None]
-"""Receives (step, "train" or "eval", metrics), and of an evaluation the metrics of each held-out item, if known."""
+
+class LogFunction(Protocol):
+    """Writes down the rows of one stage."""
+
+    def __call__(
+        self, step: int, split: str, metrics: Mapping[str, float], items: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Take one row.
+
+        Args:
+            split: "train" or "eval".
+            items: of an evaluation the metrics of each held-out item, if known.
+        """
 
 
 def training_arguments(

@@ -72,7 +72,7 @@ class Dashboard(TrainerCallback):
         self._title = title
         self._console = console
         self._live: Live | None = None
-        self._handlers: list[logging.StreamHandler] = []
+        self._handlers: list[tuple[logging.StreamHandler, Any]] = []
         self._warning = _LastWarning()
         self._step = self._of_steps = 0
         self._train: dict[str, float] = {}
@@ -97,8 +97,8 @@ class Dashboard(TrainerCallback):
         # Handlers hold the stream that was there before; what they write there would run through the view.
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream in outputs:
+                self._handlers.append((handler, handler.stream))
                 handler.setStream(sys.stdout)
-                self._handlers.append(handler)
         logging.getLogger("alignment").addHandler(self._warning)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -138,8 +138,8 @@ class Dashboard(TrainerCallback):
         live, self._live = self._live, None
         live.update(self._view())
         live.stop()
-        for handler in self._handlers:
-            handler.setStream(sys.stdout)
+        for handler, stream in self._handlers:
+            handler.setStream(stream)
         self._handlers = []
         logging.getLogger("alignment").removeHandler(self._warning)
 

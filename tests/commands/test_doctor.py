@@ -15,6 +15,7 @@ from alignment.config.preflight import check_machine
 from alignment.config.schema import Dtype
 from alignment.errors import UserError
 from alignment.policy.load import resolve_dtype
+from tests.helpers.endings import refusal_of
 
 SECTIONS = ("Software", "Processor", "GPU", "Storage", "Network", "Environment")
 
@@ -119,9 +120,8 @@ def test_what_is_lacking_stands_at_the_end(ready, capsys, tmp_path):
     assert len(lacking) == 5
 
 
-def test_a_word_too_many_is_one_sentence(capsys):
-    assert doctor.main(["--jsno"]) == 1
-    assert capsys.readouterr().err.startswith("Error: Unrecognized arguments: --jsno")
+def test_a_word_too_many_is_one_sentence():
+    assert refusal_of(doctor.main, ["--jsno"]).startswith("Error: Unrecognized arguments: --jsno")
 
 
 # Before a run

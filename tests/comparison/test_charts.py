@@ -2,7 +2,8 @@
 
 import pytest
 
-from alignment.comparison.charts import curves, frontiers, legend, lengths, overviews, rounds, sensitivity
+from alignment.comparison.charts import frontiers, legend, overviews, sensitivity
+from alignment.comparison.curves import curves, lengths, rounds
 from alignment.comparison.measures import KLS, kl_measure
 from alignment.comparison.members import read_member, run_folders
 from alignment.comparison.ranking import compare

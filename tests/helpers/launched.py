@@ -6,9 +6,14 @@ import sys
 import time
 
 from alignment.errors import UserError
+from alignment.ranks import launch as launch_module
+from alignment.ranks import lifeline
 from alignment.ranks.launch import launch
 from alignment.ranks.place import take_place
 from alignment.ranks.team import Post, join
+
+OBEYED = 1
+"""Seconds after which rank 0 obeys although another hangs, so that a test need not wait for longer."""
 
 
 def say(post: Post, how: str) -> str:
@@ -25,6 +30,8 @@ def say(post: Post, how: str) -> str:
 
 def main() -> None:
     how = sys.argv[1]
+    if how == "hangs":
+        lifeline._OWN_STOP_SECONDS, launch_module._SHUTDOWN_SECONDS = OBEYED, OBEYED + 2
     place = take_place()
     if place is None:
         launch(2, "tests.helpers.launched", sys.argv[1:])

@@ -8,7 +8,9 @@ from transformers import TrainingArguments
 
 from alignment.data.tokens.units import as_rows
 from alignment.policy.reward_model import attach_reward_head, is_reward_model
+from alignment.reference.cached import CachedReference
 from alignment.reference.live import LiveReference
+from alignment.reference.store import ReferenceStore
 from alignment.scoring.ends import EndsLayout
 from alignment.scoring.layout import FlatLayout
 from alignment.training.sampler import StepSampler
@@ -36,7 +38,12 @@ def make_trainer(model, groups, loss, tmp_path, tokens_per_batch=10_000, referen
         layout = EndsLayout(layout)
         if not is_reward_model(model):
             attach_reward_head(model, seed=0)
-    if reference == "live":
+    if reference == "live" and (count := loss.requirements().likeliest):  # of a teacher, which are kept
+        wanted = (count, model.config.vocab_size)
+        store = ReferenceStore(tmp_path / "teacher.sqlite")
+        reference = CachedReference(store, model, layout, tokens_per_batch, torch.device("cpu"), 0, likeliest=wanted)
+        reference.prepare(groups)
+    elif reference == "live":
         reference = LiveReference(model, layout, tokens_per_batch, torch.device("cpu"))
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True, max_grad_norm=0.0,

@@ -21,7 +21,7 @@ ONLY_IN = {
     "trackio": {"runs.trackers.trackio"},
     "trl": {"stages.sft", "policy.chat_templates"},
     "matplotlib": {"runs.plots", "runs.style", "runs.trackers.tensorboard", "course.figures"},
-    "plotly": {"comparison.charts", "comparison.tracked"},
+    "plotly": {"comparison.charts", "comparison.curves", "comparison.drawing", "comparison.tracked"},
     "sqlite3": {"reference.keyed_store"},
     "greenlet": {"training.cohort"},
     "gguf": {"export"},

@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft.tuners import lora
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -204,12 +206,35 @@ def run_passes(post: Any, count: int) -> None:
                     hidden.sum().backward()
 
 
+@contextmanager
+def gathered() -> Iterator[list[int]]:
+    """Bytes of each gathering of weights within the block."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather, found = getattr(dist, name), []
+
+    def counted(whole: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        found.append(whole.nbytes)
+        return gather(whole, *arguments, **settings)
+
+    setattr(dist, name, counted)
+    yield found
+    setattr(dist, name, gather)
+
+
 def pass_unequally(team: Any, models: Path) -> None:
-    """Passes of rank 0 alone, of the other alone, and of both in other numbers, with and without gradient."""
+    """Passes of rank 0 alone, of the other alone, and of both in other numbers, with and without gradient.
+
+    A pass gathers every layer and the embeddings, and for its gradient the layers once more.
+    """
     model = hold_a_part(team, models)
-    whole = sum(p.nbytes for unit in shared_units(model) for p in unit.parameters() if is_part(p))
+    units = [sum(p.nbytes for p in unit.parameters() if is_part(p)) for unit in shared_units(model)]
+    whole, layers = sum(units), units[: len(decoder_layers(model))]
     parts = [held(model), *team.tell(own_bytes)]
     assert max(parts) < 0.52 * whole and sum(parts) >= whole
+    for count, expected in ((1, units), (4, 4 * (units + layers))):
+        with gathered() as found:
+            team.run(run_passes, [count] * 2, lambda count: run_passes(SimpleNamespace(model=model), count))
+        assert sorted(found) == sorted(expected), (count, found, units)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
     for shares in ([0, 2], [3, 1], [5, 0], [4, 6]):

@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from alignment.errors import UserError
-from alignment.files import digests, disk_problem, read_sealed, write_sealed
+from alignment.errors import UserError, disk_problem
+from alignment.files import digests, read_sealed, write_sealed
 from alignment.runs.folder import read_run
 from alignment.runs.record import RunRecord
 from alignment.training.callbacks import last_checkpoint, remove_damaged

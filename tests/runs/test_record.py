@@ -15,7 +15,17 @@ import alignment
 from alignment.errors import UserError
 from alignment.files import atomic_write_bytes, atomic_write_text, redact
 from alignment.runs import record as records
-from alignment.runs.record import RunRecord, git_commit, machine, named, processor, read_metrics, versions
+from alignment.runs.record import (
+    Histogram,
+    RunRecord,
+    git_commit,
+    machine,
+    named,
+    processor,
+    read_margins,
+    read_metrics,
+    versions,
+)
 from alignment.runs.text import escape_markdown
 
 
@@ -84,6 +94,24 @@ def test_rewind_forgets_later_steps_and_stages(
     assert points(tmp_path) == [*kept, ("preference", 7)]
     assert wall <= read_metrics(tmp_path / "metrics.jsonl")[-1]["wall_s"] < wall + 5, "time goes on where it stopped"
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"], "no temporary file is left"
+
+
+def test_a_kill_while_margins_are_forgotten_loses_none_of_those_before(tmp_path: Path, monkeypatch) -> None:
+    record, margins = RunRecord(tmp_path), Histogram([0.0, 1.0], [3])
+    for step in (0, 4, 8):
+        record.log_margins(step, margins)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(RunRecord, "log_margins", killed)
+        with pytest.raises(KeyboardInterrupt):
+            record.rewind("preference", 4)
+    assert set(read_margins(tmp_path)) == {0, 4, 8}
+    record.rewind("preference", 4)
+    assert set(read_margins(tmp_path)) == {0, 4}
 
 
 def test_metrics_that_lost_their_end_are_not_continued(tmp_path: Path) -> None:

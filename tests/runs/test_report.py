@@ -19,6 +19,7 @@ from alignment import report
 from alignment.losses import LOSSES
 from alignment.runs.record import RunRecord
 from alignment.runs.report import print_summary, write_report
+from tests.helpers.endings import refusal_of
 
 SUMMARY: dict[str, Any] = {
     "recipe": "quickstart",
@@ -254,7 +255,7 @@ def test_an_interrupted_run_has_a_report(tmp_path: Path) -> None:
 def test_command_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = write_report(run_dir).read_bytes()
     (run_dir / "report.md").unlink()
-    assert report.main([str(run_dir)]) == 0
+    report.main([str(run_dir)])
     assert capsys.readouterr().out.splitlines() == [str(run_dir / "report.md")]
     assert (run_dir / "report.md").read_bytes() == before, "the same files give the same report"
     done = subprocess.run(
@@ -320,19 +321,15 @@ def write_without_space(path: Path, data: bytes) -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_a_report_that_cannot_be_written_is_one_sentence(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_that_cannot_be_written_is_one_sentence(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = run_dir / "report.md"
     path.mkdir()
-    assert report.main([str(run_dir)]) == 1
-    assert capsys.readouterr().err == f"Error: {path} cannot be written: Is a directory.\n"
+    assert refusal_of(report.main, [str(run_dir)]) == f"Error: {path} cannot be written: Is a directory."
     path.rmdir()
     report.main([str(run_dir)])
     before, files = path.read_bytes(), sorted(run_dir.iterdir())
     monkeypatch.setattr("alignment.files.atomic_write_bytes", write_without_space)
-    assert report.main([str(run_dir)]) == 1
-    assert capsys.readouterr().err == f"Error: {path} cannot be written: No space left on device.\n"
+    assert refusal_of(report.main, [str(run_dir)]) == f"Error: {path} cannot be written: No space left on device."
     assert (path.read_bytes(), sorted(run_dir.iterdir())) == (before, files)
 
 
@@ -344,7 +341,6 @@ def test_without_its_plots_a_report_names_them(run_dir: Path) -> None:
     assert "](plots/" not in text
 
 
-def test_a_folder_that_cannot_be_opened_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
     folder = tmp_path / ("a" * 300)  # a name that no file system takes stands in for a folder without rights
-    assert report.main([str(folder)]) == 1
-    assert capsys.readouterr().err == f"Error: {folder} cannot be opened: File name too long.\n"
+    assert refusal_of(report.main, [str(folder)]) == f"Error: {folder} cannot be opened: File name too long."

@@ -295,5 +295,5 @@ def test_a_service_that_fails_ends_alone(homes: Path, tmp_path: Path, caplog: py
     with Tracker([broken, sound]) as tracker:
         for step in (1, 2):
             tracker.log("sft", step, "train", {"loss": 1.0})
-    assert (sound.got, broken.got) == ([1, 2, -1], [])
+    assert (sound.got, broken.got) == ([1, 2, -1], [-2])
     assert caplog.messages == ["sound failed and gets nothing more of this run; training goes on: the disk is full"]

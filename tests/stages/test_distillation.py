@@ -111,7 +111,7 @@ def test_the_kl_to_the_teacher_falls(chain_of, tmp_path, tiny_model_folder, teac
     @torch.no_grad()
     def logps(folder):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        prompts = [torch.from_numpy(group.prompt.astype(np.int64))[None] for group in chain.preferences.train]
+        prompts = [torch.from_numpy(group.prompt.astype(np.int64))[None] for group in chain.data.preferences.train]
         return torch.stack([model(prompt).logits[0, -1].double().log_softmax(-1) for prompt in prompts])
 
     teacher = logps(teacher_folder)

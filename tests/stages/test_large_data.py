@@ -66,7 +66,7 @@ def test_rounds_on_mapped_files_are_the_same_rounds(tiny_model_folder: Path, tmp
     monkeypatch.setattr(prepared, "_SMALL", 0)
     for name in ("files", "again"):
         chain = project.chain(name, *short, cache="of many")
-        assert chain.preferences is not None and chain.preferences.train_rows[-1].completions == ()
+        assert chain.data.preferences is not None and chain.data.preferences.train_rows[-1].completions == ()
         chain.run()
         assert_same(tmp_path / name, tmp_path / "memory")
         own, other = (

@@ -21,7 +21,7 @@ from alignment.onpolicy import rounds as rounds_module
 from alignment.onpolicy.rounds import read_round
 from alignment.reference.cached import CachedReference
 from alignment.runs.record import RunRecord
-from alignment.stages import chain as stage_chain
+from alignment.stages import run_data
 from tests.helpers.rounds import Killed, Project, write_pairs
 from tests.helpers.runs import assert_same, metric_rows, weights
 from tests.helpers.steps import sequence_logp
@@ -247,14 +247,14 @@ def test_one_draw_is_training_on_the_file_of_what_was_drawn(project, monkeypatch
     project.run("once", *fixed, "onpolicy.every=null")
     [made] = rounds_of(project.folder / "once")
     assert 2 <= len(made.groups) < 40, "so the steps go through them more than once"
-    fit = stage_chain.fit_preferences
+    fit = run_data.fit_preferences
 
     def drawn(*arguments):
         data, bad = fit(*arguments)
         data.train = list(made.groups)
         return data, bad
 
-    monkeypatch.setattr(stage_chain, "fit_preferences", drawn)
+    monkeypatch.setattr(run_data, "fit_preferences", drawn)
     project.run("offline", *fixed, "onpolicy=none")
     found, expected = weights(project.folder / "once"), weights(project.folder / "offline")
     assert all(torch.equal(found[name], expected[name]) for name in expected)

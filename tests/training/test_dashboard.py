@@ -59,18 +59,20 @@ def test_an_accuracy_that_is_rounding_is_not_shown():
 
 def test_the_terminal_and_the_log_are_as_they_were_afterwards(monkeypatch):
     """Also where the training is interrupted: the cursor is there again, and a second end does nothing."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler, other = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     logging.getLogger().addHandler(handler)
+    logging.getLogger().addHandler(other)
     before, handlers = (sys.stdout, sys.stderr), list(logging.getLogger("alignment").handlers)
     try:
         view, _, output = begun()
         assert handler.stream is sys.stdout is not before[0], "the log goes through the view"
         view.close()
         view.close()
-        assert (sys.stdout, sys.stderr) == before and handler.stream is before[0]
+        assert (sys.stdout, sys.stderr) == before and (handler.stream, other.stream) == before
         assert logging.getLogger("alignment").handlers == handlers
     finally:
         logging.getLogger().removeHandler(handler)
+        logging.getLogger().removeHandler(other)
     assert shown(output).rindex("\x1b[?25h") > shown(output).rindex("\x1b[?25l")
 
 

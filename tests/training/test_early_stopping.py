@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from alignment.comparison.charts import curves, frontiers
+from alignment.comparison.charts import frontiers
+from alignment.comparison.curves import curves
 from alignment.comparison.members import read_member
 from alignment.comparison.ranking import compare
 from alignment.comparison.sentences import cautions, headline, not_available

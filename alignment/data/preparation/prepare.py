@@ -5,27 +5,27 @@ from __future__ import annotations
 import datetime
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
 from alignment.config.data import DataConfig
-from alignment.data.layouts.recognition import Stage
 from alignment.data.preparation.digests import groups_digest, sequences_digest
-from alignment.data.preparation.mixture import mixed, source_in_words
-from alignment.data.preparation.prepared import Place, prepared
-from alignment.data.rows.findings import Found, report
+from alignment.data.preparation.making import Use, prepare
+from alignment.data.preparation.mixture import source_in_words
+from alignment.data.preparation.prepared import prepared
+from alignment.data.rows.findings import report
 from alignment.data.rows.reasons import in_words
 from alignment.data.rows.row import BadRow, Row, count_reasons, left_out, require_pairs, require_scores
 from alignment.data.rows.row_facts import RowFacts
 from alignment.data.rows.sequences import Picked, StoredRows, as_line
-from alignment.data.sources.loading import LoadedData, load_rows
-from alignment.data.tokens.token_store import CONVERSATIONS, GROUPS, TEXTS, Conversation, Kind, Stored, write_anew
+from alignment.data.sources.loading import LoadedData
+from alignment.data.tokens.token_store import CONVERSATIONS, GROUPS, Conversation
 from alignment.data.tokens.tokenization import TokenizedData, TokenizedSFT, tokenize_groups, tokenize_sft
 from alignment.data.tokens.units import are_lists, as_pairs, as_rows, each_prompt, sizes, with_gap
 from alignment.errors import UserError
@@ -163,136 +163,13 @@ def read_preferences(
     make = partial(tokenize_groups, tokenizer=tokenizer, day=day)
     use = replace(_PREFERENCES, texts=_with_prompts) if with_prompts else _PREFERENCES
     with prepared(config, "preference", tokenizer, day, cache, "prompts" if with_prompts else "") as (pinned, place):
-        made = _prepare(pinned, place, make, use)
+        made = prepare(pinned, place, make, use)
     train, held_out = made.train, made.held_out
     if made.texts is not None:  # of large data, the rows of which are gone
         rows, count = StoredRows(made.texts), len(held_out.groups)
         held_out = replace(held_out, rows=Picked(rows, np.arange(count)))
         train = replace(train, rows=Picked(rows, np.arange(count, len(rows))))
     return ReadPreferences(made.loaded, made.facts, train, held_out, made.digest)
-
-
-P = TypeVar("P", TokenizedData, TokenizedSFT)
-
-
-@dataclass(frozen=True, slots=True)
-class _Use(Generic[P]):
-    """What the data are prepared for.
-
-    Attributes:
-        kind: of the items.
-        part_type: of the training and of the held-out part.
-        items: of a part.
-        texts: what is kept of many rows, given both parts.
-        digest: of the items of both parts.
-    """
-
-    stage: Stage
-    kind: Kind[Any]
-    part_type: type[P]
-    items: Callable[[P], Sequence[Any]]
-    texts: Callable[[P, P], Iterator[str]]
-    digest: Callable[..., str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Made(Generic[P]):
-    """Data, read and tokenised.
-
-    Attributes:
-        texts: what is kept of many rows, which themselves are gone; None for few.
-        digest: of many items; None for few.
-    """
-
-    loaded: LoadedData
-    facts: RowFacts
-    train: P
-    held_out: P
-    texts: Sequence[str] | None = None
-    digest: str | None = None
-
-
-def _prepare(config: DataConfig, place: Place | None, tokenize: Callable[..., P], use: _Use[P]) -> _Made[P]:
-    """The data of the place, or data that are made and put there. Few rows stay in memory, with their tokens."""
-    found = None if place is None else place.take()
-    if place is not None and found is not None:
-        try:
-            return _taken(*found, use)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            place.drop(error)
-
-    folder = None if place is None else place.folder
-    read = mixed if config.sources else _single
-    loaded, facts, train, held_out = read(config, use.stage, tokenize, use.kind, folder)
-    if place is None or (train.written is None and held_out.written is None):
-        return _Made(loaded, facts, train, held_out)
-
-    # Into files, of which the rest of the content says how they were made
-    kept, written = write_anew(place.folder / _TEXTS, TEXTS, use.texts(train, held_out))
-    loaded = replace(loaded, train=(), eval=())
-    train, held_out = replace(train, rows=()), replace(held_out, rows=())
-    digest = use.digest(use.items(train), use.items(held_out))
-    place.put(
-        {
-            "loaded": {f.name: getattr(loaded, f.name) for f in fields(loaded)}
-            | {name: _all_as_dict(getattr(loaded, name)) for name in _LEFT_OUT},
-            "facts": facts.as_json(),
-            "texts": written,
-            "digest": digest,
-            "parts": [
-                {"drops": _all_as_dict(part.drops), "findings": _all_as_dict(part.findings)}
-                | {name: getattr(part, name) for name in ("counts", "written")}
-                for part in (train, held_out)
-            ],
-        }
-    )
-    return _Made(loaded, facts, train, held_out, kept, digest)
-
-
-def _single(
-    config: DataConfig, stage: Stage, tokenize: Callable[..., P], kind: Kind[Any], folder: Path | None
-) -> tuple[LoadedData, RowFacts, P, P]:
-    """One set, read and tokenised; arguments and result as of `mixed`."""
-    loaded = load_rows(config, stage=stage, folder=None if folder is None else folder.parent)
-    facts = RowFacts.of(chain(loaded.train, loaded.eval))
-    are_few = isinstance(loaded.train, list) and isinstance(loaded.eval, list)
-    into = [{} if folder is None or are_few else {"folder": folder / name} for name in _PARTS]
-    rows = (loaded.train, loaded.eval)
-    train, held_out = (tokenize(some, config=config, **there) for some, there in zip(rows, into, strict=True))
-    return loaded, facts, train, held_out
-
-
-def _all_as_dict(items: Sequence[Any]) -> list[dict[str, Any]]:
-    return [asdict(item) for item in items]
-
-
-_PARTS = ("train", "eval")
-_LEFT_OUT = ("bad", "dropped")
-_TEXTS = "texts"
-
-
-def _taken(folder: Path, content: dict[str, Any], use: _Use[P]) -> _Made[P]:
-    """What an entry of the cache holds.
-
-    Raises:
-        OSError, ValueError: a file is missing or damaged.
-        KeyError, TypeError: the content is not what was written.
-    """
-    train, held_out = (
-        use.part_type(
-            Stored(folder / name, use.kind, part["written"]),
-            (),
-            [BadRow(**row) for row in part["drops"]],
-            part["counts"],
-            [Found(**one) for one in part["findings"]],
-            part["written"],
-        )
-        for name, part in zip(_PARTS, content["parts"], strict=True)
-    )
-    others = {name: [BadRow(**row) for row in content["loaded"][name]] for name in _LEFT_OUT}
-    loaded = LoadedData(**content["loaded"] | others)
-    texts = Stored(folder / _TEXTS, TEXTS, content["texts"])
-    return _Made(loaded, RowFacts.from_json(content["facts"]), train, held_out, texts, content["digest"])
 
 
 def fit_preferences(read: ReadPreferences, config: DataConfig, loss: Any) -> tuple[PreferenceData, list[BadRow]]:
@@ -403,7 +280,7 @@ def load_conversations(
     """
     make = partial(tokenize_sft, tokenizer=tokenizer, day=day)
     with prepared(config, "sft", tokenizer, day, cache) as (pinned, place):
-        made = _prepare(pinned, place, make, _SFT)
+        made = prepare(pinned, place, make, _SFT)
     loaded, train, held_out = made.loaded, made.train, made.held_out
     drops = [*loaded.dropped, *train.drops, *held_out.drops]
     info = _data_info("SFT data", loaded, made.facts, train, held_out)
@@ -424,7 +301,7 @@ def _with_prompts(train: TokenizedData, held_out: TokenizedData) -> Iterator[str
     return chain(_of_held_out(train, held_out), prompts)
 
 
-_PREFERENCES = _Use(
+_PREFERENCES = Use(
     stage="preference",
     kind=GROUPS,
     part_type=TokenizedData,
@@ -432,7 +309,7 @@ _PREFERENCES = _Use(
     texts=_of_held_out,
     digest=groups_digest,
 )
-_SFT = _Use(
+_SFT = Use(
     stage="sft",
     kind=CONVERSATIONS,
     part_type=TokenizedSFT,

@@ -11,7 +11,7 @@ _LOADING = (
     "Rows are read and tokenised before the first step, and kept for later runs: nothing loads beside the training."
 )
 _RANKS = "trainer.devices says how many GPUs share a step, and trainer.shard whether they share one base."
-_HUB = "Nothing is sent to the hub: the run folder has the adapter, and export.merge=true writes a whole model."
+_HUB = "A run sends nothing to the hub: python -m alignment.push does, with a model card, once you have seen it."
 _METRICS = "Held-out pairs are measured the same way for every loss, without metrics of your own."
 _PLAN = "Each stage plans its passes by the memory it finds; it affects memory and never the result."
 _BEST = "The policy of the last step is the one that is kept; stopping=asha ends members of a sweep early."

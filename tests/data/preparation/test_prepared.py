@@ -51,7 +51,7 @@ def test_many_rows_give_what_few_rows_give(
     in_memory = prepare(settings, chat, None)
     assert prepare(settings, chat, tmp_path) == in_memory
     assert len(entries(tmp_path)) == 1
-    monkeypatch.setattr("alignment.data.preparation.prepare.load_rows", unread)
+    monkeypatch.setattr("alignment.data.preparation.making.load_rows", unread)
     assert prepare(settings, chat, tmp_path) == in_memory
 
 
@@ -329,7 +329,7 @@ def test_two_that_prepare_the_same_make_it_once(
     """The second one waits, says so, and takes what the first has made."""
     settings, _ = preparing
     in_memory = preferences(settings, chat, None)
-    monkeypatch.setattr("alignment.data.preparation.prepare.load_rows", unread)
+    monkeypatch.setattr("alignment.data.preparation.making.load_rows", unread)
     with caplog.at_level("INFO"):
         assert preferences(settings, chat, tmp_path) == in_memory
     assert "Another run is preparing these data" in caplog.text

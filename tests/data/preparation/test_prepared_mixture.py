@@ -37,7 +37,7 @@ def test_a_second_start_finds_a_mixture(
     (entry,) = entries(tmp_path)
     assert {path.name for path in entry.iterdir()} == {"train", "eval", "texts", "entry.json"}
     assert not list(entry.parent.glob(".*"))
-    monkeypatch.setattr("alignment.data.preparation.prepare.mixed", unread)
+    monkeypatch.setattr("alignment.data.preparation.making.mixed", unread)
     assert prepare(large_mixture, chat, tmp_path) == in_memory
 
 
