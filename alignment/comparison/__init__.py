@@ -30,7 +30,8 @@ def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False)
     What `python -m alignment.evaluate` has left in `out` says how their answers do against each other.
 
     Args:
-        track: send the comparison to W&B too, as the run of the sweep in `out`, if the first member was tracked there.
+        track: send the comparison to where the members were tracked, too, as the run of the sweep in `out`. The first
+            member that has settings says where.
 
     Returns:
         The path of the page.
@@ -52,7 +53,7 @@ def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False)
     if failed:
         raise UserError(" ".join(failed))
     logger.info("All members side by side: %s", out / "comparison.html")
-    tracking = found.members[0].run.config.get("tracking")
+    tracking = next((member.run.config.get("tracking") for member in found.members if member.run.config), None)
     if track and isinstance(tracking, dict):
         send_summary(tracking, out, sweep_summary(found, [out / f"comparison.{kind}" for kind in pages]))
     return out / "comparison.html"

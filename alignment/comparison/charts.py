@@ -15,6 +15,7 @@ from alignment.comparison.drawing import Chart, as_chart, safe, style
 from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl_error, kl_measure
 from alignment.comparison.members import Variant
 from alignment.comparison.ranking import Comparison, in_rank_order, interval
+from alignment.comparison.settings import names, told
 from alignment.losses import title as loss_title
 from alignment.runs.style import COLOURS, STROKES, SYMBOLS
 from alignment.runs.text import format_value, is_number
@@ -221,14 +222,14 @@ def _over(found: Comparison, measure: Measure, loss: str, key: str) -> go.Figure
     lines: dict[tuple[Any, ...], list[Variant]] = {}
     for variant in found.variants:
         if variant.loss == loss and is_number(variant.settings.get(key)) and measure.values(variant):
-            others = {k: v for k, v in variant.settings.items() if k != key}
-            lines.setdefault(tuple(others.items()), []).append(variant)
+            values = tuple((k, told(v)) for k, v in variant.settings.items() if k != key)
+            lines.setdefault(values, []).append(variant)
     groups = [group for group in lines.values() if len(group) > 1]
-    for number, group in enumerate(groups):
-        others = {k: v for k, v in group[0].settings.items() if k != key}
-        label = safe(Variant(loss, others, []).label)
+    others = [(loss, {k: v for k, v in group[0].settings.items() if k != key}) for group in groups]
+    for number, (group, name) in enumerate(zip(groups, names(others), strict=True)):
+        label = safe(name)
         colour = COLOURS[number % len(COLOURS)] if len(groups) > 1 else style(found, group[0])[0]
-        name = safe(key.removeprefix("loss."))
+        setting = safe(key.removeprefix("loss."))
         seeds = [
             (v.settings[key], value, m.seed)
             for v in group
@@ -244,7 +245,7 @@ def _over(found: Comparison, measure: Measure, loss: str, key: str) -> go.Figure
             showlegend=False,
             marker={"size": 7, "opacity": 0.45, "color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)]},
             text=[safe(format_value(seed)) for _, _, seed in seeds],
-            hovertemplate=f"<b>{label}</b>, seed %{{text}}<br>{name} %{{x}}: %{{y:.1%}}<extra></extra>",
+            hovertemplate=f"<b>{label}</b>, seed %{{text}}<br>{setting} %{{x}}: %{{y:.1%}}<extra></extra>",
         )
         means = [measure.mean(variant) or 0.0 for variant in group]
         bounds = [interval(measure, variant) or (mean, mean) for variant, mean in zip(group, means, strict=True)]
@@ -258,6 +259,6 @@ def _over(found: Comparison, measure: Measure, loss: str, key: str) -> go.Figure
             showlegend=len(groups) > 1,
             line={"color": colour, "width": 2},
             marker={"size": 9, "symbol": SYMBOLS[number % len(SYMBOLS)]},
-            hovertemplate=f"<b>{label}</b><br>{name} %{{x}}: %{{y:.1%}}<extra></extra>",
+            hovertemplate=f"<b>{label}</b><br>{setting} %{{x}}: %{{y:.1%}}<extra></extra>",
         )
     return figure

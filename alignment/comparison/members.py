@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from alignment.comparison.settings import differing, names, settings_that_matter, side_by_side, told
 from alignment.errors import UserError
-from alignment.losses import title as loss_title
 from alignment.runs.folder import (
     RUN_FILES,
     RunFiles,
@@ -27,19 +27,13 @@ from alignment.runs.folder import (
 )
 from alignment.runs.text import format_value, is_number
 
-_IGNORED = {"tracking", "dashboard", "resume", "evaluation.every", "evaluation.every_prompts"}
-"""Settings that do not change the result of a run."""
-
-_LONGEST_VALUE = 40
-"""Characters of a setting's value in the name of a variant."""
-
 
 @dataclass(slots=True)
 class ComparedRun:
     """One run of a comparison.
 
     Attributes:
-        settings: its configuration by dotted keys, without seeds. Without config.yaml: the settings of the loss alone.
+        settings: those that matter, by dotted keys, without seeds. Without config.yaml: the settings of the loss alone.
         pairs: the values of each held-out pair after training; empty if the run did not keep them.
     """
 
@@ -61,6 +55,8 @@ class Variant:
     """Runs with the same settings but for the seed.
 
     Attributes:
+        settings: those that differ between the variants of this loss.
+        label: the loss with as many of them as tell it from other variants.
         members: the runs that trained to their end.
         stopped: the runs that early stopping ended.
     """
@@ -69,12 +65,7 @@ class Variant:
     settings: dict[str, Any]
     members: list[ComparedRun]
     stopped: list[ComparedRun] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        """The loss with the settings that tell it from other variants, long values by their beginning."""
-        parts = [f"{key.removeprefix('loss.')} {_shown(value)}" for key, value in self.settings.items()]
-        return ", ".join([loss_title(self.loss), *parts])
+    label: str = ""
 
     @property
     def begun(self) -> list[ComparedRun]:
@@ -85,20 +76,6 @@ class Variant:
     def seeds(self) -> list[Any]:
         """The seeds of the runs that trained to the end."""
         return [member.seed for member in self.members]
-
-
-def _shown(value: Any) -> str:
-    text = format_value(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A nested mapping by dotted keys."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    elif prefix:
-        yield prefix, value
 
 
 def rows_by_key(rows: Iterable[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
@@ -153,10 +130,7 @@ def read_member(folder: Path, name: str) -> ComparedRun:
             run.problems.append("it failed, and failed.json cannot be read.")
     # Without its configuration, a run still has the loss in its summary: enough to join the other seeds.
     known = submapping(run.summary, "stages", "preference", "settings")
-    settings = {}
-    for key, value in _flat(run.config or (known and {"loss": known})):
-        if not {key, key.split(".")[0]} & _IGNORED and key.split(".")[-1] != "seed":
-            settings[key] = value if isinstance(value, Hashable) else json.dumps(value, default=str)
+    settings = settings_that_matter(run.config or (known and {"loss": known}))
     seed = run.summary.get("seed", run.config.get("seed"))
     return ComparedRun(name, run, settings, seed, _loss(run), _read_pairs(run))
 
@@ -228,42 +202,41 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return [str(folder.relative_to(base)) for folder in folders]
 
 
+def make_comparable(members: Sequence[ComparedRun]) -> None:
+    """Give the runs with a preference stage settings that can be laid side by side, whichever version they are of."""
+    trained = [member for member in members if member.loss]
+    settings = side_by_side([(member.loss, member.settings) for member in trained])
+    for member, several in zip(trained, settings, strict=True):
+        member.settings = several
+
+
 def differing_settings(members: Sequence[ComparedRun]) -> list[str]:
     """The settings with more than one value. Settings of a loss count among the runs with that loss only."""
-    keys = {key for loss in {member.loss for member in members} for key in _varying(members, loss)}
+    keys = {key for key in differing([member.settings for member in members]) if not key.startswith("loss.")}
+    for loss in {member.loss for member in members}:
+        own = differing([member.settings for member in members if member.loss == loss])
+        keys |= {key for key in own if key.startswith("loss.")}
     return [key for key in dict.fromkeys(key for member in members for key in member.settings) if key in keys]
-
-
-def _varying(members: Sequence[ComparedRun], loss: str) -> set[str]:
-    """The settings of runs with this loss that vary: those of the loss among these runs, all others among all runs."""
-    whole = [member for member in members if member.run.config]
-    own = [member for member in members if member.loss == loss and member.settings]
-    return {
-        key
-        for key in {key for member in own for key in member.settings}
-        if len({_comparable(m.settings.get(key)) for m in (own if key.startswith("loss.") else whole)}) > 1
-    }
-
-
-def _comparable(value: Any) -> Hashable:
-    return (type(value).__name__ if isinstance(value, bool) else "", value)
 
 
 def variants(members: Sequence[ComparedRun]) -> list[Variant]:
     """The runs with a preference stage, grouped by loss and differing settings, in the order of losses and settings."""
     trained = [member for member in members if member.loss]
-    keys = differing_settings(trained)
+    # A setting that is the same in all runs of a loss belongs to the loss, and no name repeats it.
+    keys = {loss: differing([m.settings for m in trained if m.loss == loss]) for loss in {m.loss for m in trained}}
     found: dict[tuple[Any, ...], Variant] = {}
-    # A setting that is the same in all runs of a loss belongs to the loss, and no label repeats it.
-    varying = {loss: _varying([m for m in trained if m.loss == loss], loss) for loss in {m.loss for m in trained}}
     for member in trained:
-        settings = {key: member.settings[key] for key in keys if key in member.settings.keys() & varying[member.loss]}
-        variant = found.setdefault((member.loss, *settings.items()), Variant(member.loss, settings, []))
+        settings = {key: member.settings[key] for key in keys[member.loss] if key in member.settings}
+        values = tuple((key, told(value)) for key, value in settings.items())
+        variant = found.setdefault((member.loss, values), Variant(member.loss, settings, []))
         (variant.stopped if member.is_stopped else variant.members).append(member)
     order = list(dict.fromkeys(variant.loss for variant in found.values()))
 
     def place(variant: Variant) -> tuple[Any, ...]:
-        values = (variant.settings.get(key) for key in keys)
+        values = (variant.settings.get(key) for key in keys[variant.loss])
         return (order.index(variant.loss), *((0, v, "") if is_number(v) else (1, 0, str(v)) for v in values))
 
-    return sorted(found.values(), key=place)
+    several = sorted(found.values(), key=place)
+    for variant, name in zip(several, names([(v.loss, v.settings) for v in several]), strict=True):
+        variant.label = name
+    return several

@@ -22,6 +22,7 @@ from alignment.comparison.tables import (
     member_table,
     results,
     settings_and_data,
+    settings_left_out,
 )
 from alignment.pages import page_templates
 from alignment.runs.style import COLOURS
@@ -44,6 +45,12 @@ def result_tables(found: Comparison) -> list[Table]:
     tables = [differences(found), results(found), *answers_against_answers(found), judge_table(found)]
     tables.append(held_out_pairs(found))
     return [table for table in tables if table is not None and table.rows]
+
+
+def fact_tables(found: Comparison) -> list[Table]:
+    """The tables of what was run."""
+    tables = [settings_and_data(found), settings_left_out(found), member_table(found)]
+    return [table for table in tables if table is not None]
 
 
 def to_html(found: Comparison, title: str) -> str:
@@ -73,7 +80,7 @@ def to_html(found: Comparison, title: str) -> str:
         figures=data,
         library=_packed_library() if figures else "",
         questions=asked if (asked := questions(found)).shown else None,
-        facts=[settings_and_data(found), member_table(found)],
+        facts=fact_tables(found),
         missing=not_available(found),
     )
 
@@ -128,7 +135,7 @@ def to_markdown(found: Comparison, title: str) -> str:
         rows = [[answer.model, answer.text, answer.verdict] for answer in (*question.answers, *question.others)]
         parts.append(markdown_table(["model", "answer", "judge"], rows))
     parts.append("## What was run")
-    for content in (settings_and_data(found), member_table(found)):
+    for content in fact_tables(found):
         parts += table(content)
     if lacking := not_available(found):
         parts += ["## Not available", bullets(lacking)]

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from alignment.comparison.between import Between
 from alignment.comparison.measures import ACCURACY, Measure, ranking_measure
-from alignment.comparison.members import ComparedRun, Variant, differing_settings, variants, without_copies
+from alignment.comparison.members import (
+    ComparedRun,
+    Variant,
+    differing_settings,
+    make_comparable,
+    variants,
+    without_copies,
+)
 from alignment.comparison.statistics import Difference, holm, paired_difference, unpaired_difference
 from alignment.evaluation.intervals import tango_interval
 from alignment.runs.text import format_value
@@ -114,6 +121,7 @@ class Comparison:
 def compare(members: Sequence[ComparedRun]) -> Comparison:
     """Group runs into variants, rank them, and test whether the best one's lead is noise."""
     members, copies = without_copies(members)
+    make_comparable(members)
     several = variants(members)
     measure = ranking_measure(several)
     settings = differing_settings([member for member in members if member.loss])

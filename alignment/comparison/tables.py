@@ -30,6 +30,7 @@ from alignment.comparison.members import ComparedRun, Variant
 from alignment.comparison.needs import in_cell, need_of
 from alignment.comparison.ranking import Comparison, interval
 from alignment.comparison.sentences import counted, judge_contrast
+from alignment.comparison.settings import named
 from alignment.comparison.statistics import ranks
 from alignment.losses import title as loss_title
 from alignment.runs.folder import as_count, dig, status, stopped_at, submapping
@@ -317,6 +318,18 @@ def settings_and_data(found: Comparison) -> Table:
     facts["what differs between members"] = [", ".join(found.differing_settings) or "nothing but the loss or the seed"]
     rows = [[name, "; ".join(values)] for name, values in facts.items() if values]
     return Table("Settings and data", ["", ""], rows)
+
+
+def settings_left_out(found: Comparison) -> Table | None:
+    """The values of settings that differ and that no name has. None without such settings."""
+    left: dict[str, None] = {}
+    for loss in dict.fromkeys(variant.loss for variant in found.variants):
+        own = [variant.settings for variant in found.variants if variant.loss == loss]
+        left |= dict.fromkeys(key for settings in own for key in settings if key not in named(own))
+    rows = [[key, *(format_value(variant.settings.get(key)) for variant in found.variants)] for key in left]
+    return (
+        Table("What else differs", ["setting", *(variant.label for variant in found.variants)], rows) if rows else None
+    )
 
 
 def member_table(found: Comparison) -> Table:

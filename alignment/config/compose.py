@@ -223,6 +223,21 @@ def load_loss(name: str, *settings: str) -> Loss:
     return OmegaConf.to_object(node.loss)  # type: ignore[return-value]
 
 
+def defaults(*options: str) -> dict[str, Any]:
+    """The settings that `conf/` gives a run, with these options of groups and no recipe.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(asset_dir("conf")), version_base=VERSION_BASE):
+            return as_plain(compose("config", overrides=["~recipe", *options]))
+    except HydraException as error:
+        raise UserError(sentence(error)) from error
+
+
 def recipe_settings(recipe: str, loss: str | None = None) -> tuple[dict[str, Any], str]:
     """The settings of a recipe as it is, or with another loss and its defaults; and the name of its loss.
 

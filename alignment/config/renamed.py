@@ -30,10 +30,14 @@ def refuse_renamed(keys: Iterable[str], place: str = "") -> None:
         UserError: the first such key, and its name now.
     """
     for key in keys:
-        old = key.removeprefix("sft.")  # the SFT stage has sections of the same types as the run
-        if old in RENAMED:
-            new = key.removesuffix(old) + RENAMED[old]
+        if (new := name_now(key)) != key:
             raise UserError(f"{place}{': ' if place else ''}{key} is now called {new}.")
+
+
+def name_now(key: str) -> str:
+    """The name that a setting of the run, or of its SFT stage, has now."""
+    name = key.removeprefix("sft.")  # the SFT stage has sections of the same types as the run
+    return key.removesuffix(name) + RENAMED.get(name, name)
 
 
 def is_retired(key: str) -> bool:

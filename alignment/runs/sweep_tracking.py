@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from alignment.config.compose import defaults
 from alignment.config.schema import MAX_NAME, TrackingConfig
+from alignment.errors import require
 from alignment.runs.trackers.base import Told, sendable
 from alignment.runs.tracking import Tracker, open_services
 
@@ -45,11 +47,11 @@ def send_summary(config: Mapping[str, Any], folder: Path, summary: SweepSummary)
     An error is logged and has no further effect.
 
     Args:
-        config: the tracking settings of the members.
+        config: the tracking settings of a member. Those that an earlier version did not know have their defaults.
         folder: folder of the sweep, after which the group and the run are named.
     """
     try:
-        settings, name = TrackingConfig(**config), folder.absolute().name
+        settings, name = _settings(config), folder.absolute().name
         told = Told(
             folder=folder,
             name=name[:MAX_NAME],
@@ -67,3 +69,11 @@ def send_summary(config: Mapping[str, Any], folder: Path, summary: SweepSummary)
             tracker.summary(summary.values)
     except Exception as error:
         logger.warning("Tracking failed and gets no summary of the sweep: %s", error)
+
+
+def _settings(config: Mapping[str, Any]) -> TrackingConfig:
+    known = {field.name for field in fields(TrackingConfig)}
+    for key in config:
+        require(key in known, f"its members have tracking.{key}, which this version does not know.")
+    usual = defaults()["tracking"] if known - config.keys() else {}
+    return TrackingConfig(**{**usual, **config})

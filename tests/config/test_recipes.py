@@ -123,6 +123,16 @@ def test_the_members_of_a_comparison(name):
     assert all(config.reference.for_metrics for config in configs)
 
 
+def test_the_arms_of_the_comparison_of_rounds():
+    """Three seeds of each, the same but for where the answers come from, and for the loss of the last."""
+    register()
+    members = sweep_members(["recipe=compare_onpolicy"])
+    given = [dict(override.split("=") for override in member if "subdir" not in override) for member in members]
+    assert [settings.pop("seed") for settings in given] == ["0", "1", "2"] * 3
+    arms = [{"onpolicy": "rounds", "onpolicy.every": "8"}, {"onpolicy": "none"}, {"onpolicy": "none", "loss": "nll"}]
+    assert given == [{"recipe": "compare_onpolicy", **arm} for arm in arms for _ in range(3)]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_recipe_says_what_it_is(name):
     first, *rest = FILES[name].read_text().splitlines()

@@ -66,12 +66,28 @@ def test_the_summary_of_a_sweep_is_one_run_however_often_it_ends(
         assert [end.exit_code for end in of_kind(records, "exit")] == [0]
 
 
+def test_members_of_an_earlier_version_are_tracked_as_then(
+    tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before `tracking.to` there was W&B alone."""
+    nobody_logged_in.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    then = asdict(tracking_config())
+    for key in ("to", "system", "uri"):
+        del then[key]
+    send_summary(then, tmp_path / "betas", a_summary(tmp_path / "betas"))
+    assert [run.project for run in of_kind(read_wandb(*(tmp_path / "betas").glob("wandb/offline-run-*")), "run")] == [
+        "p"
+    ]
+    assert not [line for line in caplog.messages if "failed" in line]
+
+
 def test_no_summary_where_nothing_is_tracked_or_something_is_wrong(
     tmp_path: Path, nobody_logged_in: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     summary = a_summary(tmp_path)
     send_summary({"project": "p", "from": "another version"}, tmp_path, summary)
-    assert "no summary of the sweep" in caplog.text
+    why = "its members have tracking.from, which this version does not know."
+    assert caplog.messages == [f"Tracking failed and gets no summary of the sweep: {why}"]
     nobody_logged_in.setenv("WANDB_MODE", "disabled")
     send_summary(asdict(tracking_config(mode="online")), tmp_path, summary)
     assert len(caplog.messages) == 1
