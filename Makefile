@@ -4,6 +4,8 @@
 RECIPE ?= quickstart
 ARGS ?=
 MACHINE ?= cpu
+# One more than there are cores, because tests wait for processes that they start.
+WORKERS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 # The first of these that is 3.11 or newer makes .venv.
 PYTHON ?= python3 python3.11 python3.12 python3.13
 
@@ -28,13 +30,13 @@ run: $(RUN_STAMP) ## Run a recipe: make run RECIPE=quickstart ARGS="optim.lr=1e-
 	$(VENV)/bin/python -m alignment.run recipe=$(RECIPE) $(ARGS)
 
 test: $(DEV_STAMP) ## Run the test suite: make test ARGS="-k kto"
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not matrix" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not matrix" $(ARGS)
 
 test-matrix: $(DEV_STAMP) ## Run what CI runs besides: every member of each large family, CUDA's paths without CUDA
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m matrix $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m matrix $(ARGS)
 
 test-fast: $(DEV_STAMP) ## Run the tests that take seconds
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not matrix" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not matrix" $(ARGS)
 
 check: lint types test test-matrix ## Lint, check types, run all tests
 

@@ -30,7 +30,9 @@ def test_rows_of_any_width_are_unpacked(shape, nested):
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
     count = torch.Size(shape).numel()
     expected = values(weight.data, absmax, state.code)[:count].view(shape)
-    torch.testing.assert_close(dequantize_4bit(weight.data, state), expected, rtol=0, atol=1e-6)
+    with torch.compiler.set_stance("force_eager"):  # what it compiles where rows are odd takes longer than all the rest
+        found = dequantize_4bit(weight.data, state)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 class Kernel:
