@@ -242,7 +242,12 @@ class Session:
         return measure(*pair, reply.prompt, reply.tokens) if len(reply.tokens) else None
 
     def saved(self) -> dict[str, Any]:
-        """All of it, in JSON."""
+        """All of it, in JSON.
+
+        Raises:
+            UserError: it would say which policy is which.
+        """
+        require(not self.hides, "The file would tell which policy is which: vote first.")
         names = [speaker.name for speaker in self.guests.speakers]
         return {
             "policies": names,

@@ -99,18 +99,20 @@ class _Tab:
     Attributes:
         texts: the answers that are being drawn.
         stop: somebody wants no more of the answer that is being drawn.
+        is_gone: nor of the answers that come after it, because nobody looks any more.
     """
 
     session: Session
     texts: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    is_gone: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Tab:
         return self  # gradio copies what a page begins with
 
     def show(self, column: int, text: str) -> None:
         self.texts[column] = text.rstrip("\ufffd")
-        if self.stop.is_set():
+        if self.is_gone or self.stop.is_set():
             self.stop.clear()
             raise Stopped
 
@@ -275,8 +277,9 @@ class _Page:
                     self.notice: "",
                 }
         finally:  # also where the tab was closed
-            tab.stop.set()
+            tab.is_gone = True
             worker.join()
+            tab.is_gone = False
             tab.stop.clear()
         if failed and not isinstance(failed[0], UserError):
             raise failed[0]
@@ -344,8 +347,8 @@ class _Page:
 
 
 def _saved(session: Session) -> str:
-    """A link that saves the conversation, which is in the link itself."""
-    if not session.turns:
+    """A link that saves the conversation, which is in the link itself; none while names are hidden."""
+    if not session.turns or session.hides:
         return ""
     content = base64.b64encode(to_json(session.saved(), indent=2)).decode()
     return f'<a download="chat.json" href="data:application/json;base64,{content}">Save as JSON</a>'

@@ -156,6 +156,8 @@ def test_a_blind_chat_hides_names_until_the_vote(adapters, tmp_path):
         assert session.titles == ["A", "B"] and session.hides
         with pytest.raises(UserError, match="vote first"):
             session.heat(0)
+        with pytest.raises(UserError, match="vote first"):
+            session.saved()
         order = list(session.order)
         session.ask("Second", silent)
         assert session.order == order, "whoever was A stays A as long as the conversation lasts"

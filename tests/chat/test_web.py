@@ -199,8 +199,10 @@ def test_a_blind_chat_in_the_browser(served):
     assert "one" not in shown.column("a").lower().replace("none", "")
     shown.click("heat")
     page.wait("document.querySelector('#notice').innerText.includes('vote first')")
+    assert not page.run("!!document.querySelector('#notice a')"), "what is saved has the names"
     shown.click("vote-tie")
     page.wait("document.querySelector('#notice').innerText.includes('begins a new conversation')")
+    assert page.run("!!document.querySelector('#notice a')")
     names = [title.partition(": ")[2] for title in shown.session.titles]
     assert names[0] in shown.column("a") and names[1] in shown.column("b")
     shown.ask("Second")
