@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignment import spinning  # noqa: F401 - first, because what follows imports torch
-from alignment.errors import CommandParser, UserError, did_you_mean
+from alignment.errors import CommandParser, UserError, did_you_mean, ending_plainly
 
 _KEYS = ("to", "type", "out", "converter", "device", "dtype")
 _NEEDED = {"type": {"gguf", "ollama"}, "converter": {"gguf", "ollama"}, "dtype": {"merged", "vllm"}}
@@ -84,12 +84,10 @@ def run(arguments: Sequence[str] | None) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; leaves the process with status 1 and one sentence where you can mend something."""
+    """Run the command line; `ending_plainly` says how it ends."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ending_plainly():
         made = run(arguments)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
     for path in made:
         sys.stdout.write(f"{path}\n")
 

@@ -25,7 +25,7 @@ from alignment.export.gguf_file import FOR_CONVERTER, TYPES, GGUFContents, requi
 from alignment.export.ollama import modelfile
 from alignment.export.opened import Opened
 from alignment.export.vllm import Served, largest_rank, not_served, serve_script
-from alignment.files import atomic_write_bytes, atomic_write_text, file_digest, to_json
+from alignment.files import atomic_write_bytes, atomic_write_text, file_digest, file_lock, replace_folder, to_json
 from alignment.policy.load import read_shape, resolve_dtype
 from alignment.policy.merge import load_plain
 from alignment.policy.source import ADAPTER_FILE
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 FORMS = ("adapter", "merged", "gguf", "vllm", "ollama")
 _RECORD = "export.json"
+_LOCK, _PARTIAL = ".export.lock", ".partial-"
 _CONVERTER = "convert_hf_to_gguf.py"
 
 
@@ -63,7 +64,7 @@ class Export:
         order: what is asked for.
 
     Raises:
-        UserError: a form that this policy cannot have, or a folder that holds another policy.
+        UserError: a form that this policy cannot have.
     """
 
     def __init__(self, opened: Opened, order: Order) -> None:
@@ -71,7 +72,7 @@ class Export:
         self.order = order
         self._settings = opened.adapter
         self._refuse()
-        self._record: dict[str, Any] = self._known() or {"policy": opened.contents, "exports": {}}
+        self._record: dict[str, Any] = {}
 
     # What cannot be done
 
@@ -111,11 +112,23 @@ class Export:
                 f"it by converter=PATH, a checkout of llama.cpp with {_CONVERTER}."
             )
 
-    def _known(self) -> dict[str, Any] | None:
-        """What the folder tells of earlier exports of this policy; None without any."""
+    def _require_free(self) -> None:
+        """Refuse to write over what no export of this policy has made."""
+        forms, out = self.order.forms, self.order.out
+        wanted = {"adapter": self._wants_adapter, "merged": self._wants_merged}
+        wanted |= {"vllm.sh": "vllm" in forms, "Modelfile": "ollama" in forms}
+        wanted |= {self._gguf_path(kind).name: self._wants_gguf for kind in self.order.types}
+        for name, is_wanted in wanted.items():
+            if is_wanted and name not in self._record["exports"] and (out / name).exists():
+                raise UserError(
+                    f"out={out} holds {name} already, which no export of this policy has made: choose another folder."
+                )
+
+    def _known(self) -> dict[str, Any]:
+        """What the folder tells of earlier exports of this policy."""
         path = self.order.out / _RECORD
         if not path.exists():
-            return None
+            return {"policy": self.opened.contents, "exports": {}}
         try:
             found = json.loads(path.read_bytes())
             if found["policy"] == self.opened.contents and isinstance(found["exports"], dict):
@@ -125,6 +138,16 @@ class Export:
         raise UserError(f"out={self.order.out} holds exports of another policy: choose another folder, or empty it.")
 
     # Facts
+
+    @property
+    def _wants_adapter(self) -> bool:
+        forms = self.order.forms
+        return "adapter" in forms or ("vllm" in forms and self._unserved is None)
+
+    @property
+    def _wants_merged(self) -> bool:
+        forms = self.order.forms
+        return "merged" in forms or ("vllm" in forms and self._unserved is not None)
 
     @property
     def _wants_gguf(self) -> bool:
@@ -168,15 +191,25 @@ class Export:
     # Making
 
     def make(self) -> list[Path]:
-        """Make all that is asked for; returns the paths."""
+        """Make all that is asked for; returns the paths.
+
+        Raises:
+            UserError: the folder holds exports of another policy, or something that no export has made.
+        """
+        with file_lock(self.order.out / _LOCK, f"Another export writes into {self.order.out}: waiting for its end."):
+            self._record = self._known()
+            self._require_free()
+            for left in self.order.out.glob(f"{_PARTIAL}*"):  # by an export that was killed
+                shutil.rmtree(left)
+            return self._made()
+
+    def _made(self) -> list[Path]:
         forms, out = self.order.forms, self.order.out
-        out.mkdir(parents=True, exist_ok=True)
         made: list[Path] = []
-        if "adapter" in forms or ("vllm" in forms and self._unserved is None):
+        if self._wants_adapter:
             made.append(self._keep(self._adapter(), {"base": self.opened.asked.source.base}))
-        wants_merged = "merged" in forms or ("vllm" in forms and self._unserved is not None)
-        if wants_merged or self._wants_gguf:
-            made += self._weights(wants_merged)
+        if self._wants_merged or self._wants_gguf:
+            made += self._weights(self._wants_merged)
         if "vllm" in forms:
             made.append(self._keep(self._vllm(), {}))
         if "ollama" in forms:
@@ -194,7 +227,7 @@ class Export:
     @contextmanager
     def _room(self) -> Iterator[Path]:
         """A folder for what is not whole yet."""
-        folder = Path(tempfile.mkdtemp(dir=self.order.out, prefix=".partial-"))
+        folder = Path(tempfile.mkdtemp(dir=self.order.out, prefix=_PARTIAL))
         try:
             yield folder
         finally:
@@ -211,7 +244,7 @@ class Export:
             atomic_write_bytes(new / ADAPTER_FILE, to_json(settings, 2) + b"\n")
             self.opened.asked.tokenizer.save_pretrained(new)
             atomic_write_bytes(new / "generation_config.json", to_json(self._generation, 2) + b"\n")
-            _put(new, folder)
+            replace_folder(new, folder)
         log.info("Adapter in %s, for the base %s.", folder, self.opened.asked.source.base)
         return folder
 
@@ -225,7 +258,7 @@ class Export:
                 if wants_merged:
                     new = room / "merged"
                     shutil.copytree(plain, new)
-                    _put(new, self.order.out / "merged")
+                    replace_folder(new, self.order.out / "merged")
                     made.append(self._keep(self.order.out / "merged", {"dtype": "as trained"}))
             else:
                 policy, asked = self.opened.load(), self.opened.asked
@@ -331,9 +364,3 @@ def types_of(given: str | None) -> tuple[str, ...]:
     for kind in found:
         require_type(kind)
     return found or TYPES[1:2]
-
-
-def _put(new: Path, folder: Path) -> None:
-    """Give a whole folder its name, in place of an older one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(new, folder)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alignment.config.schema import RunConfig
 from alignment.errors import UserError
+from alignment.files import replace_folder
 from alignment.policy.adapter_kinds import merged_weight
 from alignment.policy.load import load_base, load_model, one_line, read_shape, resolve_dtype
 from alignment.policy.quantize import is_packed_by_bitsandbytes, load_arguments, plain_weight, without_packing
@@ -136,7 +137,7 @@ def export_merged(
     Rounding to `export.dtype` is the only change. Of a reward model the rewards are compared.
 
     Args:
-        folder: where to write; it appears whole and checked, or not at all.
+        folder: where to write; it appears whole and checked, or stays as it was.
         source: the base model, for everything that the adapter does not touch.
         prompts: tokenised prompts that both models continue greedily.
 
@@ -150,8 +151,7 @@ def export_merged(
     """
     dtype = resolve_dtype(config.export.dtype, device)
     partial = folder.with_name(f"{folder.name}.partial")
-    for stale in (partial, folder):
-        shutil.rmtree(stale, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     merged = load_plain(source, config, dtype, device)
     rewards = is_reward_model(model)
     if rewards:
@@ -178,7 +178,7 @@ def export_merged(
     is_quantised = config.quantization is not None
     both = [next_logps(m, found.sequences) for m in (model, merged)] if is_quantised else []
     del merged
-    partial.rename(folder)
+    replace_folder(partial, folder)
 
     written = str(dtype).removeprefix("torch.")
     quantised = "the base was de-quantised from NF4, " if is_quantised else ""
@@ -223,7 +223,7 @@ def _checked_rewards(
             f"export.merge: the merged reward model is not the trained one, because its rewards differ by up to "
             f"{difference:.2g}, so it was removed; the trained adapter is whole."
         )
-    partial.rename(folder)
+    replace_folder(partial, folder)
     written = str(dtype).removeprefix("torch.")
     log.info("Merged reward model in %s: weights in %s; rewards differ by at most %.2g.", folder, written, difference)
     return {"dtype": written, "max_reward_difference": difference}

@@ -15,6 +15,7 @@ from alignment.export import exporting
 from alignment.export.__main__ import main, run
 from alignment.export.gguf_check import load_gguf, probe_prompts
 from alignment.export.opened import open_policy
+from alignment.files import digests
 from tests.helpers.commands import command, write_project
 from tests.helpers.policies import CPU
 from tests.helpers.runs import same_code
@@ -73,7 +74,7 @@ def test_every_form_is_the_policy(finished, export, tmp_path, tiny_model_folder)
     made = export(finished, "to=adapter,merged,gguf,vllm,ollama", "type=q8_0,f32", f"out={tmp_path}")
     names = ["adapter", "merged", "tiny-lora-q8_0.gguf", "tiny-lora-f32.gguf", "vllm.sh", "Modelfile"]
     assert made == [tmp_path / name for name in names]
-    assert {path.name for path in tmp_path.iterdir()} == {*names, "export.json"}
+    assert {path.name for path in tmp_path.iterdir()} - {".export.lock"} == {*names, "export.json"}
     logps, tokenizer = expected(finished)
     base = next_logps(AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32), tokenizer)
     assert (logps - base).abs().max() > 0.1
@@ -103,9 +104,11 @@ def test_every_form_is_the_policy(finished, export, tmp_path, tiny_model_folder)
     assert (tmp_path / "vllm.sh").stat().st_mode & 0o111
 
     # Another form joins those that are there, and what is made again takes the place of what was
+    (tmp_path / ".partial-of-a-kill").mkdir()
     export(finished / "adapter", "to=gguf", "type=f16", f"out={tmp_path}")
     assert list(json.loads((tmp_path / "export.json").read_text())["exports"]) == [*names, "tiny-lora-f16.gguf"]
-    assert {path.name for path in tmp_path.iterdir()} == {*names, "export.json", "tiny-lora-f16.gguf"}
+    there = {path.name for path in tmp_path.iterdir()} - {".export.lock"}
+    assert there == {*names, "export.json", "tiny-lora-f16.gguf"}
 
 
 def test_an_adapter_that_left_its_run_is_exported_too(finished, export, tmp_path):
@@ -169,6 +172,14 @@ def test_what_cannot_be_exported_is_one_sentence(finished, export, tmp_path, tin
     (tmp_path / "other" / "export.json").write_text('{"policy": {}, "exports": {}}')
     with pytest.raises(UserError, match="holds exports of another policy"):
         export(finished, "to=merged", f"out={tmp_path / 'other'}")
+    whole = digests(finished / "adapter")
+    with pytest.raises(UserError, match="holds adapter already, which no export of this policy has made"):
+        export(finished, "to=adapter", f"out={finished}")
+    assert digests(finished / "adapter") == whole, "the run's own"
+    (tmp_path / "mine" / "merged").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds merged already"):
+        export(finished, "to=merged", f"out={tmp_path / 'mine'}")
+    assert (tmp_path / "mine" / "merged").is_dir()
     with pytest.raises(SystemExit, match=r"^Error: Name one folder of a finished run, .* and not 2\.$"):
         main([str(finished), str(gone), "to=merged"])
 
