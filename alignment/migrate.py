@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ def run(arguments: Sequence[str] | None) -> list[str]:
     lines = wrapped([f"{options.file} is a file of {tool.title}: {method}.", *remarks(draft)])
     if problem:
         lines += wrapped([f"A run would stop: {problem}"])
-    return [*lines, str(out), f"python -m alignment.run --config-dir {folder} recipe={name}"]
+    return [*lines, str(out), f"python -m alignment.run --config-dir {shlex.quote(str(folder))} recipe={name}"]
 
 
 def _checked(text: str, file: Path) -> str:

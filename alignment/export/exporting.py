@@ -135,7 +135,10 @@ class Export:
                 return found
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        raise UserError(f"out={self.order.out} holds exports of another policy: choose another folder, or empty it.")
+        raise UserError(
+            f"out={self.order.out} holds exports of another policy, or its {_RECORD} is damaged: choose another "
+            f"folder, or empty it."
+        )
 
     # Facts
 

@@ -119,6 +119,8 @@ def open_policy(folder: Path, device: str | None = None, dtype: str | None = Non
         saved = run / ("adapter" if config.adapter is not None else "model")
         if not saved.is_dir():
             raise UserError(f"{run} cannot be exported, because its policy {saved} is gone.")
+        if config.adapter is not None:
+            read_adapter(saved)
     if device is not None:
         config = replace(config, device=_named("device", device, Device))
     if dtype is not None:

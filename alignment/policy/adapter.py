@@ -193,6 +193,9 @@ def load_adapter(model: nn.Module, folder: Path, weights: FloatWeights | None = 
         model: the base, in place.
         folder: of the adapter.
         weights: the base's own weights, for an adapter that began with a part of a base in 4 bits.
+
+    Raises:
+        UserError: it cannot be read.
     """
     from peft import PeftModel, get_peft_model
     from peft.utils.save_and_load import set_peft_model_state_dict
@@ -226,9 +229,13 @@ def add_adapter(model: nn.Module, folder: Path, name: str) -> nn.Module:
         model: the base, in place, or what this function has returned for it.
         folder: of the adapter.
         name: that no other adapter of the model has.
+
+    Raises:
+        UserError: it cannot be read.
     """
     from peft import PeftModel
 
+    read_adapter(folder)
     adapted: nn.Module
     with stand_ins(model):
         if isinstance(model, PeftModel):

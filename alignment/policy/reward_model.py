@@ -45,12 +45,20 @@ def is_reward_model(model: nn.Module) -> bool:
 
 
 def holds_reward_model(folder: Path) -> bool:
-    """Whether a saved policy is a reward model."""
-    path = folder / ADAPTER_FILE
-    if path.is_file():
-        return json.loads(path.read_bytes()).get("task_type") == _CLASSIFIER
-    architectures = json.loads((folder / "config.json").read_bytes()).get("architectures") or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
+    """Whether a saved policy is a reward model.
+
+    Raises:
+        UserError: its configuration is damaged.
+    """
+    is_adapter = (folder / ADAPTER_FILE).is_file()
+    path = folder / (ADAPTER_FILE if is_adapter else "config.json")
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+    if is_adapter:
+        return settings.get("task_type") == _CLASSIFIER
+    return any(name.endswith("ForSequenceClassification") for name in settings.get("architectures") or [])
 
 
 # The class with which others load it

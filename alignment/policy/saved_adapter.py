@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alignment.config.adapters import RESIDUAL_INITS, AdapterConfig
@@ -13,6 +14,8 @@ from alignment.errors import UserError
 from alignment.policy.adapter_kinds import peft_config
 from alignment.policy.load import one_line
 from alignment.policy.residual_start import ResidualStart, read_start
+
+_WEIGHTS = "adapter_model.safetensors"
 
 _SETTINGS: dict[str, dict[str, str]] = {
     "LoraConfig": {
@@ -73,12 +76,15 @@ def read_adapter(folder: Path) -> SavedAdapter:
     from peft import PeftConfig
 
     try:
+        if (weights_file := folder / _WEIGHTS).is_file():
+            with safe_open(weights_file, "pt"):  # refuses a file that is cut, and reads no weights
+                pass
         found = read_start(folder)
         if found is None:
             return SavedAdapter(PeftConfig.from_pretrained(str(folder)))
         settings, weights, residual = found
         return SavedAdapter(PeftConfig.from_peft_type(**settings), residual.init, weights, residual)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"model.name: the adapter in {folder} cannot be read: {one_line(error)}") from error

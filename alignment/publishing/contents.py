@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from alignment.errors import UserError
 from alignment.files import redact, to_json
@@ -120,13 +121,40 @@ def of_policy(folder: Path, base: str | None, into: str = "") -> list[Upload]:
     Args:
         base: the hub id of the base; None if it has none.
         into: folder of the repository.
+
+    Raises:
+        UserError: a file is damaged.
     """
     found = []
     for path in sorted(folder.iterdir()):
         is_plain = path.is_file() and not path.is_symlink()
         if is_plain and any(fnmatch(path.name, kind) for kind in _OF_A_POLICY):
+            if fnmatch(path.name, WEIGHTS):
+                _require_whole(path)
             found.append(Upload(f"{into}{path.name}", _with_base(path, base) or path))
     return found
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse weights that are cut; no weights are read."""
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be pushed, because it is damaged: {' '.join(str(error).split())}.") from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a configuration file of a policy.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be pushed, because it is damaged: {error}.") from None
+    return found if isinstance(found, dict) else {}
 
 
 def left_out(folder: Path) -> list[str]:
@@ -139,7 +167,7 @@ def _with_base(path: Path, base: str | None) -> bytes | None:
     """The file with the base's name in place of its path; None if it holds none."""
     if path.suffix != ".json" or not path.name.endswith("config.json"):
         return None
-    content = json.loads(path.read_bytes())
+    content = read_settings(path)
     names = {key: content[key] for key in _NAMES if isinstance(content.get(key), str)}
     named_base = path.name == ADAPTER_FILE and base is not None and content.get(_NAMES[0]) != base
     if not named_base and not any(map(is_local, names.values())):

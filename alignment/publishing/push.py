@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +14,13 @@ from alignment.publishing.contents import (
     of_policy,
     open_finished,
     policy_folder,
+    read_settings,
     recipe_file,
     report_files,
 )
 from alignment.publishing.hub import license_of
 from alignment.runs.folder import RunFiles, dig
+from alignment.runs.record import SEAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ def gathered(folder: Path, repo: str, base: str | None, license: str | None) -> 
     sets = {name for names in trained_on(run).values() for name in names if is_on_hub(name)}
     licenses = Licenses(license or of_base, of_base, {name: license_of(name, "dataset") for name in sorted(sets)})
     hints = []
+    if not (run.folder / SEAL).exists():
+        hints.append(f"The run has no {SEAL}: nobody knows whether its files have changed since it ended.")
     if base is None:
         name = dig(run.config, "model", "name")
         hints.append(f"The hub does not know the base {name}: --base <hub id> names it, if it is there.")
@@ -74,5 +77,5 @@ def _base_on_hub(run: RunFiles, policy: Path) -> str | None:
     """The hub id of the base: what the adapter says, or the run's model; None if that is a path or of a package."""
     name = dig(run.config, "model", "name")
     if (policy / ADAPTER_FILE).is_file():  # the run may have begun with an adapter, whose base is another
-        name = json.loads((policy / ADAPTER_FILE).read_bytes()).get("base_model_name_or_path")
+        name = read_settings(policy / ADAPTER_FILE).get("base_model_name_or_path")
     return name if isinstance(name, str) and "/" in name and is_on_hub(name) else None

@@ -133,6 +133,17 @@ def test_the_base_of_an_adapter_is_a_name_of_the_hub(hub, folder, capsys):
     assert json.loads(path.read_text())["base_model_name_or_path"] == "/home/someone/models/base"
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("adapter_config.json", b'{"r": 4,'), ("adapter_model.safetensors", None)]
+)
+def test_a_damaged_policy_is_not_pushed(name, content, hub, folder):
+    """Such as one whose copying was interrupted."""
+    path = folder / "adapter" / name
+    path.write_bytes(path.read_bytes()[:-4] if content is None else content)
+    assert f"{name} cannot be pushed, because it is damaged" in pushed(folder, REPO, "--yes")
+    assert not hub.repos and not (folder / "push").exists()
+
+
 # The card
 
 
