@@ -105,6 +105,7 @@ def read_mapping(run: RunFiles, name: str, parse: Callable[[str], Any] = json.lo
     try:
         value = parse((run.folder / name).read_text("utf-8"))
         if isinstance(value, dict):
+            run.problems += _without_false_accuracies(name, value)[:1]
             return value
         problem = "cannot be read: it holds no mapping."
     except FileNotFoundError:
@@ -143,7 +144,20 @@ def read_rows(
         run.problems.append(f"{name} was cut off in its last line, as happens when a run is killed.")
     elif not rows:
         run.problems.append(f"{name} is empty.")
+    run.problems += [problem for row in rows for problem in _without_false_accuracies(name, row)][:1]
     return rows
+
+
+def _without_false_accuracies(name: str, values: dict[str, Any]) -> list[str]:
+    """Take out accuracies that no run writes, since they have no interval; a sentence for each."""
+    problems = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            problems += _without_false_accuracies(name, value)
+        elif "accuracies" in key and is_number(value) and not 0 <= value <= 1:
+            values[key] = None
+            problems.append(f"{name} has {key}={format_value(value)}, which is no share, so it is left out.")
+    return problems
 
 
 def holds_any(folder: Path, names: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """Runs whose files are missing, broken or half-written: what is there is compared, and the rest is named."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from alignment.comparison import write_comparison
 from alignment.comparison.members import read_member
 from alignment.comparison.ranking import compare
 from tests.helpers.endings import refusal_of
-from tests.helpers.run_folders import make_run
+from tests.helpers.run_folders import change_json, change_metrics, make_run
 
 FILES = ("config.yaml", "summary.json", "metrics.jsonl", "samples.jsonl", "held_out.jsonl")
 
@@ -70,6 +71,23 @@ def test_a_file_with_a_broken_line_is_told_and_not_used(tmp_path, broken):
     member = read_member(folder, "a")
     assert member.run.metrics == []
     assert member.run.problems == ["Line 3 of metrics.jsonl cannot be read."]
+
+
+def test_an_accuracy_that_is_no_share_is_left_out_and_named(tmp_path):
+    """Written by hand into each file that has some: the report is made, and says so."""
+    folder = make_run(tmp_path / "a")
+    change_metrics(folder, lambda rows: [row | {"rewards/accuracies": -2} for row in rows])
+    path = folder / "held_out.jsonl"
+    path.write_text(path.read_text().replace('accuracies": ', 'accuracies": 7'))
+    stages = json.loads((folder / "summary.json").read_text())["stages"]
+    stages["preference"]["metrics"]["eval/rewards/accuracies"] = 1.5
+    change_json(folder / "summary.json", stages=stages)
+    report.main([str(folder)])
+    said = (folder / "report.md").read_text().split("## Not available")[1]
+    assert "summary.json has eval/rewards/accuracies=1.5, which is no share, so it is left out." in said
+    assert said.count("metrics.jsonl has ") == 1
+    member = read_member(folder, "a")
+    assert any(one.startswith("held_out.jsonl has nats/accuracies=7") for one in member.run.problems)
 
 
 def test_a_difference_over_fewer_items_than_the_means_says_so(tmp_path):
