@@ -89,6 +89,7 @@ def assess(asked: Asked) -> tuple[Path, list[Table]]:
         log.warning("%s", caution)
     found: dict[str, Any] = {
         "policies": field.names,
+        "identities": {policy.name: policy.identity for policy in field.policies},
         "settings": list(asked.settings),
         "cautions": cautions,
         "versions": versions(),

@@ -41,7 +41,7 @@ def write_comparison(folders: Sequence[Path], out: Path, *, track: bool = False)
     """
     runs = run_folders(folders)
     found = compare([read_member(run, name) for run, name in zip(runs, short_names(runs), strict=True)])
-    found.between = read_between(out, found.members)
+    found.between, found.evaluated_in = read_between(out, found.members), out
     title = f"Comparison: {out.resolve().name}"
     pages = {"md": to_markdown(found, title), "csv": to_csv(found), "html": to_html(found, title)}
     failed = []

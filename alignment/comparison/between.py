@@ -45,14 +45,8 @@ def read_between(folder: Path, members: Sequence[ComparedRun]) -> Between | None
     if not (folder / PAIRS).exists():
         return None
     files = RunFiles(folder)
-    found = submapping(read_mapping(files, FOUND), "win_rate")
-    member_of: dict[str, str] = {}
-    for policy in found.get("policies", ()):
-        for member in members:
-            identity = dig(member.run.summary, "model", "final_identity")
-            known = policy.get("identity") and identity
-            if policy["identity"] == identity if known else policy.get("name") == member.name:
-                member_of.setdefault(policy["name"], member.name)
+    whole = read_mapping(files, FOUND)
+    found, member_of = submapping(whole, "win_rate"), members_of(whole, members)
     shares: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in read_rows(files, PAIRS):
         first, second = (member_of.get(name) for name in row["policies"])
@@ -61,3 +55,17 @@ def read_between(folder: Path, members: Sequence[ComparedRun]) -> Between | None
             of_prompt.append(0.5 + row["outcome"] / 2)
     means = {names: {prompt: fmean(several) for prompt, several in by.items()} for names, by in shares.items()}
     return Between(submapping(found, "judge"), means, files.problems)
+
+
+def members_of(found: Mapping[str, Any], members: Sequence[ComparedRun]) -> dict[str, str]:
+    """The name of the run that each policy of an evaluation is, by the policy's name; others are left out."""
+    identities = submapping(found, "identities") or {
+        policy.get("name"): policy.get("identity") for policy in submapping(found, "win_rate").get("policies", ())
+    }
+    known: dict[str, str] = {}
+    for name, identity in identities.items():
+        for member in members:
+            own = dig(member.run.summary, "model", "final_identity")
+            if identity == own if identity and own else name == member.name:
+                known.setdefault(name, member.name)
+    return known

@@ -13,6 +13,7 @@ from pathlib import Path
 from alignment.comparison.answers import questions
 from alignment.comparison.charts import CURVES, GLANCE, Chart, charts, legend, library
 from alignment.comparison.judge import answers_against_answers, judge_table
+from alignment.comparison.other_tasks import other_tasks
 from alignment.comparison.ranking import Comparison
 from alignment.comparison.sentences import cautions, headline, not_available, overview
 from alignment.comparison.tables import (
@@ -44,6 +45,8 @@ def result_tables(found: Comparison) -> list[Table]:
     """The tables of results, without those that would be empty."""
     tables = [differences(found), results(found), *answers_against_answers(found), judge_table(found)]
     tables.append(held_out_pairs(found))
+    if found.evaluated_in is not None:
+        tables.append(other_tasks(found.evaluated_in, found.members, found.titles))
     return [table for table in tables if table is not None and table.rows]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from alignment.comparison.between import Between
 from alignment.comparison.measures import ACCURACY, Measure, ranking_measure
@@ -18,6 +19,7 @@ from alignment.comparison.members import (
 )
 from alignment.comparison.statistics import Difference, holm, paired_difference, unpaired_difference
 from alignment.evaluation.intervals import tango_interval
+from alignment.runs.folder import submapping
 from alignment.runs.text import format_value
 
 
@@ -52,7 +54,8 @@ class Standing:
 
     Attributes:
         ranked: the variants that have the measure, the best first.
-        best: the best variant of each loss, the best first; all variants if there is only one loss.
+        best: the best variant of each loss, on-policy and offline apart, the best first; all variants if there is only
+            one loss, trained in one of these ways.
         contrasts: the first of `best` compared with each other one of them.
     """
 
@@ -60,6 +63,16 @@ class Standing:
     ranked: list[Variant]
     best: list[Variant]
     contrasts: list[Contrast]
+
+    @property
+    def is_of_settings(self) -> bool:
+        """Whether there is one loss alone, trained in one way, so that the variants differ in their settings."""
+        return len({_way(variant) for variant in self.best}) == 1
+
+    @property
+    def is_of_losses(self) -> bool:
+        """Whether each of `best` stands for a loss, because all are trained on-policy, or all offline."""
+        return not self.is_of_settings and len({is_onpolicy for _, is_onpolicy in map(_way, self.best)}) == 1
 
     @property
     def first(self) -> list[Variant]:
@@ -76,6 +89,7 @@ class Comparison:
         differing_settings: dotted keys of the settings with more than one value.
         standing: None if no variant can be ranked.
         between: what a judge has said of their answers against each other; None without files of `alignment.evaluate`.
+        evaluated_in: the folder of such files.
     """
 
     members: list[ComparedRun]
@@ -84,6 +98,7 @@ class Comparison:
     differing_settings: list[str]
     standing: Standing | None
     between: Between | None = None
+    evaluated_in: Path | None = None
 
     @property
     def rank_by(self) -> Measure | None:
@@ -97,7 +112,7 @@ class Comparison:
 
     @property
     def best(self) -> list[Variant]:
-        """The best variant of each loss, the best first; all variants if there is only one loss."""
+        """See `Standing`."""
         return self.standing.best if self.standing else []
 
     @property
@@ -135,10 +150,10 @@ def in_rank_order(found: Sequence[Variant], measure: Measure) -> list[Variant]:
 
 
 def rank_variants(found: Sequence[Variant], measure: Measure) -> Standing:
-    """Rank the variants that have the measure (there must be one), and compare the best of each loss."""
+    """Rank the variants that have the measure (there must be one), and compare the best as `Standing` says."""
     ranked = in_rank_order(found, measure)
-    losses = dict.fromkeys(variant.loss for variant in ranked)
-    best = [next(variant for variant in ranked if variant.loss == loss) for loss in losses]
+    ways = dict.fromkeys(map(_way, ranked))
+    best = [next(variant for variant in ranked if _way(variant) == way) for way in ways]
     best = best if len(best) > 1 else ranked
     top, *others = best
     pairs = [(other, d) for other in others if (d := _difference(measure, top, other)) is not None]
@@ -149,6 +164,11 @@ def rank_variants(found: Sequence[Variant], measure: Measure) -> Standing:
         for other, d in pairs
     ]
     return Standing(measure, ranked, best, contrasts)
+
+
+def _way(variant: Variant) -> tuple[str, bool]:
+    """The loss, and whether it was trained on answers of the policy."""
+    return variant.loss, any(submapping(member.run.config, "onpolicy") for member in variant.begun)
 
 
 def _difference(measure: Measure, a: Variant, b: Variant) -> Difference | None:

@@ -120,7 +120,8 @@ def _lead(standing: Standing, again: bool = False) -> list[str]:
         return []
     behind = [a.other.label for a in standing.contrasts if judge_contrast(a) == _SURE]
     top = "It" if len(standing.first) == 1 else standing.best[0].label
-    others = "the other settings" if len({variant.loss for variant in standing.best}) == 1 else "the other losses' best"
+    others = "the other losses' best" if standing.is_of_losses else "the others"
+    others = "the other settings" if standing.is_of_settings else others
     if len(behind) == len(standing.contrasts):
         return [f"{top} is ahead of {others} by more than noise."]
     if all(a.difference.is_noise for a in standing.contrasts):

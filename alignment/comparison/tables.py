@@ -188,7 +188,7 @@ def _by_seeds(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 
 def differences(found: Comparison) -> Table | None:
-    """The best variant of each loss, or each setting of a single loss, compared with the best of all."""
+    """The variants that stand for the others, or each setting of a single loss, compared with the best of all."""
     standing = found.standing
     if standing is None or not standing.contrasts:
         return None
@@ -208,9 +208,9 @@ def differences(found: Comparison) -> Table | None:
                 in_cell(need, measure.unit) if (need := need_of(standing, contrast)) else DASH,
             ]
         )
-    one_loss = len({variant.loss for variant in standing.best}) == 1
+    what = "The best setting of each loss" + ("" if standing.is_of_losses else ", on-policy and offline")
     return Table(
-        f"{'Every setting' if one_loss else 'The best setting of each loss'}, and how far it is behind",
+        f"{'Every setting' if standing.is_of_settings else what}, and how far it is behind",
         ["variant", _heading(measure, found), "behind the first", "verdict", "better to worse", "p", "it would take"],
         rows,
         "95% intervals in parentheses. They and p say what other held-out items could change; only the spread over "

@@ -17,6 +17,7 @@ from alignment.assessment.page import questions, to_html, win_rate_tables
 from alignment.assessment.win_rates import Judged, _cautions
 from alignment.comparison.between import read_between
 from alignment.comparison.members import read_member
+from alignment.comparison.other_tasks import other_tasks
 from alignment.config.judging import Judge as JudgeName
 from alignment.errors import UserError
 from alignment.evaluate import main
@@ -313,6 +314,9 @@ def test_questions_of_a_file(asked, tmp_path):
         right = [bool(texts[0]) and "," not in texts[0], texts[1][:1] == texts[1][-1:] == '"' and len(texts[1]) > 1]
         assert row["prompts"]["share"] == right[0] / 2 and row["prompts"]["n"] == 2
         assert row["instructions"]["share"] == pytest.approx(sum(right) / 3) and row["instructions"]["n"] == 3
+    members = [read_member(asked.runs / name, name) for name in ("0-tiny", "1-tiny")]
+    table = other_tasks(asked.out, members, {member.name: member.name for member in members})
+    assert [row[0] for row in table.rows] == ["0-tiny", "1-tiny"] and "IFEval, prompts followed" in table.header
     arena = [json.loads(line) for line in (asked.out / "arena" / "2-after_SFT.jsonl").read_text().splitlines()]
     assert [row["messages"][0]["content"] for row in arena] == [row["prompt"] for row in ask]
     assert len({row["uid"] for row in arena}) == 3 and {row["model"] for row in arena} == {"after SFT"}

@@ -80,6 +80,28 @@ def test_what_binds_is_said(tmp_path):
     assert row_of(differences(seeds), "DPO, beta 0.5")["it would take"] == "18 seeds"
 
 
+def test_the_best_on_policy_is_compared_with_the_best_offline_of_the_same_loss(tmp_path):
+    """Four of DPO, two of them in rounds, and one of SFT: two contrasts, each with what it would take."""
+    made = [
+        make_run(tmp_path / name, loss, {"beta": beta}, right=right(count, 100), config={"onpolicy": rounds})
+        for name, loss, beta, rounds, count in (
+            ("a", "dpo", 0.1, {"every": 8}, 80),
+            ("b", "dpo", 0.5, {"every": 8}, 76),
+            ("c", "dpo", 0.1, None, 77),
+            ("d", "dpo", 0.5, None, 79),
+            ("e", "nll", 1.0, None, 78),
+        )
+    ]
+    found = compared(*made)
+    assert [variant.members[0].name for variant in found.best] == ["a", "d", "e"]
+    table = differences(found)
+    assert table.caption.startswith("The best setting of each loss, on-policy and offline, and")
+    assert all("pairs" in row[-1] or row[-1] == "no number" for row in table.rows[1:]) and len(table.rows) == 3
+    assert "the others" not in headline(compared(*made[:2]))[1]
+    apart = compared(made[0], make_run(tmp_path / "f", right=right(5, 100), config={"onpolicy": None}))
+    assert headline(apart)[1] == "It is ahead of the others by more than noise."
+
+
 def test_seeds_that_the_two_do_not_share_tell_no_spread(tmp_path):
     assert said(runs(tmp_path, [80, 80], [76, 75], seeds=5)).endswith(
         "; without seeds in common nobody knows what other seeds would change."
