@@ -85,7 +85,8 @@ class SweepPlan:
         members: the settings in which they differ, for each.
         variants: members that differ in more than the seed.
         seeds: of each variant; the fewest, where they differ.
-        comparisons: that share the level: the best variant of each loss with the first, or all of a single loss.
+        comparisons: that share the level: the best variant of each loss, on-policy and offline apart, with the first,
+            or all of a single loss.
         unit: what is held out.
         items: how many at most; None where the data decide it.
     """
@@ -140,8 +141,13 @@ def plan_sweep(members: Sequence[Sequence[str]], config: RunConfig) -> SweepPlan
     for member in told:
         others = tuple(setting for setting in member if not setting.startswith("seed="))
         seeds.setdefault(others, set()).update(set(member) - set(others) or {""})
-    losses = {next((s for s in reversed(key) if s.startswith(("loss=", "recipe="))), "") for key in seeds}
-    comparisons = (len(losses) if len(losses) > 1 else len(seeds)) - 1
+    ways = {
+        tuple(
+            next((s for s in reversed(key) if s.startswith(names)), "") for names in (("loss=", "recipe="), "onpolicy=")
+        )
+        for key in seeds
+    }
+    comparisons = (len(ways) if len(ways) > 1 else len(seeds)) - 1
     if config.loss is None or comparisons < 1:
         return None
     evaluation, data = config.evaluation, config.data
@@ -175,11 +181,13 @@ def _needs_table(stages: dict[str, StagePlan]) -> Table:
     for name in stages:
         table.add_column(name, justify="right")
     for key, title in _PARTS.items():
-        others = [stage.teacher if key == "context" else 0 for stage in stages.values()]
+        others = [stage.teacher + stage.judging if key == "context" else 0 for stage in stages.values()]
         needs = zip(stages.values(), others, strict=True)
         table.add_row(title, *(_gib(getattr(stage.chosen.needs, key) - other) for stage, other in needs))
     if any(stage.teacher for stage in stages.values()):
         table.add_row("teacher", *(_gib(stage.teacher) for stage in stages.values()))
+    if any(stage.judging for stage in stages.values()):
+        table.add_row("reward models that judge", *(_gib(stage.judging) for stage in stages.values()))
     table.add_section()
     table.add_row("total", *(_gib(stage.chosen.needs.total) for stage in stages.values()))
     return table
@@ -211,6 +219,8 @@ def _stage_lines(name: str, stage: StagePlan, optimizer: str) -> list[str]:
     ]
     if plan.reference_tokens > plan.tokens_per_batch and name == "preference":
         lines.append(f"  The reference pass takes up to {plan.reference_tokens} positions at once.")
+    for key in (key for key, size in stage.judges.items() if size is None):
+        lines.append(f"  The model of {key} is not on this machine, so its size is not known and not counted.")
     if plan.estimate:
         lines.append(f"  The activations are a rough estimate: {plan.estimate}.")
     if states := optimizer_estimate(optimizer):
@@ -312,6 +322,7 @@ def as_json(config: RunConfig, machine: Machine, stages: dict[str, StagePlan], s
                     "longest": stage.longest,
                     "ranks": stage.ranks,
                     "teacher": stage.teacher,
+                    "judges": stage.judges,
                     **plain(stage.chosen),
                     "options": [{**plain(plan), "time": time} for plan, time in stage.options.values()],
                 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from alignment.config.preflight import model_problem
 from alignment.config.schema import RunConfig, SFTConfig, Shard
 from alignment.errors import UserError, require
+from alignment.evaluation.judges.making import beside_training
 from alignment.files import cache_dir
 from alignment.policy.architecture import build_model, unknown_architecture
 from alignment.policy.load import resolve_dtype
@@ -69,6 +70,7 @@ class StagePlan:
             checkpointing).
         ranks: that share the base; 1 where each has its own.
         teacher: bytes of the teacher, which `chosen` counts among what is there beside the policy.
+        judges: the same of each reward model that judges while the stage trains, by its key; None: not known.
     """
 
     longest: int
@@ -76,6 +78,12 @@ class StagePlan:
     options: dict[int, tuple[Plan, float]]
     ranks: int
     teacher: int = 0
+    judges: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def judging(self) -> int:
+        """Bytes of the reward models whose size is known."""
+        return sum(size or 0 for size in self.judges.values())
 
 
 def this_machine() -> Machine:
@@ -255,6 +263,7 @@ def _plan_stage(
     sizes = replace(sizes, estimate=sizes.estimate or reason)
     context = CONTEXT[machine.device]
     teacher = 0 if supervised else teacher_bytes(config, machine.device)
+    judges = {} if supervised else beside_training(config)
     if not supervised:
         reference, steps = config.reference, config.trainer.max_steps
         refreshes: int | None = reference.parts - 1
@@ -262,7 +271,8 @@ def _plan_stage(
             refreshes = None if steps is None else (steps - 1) // reference.sync_every
         whole = config.adapter is None
         at_base = config.adapter is not None and not config.adapter.moves_the_start and config.sft is None
-        context += teacher + reference_bytes(reference, weights, whole=whole, at_base=at_base, refreshes=refreshes)
+        context += teacher + sum(size or 0 for size in judges.values())
+        context += reference_bytes(reference, weights, whole=whole, at_base=at_base, refreshes=refreshes)
     room = Room(machine.device, round(USABLE_SHARE[machine.device] * machine.memory), context)
     trainer = part.trainer
     step_tokens = largest_share(trainer.groups_per_step, ranks) * longest
@@ -285,4 +295,4 @@ def _plan_stage(
         option = plan(every)
         tokens = max(longest, min(option.tokens_per_batch, step_tokens))
         options[every] = (option, relative_time(sizes, every, tokens, machine.device))
-    return StagePlan(longest, chosen, options, sharing, teacher)
+    return StagePlan(longest, chosen, options, sharing, teacher, judges)

@@ -80,6 +80,7 @@ def plan_stage(
     slot: CohortSlot | None = None,
     refreshes: int = 0,
     team: Team | None = None,
+    beside: int = 0,
 ) -> Plan:
     """How a stage runs its steps on this machine as it is now; a resumed stage keeps the plan that it began with.
 
@@ -95,6 +96,7 @@ def plan_stage(
         slot: in the cohort that the stage trains in. Each member has its own gradients and optimizer states.
         refreshes: how often the reference follows the policy.
         team: the ranks that share the steps; the one with the least memory counts.
+        beside: bytes of models that come into memory while the stage trains.
     """
     # A resumed stage has its plan already
     path = folder / "plan.json"
@@ -138,7 +140,7 @@ def plan_stage(
     if not supervised:
         at_base = starts_at_base(model)
         copied = reference_bytes(config.reference, weights, whole=adapter is None, at_base=at_base, refreshes=refreshes)
-    other = max(0, taken - weights.base - weights.adapter) + copied
+    other = max(0, taken - weights.base - weights.adapter) + copied + beside
     free = _free(device)
     if team is not None:
         free = min(team.run(free_memory, [None] * team.size, lambda _: _rank_memory(device, team)))

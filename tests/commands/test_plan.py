@@ -11,7 +11,7 @@ from alignment import plan as command
 from alignment.config.compose import load
 from alignment.evaluation.statistics.power import items_for_sign_test, t_test_power
 from alignment.files import asset_dir, cache_dir
-from alignment.plan import parse_memory
+from alignment.plan import parse_memory, plan_sweep
 from alignment.policy.architecture import build_model
 from alignment.policy.teacher import load_teacher
 from alignment.training.forecast import Machine, plan_stages, teacher_bytes
@@ -158,6 +158,15 @@ def test_members_of_the_command_line_are_a_sweep(config_file, capsys):
     assert needed == pytest.approx(512, abs=1e-3), "the least difference is the one that needs the pairs at hand"
     power = t_test_power(found["least_by_seeds"] / found["spread_over_seeds"], 3, 0.05 / 3)
     assert power == pytest.approx(0.8, abs=1e-4)
+
+
+def test_ways_to_train_are_compared_by_their_best():
+    """Of DPO in rounds, DPO offline and SFT, each with two settings: two comparisons, as the comparison makes them."""
+    ways = (("loss=dpo", "onpolicy=rounds"), ("loss=dpo", "onpolicy=none"), ("loss=nll", "onpolicy=none"))
+    members = [[*way, f"optim.lr={lr}"] for way in ways for lr in (1e-5, 1e-4)]
+    config = load("recipe=quickstart")
+    assert [plan_sweep(some, config).comparisons for some in (members, members[:4], members[:2])] == [2, 1, 1]
+    assert plan_sweep([[*member, "onpolicy.k=8"] for member in members[:2]] + members[:2], config).comparisons == 3
 
 
 def test_one_variant_compares_nothing_and_a_single_run_is_no_sweep(config_file, capsys):
@@ -325,6 +334,29 @@ def test_a_teacher_that_is_not_there_is_named(tiny_model_folder):
         and "a folder with its config.json will do" in said
     )
     assert "distill.teacher: the folder /nowhere" in refused(*distilling(tiny_model_folder, "/nowhere"))
+
+
+# Reward models that judge
+
+
+def judging(folder, *others) -> tuple[str, ...]:
+    return (
+        "recipe=onpolicy_quickstart", "sft=none", f"model.name={folder}", "evaluation.judge=reward_model",
+        f"evaluation.reward_model={folder}", *others,
+    )  # fmt: skip
+
+
+def test_reward_models_that_judge_on_the_way_are_counted(tiny_model_folder, capsys):
+    """Those of rounds and of looks are beside the policy; one that judges at the end alone is not."""
+    size = sum(path.stat().st_size for path in tiny_model_folder.glob("*.safetensors"))
+    rounds = ("onpolicy.judge=reward_model", f"onpolicy.reward_model={tiny_model_folder}")
+    for others, count in ((), 0), (("evaluation.every=4",), 1), (rounds, 1), ((*rounds, "evaluation.every=4"), 2):
+        said = run(capsys, *judging(tiny_model_folder, *others), "--json")
+        found = json.loads(said)["stages"]["preference"]
+        assert sum(found["judges"].values()) == found["needs"]["context"] - CONTEXT["cpu"] == count * size
+    assert re.search(r"^ *reward models that judge +0\.00", run(capsys, *judging(tiny_model_folder, *rounds)), re.M)
+    elsewhere = run(capsys, *judging(tiny_model_folder, *rounds[:1], "onpolicy.reward_model=org/nobody-has-this"))
+    assert "The model of onpolicy.reward_model is not on this machine, so its size is not known" in elsewhere
 
 
 # The recipes and the table

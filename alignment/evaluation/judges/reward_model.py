@@ -90,12 +90,23 @@ def _judgement(score: Any) -> Judgement:
     return Judgement(None, reasons=("the score is not finite",))
 
 
-def _folder(name: str) -> Path:
+def stored_bytes(name: str) -> int:
+    """Bytes of a reward model's weights, with its base's; nothing is fetched.
+
+    Raises:
+        UserError: it is not on this machine, or has no safetensors.
+    """
+    folder = _folder(name, fetch=False)
+    folders = [folder] if (base := _base(folder, fetch=False)) is None else [folder, base]
+    return sum(path.stat().st_size for one in folders for path in one.glob("*.safetensors"))
+
+
+def _folder(name: str, fetch: bool = True) -> Path:
     """The model's folder, fetched if it is on the hub."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(name, allow_patterns=list(_READ)))
+            folder = Path(snapshot_download(name, allow_patterns=list(_READ), local_files_only=not fetch))
         except Exception as error:  # whatever the hub's library calls an unknown name or a dead network
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
@@ -109,10 +120,10 @@ def _folder(name: str) -> Path:
     return folder
 
 
-def _base(folder: Path) -> Path | None:
+def _base(folder: Path, fetch: bool = True) -> Path | None:
     """The folder of an adapter's base; None for a whole model."""
     path = folder / ADAPTER_FILE
-    return _folder(str(json.loads(path.read_bytes()).get("base_model_name_or_path"))) if path.is_file() else None
+    return _folder(str(json.loads(path.read_bytes()).get("base_model_name_or_path")), fetch) if path.is_file() else None
 
 
 def load_reward_model(folder: Path, base: Path | None, device: torch.device) -> tuple[Any, Any]:
