@@ -76,7 +76,8 @@ def finish_composition(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
     """Do what Hydra cannot, after it has composed and while it is still set up.
 
     The option `none` of a group wins over values that the recipe gives this group. Every loss of a mixture gets its
-    recommended settings, and every source of mixed data those of the data, except for those that you give.
+    recommended settings, and every source of mixed data those of the data, except for those that you give. The judge
+    of rounds gets what the evaluation's adds to a request, unless it has something of its own.
 
     Raises:
         UserError: a mixture of a loss that does not exist, or with settings that its losses or sources do not have.
@@ -87,6 +88,8 @@ def finish_composition(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
     for key in ("data", "sft.data"):
         if (data := OmegaConf.select(cfg, key)) is not None:
             _complete_sources(data, key)
+    if not OmegaConf.select(cfg, "onpolicy.llm.body", default=True):
+        cfg.onpolicy.llm.body = cfg.evaluation.llm.body  # a reference to it would be written through
     if _is_mixture(cfg):
         for name in cfg.loss.weights:
             given = cfg.loss.settings.get(name, {})

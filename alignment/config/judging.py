@@ -46,31 +46,19 @@ class Verdicts(Enum):
 
 
 @dataclass(kw_only=True)
-class LLMJudgeConfig:
-    """A chat model that judges, behind an OpenAI-compatible address such as http://localhost:8000/v1.
+class AddressConfig:
+    """An OpenAI-compatible address such as http://localhost:8000/v1, and the patience with it.
 
-    `auth_env` names the environment variable that holds the key of the address; the key itself is written nowhere. Null
-    sends none. `rubric` replaces the built-in one. `body` is merged into every request; a null in it removes a setting.
-    A call that fails for now (429, 5xx, a time-out, a reply that is no reply) is repeated `retries` times, with pauses
-    that double from one second. `budget_calls` and `budget_tokens` bound what one run asks for; judgements that are
-    stored cost nothing. Prices are for a million tokens. `check_values` says what the values may be.
+    `auth_env` names the environment variable that holds its key; the key itself is written nowhere. Null sends none. A
+    call that fails for now (429, 5xx, a time-out, a reply that is no reply) is repeated `retries` times, with pauses
+    that double from one second.
     """
 
     address: str | None
-    model: str | None
     auth_env: str | None
-    verdicts: Verdicts
-    rubric: str | None
-    temperature: float
-    max_tokens: int
-    body: dict[str, Any]
     timeout: float
     retries: int
     concurrency: int
-    budget_calls: int | None
-    budget_tokens: int | None
-    price_in: float | None
-    price_out: float | None
 
     def check_values(self, place: str) -> None:
         """Refuse a value that cannot work.
@@ -93,13 +81,39 @@ class LLMJudgeConfig:
             f"{place}.auth_env must be the name of an environment variable, such as OPENAI_API_KEY, and never "
             "the key itself.",
         )
-        not_negative(f"{place}.temperature", self.temperature)
         positive(f"{place}.timeout", self.timeout)
-        for key, least in (("max_tokens", 1), ("retries", 0), ("concurrency", 1)):
+        for key, least in (("retries", 0), ("concurrency", 1)):
             require(
                 getattr(self, key) >= least,
                 f"{place}.{key} must be at least {least}, not {getattr(self, key)}.",
             )
+
+
+@dataclass(kw_only=True)
+class LLMJudgeConfig(AddressConfig):
+    """A chat model that judges, behind an address.
+
+    `rubric` replaces the built-in one. `body` is merged into every request; a null in it removes a setting.
+    `budget_calls` and `budget_tokens` bound what one run asks for; judgements that are stored cost nothing. Prices are
+    for a million tokens. `check_values` says what the values may be.
+    """
+
+    model: str | None
+    verdicts: Verdicts
+    rubric: str | None
+    temperature: float
+    max_tokens: int
+    body: dict[str, Any]
+    budget_calls: int | None
+    budget_tokens: int | None
+    price_in: float | None
+    price_out: float | None
+
+    def check_values(self, place: str) -> None:
+        """See `AddressConfig`."""
+        super().check_values(place)
+        not_negative(f"{place}.temperature", self.temperature)
+        require(self.max_tokens >= 1, f"{place}.max_tokens must be at least 1, not {self.max_tokens}.")
         for key in ("budget_calls", "budget_tokens", "price_in", "price_out"):
             value = getattr(self, key)
             fits = value is None or 0 <= value < math.inf

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from alignment.config.judging import Judge, LLMJudgeConfig
+from alignment.config.judging import AddressConfig, Judge, LLMJudgeConfig
 from alignment.config.onpolicy import PairChoice, PairsConfig
 from alignment.errors import UserError, not_negative, require, within
 
@@ -56,7 +56,8 @@ class OnPolicyConfig:
 
     `judge` scores the answers, with `reward_model` and `llm` as in the evaluation; with `implicit` the policy does it
     itself, and the first round trains on the data as they are. `weak` is the weaker model of
-    `pairs.choice=sample_vs_weak`, as in `model.name`; it has the dtype and the quantisation of the policy.
+    `pairs.choice=sample_vs_weak`, as in `model.name`; it has the dtype and the quantisation of the policy. `server` is
+    a vLLM that draws the policy's answers, with the adapter as it is then; without an address this process does.
     """
 
     every: int | None
@@ -73,13 +74,13 @@ class OnPolicyConfig:
     llm: LLMJudgeConfig
     implicit: ImplicitConfig
     weak: str | None
+    server: AddressConfig
 
     def __post_init__(self) -> None:
         for key in ("every", "prompts"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"onpolicy.{key} must be null or at least 1, not {value}.")
-        for key in ("k", "max_new_tokens"):
-            require(getattr(self, key) >= 1, f"onpolicy.{key} must be at least 1, not {getattr(self, key)}.")
+        require(self.k >= 1, f"onpolicy.k must be at least 1, not {self.k}.")
         not_negative("onpolicy.temperature", self.temperature)
         within("onpolicy.top_p", self.top_p, "(0, 1]")
         within("onpolicy.mix_offline", self.mix_offline, "[0, 1)")
@@ -121,7 +122,7 @@ class OnPolicyConfig:
     @property
     def is_plain(self) -> bool:
         """Whether answers are drawn from the policy's own distribution."""
-        return self.temperature == 1 and self.top_p == 1
+        return self.temperature == 1 and self.top_p == 1 and self.server.address is None
 
     def check(self, run: Any) -> None:
         """Refuse a run, a `RunConfig`, that cannot train in rounds.
@@ -131,6 +132,8 @@ class OnPolicyConfig:
         """
         require(run.loss is not None, "onpolicy is of preference stages, and with loss=none there is none.")
         loss, needs = run.loss.name, run.loss.requirements()
+        # Here, as it may be the evaluation's, whose own key is checked before
+        require(self.max_new_tokens >= 1, f"onpolicy.max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         require(
             not needs.rewards, f"onpolicy=none is what loss {loss} needs: it trains a reward model, which writes none."
         )
@@ -145,6 +148,12 @@ class OnPolicyConfig:
             "onpolicy.reference say what each round is compared with.",
         )
 
+        if self.server.address is not None:
+            require(
+                run.adapter is not None and not run.adapter.moves_the_start and not needs.draws,
+                "onpolicy.server.address draws with a base that the server has and the adapter of the run: that needs "
+                "an adapter which leaves the base as it is, such as adapter=lora, and a loss without a teacher.",
+            )
         if needs.draws or self.pairs.choice is PairChoice.answers:
             self._check_teacher(loss, needs.draws)
             return

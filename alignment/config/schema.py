@@ -329,6 +329,7 @@ class RunConfig:
         self.evaluation.llm.check_values("evaluation.llm")  # which are those of the rounds, too, by default
         if self.onpolicy is not None:
             self.onpolicy.llm.check_values("onpolicy.llm")
+            self.onpolicy.server.check_values("onpolicy.server")
             self.onpolicy.check(self)
         if self.loss is not None and self.loss.requirements().rewards:
             self._check_reward_model()

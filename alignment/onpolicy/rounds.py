@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, islice
 from pathlib import Path
@@ -142,6 +142,7 @@ class RoundMaker:
         least: int,
         before: Round | None,
         filled: bool,
+        measured: Callable[[], Mapping[str, float]] = dict,
     ) -> Round:
         """Draw a round, and keep it in a folder.
 
@@ -154,6 +155,7 @@ class RoundMaker:
             least: of a step; fewer are refused.
             before: the round before.
             filled: whether groups come again until there are `count`.
+            measured: what else is known of the round once it is drawn, for its metrics.
 
         Raises:
             UserError: too few groups come of all prompts.
@@ -193,6 +195,7 @@ class RoundMaker:
         metrics = {"onpolicy/round": number + 1.0}
         metrics |= {f"onpolicy/{name}": value for name, value in found.counts.metrics().items()}
         metrics |= {} if found.penalty is None else {"onpolicy/length_penalty": found.penalty}
+        metrics |= {f"onpolicy/{name}": value for name, value in measured().items()}
         made = Round(groups, logps, found.sample, position, rate, metrics)
         lines = [_line(prompt, one) for prompt, one in zip(found.prompts, found.shaped, strict=True)]
         _write_round(folder, made, lines)

@@ -26,6 +26,7 @@ _ROUND_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "KL of round": ("kl_round", format_value),
     "staleness": ("staleness", format_value),
     "effective": ("effective", percent),
+    "server drift": ("server_drift", format_value),
 }
 """The columns of the table of rounds, but for what was dropped: the metric of each, and how it is written."""
 
@@ -39,7 +40,8 @@ ABOUT_ROUNDS = (
     "Informative is the share of prompts with something to train on; dropped are shares of what was drawn. Tokens are "
     "means: of all answers, and of the chosen and rejected completions. The KL to the start is measured when a round "
     "begins; that of the round, staleness (nats per token) and the effective share of its answers after its last step. "
-    "KLs are in nats per answer. Watch the lengths: a judge that likes long answers gets longer ones."
+    "KLs are in nats per answer. Server drift is how far the log-probs of the server that draws are from the policy's, "
+    "in nats per token. Watch the lengths: a judge that likes long answers gets longer ones."
 )
 
 

@@ -18,6 +18,7 @@ from alignment.config.schema import ReferenceMode, RunConfig
 from alignment.data.conversations.ends import turn_end
 from alignment.data.preparation.prepare import PreferenceData
 from alignment.data.tokens.units import spread_prompts
+from alignment.evaluation.judges.making import beside_training
 from alignment.evaluation.kl import sampled_kl
 from alignment.evaluation.sampling.local import LocalEngine
 from alignment.files import atomic_write_bytes, read_sealed, to_json_lines, write_sealed
@@ -31,7 +32,7 @@ from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.teacher import Teacher
 from alignment.scoring.layout import BatchLayout, keys_per_position
-from alignment.scoring.logps import join_scores, largest_pass, score_groups
+from alignment.scoring.logps import largest_pass
 from alignment.stages.answers import HeldOutAnswers
 from alignment.stages.distillation import held_out_draws, loaded_teacher
 from alignment.stages.during import AnswersDuring, looks
@@ -44,7 +45,7 @@ from alignment.stages.following import (
     give_reward_head,
 )
 from alignment.stages.references import has_reference, make_reference, with_live_reference
-from alignment.stages.rounds import Rounds, TakeRounds
+from alignment.stages.rounds import Rounds, Score, TakeRounds, scorer
 from alignment.stages.stage import PreferenceResult, StageResult, Workspace
 from alignment.training.budget import Plan
 from alignment.training.callbacks import (
@@ -63,7 +64,7 @@ from alignment.training.prompt_density import with_density_weights
 from alignment.training.schedule import FollowPolicy, Schedule
 from alignment.training.start_check import check_start
 from alignment.training.trainer import PreferenceTrainer
-from alignment.types import Group, RaggedLogps
+from alignment.types import Group
 
 log = logging.getLogger(__name__)
 
@@ -143,11 +144,12 @@ class PreferenceStage:
             self._begin_on(self._work.team, model, plan)
 
         # The reference, and the trainer with it
-        groups = self._groups(model)
+        score = scorer(layout, plan.reference_tokens, self._device)
+        groups = self._groups(model, score)
         reference = make_reference(self._config, self._work, model, layout, plan, teacher, self._held_fixed)
         if self._config.loss.requirements().density_weights:
             groups = with_density_weights(groups, model, plan.reference_tokens, self._device)
-        callbacks = self._callbacks(model, groups, reference, layout, plan, log_metrics, slot)
+        callbacks = self._callbacks(model, groups, reference, score, log_metrics, slot)
         trainer = self._trainer(model, groups, reference, layout, plan.tokens_per_batch, callbacks)
         if slot is not None:
             trainer.objective.passes = slot
@@ -226,14 +228,15 @@ class PreferenceStage:
             slot=slot,
             refreshes=len(self._schedule.refreshes),
             team=self._work.team,
+            beside=sum(size or 0 for size in beside_training(self._config).values()),
         )
 
-    def _groups(self, model: nn.Module) -> Sequence[Group]:
+    def _groups(self, model: nn.Module, score: Score) -> Sequence[Group]:
         """What the stage trains on: the data, or what the policy draws in rounds, of which the first is there then."""
         if self._rounds is None:
             return self._data.train
         _, done = last_checkpoint(self._folder / "checkpoints")
-        self._rounds.begin(model, done)
+        self._rounds.begin(model, done, score)
         self._schedule = self._rounds.schedule
         return self._rounds.groups
 
@@ -242,8 +245,7 @@ class PreferenceStage:
         model: nn.Module,
         groups: Sequence[Group],
         reference: Reference | None,
-        layout: BatchLayout,
-        plan: Plan,
+        score: Score,
         log_metrics: LogFunction,
         slot: CohortSlot | None,
     ) -> list[Any]:
@@ -269,7 +271,7 @@ class PreferenceStage:
                 # before the checkpoint is called whole
                 callbacks.insert(0, FollowPolicy(reference, self._schedule, asked))
         if self._rounds is not None:
-            callbacks.insert(0, self._take_rounds(self._rounds, model, reference, layout, plan, asked))
+            callbacks.insert(0, self._take_rounds(self._rounds, model, reference, score, asked))
         return callbacks
 
     def _take_rounds(
@@ -277,17 +279,12 @@ class PreferenceStage:
         rounds: Rounds,
         model: nn.Module,
         reference: Reference | None,
-        layout: BatchLayout,
-        plan: Plan,
+        score: Score,
         asked: Callable[[Sequence[Sequence[int]]], Sequence[Group]],
     ) -> TakeRounds:
-        onpolicy, device, budget = self._config.onpolicy, self._device, plan.reference_tokens
+        onpolicy = self._config.onpolicy
         assert onpolicy is not None, "there are rounds"
         start = frozen_start(model, reference) if len(self._schedule.rounds) > 1 else None
-
-        def score(scored: nn.Module, groups: Sequence[Group]) -> RaggedLogps:
-            return join_scores(groups, list(score_groups(scored, groups, layout, budget, device)))
-
         plain = onpolicy.is_plain and not self._draws
         return TakeRounds(rounds, reference, start, self._compares_with_start, score, plain, asked)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,8 @@ from alignment.errors import UserError, require
 from alignment.evaluation.judges.base import Judge
 from alignment.evaluation.judges.implicit import ImplicitJudge
 from alignment.evaluation.judges.making import make_judge
+from alignment.evaluation.sampling.draw import Engine
+from alignment.evaluation.sampling.drift import ScoredEngine
 from alignment.evaluation.sampling.local import LocalEngine
 from alignment.evaluation.sampling.store import AnswerStore
 from alignment.files import damaged
@@ -34,6 +36,9 @@ from alignment.reference.base import Reference
 from alignment.reference.cached import CachedReference
 from alignment.reference.frozen import FrozenPolicy
 from alignment.reference.teacher import Teacher
+from alignment.scoring.layout import BatchLayout
+from alignment.scoring.logps import join_scores, score_groups
+from alignment.stages.served import endpoint_of, served
 from alignment.stages.stage import Workspace
 from alignment.stages.weak import WeakModel
 from alignment.training.optimizers import as_policy
@@ -47,6 +52,18 @@ _AT_ONCE = 1024
 
 Score = Callable[[nn.Module, Sequence[Group]], RaggedLogps]
 """Log-probs of groups under a model, without gradient."""
+
+_ANOTHER = 0.2
+"""Nats per token by which a server's log-probs are those of another policy, and not of another precision."""
+
+
+def scorer(layout: BatchLayout, tokens: int, device: torch.device) -> Score:
+    """Scores in passes of so many positions."""
+
+    def score(scored: nn.Module, groups: Sequence[Group]) -> RaggedLogps:
+        return join_scores(groups, list(score_groups(scored, groups, layout, tokens, device)))
+
+    return score
 
 
 def answers_of_a_group(config: RunConfig) -> int:
@@ -89,6 +106,7 @@ class Rounds:
         self.groups: Sequence[Group] = Slots(len(schedule.steps) * config.trainer.groups_per_step)
         self.done: list[Round] = []
         self._weak = None if self._own.weak is None else WeakModel(config, work)
+        self._endpoint = None if self._own.server.address is None else endpoint_of(self._own.server)
         prompts = Prompts(data.train, data.train_rows)
         self._maker = RoundMaker(
             config=self._own,
@@ -122,26 +140,27 @@ class Rounds:
         mixed = self._own.mix_offline or self._own.judge is judging.Judge.implicit
         return [Group(longest, (answer,) * count), *(self._maker.offline if mixed else ())]
 
-    def begin(self, model: nn.Module, done: int) -> None:
+    def begin(self, model: nn.Module, done: int, score: Score) -> None:
         """Have the rounds that a stage with `done` steps behind it has begun, the first one in any case.
 
         Args:
             model: the policy at the start of the stage.
+            score: log-probs for answers that a server draws.
         """
         for number, step in enumerate(self.schedule.rounds):
             if number == 0 or step < done:
-                self._take(number, model if number == 0 else None)
+                self._take(number, model if number == 0 else None, score)
 
     def draw(self, step: int, model: nn.Module, start: FrozenPolicy | None, score: Score) -> Round:
         """The round that begins after so many steps, drawn by the policy as it is now if it is not there.
 
         Args:
             start: the policy at the start of the stage, with which one that is its own judge is compared.
-            score: log-probs for that.
+            score: log-probs for that, and for answers that a server draws.
         """
         number = self.schedule.rounds.index(step)
         if number == len(self.done):
-            self._take(number, model, self._own_judge(model, start, score))
+            self._take(number, model, score, self._own_judge(model, start, score))
         return self.done[number]
 
     def _own_judge(self, model: nn.Module, start: FrozenPolicy | None, score: Score) -> Judge | None:
@@ -165,7 +184,23 @@ class Rounds:
         """How many steps come before the last round that has begun."""
         return self.schedule.rounds[len(self.done) - 1]
 
-    def _take(self, number: int, model: nn.Module | None, own_judge: Judge | None = None) -> None:
+    @contextmanager
+    def _engine(self, model: nn.Module, score: Score) -> Iterator[tuple[AnswerStore, Engine]]:
+        """The store of the policy's answers, and what draws: a server's answers get the policy's own log-probs."""
+        work, own = self._work, self._own
+        if self._endpoint is None:
+            engine = LocalEngine(model, work.device, self._config.evaluation.batch_size, work.team)
+            with AnswerStore(work.cache, engine) as store:
+                yield store, store
+            return
+        folder = work.folder("preference") / "served"
+        with (
+            served(self._endpoint, own.server.concurrency, model, work.tokenizer, folder) as server,
+            AnswerStore(work.cache, server) as store,
+        ):
+            yield store, ScoredEngine(store, partial(score, model))
+
+    def _take(self, number: int, model: nn.Module | None, score: Score, own_judge: Judge | None = None) -> None:
         folder = self._folder / f"{number + 1:04d}"
         found = read_round(folder)
         if found is None:
@@ -175,13 +210,12 @@ class Rounds:
                 len(self.schedule.until_refresh(self.schedule.rounds[number])),
                 self._config.trainer.groups_per_step,
             )
-            work, at_once = self._work, self._config.evaluation.batch_size
             before, filled = self.done[-1] if self.done else None, self._own.every is not None
-            engine = LocalEngine(model, work.device, at_once, work.team)
             weaker = nullcontext() if self._weak is None else self._weak.engine()
-            with AnswerStore(work.cache, engine) as store, weaker as weak:
+            with self._engine(model, score) as (store, engine), weaker as weak:
                 maker = self._maker if own_judge is None else replace(self._maker, judge=own_judge)
-                found = maker.make(folder, store, weak, number, steps * size, size, before, filled)
+                told = partial(_drift_of, engine)
+                found = maker.make(folder, engine, weak, number, steps * size, size, before, filled, told)
                 log.info(
                     "%d answers of %d tokens were drawn, %d were there before.", store.drawn, store.tokens, store.found
                 )
@@ -262,10 +296,16 @@ class TakeRounds(TrainerCallback):
             self._reference.prepare_at(self._start, self._asked(self._rounds.schedule.until_refresh(step)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """After the last step of a round, measure how far the policy is from the one that has drawn it."""
+        """After the last step of a round, measure how far the policy is from the one that has drawn it.
+
+        The step is logged, however rarely others are: or a row would have the end of a round and the next one's start.
+        """
         schedule = self._rounds.schedule
         made = self._rounds.done[-1]
-        if not self._plain or not made.sample or state.global_step not in (*schedule.rounds, len(schedule.steps)):
+        if state.global_step not in (*schedule.rounds, len(schedule.steps)):
+            return
+        control.should_log = control.should_log or not isinstance(self._reference, Teacher)
+        if not self._plain or not made.sample:
             return
         as_policy(kwargs.get("optimizer"))
         moved = departure(_told(made), self._score(model, made.sample))
@@ -276,6 +316,25 @@ class TakeRounds(TrainerCallback):
         if logs is not None and "loss" in logs:
             logs.update(self._news)
             self._news = {}
+
+
+def _drift_of(engine: Engine) -> dict[str, float]:
+    """How far a server's log-probs are from the policy's, in nats per token; empty where the policy itself draws."""
+    if not isinstance(engine, ScoredEngine):
+        return {}
+    found = engine.drift
+    log.info(
+        "The server's log-probs are %.2g nats per token from the policy's on average, %.2g at most.",
+        found.mean,
+        found.largest,
+    )
+    if found.mean > _ANOTHER:
+        log.warning(
+            "The server draws from another policy (%.2g nats per token): see that it has the run's base, and that it "
+            "has loaded the adapter.",
+            found.mean,
+        )
+    return {"server_drift": found.mean, "server_drift_max": found.largest}
 
 
 def _told(made: Round) -> RaggedLogps:

@@ -20,6 +20,7 @@ from alignment.evaluation.sampling.store import AnswerStore
 from alignment.onpolicy import rounds as rounds_module
 from alignment.onpolicy.rounds import read_round
 from alignment.reference.cached import CachedReference
+from alignment.runs.folder import by_round
 from alignment.runs.record import RunRecord
 from alignment.stages import run_data
 from tests.helpers.rounds import Killed, Project, write_pairs
@@ -236,6 +237,16 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(moment, project, monkeypat
         assert found.metrics == expected.metrics and found.position == expected.position
         assert [group.keys() for group in found.groups] == [group.keys() for group in expected.groups]
         assert all(np.array_equal(found.logps[key], values) for key, values in expected.logps.items())
+
+
+def test_each_round_has_its_own_rows_however_rarely_steps_are_logged(project, uncut):
+    """What is measured at the end of a round stands in its last row, and not in the first one of the next."""
+    project.run("run", "trainer.log_every=5", "trainer.save_every=0")
+    found, expected = metric_rows(project.folder / "run"), metric_rows(uncut())
+    assert [row["step"] for row in found if row["split"] == "train"] == [3, 5, 6, 8]
+    for name in ("kl_round", "kl_start", "staleness", "score_mean"):
+        measured = by_round(found, f"onpolicy/{name}")
+        assert measured and measured == by_round(expected, f"onpolicy/{name}"), name
 
 
 # Once, and never

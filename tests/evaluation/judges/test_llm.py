@@ -328,6 +328,8 @@ def test_settings_that_cannot_work_are_refused(changes, words, tmp_path):
         (["onpolicy.judge=llm", "onpolicy.llm.address=h"], "onpolicy.llm.address must begin with http:// or https://"),
         (["onpolicy.judge=llm", "evaluation.llm.address=h"], "evaluation.llm.address must begin with http:// or"),
         (["onpolicy.judge=llm"], "onpolicy.judge=llm needs onpolicy.llm.address, such as"),
+        (["evaluation.max_new_tokens=0"], "evaluation.max_new_tokens must be at least 1, not 0."),
+        (["onpolicy.max_new_tokens=0"], "onpolicy.max_new_tokens must be at least 1, not 0."),
     ],
 )
 def test_the_key_that_was_typed_is_named(typed, named):
@@ -353,3 +355,18 @@ def test_rounds_may_have_another_judge_than_the_evaluation(typed, rounds, evalua
     config = load("recipe=quickstart", "onpolicy=rounds", *typed)
     assert (config.onpolicy.llm.model, config.evaluation.llm.model) == (rounds, evaluation)
     assert config.onpolicy.llm.body == config.evaluation.llm.body == {}
+
+
+@pytest.mark.parametrize(
+    ("typed", "rounds", "evaluation"),
+    [
+        (["+onpolicy.llm.body.seed=1"], {"seed": 1}, {}),
+        (["+evaluation.llm.body.seed=1"], {"seed": 1}, {"seed": 1}),
+        (["+evaluation.llm.body.seed=1", "+onpolicy.llm.body.top_k=2"], {"top_k": 2}, {"seed": 1}),
+        (["+onpolicy.llm.body={seed: null}", "+evaluation.llm.body.seed=1"], {"seed": None}, {"seed": 1}),
+    ],
+)
+def test_a_request_of_the_rounds_is_none_of_the_evaluation(typed, rounds, evaluation):
+    """What is added to it, too; without anything of its own it is the evaluation's."""
+    config = load("recipe=quickstart", "onpolicy=rounds", *typed)
+    assert (config.onpolicy.llm.body, config.evaluation.llm.body) == (rounds, evaluation)
