@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from alignment.comparison.curves import curves, lengths, rounds
-from alignment.comparison.drawing import Chart, as_chart, safe, style
+from alignment.comparison.drawing import Chart, as_chart, in_lines, safe, style
 from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl_error, kl_measure
 from alignment.comparison.members import Variant
 from alignment.comparison.ranking import Comparison, in_rank_order, interval
@@ -80,8 +80,10 @@ def overviews(found: Comparison) -> list[Chart]:
     drawn = []
     for measure in _ranked_by(found):
         figure = go.Figure()
+        beside: dict[str, str] = {}
         for variant in in_rank_order(found.variants, measure):
             colour, label = style(found, variant)[0], safe(variant.label)
+            beside[label] = in_lines(variant.label)
             seeds = [(member, y) for member in variant.members if (y := measure.value(member)) is not None]
             if len(seeds) > 1:
                 figure.add_scatter(
@@ -104,9 +106,11 @@ def overviews(found: Comparison) -> list[Chart]:
         if measure is WIN_RATE:
             figure.add_vline(x=0.5, line={"dash": "dot", "width": 1, "color": "#8a939c"})
         figure.update_xaxes(tickformat=".0%")
-        figure.update_yaxes(autorange="reversed", type="category")
+        ticks = {"tickvals": list(beside), "ticktext": list(beside.values())}
+        figure.update_yaxes({"autorange": "reversed", "type": "category"} | ticks)
         figure.update_traces(showlegend=False)
-        figure.update_layout(height=110 + 28 * len({line.y[0] for line in figure.data}))
+        height = 28 + 16 * max(name.count("<br>") for name in beside.values())
+        figure.update_layout(height=110 + height * len(beside))
         note = (
             f"Large points are means over seeds with 95% intervals, small ones single seeds. Horizontal: {measure.axis}"
         )
@@ -158,7 +162,7 @@ def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart |
             error_x=_bars([x], [(x - error, x + error)], colour) | {"visible": has_error},
             error_y=_bars([y], [interval(measure, whole) or (y, y)], colour),
             mode="markers",
-            name=safe(variant.label),
+            name=in_lines(variant.label),
             legendgroup=safe(variant.label),
             showlegend=len(found.variants) <= _MAX_LEGEND,
             marker=look | {"size": 11},
@@ -254,7 +258,7 @@ def _over(found: Comparison, measure: Measure, loss: str, key: str) -> go.Figure
             y=means,
             error_y=_bars(means, bounds, colour),
             mode="lines+markers",
-            name=label,
+            name=in_lines(name),
             legendgroup=label,
             showlegend=len(groups) > 1,
             line={"color": colour, "width": 2},

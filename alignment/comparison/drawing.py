@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ import plotly.graph_objects as go
 from alignment.comparison.members import Variant
 from alignment.comparison.ranking import Comparison
 from alignment.runs.style import COLOURS
+
+_LINE = 28
+"""Characters of a line of a variant's name in a chart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +29,9 @@ class Chart:
 
     @property
     def num_entries(self) -> int:
-        """Number of entries in its legend, for which the page makes space."""
-        return sum(trace.get("showlegend", True) for trace in self.figure["data"])
+        """Number of lines in its legend, for which the page makes space."""
+        shown = [trace for trace in self.figure["data"] if trace.get("showlegend", True)]
+        return sum(1 + trace.get("name", "").count("<br>") for trace in shown)
 
 
 def style(found: Comparison, variant: Variant) -> tuple[str, int]:
@@ -61,3 +66,8 @@ def as_chart(name: str, title: str, note: str, figure: go.Figure, x: str, y: str
 def safe(text: str) -> str:
     """Escape a text: Plotly would read some tags in it."""
     return html.escape(text.encode("utf-8", "replace").decode(), quote=False)
+
+
+def in_lines(text: str) -> str:
+    """The same in lines that leave space for a chart beside or above them, on a phone too."""
+    return "<br>".join(safe(line) for line in textwrap.wrap(text, _LINE, break_on_hyphens=False))

@@ -98,6 +98,19 @@ def test_a_row_for_every_variant_at_a_glance(sweep):
     assert [list(trace["x"]) for trace in seeds][:2] == [[0.8, 0.9], [0.75, 0.65]]
 
 
+def test_long_names_leave_space_for_the_charts(tmp_path):
+    """Lines of at most 28 characters beside a chart and in its legend, with height for them."""
+    for number in range(2):
+        name = f"organisation-{number}/a-model-with-a-long-name"
+        make_run(tmp_path / str(number), config={"model": {"name": name}})
+    found = compared(*sorted(tmp_path.iterdir()))
+    [glance], [frontier] = overviews(found), frontiers(found)
+    lines = [f"DPO, model.name organisation<br>-{number}/a-model-with-a-long-name" for number in range(2)]
+    assert glance.figure["layout"]["yaxis"]["ticktext"] == lines
+    assert glance.figure["layout"]["height"] == 110 + 2 * (28 + 16)
+    assert frontier.num_entries == 4 and [trace["name"] for trace in frontier.figure["data"]] == lines
+
+
 def luminance(colour):
     def linear(value):
         return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
