@@ -29,8 +29,6 @@ def check_machine(config: RunConfig) -> None:
         UserError: everything that is missing, in one sentence, and what to do.
     """
     missing = _missing_on_machine(config.device, config.quantization)
-    if config.tracking is not None:
-        missing += [problem for name in config.tracking.to if (problem := tracker_problem(name)) is not None]
     if _uses_gpu(config.device):
         missing += gpu_problems()
         if config.sft is not None and (problem := compiler_problem()) is not None:  # TRL's head has no other way
@@ -50,7 +48,11 @@ def check_machine(config: RunConfig) -> None:
         if reason:
             absent.setdefault(reason, []).append(f"the {kind} {name}")
     missing += [f"{' and '.join(names)} ({reason})" for reason, names in absent.items()]
-    _refuse(missing, ", point model.name or data.source to local copies" if absent else "")
+    asked = [] if config.tracking is None else [tracker_problem(name) for name in config.tracking.to]
+    trackers = [problem for problem in asked if problem is not None]
+    if missing:
+        _refuse([*missing, *trackers], ", point model.name or data.source to local copies" if absent else "")
+    _refuse(trackers, "", "set tracking=none")
 
 
 def require_machine(*, device: Device = Device.auto, quantization: QuantizationConfig | None = None) -> None:
@@ -67,7 +69,7 @@ def tracker_problem(name: str) -> str | None:
     lacking = [package for package in TRACKER_PACKAGES[name] if importlib.util.find_spec(package) is None]
     if not lacking:
         return None
-    return f"{' and '.join(lacking)} for tracking.to={name} (pip install 'alignment[{name}]')"
+    return f"{', '.join(lacking)} for tracking.to={name} (pip install 'alignment[{name}]')"
 
 
 def _missing_on_machine(device: Device, quantization: QuantizationConfig | None) -> list[str]:
@@ -86,12 +88,11 @@ def _uses_gpu(device: Device) -> bool:
     return device is not Device.cpu and torch.cuda.is_available()
 
 
-def _refuse(missing: list[str], remedy: str) -> None:
+def _refuse(
+    missing: list[str], remedy: str, instead: str = "try recipe=quickstart, which needs only a CPU and no network"
+) -> None:
     if missing:
-        raise UserError(
-            f"This run lacks {', and '.join(missing)}: provide that{remedy}, or try recipe=quickstart, which needs "
-            f"only a CPU and no network."
-        )
+        raise UserError(f"This run lacks {', and '.join(missing)}: provide that{remedy}, or {instead}.")
 
 
 def model_problem(name: str) -> str | None:

@@ -41,6 +41,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         self.to = as_names("tracking.to", self.to)
+        require(bool(self.to), "tracking.to names no tracker: set tracking=none for none.")
         others = [name for name in self.to if name not in TRACKER_PACKAGES]
         accepted = ", ".join(TRACKER_PACKAGES)
         require(not others, f"tracking.to must be of {accepted}, not {', '.join(others)}; tracking=none is for none.")

@@ -164,6 +164,17 @@ def test_only_sft_needs_a_compiler(ready):
     check_machine(load("recipe=quickstart", "sft=none"))
 
 
+def test_a_tracker_that_is_not_installed_is_named_with_what_helps(ready):
+    """The quickstart tracks its runs, too, so it is offered only where more is missing."""
+    ready.setitem(preflight.TRACKER_PACKAGES, "trackio", ("nowhere", "to_be_found"))
+    lacking = "nowhere, to_be_found for tracking.to=trackio (pip install 'alignment[trackio]')"
+    assert refusal("tracking=trackio") == f"This run lacks {lacking}: provide that, or set tracking=none."
+    ready.setattr(preflight, "compiler_problem", lambda: "a C compiler (install gcc)")
+    assert refusal("tracking=trackio").startswith(f"This run lacks a C compiler (install gcc), and {lacking}: provide ")
+    with pytest.raises(UserError, match=r"^tracking\.to names no tracker: set tracking=none"):
+        load("recipe=quickstart", "tracking=wandb", "tracking.to=[]")
+
+
 def test_a_gpu_that_takes_no_work_is_named(ready):
     def busy(*args):
         raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be")
