@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from alignment.assessment.task import Task
 from alignment.assessment.win_rates import WinRates
 from alignment.comparison.between import FOUND, PAIRS
 from alignment.comparison.tables import Table
-from alignment.errors import UserError, did_you_mean
+from alignment.errors import UserError, did_you_mean, require
 from alignment.files import atomic_write_bytes, to_json, to_json_lines
 from alignment.runs.folder import write_page
 from alignment.runs.record import versions
@@ -76,6 +77,7 @@ def assess(asked: Asked) -> tuple[Path, list[Table]]:
     Raises:
         UserError: runs that cannot be evaluated, or a task that cannot be done for them.
     """
+    _require_writable(asked.out)
     rows = None if asked.questions is None else read_questions(asked.questions)
     policies = opened(asked.folders, asked.settings, rows)
     field = entrants(policies, asked.against, asked.count, asked.settings)
@@ -115,6 +117,13 @@ def assess(asked: Asked) -> tuple[Path, list[Table]]:
         raise UserError(f"{asked.out} cannot be written: {error.strerror}.") from None
     write_page(asked.out / "evaluation.html", page)
     return asked.out / "evaluation.html", tables
+
+
+def _require_writable(out: Path) -> None:
+    """Refuse a folder that cannot be written before hours of work, not after them."""
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    require(there.is_dir(), f"out={out} cannot be written: {there} is a file.")
+    require(os.access(there, os.W_OK), f"out={out} cannot be written: you have no right to write into {there}.")
 
 
 def _maker(name: str) -> Callable[[Entrants], Task]:

@@ -217,6 +217,17 @@ def test_what_cannot_be_evaluated(asked, sweep, tmp_path, tiny_model_folder, mon
 
 
 @pytest.mark.slow
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    """The runs, which are not even there, are not looked at."""
+    (tmp_path / "file").touch()
+    for out in ("file", "file/below"):
+        with pytest.raises(UserError, match=r"^out=.*file.* cannot be written: .*/file is a file"):
+            evaluate([str(tmp_path / "run"), f"out={tmp_path / out}"])
+    monkeypatch.setattr("alignment.assessment.tasks.os.access", lambda *_: False)
+    with pytest.raises(UserError, match="you have no right to write into"):
+        evaluate([str(tmp_path / "run"), f"out={tmp_path / 'new'}"])
+
+
 def test_the_implicit_reward_ranks_held_out_pairs_as_the_runs_have_written(asked, sweep, tmp_path):
     found = asked("tasks=implicit")["implicit"]["policies"]
     for row in found:
