@@ -89,13 +89,14 @@ def run(arguments: Sequence[str] | None) -> tuple[Path, list[Table]]:
     exports = _names(given.get("export", ""))
     tasks = _names(given.get("tasks", "" if exports else "win_rate"))
 
-    # The libraries take seconds to load: only once the words are understood
-    from alignment.assessment.tasks import Asked, assess
-    from alignment.config.registry import register
-    from alignment.config.typed_text import as_text
+    # The libraries take seconds to load, and speak while they do: only once the words are understood
     from alignment.stages.quiet import quieten_libraries
 
     quieten_libraries()
+    from alignment.assessment.tasks import Asked, assess
+    from alignment.config.registry import register
+    from alignment.config.typed_text import as_text
+
     register(options.config_dir)
     beside = Path(os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders]))
     out = Path(given["out"]).expanduser() if "out" in given else folders[0] if len(folders) == 1 else beside

@@ -76,14 +76,15 @@ def run(arguments: Sequence[str] | None) -> Path:
     out = Path(given.get("out", f"outputs/merge/{datetime.now():%Y-%m-%d_%H-%M-%S}")).expanduser()
     rank, seed = _number(given, "rank", int), _number(given, "seed", int)
 
-    # The libraries take seconds to load: only once the words are understood
+    # The libraries take seconds to load, and speak while they do: only once the words are understood
+    from alignment.stages.quiet import quieten_libraries
+
+    quieten_libraries()
     from alignment.comparison import write_comparison
     from alignment.config.registry import register
     from alignment.policy.model_merging import MergeSettings
     from alignment.stages.merged import merge_runs, read_parents
-    from alignment.stages.quiet import quieten_libraries
 
-    quieten_libraries()
     register(options.config_dir)
     settings = MergeSettings(
         given["method"],

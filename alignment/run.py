@@ -143,10 +143,10 @@ def run_chain(
     finish_composition(cfg, choices)
     config = to_run_config(cfg)
     check_machine(config)
-    from alignment.stages.chain import Chain
     from alignment.stages.quiet import quieten_libraries
 
-    quieten_libraries()
+    quieten_libraries()  # before those are imported that speak while they load
+    from alignment.stages.chain import Chain
 
     resolved = redact(as_plain(cfg))
     chain = Chain(config, run_dir, choices["recipe"], resolved, slot, team=team)

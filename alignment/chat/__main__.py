@@ -71,13 +71,15 @@ def run(arguments: Sequence[str] | None) -> None:
         "against= says whom a single run meets, and there are two: leave it out.",
     )
 
-    # The libraries take seconds to load: only once the words are understood
+    # The libraries take seconds to load, and speak while they do: only once the words are understood
+    from alignment.stages.quiet import quieten_libraries
+
+    quieten_libraries()
     from alignment.chat.opening import AGAINST, open_guests
     from alignment.chat.session import Session, Settings
     from alignment.chat.votes import check_votes
     from alignment.config.registry import register
     from alignment.config.typed_text import as_text
-    from alignment.stages.quiet import quieten_libraries
 
     require(against in AGAINST, f"against must be one of {', '.join(AGAINST)}, not '{against}'.")
     settings = Settings()
@@ -90,7 +92,6 @@ def run(arguments: Sequence[str] | None) -> None:
 
         require_gradio()
 
-    quieten_libraries()
     register(options.config_dir)
     overrides = as_text([f"device={given['device']}"] if "device" in given else [], sweeps=False)
     guests = open_guests(names, against, overrides)

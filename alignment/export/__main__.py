@@ -59,11 +59,13 @@ def run(arguments: Sequence[str] | None) -> list[Path]:
     folder, given = _settings(options.words)
     forms = tuple(dict.fromkeys(form for form in given.get("to", "").strip("[]").split(",") if form))
 
-    # The libraries take seconds to load: only once the words are understood
+    # The libraries take seconds to load, and speak while they do: only once the words are understood
+    from alignment.stages.quiet import quieten_libraries
+
+    quieten_libraries()
     from alignment.config.registry import register
     from alignment.export.exporting import FORMS, Export, Order, types_of
     from alignment.export.opened import open_policy
-    from alignment.stages.quiet import quieten_libraries
 
     if not forms:
         raise UserError(f"to is missing: choose among {', '.join(FORMS)}, as in to=merged.")
@@ -74,7 +76,6 @@ def run(arguments: Sequence[str] | None) -> list[Path]:
         if key in given and needed.isdisjoint(forms):
             raise UserError(f"{key} has no effect without to={' or to='.join(sorted(needed))}.")
     types = types_of(given.get("type"))
-    quieten_libraries()
     register(options.config_dir)
     opened = open_policy(folder, given.get("device"), given.get("dtype"))
     beside = opened.saved.with_name(f"{opened.saved.name}-export" if opened.run is None else "export")
