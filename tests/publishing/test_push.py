@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
 
 from alignment.push import main
+from alignment.runs.cautions import cautions
+from alignment.runs.folder import read_run
+from alignment.runs.text import escape_markdown
 from tests.helpers.hub import CUT, TOKEN, Repo, standing_in
 from tests.helpers.patience import patience
 from tests.helpers.run_folders import change_json, make_run
@@ -102,11 +106,12 @@ def test_a_push_is_one_commit_of_what_was_shown(hub, folder, capsys):
 
 def test_a_second_push_sends_what_changed_and_removes_what_is_gone(hub, folder):
     assert pushed(folder, REPO, "--yes", "--public") is None and not hub.repos[REPO].private
-    hub.repos[REPO].files |= {"vocab.json": b"{}", "examples/mine.txt": b"mine", "merged/config.json": b"{}"}
+    mine = {"examples/mine.txt": b"mine", "my-model-q8_0.gguf": b"GGUF"}
+    hub.repos[REPO].files |= {"vocab.json": b"{}", "merged/config.json": b"{}", **mine}
     sent = hub.asked("^PUT")
     assert pushed(folder, REPO, "--yes", "--public") is None
     assert hub.asked("^PUT") == sent and hub.repos[REPO].commits == 2
-    assert "examples/mine.txt" in hub.repos[REPO].files
+    assert mine.keys() <= hub.repos[REPO].files.keys()
     assert not {"vocab.json", "merged/config.json"} & set(hub.repos[REPO].files)
 
 
@@ -169,6 +174,8 @@ def test_the_card_tells_of_the_run(hub, folder):
     assert "| pairs.jsonl | preference | 100 | ffffffffffffffff | - |" in text
     assert "(https://wandb.ai/me/alignment/runs/abc123)" in text
     assert "| win rate of final model | 50.0% | - |" in text
+    told = [escape_markdown(caution.text) for caution in cautions(read_run(folder))]
+    assert told and re.findall("^- (.+)$", text.partition("## Read this first")[2].partition("\n## ")[0], re.M) == told
     compile(text.partition("```python\n")[2].partition("```")[0], "card", "exec")
 
 
