@@ -59,8 +59,15 @@ class Served:
         return self.page.run(f"document.querySelector('#answers-{letter}').innerText")
 
 
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    """One browser for all tests, each of which opens a page of its own."""
+    with browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
 @pytest.fixture
-def served(adapters, tmp_path):
+def served(adapters, window, tmp_path):
     """Serve a chat, blind where it is asked for."""
     from alignment.chat.web import build, launch
 
@@ -76,21 +83,18 @@ def served(adapters, tmp_path):
 
         page = build(begun, tmp_path / "votes.jsonl")
         address = launch(page, None)
-        window = browser(tmp_path / f"profile{len(open_pages)}")
-        open_pages.append((page, window))
-        found = window.__enter__()
-        found.open(address)
-        found.resize(1280, 900)
-        found.wait("!!document.querySelector('#question textarea')")
-        found.wait("!!document.querySelector('#send')")
+        open_pages.append(page)
+        window.open(address)
+        window.resize(1280, 900)
+        window.wait("!!document.querySelector('#question textarea')")
+        window.wait("!!document.querySelector('#send')")
         until = threading.Event()
         while len(sessions) < 2:  # the second is the tab's
             until.wait(0.1)
-        return Served(found, sessions, tmp_path / "votes.jsonl")
+        return Served(window, sessions, tmp_path / "votes.jsonl")
 
     yield serve
-    for page, window in open_pages:
-        window.__exit__(None, None, None)
+    for page in open_pages:
         page.close()
 
 
@@ -210,12 +214,14 @@ def test_a_blind_chat_in_the_browser(served):
     assert len(shown.votes.read_text().splitlines()) == 1
 
 
-def test_a_port_that_is_taken(served):
+def test_a_port_that_is_taken(adapters, tmp_path):
     from alignment.chat.web import build, launch
     from alignment.errors import UserError
 
-    shown = served()
-    port = shown.page.run("+location.port")
-    page = build(lambda: shown.session, shown.votes)
-    with pytest.raises(UserError, match="The page cannot be served"):
-        launch(page, port)
+    first, second = (build(lambda: chat(*adapters), tmp_path / "votes.jsonl") for _ in range(2))
+    try:
+        port = int(launch(first, None).rstrip("/").rpartition(":")[2])
+        with pytest.raises(UserError, match="The page cannot be served"):
+            launch(second, port)
+    finally:
+        first.close()

@@ -73,7 +73,8 @@ class Browser:
             self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
 
     def open(self, address: str) -> None:
-        """Go to an address."""
+        """Go to an address, with a page of its own and no memory of another."""
+        self._session, self.addresses, self.complaints = "", [], []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Network", "Page", "Runtime", "Log"):
