@@ -91,7 +91,8 @@ def build(pages: dict[str, str], site: Path, root: Path = ROOT) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch)
         (staged / "zensical.toml").write_text(settings, encoding="utf-8")
-        shutil.copytree(root / "docs" / "stylesheets", staged / "docs" / "stylesheets")
+        for folder in ("stylesheets", "images"):
+            shutil.copytree(root / "docs" / folder, staged / "docs" / folder)
         for name, text in pages.items():
             (staged / "docs" / name).write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
