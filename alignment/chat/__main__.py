@@ -65,6 +65,8 @@ def run(arguments: Sequence[str] | None) -> None:
     names, given = _settings(options.words)
     require(1 <= len(names) <= 2, f"Name one or two policies, not {len(names)}; see python -m alignment.chat --help.")
     require(options.port is None or options.web, "--port is the address of --web: give both, or neither.")
+    fits = options.port is None or 0 < options.port < 2**16
+    require(fits, f"--port must be from 1 to {2**16 - 1}, not {options.port}.")
     against = given.get("against", "start")
     require(
         "against" not in given or len(names) == 1,

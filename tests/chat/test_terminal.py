@@ -155,6 +155,7 @@ def test_the_command_chats(adapters, tmp_path, monkeypatch, capsys):
         (["a", "against=you"], "against must be one of start, sft, none, not 'you'"),
         (["a", "top_k=half"], "top_k must be an integer, not 'half'"),
         (["a", "--port", "1"], "--port is the address of --web"),
+        (["a", "--web", "--port", "70000"], "--port must be from 1 to 65535, not 70000"),
         (["a", "votes=votes.json"], "must end in .jsonl"),
         (["./nowhere"], "There is no folder ./nowhere"),
     ],
