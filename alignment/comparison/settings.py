@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import cache
@@ -15,8 +16,13 @@ from alignment.errors import UserError
 from alignment.losses import title as loss_title
 from alignment.runs.text import format_value
 
-_IGNORED = {"tracking", "dashboard", "resume", "evaluation.every", "evaluation.every_prompts"}
-"""Settings that do not change the result of a run."""
+_IGNORED = {
+    *("tracking", "dashboard", "resume", "export"),
+    *("evaluation.every", "evaluation.every_prompts", "evaluation.batch_size"),
+    *("trainer.log_every", "trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints"),
+    *("reference.path", "reference.spot_checks"),
+}
+"""Sections and settings, of the SFT stage too, that do not change the result of a run."""
 
 _CALLS = {"auth_env", "timeout", "retries", "concurrency", "budget_calls", "budget_tokens", "price_in", "price_out"}
 """Those of a chat model that judges: they say how it is asked, and not what it says."""
@@ -54,8 +60,8 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration by dotted key, with values that can be compared."""
     settings = {}
     for key, value in flat(config).items():
-        ignored = {key, key.split(".")[0]} & _IGNORED or key.split(".")[-1] == "seed" or is_retired(key)
-        if key not in ("", "loss") and not ignored:
+        is_ignored = bool({key.removeprefix("sft."), key.split(".")[0]} & _IGNORED) or key.split(".")[-1] == "seed"
+        if key not in ("", "loss") and not is_ignored and not is_retired(key):
             kept = value if isinstance(value, Hashable) else json.dumps(value, default=str)
             settings[name_now(key)] = None if value == {} else kept
     return settings
@@ -99,7 +105,7 @@ def side_by_side(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str
         for key in keys:
             is_asked = key in of_loss[loss] if key.startswith("loss.") else is_whole
             if is_asked and key not in settings and key not in parts and _has_meaning(key, settings):
-                settings[key] = _defaults(loss).get(key)
+                settings[key] = _default(key, loss, settings)
         for part in parts:
             if settings.get(part) is None and part in settings:
                 settings[part] = Part.none
@@ -109,14 +115,28 @@ def side_by_side(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str
     return [{key: settings[key] for key in keys if key in settings} for settings in found]
 
 
+def _default(key: str, loss: str, settings: Mapping[str, Any]) -> Any:
+    """The default of a setting in a run with these settings, from which it may be taken; None if it has none."""
+    value = _defaults(loss).get(key)
+    if not (taken := re.fullmatch(r"\$\{(\.?)([\w.]+)\}", str(value))):
+        return value
+    other = f"{key.rpartition('.')[0]}.{taken[2]}" if taken[1] else taken[2]
+    return settings[other] if other in settings else _default(other, loss, settings)
+
+
 @cache
 def _defaults(loss: str) -> Mapping[str, Any]:
-    """The defaults of all settings by dotted key; those of a loss only if it comes with the package."""
+    """The defaults of all settings by dotted key; those of a loss only if it comes with the package.
+
+    One that another setting gives is the name of that, in ${}.
+    """
     parts = [f"{part}={option}" for part, option in _PARTS.items()]
     try:
-        return _plain(defaults(f"loss={loss}", *parts))
+        return _plain(defaults(f"loss={loss}", *parts, resolve=False))
     except UserError:
-        return {key: value for key, value in _plain(defaults(*parts)).items() if not key.startswith("loss.")}
+        return {
+            key: value for key, value in _plain(defaults(*parts, resolve=False)).items() if not key.startswith("loss.")
+        }
 
 
 def _in_order(each: Iterable[Mapping[str, Any]]) -> list[str]:

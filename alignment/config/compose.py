@@ -226,8 +226,11 @@ def load_loss(name: str, *settings: str) -> Loss:
     return OmegaConf.to_object(node.loss)  # type: ignore[return-value]
 
 
-def defaults(*options: str) -> dict[str, Any]:
+def defaults(*options: str, resolve: bool = True) -> dict[str, Any]:
     """The settings that `conf/` gives a run, with these options of groups and no recipe.
+
+    Args:
+        resolve: give settings that are another one's their value, and not its name in ${}.
 
     Raises:
         UserError: there is no such option.
@@ -236,7 +239,7 @@ def defaults(*options: str) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(asset_dir("conf")), version_base=VERSION_BASE):
-            return as_plain(compose("config", overrides=["~recipe", *options]))
+            return as_plain(compose("config", overrides=["~recipe", *options]), resolve=resolve)
     except HydraException as error:
         raise UserError(sentence(error)) from error
 
@@ -255,6 +258,6 @@ def recipe_settings(recipe: str, loss: str | None = None) -> tuple[dict[str, Any
     return as_plain(node), chosen
 
 
-def as_plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as plain containers, enums by name."""
-    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[return-value]
+def as_plain(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    """The configuration, resolved or not, as plain containers, enums by name."""
+    return OmegaConf.to_container(cfg, resolve=resolve, enum_to_str=True)  # type: ignore[return-value]

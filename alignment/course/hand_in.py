@@ -336,11 +336,11 @@ def _composed(recipe: str, loss: str | None) -> tuple[dict[str, Any], str]:
 
 
 def _differences(ours: Any, theirs: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every setting with two values, by its dotted key."""
+    """Every setting with two values, by its dotted key; none that the run's version did not know."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        for name in dict.fromkeys([*theirs, *ours]):
+        for name in ours:
             if key or name not in _SAME_FOR_ALL:
-                yield from _differences(ours.get(name), theirs.get(name), f"{key}.{name}" if key else str(name))
+                yield from _differences(ours[name], theirs.get(name), f"{key}.{name}" if key else str(name))
     elif ours != theirs:
         yield key, ours, theirs
 

@@ -72,6 +72,7 @@ def test_settings_of_another_judge_or_of_its_address_name_nothing(config):
     rules = changed(config, onpolicy__judge="rules", evaluation__judge="rules")
     assert labels(rules, changed(rules, onpolicy__llm__model="a", evaluation__reward_model="b")) == ["DPO", "DPO"]
     assert labels(config, changed(config, onpolicy__llm__timeout=1.0, evaluation__llm__price_in=2.0)) == ["DPO", "DPO"]
+    assert labels(config, changed(config, trainer__save_every=9, sft__trainer__log_every=9)) == ["DPO", "DPO"]
     two = labels(config, changed(config, onpolicy__llm__model="a", evaluation__llm__model="a"))
     assert two == ["DPO, evaluation.llm.model -", "DPO, evaluation.llm.model a"], "rounds take it from the evaluation"
 
@@ -108,6 +109,12 @@ def test_a_loss_of_an_earlier_version_too(config):
 def test_a_judge_of_an_earlier_version_too(config):
     then = changed(config, evaluation__llm={k: v for k, v in config["evaluation"]["llm"].items() if k != "max_tokens"})
     assert labels(config, then, seeds=[0, 1]) == ["DPO", "DPO"]
+
+
+def test_a_default_that_another_setting_gives_is_that_of_the_run(config):
+    now = changed(config, evaluation__max_new_tokens=24, onpolicy__max_new_tokens=24)
+    then = changed(now, onpolicy={k: v for k, v in now["onpolicy"].items() if k != "max_new_tokens"})
+    assert labels(now, then, seeds=[0, 1]) == ["DPO", "DPO"]
 
 
 LONG = "/a/long/path/of/some/folder/with/models/inside"
