@@ -24,8 +24,9 @@ _IGNORED = {
 }
 """Sections and settings, of the SFT stage too, that do not change the result of a run."""
 
+_ASKED = ("llm", "server")
 _CALLS = {"auth_env", "timeout", "retries", "concurrency", "budget_calls", "budget_tokens", "price_in", "price_out"}
-"""Those of a chat model that judges: they say how it is asked, and not what it says."""
+"""Settings of a model that is asked elsewhere: they say how, and do not change what it says."""
 
 _JUDGES = ("llm", "reward_model", "implicit")
 """Judges with settings of their own, which have the judge's name and mean nothing to another judge."""
@@ -71,10 +72,12 @@ def _has_meaning(key: str, settings: Mapping[str, Any]) -> bool:
     """Whether a setting means something to a run: no part above it is off, and it is no other judge's."""
     if any(above in settings for above in _above(key)):
         return False
-    section, name, *rest = [*key.split("."), ""][:3]
-    if section not in ("evaluation", "onpolicy") or name not in _JUDGES:
+    section, name, last = [*key.split("."), "", ""][:3]
+    if section not in ("evaluation", "onpolicy"):
         return True
-    return settings.get(f"{section}.judge", name) == name and not (name == "llm" and rest[0] in _CALLS)
+    if name in _ASKED and last in _CALLS:
+        return False
+    return name not in _JUDGES or settings.get(f"{section}.judge", name) == name
 
 
 def _above(key: str) -> Iterator[str]:

@@ -73,6 +73,7 @@ def test_settings_of_another_judge_or_of_its_address_name_nothing(config):
     assert labels(rules, changed(rules, onpolicy__llm__model="a", evaluation__reward_model="b")) == ["DPO", "DPO"]
     assert labels(config, changed(config, onpolicy__llm__timeout=1.0, evaluation__llm__price_in=2.0)) == ["DPO", "DPO"]
     assert labels(config, changed(config, trainer__save_every=9, sft__trainer__log_every=9)) == ["DPO", "DPO"]
+    assert labels(config, changed(config, onpolicy__server__concurrency=9)) == ["DPO", "DPO"]
     two = labels(config, changed(config, onpolicy__llm__model="a", evaluation__llm__model="a"))
     assert two == ["DPO, evaluation.llm.model -", "DPO, evaluation.llm.model a"], "rounds take it from the evaluation"
 
