@@ -15,6 +15,7 @@ from alignment.errors import UserError
 from alignment.evaluation.judges.base import Judge, Preference
 from alignment.evaluation.sampling.local import LocalEngine
 from alignment.runs.record import RunRecord
+from alignment.runs.tracking import Tracker
 from alignment.stages import judging
 from alignment.training.trainer import PreferenceTrainer
 from tests.helpers.rounds import HashJudge, Killed, Project, write_pairs
@@ -141,10 +142,17 @@ def test_first_and_last_look_are_what_the_table_is_made_of(uncut):
             assert (told[moment], told["verdicts"][moment]) == (answer["answer"], answer["verdict"])
 
 
-def test_the_last_look_at_all_prompts_is_the_final_table(project):
-    """Drawn answers, too: they have the same random numbers at every moment."""
+def test_the_last_look_at_all_prompts_is_the_final_table(project, monkeypatch):
+    """Drawn answers, too: they have the same random numbers at every moment. A tracker gets rows and answers."""
+    tables, sent = {}, []
+    monkeypatch.setattr(Tracker, "table", lambda self, name, columns, rows: tables.update({name: rows}))
+    monkeypatch.setattr(Tracker, "log", lambda self, stage, step, split, metrics, margins=None: sent.append(metrics))
     settings = ("evaluation.every_prompts=9", "evaluation.temperature=1.0", "evaluation.every=99")
     found = project.run("run", *OFFLINE, *settings)["evaluation"]
+    answers = {step: look_of(project.folder / "run", step)["answers"] for step in (0, 8)}
+    looked = [(step, one["prompt"], one["answer"]) for step, several in answers.items() for one in several]
+    assert [row[:3] for row in tables["answers/samples"]] == looked
+    assert sum("answers/win_rate" in row for row in sent) == 2
     rows = rows_of(project.folder / "run")
     assert list(rows) == [0, 8]
     for step, moment in ((0, "start"), (8, "final")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,15 +15,19 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from alignment.config.compose import load
+from alignment.config.rounds import RoundReference
 from alignment.errors import UserError
 from alignment.evaluation.sampling.local import LocalEngine
 from alignment.evaluation.sampling.store import AnswerStore
+from alignment.losses import LOSSES, Quantity
 from alignment.onpolicy import rounds as rounds_module
 from alignment.onpolicy.rounds import read_round
 from alignment.reference.cached import CachedReference
 from alignment.runs.folder import by_round
 from alignment.runs.record import RunRecord
 from alignment.stages import run_data
+from tests.conftest import recommended_loss
 from tests.helpers.rounds import Killed, Project, write_pairs
 from tests.helpers.runs import assert_same, metric_rows, weights
 from tests.helpers.steps import sequence_logp
@@ -317,6 +322,24 @@ def test_rounds_of_every_kind(settings, project, tiny_model_folder):
     assert found["stages"]["preference"]["start"]["loss"] == pytest.approx(
         found["stages"]["preference"]["start"]["closed_form"], abs=1e-4
     )
+
+
+@pytest.mark.matrix
+def test_every_loss_takes_rounds_but_those_with_rewards_or_a_teacher():
+    """As it is composed: with pairs, or lists for losses of lists, and the start where whole distributions count."""
+    pairs = load("recipe=quickstart", "onpolicy=rounds")
+    lists = load("recipe=quickstart", "loss=plackett_luce", "onpolicy=rounds", "onpolicy.pairs.choice=list")
+    refused = set()
+    for name in LOSSES:
+        loss = recommended_loss(name) if name != "mixture" else pairs.loss
+        config = lists if loss.requirements().unit == "list" else pairs
+        start = Quantity.divergence in loss.requirements().quantities
+        onpolicy = replace(config.onpolicy, reference=RoundReference.start if start else RoundReference.round)
+        try:
+            replace(config, loss=loss, onpolicy=onpolicy)
+        except UserError:
+            refused.add(name)
+    assert refused == {"bradley_terry", "opd", "tropd"}
 
 
 def test_a_share_of_each_round_is_of_the_data(project):
