@@ -166,6 +166,10 @@ class OnPolicyConfig:
             f"the two.",
         )
         require(
+            needs.unit != "list" or run.loss.problem(2, (1.0, 0.0)) is None,
+            f"Loss {loss} reads lists of three answers, and those of rounds have 2 to onpolicy.k: choose another loss.",
+        )
+        require(
             not needs.scores or (self.pairs.is_judged and unit != "row"),
             f"Loss {loss} reads scores, and onpolicy.pairs.choice={choice} gives none: choose another of the two.",
         )

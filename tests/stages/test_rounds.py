@@ -325,7 +325,7 @@ def test_rounds_of_every_kind(settings, project, tiny_model_folder):
 
 
 @pytest.mark.matrix
-def test_every_loss_takes_rounds_but_those_with_rewards_or_a_teacher():
+def test_every_loss_takes_rounds_but_those_of_rewards_a_teacher_or_three_answers():
     """As it is composed: with pairs, or lists for losses of lists, and the start where whole distributions count."""
     pairs = load("recipe=quickstart", "onpolicy=rounds")
     lists = load("recipe=quickstart", "loss=plackett_luce", "onpolicy=rounds", "onpolicy.pairs.choice=list")
@@ -339,7 +339,7 @@ def test_every_loss_takes_rounds_but_those_with_rewards_or_a_teacher():
             replace(config, loss=loss, onpolicy=onpolicy)
         except UserError:
             refused.add(name)
-    assert refused == {"bradley_terry", "opd", "tropd"}
+    assert refused == {"bradley_terry", "opd", "tropd", "tpo", "tpo_l"}
 
 
 def test_a_share_of_each_round_is_of_the_data(project):
@@ -371,6 +371,7 @@ def test_what_cannot_be_is_refused(project):
     cases = {
         "loss=kto onpolicy.pairs.choice=list": "makes lists, and loss kto takes rows",
         "loss=dpo onpolicy.pairs.choice=kto onpolicy.pairs.threshold=1": "makes rows, and loss dpo takes pairs",
+        "loss=tpo onpolicy.pairs.choice=list": "Loss tpo reads lists of three answers",
         "reference.sync_every=2": "move the reference, and so do rounds",
         "reference=live": "set onpolicy.reference=start",
         "loss=tdpo1": "set onpolicy.reference=start",
