@@ -2,6 +2,7 @@
 
 import pytest
 
+from alignment.comparison import write_comparison
 from alignment.comparison.members import read_member, run_folders
 from alignment.comparison.ranking import compare
 from alignment.comparison.tracked import sweep_summary
@@ -62,3 +63,13 @@ def test_members_without_a_result(tmp_path):
     assert sent.values == {"members": 2, "members_with_result": 0}
     assert [row[sent.header.index("rank")] for row in sent.rows] == [None]
     assert "No member has a result" in sent.notes and "settings" not in sent.figures
+
+
+def test_the_first_member_that_has_settings_says_where_a_sweep_is_tracked(tmp_path, monkeypatch):
+    for number in range(2):
+        make_run(tmp_path / str(number), seed=number, config={"tracking": {"project": f"p{number}"}})
+    (tmp_path / "0" / "config.yaml").unlink()
+    sent = []
+    monkeypatch.setattr("alignment.comparison.send_summary", lambda config, *others: sent.append(config))
+    write_comparison([tmp_path], tmp_path, track=True)
+    assert sent == [{"project": "p1"}]
