@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from alignment.comparison.curves import curves, lengths, rounds
-from alignment.comparison.drawing import Chart, as_chart, in_lines, safe, style
+from alignment.comparison.drawing import SHARE, Chart, as_chart, in_lines, safe, style
 from alignment.comparison.measures import ACCURACY, KLS, WIN_RATE, Measure, kl_error, kl_measure
 from alignment.comparison.members import Variant
 from alignment.comparison.ranking import Comparison, in_rank_order, interval
@@ -105,7 +105,7 @@ def overviews(found: Comparison) -> list[Chart]:
             )
         if measure is WIN_RATE:
             figure.add_vline(x=0.5, line={"dash": "dot", "width": 1, "color": "#8a939c"})
-        figure.update_xaxes(tickformat=".0%")
+        figure.update_xaxes(**SHARE)
         ticks = {"tickvals": list(beside), "ticktext": list(beside.values())}
         figure.update_yaxes({"autorange": "reversed", "type": "category"} | ticks)
         figure.update_traces(showlegend=False)
@@ -170,7 +170,7 @@ def _frontier(found: Comparison, measure: Measure, distance: Measure) -> Chart |
         )
     if not figure.data:
         return None
-    figure.update_yaxes(tickformat=".0%")
+    figure.update_yaxes(**SHARE)
     note = f"Large points are variants with 95% intervals, small ones their seeds. Horizontal: {distance.axis}. Higher "
     note += "is better, and so is nearer to the reference. "
     if len(found.variants) <= _MAX_LEGEND:

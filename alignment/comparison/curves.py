@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from alignment.comparison.drawing import Chart, as_chart, safe, style
+from alignment.comparison.drawing import SHARE, Chart, as_chart, safe, style
 from alignment.comparison.members import ComparedRun, Variant
 from alignment.comparison.ranking import Comparison
 from alignment.losses import title as loss_title
@@ -88,7 +88,7 @@ def curves(found: Comparison) -> list[Chart]:
             absent = {loss_title(v.loss): None for index, v in enumerate(found.variants) if index not in there}
             note += f" Not measured for {', '.join(absent)}." if absent else ""
             if metric.endswith(("accuracies", "win_rate")):
-                figure.update_yaxes(tickformat=".0%")
+                figure.update_yaxes(**SHARE)
             if any(variant.stopped for variant in found.variants):
                 note += " A line that ends early belongs to a member that was stopped early."
             x = "optimizer step of the preference stage"
@@ -110,7 +110,7 @@ def rounds(found: Comparison) -> list[Chart]:
         if figure.data:
             figure.update_xaxes(dtick=-(-max(max(line.x) for line in figure.data) // 10))
             if metric.endswith(("informative", "effective")):
-                figure.update_yaxes(tickformat=".0%")
+                figure.update_yaxes(**SHARE)
             drawn.append(as_chart(re.sub("[/_]", "-", metric), title, note, figure, "round", axis))
     return drawn
 

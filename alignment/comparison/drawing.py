@@ -17,6 +17,9 @@ from alignment.runs.style import COLOURS
 _LINE = 28
 """Characters of a line of a variant's name in a chart."""
 
+SHARE: dict[str, Any] = {"tickformat": ".0%", "autorangeoptions": {"clipmin": -0.03, "clipmax": 1.03}}
+"""An axis of shares: no more than all, and space for a point that lies there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chart:
