@@ -174,7 +174,8 @@ def names(variants: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     found = [loss_title(loss) for loss, _ in variants]
     for loss in dict.fromkeys(loss for loss, _ in variants):
         own = [number for number, (other, _) in enumerate(variants) if other == loss]
-        for number, words in zip(own, _words([variants[number][1] for number in own]), strict=True):
+        each = [variants[number][1] for number in own]
+        for number, words in zip(own, _said(each, named(each)), strict=True):
             found[number] = ", ".join([found[number], *words])
     taken: set[str] = set()
     for number, name in enumerate(found):
@@ -184,11 +185,6 @@ def names(variants: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
             found[number] = f"{name} ({again})"
         taken.add(found[number])
     return found
-
-
-def _words(each: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """What tells each from the others."""
-    return _said(each, named(each))
 
 
 def named(each: Sequence[Mapping[str, Any]]) -> list[str]:
