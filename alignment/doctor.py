@@ -199,7 +199,7 @@ def _gpus() -> dict[str, str]:
     free, _ = torch.cuda.mem_get_info()
     index = torch.cuda.current_device()
     rows["in use"] = f"GPU {index}: {free / _GIB:.1f} GiB free; a process uses one GPU"
-    rows["dtype auto"] = "bfloat16" if computes_in_bfloat16() else "float32, because it is older than Ampere"
+    rows["dtype auto"] = "bfloat16" if computes_in_bfloat16() else "float16, because it is older than Ampere"
     rows["bitsandbytes"] = "lacking, see below" if bitsandbytes_problem(on_gpu=True) else "has its library for CUDA"
     rows["compiler"] = "lacking, see below" if compiler_problem() else "found, or Triton is not installed"
     return rows

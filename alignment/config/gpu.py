@@ -96,10 +96,7 @@ def _runs_on(built_for: list[str], capability: tuple[int, int]) -> bool:
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether the current GPU has arithmetic for bfloat16. Before Ampere it is emulated, and torch says that it works.
-
-    float16 is no way out: without a loss scaler small gradients become 0, and large activations infinite.
-    """
+    """Whether the current GPU has arithmetic for bfloat16. Before Ampere torch emulates it, and says that it works."""
     import torch
 
     return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)

@@ -7,11 +7,12 @@ from enum import Enum
 
 
 class Dtype(Enum):
-    """Dtype of weights and compute; `auto` is bfloat16 on a GPU that computes in it, else float32."""
+    """Dtype of weights and compute; `auto` is bfloat16 on a GPU that has it, float16 on an older one, else float32."""
 
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
+    float16 = "float16"
     float64 = "float64"
 
 

@@ -293,6 +293,11 @@ class RunConfig:
             "A quantised base cannot be trained itself: choose an adapter, or quantization=none.",
         )
         require(
+            self.model.dtype is not Dtype.float16 or self.adapter is not None,
+            "model.dtype=float16 rounds updates of the model's own weights away: choose an adapter, or float32, or on "
+            "a GPU from Ampere on bfloat16.",
+        )
+        require(
             self.quantization is not None or self.adapter is None or self.adapter.init != "loftq",
             "adapter.init=loftq makes up for what 4 bits lose of the base: set quantization=nf4, or another init.",
         )

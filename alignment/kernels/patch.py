@@ -112,7 +112,8 @@ def _computes_the_same(module: nn.Module, patched: Any) -> bool:
     stored = getattr(weight, "quant_state", None) or weight
     dtype = stored.dtype if stored.dtype.is_floating_point else torch.float32  # int8 takes any
     x = normal_values((8, stored.shape[-1]), weight.device, dtype)
-    with _evaluating(module), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=x.dtype is torch.bfloat16):
+    halves = x.dtype in (torch.bfloat16, torch.float16)
+    with _evaluating(module), torch.autocast(x.device.type, dtype=x.dtype, enabled=halves):
         equal = all_close(patched.forward(module, x), own.forward(module, x))
     if not equal:
         log.info("%s keeps its own forward: the faster one gives other values here.", own.__name__)

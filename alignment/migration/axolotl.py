@@ -207,7 +207,7 @@ def _put_model(draft: Draft) -> None:
     for key in halves:
         if values[key]:
             draft.note(
-                key, "There is no float16: model.dtype=auto is bfloat16 where the GPU computes in it, else float32."
+                key, "model.dtype=auto is bfloat16 where the GPU computes in it, else float16, with a loss scaler."
             )
     tokens = draft.value("special_tokens") or {}
     if isinstance(tokens, dict) and tokens.get("eos_token"):

@@ -166,13 +166,13 @@ def put_tracking(draft: Draft) -> None:
 
 
 def put_precision(draft: Draft, dtype: str | None) -> None:
-    """The dtype of weights and compute: bfloat16 on a GPU that has it (auto), or float32."""
+    """The dtype of weights and compute; `auto` is bfloat16 on a GPU that has it, and float16 on another."""
     draft.seen.update(("bf16", "fp16"))
     named = "" if dtype is None else str(draft.value(dtype) or "")
     if draft.flag("fp16") or named in ("float16", "fp16"):
         draft.note(
             "fp16" if draft.flag("fp16") else str(dtype),
-            "There is no float16: model.dtype=auto is bfloat16 where the GPU computes in it, else float32.",
+            "model.dtype=auto is bfloat16 where the GPU computes in it, else float16, with a loss scaler.",
         )
         value = "auto"
     elif named == "bfloat16":

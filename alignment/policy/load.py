@@ -47,6 +47,8 @@ from alignment.scoring.logps import check_scoring, enable_scoring
 
 log = logging.getLogger(__name__)
 
+_LARGE_ACTIVATIONS = ("gemma2", "gemma3")
+
 
 def one_line(error: Exception) -> str:
     """The message of an exception as one sentence on one line."""
@@ -65,14 +67,20 @@ def resolve_device(device: Device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU from Ampere on, and float32 on an older one or on a CPU, which mostly emulate it.
+def resolve_dtype(dtype: Dtype, device: torch.device, whole: bool = False) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU from Ampere on, float16 on an older one, which emulates that, and float32 on a CPU.
 
     A plan may ask for a GPU that this machine has not; it counts as a new one.
+
+    Args:
+        whole: whether weights of the model itself train, which need float32 in place of float16.
     """
     if dtype is Dtype.auto:
-        native = device.type == "cuda" and (not torch.cuda.is_available() or computes_in_bfloat16())
-        return torch.bfloat16 if native else torch.float32
+        if device.type == "cpu":
+            return torch.float32
+        if not torch.cuda.is_available() or computes_in_bfloat16():
+            return torch.bfloat16
+        return torch.float32 if whole else torch.float16
     return getattr(torch, dtype.value)
 
 
@@ -206,6 +214,7 @@ def load_base(
     device: torch.device,
     cache: Path | None = None,
     place: torch.device | None = None,
+    whole: bool = False,
 ) -> nn.Module:
     """Load the base model, quantised if asked or stored so, with every weight frozen, ready to score completions.
 
@@ -217,18 +226,28 @@ def load_base(
         device: where the model will compute, which decides its dtypes.
         cache: folder for what is calibrated; None: the user's cache.
         place: where it is loaded; None: there.
+        whole: see `resolve_dtype`.
 
     Raises:
         UserError: a library is needed and missing, the model cannot be loaded, its files lack weights, or it is
             quantised already in another way than the settings ask for.
     """
-    dtype, place = resolve_dtype(config.dtype, device), place or device
-    if device.type == "cuda" and config.dtype is Dtype.auto and dtype is torch.float32:
-        log.info("This GPU is older than Ampere and does not compute in bfloat16: the model is in float32.")
+    dtype, place = resolve_dtype(config.dtype, device, whole), place or device
+    if config.dtype is Dtype.auto and device.type == "cuda" and dtype is not torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        log.info("This GPU is older than Ampere and does not compute in bfloat16: the model is in %s.", name)
     if quantization is not None:
         require_machine(device=Device.cpu if device.type == "cpu" else Device.cuda, quantization=quantization)
     compute = dtype if quantization is None else resolve_dtype(quantization.compute_dtype, device)
+    if quantization is not None and quantization.compute_dtype is Dtype.auto and torch.float16 in (dtype, compute):
+        compute = dtype
     shape = read_shape(source, config)
+    if dtype is torch.float16 and shape.model_type.startswith(_LARGE_ACTIVATIONS):
+        log.warning(
+            "The activations of a %s may exceed 65504, where float16 ends: if the loss is not finite, set "
+            "model.dtype=float32.",
+            shape.model_type,
+        )
     stored = Checkpoint.of(shape)
     require_loadable(config.name, stored, quantization)
     packs = stored.is_dequantised and quantization is not None

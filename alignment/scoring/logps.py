@@ -40,8 +40,8 @@ T = TypeVar("T")
 
 
 def autocast(model: Any, device: torch.device) -> torch.autocast:
-    """The precision in which a model scores and samples: bfloat16 around bfloat16 weights, else the weights' own."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.dtype == torch.bfloat16)
+    """The precision in which a model scores and samples: that of its weights, also around an adapter in fp32."""
+    return torch.autocast(device.type, dtype=model.dtype, enabled=model.dtype in (torch.bfloat16, torch.float16))
 
 
 def enable_scoring(model: nn.Module) -> None:

@@ -67,7 +67,7 @@ def load_policy(
 
     def load() -> nn.Module:
         place = torch.device("cpu") if made.shared else device
-        return load_base(config.model, config.quantization, source, device, made.cache, place)
+        return load_base(config.model, config.quantization, source, device, made.cache, place, config.adapter is None)
 
     model: Any = load() if base is None else base(load)
     model.config.name_or_path = made.source.base  # also where its weights come from the run folder

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from alignment.policy.sharding import in_turn, is_sharded
 from alignment.ranks.shares import evenly
 from alignment.ranks.team import Post, Team, trained_parameters
 from alignment.scoring.layout import FlatLayout, MicroBatch
-from alignment.scoring.logps import keeps_logits
+from alignment.scoring.logps import autocast, keeps_logits
 from alignment.scoring.token_scores import TokenScores
 from alignment.stages.following import followed
 from alignment.stages.stage import StageResult, Workspace
@@ -281,8 +282,9 @@ def _trainer_class(data: SFTData) -> Any:
             inputs = {name: tensor.cpu() for name, tensor in inputs.items()}
             shares = evenly(inputs["attention_mask"].sum(1).tolist(), team.size)
             seeds = np.random.SeedSequence((self.args.seed, self.state.global_step)).generate_state(team.size)
+            scaler = None if self.scaler is None else self.scaler.state_dict()
             asked = [
-                SFTShare({name: tensor[own] for name, tensor in inputs.items()}, int(count), int(seed))
+                SFTShare({name: tensor[own] for name, tensor in inputs.items()}, int(count), int(seed), scaler)
                 for own, seed in zip(shares, seeds, strict=True)
             ]
             trained = trained_parameters(model)
@@ -314,7 +316,9 @@ def _trainer_class(data: SFTData) -> Any:
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             if _fits_head(model):
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                # accelerate does this for bfloat16; of float16 it knows on GPUs alone
+                with autocast(model, self.args.device) if self.scaler is not None else nullcontext():
+                    return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = _scored_loss(model, inputs["input_ids"], inputs["labels"], num_items_in_batch)
             return (loss, {}) if return_outputs else loss
 
@@ -366,11 +370,13 @@ class SFTShare:
         inputs: (rows, width) each, padded on the right, on the CPU.
         count: scored tokens of the whole step.
         seed: of the dropout masks on a rank that follows.
+        scaler: the state of the loss scaler, where there is one.
     """
 
     inputs: dict[str, torch.Tensor]
     count: int
     seed: int
+    scaler: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +399,8 @@ def begin_sft(post: Post, begun: SFTBegun) -> None:
 def add_rows(post: Post, share: SFTShare) -> SFTDone:
     """Add the gradients of a share."""
     torch.manual_seed(share.seed)
+    if share.scaler is not None:
+        post.trainer.scaler.load_state_dict(share.scaler)
     post.model.zero_grad(set_to_none=True)
     done: SFTDone = post.trainer.add_rows(post.model, share)
     post.trainer._metrics["train"].clear()

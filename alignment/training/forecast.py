@@ -241,7 +241,7 @@ def _plan_stage(
     ranks: int,
     sharing: int,
 ) -> StagePlan:
-    value = resolve_dtype(config.model.dtype, torch.device(machine.device)).itemsize
+    value = resolve_dtype(config.model.dtype, torch.device(machine.device), config.adapter is None).itemsize
     policy, weights = _policy(model, value, config)
     if sharing > 1:
         weights = shared_weights(weights, model, value, sharing)

@@ -33,6 +33,7 @@ class StepPart:
         step_statistics: the loss's, of the whole step.
         derivative: (rows, tokens): that of the step's loss by the scores of this part, in the order of the groups; None
             where the loss is derived pass by pass.
+        scale: what the loss is multiplied by for the backward pass, see `loss_scaler`.
     """
 
     groups: Sequence[Group]
@@ -41,6 +42,7 @@ class StepPart:
     seeds: Tensor
     step_statistics: Tensor | None
     derivative: Tensor | None = None
+    scale: float = 1.0
 
     def of(self, objective: Objective, indices: Sequence[int]) -> StepPart:
         """A part of this part; its tensors are on the CPU, so that it can travel."""
@@ -103,14 +105,14 @@ class StepPasses:
                 columns = to_device(plan.columns(indices), part.derivative.device)
                 chosen = part.derivative[:, columns].to(scores.values.device)
                 with backward_turn(self.model):
-                    ((scores.values * chosen).sum() + balance).backward()
+                    (((scores.values * chosen).sum() + balance) * part.scale).backward()
                 continue
             members = [part.groups[i] for i in indices]
             inputs = objective.inputs(members, scores, totals=part.totals, seeds=part.seeds[indices])
             found = objective.evaluate(members, inputs, statistics)
             loss = found.share_of(part.num_groups)
             with backward_turn(self.model):
-                (loss + balance).backward()
+                ((loss + balance) * part.scale).backward()
             step.loss += loss.detach().float()
             step.observed.append(Observed.of(found.inputs, found.output))
             if objective.needs.whole_step:

@@ -20,6 +20,7 @@ from alignment.policy.part_files import PartFiles
 from alignment.policy.weight_parts import load_weights, load_whole, weight_parts
 from alignment.training.callbacks import ProgressBar, complete_checkpoints
 from alignment.training.dashboard import Dashboard
+from alignment.training.loss_scaler import LossScaler, loss_scaler
 from alignment.training.master_weights import MasterWeights, load_states
 from alignment.training.optimizers import as_policy, make_optimizer, scale_rate_of_b
 from alignment.training.sharded_optimizer import ShardedOptimizer
@@ -61,6 +62,28 @@ class StageTrainer(Trainer):
     optim: OptimConfig | None = None
     lr_ratio: float = 1.0
     _masters: MasterWeights | ShardedOptimizer | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers does; where the model computes in float16, with a loss scaler of ours.
+
+        accelerate's own has a GPU alone, and no count. It steps and clips by whatever stands in these two places.
+        """
+        super().create_accelerator_and_postprocess()
+        accelerator: Any = self.accelerator
+        if (scaler := loss_scaler(self.model, self.args.device)) is not None:
+            accelerator.scaler = scaler
+            accelerator.unscale_gradients = self._unscale
+
+    def _unscale(self, *_: Any) -> None:
+        wrapped: Any = self.optimizer
+        assert self.scaler is not None
+        self.scaler.unscale_(wrapped.optimizer)
+
+    @property
+    def scaler(self) -> LossScaler | None:
+        """That of float16."""
+        scaler: LossScaler | None = self.accelerator.scaler
+        return scaler
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer of the settings, on fp32 masters of weights that train in 16 bits."""
@@ -142,11 +165,16 @@ class StageTrainer(Trainer):
                     callback.close()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm before the update; stops where it, or the loss, is not finite."""
+        """The gradient's norm before the update; stops where it, or the loss, is not finite.
+
+        None where the gradient overflows float16, so that there is no update.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
         # One number for both: each look makes the host wait for a GPU.
         if not math.isfinite(float(norm + self._tr_loss)):
             is_loss = not math.isfinite(float(self._tr_loss))
+            if not is_loss and self.scaler is not None and self.scaler.leave_out(self.state.global_step + 1):
+                return None
             rows = list(self.step_rows())
             shown = ", ".join(rows[:_SHOWN_ROWS]) + (f" and {len(rows) - _SHOWN_ROWS} more" * (len(rows) > _SHOWN_ROWS))
             self._stop(
@@ -156,6 +184,12 @@ class StageTrainer(Trainer):
                 sound=self.state.global_step + (not is_loss),
             )
         return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to a training log what the loss scaler does."""
+        if "loss" in logs and self.scaler is not None:
+            logs = {**logs, "loss_scale": self.scaler.get_scale(), "skipped_steps": self.scaler.skipped}
+        super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers does; stops where the held-out loss is not finite."""
@@ -192,7 +226,8 @@ class StageTrainer(Trainer):
         last = last_good(Path(str(self.args.output_dir)), sound)
         norm, key = self.args.max_grad_norm, f"{self.settings}.max_grad_norm"
         clipping = f"a lower {key} (now {norm:g})" if norm > 0 else f"with {key}=1 (now 0, which clips nothing)"
+        wider = "" if self.scaler is None else " or, as float16 ends at 65504, with model.dtype=float32"
         raise NotFinite(
             f"{self.title} stopped {what}; {last}: start a new run with a lower {self.settings}.lr "
-            f"(now {self.args.learning_rate:g}) or {clipping}."
+            f"(now {self.args.learning_rate:g}) or {clipping}{wider}."
         )

@@ -183,7 +183,8 @@ class PreferenceTrainer(StageTrainer):
             first_two = islice(self.passes.batches(groups, self.tokens_per_batch), 2)
             if self._team is not None or len(list(first_two)) > 1:
                 derivative = self._derivative(groups, statistics, seeds, step)
-        return StepPart(groups, len(groups), step_totals(groups), seeds, statistics, derivative)
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+        return StepPart(groups, len(groups), step_totals(groups), seeds, statistics, derivative, scale)
 
     def _shared(self, team: Team, model: nn.Module, whole: StepPart, step: StepProgress) -> bool:
         """Have every rank add the gradients of its share; whether no GPU ran out of memory."""

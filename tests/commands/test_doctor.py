@@ -229,12 +229,14 @@ def test_machine_code_runs_within_a_generation_and_portable_code_on_later_ones(b
     assert gpu._runs_on(built_for, capability) == runs
 
 
-@pytest.mark.parametrize(("capability", "auto"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+@pytest.mark.parametrize(("capability", "auto"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
 def test_auto_is_no_dtype_that_the_gpu_emulates(ready, capability, auto):
     """A T4 says that it supports bfloat16, but it computes it in pieces."""
     device = torch.device("cuda", 0)
     ready.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
     assert resolve_dtype(Dtype.auto, device) is auto
+    whole = torch.float32 if auto is torch.float16 else auto
+    assert resolve_dtype(Dtype.auto, device, whole=True) is whole, "float16 rounds updates of the weights away"
     assert resolve_dtype(Dtype.bfloat16, device) is torch.bfloat16, "whoever asks for it gets it"
 
 

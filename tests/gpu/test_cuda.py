@@ -1,11 +1,10 @@
-"""What only a GPU can show: the same numbers on CUDA, in fp32 and bfloat16, and the quantised chain there."""
+"""What only a GPU can show: the same numbers on CUDA, in 32 and 16 bits, and the quantised chain there."""
 
 import math
 import shutil
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from alignment.config.compose import as_plain, compose_node, to_run_config
 from alignment.config.registry import register
@@ -22,14 +21,14 @@ from alignment.reference.store import ReferenceStore
 from alignment.scoring.layout import FlatLayout, SharedLayout
 from alignment.scoring.logps import join_scores, score
 from alignment.scoring.prompt_sharing import choose_layout
-from alignment.training.sampler import StepSampler
 from alignment.training.start_check import check_start
-from alignment.training.trainer import PreferenceTrainer
-from tests.conftest import random_groups, tiny_policy
+from tests.conftest import random_groups
 from tests.helpers.policies import adapter, train_adapter
-from tests.helpers.steps import SETTINGS, make_loss, moved, plain_loss, step_gradient
+from tests.helpers.precision import assert_step_is_plain, in_float64, policy_on, trainer_on
+from tests.helpers.steps import SETTINGS, make_loss, step_gradient
 
 DEVICE = torch.device("cuda")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cuda" and not torch.cuda.is_available(),
@@ -37,76 +36,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def policy_on(device, dtype):
-    """A trained adapter in fp32 on a base in `dtype`, as a run has it."""
-    model = tiny_policy(torch.float32, trained=True).to(dtype)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model.to(device)
-
-
-def in_float64(model):
-    """The same weights on the CPU, with exact arithmetic as far as a comparison with 32 bits can tell."""
-    copy = tiny_policy(torch.float64, trained=True)
-    copy.load_state_dict({name: tensor.double().cpu() for name, tensor in model.state_dict().items()})
-    return copy
-
-
-def trainer_on(device, model, groups, loss, folder, reference, tokens_per_batch):
-    arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=1, use_cpu=device.type == "cpu", report_to="none", disable_tqdm=True,
-        max_grad_norm=0.0, remove_unused_columns=False,
-    )  # fmt: skip
-    return PreferenceTrainer(
-        model=model, args=arguments, groups=groups, eval_groups=[], loss=loss, reference=reference,
-        layout=FlatLayout(), tokens_per_batch=tokens_per_batch, sampler=StepSampler(len(groups), len(groups), 0),
-        callbacks=[],
-    )  # fmt: skip
-
-
-def whole(gradient, names):
-    return torch.cat([gradient[n].flatten().double().cpu() for n in names])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_step_equals_a_plain_computation(name, dtype, tmp_path):
-    """Loss and whole gradient of one step against one sequence at a time in float64.
-
-    fp32 is off by 2e-6 on a CPU; a GPU sums in other orders. bfloat16 loses a tenth of a gradient that is a difference
-    of sums, with any code: it may not lose much more than the plain computation in bfloat16 does.
-    """
-    groups = random_groups(5, seed=3)
-    if name == "kto":
-        groups = as_rows(groups)[2:9]
-    policy, start = policy_on(DEVICE, dtype), policy_on(DEVICE, dtype)
-    exact_start = in_float64(policy)
-    reference = LiveReference(policy, FlatLayout(), 60, DEVICE)
-    trainer = trainer_on(DEVICE, policy, groups, make_loss(name), tmp_path, reference, tokens_per_batch=60)
-    moved(policy)
-    loss, gradient = step_gradient(trainer, groups)
-    reference.close()
-    exact = in_float64(policy)
-    expected = plain_loss(name, exact, exact_start, groups)
-    expected.backward()
-    names = [n for n, p in exact.named_parameters() if p.requires_grad]
-    total = whole({n: p.grad for n, p in exact.named_parameters() if p.requires_grad}, names)
-    allowed = 1e-4
-    if dtype is torch.bfloat16:
-        policy.zero_grad()
-        with DEVICE, torch.autocast(DEVICE.type, dtype=dtype):
-            plain = plain_loss(name, policy, start, groups)
-        plain.backward()
-        plain_gradient = whole({n: p.grad for n, p in policy.named_parameters() if p.requires_grad}, names)
-        allowed = 1.5 * ((plain_gradient - total).norm() / total.norm()).item()
-        assert 0 < allowed < 0.4
-    assert total.norm() > 1e-3
-    assert (whole(gradient, names) - total).norm() <= allowed * total.norm()
-    assert math.isclose(loss, expected.item(), rel_tol=max(1e-4, 0.1 * allowed))
+    """Loss and whole gradient of one step against one sequence at a time in float64."""
+    assert_step_is_plain(name, DEVICE, dtype, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cached_equals_live(dtype, tmp_path):
     """Scored in one batch and one by one; and both are what the CPU says in float64."""
     groups = random_groups(12, seed=8)
@@ -129,10 +66,10 @@ def test_cached_equals_live(dtype, tmp_path):
         check_start(trainer, rows)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("patched", [False, True], ids=["peft", "patched"])
 def test_shared_prompts(dtype, patched):
-    """The same log-probs and gradient as one row per completion: by masks in fp32, by flash attention in bfloat16."""
+    """The same log-probs and gradient as one row per completion: by masks in fp32, by flash attention in 16 bits."""
     model = policy_on(DEVICE, dtype).train()
     if patched:
         patch_layers(model)
@@ -151,7 +88,7 @@ def test_shared_prompts(dtype, patched):
     values, gradient = scores_and_gradient(FlatLayout(), 10_000)
     layout = choose_layout(model, DEVICE)
     assert isinstance(layout, SharedLayout)
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
     for tokens_per_batch in (60, 10_000):
         found, found_gradient = scores_and_gradient(layout, tokens_per_batch)
         assert (found - values).abs().mean() <= tolerance
@@ -172,7 +109,7 @@ def quantised(folder, compute):
     return attach_adapter(load_base(config, quantization, str(folder), DEVICE), adapter(), 0)
 
 
-@pytest.mark.parametrize("compute", [Dtype.float32, Dtype.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("compute", [Dtype.float32, Dtype.bfloat16, Dtype.float16], ids=lambda dtype: dtype.name)
 def test_a_quantised_policy_has_one_identity_and_one_gradient(compute, tiny_model_folder, tmp_path):
     """Loaded twice: the same fingerprint; evaluated first or not: the same gradient, up to the order of atomics."""
     groups = random_groups(4, seed=9)
@@ -192,7 +129,8 @@ def test_a_quantised_policy_has_one_identity_and_one_gradient(compute, tiny_mode
     assert (gradients[0] - gradients[1]).norm() <= 1e-3 * gradients[0].norm()
 
 
-def test_the_quantised_chain(tiny_model_folder, tmp_path):
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_the_quantised_chain(dtype, tiny_model_folder, tmp_path):
     """SFT, then DPO, on an NF4 base; a second run over the same SFT policy finds its whole reference."""
     from alignment.stages.chain import Chain
 
@@ -201,6 +139,7 @@ def test_the_quantised_chain(tiny_model_folder, tmp_path):
         node = compose_node(
             [
                 "recipe=quickstart", "tracking=none", "quantization=nf4", f"device={DEVICE.type}",
+                f"model.dtype={dtype}", f"quantization.compute_dtype={dtype}",
                 f"model.name={tiny_model_folder}", "adapter.r=4", f"reference.path={tmp_path / 'cache'}",
                 "sft.data.limit=24", "sft.optim.lr=1e-2", "sft.trainer.max_steps=6", "sft.trainer.save_every=0",
                 "data.limit=24", "data.eval_limit=8", "optim.lr=5e-3", "trainer.max_steps=12",

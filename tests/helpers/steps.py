@@ -66,7 +66,8 @@ def make_trainer(model, groups, loss, tmp_path, tokens_per_batch=10_000, referen
 def step_gradient(trainer, groups):
     trainer.model.zero_grad()
     loss = trainer.training_step(trainer.model, {"groups": groups})
-    return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    scale = 1.0 if trainer.scaler is None else trainer.scaler.get_scale()
+    return loss.item(), {n: p.grad / scale for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def sequence_logp(model, prompt, completion, scored=None) -> torch.Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -64,7 +65,11 @@ def test_overridden_methods_take_what_the_trainer_passes(trainer):
 
 
 @pytest.mark.parametrize(
-    "name", ["_get_grad_norm", "_save_checkpoint", "create_scheduler", "floating_point_ops", "log", "training_step"]
+    "name",
+    [
+        *("_get_grad_norm", "_save_checkpoint", "create_accelerator_and_postprocess", "create_scheduler"),
+        *("floating_point_ops", "log", "training_step"),
+    ],
 )
 def test_the_trainer_calls_what_is_overridden(name):
     """An override that is no longer called would leave a run without its checks, and nothing would say so."""
@@ -74,6 +79,14 @@ def test_the_trainer_calls_what_is_overridden(name):
 
 def test_the_trainer_sums_the_loss_where_the_check_looks():
     assert "self._tr_loss += " in inspect.getsource(Trainer)
+
+
+def test_accelerate_unscales_before_it_clips_and_steps_by_its_scaler():
+    """The places where a scaler of ours stands in."""
+    assert "self.unscale_gradients()" in inspect.getsource(Accelerator.clip_grad_norm_)
+    assert "self.scaler.scale(loss).backward" in inspect.getsource(Accelerator.backward)
+    assert "scaler=scaler" in inspect.getsource(Accelerator.prepare_optimizer)
+    assert "self.accelerator.scaler" in inspect.getsource(Trainer._save_scaler)
 
 
 def test_arguments_of_the_trainer():

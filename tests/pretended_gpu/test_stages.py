@@ -1,6 +1,7 @@
-"""Whole runs on a GPU: SFT, then a preference stage, with answers, on a base in NF4 or bfloat16."""
+"""Whole runs on a GPU: SFT, then a preference stage, with answers, on a base in NF4, bfloat16 or, on a T4, float16."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +45,25 @@ def run(tiny_model_folder, cache, tmp_path, monkeypatch):
         check_left_behind(model)
         return own(stage, model, *args)
 
-    def chain(*overrides: str, folder: Path = tmp_path / "run") -> dict[str, Any]:
+    def chain(*overrides: str, folder: Path = tmp_path / "run", capability: tuple[int, int] = (9, 0)) -> dict[str, Any]:
         monkeypatch.setattr(PreferenceStage, "_trained", checked)
         register()
         places = [f"model.name={tiny_model_folder}", f"reference.path={cache}"]
         node = compose_node([*COMMON, *places, *overrides])
-        with pretended_gpu():
+        with pretended_gpu(capability):
             return Chain(to_run_config(node), folder, "quickstart", as_plain(node)).run()
 
     return chain
 
 
 def check_left_behind(model: Any) -> None:
-    """Raise unless the policy computes in bfloat16, outside autocast, through its own forward."""
+    """Raise unless the policy computes in 16 bits, outside autocast, through its own forward."""
     (batch,) = FlatLayout().batches(random_groups(2, vocab=50), 10_000)
     batch = batch.to(torch.device("cuda", 0))
     assert not torch.is_autocast_enabled("cuda")
     hidden, logps = hidden_states(model, batch), score(model, batch)
-    assert hidden.dtype is torch.bfloat16, f"hidden states are {hidden.dtype} after SFT"
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    assert hidden.dtype is dtype, f"hidden states are {hidden.dtype} after SFT"
     assert logps.values.dtype is torch.float32
     assert "forward" not in vars(model), "a wrapper is left on the model"
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -69,10 +71,10 @@ def check_left_behind(model: Any) -> None:
     assert all(isinstance(p, GPUTensor) for p in model.parameters())
 
 
-def assert_complete(summary: dict[str, Any]) -> None:
+def assert_complete(summary: dict[str, Any], dtype: str = "bfloat16") -> None:
     assert summary["machine"]["device"] == "cuda:0"
     assert summary["machine"]["gpu"] == NAME
-    assert summary["model"]["dtype"] == "bfloat16"
+    assert summary["model"]["dtype"] == dtype
     stage = summary["stages"]["preference"]
     assert stage["start"]["loss"] == pytest.approx(stage["start"]["closed_form"], abs=0.02)
     assert summary["evaluation"]["answers"].keys() == {"start", "sft", "final"}
@@ -86,8 +88,10 @@ def test_nf4_with_a_cached_reference(run):
     assert summary["reference"]["mode"] == "cache"
 
 
-def test_a_run_that_was_interrupted(run, tmp_path, monkeypatch):
-    """In bfloat16, with a statistic of the step: it ends with the numbers of a run that was not."""
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bfloat16"), ((7, 5), "float16")])
+def test_a_run_that_was_interrupted(capability, dtype, run, tmp_path, monkeypatch):
+    """In 16 bits, with a statistic of the step: it ends with the numbers of a run that was not."""
+    run = partial(run, capability=capability)
     log = RunRecord.log
 
     def interrupted(record: RunRecord, stage: str, step: int, *args: Any) -> None:
@@ -101,11 +105,12 @@ def test_a_run_that_was_interrupted(run, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(*settings, folder=tmp_path / "interrupted")
     resumed = run(*settings, folder=tmp_path / "interrupted")
-    assert_complete(resumed)
+    assert_complete(resumed, dtype)
     expected = run(*settings)
     assert "taken_over" in expected["stages"]["sft"]
     assert resumed["stages"]["preference"]["metrics"] == expected["stages"]["preference"]["metrics"]
     assert resumed["model"]["final_identity"] == expected["model"]["final_identity"]
+    assert ("train/loss_scale" in expected["stages"]["preference"]["metrics"]) == (dtype == "float16")
 
 
 def test_a_loss_of_whole_distributions(run):
