@@ -20,7 +20,7 @@ from alignment.types import Group
 from tests.helpers.composition import compose_options_once
 
 compose_options_once()
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from alignment.errors import UserError
@@ -167,9 +168,13 @@ def _not_taken_for_experts(model: Any, names: list[str]) -> list[str]:
 
 @functools.cache
 def _read_by(kind: Any) -> frozenset[str]:
-    """Names of the submodules whose weight a class's own code reads, other than where it makes them."""
+    """Names of the submodules whose weight a class's own code reads, other than where it makes them.
+
+    What every model inherits from transformers names no layer of one, and takes long to read.
+    """
     found: set[str] = set()
-    for part in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+    ends = PreTrainedModel if issubclass(kind, PreTrainedModel) else nn.Module
+    for part in kind.__mro__[: kind.__mro__.index(ends)]:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
         except (OSError, TypeError, SyntaxError):  # a class without a file

@@ -266,6 +266,9 @@ def _trainer_class(data: SFTData) -> Any:
         team: Team | None = None
         rows_per_pass = 1
 
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """None: a checkpoint is for resuming, and TRL would load a tracker's library for a link to it."""
+
         def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
             if self._step != self.state.global_step:
                 self._step, self._passes = self.state.global_step, []
