@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-matrix test-fast check lint format types docs bench bench-quantization bench-data faults gpu-bundle profile notebooks dist audit docker clean
+.PHONY: help install run test test-matrix test-all test-fast check lint format types docs bench bench-quantization bench-data faults gpu-bundle profile notebooks dist audit docker clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,10 +35,13 @@ test: $(DEV_STAMP) ## Run the test suite: make test ARGS="-k kto"
 test-matrix: $(DEV_STAMP) ## Run what CI runs besides: every member of each large family, CUDA's paths without CUDA
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m matrix $(ARGS)
 
+test-all: $(DEV_STAMP) ## Run both in one go, as CI does: what takes long to start is started once
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
 test-fast: $(DEV_STAMP) ## Run the tests that take seconds
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not matrix" $(ARGS)
 
-check: lint types test test-matrix ## Lint, check types, run all tests
+check: lint types test-all ## Lint, check types, run all tests
 
 lint: $(DEV_STAMP) ## Check style, formatting, spelling and the order of imports
 	$(VENV)/bin/ruff check .
