@@ -40,7 +40,8 @@ class AlphaDPO(BetaPairLoss):
     8e-7. Decay 0.9.
 
     Deviations: the authors' code takes micro-batches for batches and updates m and s in evaluations too; where all h
-    are equal, as at the very start, it divides 0 by 0, and here t is gamma / beta. The averages start at 0 without a
+    are equal, as at the very start, it divides 0 by 0, and here t is gamma / beta. Where rounding makes them differ
+    there, as on a GPU, both blow it up: the first step's t is noise. The averages start at 0 without a
     correction for it, as in that code: in the first steps m and s are far below those of h, and t is up to ten times as
     wide as later. Its label smoothing, off by default, is left out. TRL has no such loss.
     """

