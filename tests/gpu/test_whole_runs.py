@@ -32,6 +32,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 TRAINED = [name for name, loss in LOSSES.items() if name != "mixture" and not loss.draws]
+OLDER_CARDS = ("dpo_qwen3", "kto_qwen3", "reward_qwen3", "simpo_onpolicy_qwen3", "falcon_h1_1p5b_instruct")
+"""Recipes that also run in float16."""
+
 JUMPING = {"alpha_dpo", "beta_dpo", "dpop", "lipo"}
 """Where policy and reference are equal their value or their gradient jumps, so rounding decides the first step."""
 
@@ -46,7 +49,8 @@ OPTIMIZERS = (
 SETTINGS = (
     "reference=live", "reference=tr_dpo reference.sync_every=2", "reference=sdpo", "trainer.checkpoint_every=1",
     "trainer.tokens_per_batch=60", "export.merge=true", "model.attention=eager", "evaluation=judged",
-    "trainer.eval_every=1",
+    "trainer.eval_every=1", "model.dtype=float16", "model.dtype=float16 reference=live",
+    "model.dtype=float16 adapter=dora trainer.checkpoint_every=1",
 )  # fmt: skip
 
 
@@ -77,13 +81,16 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OPTIONS])
-def test_a_recipe_runs(name, models, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "auto") for name in [*NAMES, *OPTIONS]), *((name, "float16") for name in OLDER_CARDS)],
+)
+def test_a_recipe_runs(name, dtype, models, tmp_path, monkeypatch):
     """In 16 bits, with its quantisation, adapter, optimizer, rounds and sampling."""
     register()
     recipe = composed(name)
     asked = to_run_config(compose_node(recipe))
-    node = compose_node([*recipe, *in_tiny(asked, models, (f"device={DEVICE.type}",))])
+    node = compose_node([*recipe, *in_tiny(asked, models, (f"device={DEVICE.type}", f"model.dtype={dtype}"))])
     config = to_run_config(node)
     check_machine(config)
     make_easy(monkeypatch)
@@ -174,8 +181,8 @@ def test_a_family_is_that_of_the_cpu(family, tmp_path):
     """Log-probs and gradients in fp32, in flat rows and in the layout that shares prompts; in 16 bits it trains."""
     folder = write_model(family, tmp_path / "model")
     # A deep copy's methods would be those of the first
-    model, on_gpu, half = (train_adapter(policy(folder, quantization=None)).train() for _ in range(3))
-    on_gpu, half = on_gpu.to(DEVICE), half.to(DEVICE, torch.bfloat16)
+    model, on_gpu, *in_16_bits = (train_adapter(policy(folder, quantization=None)).train() for _ in range(4))
+    on_gpu = on_gpu.to(DEVICE)
     groups = random_groups(4, k=3, seed=2)
     layout = choose_layout(on_gpu, DEVICE)
     expected, expected_gradient = scores_and_gradient(model, FlatLayout(10_000), groups)
@@ -183,6 +190,8 @@ def test_a_family_is_that_of_the_cpu(family, tmp_path):
         found, gradient = scores_and_gradient(on_gpu, one, groups)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
         assert (gradient - expected_gradient).norm() <= 1e-3 * expected_gradient.norm()
-    values, gradient = scores_and_gradient(half, choose_layout(half, DEVICE), groups)
-    assert (values - expected).abs().mean() <= 0.1
-    assert 0 < gradient.norm() < math.inf
+    for half, dtype in zip(in_16_bits, (torch.bfloat16, torch.float16), strict=True):
+        half.to(DEVICE, dtype)
+        values, gradient = scores_and_gradient(half, choose_layout(half, DEVICE), groups)
+        assert (values - expected).abs().mean() <= 0.1
+        assert 0 < gradient.norm() < math.inf
