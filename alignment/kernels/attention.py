@@ -279,11 +279,18 @@ class _VariableLengthAttention(torch.autograd.Function):
         return dq[None].transpose(1, 2), dk[None].transpose(1, 2), dv[None].transpose(1, 2), None, None
 
 
-def _has_flash_kernel(q: Tensor) -> bool:
-    """Flash attention needs 16 bits, an Ampere GPU or newer, and a supported width of heads."""
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+def goes_by_masks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU has no flash attention for this dtype: it needs 16 bits, and Ampere or newer."""
+    if device.type != "cuda":
         return False
-    return torch.cuda.get_device_capability(q.device) >= (8, 0) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def _has_flash_kernel(q: Tensor) -> bool:
+    """Flash attention needs a GPU that has it, and a supported width of heads."""
+    if q.device.type != "cuda" or goes_by_masks(q.device, q.dtype):
+        return False
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def _masked_attention(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from alignment.kernels.attention import goes_by_masks
 from alignment.kernels.base import in_words, is_patched
 from alignment.scoring.layout import MicroBatch
 from alignment.scoring.logps import score
@@ -90,9 +91,11 @@ class _Meter:
 def is_usual(model: Any, modules: Sequence[nn.Module], batch: MicroBatch) -> bool:
     """Whether the layers of a loaded model compute this pass as they are counted.
 
-    Attention and MLPs that `kernels` has left alone keep more, and so does attention with a window shorter than a row,
-    which goes by masks.
+    Attention and MLPs that `kernels` has left alone keep more, and so does attention that goes by masks: with a window
+    shorter than a row, in 32 bits, or on a GPU older than Ampere.
     """
+    if goes_by_masks(next(model.parameters()).device, model.dtype):
+        return False
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if isinstance(window, int) and batch.longest > window:
         return False

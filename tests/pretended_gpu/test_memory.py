@@ -4,10 +4,15 @@ import pytest
 import torch
 
 from alignment.errors import UserError
+from alignment.policy.adapter import attach_adapter
+from alignment.policy.layers import decoder_layers
 from alignment.scoring.layout import SharedLayout
 from alignment.scoring.logps import join_scores, score_groups
+from alignment.training.layer_probe import is_usual
+from tests.conftest import tiny_policy
+from tests.helpers.policies import adapter
 from tests.helpers.steps import groups_for, make_loss
-from tests.pretended_gpu.device import GPU, room_for, to_host
+from tests.pretended_gpu.device import GPU, module_to_gpu, room_for, to_host
 from tests.pretended_gpu.machine import pretended_gpu
 from tests.pretended_gpu.steps import Side
 
@@ -54,3 +59,13 @@ def test_it_ends_where_no_group_fits(side):
         trainer = side.trainer(make_loss("dpo"))
         with room_for(LOGIT // 2), pytest.raises(UserError, match="too little memory"):
             trainer.training_step(side.model, {"groups": trainer.groups})
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_attention_without_a_flash_kernel_is_measured_for_the_plan(capability, side):
+    """It goes by masks, and keeps each completion's keys beside its prompt's: more than is counted."""
+    model = attach_adapter(tiny_policy(torch.float16, r=None), adapter(r=4), 0)
+    [batch] = SharedLayout().batches(groups_for(make_loss("dpo"), num=1), 10_000)
+    with pretended_gpu(capability):
+        module_to_gpu(model)
+        assert is_usual(model, decoder_layers(model), batch) == (capability >= (8, 0))

@@ -1,5 +1,7 @@
 """Sixty-four ranks played by one process: the numbers of one, even shares, few collectives; planted faults are seen."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -8,6 +10,7 @@ from alignment.training import passes, trainer
 from tests.conftest import each
 from tests.helpers import rank_steps
 from tests.helpers.played_ranks import PlayedTeam
+from tests.helpers.precision import policy_on
 from tests.helpers.rank_steps import steps
 
 CASE = {"live": False, "num_steps": 2}
@@ -52,6 +55,14 @@ def test_two_and_four_ranks_are_one_process(case, tmp_path):
         found = steps(PlayedTeam(size), folder, name, **CASE | settings)
         assert close(found, single), size
         assert found["held_out"] == pytest.approx(single["held_out"], rel=1e-5, abs=1e-7), size
+
+
+def test_the_factor_of_float16_is_that_of_every_rank(tmp_path):
+    """Without it on the rank that follows, half of the gradient would be a 65536th."""
+    make = partial(policy_on, torch.device("cpu"), torch.float16)
+    alone, shared = (steps(team, tmp_path, "dpo", **CASE, make=make) for team in (None, PlayedTeam(2)))
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(shared["weights"][name], value, rtol=0, atol=1e-4)
 
 
 def all_in_float64(monkeypatch) -> None:
