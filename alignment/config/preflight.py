@@ -10,9 +10,16 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from alignment.config.gpu import bitsandbytes_problem, compiler_problem, gpu_problems, is_hidden, why_no_gpu
+from alignment.config.gpu import (
+    bitsandbytes_problem,
+    compiler_problem,
+    computes_in_bfloat16,
+    gpu_problems,
+    is_hidden,
+    why_no_gpu,
+)
 from alignment.config.places import is_on_hub
-from alignment.config.schema import WHEEL_PREFIX, Device, QuantizationConfig, RunConfig
+from alignment.config.schema import WHEEL_PREFIX, Device, Dtype, QuantizationConfig, RunConfig
 from alignment.config.tracking import TRACKER_PACKAGES
 from alignment.errors import UserError
 
@@ -31,6 +38,9 @@ def check_machine(config: RunConfig) -> None:
     missing = _missing_on_machine(config.device, config.quantization)
     if _uses_gpu(config.device):
         missing += gpu_problems()
+        if config.model.dtype is Dtype.bfloat16 and not computes_in_bfloat16():
+            instead = "float32" if config.adapter is None else "float16"
+            log.warning("This GPU is older than Ampere and emulates bfloat16: model.dtype=%s is faster.", instead)
         if config.sft is not None and (problem := compiler_problem()) is not None:  # TRL's head has no other way
             missing.append(problem)
     elif config.device is Device.auto and is_hidden():

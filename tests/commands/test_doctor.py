@@ -240,6 +240,22 @@ def test_auto_is_no_dtype_that_the_gpu_emulates(ready, capability, auto):
     assert resolve_dtype(Dtype.bfloat16, device) is torch.bfloat16, "whoever asks for it gets it"
 
 
+def test_a_bfloat16_that_is_emulated_is_said(ready, caplog):
+    for capability in ((8, 0), (7, 5)):
+        ready.setattr(torch.cuda, "get_device_capability", lambda *a, found=capability: found)
+        check_machine(load("recipe=quickstart", "model.dtype=bfloat16"))
+        check_machine(load("recipe=quickstart", "model.dtype=auto"))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["This GPU is older than Ampere and emulates bfloat16: model.dtype=float16 is faster."]
+
+
+def test_float16_is_for_adapters():
+    with pytest.raises(
+        UserError, match=r"^model\.dtype=float16 rounds updates of the model's own weights away: choose"
+    ):
+        load("recipe=quickstart", "model.dtype=float16", "adapter=none")
+
+
 def test_triton_needs_a_compiler_and_headers(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     assert gpu.compiler_problem() is None, "without Triton nothing is compiled"

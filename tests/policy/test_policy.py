@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.config.schema import Calibration, Device, Dtype, QuantizationConfig
 from alignment.errors import UserError
@@ -75,6 +76,7 @@ def test_everything_that_changes_the_policy_changes_its_identity(tiny_model_fold
         tiny_model_folder, QuantizationConfig(double=True, compute_dtype=Dtype.bfloat16, calibration=Calibration.none)
     )
     found["bf16"] = load(tiny_model_folder, dtype=Dtype.bfloat16)
+    found["fp16"] = load(tiny_model_folder, dtype=Dtype.float16)
     found["one weight"] = load(tiny_model_folder)
     with torch.no_grad():
         found["one weight"].model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
@@ -292,6 +294,33 @@ def test_evaluating_first_does_not_change_the_gradient(tiny_model_folder, comput
         norms.append(gradient_norms(model, batch))
     assert norms[0] == norms[1]
     assert min(norms[0].values()) > 0
+
+
+@pytest.mark.parametrize(("asked", "found"), [("float16", torch.float16), ("bfloat16", torch.float32)])
+def test_packed_weights_compute_in_the_float16_of_their_model(tiny_model_folder, asked, found):
+    """`auto` is the device's in any other case: here a CPU's."""
+    auto = QuantizationConfig(double=True, compute_dtype=Dtype.auto, calibration=Calibration.none)
+    model = load(tiny_model_folder, auto, Dtype(asked))
+    assert model.config.quantization_config.bnb_4bit_compute_dtype is found
+
+
+def test_models_whose_activations_float16_may_not_hold_are_named(tmp_path, caplog):
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 8,
+    }
+    shape |= {"num_key_value_heads": 1, "vocab_size": 32}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **shape)).save_pretrained(tmp_path)
+    for dtype in (Dtype.float32, Dtype.float16):
+        load(tmp_path, dtype=dtype, attention="eager")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        "The activations of a gemma2 may exceed 65504, where float16 ends: if the loss is not finite, set "
+        "model.dtype=float32."
+    ]
 
 
 def test_a_sweep_member_gets_the_same_adapter_whatever_was_drawn_before(tiny_model_folder):
