@@ -65,9 +65,10 @@ OTHER_KERNELS = ("attention", "flash3", "compiled")
 
 def parts(sizes: Sequence[str]) -> list[list[Part]]:
     """Groups of parts, one after another; the parts of a group run side by side."""
+    workers = str(max(4, (os.cpu_count() or 1) - 3))  # the model is prepared beside them
     first = [
         Part("environment", "tests.gpu.environment", seconds=60),
-        Part("tests", "pytest", ("tests/gpu", "-q", "-p", "no:cacheprovider", "--maxfail=20", "-n", "4"), 150),
+        Part("tests", "pytest", ("tests/gpu", "-q", "-p", "no:cacheprovider", "--maxfail=20", "-n", workers), 150),
         *(Part("prepare", "tests.gpu.speed", ("prepare", size), 120, size) for size in sizes),
     ]
     correct = [Part("correct", "tests.gpu.correct", (size,), 120, size) for size in sizes]
