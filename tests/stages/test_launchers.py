@@ -37,6 +37,7 @@ def needs(plugin: str) -> None:
 
 
 QUICK = ("recipe=tiny", "trainer.max_steps=4", "sft.trainer.epochs=1", "evaluation.prompts=0", "hydra.sweep.dir=sweep")
+HAZARDOUS = (*(setting for setting in QUICK if not setting.startswith("sft.")), "sft=none", "loss=hazard")
 
 
 def sweep(project: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -82,9 +83,15 @@ def test_a_job_that_is_told_to_stop_stops_like_ctrl_c(tiny_model_folder, tmp_pat
     """
     needs("hydra_joblib_launcher")
     project = hazardous_project(tmp_path, tiny_model_folder)
-    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "loss=hazard")
-    ended = sweep(project, tmp_path, *launcher, "loss.fault=stopped,none")
-    assert ended.returncode == 1 and "Interrupted; continue with: python -m alignment.run" in ended.stderr, ended.stderr
+    ended = command(
+        *("--config-dir", str(project), "-m", *HAZARDOUS, "loss.fault=stopped,none"),
+        *("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+        cwd=tmp_path,
+        cache=tmp_path / "cache",
+        patch=partial(finding_modules_in, tmp_path),
+        timeout=300,
+    )
+    assert ended.code == 1 and "Interrupted; continue with: python -m alignment.run" in ended.err, ended.err
     stopped, killed = (tmp_path / "sweep" / f"{number}-tiny" for number in range(2))
     assert not list(stopped.rglob("*.tmp"))
     RunRecord(killed)
@@ -95,10 +102,8 @@ def test_a_job_that_is_told_to_stop_stops_like_ctrl_c(tiny_model_folder, tmp_pat
 def test_a_job_that_is_killed_ends_no_other(tiny_model_folder, tmp_path):
     needs("hydra_submitit_launcher")
     project = hazardous_project(tmp_path, tiny_model_folder)
-    small = ("recipe=tiny", "sft=none", "trainer.max_steps=4", "evaluation.prompts=0", "hydra.sweep.dir=sweep")
     ended = command(
-        *("--config-dir", str(project), "-m", *small),
-        *("loss=hazard", "loss.fault=killed,none", "hydra/launcher=submitit_local"),
+        *("--config-dir", str(project), "-m", *HAZARDOUS, "loss.fault=killed,none", "hydra/launcher=submitit_local"),
         cwd=tmp_path,
         cache=tmp_path / "cache",
         patch=partial(finding_modules_in, tmp_path),
