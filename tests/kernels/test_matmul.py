@@ -1,5 +1,7 @@
 """Products by oneDNN, on any processor: rows in few different sizes give what torch gives."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,11 +29,20 @@ def test_any_number_of_rows(rows):
 
 
 @pytest.mark.parametrize(
-    ("capability", "has_mkl", "expected"),
-    [("AVX512", True, True), ("AVX2", True, False), ("AVX2", False, True), ("DEFAULT", False, True)],
+    ("vendor", "capability", "has_mkl", "expected"),
+    [
+        ("AuthenticAMD", "AVX512", True, True),
+        ("AuthenticAMD", "AVX2", True, False),
+        ("AuthenticAMD", "AVX2", False, True),
+        ("AuthenticAMD", "DEFAULT", False, True),
+        ("GenuineIntel", "AVX512", True, False),
+        ("GenuineIntel", "AVX512", False, True),
+    ],
 )
-def test_the_processor_decides(capability, has_mkl, expected, monkeypatch):
-    """MKL's code for AVX2 is faster than oneDNN's; where torch has no MKL, or AVX-512 is there, it is not."""
+def test_the_processor_decides(vendor, capability, has_mkl, expected, monkeypatch):
+    """MKL's code for AVX2, and for AVX-512 on Intel's, is faster than oneDNN's; elsewhere or without MKL it is not."""
+    monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(Path, "exists", lambda path: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
     monkeypatch.setattr(products, "_product", lambda left, right, bias=None: products._torch_product(left, right, bias))
