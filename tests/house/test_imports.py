@@ -24,7 +24,7 @@ ONLY_IN = {
     "plotly": {"comparison.charts", "comparison.curves", "comparison.drawing", "comparison.tracked"},
     "sqlite3": {"reference.keyed_store"},
     "greenlet": {"training.cohort"},
-    "gguf": {"export"},
+    "gguf": {"export", "policy.wheel_model"},
     "bitsandbytes": {"policy", "kernels.calibrated", "kernels.eight_bit", "kernels.nf4", "config.gpu"},
 }
 """Wings and modules that may import a heavy library, so that replacing one touches little."""
