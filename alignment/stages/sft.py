@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -241,6 +241,23 @@ def _fits_head(model: Any) -> bool:
     return base.base_model is not base and not keeps_logits(base)
 
 
+@contextmanager
+def _labelled_alone() -> Iterator[None]:
+    """Have TRL's head read the labelled positions alone, as it does on a GPU: of the others it gives zeros anyway.
+
+    Where it does not use Triton it reads all of them, so that devices that compile a program for every number of rows
+    have few. A CPU is none of these.
+    """
+    from trl.trainer import utils
+
+    own = utils._use_triton
+    utils._use_triton = lambda device: device.type == "cpu" or own(device)
+    try:
+        yield
+    finally:
+        utils._use_triton = own
+
+
 def _scored_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, count: Any) -> torch.Tensor:
     """The mean loss of the labelled tokens by the route that scores completions, which is right for every model.
 
@@ -320,7 +337,8 @@ def _trainer_class(data: SFTData) -> Any:
         ) -> Any:
             if _fits_head(model):
                 # accelerate does this for bfloat16; of float16 it knows on GPUs alone
-                with autocast(model, self.args.device) if self.scaler is not None else nullcontext():
+                precision = autocast(model, self.args.device) if self.scaler is not None else nullcontext()
+                with precision, _labelled_alone():
                     return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = _scored_loss(model, inputs["input_ids"], inputs["labels"], num_items_in_batch)
             return (loss, {}) if return_outputs else loss
