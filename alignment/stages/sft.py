@@ -250,7 +250,10 @@ def _labelled_alone() -> Iterator[None]:
     """
     from trl.trainer import utils
 
-    own = utils._use_triton
+    own = getattr(utils, "_use_triton", None)
+    if own is None:  # a TRL that decides elsewhere trains as it does
+        yield
+        return
     utils._use_triton = lambda device: device.type == "cpu" or own(device)
     try:
         yield

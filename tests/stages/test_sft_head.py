@@ -36,3 +36,10 @@ def test_only_labelled_positions_reach_the_head(monkeypatch):
         torch.testing.assert_close(one, other)
     found()
     assert rows[2:] == [8]  # TRL's own are as they were
+
+
+def test_a_trl_that_decides_elsewhere_is_left_alone(monkeypatch):
+    monkeypatch.delattr(utils, "_use_triton")
+    with _labelled_alone():
+        assert not hasattr(utils, "_use_triton")
+    assert not hasattr(utils, "_use_triton")
