@@ -58,7 +58,7 @@ def bytes_per_row(
 ) -> tuple[float, float]:
     """How many bytes each further row takes at the peak of the work, and while its result is there.
 
-    The middle one of three times, because threads that other tests of this process have left take memory now and then.
+    The middle one of three times: the first also takes what stays in the process, and threads of other tests allocate.
     """
     found = []
     for count in 3 * (few, 4 * few):
@@ -141,7 +141,7 @@ def test_a_reference_keeps_the_places_of_its_values(
         assert reference.logps([pairs[len(pairs) - 1]]).values.tolist() == [-1.0] * 8
         return reference
 
-    few = 120
+    few = 500
     if is_stored:
         work(Made(4 * few, pair)).close()
     peak, kept = bytes_per_row(work, few)
