@@ -120,6 +120,12 @@ def run(folder, model, files, unit, *settings):
     return [row for row in rows if row["split"] == "train"], summary
 
 
+def assert_moved(rows):
+    """Before the first step policy and reference differ by rounding alone; after two they differ by much more."""
+    first, *_, last = (abs(row["rewards/margins"]) for row in rows)
+    assert last > max(3 * first, 1e-3)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_loss_trains_as_on_the_cpu(name, tiny_model_folder, files, tmp_path):
     """Three steps in fp32: losses and gradients' norms are the CPU's."""
@@ -146,7 +152,7 @@ def test_an_adapter_trains(adapter, quantization, tiny_model_folder, files, tmp_
     rows, summary = run(tmp_path / "run", tiny_model_folder, files, "pair", *settings)
     assert math.isclose(summary["stages"]["preference"]["start"]["loss"], math.log(2), abs_tol=0.05)
     assert all(0 < row["grad_norm"] < math.inf for row in rows)
-    assert rows[-1]["loss"] != rows[0]["loss"]
+    assert_moved(rows)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -154,7 +160,7 @@ def test_an_optimizer_trains(optimizer, tiny_model_folder, files, tmp_path):
     settings = [f"optim.name={optimizer}", "quantization=nf4", f"device={DEVICE.type}"]
     rows, _ = run(tmp_path / "run", tiny_model_folder, files, "pair", *settings)
     assert all(math.isfinite(row["loss"]) for row in rows)
-    assert rows[-1]["loss"] != rows[0]["loss"]
+    assert_moved(rows)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
